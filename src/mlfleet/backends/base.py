@@ -1,0 +1,137 @@
+"""What a backend is: it takes a `Job` and gives a handle. It sees no MLproject, no Git and no tracking."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Protocol, Self
+
+from mlfleet.environments.base import PreparedEnvironment
+from mlfleet.errors import BackendError, UsageError
+from mlfleet.project.spec import DockerEnv
+from mlfleet.runs import DEFAULT_CANCEL_GRACE, JobRef, Outcome, SubmittedRun
+
+__all__ = ["Backend", "BackendRun", "DockerRequest", "Job"]
+
+
+@dataclass(frozen=True, slots=True)
+class DockerRequest:
+    """What a project with ``docker_env`` and its caller ask for.
+
+    Attributes:
+        env: the project's ``docker_env``.
+        args: flags of ``docker run``.
+        build_image: build an image of base and project, rather than run the base image itself.
+        auth: credentials for the registry (secret).
+    """
+
+    env: DockerEnv
+    args: Mapping[str, Any] = field(default_factory=dict)
+    build_image: bool = False
+    auth: Mapping[str, Any] | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """All that a backend may know of a run.
+
+    Attributes:
+        run_id: of the MLflow run; names of remote things derive from it.
+        experiment_id: of its experiment.
+        project_name: as MLproject says, or the folder's name.
+        project_dir: the folder of the project on this machine; the command's working directory.
+        commit: the Git commit of the folder, if it is a clean checkout.
+        command: the rendered command, for ``bash -c``.
+        environ: variables to set for the command, on top of the caller's where the backend runs on this machine.
+        secrets: more such variables, which must never be seen in logs, tags, argv or errors.
+        environment: prepared on this machine; None where the backend brings its own.
+        docker: what a project with ``docker_env`` asks for.
+        config: what this backend's `configure` made of ``backend_config``.
+        output: the file to capture stdout and stderr into; None: they are inherited from this process.
+        cancel_grace: seconds between the request to stop and the end by force.
+    """
+
+    run_id: str
+    experiment_id: str
+    project_name: str
+    project_dir: Path
+    command: str
+    commit: str | None = None
+    environ: Mapping[str, str] = field(default_factory=dict)
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    environment: PreparedEnvironment | None = None
+    docker: DockerRequest | None = None
+    config: object = None
+    output: Path | None = None
+    cancel_grace: float = DEFAULT_CANCEL_GRACE
+
+
+class BackendRun(SubmittedRun, Protocol):
+    """The handle that a backend gives: a `SubmittedRun` that also tells how the run ended."""
+
+    async def outcome(self) -> Outcome:
+        """Wait for the end and tell how it was. KILLED only if `cancel` ended it. Any number of waiters."""
+        ...
+
+
+class Backend(ABC):
+    """Runs jobs somewhere. One instance serves all runs of a Fleet.
+
+    Attributes:
+        name: by which it is asked for.
+        needs_environment: whether the Fleet prepares the project's Python environment on this machine for it.
+    """
+
+    name: ClassVar[str]
+    needs_environment: ClassVar[bool] = False
+
+    async def __aenter__(self) -> Self:
+        """Open clients; start what is shared by all runs."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def configure(self, config: Mapping[str, Any]) -> object:
+        """Check ``backend_config`` and make a frozen dataclass of it, which comes back as ``Job.config``.
+
+        Called before anything exists. The mapping is the caller's and is not changed.
+
+        Raises:
+            UsageError: an unknown key (naming the known ones) or a wrong value.
+        """
+        if config:
+            raise UsageError(
+                f"the backend {self.name!r} takes no configuration, but backend_config has {', '.join(sorted(config))}"
+            )
+        return None
+
+    @abstractmethod
+    async def submit(self, job: Job) -> BackendRun:
+        """Start the job and return its handle as soon as it is on its way.
+
+        A cancelled call leaves nothing running.
+
+        Raises:
+            BackendError: it cannot be started; nothing of it is left.
+        """
+
+    def reference(self, job: Job) -> JobRef | None:
+        """Where the job will be found after this process died; known before it starts. None: it cannot be."""
+        return None
+
+    async def attach(self, ref: JobRef) -> BackendRun:
+        """The handle of a job that an earlier process submitted.
+
+        Raises:
+            RunLost: it is not there any more.
+            BackendError: this backend's runs cannot be attached to.
+        """
+        raise BackendError(
+            f"runs of the backend {self.name!r} end with the process that started them", backend=self.name
+        )

@@ -1,0 +1,224 @@
+"""Every error that mlfleet raises.
+
+    MlfleetError
+    ├── UsageError               the call itself: arguments that contradict each other, an unknown option
+    ├── SpecError                a file of the project or of the configuration: MLproject, python_env.yaml, …
+    ├── ParameterError           the parameters of a run: missing, not a number, no such file
+    ├── FetchError               the project or a parameter's file cannot be fetched
+    ├── EnvironmentSetupError    the environment cannot be built
+    ├── BackendError
+    │   ├── BackendNotFound      no backend of that name is installed
+    │   ├── SubmitError          the backend did not take the run
+    │   └── RunLost              the backend does not know the run any more
+    ├── TrackingError            the tracking server or store
+    └── ExecutionException       a run that failed
+        ├── RunTimeout           … because it ran out of a time that was set for it
+        └── RunCancelled         … because it was cancelled
+
+All but ``ExecutionException`` mean that something could not be done; ``ExecutionException`` means that a run was
+made and did not end well. It has the reference's name (``mlflow.exceptions.ExecutionException``).
+
+The fields of every error have defaults and are set by keyword, so that errors survive pickling (process pools).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = [
+    "BackendError",
+    "BackendNotFound",
+    "EnvironmentSetupError",
+    "ExecutionException",
+    "FetchError",
+    "MlfleetError",
+    "ParameterError",
+    "RunCancelled",
+    "RunLost",
+    "RunTimeout",
+    "SpecError",
+    "SubmitError",
+    "TrackingError",
+    "UsageError",
+]
+
+
+class MlfleetError(Exception):
+    """The root of all errors of mlfleet. The message says what was wrong, where, and what to do."""
+
+
+class UsageError(MlfleetError, ValueError):
+    """The call was wrong: arguments that contradict each other, an unknown name, a value out of range."""
+
+
+class SpecError(MlfleetError):
+    """A file that describes the project or its configuration is wrong.
+
+    Attributes:
+        path: the file, if the text came from one.
+        line: counted from 1, if known.
+        column: counted from 1, if known.
+    """
+
+    def __init__(
+        self, message: str, *, path: Path | str | None = None, line: int | None = None, column: int | None = None
+    ) -> None:
+        place = ", ".join(
+            part
+            for part in (
+                str(path) if path is not None else "",
+                f"line {line}" if line is not None else "",
+                f"column {column}" if column is not None else "",
+            )
+            if part
+        )
+        super().__init__(f"{place}: {message}" if place else message)
+        self.path = path
+        self.line = line
+        self.column = column
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # The message holds the place already; __init__ must not put it there twice.
+        return (_restore, (type(self), self.args, self.__dict__))
+
+
+class ParameterError(MlfleetError):
+    """Parameters of a run are missing or wrong.
+
+    Attributes:
+        names: the parameters that the error is about.
+    """
+
+    def __init__(self, message: str, *, names: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.names = tuple(names)
+
+
+class FetchError(MlfleetError):
+    """A project, or the file of a ``path`` parameter, cannot be fetched.
+
+    Attributes:
+        uri: what was to be fetched, without its credentials.
+    """
+
+    def __init__(self, message: str, *, uri: str | None = None) -> None:
+        super().__init__(message)
+        self.uri = uri
+
+
+class EnvironmentSetupError(MlfleetError):
+    """The environment of a project cannot be built. Nothing of the attempt is left on disk.
+
+    Attributes:
+        manager: ``virtualenv``, ``uv``, ``conda`` or ``local``.
+        output: the last lines that the build printed.
+    """
+
+    def __init__(self, message: str, *, manager: str | None = None, output: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.manager = manager
+        self.output = tuple(output)
+
+
+class BackendError(MlfleetError):
+    """A backend cannot do what it was asked to.
+
+    Attributes:
+        backend: its name.
+    """
+
+    def __init__(self, message: str, *, backend: str | None = None) -> None:
+        super().__init__(message)
+        self.backend = backend
+
+
+class BackendNotFound(BackendError):
+    """No backend of that name is installed, or its optional dependencies are missing."""
+
+
+class SubmitError(BackendError):
+    """The backend did not take the run."""
+
+
+class RunLost(BackendError):
+    """The backend does not know the run any more, and its end was not seen."""
+
+
+class TrackingError(MlfleetError):
+    """The tracking server or store refused, or cannot be reached.
+
+    Attributes:
+        uri: the tracking URI, without credentials.
+        status: the HTTP status of the answer, if there was one.
+        code: MLflow's error code (``RESOURCE_DOES_NOT_EXIST``), if there was one.
+    """
+
+    def __init__(
+        self, message: str, *, uri: str | None = None, status: int | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.uri = uri
+        self.status = status
+        self.code = code
+
+
+class ExecutionException(MlfleetError):
+    """A run did not end well.
+
+    Attributes:
+        run_id: the MLflow run.
+        exit_code: of the project's process, if it got that far; negative for a signal.
+        reason: a short text: ``exit code 3``, ``out of memory``, ``the environment cannot be built``.
+        output: the last lines of what it printed, if its output was captured.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        run_id: str | None = None,
+        exit_code: int | None = None,
+        reason: str | None = None,
+        output: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message)
+        self.run_id = run_id
+        self.exit_code = exit_code
+        self.reason = reason
+        self.output = tuple(output)
+
+
+class RunTimeout(ExecutionException):
+    """A run was ended because it ran out of time.
+
+    Attributes:
+        stage: which timeout it was: ``queue``, ``setup`` or ``run``.
+        seconds: how long that stage was allowed to take.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        run_id: str | None = None,
+        exit_code: int | None = None,
+        reason: str | None = None,
+        output: Sequence[str] = (),
+        stage: str | None = None,
+        seconds: float | None = None,
+    ) -> None:
+        super().__init__(message, run_id=run_id, exit_code=exit_code, reason=reason, output=output)
+        self.stage = stage
+        self.seconds = seconds
+
+
+class RunCancelled(ExecutionException):
+    """A run was cancelled before its end, by ``cancel()``, by its Fleet or by an interrupt."""
+
+
+def _restore(cls: type[MlfleetError], args: tuple[object, ...], state: dict[str, object]) -> MlfleetError:
+    error = cls.__new__(cls)
+    error.args = args
+    error.__dict__.update(state)
+    return error

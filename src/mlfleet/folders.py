@@ -1,0 +1,30 @@
+"""Where mlfleet keeps what outlives a run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+__all__ = ["cache_folder", "environments_folder", "runs_folder"]
+
+
+def cache_folder() -> Path:
+    """Fetched projects: ``MLFLEET_CACHE_DIR``, else the user's cache folder. May be deleted at any time when nothing runs."""
+    return _folder("MLFLEET_CACHE_DIR", platformdirs.user_cache_path("mlfleet"))
+
+
+def environments_folder() -> Path:
+    """Built environments: ``MLFLOW_ENV_ROOT`` (the reference's name for it), else ``envs`` in the user's cache folder."""
+    return _folder("MLFLOW_ENV_ROOT", cache_folder() / "envs")
+
+
+def runs_folder() -> Path:
+    """One folder for each run, with its captured output: ``MLFLEET_STATE_DIR``, else the user's state folder."""
+    return _folder("MLFLEET_STATE_DIR", platformdirs.user_state_path("mlfleet")) / "runs"
+
+
+def _folder(variable: str, default: Path) -> Path:
+    given = os.environ.get(variable)
+    return Path(given).expanduser().absolute() if given else default

@@ -1,0 +1,149 @@
+"""What a run is to everybody: its handle, its status, how it ended, and how to find it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+
+from mlfleet.errors import SpecError, UsageError
+
+__all__ = ["DEFAULT_CANCEL_GRACE", "JobRef", "Outcome", "RunStatus", "SubmittedRun", "Timeouts"]
+
+DEFAULT_CANCEL_GRACE = 10.0
+"""Seconds between the request to stop (SIGTERM) and the end by force (SIGKILL)."""
+
+
+class RunStatus(StrEnum):
+    """The state of a run, in the strings that MLflow uses."""
+
+    SCHEDULED = "SCHEDULED"
+    RUNNING = "RUNNING"
+    FINISHED = "FINISHED"
+    FAILED = "FAILED"
+    KILLED = "KILLED"
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether a run in this state has ended and will not change any more."""
+        return self in (RunStatus.FINISHED, RunStatus.FAILED, RunStatus.KILLED)
+
+
+@runtime_checkable
+class SubmittedRun(Protocol):
+    """The handle of a run that was submitted. Every backend's handle and the Fleet's satisfy it."""
+
+    @property
+    def run_id(self) -> str:
+        """The id of the MLflow run."""
+        ...
+
+    async def wait(self) -> bool:
+        """Wait for the end; True if the run finished well.
+
+        Any number of tasks may wait for one run. Cancelling a waiter only ends that waiting, never the run.
+        """
+        ...
+
+    async def cancel(self) -> None:
+        """End the run, and return once nothing of it runs any more.
+
+        A second call, also at the same time, and a call on a run that has ended, are fine.
+        """
+        ...
+
+    async def get_status(self) -> RunStatus:
+        """The state of the run now."""
+        ...
+
+    def logs(self, *, follow: bool = True) -> AsyncIterator[str]:
+        """The lines of the run's output (stdout and stderr), from its beginning, without their line ends.
+
+        Args:
+            follow: go on until the run has ended; False gives what there is now.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        status: a terminal status.
+        exit_code: of the project's process; negative for a signal; None if it never got that far.
+        reason: why it did not finish well, in a few words; None if it did.
+        output: the last lines of its output, where it was captured.
+        error: the error that ended the run before or outside its own process.
+    """
+
+    status: RunStatus
+    exit_code: int | None = None
+    reason: str | None = None
+    output: tuple[str, ...] = ()
+    error: BaseException | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """How long each stage of a run may take, in seconds; None is no limit.
+
+    Attributes:
+        queue: waiting for a free slot of the Fleet.
+        setup: from the slot to the start of the command: environment, downloads, image, scheduling by the backend.
+        run: the command itself.
+        cancel_grace: between the request to stop and the end by force.
+    """
+
+    queue: float | None = None
+    setup: float | None = None
+    run: float | None = None
+    cancel_grace: float = DEFAULT_CANCEL_GRACE
+
+    def __post_init__(self) -> None:
+        for name in ("queue", "setup", "run", "cancel_grace"):
+            seconds = getattr(self, name)
+            if seconds is not None and not seconds >= 0:
+                raise UsageError(f"the timeout {name!r} is {seconds!r}: give a number of seconds that is not negative")
+
+
+@dataclass(frozen=True, slots=True)
+class JobRef:
+    """Where a run lives outside this process: enough to attach to it after this process died.
+
+    It is plain JSON and is written to the MLflow run as the tag ``mlfleet.ref``.
+
+    Attributes:
+        backend: the backend's name.
+        run_id: the id of the MLflow run; external names derive from it.
+        data: what else the backend needs (a namespace, a pid), JSON values only.
+    """
+
+    TAG: ClassVar[str] = "mlfleet.ref"
+
+    backend: str
+    run_id: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """This reference as compact JSON."""
+        return json.dumps(
+            {"backend": self.backend, "run_id": self.run_id, "data": dict(self.data)},
+            separators=(",", ":"),
+            sort_keys=True,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote.
+
+        Raises:
+            SpecError: the text is no such reference.
+        """
+        try:
+            raw = json.loads(text)
+            return cls(backend=str(raw["backend"]), run_id=str(raw["run_id"]), data=dict(raw["data"]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise SpecError(f"not a reference to a run: {text[:200]!r}") from error
