@@ -11,12 +11,12 @@ __all__ = ["cache_folder", "environments_folder", "runs_folder"]
 
 
 def cache_folder() -> Path:
-    """Fetched projects: ``MLFLEET_CACHE_DIR``, else the user's cache folder. May be deleted at any time when nothing runs."""
+    """Fetched projects: ``MLFLEET_CACHE_DIR``, else the user's cache folder. May be deleted when nothing runs."""
     return _folder("MLFLEET_CACHE_DIR", platformdirs.user_cache_path("mlfleet"))
 
 
 def environments_folder() -> Path:
-    """Built environments: ``MLFLOW_ENV_ROOT`` (the reference's name for it), else ``envs`` in the user's cache folder."""
+    """Built environments: ``MLFLOW_ENV_ROOT`` (the reference's name), else ``envs`` in the cache folder."""
     return _folder("MLFLOW_ENV_ROOT", cache_folder() / "envs")
 
 

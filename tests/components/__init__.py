@@ -1,6 +1,7 @@
 """Real components for the tests, each started on loopback by the fixture that needs it.
 
-A component that is missing on a person's machine skips its tests and says why; with MLFLEET_REQUIRE_ALL=1 (CI) it fails them.
+A component that is missing on a person's machine skips its tests and says why; with MLFLEET_REQUIRE_ALL=1 (CI) it
+fails them.
 """
 
 from __future__ import annotations

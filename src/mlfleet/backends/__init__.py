@@ -1,1 +1,1 @@
-"""backends"""
+"""Where runs run."""

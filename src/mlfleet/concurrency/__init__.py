@@ -1,1 +1,1 @@
-"""concurrency"""
+"""The few tools that everything async here is made of."""

@@ -14,8 +14,8 @@ V = TypeVar("V")
 class Once(Generic[K, V]):
     """Runs one piece of work per key for any number of concurrent callers of one event loop.
 
-    A cancelled caller leaves the work to the others; when the last one is gone, the work is cancelled and awaited. An error goes to
-    all who wait, and the next caller starts anew. A result is forgotten as soon as it was handed out, unless `keep`.
+    A cancelled caller leaves the work to the others; when the last one is gone, the work is cancelled and awaited. An
+    error goes to all who wait, and the next caller starts anew. A result is forgotten as soon as it was handed out, unless `keep`.
     """
 
     def __init__(self, *, keep: bool = False) -> None:

@@ -39,7 +39,7 @@ class Process:
         raise NotImplementedError
 
     async def stop(self, grace: float) -> None:
-        """SIGTERM to the whole group, up to `grace` seconds, SIGKILL to what is left of it; returns once all of it is gone.
+        """SIGTERM to the whole group, up to `grace` seconds, SIGKILL to what is left; returns once all of it is gone.
 
         Runs to its end also when the calling task is cancelled.
         """

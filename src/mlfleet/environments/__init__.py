@@ -1,1 +1,1 @@
-"""environments"""
+"""How the command of a run gets its Python."""

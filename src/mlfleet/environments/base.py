@@ -91,8 +91,8 @@ class EnvironmentManager(ABC):
     ) -> PreparedEnvironment:
         """Build the environment, or take the one that is there already.
 
-        One build serves all callers with one key, in this and in other processes. A cancelled caller leaves the build to the
-        others; when the last one is gone, the build is ended and nothing of it is left.
+        One build serves all callers with one key, in this and in other processes. A cancelled caller leaves the
+        build to the others; when the last one is gone, the build is ended and nothing of it is left.
 
         Args:
             plan: of this manager.

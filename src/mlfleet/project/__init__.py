@@ -1,1 +1,1 @@
-"""project"""
+"""From a URI to what is to be run: fetch, read, check, render."""

@@ -18,7 +18,8 @@ class Project:
         uri: as the caller gave it, without quotes and credentials.
         folder: of the project (the ``#subdir`` if one was given): the user's own, or a pristine one in the cache.
         cached: whether `folder` is in the cache, so that a run needs a `working_copy`.
-        source_name: for the tag ``mlflow.source.name``: the URI, or ``<repository URL>#<path>`` for a folder inside a Git checkout.
+        source_name: for the tag ``mlflow.source.name``: the URI, or ``<repository URL>#<path>`` for a folder inside a
+            Git checkout.
         commit: full hash, if it is (in) a Git repository.
         repo_url: of its repository, without credentials, if there is one.
         branch: if `version` named a branch.

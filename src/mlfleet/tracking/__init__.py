@@ -1,1 +1,1 @@
-"""tracking"""
+"""What is told to MLflow."""
