@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ class RunInfo:
         artifact_uri: where its artifacts are.
         tags: all its tags.
         params: all its parameters.
+        metrics: the latest value of each of its metrics.
     """
 
     run_id: str
@@ -35,6 +36,7 @@ class RunInfo:
     artifact_uri: str
     tags: Mapping[str, str] = field(default_factory=dict)
     params: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class Tracking(ABC):
@@ -75,6 +77,8 @@ class Tracking(ABC):
     ) -> RunInfo:
         """Create a run, exactly one also when an answer is lost. One request.
 
+        A call that is cancelled before it returns marks the run KILLED if the server has made it by then.
+
         Args:
             experiment_id: of the experiment.
             name: of the run; None lets the server choose one.
@@ -87,14 +91,38 @@ class Tracking(ABC):
         """What the server knows of a run."""
 
     @abstractmethod
+    async def search_runs(
+        self, experiment_ids: Sequence[str], filter_string: str = "", *, max_results: int = 1000
+    ) -> list[RunInfo]:
+        """The runs that match, newest first.
+
+        Args:
+            experiment_ids: where to look.
+            filter_string: in MLflow's search language (``tags.sweep = 'a' and metrics.loss < 1``); empty: all.
+            max_results: no more than these.
+        """
+
+    @abstractmethod
     async def log(
         self, run_id: str, *, params: Mapping[str, str] | None = None, tags: Mapping[str, str] | None = None
     ) -> None:
-        """Log parameters and tags. One request (more only above the server's limit of 100 each in one)."""
+        """Log parameters and tags. One request (more only above the server's limit of 100 each in one).
+
+        A value that the server refuses as too long is cut and logged; a warning says which.
+        """
 
     @abstractmethod
-    async def update_run(self, run_id: str, status: RunStatus, *, end_time: int | None = None) -> None:
-        """Set the status, and with a terminal one the end time (milliseconds since the epoch; None is now)."""
+    async def update_run(
+        self, run_id: str, status: RunStatus, *, end_time: int | None = None, retry_for: float | None = None
+    ) -> None:
+        """Set the status, and with a terminal one the end time.
+
+        Args:
+            run_id: of the run.
+            status: the new one.
+            end_time: milliseconds since the epoch; None is now.
+            retry_for: seconds to keep trying while the server cannot be reached; None: as this `Tracking` was made.
+        """
 
     @abstractmethod
     async def log_artifact(self, run: RunInfo, path: Path, artifact_path: str | None = None) -> None:
