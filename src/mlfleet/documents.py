@@ -35,6 +35,8 @@ _SCALARS = {_TAG + name for name in ("str", "int", "float", "bool", "null", "tim
 _MERGE = _TAG + "merge"
 _NUMBERS = {_TAG + "int", _TAG + "float"}
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f\ufffe\uffff]")
+# Escapes of quoted YAML strings can make these.
+_NO_TEXT = re.compile("[\x00\ud800-\udfff]")
 _JSON_TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|(?P<constant>NaN|-?Infinity)', re.S)
 
 
@@ -298,6 +300,9 @@ class _Builder:
     def scalar(self, event: Any, loader: Any) -> Node:
         import yaml
 
+        bad = _NO_TEXT.search(event.value)
+        if bad:
+            self.fail(event, f"the text holds {bad[0]!r}, which no command, path or variable can")
         tag = event.tag
         if tag in (None, "!"):
             tag = loader.resolve(yaml.ScalarNode, event.value, event.implicit)

@@ -71,6 +71,7 @@ def test_places_are_those_of_the_file() -> None:
         (b"a: 1\n---\nb: 1\n", (2, 1), "a second document begins here"),
         (b"a: b\nc: \xff\n", (2, 4), "not UTF-8: the byte 0xff"),
         (b"a: b\nc: \x00\n", (2, 4), r"'\x00' is not allowed"),
+        (b'a: "x\\0y"\n', (1, 4), r"the text holds '\x00'"),
         (b"? [a, b]\n: c\n", (1, 3), "expected a key, found a list"),
         (b"<<: 3\n", (1, 5), "to merge, found the number 3"),
         (b"a: " + b"9" * 5000, (1, 4), "a number of more than"),

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Number
+from pathlib import Path, PurePath
+from urllib.parse import unquote, urlsplit
 
-from mlfleet.project.spec import EntryPoint
+from mlfleet.errors import ParameterError
+from mlfleet.masking import mask_query
+from mlfleet.project.spec import EntryPoint, Parameter
 
 __all__ = ["Download", "ResolvedParameters", "resolve"]
+
+# RFC 3986, 3.1.
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_log = logging.getLogger("mlfleet.project")
+_NO_TEXT = re.compile("[\x00\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +59,118 @@ class ResolvedParameters:
 def resolve(entry_point: EntryPoint, given: Mapping[str, object] | None) -> ResolvedParameters:
     """Check `given` against what the entry point declares. Reads the disk only to see that local paths exist.
 
+    Values are texts, numbers, booleans and paths, which count as what ``str()`` makes of them. A relative path is
+    relative to the caller's working directory, as in the reference.
+
     Raises:
         ParameterError: names every missing or wrong parameter in one text.
     """
-    raise NotImplementedError
+    faults: dict[str, str] = {}
+    texts = _texts(given or {}, faults)
+    extra = {name: text for name, text in texts.items() if name not in entry_point.parameters}
+    logged: dict[str, str] = {}
+    declared: dict[str, str] = {}
+    downloads: list[Download] = []
+    missing: list[str] = []
+    for index, parameter in enumerate(entry_point.parameters.values()):
+        text = texts.get(parameter.name, parameter.default)
+        if parameter.name in faults:
+            continue
+        if text is None:
+            missing.append(parameter.name)
+            continue
+        logged[parameter.name] = text
+        if parameter.type == "path" and _is_remote(text):
+            downloads.append(Download(parameter.name, text, index))
+        try:
+            declared[parameter.name] = _checked(parameter, text)
+        except ValueError as error:
+            faults[parameter.name] = str(error)
+    _raise_faults(entry_point, missing, faults, extra)
+    hints = _misspelt([name for name in declared if name not in texts], extra)
+    if hints:
+        _log.info("entry point %r: %s", entry_point.name, hints)
+    return ResolvedParameters(logged | extra, declared, extra, tuple(downloads))
+
+
+def _texts(given: Mapping[str, object], faults: dict[str, str]) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for key, value in given.items():
+        name = str(key)
+        if not name or _NO_TEXT.search(name):
+            faults[name] = "this is no name for a parameter"
+        elif not isinstance(value, str | Number | PurePath):
+            kind = "nothing" if value is None else type(value).__name__
+            faults[name] = f"a string, a number, a boolean or a path was expected, got {kind}"
+        else:
+            texts[name] = str(value)
+            if _NO_TEXT.search(texts[name]):
+                faults[name] = "the value holds a NUL character or half a character, which no command can"
+    return texts
+
+
+def _checked(parameter: Parameter, text: str) -> str:
+    """The text for the command; ValueError says what is wrong with it."""
+    match parameter.type:
+        case "float":
+            try:
+                float(text)
+            except ValueError:
+                raise ValueError(f"a number was expected, got {_shown(text)}") from None
+        case "uri":
+            if not _SCHEME.match(text):
+                raise ValueError(f"a URI such as s3://bucket/key was expected, got {_shown(text)}")
+        case "path" if not _is_remote(text):
+            return _local(text)
+    return text
+
+
+def _local(text: str) -> str:
+    path = text
+    if text[:5].lower() == "file:":
+        parts = urlsplit(text)
+        if parts.netloc not in ("", "localhost"):
+            raise ValueError(f"the URI {_shown(text)} is on another machine; leave its host out: file:///path")
+        path = unquote(parts.path)
+    if not path:
+        raise ValueError("a file or folder was expected, got an empty text")
+    path = os.path.abspath(path)  # noqa: PTH100 - as the reference: without the dots, links kept
+    if not _exists(path):
+        raise ValueError(f"there is no file or folder {path!r}")
+    return path
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _is_remote(text: str) -> bool:
+    scheme = _SCHEME.match(text)
+    return scheme is not None and scheme[0].lower() != "file:"
+
+
+def _shown(text: str) -> str:
+    text = mask_query(text)
+    return repr(text if len(text) <= 200 else text[:200] + "...")
+
+
+def _raise_faults(entry_point: EntryPoint, missing: list[str], faults: Mapping[str, str], extra: Iterable[str]) -> None:
+    parts = []
+    if missing:
+        names = ", ".join(repr(name) for name in missing)
+        hints = _misspelt(missing, extra)
+        parts.append(f"no value is given for {names}" + (f" ({hints})" if hints else ""))
+    parts += [f"{name!r}: {fault}" for name, fault in faults.items()]
+    if parts:
+        raise ParameterError(
+            f"the parameters of the entry point {entry_point.name!r} are wrong: {'; '.join(parts)}",
+            names=[*missing, *faults],
+        )
+
+
+def _misspelt(declared: list[str], extra: Iterable[str]) -> str:
+    near = {name: difflib.get_close_matches(name, declared, n=1) for name in extra}
+    return " ".join(f"{name!r} was given, did you mean {found[0]!r}?" for name, found in near.items() if found)
