@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
-from mlfleet.errors import SpecError, UsageError
+from mlfleet.errors import ExecutionException, RunCancelled, RunTimeout, SpecError, TrackingError, UsageError
 
-__all__ = ["DEFAULT_CANCEL_GRACE", "JobRef", "Outcome", "RunStatus", "SubmittedRun", "Timeouts"]
+__all__ = [
+    "DEFAULT_CANCEL_GRACE",
+    "JobRef",
+    "Outcome",
+    "RunEvent",
+    "RunStatus",
+    "Stage",
+    "SubmittedRun",
+    "Timeouts",
+    "failure",
+]
 
 DEFAULT_CANCEL_GRACE = 10.0
 """Seconds between the request to stop (SIGTERM) and the end by force (SIGKILL)."""
@@ -29,6 +41,39 @@ class RunStatus(StrEnum):
     def is_terminal(self) -> bool:
         """Whether a run in this state has ended and will not change any more."""
         return self in (RunStatus.FINISHED, RunStatus.FAILED, RunStatus.KILLED)
+
+
+class Stage(StrEnum):
+    """Where a run is on its way through a Fleet."""
+
+    FETCHING = "fetching"
+    QUEUED = "queued"
+    PREPARING = "preparing"
+    STARTED = "started"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class RunEvent:
+    """Something happened to a run.
+
+    Attributes:
+        stage: the stage that the run has come to, or is still in.
+        uri: of the project.
+        run_id: of the MLflow run; None before there is one.
+        run_name: its name; None before there is one.
+        detail: one line on what is going on, such as the last line of an environment's build.
+        status: its terminal status, with ``finished``.
+        time: seconds since the epoch.
+    """
+
+    stage: Stage
+    uri: str
+    run_id: str | None = None
+    run_name: str | None = None
+    detail: str = ""
+    status: RunStatus | None = None
+    time: float = field(default_factory=time.time)
 
 
 @runtime_checkable
@@ -77,6 +122,7 @@ class Outcome:
         reason: why it did not finish well, in a few words; None if it did.
         output: the last lines of its output, where it was captured.
         error: the error that ended the run before or outside its own process.
+        tracking_error: why tracking could not be told of this end.
     """
 
     status: RunStatus
@@ -84,6 +130,40 @@ class Outcome:
     reason: str | None = None
     output: tuple[str, ...] = ()
     error: BaseException | None = field(default=None, repr=False)
+    tracking_error: TrackingError | None = field(default=None, repr=False)
+
+
+def failure(name: str, run_id: str, outcome: Outcome, output: Path | None = None) -> ExecutionException:
+    """The error for a run that did not end well: it names the run, the reason and the last lines of its output.
+
+    Args:
+        name: of the run.
+        run_id: of the MLflow run.
+        outcome: how it ended.
+        output: the file with its whole output.
+    """
+    cancelled = outcome.status is RunStatus.KILLED
+    lines = [f"the run {name!r} ({run_id}) " + ("was cancelled" if cancelled else f"failed: {outcome.reason}")]
+    lines += [f"  | {line}" for line in outcome.output]
+    if output is not None and outcome.exit_code is not None:
+        lines.append(f"The whole output is in {output}")
+    if outcome.tracking_error is not None:
+        lines.append(f"Its status could not be written: {outcome.tracking_error}")
+    error: ExecutionException
+    if cancelled:
+        error = RunCancelled("\n".join(lines))
+    elif isinstance(outcome.error, RunTimeout):
+        error = RunTimeout("\n".join(lines), stage=outcome.error.stage, seconds=outcome.error.seconds)
+    else:
+        error = ExecutionException("\n".join(lines))
+    error.run_id, error.exit_code, error.reason, error.output = (
+        run_id,
+        outcome.exit_code,
+        outcome.reason,
+        outcome.output,
+    )
+    error.__cause__ = outcome.error
+    return error
 
 
 @dataclass(frozen=True, slots=True)

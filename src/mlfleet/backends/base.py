@@ -70,7 +70,11 @@ class Job:
 
 
 class BackendRun(SubmittedRun, Protocol):
-    """The handle that a backend gives: a `SubmittedRun` that also tells how the run ended."""
+    """The handle that a backend gives: a `SubmittedRun` that also tells when it began and how it ended."""
+
+    async def started(self) -> None:
+        """Wait until the command runs, or has ended, or never will. Any number of waiters."""
+        ...
 
     async def outcome(self) -> Outcome:
         """Wait for the end and tell how it was. KILLED only if `cancel` ended it. Any number of waiters."""
@@ -122,7 +126,10 @@ class Backend(ABC):
         """
 
     def reference(self, job: Job) -> JobRef | None:
-        """Where the job will be found after this process died; known before it starts. None: it cannot be."""
+        """Where the job will be found after this process died; None: it cannot be.
+
+        Asked before the job starts, when `Job.command`, `Job.environment` and `Job.project_dir` may still be provisional.
+        """
         return None
 
     async def attach(self, ref: JobRef) -> BackendRun:

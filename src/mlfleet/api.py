@@ -1,0 +1,213 @@
+"""The one-call functions: a run without a Fleet of one's own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from typing import Any, Unpack
+from weakref import WeakKeyDictionary
+
+import anyio
+
+from mlfleet.concurrency.tasks import TaskOwner
+from mlfleet.fleet import Fleet
+from mlfleet.request import Output, RunOptions, RunRequest
+from mlfleet.runs import Timeouts
+from mlfleet.supervision import FleetRun
+from mlfleet.tracking import default_uri
+
+__all__ = [
+    "close_default_fleets",
+    "default_fleet",
+    "finish_or_cancel",
+    "join_default_fleets",
+    "run_async",
+    "submit",
+]
+
+
+async def run_async(
+    uri: str | os.PathLike[str],
+    entry_point: str = "main",
+    version: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    docker_args: Mapping[str, Any] | None = None,
+    experiment_name: str | None = None,
+    experiment_id: str | None = None,
+    backend: str = "local",
+    backend_config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    storage_dir: str | os.PathLike[str] | None = None,
+    synchronous: bool = True,
+    run_id: str | None = None,
+    run_name: str | None = None,
+    env_manager: str | None = None,
+    build_image: bool = False,
+    docker_auth: Mapping[str, Any] | None = None,
+    *,
+    tracking_uri: str | None = None,
+    parent_run_id: str | None = None,
+    tags: Mapping[str, str] | None = None,
+    timeouts: Timeouts | None = None,
+    output: Output = "capture",
+    log_output: bool = False,
+) -> FleetRun:
+    """Run a project and wait for its end.
+
+    The first sixteen arguments are those of ``mlflow.projects.run``, in its order and with its defaults. Cancelling the
+    call ends the run: nothing of it runs any more, and MLflow shows it as KILLED, before the cancellation goes on.
+
+    Args:
+        uri: of the project: a folder, a ``file://`` URI, a Git URI (https, ssh, ``git@host:path``, a bare repository by
+            ``file://``) or a ``.zip`` (local or http); ``#sub/folder`` picks a folder inside.
+        entry_point: a name from MLproject, or a ``.py``, ``.sh`` or ``.R`` script of the project.
+        version: commit (full or short), branch or tag of a Git project.
+        parameters: name → value. Those that the entry point declares replace ``{name}`` in its command; the others are
+            appended as ``--name value``.
+        docker_args: flags of ``docker run`` for a project with ``docker_env``.
+        experiment_name: of the experiment; it is created if there is none.
+        experiment_id: instead of the name. Neither: ``MLFLOW_EXPERIMENT_NAME``, ``MLFLOW_EXPERIMENT_ID``, else "0".
+        backend: ``local``, ``docker``, ``kubernetes``, ``databricks`` or the name of a plugin.
+        backend_config: a mapping, or the path of a ``.json`` file.
+        storage_dir: where ``path`` parameters that name a remote URI are downloaded to, each run into a fresh folder
+            that is removed when it ends.
+        synchronous: False returns as soon as the MLflow run exists, like `submit`.
+        run_id: an existing MLflow run to use, rather than a new one.
+        run_name: of the MLflow run.
+        env_manager: ``local``, ``virtualenv``, ``uv`` or ``conda``; None: by the project's files.
+        build_image: Docker: build an image with the project's files, rather than run the base image itself.
+        docker_auth: credentials of the image registry.
+        tracking_uri: None is ``MLFLOW_TRACKING_URI``, else MLflow's default.
+        parent_run_id: the MLflow run to nest this one under; None is the active run of mlflow in this thread, if any.
+        tags: more tags for the MLflow run.
+        timeouts: how long each stage may take.
+        output: ``capture`` into a file of the run, to be read by ``run.logs()``; ``inherit`` this process's stdout.
+        log_output: log the captured output as the artifact ``output.log``.
+
+    Returns:
+        The handle of the run, which has ended.
+
+    Raises:
+        ExecutionException: the run failed; with its exit code and the last lines of its output. `RunTimeout` and
+            `RunCancelled` are kinds of it.
+        MlfleetError: there was a mistake in the request or the project, or tracking cannot be reached; no run was made.
+    """
+    run = await submit(
+        uri,
+        entry_point,
+        version,
+        parameters,
+        tracking_uri=tracking_uri,
+        docker_args=docker_args,
+        experiment_name=experiment_name,
+        experiment_id=experiment_id,
+        backend=backend,
+        backend_config=backend_config,
+        storage_dir=storage_dir,
+        run_id=run_id,
+        run_name=run_name,
+        env_manager=env_manager,
+        build_image=build_image,
+        docker_auth=docker_auth,
+        parent_run_id=parent_run_id,
+        tags=tags,
+        timeouts=timeouts,
+        output=output,
+        log_output=log_output,
+    )
+    if synchronous:
+        await finish_or_cancel(run)
+    return run
+
+
+async def submit(
+    uri: str | os.PathLike[str],
+    entry_point: str = "main",
+    version: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    tracking_uri: str | None = None,
+    **options: Unpack[RunOptions],
+) -> FleetRun:
+    """Submit a run and return its handle as soon as its MLflow run exists.
+
+    The run belongs to a Fleet of the running event loop, which cancels what still runs when the loop ends. The
+    arguments are those of `run_async`.
+
+    Raises:
+        MlfleetError: there was a mistake in the request or the project, or tracking cannot be reached; no run was made.
+    """
+    request = RunRequest.of(uri, entry_point, version, parameters, **options)
+    return await (await default_fleet(tracking_uri)).start(request)
+
+
+async def finish_or_cancel(run: FleetRun) -> None:
+    """Wait for the end of a run, raising if it failed; a cancelled caller takes the run with it."""
+    try:
+        await run.check()
+    except asyncio.CancelledError:
+        with anyio.CancelScope(shield=True):
+            await run.cancel()
+        raise
+
+
+class _Fleets:
+    """The default Fleets of one event loop, one for each tracking URI."""
+
+    def __init__(self) -> None:
+        self._fleets: dict[str, asyncio.Future[Fleet]] = {}
+        self._closing = asyncio.Event()
+        self._keepers = TaskOwner()
+
+    async def get(self, uri: str) -> Fleet:
+        opened = self._fleets.get(uri)
+        if opened is None:
+            opened = self._fleets[uri] = asyncio.get_running_loop().create_future()
+            self._keepers.start(self._keep(uri, opened), name="mlfleet default fleet")
+        return await asyncio.shield(opened)
+
+    async def join(self) -> None:
+        for opened in tuple(self._fleets.values()):
+            await (await asyncio.shield(opened)).join()
+
+    async def close(self) -> None:
+        for opened in tuple(self._fleets.values()):
+            await (await asyncio.shield(opened)).cancel()
+        self._closing.set()
+        await self._keepers.join()
+
+    async def _keep(self, uri: str, opened: asyncio.Future[Fleet]) -> None:
+        """Hold the Fleet open until it is closed, or until the loop ends (``asyncio.run`` then cancels this task)."""
+        try:
+            # As in the reference, runs that nobody put into a Fleet start at once.
+            async with Fleet(tracking_uri=uri, max_concurrent=_UNLIMITED) as fleet:
+                opened.set_result(fleet)
+                await self._closing.wait()
+        except Exception as error:
+            opened.set_exception(error)
+        finally:
+            del self._fleets[uri]
+
+
+_UNLIMITED = 2**31
+_fleets: WeakKeyDictionary[asyncio.AbstractEventLoop, _Fleets] = WeakKeyDictionary()
+
+
+async def default_fleet(tracking_uri: str | None = None) -> Fleet:
+    """The Fleet of the running event loop for runs that were given none; opened at its first use."""
+    fleets = _fleets.setdefault(asyncio.get_running_loop(), _Fleets())
+    return await fleets.get(tracking_uri or default_uri())
+
+
+async def join_default_fleets() -> None:
+    """Wait for all runs of the running event loop that were given no Fleet."""
+    fleets = _fleets.get(asyncio.get_running_loop())
+    if fleets is not None:
+        await fleets.join()
+
+
+async def close_default_fleets() -> None:
+    """Cancel all runs of the running event loop that were given no Fleet, and close what they shared."""
+    fleets = _fleets.pop(asyncio.get_running_loop(), None)
+    if fleets is not None:
+        await fleets.close()

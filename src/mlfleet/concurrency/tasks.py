@@ -1,0 +1,36 @@
+"""An owner for tasks that outlive the call that starts them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import anyio.lowlevel
+
+__all__ = ["TaskOwner"]
+
+
+class TaskOwner:
+    """Keeps tasks alive, and waits for their end.
+
+    A task group would tie its owner to the task that entered it and would wrap every error in a group; a Fleet is entered
+    and left in different tasks by test fixtures and frameworks. The tasks given here must not raise: they handle their
+    own errors.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, work: Coroutine[Any, Any, None], *, name: str) -> None:
+        """Start `work` as a task of this owner."""
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def join(self) -> None:
+        """Wait until every task has ended, also those that are started meanwhile. The tasks are not cancelled."""
+        while self._tasks:
+            await asyncio.wait(tuple(self._tasks))
+            # Done callbacks run one turn of the loop after the task's end.
+            await anyio.lowlevel.checkpoint()

@@ -1,0 +1,180 @@
+"""From a request to a plan: all that can be known, and all that can be wrong, before anything exists elsewhere."""
+
+from __future__ import annotations
+
+import getpass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import anyio
+
+from mlfleet.backends.base import Backend, DockerRequest
+from mlfleet.backends.registry import find
+from mlfleet.environments import choose, manager
+from mlfleet.environments.base import EnvironmentPlan
+from mlfleet.project.command import render
+from mlfleet.project.fetch import Project, ProjectFetcher
+from mlfleet.project.parameters import ResolvedParameters, resolve
+from mlfleet.project.spec import EntryPoint, ProjectSpec, read_project
+from mlfleet.request import RunRequest
+
+__all__ = ["Plan", "Planner"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A run that can be made.
+
+    Attributes:
+        request: what was asked for.
+        project: where its code is.
+        spec: what the project says of itself.
+        entry_point: what is to be run.
+        parameters: resolved for it.
+        backend: the name of the backend that will run it; a local project with ``docker_env`` runs on ``docker``.
+        config: what that backend made of ``backend_config``.
+        environment: what to build on this machine; None where the backend brings its own.
+        docker: what a project with ``docker_env`` asks for.
+        tags: of the MLflow run.
+    """
+
+    request: RunRequest
+    project: Project
+    spec: ProjectSpec
+    entry_point: EntryPoint
+    parameters: ResolvedParameters
+    backend: str
+    config: object = None
+    environment: EnvironmentPlan | None = None
+    docker: DockerRequest | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def project_name(self) -> str:
+        """As MLproject says, or the folder's name."""
+        return self.spec.name or self.spec.folder.name
+
+    def command(self, downloaded: Mapping[str, str] | None = None) -> str:
+        """The command for bash.
+
+        Args:
+            downloaded: the local paths of the parameters that must be downloaded; None shows their URIs instead.
+        """
+        if downloaded is None:
+            downloaded = {download.name: download.uri for download in self.parameters.downloads}
+        return render(self.entry_point, self.parameters, downloaded)
+
+
+class Planner:
+    """Makes plans for one Fleet.
+
+    Args:
+        fetcher: of the Fleet, so that one fetch serves all its runs.
+        backend: gives the Fleet's instance of a backend class, not yet opened.
+    """
+
+    def __init__(self, fetcher: ProjectFetcher, backend: Callable[[type[Backend]], Backend]) -> None:
+        self._fetcher = fetcher
+        self._backend = backend
+        self._specs: dict[Path, tuple[object, ProjectSpec]] = {}
+        self._threads = anyio.CapacityLimiter(2)
+
+    async def plan(self, request: RunRequest, *, on_progress: Callable[[str], None] | None = None) -> Plan:
+        """Fetch and check all that `request` names. Nothing is left behind but the cache of projects.
+
+        Raises:
+            MlfleetError: the mistake, whatever it is.
+        """
+        # What needs no project comes first: nobody wants to wait for a clone to hear of a mistyped backend.
+        find(request.backend)
+        choose.validate(request.env_manager)
+        project = await self._fetcher.fetch(request.uri, request.version, on_progress=on_progress)
+        return await anyio.to_thread.run_sync(self._plan, request, project, limiter=self._threads)
+
+    def _plan(self, request: RunRequest, project: Project) -> Plan:
+        spec = self._read(project.folder)
+        backend = self._backend(find(_backend_name(request, spec)))
+        config = backend.configure(request.read_backend_config())
+        entry_point = spec.entry_point(request.entry_point)
+        parameters = resolve(entry_point, request.parameters)
+        environment = None
+        docker = None
+        if spec.docker is not None:
+            docker = DockerRequest(
+                env=spec.docker,
+                args=request.docker_args or {},
+                build_image=request.build_image,
+                auth=request.docker_auth,
+            )
+        elif backend.needs_environment:
+            name = choose.choose(request.env_manager, spec.environment)
+            environment = manager(name).plan(spec.folder, spec.environment)
+        plan = Plan(
+            request=request,
+            project=project,
+            spec=spec,
+            entry_point=entry_point,
+            parameters=parameters,
+            backend=backend.name,
+            config=config,
+            environment=environment,
+            docker=docker,
+            tags=_tags(request, project, environment, docker),
+        )
+        plan.command()  # what cannot be rendered shows here
+        return plan
+
+    def _read(self, folder: Path) -> ProjectSpec:
+        """The project's spec, read again only when something in the folder's root has changed."""
+        signature = _signature(folder)
+        known = self._specs.get(folder)
+        if known is not None and known[0] == signature:
+            return known[1]
+        spec = read_project(folder)
+        self._specs[folder] = (signature, spec)
+        return spec
+
+
+def _signature(folder: Path) -> object:
+    """Changes whenever what `read_project` looks at changes: the folder's names, and the files that it may read."""
+    stats = [folder.stat()]
+    stats += [entry.stat() for entry in folder.iterdir() if entry.name.lower() == "mlproject"]
+    return [(stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats]
+
+
+def _backend_name(request: RunRequest, spec: ProjectSpec) -> str:
+    """A project with ``docker_env`` that is to run on this machine runs in a container."""
+    return "docker" if request.backend == "local" and spec.docker is not None else request.backend
+
+
+def _tags(
+    request: RunRequest, project: Project, environment: EnvironmentPlan | None, docker: DockerRequest | None
+) -> dict[str, str]:
+    """The tags that the reference sets (mlflow/utils/mlflow_tags.py), and the caller's."""
+    tags = {
+        "mlflow.user": _user(),
+        "mlflow.source.name": project.source_name,
+        "mlflow.source.type": "PROJECT",
+        "mlflow.project.entryPoint": request.entry_point,
+        "mlflow.project.backend": request.backend,
+    }
+    optional = {
+        "mlflow.source.git.commit": project.commit,
+        "mlflow.source.git.repoURL": project.repo_url,
+        "mlflow.source.git.branch": project.branch,
+        "mlflow.parentRunId": request.parent_run_id,
+        "mlflow.project.env": "docker" if docker else environment.manager if environment else None,
+    }
+    tags.update({name: value for name, value in optional.items() if value})
+    tags.update({str(name): str(value) for name, value in (request.tags or {}).items()})
+    return tags
+
+
+@cache
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):  # no such user in this container
+        return "unknown"

@@ -1,0 +1,400 @@
+"""One run, from its MLflow run to its terminal status: the handle, and the task that supervises it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import anyio
+
+from mlfleet.backends.base import Backend, BackendRun, Job
+from mlfleet.concurrency.shield import finish
+from mlfleet.environments.base import EnvironmentManager
+from mlfleet.errors import MlfleetError, RunCancelled, RunTimeout, TrackingError, UsageError
+from mlfleet.folders import runs_folder
+from mlfleet.planning import Plan
+from mlfleet.project.downloads import download_all
+from mlfleet.project.fetch import ProjectFetcher
+from mlfleet.runs import Outcome, RunEvent, RunStatus, Stage, Timeouts, failure
+from mlfleet.tracking.base import RunInfo, Tracking
+
+__all__ = ["FleetRun", "Services"]
+
+logger = logging.getLogger("mlfleet.runs")
+
+# A cancelled caller waits this long for an answer to the request that creates the MLflow run: without it nobody would
+# know whether there is a run that must be marked KILLED.
+_CREATE_GRACE = 15.0
+_RETRY_FIRST, _RETRY_LAST = 0.5, 10.0  # seconds between attempts to write the terminal status
+
+
+class Services(Protocol):
+    """What a run needs of its Fleet."""
+
+    tracking: Tracking
+    tracking_patience: float
+    timeouts: Timeouts
+
+    @property
+    def fetcher(self) -> ProjectFetcher:
+        """What fetches projects."""
+        ...
+
+    async def backend(self, name: str) -> Backend:
+        """The opened backend of that name."""
+        ...
+
+    def environment_manager(self, name: str) -> EnvironmentManager:
+        """The manager of that name."""
+        ...
+
+    async def experiment_id(self, plan: Plan) -> str:
+        """The experiment that a run belongs to."""
+        ...
+
+    def slot(self, plan: Plan) -> anyio.CapacityLimiter | None:
+        """What limits how many such runs go on at once."""
+        ...
+
+    def tell(self, event: RunEvent) -> None:
+        """Tell those who follow the Fleet."""
+        ...
+
+
+class FleetRun:
+    """The handle of a run of a `Fleet`. It satisfies `SubmittedRun`.
+
+    Attributes:
+        plan: what is run.
+    """
+
+    def __init__(self, services: Services, plan: Plan) -> None:
+        self.plan = plan
+        self._services = services
+        self._timeouts = plan.request.timeouts or services.timeouts
+        self._scope = anyio.CancelScope()
+        self._info: RunInfo | None = None
+        self._stage = Stage.QUEUED
+        self._handle: BackendRun | None = None
+        self._outcome: Outcome | None = None
+        self._settled: Outcome | None = None
+        self._creation_error: Exception | None = None
+        self._created = anyio.Event()
+        self._started = anyio.Event()
+        self._done = anyio.Event()
+
+    def __repr__(self) -> str:
+        state = self._outcome.status if self._outcome else self._stage
+        return f"<FleetRun {self._info.run_id if self._info else '(not created)'} {state}>"
+
+    # ---- the handle -------------------------------------------------------------------------------------------------
+
+    @property
+    def run_id(self) -> str:
+        """The id of the MLflow run."""
+        return self.info.run_id
+
+    @property
+    def info(self) -> RunInfo:
+        """The MLflow run as it was created: its ids, its name, where its artifacts are."""
+        if self._info is None:
+            raise UsageError("this run has no MLflow run: it was cancelled before there was one")
+        return self._info
+
+    @property
+    def stage(self) -> Stage:
+        """Where the run is on its way."""
+        return self._stage
+
+    @property
+    def output_path(self) -> Path | None:
+        """The file with the run's output; None if it is inherited, or kept elsewhere by the backend."""
+        if self.plan.request.output == "inherit":
+            return None
+        return runs_folder() / self.run_id / "output.log"
+
+    async def wait(self) -> bool:
+        """Wait until the run has ended and tracking tells so; True if it finished well.
+
+        Any number of tasks may wait. Cancelling one of them does not touch the run.
+        """
+        return (await self.outcome()).status is RunStatus.FINISHED
+
+    async def outcome(self) -> Outcome:
+        """Wait like `wait`, and tell how the run ended."""
+        await self._done.wait()
+        assert self._outcome is not None  # noqa: S101 - set before the event
+        return self._outcome
+
+    async def check(self) -> None:
+        """Wait like `wait`, and raise if the run did not end well.
+
+        Raises:
+            RunCancelled: it was cancelled.
+            RunTimeout: it ran out of one of its times.
+            ExecutionException: it failed.
+        """
+        outcome = await self.outcome()
+        if outcome.status is not RunStatus.FINISHED:
+            raise failure(self.info.name, self.run_id, outcome, self.output_path)
+
+    async def cancel(self) -> None:
+        """End the run; returns once nothing of it runs any more and tracking tells so (KILLED).
+
+        A run that has ended already keeps its status. Any number of calls, also at the same time.
+        """
+        self._scope.cancel()
+        await self._done.wait()
+
+    async def get_status(self) -> RunStatus:
+        """SCHEDULED until the command runs, RUNNING while it does, then how it ended."""
+        if self._outcome is not None:
+            return self._outcome.status
+        if self._handle is None:
+            return RunStatus.SCHEDULED
+        status = await self._handle.get_status()
+        # What the backend calls ended is not ended before tracking says so.
+        return RunStatus.RUNNING if status.is_terminal else status
+
+    async def logs(self, *, follow: bool = True) -> AsyncGenerator[str, None]:
+        """The lines of the run's output from its beginning.
+
+        Args:
+            follow: go on until the run has ended; False gives what there is now.
+
+        Raises:
+            UsageError: the output is not captured.
+        """
+        if self.plan.request.output == "inherit":
+            raise UsageError("the output of this run is not captured: submit it with output='capture' to read its logs")
+        if follow:
+            await self._started.wait()
+        if self._handle is not None:
+            async for line in self._handle.logs(follow=follow):
+                yield line
+
+    # ---- its supervisor ---------------------------------------------------------------------------------------------
+
+    async def created(self) -> None:
+        """Wait until the MLflow run exists; raises what prevented it."""
+        await self._created.wait()
+        if self._creation_error is not None:
+            raise self._creation_error
+        if self._info is None:
+            raise RunCancelled("the run was cancelled before its MLflow run was created")
+
+    async def supervise(self) -> None:
+        """The whole life of the run; ends when its terminal status is written. Started once, by the Fleet."""
+        outcome: Outcome | None = None
+        try:
+            with self._scope:
+                outcome = await self._live()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._end(outcome or self._settled or Outcome(RunStatus.KILLED, reason="cancelled"))
+
+    async def _live(self) -> Outcome:
+        try:
+            await finish(self._create, within=_CREATE_GRACE)
+        except Exception as error:
+            self._creation_error = error
+            return Outcome(RunStatus.FAILED, reason=str(error), error=error)
+        self._created.set()
+        self._tell(Stage.QUEUED)
+        try:
+            return await self._stages()
+        except MlfleetError as error:
+            seen = self._settled.output if self._settled else tuple(getattr(error, "output", ()))
+            return Outcome(RunStatus.FAILED, reason=_reason(error), error=error, output=seen)
+        except Exception as error:
+            logger.exception("the run %s ended by an unexpected error", self.run_id)
+            return Outcome(RunStatus.FAILED, reason=f"{type(error).__name__}: {error}", error=error)
+
+    async def _create(self) -> None:
+        request, tracking = self.plan.request, self._services.tracking
+        if request.run_id is None:
+            experiment = await self._services.experiment_id(self.plan)
+            self._info = await tracking.create_run(experiment, name=request.run_name, tags=self.plan.tags)
+            return
+        self._info = await tracking.get_run(request.run_id)
+        if self._info.status.is_terminal:
+            await tracking.update_run(self._info.run_id, RunStatus.RUNNING)
+
+    async def _stages(self) -> Outcome:
+        job = await self._draft()
+        backend = await self._services.backend(self.plan.backend)
+        await self._log(backend, job)
+        limiter = self._services.slot(self.plan)
+        async with AsyncExitStack() as stack:
+            if limiter is not None:
+                with self._within("queue", self._timeouts.queue):
+                    await limiter.acquire_on_behalf_of(self)
+                stack.callback(limiter.release_on_behalf_of, self)
+            with self._within("setup", self._timeouts.setup):
+                job = await self._prepare(job, stack)
+                self._handle = await backend.submit(job)
+                stack.push_async_callback(self._settle, self._handle)
+                await self._handle.started()
+            self._tell(Stage.STARTED)
+            self._started.set()
+            with self._within("run", self._timeouts.run):
+                return await self._handle.outcome()
+
+    async def _settle(self, handle: BackendRun) -> None:
+        """Leave nothing running, whichever way the stages were left; what the backend saw last is the truth."""
+        with anyio.CancelScope(shield=True):
+            await handle.cancel()
+            self._settled = await handle.outcome()
+
+    async def _draft(self) -> Job:
+        plain, secret = await self._services.tracking.environ()
+        info, plan = self.info, self.plan
+        return Job(
+            run_id=info.run_id,
+            experiment_id=info.experiment_id,
+            project_name=plan.project_name,
+            project_dir=plan.spec.folder,
+            commit=plan.project.commit,
+            command=plan.command(),
+            environ={**plain, "MLFLOW_RUN_ID": info.run_id, "MLFLOW_EXPERIMENT_ID": info.experiment_id},
+            secrets=secret,
+            docker=plan.docker,
+            config=plan.config,
+            output=self.output_path,
+            cancel_grace=self._timeouts.cancel_grace,
+        )
+
+    async def _log(self, backend: Backend, job: Job) -> None:
+        """Parameters and the reference of the run, in one request; before anything is made that must be found again."""
+        tags: dict[str, str] = {}
+        if self.plan.request.run_id is not None:
+            tags.update(self.plan.tags)
+        reference = backend.reference(job)
+        if reference is not None:
+            tags[reference.TAG] = reference.to_json()
+        if tags or self.plan.parameters.logged:
+            await self._services.tracking.log(job.run_id, params=self.plan.parameters.logged, tags=tags)
+
+    async def _prepare(self, job: Job, stack: AsyncExitStack) -> Job:
+        """The job as the backend gets it: in its own folder, with its files downloaded and its environment built."""
+        self._tell(Stage.PREPARING)
+        plan = self.plan
+        folder = await stack.enter_async_context(self._services.fetcher.working_copy(plan.project))
+        if job.output is not None:
+            await anyio.to_thread.run_sync(_fresh_file, job.output)
+        downloaded: dict[str, str] = {}
+        if plan.parameters.downloads:
+            storage = await self._storage(stack)
+            downloaded = await download_all(plan.parameters.downloads, storage, self._services.tracking.download)
+        environment = None
+        if plan.environment is not None:
+            manager = self._services.environment_manager(plan.environment.manager)
+            environment = await manager.prepare(
+                plan.environment, on_progress=lambda line: self._tell(Stage.PREPARING, line)
+            )
+        return replace(job, project_dir=folder, command=plan.command(downloaded), environment=environment)
+
+    async def _storage(self, stack: AsyncExitStack) -> Path:
+        """A fresh folder for downloads, which goes when the run ends."""
+
+        def make() -> Path:
+            given = self.plan.request.storage_dir
+            if given is not None:
+                Path(given).mkdir(parents=True, exist_ok=True)
+            return Path(tempfile.mkdtemp(prefix="mlfleet-", dir=given))
+
+        async def remove() -> None:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(partial(shutil.rmtree, folder, ignore_errors=True))
+
+        folder = await anyio.to_thread.run_sync(make)
+        stack.push_async_callback(remove)
+        return folder
+
+    async def _end(self, outcome: Outcome) -> None:
+        """Write the terminal status, then tell everybody who waits."""
+        if self._info is not None:
+            await self._log_output()
+            error = await self._write_status(self._info.run_id, outcome.status)
+            if error is not None:
+                logger.error(
+                    "the run %s is %s, but its tracking server could not be told for %g s: %s",
+                    self._info.run_id, outcome.status, self._services.tracking_patience, error,
+                )  # fmt: skip
+                outcome = replace(outcome, tracking_error=error)
+        self._outcome = outcome
+        self._stage = Stage.FINISHED
+        for event in (self._created, self._started, self._done):
+            event.set()
+        self._tell(Stage.FINISHED, outcome.reason or "", outcome.status)
+
+    async def _log_output(self) -> None:
+        path = self.output_path
+        if not self.plan.request.log_output or self._handle is None or path is None:
+            return
+        try:
+            with anyio.move_on_after(self._services.tracking_patience) as scope:
+                await self._services.tracking.log_artifact(self.info, path)
+            if scope.cancelled_caught:
+                logger.warning("the output of the run %s was not logged in time; it is in %s", self.run_id, path)
+        except MlfleetError as error:
+            logger.warning("the output of the run %s could not be logged; it is in %s: %s", self.run_id, path, error)
+
+    async def _write_status(self, run_id: str, status: RunStatus) -> TrackingError | None:
+        """Write `status` unless the run's own code has ended the run already; keep trying for a while."""
+        tracking = self._services.tracking
+        problem = TrackingError("no answer in time", uri=tracking.uri)
+        end_time = int(time.time() * 1000)
+        delay = _RETRY_FIRST
+        with anyio.move_on_after(self._services.tracking_patience):
+            while True:
+                try:
+                    if not (await tracking.get_run(run_id)).status.is_terminal:
+                        await tracking.update_run(run_id, status, end_time=end_time)
+                    return None
+                except TrackingError as error:
+                    problem = error
+                    if error.status is not None and 400 <= error.status < 500 and error.status not in (408, 429):
+                        return problem
+                await anyio.sleep(delay)
+                delay = min(delay * 2, _RETRY_LAST)
+        return problem
+
+    def _tell(self, stage: Stage, detail: str = "", status: RunStatus | None = None) -> None:
+        self._stage = stage
+        self._services.tell(
+            RunEvent(
+                stage,
+                self.plan.project.uri,
+                run_id=self._info.run_id if self._info else None,
+                run_name=self._info.name if self._info else None,
+                detail=detail,
+                status=status,
+            )
+        )
+
+    @contextmanager
+    def _within(self, stage: str, seconds: float | None) -> Iterator[None]:
+        """Bound a stage; running out of it raises `RunTimeout`."""
+        with anyio.move_on_after(seconds) as scope:
+            yield
+        if scope.cancelled_caught:
+            reason = f"the {stage} timeout of {seconds:g} s ran out"
+            raise RunTimeout(reason, run_id=self.run_id, reason=reason, stage=stage, seconds=seconds)
+
+
+def _fresh_file(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.unlink(missing_ok=True)
+
+
+def _reason(error: MlfleetError) -> str:
+    return str(error).partition("\n")[0]

@@ -1,0 +1,223 @@
+"""run(): the blocking shim, for callers without an event loop.
+
+One event loop in a thread of its own serves all calls of the process, whichever threads they come from. The
+interpreter's exit waits for the runs that go on there; an interrupt ends them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from types import FrameType
+from typing import Any, TypeVar
+
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from mlfleet import api
+from mlfleet.request import Output, active_run_id
+from mlfleet.runs import Timeouts
+from mlfleet.supervision import FleetRun
+
+__all__ = ["BlockingRun", "run"]
+
+logger = logging.getLogger("mlfleet.sync")
+
+T = TypeVar("T")
+
+
+class BlockingRun:
+    """The handle that `run` returns: that of the reference, and the output.
+
+    Every method may be called from any thread.
+    """
+
+    def __init__(self, run: FleetRun, loop: _Loop) -> None:
+        self._run = run
+        self._loop = loop
+
+    def __repr__(self) -> str:
+        return f"<BlockingRun {self.run_id}>"
+
+    @property
+    def run_id(self) -> str:
+        """The id of the MLflow run."""
+        return self._run.run_id
+
+    def wait(self) -> bool:
+        """Wait for the end of the run; True if it finished well."""
+        return self._loop.call(self._run.wait)
+
+    def get_status(self) -> str:
+        """The state of the run now: SCHEDULED, RUNNING, FINISHED, FAILED or KILLED."""
+        return self._loop.call(self._run.get_status).value
+
+    def cancel(self) -> None:
+        """End the run; returns once nothing of it runs any more."""
+        self._loop.call(self._run.cancel)
+
+    def logs(self, *, follow: bool = True) -> Iterator[str]:
+        """The lines of the run's output from its beginning.
+
+        Args:
+            follow: go on until the run has ended.
+        """
+        lines = self._run.logs(follow=follow)
+        try:
+            while (line := self._loop.call(partial(anext, lines, None))) is not None:
+                yield line
+        finally:
+            self._loop.call(lines.aclose)
+
+
+def run(
+    uri: str | os.PathLike[str],
+    entry_point: str = "main",
+    version: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    docker_args: Mapping[str, Any] | None = None,
+    experiment_name: str | None = None,
+    experiment_id: str | None = None,
+    backend: str = "local",
+    backend_config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    storage_dir: str | os.PathLike[str] | None = None,
+    synchronous: bool = True,
+    run_id: str | None = None,
+    run_name: str | None = None,
+    env_manager: str | None = None,
+    build_image: bool = False,
+    docker_auth: Mapping[str, Any] | None = None,
+    *,
+    tracking_uri: str | None = None,
+    parent_run_id: str | None = None,
+    tags: Mapping[str, str] | None = None,
+    timeouts: Timeouts | None = None,
+    output: Output | None = None,
+    log_output: bool = False,
+) -> BlockingRun:
+    """Run a project, blocking: the signature and the meaning of ``mlflow.projects.run``.
+
+    Works in a script, in any thread, and inside a running event loop (which it blocks: there, `mlfleet.run_async` is
+    the better one). The arguments are those of `mlfleet.run_async`, but for two: ``synchronous=False`` returns as soon as
+    the MLflow run exists, and the process then waits at its exit for the runs that still go on. ``output=None`` lets a
+    synchronous run inherit this process's stdout and stderr, as in the reference, and captures the output of others.
+
+    Raises:
+        ExecutionException: the run failed (only if `synchronous`).
+        MlfleetError: there was a mistake in the request or the project, or tracking cannot be reached; no run was made.
+        KeyboardInterrupt: the run was ended first and is KILLED. SIGTERM ends all runs likewise and then the process,
+            if nobody else handles it and the first call came from the main thread.
+    """
+    loop = _loop()
+    if output is None:
+        output = "inherit" if synchronous and not log_output else "capture"
+    submitted = loop.call(
+        partial(
+            api.submit,
+            uri,
+            entry_point,
+            version,
+            parameters,
+            tracking_uri=tracking_uri,
+            docker_args=docker_args,
+            experiment_name=experiment_name,
+            experiment_id=experiment_id,
+            backend=backend,
+            backend_config=backend_config,
+            storage_dir=storage_dir,
+            run_id=run_id,
+            run_name=run_name,
+            env_manager=env_manager,
+            build_image=build_image,
+            docker_auth=docker_auth,
+            # mlflow's active run belongs to the calling thread.
+            parent_run_id=parent_run_id or active_run_id(),
+            tags=tags,
+            timeouts=timeouts,
+            output=output,
+            log_output=log_output,
+        )
+    )
+    if synchronous:
+        loop.call(partial(api.finish_or_cancel, submitted))
+    return BlockingRun(submitted, loop)
+
+
+class _Loop:
+    """The event loop of this process's blocking calls."""
+
+    def __init__(self) -> None:
+        self._context: AbstractContextManager[BlockingPortal] = start_blocking_portal(name="mlfleet")
+        self._portal = self._context.__enter__()
+        # An exit hook of threading runs while threads can still be started, one of atexit does not: from Python 3.12 on
+        # nothing could be written to the tracking server any more. concurrent.futures uses it for the same reason.
+        register = getattr(threading, "_register_atexit", atexit.register)
+        register(self._at_exit)
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def call(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Run `work` on the loop and wait; an interrupt meanwhile cancels it and waits for its cleaning up."""
+        ended = threading.Event()
+
+        async def tracked() -> T:
+            try:
+                return await work()
+            finally:
+                ended.set()
+
+        future = self._portal.start_task_soon(tracked)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            ended.wait()
+            raise
+
+    def _at_exit(self) -> None:
+        """Wait for the runs, unless the interpreter exits because of an interrupt: then end them."""
+        interrupted = isinstance(getattr(sys, "last_value", None), KeyboardInterrupt)
+        try:
+            if not interrupted:
+                self._portal.call(api.join_default_fleets)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            if interrupted:
+                logger.warning("interrupted: ending the runs that still go on")
+            self._portal.call(api.close_default_fleets)
+            self._context.__exit__(None, None, None)
+
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        """End the runs, then die of the signal, as this process would have done at once."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._portal.call(api.close_default_fleets)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+_lock = threading.Lock()
+_the_loop: _Loop | None = None
+
+
+def _loop() -> _Loop:
+    global _the_loop
+    with _lock:
+        if _the_loop is None:
+            _the_loop = _Loop()
+        return _the_loop
+
+
+def _forget() -> None:
+    """A forked child has the loop's thread no more, and its runs are its parent's."""
+    global _the_loop, _lock
+    _lock = threading.Lock()
+    _the_loop = None
+
+
+os.register_at_fork(after_in_child=_forget)
