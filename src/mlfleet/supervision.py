@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import tempfile
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import anyio
 
 from mlfleet.backends.base import Backend, BackendRun, Job
 from mlfleet.concurrency.shield import finish
-from mlfleet.environments.base import EnvironmentManager
 from mlfleet.errors import MlfleetError, RunCancelled, RunTimeout, TrackingError, UsageError
 from mlfleet.folders import runs_folder
 from mlfleet.planning import Plan
-from mlfleet.project.downloads import download_all
-from mlfleet.project.fetch import ProjectFetcher
-from mlfleet.runs import Outcome, RunEvent, RunStatus, Stage, Timeouts, failure
-from mlfleet.tracking.base import RunInfo, Tracking
+from mlfleet.preparation import Services, draft, prepare
+from mlfleet.runs import Outcome, RunEvent, RunStatus, Stage, failure
+from mlfleet.tracking.base import RunInfo
 
-__all__ = ["FleetRun", "Services"]
+__all__ = ["FleetRun"]
 
 logger = logging.getLogger("mlfleet.runs")
 
@@ -34,39 +29,6 @@ logger = logging.getLogger("mlfleet.runs")
 # know whether there is a run that must be marked KILLED.
 _CREATE_GRACE = 15.0
 _RETRY_FIRST, _RETRY_LAST = 0.5, 10.0  # seconds between attempts to write the terminal status
-
-
-class Services(Protocol):
-    """What a run needs of its Fleet."""
-
-    tracking: Tracking
-    tracking_patience: float
-    timeouts: Timeouts
-
-    @property
-    def fetcher(self) -> ProjectFetcher:
-        """What fetches projects."""
-        ...
-
-    async def backend(self, name: str) -> Backend:
-        """The opened backend of that name."""
-        ...
-
-    def environment_manager(self, name: str) -> EnvironmentManager:
-        """The manager of that name."""
-        ...
-
-    async def experiment_id(self, plan: Plan) -> str:
-        """The experiment that a run belongs to."""
-        ...
-
-    def slot(self, plan: Plan) -> anyio.CapacityLimiter | None:
-        """What limits how many such runs go on at once."""
-        ...
-
-    def tell(self, event: RunEvent) -> None:
-        """Tell those who follow the Fleet."""
-        ...
 
 
 class FleetRun:
@@ -229,7 +191,9 @@ class FleetRun:
             await tracking.update_run(self._info.run_id, RunStatus.RUNNING)
 
     async def _stages(self) -> Outcome:
-        job = await self._draft()
+        job = await draft(
+            self.plan, self.info, self._services, output=self.output_path, cancel_grace=self._timeouts.cancel_grace
+        )
         backend = await self._services.backend(self.plan.backend)
         await self._log(backend, job)
         limiter = self._services.slot(self.plan)
@@ -239,7 +203,10 @@ class FleetRun:
                     await limiter.acquire_on_behalf_of(self)
                 stack.callback(limiter.release_on_behalf_of, self)
             with self._within("setup", self._timeouts.setup):
-                job = await self._prepare(job, stack)
+                self._tell(Stage.PREPARING)
+                job = await prepare(
+                    job, self.plan, self._services, stack, on_progress=partial(self._tell, Stage.PREPARING)
+                )
                 self._handle = await backend.submit(job)
                 stack.push_async_callback(self._settle, self._handle)
                 await self._handle.started()
@@ -254,24 +221,6 @@ class FleetRun:
             await handle.cancel()
             self._settled = await handle.outcome()
 
-    async def _draft(self) -> Job:
-        plain, secret = await self._services.tracking.environ()
-        info, plan = self.info, self.plan
-        return Job(
-            run_id=info.run_id,
-            experiment_id=info.experiment_id,
-            project_name=plan.project_name,
-            project_dir=plan.spec.folder,
-            commit=plan.project.commit,
-            command=plan.command(),
-            environ={**plain, "MLFLOW_RUN_ID": info.run_id, "MLFLOW_EXPERIMENT_ID": info.experiment_id},
-            secrets=secret,
-            docker=plan.docker,
-            config=plan.config,
-            output=self.output_path,
-            cancel_grace=self._timeouts.cancel_grace,
-        )
-
     async def _log(self, backend: Backend, job: Job) -> None:
         """Parameters and the reference of the run, in one request; before anything is made that must be found again."""
         tags: dict[str, str] = {}
@@ -282,42 +231,6 @@ class FleetRun:
             tags[reference.TAG] = reference.to_json()
         if tags or self.plan.parameters.logged:
             await self._services.tracking.log(job.run_id, params=self.plan.parameters.logged, tags=tags)
-
-    async def _prepare(self, job: Job, stack: AsyncExitStack) -> Job:
-        """The job as the backend gets it: in its own folder, with its files downloaded and its environment built."""
-        self._tell(Stage.PREPARING)
-        plan = self.plan
-        folder = await stack.enter_async_context(self._services.fetcher.working_copy(plan.project))
-        if job.output is not None:
-            await anyio.to_thread.run_sync(_fresh_file, job.output)
-        downloaded: dict[str, str] = {}
-        if plan.parameters.downloads:
-            storage = await self._storage(stack)
-            downloaded = await download_all(plan.parameters.downloads, storage, self._services.tracking.download)
-        environment = None
-        if plan.environment is not None:
-            manager = self._services.environment_manager(plan.environment.manager)
-            environment = await manager.prepare(
-                plan.environment, on_progress=lambda line: self._tell(Stage.PREPARING, line)
-            )
-        return replace(job, project_dir=folder, command=plan.command(downloaded), environment=environment)
-
-    async def _storage(self, stack: AsyncExitStack) -> Path:
-        """A fresh folder for downloads, which goes when the run ends."""
-
-        def make() -> Path:
-            given = self.plan.request.storage_dir
-            if given is not None:
-                Path(given).mkdir(parents=True, exist_ok=True)
-            return Path(tempfile.mkdtemp(prefix="mlfleet-", dir=given))
-
-        async def remove() -> None:
-            with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(partial(shutil.rmtree, folder, ignore_errors=True))
-
-        folder = await anyio.to_thread.run_sync(make)
-        stack.push_async_callback(remove)
-        return folder
 
     async def _end(self, outcome: Outcome) -> None:
         """Write the terminal status, then tell everybody who waits."""
@@ -389,11 +302,6 @@ class FleetRun:
         if scope.cancelled_caught:
             reason = f"the {stage} timeout of {seconds:g} s ran out"
             raise RunTimeout(reason, run_id=self.run_id, reason=reason, stage=stage, seconds=seconds)
-
-
-def _fresh_file(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path.unlink(missing_ok=True)
 
 
 def _reason(error: MlfleetError) -> str:

@@ -104,9 +104,9 @@ def run(
     """Run a project, blocking: the signature and the meaning of ``mlflow.projects.run``.
 
     Works in a script, in any thread, and inside a running event loop (which it blocks: there, `mlfleet.run_async` is
-    the better one). The arguments are those of `mlfleet.run_async`, but for two: ``synchronous=False`` returns as soon as
-    the MLflow run exists, and the process then waits at its exit for the runs that still go on. ``output=None`` lets a
-    synchronous run inherit this process's stdout and stderr, as in the reference, and captures the output of others.
+    the better one). The arguments are those of `mlfleet.run_async`, but for two: ``synchronous=False`` returns as soon
+    as the MLflow run exists, and the process then waits at its exit for the runs that still go on. ``output=None`` lets
+    a synchronous run inherit this process's stdout and stderr, as in the reference, and captures the output of others.
 
     Raises:
         ExecutionException: the run failed (only if `synchronous`).

@@ -14,9 +14,9 @@ __all__ = ["TaskOwner"]
 class TaskOwner:
     """Keeps tasks alive, and waits for their end.
 
-    A task group would tie its owner to the task that entered it and would wrap every error in a group; a Fleet is entered
-    and left in different tasks by test fixtures and frameworks. The tasks given here must not raise: they handle their
-    own errors.
+    A task group would tie its owner to the task that entered it, and would wrap every error in a group; a Fleet is
+    entered and left in different tasks by test fixtures and frameworks. The tasks given here must not raise: they
+    handle their own errors.
     """
 
     def __init__(self) -> None:

@@ -1,0 +1,126 @@
+"""From a plan to a job: in a folder of its own, with its files downloaded and its environment built."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import anyio
+
+from mlfleet.backends.base import Backend, Job
+from mlfleet.environments.base import EnvironmentManager
+from mlfleet.planning import Plan
+from mlfleet.project.downloads import download_all
+from mlfleet.project.fetch import ProjectFetcher
+from mlfleet.runs import RunEvent, Timeouts
+from mlfleet.tracking.base import RunInfo, Tracking
+
+__all__ = ["Services", "draft", "prepare"]
+
+
+class Services(Protocol):
+    """What a run needs of its Fleet."""
+
+    tracking: Tracking
+    tracking_patience: float
+    timeouts: Timeouts
+
+    @property
+    def fetcher(self) -> ProjectFetcher:
+        """What fetches projects."""
+        ...
+
+    async def backend(self, name: str) -> Backend:
+        """The opened backend of that name."""
+        ...
+
+    def environment_manager(self, name: str) -> EnvironmentManager:
+        """The manager of that name."""
+        ...
+
+    async def experiment_id(self, plan: Plan) -> str:
+        """The experiment that a run belongs to."""
+        ...
+
+    def slot(self, plan: Plan) -> anyio.CapacityLimiter | None:
+        """What limits how many such runs go on at once."""
+        ...
+
+    def tell(self, event: RunEvent) -> None:
+        """Tell those who follow the Fleet."""
+        ...
+
+
+async def draft(plan: Plan, info: RunInfo, services: Services, *, output: Path | None, cancel_grace: float) -> Job:
+    """The job as it is known before anything is prepared: its command, folder and environment are provisional."""
+    plain, secret = await services.tracking.environ()
+    return Job(
+        run_id=info.run_id,
+        experiment_id=info.experiment_id,
+        project_name=plan.project_name,
+        project_dir=plan.spec.folder,
+        commit=plan.project.commit,
+        command=plan.command(),
+        environ={**plain, "MLFLOW_RUN_ID": info.run_id, "MLFLOW_EXPERIMENT_ID": info.experiment_id},
+        secrets=secret,
+        docker=plan.docker,
+        config=plan.config,
+        output=output,
+        cancel_grace=cancel_grace,
+    )
+
+
+async def prepare(
+    job: Job, plan: Plan, services: Services, stack: AsyncExitStack, *, on_progress: Callable[[str], None]
+) -> Job:
+    """The job as the backend gets it.
+
+    Args:
+        job: the draft of it.
+        plan: what it is made from.
+        services: of its Fleet.
+        stack: takes what must be removed when the run has ended.
+        on_progress: is called with lines of the environment's build.
+    """
+    folder = await stack.enter_async_context(services.fetcher.working_copy(plan.project))
+    if job.output is not None:
+        await anyio.to_thread.run_sync(_make_room, job.output)
+    downloaded: dict[str, str] = {}
+    if plan.parameters.downloads:
+        storage = await _storage(plan, stack)
+        downloaded = await download_all(plan.parameters.downloads, storage, services.tracking.download)
+    environment = None
+    if plan.environment is not None:
+        manager = services.environment_manager(plan.environment.manager)
+        environment = await manager.prepare(plan.environment, on_progress=on_progress)
+    return replace(job, project_dir=folder, command=plan.command(downloaded), environment=environment)
+
+
+async def _storage(plan: Plan, stack: AsyncExitStack) -> Path:
+    """A fresh folder for downloads, which goes when the run ends."""
+
+    def make() -> Path:
+        given = plan.request.storage_dir
+        if given is not None:
+            Path(given).mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="mlfleet-", dir=given))
+
+    async def remove() -> None:
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(partial(shutil.rmtree, folder, ignore_errors=True))
+
+    folder = await anyio.to_thread.run_sync(make)
+    stack.push_async_callback(remove)
+    return folder
+
+
+def _make_room(output: Path) -> None:
+    """An existing MLflow run that runs again starts with an empty output file."""
+    output.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    output.unlink(missing_ok=True)
