@@ -87,8 +87,13 @@ class Tracking(ABC):
         """
 
     @abstractmethod
-    async def get_run(self, run_id: str) -> RunInfo:
-        """What the server knows of a run."""
+    async def get_run(self, run_id: str, *, retry_for: float | None = None) -> RunInfo:
+        """What the server knows of a run.
+
+        Args:
+            run_id: of the run.
+            retry_for: seconds to keep trying while the server cannot be reached; None: as this `Tracking` was made.
+        """
 
     @abstractmethod
     async def search_runs(

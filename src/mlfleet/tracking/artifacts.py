@@ -1,0 +1,254 @@
+"""Artifacts of an MLflow server: through the server itself, in a folder, or in an object store by fsspec."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Literal, TypeVar
+from urllib.parse import quote, urlsplit
+
+import anyio
+
+from mlfleet.concurrency.threads import Threads
+from mlfleet.errors import TrackingError
+from mlfleet.masking import mask_uri
+from mlfleet.tracking import objectstore
+from mlfleet.tracking.locations import (
+    ModelRef,
+    join,
+    local_path,
+    parse_model_uri,
+    parse_run_uri,
+    safe_name,
+    safe_path,
+)
+from mlfleet.tracking.transport import ARTIFACTS, Transport
+
+__all__ = ["Artifacts"]
+
+_CHUNK = 2**20
+_DEPTH = 100
+_REDIRECTIONS = 4
+
+T = TypeVar("T")
+
+_threads = Threads("artifacts", 8)
+
+
+class Artifacts:
+    """Reads and writes the artifacts that one server knows of."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    async def upload(self, root: str, path: Path, artifact_path: str | None) -> None:
+        """Store the file `path` in the folder `artifact_path` below the URI `root`."""
+        folder = safe_path(artifact_path or "", artifact_path or "")
+        target = str(PurePosixPath(folder) / path.name)
+        served = self._served(root)
+        if served is not None:
+            await self._transport.again(partial(self._put, _url(str(PurePosixPath(served) / target)), path))
+            return
+        local = local_path(root)
+        work = (
+            partial(_copy_into, path, local / target)
+            if local is not None
+            else partial(objectstore.upload, path, join(root, target))
+        )
+        await self._in_thread(work)
+
+    async def download(self, uri: str, folder: Path) -> Path:
+        """Download what `uri` names into `folder`; returns once all of it is there, or nothing of it."""
+        root = await self._resolve(uri)
+        name = safe_name(PurePosixPath(urlsplit(root).path).name or "artifacts")
+        half = folder / f".{name}.{uuid.uuid4().hex[:8]}.part"
+        try:
+            await self._fetch(root, half)
+            await self._in_thread(partial(os.replace, half, folder / name))
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._in_thread(partial(_remove, half))
+            raise
+        return folder / name
+
+    async def _resolve(self, uri: str) -> str:
+        """The URI of the place where the artifacts are that ``runs:/`` or ``models:/`` stands for."""
+        place = uri
+        for _ in range(_REDIRECTIONS):
+            scheme = urlsplit(place).scheme
+            if scheme == "runs":
+                run = parse_run_uri(place)
+                place = join(await self._run_root(run.run_id), run.path)
+            elif scheme == "models":
+                model = parse_model_uri(place)
+                place = join(await self._model_root(model), model.path)
+            else:
+                return place
+        raise TrackingError(f"{uri!r} stands for another URI, and that for another, without an end", uri=uri)
+
+    async def _run_root(self, run_id: str) -> str:
+        answer = await self._transport.call("GET", "runs/get", params={"run_id": run_id})
+        return str(answer.get("run", {}).get("info", {}).get("artifact_uri", ""))
+
+    async def _model_root(self, model: ModelRef) -> str:
+        if model.model_id:
+            answer = await self._transport.call("GET", f"logged-models/{quote(model.model_id, safe='')}")
+            return str(answer.get("model", {}).get("info", {}).get("artifact_uri", ""))
+        params = {"name": model.name, "version": model.version or await self._model_version(model)}
+        answer = await self._transport.call("GET", "model-versions/get-download-uri", params=params)
+        return str(answer.get("artifact_uri", ""))
+
+    async def _model_version(self, model: ModelRef) -> str:
+        if model.alias:
+            params = {"name": model.name, "alias": model.alias}
+            answer = await self._transport.call("GET", "registered-models/alias", params=params)
+            return str(answer.get("model_version", {}).get("version", ""))
+        body: dict[str, Any] = {"name": model.name}
+        if model.stage.lower() != "latest":
+            body["stages"] = [model.stage]
+        answer = await self._transport.call("POST", "registered-models/get-latest-versions", body=body)
+        versions = [int(version["version"]) for version in answer.get("model_versions") or ()]
+        if not versions:
+            raise TrackingError(f"the model {model.name!r} has no version in the stage {model.stage!r}")
+        return str(max(versions))
+
+    def _served(self, root: str) -> str | None:
+        """The path of `root` on the server, if the server itself serves it; None if it is kept elsewhere."""
+        parts = urlsplit(root)
+        if parts.scheme == "mlflow-artifacts":
+            path, own = parts.path, not parts.netloc or parts.netloc == urlsplit(self._transport.login.url).netloc
+        elif parts.scheme in ("http", "https") and ARTIFACTS in parts.path:
+            path = parts.path.partition(ARTIFACTS)[2]
+            own = parts.netloc == urlsplit(self._transport.login.url).netloc
+        else:
+            return None
+        if not own:
+            raise TrackingError(
+                f"{mask_uri(root)} is on another server than {self._transport.login.url}: open that one"
+            )
+        return safe_path(path, root)
+
+    async def _fetch(self, root: str, target: Path) -> None:
+        served = self._served(root)
+        if served is not None:
+            await self._fetch_served(served, target, depth=0)
+            return
+        local = local_path(root)
+        work = partial(_copy_from, local, target) if local is not None else partial(objectstore.download, root, target)
+        await self._in_thread(work)
+
+    async def _fetch_served(self, path: str, target: Path, *, depth: int) -> None:
+        listed = await self._list(path)
+        name = PurePosixPath(path).name
+        if not listed or (len(listed) == 1 and listed.get(name) is False):
+            await self._transport.again(partial(self._get, _url(path), target))
+            return
+        await self._fetch_folder(path, listed, target, depth=depth)
+
+    async def _fetch_folder(self, path: str, listed: Mapping[str, bool], target: Path, *, depth: int) -> None:
+        if depth > _DEPTH:
+            raise TrackingError(f"the artifacts {path!r} are nested more than {_DEPTH} folders deep")
+        await self._in_thread(partial(target.mkdir, parents=True, exist_ok=True))
+        for name, is_folder in listed.items():
+            inside = f"{path}/{name}" if path else name
+            if is_folder:
+                await self._fetch_folder(inside, await self._list(inside), target / name, depth=depth + 1)
+            else:
+                await self._transport.again(partial(self._get, _url(inside), target / name))
+
+    async def _list(self, path: str) -> dict[str, bool]:
+        """Name → whether it is a folder."""
+        answer = await self._transport.call("GET", ARTIFACTS, params={"path": path} if path else {})
+        return {safe_name(file.get("path")): bool(file.get("is_dir")) for file in answer.get("files") or ()}
+
+    async def _put(self, url: str, path: Path) -> None:
+        try:
+            async with _opened(path, "rb") as file:
+                size = (await self._in_thread(partial(os.fstat, file.fileno()))).st_size
+                content = self._chunks(file, size)
+                async with self._transport.file("PUT", url, content=content, size=size) as answer:
+                    await answer.aread()
+        except OSError as error:
+            raise TrackingError(f"the artifact {path} cannot be read: {error.strerror or error}") from error
+
+    async def _chunks(self, file: IO[bytes], size: int) -> AsyncIterator[bytes]:
+        """Exactly `size` bytes: what is written meanwhile does not belong to this upload."""
+        while size > 0:
+            chunk = await self._in_thread(partial(file.read, min(_CHUNK, size)))
+            if not chunk:
+                raise TrackingError(f"the artifact {file.name} became shorter while it was uploaded")
+            size -= len(chunk)
+            yield chunk
+
+    async def _get(self, url: str, target: Path) -> None:
+        try:
+            async with _opened(target, "wb") as file, self._transport.file("GET", url) as answer:
+                async for chunk in answer.aiter_bytes(_CHUNK):
+                    await self._in_thread(partial(file.write, chunk))
+        except OSError as error:
+            raise TrackingError(
+                f"the artifact cannot be written to {target.parent}: {error.strerror or error}"
+            ) from error
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        try:
+            return await _threads(work)
+        except TrackingError as error:
+            error.uri = error.uri or self._transport.login.url
+            raise
+
+
+@asynccontextmanager
+async def _opened(path: Path, mode: Literal["rb", "wb"]) -> AsyncIterator[IO[bytes]]:
+    async def close(file: IO[bytes]) -> None:
+        file.close()
+
+    file: IO[bytes] = await _threads(lambda: path.open(mode), undo=close)
+    try:
+        yield file
+    finally:
+        # Chunks are larger than its buffer: there is next to nothing left to write.
+        file.close()
+
+
+def _url(path: str) -> str:
+    return f"{ARTIFACTS}/{quote(path, safe='/')}"
+
+
+def _copy_into(source: Path, target: Path) -> None:
+    half = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, half)
+        half.replace(target)
+    except OSError as error:
+        half.unlink(missing_ok=True) if half.parent.is_dir() else None
+        raise TrackingError(
+            f"the artifact {source.name} cannot be stored in {target.parent}: {error.strerror or error}. The tracking "
+            "server keeps artifacts in a folder: share it with this machine, or start the server with --serve-artifacts"
+        ) from error
+
+
+def _copy_from(source: Path, target: Path) -> None:
+    try:
+        if source.is_dir():
+            shutil.copytree(source, target)
+        else:
+            shutil.copyfile(source, target)
+    except (OSError, shutil.Error) as error:
+        raise TrackingError(
+            f"the artifact {source} cannot be read: {getattr(error, 'strerror', None) or error}. If the tracking "
+            "server keeps artifacts in a folder of its own machine, start it with --serve-artifacts"
+        ) from error
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,143 @@
+"""Databricks as a tracking server: which workspace a ``databricks`` URI means, and what proves who we are there."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from mlfleet.concurrency.threads import Threads
+from mlfleet.errors import TrackingError, UsageError
+from mlfleet.tracking.auth import Login
+
+__all__ = ["DatabricksLogin", "is_databricks"]
+
+_threads = Threads("databricks login", 1)
+
+_HEADERS_LAST = 30.0
+"""Seconds for which headers are used again. The SDK renews a token 40 s or more before it expires."""
+
+
+def is_databricks(uri: str) -> bool:
+    """Whether `uri` is ``databricks`` or ``databricks://profile``."""
+    return uri == "databricks" or uri.startswith("databricks://")
+
+
+class DatabricksLogin(Login):
+    """A Databricks workspace.
+
+    A personal access token (``DATABRICKS_HOST`` and ``DATABRICKS_TOKEN``, or host and token of a profile in
+    ``~/.databrickscfg``) needs nothing else; every other kind of login is left to databricks-sdk.
+    """
+
+    hint = "check DATABRICKS_HOST and DATABRICKS_TOKEN, or the profile in ~/.databrickscfg"
+
+    def __init__(self, uri: str) -> None:
+        self.url = ""
+        self._uri = uri
+        self._profile = _profile(uri)
+        self._settings: Mapping[str, str] = {}
+        self._sdk: Any = None
+        self._headers: dict[str, str] = {}
+        self._until = 0.0
+        self._lock = anyio.Lock()
+
+    def prepare(self) -> None:  # noqa: D102
+        profile = self._profile or os.environ.get("DATABRICKS_CONFIG_PROFILE")
+        settings = _profile_settings(profile) if profile else (_environment_settings() or _profile_settings("DEFAULT"))
+        self._settings = settings
+        if settings.get("host") and settings.get("token") and settings.get("auth_type", "pat") == "pat":
+            self.url = settings["host"].strip().rstrip("/")
+            if "://" not in self.url:
+                self.url = f"https://{self.url}"
+            self._headers, self._until = {"Authorization": f"Bearer {settings['token']}"}, float("inf")
+        else:
+            self._sdk = _sdk_config(profile, self._uri)
+            self.url = str(self._sdk.host).rstrip("/")
+
+    async def headers(self) -> Mapping[str, str]:  # noqa: D102
+        if time.monotonic() >= self._until:
+            async with self._lock:
+                if time.monotonic() >= self._until:
+                    self._headers = await _threads(self._authenticate)
+                    self._until = time.monotonic() + _HEADERS_LAST
+        return self._headers
+
+    def environ(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Host and token, so that a run elsewhere needs no ``~/.databrickscfg``; without a token, the URI itself."""
+        token = self._settings.get("token")
+        if self._sdk is None and token:
+            return {"MLFLOW_TRACKING_URI": "databricks", "DATABRICKS_HOST": self.url}, {"DATABRICKS_TOKEN": token}
+        client, secret = self._sdk.client_id, self._sdk.client_secret
+        if client and secret:
+            plain = {"MLFLOW_TRACKING_URI": "databricks", "DATABRICKS_HOST": self.url, "DATABRICKS_CLIENT_ID": client}
+            return plain, {"DATABRICKS_CLIENT_SECRET": secret}
+        return {"MLFLOW_TRACKING_URI": self._uri}, {}
+
+    def secrets(self) -> tuple[str, ...]:  # noqa: D102
+        from_sdk = (self._sdk.token, self._sdk.client_secret, self._sdk.password) if self._sdk is not None else ()
+        bearer = self._headers.get("Authorization", "").partition(" ")[2]
+        return tuple(text for text in (self._settings.get("token"), bearer, *from_sdk) if text)
+
+    def _authenticate(self) -> dict[str, str]:
+        try:
+            headers = dict(self._sdk.authenticate())
+        except Exception as error:
+            raise TrackingError(f"Databricks login failed: {error}; {self.hint}", uri=self._uri) from error
+        if workspace := getattr(self._sdk, "workspace_id", None):
+            headers["X-Databricks-Org-Id"] = str(workspace)
+        return headers
+
+
+def _profile(uri: str) -> str | None:
+    name = uri.removeprefix("databricks").removeprefix("://").strip("/")
+    if ":" in name:
+        raise UsageError(
+            f"the tracking URI {uri!r} names a Databricks secret scope, which only a Databricks notebook can read: "
+            "use databricks://<profile> with a profile of ~/.databrickscfg"
+        )
+    return name or None
+
+
+def _environment_settings() -> dict[str, str]:
+    names = {"host": "DATABRICKS_HOST", "token": "DATABRICKS_TOKEN", "auth_type": "DATABRICKS_AUTH_TYPE"}
+    settings = {key: os.environ[name] for key, name in names.items() if os.environ.get(name)}
+    return settings if "host" in settings else {}
+
+
+def _profile_settings(profile: str) -> dict[str, str]:
+    path = Path(os.environ.get("DATABRICKS_CONFIG_FILE") or "~/.databrickscfg").expanduser()
+    parser = configparser.ConfigParser(interpolation=None, default_section="-")
+    try:
+        parser.read(path, encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError) as error:
+        # The parser's own text quotes the line, and a token with it.
+        raise TrackingError(f"{path} cannot be read: {type(error).__name__}") from None
+    if parser.has_section(profile):
+        return dict(parser[profile])
+    if profile == "DEFAULT":
+        return {}
+    names = ", ".join(parser.sections()) or "none"
+    raise TrackingError(f"{path} has no profile {profile!r}; it has: {names}")
+
+
+def _sdk_config(profile: str | None, uri: str) -> Any:
+    try:
+        from databricks.sdk.core import Config
+    except ImportError as error:
+        raise TrackingError(
+            f"no host and token were found for the tracking URI {uri!r}: set DATABRICKS_HOST and DATABRICKS_TOKEN, "
+            "or name a profile of ~/.databrickscfg (databricks://<profile>); other kinds of login need databricks-sdk: "
+            "pip install 'mlfleet[databricks]'",
+            uri=uri,
+        ) from error
+    try:
+        return Config(profile=profile) if profile else Config()
+    except Exception as error:
+        text = f"no way to log in to Databricks was found for the tracking URI {uri!r}: {error}"
+        raise TrackingError(text, uri=uri) from error

@@ -1,0 +1,139 @@
+"""Where artifacts are: the URIs that name them, taken apart. Nothing here asks anybody."""
+
+from __future__ import annotations
+
+import posixpath
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from mlfleet.errors import TrackingError, UsageError
+from mlfleet.masking import mask_uri
+
+__all__ = ["ModelRef", "RunRef", "join", "local_path", "parse_model_uri", "parse_run_uri", "safe_name", "safe_path"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunRef:
+    """``runs:/<run id>/<path>``.
+
+    Attributes:
+        run_id: the run.
+        path: inside its artifacts; empty: all of them.
+    """
+
+    run_id: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRef:
+    """``models:/<name>/<version or stage>``, ``models:/<name>@<alias>`` or ``models:/<model id>``, and a path.
+
+    Attributes:
+        name: of the registered model; empty for a model id.
+        version: a number.
+        stage: ``Production``, … or ``latest``.
+        alias: of a version.
+        model_id: of a logged model (MLflow 3).
+        path: inside the model; empty: all of it.
+    """
+
+    name: str = ""
+    version: str = ""
+    stage: str = ""
+    alias: str = ""
+    model_id: str = ""
+    path: str = ""
+
+
+def parse_run_uri(uri: str) -> RunRef:
+    """Take ``runs:/…`` apart.
+
+    Raises:
+        UsageError: it names no run, or a path that leads out of its artifacts.
+    """
+    run_id, _, path = urlsplit(uri).path.strip("/").partition("/")
+    if not run_id or urlsplit(uri).netloc:
+        raise UsageError(f"{uri!r} names no run: it should look like runs:/<run id>/<path>")
+    return RunRef(run_id=run_id, path=safe_path(path, uri))
+
+
+def parse_model_uri(uri: str) -> ModelRef:
+    """Take ``models:/…`` apart.
+
+    Raises:
+        UsageError: it names no model, or a path that leads out of it.
+    """
+    parts = urlsplit(uri)
+    first, _, rest = parts.path.strip("/").partition("/")
+    if not first or parts.netloc:
+        raise UsageError(
+            f"{uri!r} names no model: it should look like models:/<name>/<version or stage>, models:/<name>@<alias> "
+            "or models:/<model id>"
+        )
+    name, at, alias = first.rpartition("@")
+    if at and name and alias:
+        return ModelRef(name=name, alias=alias, path=safe_path(rest, uri))
+    if first.startswith("m-") and not rest.partition("/")[0].isdigit():
+        return ModelRef(model_id=first, path=safe_path(rest, uri))
+    which, _, path = rest.partition("/")
+    if not which:
+        raise UsageError(f"{uri!r} names no version of the model {first!r}: add /<version>, /<stage> or @<alias>")
+    path = safe_path(path, uri)
+    return (
+        ModelRef(name=first, version=which, path=path)
+        if which.isdigit()
+        else ModelRef(name=first, stage=which, path=path)
+    )
+
+
+def local_path(uri: str) -> Path | None:
+    """The path of a ``file:`` URI or of a plain path; None for anything else."""
+    parts = urlsplit(uri)
+    if parts.scheme == "file" and parts.netloc in ("", "localhost"):
+        return Path(unquote(parts.path))
+    return Path(uri) if not parts.scheme else None
+
+
+def join(root: str, path: str) -> str:
+    """The URI of `path` inside `root`; a query of `root` stays at its end."""
+    if not path:
+        return root
+    parts = urlsplit(root)
+    return parts._replace(path=posixpath.join(parts.path, path)).geturl()
+
+
+def safe_path(path: str, uri: str) -> str:
+    """`path` without empty parts.
+
+    Raises:
+        UsageError: it leads out of where it begins.
+    """
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    if any(part == ".." or "\\" in part or "\0" in part for part in parts):
+        raise UsageError(f"{mask_uri(uri)!r} leads out of the artifacts: '..' and '\\' cannot be part of the path")
+    return "/".join(parts)
+
+
+def safe_name(name: object) -> str:
+    """The name of a file or folder as a server listed it.
+
+    Raises:
+        TrackingError: a file of that name would be written somewhere else.
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or any(sign in name for sign in "/\\\0"):
+        raise TrackingError(f"the tracking server lists an artifact with the name {name!r}, which is not safe to write")
+    return name
+
+
+def absolute_uri(uri: str) -> str:
+    """A tracking URI that means the same store in any working directory. Asks for the present one: use a thread."""
+    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        path, mark, query = uri.removeprefix("sqlite:///").partition("?")
+        in_memory = path in ("", ":memory:")
+        return uri if in_memory else f"sqlite:///{Path(path).absolute()}{mark}{query}"
+    local = local_path(uri)
+    if local is None:
+        return uri
+    return local.expanduser().absolute().as_uri()

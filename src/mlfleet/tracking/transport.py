@@ -1,0 +1,295 @@
+"""Requests to one tracking server: pooled, a bounded number at once, tried again where that is worth it."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import logging
+import math
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+import anyio
+
+from mlfleet._version import __version__
+from mlfleet.concurrency.threads import Threads
+from mlfleet.errors import TrackingError, UsageError
+from mlfleet.tracking.auth import Login, Tls
+from mlfleet.tracking.failures import Failures
+from mlfleet.tracking.retry import BACKOFF, Patience, RetryPolicy, Transient
+
+if TYPE_CHECKING:
+    import httpx
+
+__all__ = ["API", "ARTIFACTS", "Transport"]
+
+log = logging.getLogger("mlfleet.tracking")
+
+API = "/api/2.0/mlflow/"
+ARTIFACTS = "/api/2.0/mlflow-artifacts/artifacts"
+
+_FILES_IN_FLIGHT = 4
+_CONNECT_SECONDS = 15.0
+_KEEPALIVE_SECONDS = 4.0  # uvicorn closes an idle connection after 5 s
+_MAX_REDIRECTS = 3
+_SECRET = 8
+"""A header given by the caller that is at least this long is taken for a secret in messages."""
+
+T = TypeVar("T")
+
+_threads = Threads("tracking transport", 2)
+
+
+class Transport:
+    """One pooled HTTP client for one server.
+
+    Requests wait their turn first come, first served, so that a fan-out of hundreds of runs does not flood the server.
+    Files have places of their own: the end of a run does not wait behind another one's upload.
+
+    Args:
+        login: the server and who we are to it.
+        uri: the tracking URI as the caller gave it, for messages.
+        headers: to send with every request.
+        max_in_flight: requests at the same time.
+        retry_for: seconds for which a call keeps trying.
+        timeout: seconds without any byte of an answer after which a request counts as lost.
+
+    Attributes:
+        login: the server and who we are to it.
+        slots: the places of requests.
+        workspace: the MLflow workspace that is used; empty: the server's default.
+    """
+
+    def __init__(
+        self,
+        login: Login,
+        *,
+        uri: str,
+        headers: Mapping[str, str],
+        max_in_flight: int,
+        retry_for: float,
+        timeout: float | None,
+    ) -> None:
+        if max_in_flight < 1:
+            raise UsageError(f"max_in_flight is {max_in_flight}: at least one request must be allowed")
+        self.login = login
+        self.policy = _policy(retry_for)
+        self._uri = uri
+        self.workspace = os.environ.get("MLFLOW_WORKSPACE", "").strip()
+        named = {"X-MLFLOW-WORKSPACE": self.workspace} if self.workspace else {}
+        self._headers = {"User-Agent": f"mlfleet/{__version__}", **named, **headers}
+        self._timeout = timeout if timeout is not None else _number("MLFLOW_HTTP_REQUEST_TIMEOUT", 120.0)
+        self._max_in_flight = max_in_flight
+        self.slots = anyio.Semaphore(max_in_flight)
+        self._file_slots = anyio.Semaphore(_FILES_IN_FLIGHT)
+        self._client: httpx.AsyncClient | None = None
+        self._failures: Failures | None = None
+        self._answered = False
+
+    async def open(self) -> None:
+        """Find out where the server is and prepare the client, in a thread: certificates take their time."""
+        self._client = await _threads(self._prepare)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        client, self._client = self._client, None
+        if client is not None:
+            await client.aclose()
+
+    @property
+    def failures(self) -> Failures:
+        """What to say about failures of this server."""
+        if self._failures is None:
+            raise TrackingError("the tracking client is not open: use it inside `async with`", uri=self._uri)
+        return self._failures
+
+    def patience(self, retry_for: float | None = None) -> Patience:
+        """The patience for one call."""
+        return Patience(self.policy, seconds=retry_for, answered=lambda: self._answered)
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Mapping[str, Any] | None = None,
+        params: Mapping[str, str] | None = None,
+        retry_for: float | None = None,
+    ) -> dict[str, Any]:
+        """Ask the API, again and again if need be; only for what may be done twice.
+
+        Args:
+            method: of HTTP.
+            path: below the API's root (``runs/get``), or from the server's root if it begins with a slash.
+            body: to be sent as JSON.
+            params: of the query.
+            retry_for: seconds; None: as this transport was made.
+        """
+        return await self.again(lambda: self.attempt(method, path, body=body, params=params), retry_for)
+
+    async def again(self, attempt: Callable[[], Awaitable[T]], retry_for: float | None = None) -> T:
+        """Await `attempt()` until it succeeds, is refused, or patience is at its end."""
+        patience = self.patience(retry_for)
+        while True:
+            try:
+                return await attempt()
+            except Transient as failure:
+                if not await patience.wait(failure):
+                    raise patience.verdict(failure) from failure.error.__cause__
+
+    async def attempt(
+        self, method: str, path: str, *, body: Mapping[str, Any] | None = None, params: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """Ask the API once, when our turn has come.
+
+        Raises:
+            Transient: it may work the next time.
+            TrackingError: it will not.
+        """
+        async with self.slots:
+            return await self.exchange(method, path, body=body, params=params)
+
+    async def exchange(
+        self, method: str, path: str, *, body: Mapping[str, Any] | None = None, params: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """Ask the API once, at once. The caller holds one of the `slots`."""
+        content = json.dumps(body, separators=(",", ":")).encode() if body is not None else None
+        kind = {"Content-Type": "application/json"} if content is not None else {}
+        async with self._answer(method, path, content=content, headers=kind, params=params) as answer:
+            await answer.aread()
+        try:
+            told = json.loads(answer.content or b"{}")
+        except ValueError:
+            raise self.failures.of_no_json(path, answer) from None
+        if not isinstance(told, dict):
+            raise self.failures.of_no_json(path, answer)
+        return told
+
+    @asynccontextmanager
+    async def file(
+        self, method: str, path: str, *, content: AsyncIterator[bytes] | None = None, size: int | None = None
+    ) -> AsyncIterator[httpx.Response]:
+        """Exchange a file once, streamed: `content` (of `size` bytes) goes there, the answer's body comes back.
+
+        Raises:
+            Transient: it may work the next time.
+            TrackingError: it will not.
+        """
+        headers = {"Content-Length": str(size), "Content-Type": "application/octet-stream"} if size is not None else {}
+        async with self._file_slots, self._answer(method, path, content=content, headers=headers) as answer:
+            yield answer
+
+    @asynccontextmanager
+    async def _answer(
+        self,
+        method: str,
+        path: str,
+        *,
+        content: bytes | AsyncIterator[bytes] | None,
+        headers: Mapping[str, str],
+        params: Mapping[str, str] | None = None,
+    ) -> AsyncIterator[httpx.Response]:
+        import httpx
+
+        if self._client is None:
+            raise TrackingError("the tracking client is not open: use it inside `async with`", uri=self._uri)
+        url = self.login.url + (path if path.startswith("/") else API + path)
+        sent = {**headers, **await self.login.headers()}
+        answer: httpx.Response | None = None
+        try:
+            request = self._client.build_request(method, url, content=content, headers=sent, params=params)
+            answer = await self._follow(self._client, path, request)
+            self._answered = True
+            if not answer.is_success:
+                await answer.aread()
+                raise self.failures.of_answer(path, answer)
+            yield answer
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeEncodeError) as problem:
+            raise self.failures.of_exception(path, problem) from problem
+        finally:
+            if answer is not None:
+                with anyio.CancelScope(shield=True):
+                    await answer.aclose()
+
+    async def _follow(self, client: httpx.AsyncClient, what: str, request: httpx.Request) -> httpx.Response:
+        """Send a request, and follow redirects that stay on the server and do not change what is asked."""
+        for _ in range(_MAX_REDIRECTS):
+            answer = await client.send(request, stream=True)
+            further = answer.next_request
+            if further is None:
+                return answer
+            await answer.aclose()
+            same = answer.status_code in (307, 308) or request.method == "GET"
+            if request.method == "PUT" or not same or further.url.host != request.url.host:
+                raise self.failures.of_redirect(what, answer)
+            request = further
+        raise self.failures.of_redirect(what, answer)
+
+    def _prepare(self) -> httpx.AsyncClient:
+        import httpx
+
+        self.login.prepare()
+        secrets = (*self.login.secrets(), *self._headers_that_are_secret())
+        self._failures = Failures(uri=self._uri, url=self.login.url, hint=self.login.hint, secrets=secrets)
+        _warn_of_header_plugins()
+        connections = self._max_in_flight + _FILES_IN_FLIGHT
+        return httpx.AsyncClient(
+            verify=Tls.from_environ().context(),
+            headers=self._headers,
+            timeout=httpx.Timeout(self._timeout, connect=min(self._timeout, _CONNECT_SECONDS), pool=None),
+            limits=httpx.Limits(
+                max_connections=connections,
+                max_keepalive_connections=connections,
+                keepalive_expiry=_KEEPALIVE_SECONDS,
+            ),
+            # Proxies are for the way out of this machine.
+            trust_env=not _is_loopback(self.login.url),
+        )
+
+    def _headers_that_are_secret(self) -> list[str]:
+        harmless = {"user-agent", "x-mlflow-workspace"}
+        return [
+            value for name, value in self._headers.items() if name.lower() not in harmless and len(value) >= _SECRET
+        ]
+
+
+def _policy(retry_for: float) -> RetryPolicy:
+    retries = _number("MLFLOW_HTTP_REQUEST_MAX_RETRIES", math.inf)
+    return RetryPolicy(
+        seconds=retry_for,
+        backoff=_number("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", BACKOFF),
+        tries=None if math.isinf(retries) else int(retries) + 1,
+    )
+
+
+def _number(variable: str, default: float) -> float:
+    text = os.environ.get(variable)
+    if not text:
+        return default
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not number >= 0:
+        raise UsageError(f"{variable}={text!r}: it should be a number that is not negative")
+    return number
+
+
+def _is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _warn_of_header_plugins() -> None:
+    for plugin in entry_points(group="mlflow.request_header_provider"):
+        log.warning(
+            "mlflow's plugin %r for request headers is not used: give the headers to RestTracking(headers=...)",
+            plugin.name,
+        )
