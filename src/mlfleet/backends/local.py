@@ -49,10 +49,7 @@ class LocalBackend(Backend):
         Raises:
             SubmitError: there is no bash, no such folder, the output cannot be written, or the system has no room.
         """
-        environ = {**os.environ, **job.environ, **job.secrets}
-        if job.environment is not None:
-            environ = job.environment.apply(environ)
-        output = None if job.output is None else await _open_output(job.output)
+        environ, output = await _files(partial(_prepare, job), undo=_discard)
         try:
             process = await start_process(("bash", "-c", job.command), cwd=job.project_dir, env=environ, output=output)
         except (OSError, ValueError) as error:
@@ -125,21 +122,30 @@ class _LocalRun:
         return f"exit code {code}" if code > 0 else f"killed by signal {_signal_name(-code)}"
 
 
-async def _open_output(path: Path) -> int:
-    def open_it() -> int:
+def _prepare(job: Job) -> tuple[dict[str, str], int | None]:
+    """The variables of the command, and the file descriptor of its output. Blocking."""
+    # Another thread may change os.environ meanwhile, so a plain copy could fail.
+    environ = {name: value for name in list(os.environ) if (value := os.environ.get(name)) is not None}
+    environ |= {**job.environ, **job.secrets}
+    if job.environment is not None:
+        environ = job.environment.apply(environ)
+    return environ, None if job.output is None else _open_output(job.output)
+
+
+def _open_output(path: Path) -> int:
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Append, so that a child which opens it anew (/dev/stdout) does not write over what is there.
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-
-    async def close_it(descriptor: int) -> None:
-        os.close(descriptor)
-
-    try:
-        return await _files(open_it, undo=close_it)
     except OSError as error:
         raise SubmitError(
             f"the output of the run cannot be written to {path}: {error.strerror}", backend=LocalBackend.name
         ) from error
+
+
+async def _discard(prepared: tuple[dict[str, str], int | None]) -> None:
+    if prepared[1] is not None:
+        os.close(prepared[1])
 
 
 def _refusal(job: Job, error: OSError | ValueError) -> str:

@@ -1,0 +1,165 @@
+"""What the local backend costs on top of the processes themselves.
+
+Compares no-op processes through `LocalBackend` with bare ``asyncio.create_subprocess_exec`` of the same
+``bash -c`` command, watches for stalls of the event loop meanwhile, and weighs the memory of runs in flight.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from mlfleet.backends.base import Job
+from mlfleet.backends.local import LocalBackend
+from mlfleet.runs import RunStatus
+
+TICK = 0.001  # seconds
+
+
+async def bare(command: str, folder: Path) -> None:
+    process = await asyncio.create_subprocess_exec("bash", "-c", command, cwd=folder, stdin=asyncio.subprocess.DEVNULL)
+    if await process.wait() != 0:
+        raise SystemExit("a bare process failed")
+
+
+def through(backend: LocalBackend) -> Callable[[str, Path], Awaitable[None]]:
+    async def one(command: str, folder: Path) -> None:
+        run = await backend.submit(job(command, folder))
+        if (await run.outcome()).status is not RunStatus.FINISHED:
+            raise SystemExit("a run of the local backend failed")
+
+    return one
+
+
+def job(command: str, folder: Path, output: Path | None = None) -> Job:
+    return Job(
+        run_id="0" * 32, experiment_id="0", project_name="benchmark", project_dir=folder, command=command, output=output
+    )
+
+
+async def tick(stalls: list[float]) -> None:
+    """Wakes every millisecond and notes how much too late it was."""
+    while True:
+        before = time.perf_counter()
+        await asyncio.sleep(TICK)
+        stalls.append(time.perf_counter() - before - TICK)
+
+
+async def timed(
+    one: Callable[[str, Path], Awaitable[None]], count: int, concurrency: int, folder: Path
+) -> tuple[float, float, list[float]]:
+    """Wall seconds, CPU seconds of this process, and the ticker's delays."""
+    slots = asyncio.Semaphore(concurrency)
+
+    async def held() -> None:
+        async with slots:
+            await one(":", folder)
+
+    stalls: list[float] = []
+    ticker = asyncio.create_task(tick(stalls))
+    await asyncio.sleep(0.05)
+    stalls.clear()
+    wall, cpu = time.perf_counter(), time.process_time()
+    await asyncio.gather(*(held() for _ in range(count)))
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    ticker.cancel()
+    return wall, cpu, stalls
+
+
+def resident() -> int:
+    """Bytes of this process in memory (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+async def memory_per_run(count: int, folder: Path) -> float:
+    """Bytes of this process for each run in flight, its output captured."""
+    async with LocalBackend() as backend:
+        warm_up = [await backend.submit(job("sleep 600", folder, folder / f"warm-{n}")) for n in range(20)]
+        before = resident()
+        runs = await asyncio.gather(
+            *(backend.submit(job("exec sleep 600", folder, folder / f"{n}" / "output.log")) for n in range(count))
+        )
+        waiting = [asyncio.create_task(run.outcome()) for run in runs]
+        await asyncio.sleep(0.1)
+        grown = resident() - before
+        await asyncio.gather(*(run.cancel() for run in (*runs, *warm_up)))
+        await asyncio.gather(*waiting)
+    return grown / count
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(int(len(values) * share), len(values) - 1)]
+
+
+async def measure(args: argparse.Namespace) -> dict[str, object]:
+    rows: dict[str, list[tuple[float, float, list[float]]]] = {"bare asyncio": [], "LocalBackend": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        # First, since later the memory that the other measurements leave is used again.
+        memory = await memory_per_run(args.count, folder) if sys.platform == "linux" else None
+        async with LocalBackend() as backend:
+            await timed(bare, 20, 20, folder)
+            await timed(through(backend), 20, 20, folder)
+            for _ in range(args.repeat):
+                rows["bare asyncio"].append(await timed(bare, args.count, args.concurrency, folder))
+                rows["LocalBackend"].append(await timed(through(backend), args.count, args.concurrency, folder))
+    result: dict[str, object] = {
+        "python": platform.python_version(),
+        "processors": os.cpu_count(),
+        "processes": args.count,
+        "concurrency": args.concurrency,
+        "repeat": args.repeat,
+        "memory_per_run_kib": None if memory is None else memory / 1024,
+    }
+    for label, runs in rows.items():
+        # Of the stalls the median of the repeats: what else the machine does shows in single ones.
+        result[label] = {
+            "wall_s": statistics.median(wall for wall, _, _ in runs),
+            "driver_cpu_ms_per_run": statistics.median(cpu for _, cpu, _ in runs) / args.count * 1000,
+            "ticker_p99_ms": statistics.median(percentile(stalls, 0.99) for _, _, stalls in runs) * 1000,
+            "ticker_max_ms": statistics.median(max(stalls) for _, _, stalls in runs) * 1000,
+            "ticker_worst_ms": max(max(stalls) for _, _, stalls in runs) * 1000,
+        }
+    result["ratio"] = statistics.median(
+        ours[0] / limit[0] for ours, limit in zip(rows["LocalBackend"], rows["bare asyncio"], strict=True)
+    )
+    return result
+
+
+def show(result: dict[str, object]) -> None:
+    columns = ("wall_s", "driver_cpu_ms_per_run", "ticker_p99_ms", "ticker_max_ms", "ticker_worst_ms")
+    print(f"{'':14}" + "".join(f"{column:>24}" for column in columns))
+    for label in ("bare asyncio", "LocalBackend"):
+        row = result[label]
+        assert isinstance(row, dict)
+        print(f"{label:14}" + "".join(f"{row[column]:24.2f}" for column in columns))
+    print(f"\nwall time, LocalBackend / bare: {result['ratio']:.2f} (to reach: 1.5)")
+    if result["memory_per_run_kib"] is not None:
+        print(f"driver memory per run in flight: {result['memory_per_run_kib']:.1f} KiB (to reach: 200)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=500, help="processes in each measurement (default: 500)")
+    parser.add_argument("--concurrency", type=int, default=0, help="how many at the same time (default: all)")
+    parser.add_argument("--repeat", type=int, default=5, help="measurements of each, alternating (default: 5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    args = parser.parse_args()
+    args.concurrency = args.concurrency or args.count
+    result = asyncio.run(measure(args))
+    show(result)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
