@@ -196,7 +196,10 @@ _fleets: WeakKeyDictionary[asyncio.AbstractEventLoop, _Fleets] = WeakKeyDictiona
 async def default_fleet(tracking_uri: str | None = None) -> Fleet:
     """The Fleet of the running event loop for runs that were given none; opened at its first use."""
     fleets = _fleets.setdefault(asyncio.get_running_loop(), _Fleets())
-    return await fleets.get(tracking_uri or default_uri())
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        uri = await anyio.to_thread.run_sync(default_uri)
+    return await fleets.get(uri)
 
 
 async def join_default_fleets() -> None:

@@ -88,8 +88,7 @@ class Planner:
             MlfleetError: the mistake, whatever it is.
         """
         # What needs no project comes first: nobody wants to wait for a clone to hear of a mistyped backend.
-        find(request.backend)
-        choose.validate(request.env_manager)
+        await anyio.to_thread.run_sync(_check_names, request, limiter=self._threads)
         project = await self._fetcher.fetch(request.uri, request.version, on_progress=on_progress)
         return await anyio.to_thread.run_sync(self._plan, request, project, limiter=self._threads)
 
@@ -142,6 +141,11 @@ def _signature(folder: Path) -> object:
     stats = [folder.stat()]
     stats += [entry.stat() for entry in folder.iterdir() if entry.name.lower() == "mlproject"]
     return [(stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats]
+
+
+def _check_names(request: RunRequest) -> None:
+    find(request.backend)
+    choose.validate(request.env_manager)
 
 
 def _backend_name(request: RunRequest, spec: ProjectSpec) -> str:

@@ -28,7 +28,8 @@ logger = logging.getLogger("mlfleet.runs")
 # A cancelled caller waits this long for an answer to the request that creates the MLflow run: without it nobody would
 # know whether there is a run that must be marked KILLED.
 _CREATE_GRACE = 15.0
-_RETRY_FIRST, _RETRY_LAST = 0.5, 10.0  # seconds between attempts to write the terminal status
+# Seconds for a last try that began within the patience of the Fleet.
+_LAST_TRY = 30.0
 
 
 class FleetRun:
@@ -263,23 +264,17 @@ class FleetRun:
 
     async def _write_status(self, run_id: str, status: RunStatus) -> TrackingError | None:
         """Write `status` unless the run's own code has ended the run already; keep trying for a while."""
-        tracking = self._services.tracking
-        problem = TrackingError("no answer in time", uri=tracking.uri)
+        tracking, patience = self._services.tracking, self._services.tracking_patience
         end_time = int(time.time() * 1000)
-        delay = _RETRY_FIRST
-        with anyio.move_on_after(self._services.tracking_patience):
-            while True:
-                try:
-                    if not (await tracking.get_run(run_id)).status.is_terminal:
-                        await tracking.update_run(run_id, status, end_time=end_time)
-                    return None
-                except TrackingError as error:
-                    problem = error
-                    if error.status is not None and 400 <= error.status < 500 and error.status not in (408, 429):
-                        return problem
-                await anyio.sleep(delay)
-                delay = min(delay * 2, _RETRY_LAST)
-        return problem
+        try:
+            with anyio.fail_after(2 * patience + _LAST_TRY):
+                if not (await tracking.get_run(run_id, retry_for=patience)).status.is_terminal:
+                    await tracking.update_run(run_id, status, end_time=end_time, retry_for=patience)
+        except TrackingError as error:
+            return error
+        except TimeoutError:
+            return TrackingError("no answer in time", uri=tracking.uri)
+        return None
 
     def _tell(self, stage: Stage, detail: str = "", status: RunStatus | None = None) -> None:
         self._stage = stage

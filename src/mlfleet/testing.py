@@ -125,7 +125,7 @@ class FakeTracking(Tracking):
         self.runs[run_id] = run
         return run.info()
 
-    async def get_run(self, run_id: str) -> RunInfo:  # noqa: D102
+    async def get_run(self, run_id: str, *, retry_for: float | None = None) -> RunInfo:  # noqa: D102
         await self._request("get_run")
         return self._run(run_id).info()
 

@@ -1,0 +1,37 @@
+"""Small projects for tests, written where a test wants them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["pid_is_gone", "write_project"]
+
+
+def write_project(folder: Path, command: str, *, parameters: str = "", extra: str = "") -> str:
+    """Write an MLproject with one entry point that needs no environment of its own.
+
+    Args:
+        folder: is made.
+        command: of the entry point ``main``; bash.
+        parameters: YAML for the inside of ``parameters:``, as in ``alpha: float``.
+        extra: more top-level YAML.
+
+    Returns:
+        The project's URI.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"name: {folder.name}", "entry_points:", "  main:"]
+    if parameters:
+        lines += ["    parameters:"] + [f"      {line}" for line in parameters.splitlines()]
+    lines += ["    command: |"] + [f"      {line}" for line in command.splitlines()]
+    (folder / "MLproject").write_text("\n".join(lines) + "\n" + extra)
+    return str(folder)
+
+
+def pid_is_gone(pid: int) -> bool:
+    """Whether no process of that id runs any more; a zombie that nobody has reaped does not run."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return stat.rpartition(")")[2].split()[0] == "Z"

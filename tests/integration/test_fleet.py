@@ -1,0 +1,401 @@
+"""One run and many through a Fleet: what its caller, MLflow and the machine see of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import anyio
+import pytest
+
+import mlfleet
+from components.projects import pid_is_gone, write_project
+from mlfleet import Fleet, FleetRun, RunEvent, RunStatus, Stage, Timeouts
+from mlfleet.errors import (
+    ExecutionException,
+    MlfleetError,
+    ParameterError,
+    RunCancelled,
+    RunTimeout,
+    TrackingError,
+    UsageError,
+)
+from mlfleet.testing import FakeTracking
+
+LOCAL = {"env_manager": "local"}
+
+
+@pytest.fixture
+def tracking() -> FakeTracking:
+    return FakeTracking()
+
+
+@pytest.fixture
+async def fleet(tracking: FakeTracking) -> AsyncIterator[Fleet]:
+    async with Fleet(tracking=tracking, max_concurrent=64, timeouts=Timeouts(cancel_grace=0.5)) as fleet:
+        yield fleet
+
+
+async def first_line(run: FleetRun) -> str:
+    """The first line that the run prints; it runs when this returns."""
+    async for line in run.logs():
+        return line
+    raise AssertionError("the run ended without a line of output")
+
+
+async def test_a_run_gets_its_parameters_and_tracking_is_told_the_truth(
+    fleet: Fleet, tracking: FakeTracking, tmp_path: Path
+) -> None:
+    uri = write_project(
+        tmp_path / "demo",
+        "echo alpha={alpha} l1={l1} run=$MLFLOW_RUN_ID uri=$MLFLOW_TRACKING_URI",
+        parameters="alpha: float\nl1: {type: float, default: 0.25}",
+    )
+    run = await fleet.submit(
+        uri, parameters={"alpha": 0.5, "note": "a b"}, run_name="first", tags={"team": "x"}, **LOCAL
+    )
+    assert await run.wait() is True
+    assert await run.get_status() is RunStatus.FINISHED
+    assert [line async for line in run.logs()] == [f"alpha=0.5 l1=0.25 run={run.run_id} uri=memory: --note a b"]
+    recorded = tracking.runs[run.run_id]
+    assert recorded.params == {"alpha": "0.5", "l1": "0.25", "note": "a b"}
+    assert recorded.status is RunStatus.FINISHED
+    assert recorded.end_time is not None
+    assert recorded.name == "first"
+    expected = {
+        "mlflow.source.name": uri,
+        "mlflow.source.type": "PROJECT",
+        "mlflow.project.entryPoint": "main",
+        "mlflow.project.backend": "local",
+        "mlflow.project.env": "local",
+        "team": "x",
+    }
+    assert expected.items() <= recorded.tags.items()
+
+
+async def test_a_run_costs_three_requests_and_a_status_read(
+    fleet: Fleet, tracking: FakeTracking, tmp_path: Path
+) -> None:
+    uri = write_project(tmp_path / "demo", "echo {alpha}", parameters="alpha: float")
+    runs = [await fleet.submit(uri, parameters={"alpha": n}, experiment_name="one", **LOCAL) for n in range(10)]
+    for run in runs:
+        assert await run.wait()
+    assert tracking.requests == {"experiment_id": 1, "create_run": 10, "log": 10, "get_run": 10, "update_run": 10}
+
+
+async def test_a_failed_run_tells_its_exit_code_and_last_lines(
+    fleet: Fleet, tracking: FakeTracking, tmp_path: Path
+) -> None:
+    uri = write_project(tmp_path / "demo", "echo loading; echo 'no such column: price' >&2; exit 3")
+    run = await fleet.submit(uri, **LOCAL)
+    assert await run.wait() is False
+    with pytest.raises(ExecutionException, match="failed: exit code 3") as caught:
+        await run.check()
+    assert caught.value.exit_code == 3
+    assert caught.value.run_id == run.run_id
+    assert caught.value.output == ("loading", "no such column: price")
+    assert "no such column: price" in str(caught.value)
+    assert str(run.output_path) in str(caught.value)
+    assert tracking.runs[run.run_id].statuses[-1] is RunStatus.FAILED
+
+
+async def test_any_number_of_tasks_may_wait_and_a_cancelled_one_does_not_matter(fleet: Fleet, tmp_path: Path) -> None:
+    uri = write_project(tmp_path / "demo", "echo ready; read line < gate")
+    os.mkfifo(tmp_path / "demo" / "gate")
+    run = await fleet.submit(uri, **LOCAL)
+    await first_line(run)
+    waiters = [asyncio.ensure_future(run.wait()) for _ in range(20)]
+    await anyio.lowlevel.checkpoint()
+    waiters[0].cancel()
+    assert await run.get_status() is RunStatus.RUNNING
+    await anyio.to_thread.run_sync((tmp_path / "demo" / "gate").write_text, "go\n")
+    assert await asyncio.gather(*waiters[1:]) == [True] * 19
+
+
+async def test_cancel_ends_a_process_that_ignores_it_and_its_children(
+    fleet: Fleet, tracking: FakeTracking, tmp_path: Path
+) -> None:
+    uri = write_project(tmp_path / "demo", "trap '' TERM\nsleep 1000 &\necho $$ $!\nwait; wait")
+    run = await fleet.submit(uri, **LOCAL)
+    pids = [int(pid) for pid in (await first_line(run)).split()]
+    await asyncio.gather(run.cancel(), run.cancel())
+    assert [pid_is_gone(pid) for pid in pids] == [True, True]
+    assert await run.wait() is False
+    assert tracking.runs[run.run_id].status is RunStatus.KILLED
+    await run.cancel()
+    with pytest.raises(RunCancelled):
+        await run.check()
+
+
+async def test_cancel_after_the_end_changes_nothing(fleet: Fleet, tracking: FakeTracking, tmp_path: Path) -> None:
+    run = await fleet.submit(write_project(tmp_path / "demo", "true"), **LOCAL)
+    await run.wait()
+    await run.cancel()
+    assert await run.get_status() is RunStatus.FINISHED
+    assert tracking.runs[run.run_id].statuses == [RunStatus.RUNNING, RunStatus.FINISHED]
+
+
+async def test_cancel_in_the_queue_never_starts_the_command(tracking: FakeTracking, tmp_path: Path) -> None:
+    blocker = write_project(tmp_path / "blocker", "echo ready; sleep 1000")
+    waiting = write_project(tmp_path / "waiting", "touch started")
+    async with Fleet(tracking=tracking, max_concurrent=1) as fleet:
+        first = await fleet.submit(blocker, **LOCAL)
+        await first_line(first)
+        second = await fleet.submit(waiting, **LOCAL)
+        assert await second.get_status() is RunStatus.SCHEDULED
+        await second.cancel()
+        assert tracking.runs[second.run_id].status is RunStatus.KILLED
+        await first.cancel()
+    assert not (tmp_path / "waiting" / "started").exists()
+
+
+async def test_leaving_the_fleet_waits_for_its_runs(tracking: FakeTracking, tmp_path: Path) -> None:
+    uri = write_project(tmp_path / "demo", "sleep 0.2; touch {name}", parameters="name: string")
+    async with Fleet(tracking=tracking, max_concurrent=2) as fleet:
+        for name in "abcde":
+            await fleet.submit(uri, parameters={"name": name}, **LOCAL)
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["MLproject", *"abcde"]
+    assert {run.status for run in tracking.runs.values()} == {RunStatus.FINISHED}
+
+
+async def test_leaving_the_fleet_by_an_error_cancels_its_runs(tracking: FakeTracking, tmp_path: Path) -> None:
+    uri = write_project(tmp_path / "demo", "echo $$; sleep 1000")
+    pids: list[int] = []
+
+    async def work() -> None:
+        async with Fleet(tracking=tracking) as fleet:
+            pids.append(int(await first_line(await fleet.submit(uri, **LOCAL))))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await work()
+    assert pid_is_gone(pids[0])
+    assert [run.status for run in tracking.runs.values()] == [RunStatus.KILLED]
+
+
+async def test_a_cancelled_fleet_cancels_its_runs(tracking: FakeTracking, tmp_path: Path) -> None:
+    uri = write_project(tmp_path / "demo", "echo $$; sleep 1000")
+    pids: list[int] = []
+
+    async def work() -> None:
+        async with Fleet(tracking=tracking) as fleet:
+            pids.append(int(await first_line(await fleet.submit(uri, **LOCAL))))
+            running.set()
+
+    running = anyio.Event()
+    task = asyncio.ensure_future(work())
+    await running.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert pid_is_gone(pids[0])
+    assert [run.status for run in tracking.runs.values()] == [RunStatus.KILLED]
+
+
+async def test_a_cancelled_submit_leaves_no_run_that_is_not_marked(tmp_path: Path) -> None:
+    reached, gate = anyio.Event(), anyio.Event()
+
+    class SlowTracking(FakeTracking):
+        async def _request(self, method: str) -> None:
+            if method == "create_run":
+                reached.set()
+                await gate.wait()
+            await super()._request(method)
+
+    tracking = SlowTracking()
+    uri = write_project(tmp_path / "demo", "touch started")
+    async with Fleet(tracking=tracking) as fleet:
+        task = asyncio.ensure_future(fleet.submit(uri, **LOCAL))
+        await reached.wait()
+        task.cancel()
+        await anyio.lowlevel.checkpoint()
+        gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert [run.status for run in tracking.runs.values()] == [RunStatus.KILLED]
+    assert not (tmp_path / "demo" / "started").exists()
+
+
+async def test_no_more_runs_at_once_than_allowed(tracking: FakeTracking, tmp_path: Path) -> None:
+    # Each run lists who is there with it; a directory is made and removed atomically.
+    uri = write_project(
+        tmp_path / "demo", "mkdir here/$MLFLOW_RUN_ID; ls here | wc -l; sleep 0.05; rmdir here/$MLFLOW_RUN_ID"
+    )
+    (tmp_path / "demo" / "here").mkdir()
+    async with Fleet(tracking=tracking, max_concurrent=3) as fleet:
+        runs = [await fleet.submit(uri, **LOCAL) for _ in range(12)]
+    counts = [int(await first_line(run)) for run in runs]
+    assert max(counts) <= 3
+
+
+@pytest.mark.parametrize("stage", ["queue", "run"])
+async def test_a_timeout_ends_its_stage_and_says_which(tracking: FakeTracking, tmp_path: Path, stage: str) -> None:
+    uri = write_project(tmp_path / "demo", "echo $$; sleep 1000")
+    timeouts = Timeouts(**{stage: 0.3})  # type: ignore[arg-type]
+    async with Fleet(tracking=tracking, max_concurrent=1) as fleet:
+        first = await fleet.submit(uri, timeouts=timeouts if stage == "run" else None, **LOCAL)
+        pid = int(await first_line(first))
+        run = first if stage == "run" else await fleet.submit(uri, timeouts=timeouts, **LOCAL)
+        with pytest.raises(RunTimeout, match=f"the {stage} timeout of 0.3 s ran out") as caught:
+            await run.check()
+        assert (caught.value.stage, caught.value.seconds) == (stage, 0.3)
+        assert tracking.runs[run.run_id].status is RunStatus.FAILED
+        await first.cancel()
+    assert pid_is_gone(pid)
+
+
+async def test_the_setup_timeout_ends_a_build(tracking: FakeTracking, tmp_path: Path) -> None:
+    # A package whose build never ends, and says so.
+    package = tmp_path / "slow"
+    package.mkdir()
+    (package / "setup.py").write_text(
+        f"import time, os\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(1000)\n"
+    )
+    uri = write_project(tmp_path / "demo", "true", extra="python_env: python_env.yaml\n")
+    (tmp_path / "demo" / "python_env.yaml").write_text("dependencies:\n  - --no-build-isolation\n  - ../slow\n")
+    async with Fleet(tracking=tracking) as fleet:
+        run = await fleet.submit(uri, timeouts=Timeouts(setup=8))
+        with pytest.raises(RunTimeout, match="the setup timeout of 8 s ran out"):
+            await run.check()
+    pid = tmp_path / "pid"
+    assert not pid.exists() or pid_is_gone(int(pid.read_text()))
+
+
+MISTAKES: list[tuple[dict[str, object], str]] = [
+    ({"entry_point": "mian"}, "main"),
+    ({"parameters": {}}, "alpha"),
+    ({"parameters": {"alpha": "high"}}, "alpha"),
+    ({"backend": "slurn"}, "slurn"),
+    ({"env_manager": "poetry"}, "poetry"),
+    ({"env_manager": "conda"}, "conda"),
+    ({"version": "main"}, "Git"),
+    ({"backend_config": {"queue": "x"}}, "queue"),
+    ({"backend_config": "missing.json"}, "missing.json"),
+    ({"backend_config": 5}, "backend_config"),
+    ({"experiment_name": "a", "experiment_id": "1"}, "experiment"),
+    ({"parameters": ["alpha"]}, "parameters"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[str(mistake[0]) for mistake in MISTAKES])
+async def test_a_mistake_is_found_before_anything_exists(
+    fleet: Fleet, tracking: FakeTracking, tmp_path: Path, arguments: dict[str, object], message: str
+) -> None:
+    uri = write_project(tmp_path / "demo", "echo {alpha}", parameters="alpha: float")
+    with pytest.raises(MlfleetError, match=message):
+        await fleet.submit(uri, **{"parameters": {"alpha": 1}, **LOCAL, **arguments})  # type: ignore[arg-type]
+    assert tracking.requests == {}
+
+
+async def test_the_callers_mappings_are_not_changed(fleet: Fleet, tmp_path: Path) -> None:
+    parameters, config, tags = {"alpha": 0.5}, dict[str, object](), {"a": "b"}
+    uri = write_project(tmp_path / "demo", "echo {alpha}", parameters="alpha: float")
+    run = await fleet.submit(uri, parameters=parameters, backend_config=config, tags=tags, **LOCAL)
+    await run.wait()
+    assert (parameters, config, tags) == ({"alpha": 0.5}, {}, {"a": "b"})
+
+
+async def test_tracking_that_does_not_answer_at_the_end_does_not_hide_how_the_run_ended(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracking = FakeTracking(fail=lambda method: TrackingError("gone away") if method == "update_run" else None)
+    uri = write_project(tmp_path / "demo", "exit {code}", parameters="code: float")
+    async with Fleet(tracking=tracking, tracking_patience=0.2) as fleet:
+        good = await fleet.submit(uri, parameters={"code": 0}, **LOCAL)
+        bad = await fleet.submit(uri, parameters={"code": 4}, **LOCAL)
+        assert await good.wait() is True
+        with pytest.raises(ExecutionException, match=r"exit code 4[\s\S]*gone away"):
+            await bad.check()
+    assert f"the run {good.run_id} is FINISHED" in caplog.text
+
+
+async def test_no_tracking_no_run(tmp_path: Path) -> None:
+    tracking = FakeTracking(fail=lambda method: TrackingError("connection refused"))
+    async with Fleet(tracking=tracking) as fleet:
+        with pytest.raises(TrackingError, match="connection refused"):
+            await fleet.submit(write_project(tmp_path / "demo", "touch started"), **LOCAL)
+    assert not (tmp_path / "demo" / "started").exists()
+
+
+async def test_a_status_that_the_code_itself_set_stays(tracking: FakeTracking, tmp_path: Path) -> None:
+    uri = write_project(tmp_path / "demo", "echo ready; read line < gate; exit 1")
+    os.mkfifo(tmp_path / "demo" / "gate")
+    async with Fleet(tracking=tracking) as fleet:
+        run = await fleet.submit(uri, **LOCAL)
+        await first_line(run)
+        await tracking.update_run(run.run_id, RunStatus.FINISHED)  # as mlflow.end_run() in the project's code
+        await anyio.to_thread.run_sync((tmp_path / "demo" / "gate").write_text, "go\n")
+        assert await run.wait() is False
+    assert tracking.runs[run.run_id].status is RunStatus.FINISHED
+
+
+async def test_an_existing_run_is_used_again(tracking: FakeTracking, tmp_path: Path) -> None:
+    existing = await tracking.create_run("0", name="mine", tags={})
+    await tracking.update_run(existing.run_id, RunStatus.FAILED)
+    async with Fleet(tracking=tracking) as fleet:
+        run = await fleet.submit(write_project(tmp_path / "demo", "true"), run_id=existing.run_id, **LOCAL)
+        assert await run.wait()
+    assert run.run_id == existing.run_id
+    assert list(tracking.runs) == [existing.run_id]
+    assert tracking.runs[run.run_id].statuses[1:] == [RunStatus.FAILED, RunStatus.RUNNING, RunStatus.FINISHED]
+    assert tracking.runs[run.run_id].tags["mlflow.source.type"] == "PROJECT"
+
+
+async def test_events_tell_the_stages_in_order(tracking: FakeTracking, tmp_path: Path) -> None:
+    events: list[RunEvent] = []
+    async with Fleet(tracking=tracking, on_event=events.append) as fleet:
+        run = await fleet.submit(write_project(tmp_path / "demo", "true"), **LOCAL)
+    assert [event.stage for event in events] == [
+        Stage.FETCHING,
+        Stage.QUEUED,
+        Stage.PREPARING,
+        Stage.STARTED,
+        Stage.FINISHED,
+    ]
+    assert events[-1].run_id == run.run_id
+    assert events[-1].status is RunStatus.FINISHED
+
+
+async def test_the_output_can_be_logged_as_an_artifact(tracking: FakeTracking, tmp_path: Path) -> None:
+    async with Fleet(tracking=tracking) as fleet:
+        run = await fleet.submit(write_project(tmp_path / "demo", "echo hello; exit 1"), log_output=True, **LOCAL)
+        await run.wait()
+    assert tracking.runs[run.run_id].artifacts == {"output.log": b"hello\n"}
+
+
+async def test_a_fleet_that_is_not_open_says_so(tracking: FakeTracking, tmp_path: Path) -> None:
+    fleet = Fleet(tracking=tracking)
+    uri = write_project(tmp_path / "demo", "true")
+    with pytest.raises(UsageError, match="async with"):
+        await fleet.submit(uri, **LOCAL)
+    async with fleet:
+        pass
+    with pytest.raises(UsageError, match="async with"):
+        await fleet.submit(uri, **LOCAL)
+    with pytest.raises(UsageError, match="used once"):
+        await fleet.__aenter__()
+
+
+async def test_hundreds_of_runs_each_get_their_own_parameters(
+    fleet: Fleet, tracking: FakeTracking, tmp_path: Path
+) -> None:
+    uri = write_project(tmp_path / "demo", "echo {n}", parameters="n: string")
+    runs = await asyncio.gather(*(fleet.submit(uri, parameters={"n": n}, **LOCAL) for n in range(200)))
+    assert await asyncio.gather(*(run.wait() for run in runs)) == [True] * 200
+    assert [[line async for line in run.logs()] for run in runs] == [[str(n)] for n in range(200)]
+    assert {run.status for run in tracking.runs.values()} == {RunStatus.FINISHED}
+
+
+async def test_run_async_raises_what_went_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    with pytest.raises(ParameterError, match="alpha"):
+        await mlfleet.run_async(
+            write_project(tmp_path / "one", "echo {alpha}", parameters="alpha: float"), env_manager="local"
+        )
+    with pytest.raises(ExecutionException, match="exit code 9") as caught:
+        await mlfleet.run_async(write_project(tmp_path / "two", "echo bye; exit 9"), env_manager="local")
+    assert caught.value.output == ("bye",)
+    run = await mlfleet.run_async(write_project(tmp_path / "three", "true"), env_manager="local")
+    assert await run.get_status() is RunStatus.FINISHED

@@ -1,0 +1,199 @@
+"""The blocking run(), used as scripts use it: each test is a script of its own in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from components.projects import pid_is_gone, write_project
+
+
+class Script:
+    """A Python script under way that tracks to a sqlite file."""
+
+    def __init__(self, folder: Path, code: str) -> None:
+        self.database = folder / "mlflow.db"
+        environ = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{self.database}"}
+        # -X importtime-like surprises aside, this is what a person runs: python script.py
+        (folder / "script.py").write_text(textwrap.dedent(code))
+        self.process = subprocess.Popen(
+            [sys.executable, "script.py"],
+            cwd=folder,
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def end(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=50)
+        return self.process.returncode, out, err
+
+    def statuses(self) -> list[str]:
+        with sqlite3.connect(self.database) as connection:
+            rows = connection.execute("select status from runs order by start_time").fetchall()
+        connection.close()
+        return [row[0] for row in rows]
+
+
+pytestmark = pytest.mark.timeout(90, func_only=True)  # a new sqlite store costs seconds, and each script makes one
+
+
+def test_a_plain_script(tmp_path: Path) -> None:
+    write_project(tmp_path / "demo", "echo alpha is {alpha}", parameters="alpha: float")
+    script = Script(
+        tmp_path,
+        """
+        import mlfleet
+        run = mlfleet.run("demo", "main", None, {"alpha": 0.5}, env_manager="local")
+        print(run.get_status(), run.wait(), len(run.run_id))
+        """,
+    )
+    code, out, err = script.end()
+    assert (code, err) == (0, "")
+    assert out.splitlines() == ["alpha is 0.5", "FINISHED True 32"]
+    assert script.statuses() == ["FINISHED"]
+
+
+def test_a_failed_run_raises(tmp_path: Path) -> None:
+    write_project(tmp_path / "demo", "exit 5")
+    script = Script(
+        tmp_path,
+        """
+        import mlfleet
+        try:
+            mlfleet.run("demo", env_manager="local")
+        except mlfleet.ExecutionException as error:
+            print(error.exit_code, error.reason)
+        """,
+    )
+    assert script.end()[:2] == (0, "5 exit code 5\n")
+    assert script.statuses() == ["FAILED"]
+
+
+def test_threads_and_a_running_loop(tmp_path: Path) -> None:
+    write_project(tmp_path / "demo", "true")
+    script = Script(
+        tmp_path,
+        """
+        import asyncio, threading, mlfleet
+        def work():
+            statuses.append(mlfleet.run("demo", env_manager="local").get_status())
+        statuses = []
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        async def main():
+            work()
+        asyncio.run(main())
+        print(statuses)
+        """,
+    )
+    assert script.end() == (0, f"{['FINISHED'] * 5}\n", "")
+
+
+def test_hundreds_at_once_and_the_exit_waits_for_them(tmp_path: Path) -> None:
+    write_project(tmp_path / "demo", "sleep 0.3; touch done-{n}", parameters="n: string")
+    script = Script(
+        tmp_path,
+        """
+        import mlfleet
+        runs = [mlfleet.run("demo", parameters={"n": n}, env_manager="local", synchronous=False) for n in range(100)]
+        print(len({run.run_id for run in runs}))
+        """,
+    )
+    assert script.end() == (0, "100\n", "")
+    assert len(list((tmp_path / "demo").glob("done-*"))) == 100
+    assert set(script.statuses()) == {"FINISHED"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("synchronous", [True, False])
+def test_an_interrupt_ends_every_run(tmp_path: Path, number: signal.Signals, synchronous: bool) -> None:
+    write_project(
+        tmp_path / "demo", "trap '' TERM\nsleep 1000 &\necho $$ $! > pids.new; mv pids.new pids\necho ready\nwait; wait"
+    )
+    script = Script(
+        tmp_path,
+        f"""
+        import mlfleet, time
+        soon = mlfleet.Timeouts(cancel_grace=0.2)
+        run = mlfleet.run("demo", env_manager="local", synchronous={synchronous}, timeouts=soon)
+        for line in run.logs():
+            print(line, flush=True)
+        """,
+    )
+    assert script.line() == "ready"
+    os.kill(script.process.pid, number)
+    code, _, err = script.end()
+    assert code == -number
+    assert "KeyboardInterrupt" in err if number == signal.SIGINT else err == ""
+    pids = [int(pid) for pid in (tmp_path / "demo" / "pids").read_text().split()]
+    assert [pid_is_gone(pid) for pid in pids] == [True, True]
+    assert script.statuses() == ["KILLED"]
+
+
+def test_an_interrupt_while_the_exit_waits(tmp_path: Path) -> None:
+    write_project(tmp_path / "demo", "echo $$ > pid.new; mv pid.new pid; sleep 1000")
+    script = Script(
+        tmp_path,
+        """
+        import mlfleet, os
+        run = mlfleet.run("demo", env_manager="local", synchronous=False)
+        while not os.path.exists("demo/pid"):
+            pass
+        print("leaving", flush=True)
+        """,
+    )
+    assert script.line() == "leaving"
+    script.process.send_signal(signal.SIGINT)
+    script.end()
+    assert pid_is_gone(int((tmp_path / "demo" / "pid").read_text()))
+    assert script.statuses() == ["KILLED"]
+
+
+def test_submit_belongs_to_the_loop_and_ends_with_it(tmp_path: Path) -> None:
+    write_project(tmp_path / "demo", "echo $$; sleep 1000")
+    script = Script(
+        tmp_path,
+        """
+        import asyncio, mlfleet
+        async def main():
+            run = await mlfleet.submit("demo", env_manager="local")
+            async for line in run.logs():
+                print(line)
+                return
+        asyncio.run(main())
+        """,
+    )
+    code, out, err = script.end()
+    assert (code, err) == (0, "")
+    assert pid_is_gone(int(out))
+    assert script.statuses() == ["KILLED"]
+
+
+def test_the_parent_is_mlflows_active_run(tmp_path: Path) -> None:
+    write_project(tmp_path / "demo", "true")
+    script = Script(
+        tmp_path,
+        """
+        import mlflow, mlfleet
+        with mlflow.start_run() as parent:
+            child = mlfleet.run("demo", env_manager="local")
+        tags = mlflow.get_run(child.run_id).data.tags
+        print(tags["mlflow.parentRunId"] == parent.info.run_id)
+        """,
+    )
+    assert script.end()[:2] == (0, "True\n")
