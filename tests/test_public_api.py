@@ -1,0 +1,150 @@
+"""The public surface: what is exported, with which signatures, and that it keeps the promises made for it."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import inspect
+import pickle
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+import mlfleet
+from components import missing
+from mlfleet import errors
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+REFERENCE = (
+    "uri, entry_point='main', version=None, parameters=None, docker_args=None, experiment_name=None, "
+    "experiment_id=None, backend='local', backend_config=None, storage_dir=None, synchronous=True, run_id=None, "
+    "run_name=None, env_manager=None, build_image=False, docker_auth=None"
+)
+"""The arguments of mlflow.projects.run in mlflow 3.17."""
+
+OURS = ["tracking_uri", "parent_run_id", "tags", "timeouts", "output", "log_output"]
+
+ERRORS = [getattr(errors, name) for name in errors.__all__]
+
+
+def arguments(function: object) -> list[inspect.Parameter]:
+    assert callable(function)
+    return list(inspect.signature(function).parameters.values())
+
+
+def shown(parameters: list[inspect.Parameter]) -> str:
+    return ", ".join(str(parameter.replace(annotation=inspect.Parameter.empty)) for parameter in parameters)
+
+
+def test_exports_are_sorted_and_exist() -> None:
+    assert mlfleet.__all__ == sorted(mlfleet.__all__)
+    assert len(mlfleet.__all__) == len(set(mlfleet.__all__))
+    for name in mlfleet.__all__:
+        assert hasattr(mlfleet, name), name
+
+
+def test_every_error_is_exported() -> None:
+    assert set(errors.__all__) <= set(mlfleet.__all__)
+
+
+def test_the_api_page_names_exactly_what_is_exported() -> None:
+    lines = (DOCS / "api.md").read_text().splitlines()
+    rows = [line.split("`")[1] for line in lines if line.startswith("| `")]
+    assert sorted(rows) == mlfleet.__all__
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    for name in mlfleet.__all__:
+        thing = getattr(mlfleet, name)
+        if isinstance(thing, str):
+            continue
+        assert inspect.getdoc(thing), name
+        if inspect.isclass(thing):
+            for method, value in vars(thing).items():
+                if not method.startswith("_") and (inspect.isfunction(value) or isinstance(value, property)):
+                    assert inspect.getdoc(value), f"{name}.{method}"
+
+
+@pytest.mark.parametrize("function", [mlfleet.run, mlfleet.run_async])
+def test_the_first_sixteen_arguments_are_the_references(function: object) -> None:
+    assert shown(arguments(function)[:16]) == REFERENCE
+    assert all(parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for parameter in arguments(function)[:16])
+
+
+@pytest.mark.parametrize("function", [mlfleet.run, mlfleet.run_async])
+def test_what_is_new_is_keyword_only(function: object) -> None:
+    new = arguments(function)[16:]
+    assert [parameter.name for parameter in new] == OURS
+    assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in new)
+
+
+def test_the_installed_mlflow_takes_the_same_arguments() -> None:
+    # In a process of its own: mlflow's import is slow, and leaves warnings and threads behind.
+    script = "import inspect, mlflow.projects; print(list(inspect.signature(mlflow.projects.run).parameters))"
+    try:
+        importlib.metadata.version("mlflow")
+    except importlib.metadata.PackageNotFoundError:
+        missing("mlflow", "pip install 'mlfleet[dev]'")
+    found = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert found.strip() == str([parameter.name for parameter in arguments(mlfleet.run)[:16]])
+
+
+def test_submit_takes_the_arguments_of_run_async() -> None:
+    from mlfleet.request import RunOptions
+
+    positional = [parameter.name for parameter in arguments(mlfleet.submit)[:4]]
+    everything = {parameter.name for parameter in arguments(mlfleet.run_async)}
+    assert {*positional, "tracking_uri", "synchronous", *RunOptions.__annotations__} == everything
+
+
+def test_handles_satisfy_the_protocol() -> None:
+    for method in ("wait", "cancel", "get_status", "logs", "run_id"):
+        assert hasattr(mlfleet.FleetRun, method)
+        assert hasattr(mlfleet.BlockingRun, method)
+
+
+def test_statuses_are_the_strings_of_mlflow() -> None:
+    assert {str(status) for status in mlfleet.RunStatus} == {"SCHEDULED", "RUNNING", "FINISHED", "FAILED", "KILLED"}
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_errors_survive_pickling_and_copying(kind: type[mlfleet.MlfleetError]) -> None:
+    fields = {
+        name: ("a", "b") if name in ("output", "names") else 3 if name in ("line", "exit_code", "status") else "x"
+        for name, parameter in inspect.signature(kind).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    error = kind("what was wrong", **fields)
+    for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert type(twin) is kind
+        assert str(twin) == str(error)
+        assert vars(twin) == vars(error)
+        for name, value in fields.items():
+            assert getattr(twin, name) == value
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_one_except_clause_catches_every_error(kind: type[BaseException]) -> None:
+    assert issubclass(kind, mlfleet.MlfleetError)
+
+
+def test_the_package_is_typed() -> None:
+    assert files(mlfleet).joinpath("py.typed").is_file()
+
+
+def test_the_import_brings_no_heavy_packages() -> None:
+    script = (
+        "import sys, mlfleet\n"
+        "heavy = {'mlflow', 'httpx', 'rich', 'click', 'yaml', 'fsspec', 'rattler', 'aiodocker', 'sqlalchemy'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert found.strip() == "[]"
+
+
+def test_the_version_is_the_one_that_is_installed() -> None:
+    assert mlfleet.__version__ == importlib.metadata.version("mlfleet")
