@@ -1,0 +1,161 @@
+"""Files and whole prefixes of object stores, through fsspec and the driver of each store."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import anyio
+
+from mlfleet.errors import FetchError
+from mlfleet.masking import mask_query
+from mlfleet.project.blocking import Stopped, in_thread, stoppable
+from mlfleet.project.parameters import Download
+
+__all__ = ["DRIVERS", "download_objects"]
+
+DRIVERS: Mapping[str, str] = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+    "az": "adlfs",
+    "hdfs": "pyarrow",
+    "webhdfs": "requests",
+    "dbfs": "requests",
+    "sftp": "paramiko",
+    "ftp": "",
+}
+"""Scheme → the package that fsspec needs for it. Others of fsspec's (``file``, ``memory``, chains) are refused."""
+
+_CHUNK = 2**20
+_AT_ONCE = 4
+
+
+async def download_objects(download: Download, folder: Path) -> Path:
+    """Download the file or prefix that ``download.uri`` names.
+
+    A cancelled call returns when its threads have ended, which takes them one chunk or the store's own time-out.
+
+    Args:
+        download: what to download.
+        folder: an existing empty folder to put it into.
+
+    Returns:
+        The path inside `folder`: of the file, or of a folder with all that is under the prefix.
+
+    Raises:
+        FetchError: with the URI without its secrets, and what to install if a driver is missing.
+        OSError: `folder` cannot be written to.
+    """
+    store, path = await in_thread(lambda: _open_store(download))
+    files = await in_thread(lambda: _list(download, store, path))
+    top = folder / (PurePosixPath(path).name or "download")
+    if not files:
+        await stoppable(lambda stop: _copy(download, store, path, top, stop))
+        return top
+    limiter = anyio.CapacityLimiter(_AT_ONCE)
+    failed: list[Exception] = []
+
+    async def one(remote: str, local: Path) -> None:
+        async with limiter:
+            try:
+                await stoppable(lambda stop: _copy(download, store, remote, local, stop))
+            except (FetchError, OSError) as error:
+                failed.append(error)
+                group.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as group:
+        for remote, parts in files.items():
+            group.start_soon(one, remote, top.joinpath(*parts))
+    if failed:
+        raise failed[0]
+    return top
+
+
+def _open_store(download: Download) -> tuple[Any, str]:
+    """The file system of fsspec, and the path in it."""
+    scheme = download.uri.partition(":")[0].lower()
+    if "::" in download.uri:
+        raise _failed(download, "chained URLs are not supported")
+    try:
+        import fsspec
+
+        # A driver that is missing is an ImportError, or a protocol that is not known.
+        fsspec.get_filesystem_class(scheme)
+    except (ImportError, ValueError) as error:
+        driver = f" {DRIVERS[scheme]}" if DRIVERS[scheme] else ""
+        reason = f"a driver is missing; run: pip install 'mlfleet[remote]'{driver}"
+        raise _failed(download, reason) from error
+    try:
+        store, path = fsspec.core.url_to_fs(download.uri, **_options(download, scheme))
+        # Instances are shared, and what they listed earlier may have changed.
+        store.invalidate_cache()
+    except FetchError:
+        raise
+    except Exception as error:
+        raise _failed(download, error) from error
+    return store, str(path)
+
+
+def _options(download: Download, scheme: str) -> dict[str, Any]:
+    """What the store's driver does not find out itself."""
+    if scheme == "dbfs":
+        host, token = os.environ.get("DATABRICKS_HOST", ""), os.environ.get("DATABRICKS_TOKEN", "")
+        if not host or not token:
+            raise _failed(download, "set DATABRICKS_HOST and DATABRICKS_TOKEN")
+        return {"instance": host.removeprefix("https://").rstrip("/"), "token": token}
+    endpoint = os.environ.get("MLFLOW_S3_ENDPOINT_URL")
+    if scheme in ("s3", "s3a") and endpoint:
+        return {"client_kwargs": {"endpoint_url": endpoint}}
+    return {}
+
+
+def _list(download: Download, store: Any, path: str) -> dict[str, tuple[str, ...]]:
+    """Each file under a prefix, and where it belongs below the prefix. Empty if `path` is a file itself."""
+    try:
+        if store.isfile(path):
+            return {}
+        names = [name for name, entry in store.find(path, detail=True).items() if entry["type"] == "file"]
+    except Exception as error:
+        raise _failed(download, error) from error
+    prefix = path.rstrip("/") + "/"
+    files = {}
+    for name in names:
+        below = name.removeprefix(prefix)
+        parts = tuple(part for part in below.split("/") if part not in ("", "."))
+        if below == name or ".." in parts or "\0" in name:
+            raise _failed(download, f"the name {name!r} leads out of the folder")
+        if parts and not name.endswith("/"):
+            files[name] = parts
+    if not files:
+        raise _failed(download, "there is nothing of that name")
+    return files
+
+
+def _copy(download: Download, store: Any, remote: str, local: Path, stop: threading.Event) -> None:
+    local.parent.mkdir(parents=True, exist_ok=True)
+    with local.open("wb") as target:
+        try:
+            with store.open(remote, "rb") as source:
+                while chunk := source.read(_CHUNK):
+                    if stop.is_set():
+                        raise Stopped
+                    target.write(chunk)
+        except Stopped:
+            raise
+        except Exception as error:
+            raise _failed(download, error) from error
+
+
+def _failed(download: Download, reason: str | Exception) -> FetchError:
+    if isinstance(reason, Exception):
+        reason = f"{type(reason).__name__}: {reason}"
+    uri = mask_query(download.uri)
+    text = mask_query(reason)[:500]
+    return FetchError(f"{uri} of the parameter {download.name!r} cannot be downloaded: {text}", uri=uri)
