@@ -49,6 +49,7 @@ class Stage(StrEnum):
     FETCHING = "fetching"
     QUEUED = "queued"
     PREPARING = "preparing"
+    STARTING = "starting"
     STARTED = "started"
     FINISHED = "finished"
 

@@ -44,6 +44,7 @@ class FleetRun:
         self._services = services
         self._timeouts = plan.request.timeouts or services.timeouts
         self._scope = anyio.CancelScope()
+        self._grace: float | None = None
         self._info: RunInfo | None = None
         self._stage = Stage.QUEUED
         self._handle: BackendRun | None = None
@@ -109,12 +110,20 @@ class FleetRun:
         if outcome.status is not RunStatus.FINISHED:
             raise failure(self.info.name, self.run_id, outcome, self.output_path)
 
-    async def cancel(self) -> None:
+    async def cancel(self, *, grace: float | None = None) -> None:
         """End the run; returns once nothing of it runs any more and tracking tells so (KILLED).
 
         A run that has ended already keeps its status. Any number of calls, also at the same time.
+
+        Args:
+            grace: seconds between the request to stop and the end by force, 0 kills at once; None: as the run's
+                timeouts say. Of several calls the shortest grace counts.
         """
         self._scope.cancel()
+        if grace is not None:
+            self._grace = grace
+            if self._handle is not None:
+                await self._handle.cancel(grace=grace)
         await self._done.wait()
 
     async def get_status(self) -> RunStatus:
@@ -208,6 +217,7 @@ class FleetRun:
                 job = await prepare(
                     job, self.plan, self._services, stack, on_progress=partial(self._tell, Stage.PREPARING)
                 )
+                self._tell(Stage.STARTING)
                 self._handle = await backend.submit(job)
                 stack.push_async_callback(self._settle, self._handle)
                 await self._handle.started()
@@ -219,7 +229,7 @@ class FleetRun:
     async def _settle(self, handle: BackendRun) -> None:
         """Leave nothing running, whichever way the stages were left; what the backend saw last is the truth."""
         with anyio.CancelScope(shield=True):
-            await handle.cancel()
+            await handle.cancel(grace=self._grace)
             self._settled = await handle.outcome()
 
     async def _log(self, backend: Backend, job: Job) -> None:

@@ -76,6 +76,15 @@ class BackendRun(SubmittedRun, Protocol):
         """Wait until the command runs, or has ended, or never will. Any number of waiters."""
         ...
 
+    async def cancel(self, *, grace: float | None = None) -> None:
+        """End the run, as `SubmittedRun` says.
+
+        Args:
+            grace: seconds between the request to stop and the end by force; None: as the job says. Of several calls the
+                shortest grace counts.
+        """
+        ...
+
     async def outcome(self) -> Outcome:
         """Wait for the end and tell how it was. KILLED only if `cancel` ended it. Any number of waiters."""
         ...

@@ -96,8 +96,8 @@ class _LocalRun:
             self._outcomes.append(outcome)
         return self._outcomes[0]
 
-    async def cancel(self) -> None:
-        await self._process.stop(self._grace)
+    async def cancel(self, *, grace: float | None = None) -> None:
+        await self._process.stop(self._grace if grace is None else grace)
 
     async def get_status(self) -> RunStatus:
         code = self._process.returncode
