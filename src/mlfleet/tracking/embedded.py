@@ -283,8 +283,8 @@ def _translated(uri: str) -> Iterator[None]:
         text = f"the tracking store {mask_uri(uri)} refused: {message or type(error).__name__}"
         if local_path(uri) is not None and "MLFLOW_ALLOW_FILE_STORE" in str(error):
             text = (
-                f"mlflow keeps no runs in folders any more ({local_path(uri)}): set MLFLOW_ALLOW_FILE_STORE=true, or use "
-                "a database (MLFLOW_TRACKING_URI=sqlite:///mlflow.db; `mlflow migrate-filestore` moves what is there)"
+                f"mlflow keeps no runs in folders any more ({local_path(uri)}): set MLFLOW_ALLOW_FILE_STORE=true, or "
+                "use a database (MLFLOW_TRACKING_URI=sqlite:///mlflow.db; `mlflow migrate-filestore` moves what is in it)"
             )
         problem = TrackingError(text, uri=mask_uri(uri), code=str(code) if code else None)
         problem.__cause__ = error

@@ -1,0 +1,151 @@
+"""An HTTP server on loopback that passes requests on, or not, as a test tells it: faults of a network, on demand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What came in."""
+
+    method: str
+    target: str
+    headers: Mapping[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What goes back.
+
+    Attributes:
+        status: of HTTP.
+        body: the content.
+        headers: besides Content-Length.
+        sent: how many bytes of the body are sent before the connection is closed; None: all.
+    """
+
+    status: int
+    body: bytes = b""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    sent: int | None = None
+
+
+Forward = Callable[[], Awaitable[Answer]]
+Rule = Callable[[Request, Forward], Awaitable[Answer | None]]
+"""Decides about one request; None closes the connection without an answer."""
+
+
+class FlakyProxy:
+    """Passes requests on to `upstream`, by way of `rule` if there is one.
+
+    Attributes:
+        url: where it listens.
+        rule: what to do; None: pass on.
+        requests: all that came in.
+        peak: the most requests that were under way at the same time.
+    """
+
+    def __init__(self, upstream: str | None) -> None:
+        self.url = ""
+        self.rule: Rule | None = None
+        self.requests: list[Request] = []
+        self.peak = 0
+        self._under_way = 0
+        self._upstream = upstream
+        self._handlers: set[asyncio.Task[None]] = set()
+
+    def count(self, part: str) -> int:
+        """How many requests had `part` in their target."""
+        return sum(part in request.target for request in self.requests)
+
+    @asynccontextmanager
+    async def listen(self) -> AsyncIterator[FlakyProxy]:
+        """Listen for the time of the block."""
+        server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        try:
+            yield self
+        finally:
+            server.close()
+            for handler in self._handlers:
+                handler.cancel()
+            await asyncio.gather(*self._handlers, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._handlers.add(task)
+        try:
+            while await self._serve(reader, writer):
+                pass
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            self._handlers.discard(task)
+            writer.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        request = await _read_request(reader)
+        self.requests.append(request)
+        self._under_way += 1
+        self.peak = max(self.peak, self._under_way)
+        try:
+            answer = await self._decide(request)
+        finally:
+            self._under_way -= 1
+        if answer is None:
+            return False
+        writer.write(_head(answer) + answer.body[: answer.sent])
+        await writer.drain()
+        return answer.sent is None
+
+    async def _decide(self, request: Request) -> Answer | None:
+        async def forward() -> Answer:
+            # The upstream goes on with what it was asked, whatever becomes of the one who asked.
+            return await asyncio.shield(asyncio.ensure_future(self._forward(request)))
+
+        return await (self.rule(request, forward) if self.rule is not None else forward())
+
+    async def _forward(self, request: Request) -> Answer:
+        assert self._upstream is not None, "nothing to forward to"
+        parts = urlsplit(self._upstream)
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        try:
+            headers = {**request.headers, "host": parts.netloc, "connection": "close"}
+            lines = [
+                f"{request.method} {request.target} HTTP/1.1",
+                *(f"{name}: {text}" for name, text in headers.items()),
+            ]
+            writer.write("\r\n".join([*lines, "", ""]).encode("latin-1") + request.body)
+            await writer.drain()
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        finally:
+            writer.close()
+        status, fields = _parse_head(head)
+        kept = {name: text for name, text in fields.items() if name not in ("content-length", "connection")}
+        return Answer(int(status.split()[1]), body, kept)
+
+
+async def _read_request(reader: asyncio.StreamReader) -> Request:
+    first, headers = _parse_head((await reader.readuntil(b"\r\n\r\n"))[:-4])
+    method, target, _ = first.split()
+    body = await reader.readexactly(int(headers.get("content-length", "0")))
+    return Request(method, target, headers, body)
+
+
+def _parse_head(head: bytes) -> tuple[str, dict[str, str]]:
+    first, *lines = head.decode("latin-1").split("\r\n")
+    pairs = (line.partition(":") for line in lines)
+    return first, {name.strip().lower(): text.strip() for name, _, text in pairs}
+
+
+def _head(answer: Answer) -> bytes:
+    headers = {**answer.headers, "content-length": str(len(answer.body))}
+    lines = [f"HTTP/1.1 {answer.status} Whatever", *(f"{name}: {text}" for name, text in headers.items())]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
