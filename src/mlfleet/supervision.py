@@ -121,7 +121,7 @@ class FleetRun:
         """
         self._scope.cancel()
         if grace is not None:
-            self._grace = grace
+            self._grace = grace if self._grace is None else min(grace, self._grace)
             if self._handle is not None:
                 await self._handle.cancel(grace=grace)
         await self._done.wait()

@@ -351,6 +351,7 @@ async def test_events_tell_the_stages_in_order(tracking: FakeTracking, tmp_path:
         Stage.FETCHING,
         Stage.QUEUED,
         Stage.PREPARING,
+        Stage.STARTING,
         Stage.STARTED,
         Stage.FINISHED,
     ]
