@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
 
-pytest_plugins: list[str] = ["components.mlflow_server"]
+pytest_plugins: list[str] = ["components.conda", "components.mlflow_server"]
 
 
 @pytest.fixture(autouse=True)
