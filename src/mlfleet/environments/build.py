@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -109,24 +110,26 @@ class Build:
         """
         if not packages:
             return
-        arguments = list(packages.arguments)
-        # Beside the environment, not in the project's folder, which is the user's own.
-        listed = self.target.with_suffix(".txt")
-        try:
-            if packages.lines:
-                await self.write(listed, "".join(f"{line}\n" for line in packages.lines))
-                arguments += ["-r", str(listed)]
-            await self.run([*command, *arguments], environ)
-        finally:
-            with anyio.CancelScope(shield=True):
-                await to_thread.run_sync(partial(listed.unlink, missing_ok=True))
+        if not packages.lines:
+            await self.run([*command, *packages.arguments], environ)
+            return
+        async with self.listing(".txt", "".join(f"{line}\n" for line in packages.lines)) as path:
+            await self.run([*command, *packages.arguments, "-r", str(path)], environ)
 
-    async def write(self, path: Path, text: str) -> None:
-        """Write a file that only its owner may read: what projects list may hold the passwords of indexes."""
+    @contextlib.asynccontextmanager
+    async def listing(self, suffix: str, text: str) -> AsyncIterator[Path]:
+        """A file for a command to read, as long as the block lasts.
+
+        It is beside the environment, not in the project's folder, which is the user's own; and only its owner may
+        read it, since what projects list may hold the passwords of indexes.
+        """
+        path = self.target.with_suffix(suffix)
         try:
             await to_thread.run_sync(_write_private, path, text)
-        except OSError as error:
-            raise self.failure(f"{path} cannot be written: {error.strerror}") from error
+            yield path
+        finally:
+            with anyio.CancelScope(shield=True):
+                await to_thread.run_sync(partial(path.unlink, missing_ok=True))
 
     def failure(self, problem: str, *, hint: str | None = None) -> EnvironmentSetupError:
         """The error that tells what went wrong, with the last lines of output."""

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from anyio import to_thread
 
+from mlfleet.concurrency.locks import file_lock
+from mlfleet.concurrency.once import Once
 from mlfleet.environments.activation import activate
 from mlfleet.environments.base import EnvironmentPlan, PreparedEnvironment
 from mlfleet.environments.build import Build, clean_environ, pip_install
@@ -51,6 +53,11 @@ class CondaManager(BuildingManager):
 
     name = "conda"
 
+    def __init__(self, root: Path | None = None) -> None:
+        super().__init__(root)
+        self._activating: Once[object, PreparedEnvironment] = Once()
+        self._activated: dict[Path, tuple[object, PreparedEnvironment]] = {}
+
     def plan(self, project_dir: Path, source: EnvironmentFile | None) -> EnvironmentPlan:
         """See `EnvironmentManager.plan`."""
         if source is None or source.kind is not EnvironmentFileKind.CONDA:
@@ -65,9 +72,7 @@ class CondaManager(BuildingManager):
         packages = needs.packages
         return EnvironmentPlan(
             manager=self.name,
-            key=content_key(
-                self.name, needs.channels, needs.specs, packages.lines, packages.arguments, packages.contents
-            ),
+            key=content_key(self.name, needs.channels, needs.specs, packages.lines, packages.contents),
             project_dir=project_dir,
             source=source,
             python=next((spec for spec in needs.specs if _is(spec, "python")), None),
@@ -81,7 +86,9 @@ class CondaManager(BuildingManager):
         needs = _needs(plan)
         program = await to_thread.run_sync(conda_program)
         if program is not None:
-            await _by_program(program, build, needs)
+            # conda's package cache does not bear two at once: https://github.com/conda/conda/issues/8870
+            async with file_lock(await to_thread.run_sync(self._store.lock_path, "conda")):
+                await _by_program(program, build, needs)
         else:
             await _by_rattler(build, needs)
         if needs.packages:
@@ -90,8 +97,17 @@ class CondaManager(BuildingManager):
         return await to_thread.run_sync(_describe, build.target)
 
     async def enter(self, plan: EnvironmentPlan, root: Path) -> PreparedEnvironment:
-        """Activates it, once for all runs of a process that share one environment and this process's variables."""
-        return await activate(root, dict(_needs(plan).variables))
+        """Activate it, once for all runs, as long as the variables stay as they are that scripts may read."""
+        return await self._activating(
+            (root, _needs(plan).variables), lambda: self._activate(root, _needs(plan).variables)
+        )
+
+    async def _activate(self, root: Path, variables: tuple[tuple[str, str], ...]) -> PreparedEnvironment:
+        before = (variables, dict(os.environ))
+        known = self._activated.get(root)
+        if known is None or known[0] != before:
+            known = self._activated[root] = (before, await activate(root, dict(variables)))
+        return known[1]
 
 
 def conda_program() -> str | None:
@@ -139,25 +155,24 @@ def _needs(plan: EnvironmentPlan) -> CondaNeeds:
 
 
 async def _by_program(program: str, build: Build, needs: CondaNeeds) -> None:
-    # JSON is YAML; a file, since URLs of channels may hold tokens.
-    described = build.target.with_suffix(".yml")
-    await build.write(described, json.dumps({"channels": needs.channels, "dependencies": needs.specs}))
     create = ("create", "--yes") if "micromamba" in Path(program).name else ("env", "create", "--quiet")
     environ = clean_environ() | {"CONDA_ALWAYS_YES": "true", "MAMBA_ALWAYS_YES": "true"}
     # An active environment of the caller is not this one's business.
     for name in ("CONDA_PREFIX", "CONDA_DEFAULT_ENV", "CONDA_SHLVL"):
         environ.pop(name, None)
-    await build.run([program, *create, "--prefix", str(build.target), "--file", str(described)], environ)
+    # JSON is YAML; a file, since URLs of channels may hold tokens.
+    text = json.dumps({"channels": needs.channels, "dependencies": needs.specs})
+    async with build.listing(".yml", text) as path:
+        await build.run([program, *create, "--prefix", str(build.target), "--file", str(path)], environ)
 
 
 async def _by_rattler(build: Build, needs: CondaNeeds) -> None:
     # In a process of its own: it can be ended at any moment, and nothing of it goes on writing.
     request = RattlerRequest(str(build.target), needs.channels, needs.specs, str(cache_folder() / "conda"))
-    described = build.target.with_suffix(".json")
-    await build.write(described, json.dumps(asdict(request)))
     # By its path, without mlfleet; -P, since the project's folder may hold files that are named like modules.
     program = Path(__file__).with_name("rattler.py")
-    await build.run([sys.executable, "-P", str(program), str(described)], clean_environ(own=True))
+    async with build.listing(".request.json", json.dumps(asdict(request))) as path:
+        await build.run([sys.executable, "-P", str(program), str(path)], clean_environ(own=True))
 
 
 def _describe(prefix: Path) -> Built:

@@ -50,7 +50,6 @@ async def _build(request: dict[str, Any]) -> None:
         cache_dir=cache / "pkgs",
         execute_link_scripts=True,
         show_progress=False,
-        requested_specs=[rattler.MatchSpec(spec) for spec in request["specs"]],
     )
 
 

@@ -47,7 +47,8 @@ class PipInput:
     Attributes:
         lines: for a requirements file of its own, as they were written.
         arguments: for the command line: options and packages that name files, with absolute paths.
-        contents: hashes of what those files hold, for the key of the environment.
+        contents: for the key of the environment, what stands for `arguments`: hashes of what those files hold.
+            Paths are in it only where what is installed depends on them, so that copies of a project share.
     """
 
     lines: tuple[str, ...] = ()
@@ -108,11 +109,11 @@ class Reader:
         option, value = _split(line)
         local: str | None = None
         if option in ("-r", "-c"):
-            local = self._requirements(value, base, fail)
+            local = self._requirements(option, value, base, fail)
         elif option == "-e":
             local = self._package(value, True, fail)
-        elif option == "-f" and (base / value).exists():
-            local = str((base / value).absolute())
+        elif option == "-f":
+            local = self._wheels(value, base)
         elif not line.startswith("-"):
             local = self._package(line, False, fail)
         if local is None:
@@ -121,7 +122,7 @@ class Reader:
         else:
             self._arguments += [option, local] if option else [local]
 
-    def _requirements(self, value: str, base: Path, fail: Fail) -> str | None:
+    def _requirements(self, option: str, value: str, base: Path, fail: Fail) -> str | None:
         """Take the text of a requirements or constraints file, and of those it names; its path, unless it is a URL."""
         value = _expand(value)
         if "://" in value:
@@ -136,7 +137,7 @@ class Reader:
             data = path.read_bytes()
         except OSError as error:
             fail(f"the requirements file {value!r} cannot be read: {error.strerror} ({path})")
-        self._contents.append(hashlib.sha256(data).hexdigest())
+        self._contents.append(f"{option} {hashlib.sha256(data).hexdigest()}")
         for number, line in _logical_lines(data.decode("utf-8", "replace")):
             self._nested(line, path.parent, _failure(path, number))
         return str(path)
@@ -145,11 +146,20 @@ class Reader:
         """A line of a file that pip reads itself: only its contents matter here."""
         option, value = _split(line)
         if option in ("-r", "-c"):
-            self._requirements(value, base, fail)
+            self._requirements(option, value, base, fail)
         elif option == "-e":
             self._package(value, True, fail)
         elif not line.startswith("-"):
             self._package(line, False, fail)
+
+    def _wheels(self, value: str, base: Path) -> str | None:
+        """Take the names in a folder of wheels; its path, unless it is a URL."""
+        path = Path(os.path.normpath(base / _expand(value)))
+        if "://" in value or not path.exists():
+            return None
+        found = sorted(path.iterdir()) if path.is_dir() else [path]
+        self._contents += [f"-f {path}", *(f"{each.name} {each.stat().st_size}" for each in found if each.is_file())]
+        return str(path)
 
     def _package(self, line: str, editable: bool, fail: Fail) -> str | None:
         """The line with its path made absolute, if it names a local package; its content is taken."""
@@ -161,7 +171,7 @@ class Reader:
         path = Path(os.path.normpath(self.folder / path_text))
         if not path.exists():
             fail(f"there is no package at {path_text!r} ({path})")
-        self._contents.append(f"{path} {content_of(path, editable, fail)}")
+        self._contents.append(f"{'-e ' if editable else ''}{path}{extras} {content_of(path, editable, fail)}")
         return f"{path}{extras}{marker}"
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from anyio import to_thread
+
 from mlfleet.environments.base import EnvironmentPlan, PreparedEnvironment
 from mlfleet.environments.build import Build, clean_environ
 from mlfleet.environments.built import BuildingManager, Built, venv_environment
@@ -77,7 +79,7 @@ class UvManager(BuildingManager):
 
     async def build(self, plan: EnvironmentPlan, build: Build) -> Built:
         """See `BuildingManager.build`."""
-        uv = _program()
+        uv = await to_thread.run_sync(_program)
         environ = clean_environ()
         interpreter = await find(plan.python)
         if interpreter is None and not {"UV_PYTHON_PREFERENCE", "UV_NO_MANAGED_PYTHON"} & environ.keys():

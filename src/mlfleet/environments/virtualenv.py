@@ -67,7 +67,7 @@ def plan_python(manager: str, project_dir: Path, source: EnvironmentFile | None,
     key = content_key(
         manager,
         needs.python or platform.python_version(),
-        *((each.lines, each.arguments, each.contents) for each in (needs.build, needs.packages)),
+        *((each.lines, each.contents) for each in (needs.build, needs.packages)),
         *more,
     )
     return EnvironmentPlan(
