@@ -115,7 +115,7 @@ def test_statuses_are_the_strings_of_mlflow() -> None:
 def test_errors_survive_pickling_and_copying(kind: type[mlfleet.MlfleetError]) -> None:
     fields = {
         name: ("a", "b") if name in ("output", "names") else 3 if name in ("line", "exit_code", "status") else "x"
-        for name, parameter in inspect.signature(kind).parameters.items()
+        for name, parameter in inspect.signature(kind.__init__).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
     error = kind("what was wrong", **fields)
