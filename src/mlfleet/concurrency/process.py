@@ -290,10 +290,11 @@ def _spawn(
     argv: list[str], cwd: Path | None, env: dict[str, str] | None, stdout: int | None, stderr: int | None
 ) -> tuple[int, int | None]:
     """Start the process; its pid, and a pidfd where the system has them. Blocking."""
+    folder = None if cwd is None else str(cwd)
     try:
         # Never preexec_fn: without it Popen uses vfork, whose cost does not grow with this process's memory.
         popen = subprocess.Popen(
-            argv, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
+            argv, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
         )
     except OSError as error:
         raise _explained(error) from error

@@ -1,0 +1,53 @@
+"""The contract on real processes of this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from contract.suite import BackendContract, Harness
+from mlfleet.backends.base import Job
+from mlfleet.backends.local import LocalBackend
+
+MARK = "CONTRACT_RUN"
+
+
+def living_with(run_id: str) -> list[str]:
+    """Every living process that has inherited the run's mark, wherever it went: other groups and sessions included."""
+    found: list[str] = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        folder = Path("/proc", entry)
+        try:
+            if f"{MARK}={run_id}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(f"{entry}: {(folder / 'cmdline').read_bytes()!r}")
+        except OSError:  # ended meanwhile, or another user's
+            continue
+    return found
+
+
+class TestLocal(BackendContract):
+    @pytest.fixture
+    def harness(self, tmp_path: Path) -> Harness:
+        project = tmp_path / "project"
+        project.mkdir()
+        (project / "project.txt").write_text("of the project\n")
+
+        def job(run_id: str, command: str, *, environ: dict[str, str] | None = None, **options: object) -> Job:
+            return Job(
+                run_id=run_id,
+                experiment_id="0",
+                project_name="contract",
+                project_dir=project,
+                command=command,
+                environ={**(environ or {}), MARK: run_id},
+                output=tmp_path / run_id / "output.log",
+                **options,  # type: ignore[arg-type]
+            )
+
+        async def leftovers(run_id: str) -> Sequence[str]:
+            return living_with(run_id)
+
+        return Harness(open=LocalBackend, job=job, leftovers=leftovers)
