@@ -27,8 +27,11 @@ def tool(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     """The program that builds: conda, or none, so that py-rattler does."""
     for name in ("CONDA_EXE", "MAMBA_EXE", "CONDA_PREFIX"):
         monkeypatch.delenv(name, raising=False)
-    tools = tmp_path / "tools"
-    tools.mkdir()
+    programs = ("conda", "mamba", "micromamba")
+    folders = [
+        each for each in os.environ["PATH"].split(":") if not any(Path(each, name).exists() for name in programs)
+    ]
+    monkeypatch.setenv("PATH", ":".join(folders))
     if request.param == "conda":
         # So that conda's package cache is not the user's own.
         monkeypatch.setenv("CONDA_PKGS_DIRS", str(tmp_path / "pkgs"))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from components.packages import make_package
 from mlfleet.environments.base import EnvironmentPlan
@@ -13,6 +18,10 @@ from mlfleet.environments.needs import matches, read_conda_needs, read_python_ne
 from mlfleet.environments.virtualenv import plan_python
 from mlfleet.errors import SpecError
 from mlfleet.project.spec import EnvironmentFile, EnvironmentFileKind
+
+
+# Without what leads out of the folder, into a walk through all of the disk.
+WORDS = st.text(st.characters(exclude_characters="/.", exclude_categories=["Cs"]))
 
 
 def write(folder: Path, files: dict[str, str]) -> Path:
@@ -160,6 +169,41 @@ def test_a_mistake_is_told_with_its_place(tmp_path: Path, files: dict[str, str],
         plan(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["/dev/zero", ".", "pipe"])
+def test_what_is_no_file_is_not_read(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    write(tmp_path, {"python_env.yaml": f"dependencies: ['-r {name}']\n"})
+    with pytest.raises(SpecError, match="cannot be read: not a regular file"):
+        plan(tmp_path)
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(WORDS, st.sampled_from(["", "-r ", "-e ", "-f", "./", "--constraint=", "name @ "]))
+def test_whatever_a_requirements_file_holds_only_our_errors_come(
+    tmp_path_factory: pytest.TempPathFactory, line: str, start: str
+) -> None:
+    folder = write(
+        tmp_path_factory.getbasetemp() / "fuzz", {"python_env.yaml": "dependencies: [-r r.txt]", "r.txt": start + line}
+    )
+    with contextlib.suppress(SpecError):
+        plan(folder)
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(WORDS, st.sampled_from(["", "-r ", "-e ", "-f", "./", "--constraint=", "python", "python="]))
+def test_whatever_a_list_holds_only_our_errors_come(
+    tmp_path_factory: pytest.TempPathFactory, line: str, start: str
+) -> None:
+    items = json.dumps([start + line])
+    folder = write(
+        tmp_path_factory.getbasetemp() / "fuzz",
+        {"python_env.yaml": f"dependencies: {items}", "conda.yaml": f"dependencies: {items}"},
+    )
+    for read in (lambda: plan(folder), lambda: read_python_needs(folder, conda_env(folder))):
+        with contextlib.suppress(SpecError):
+            read()
+
+
 def test_of_a_conda_file_python_and_pip_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(
         tmp_path,
@@ -218,7 +262,7 @@ def test_what_conda_is_to_install(tmp_path: Path) -> None:
             "dependencies: [python=3.10, numpy, {pip: [six]}]\nvariables: {THREADS: 4}\n"
         },
     )
-    needs = read_conda_needs(tmp_path, tmp_path / "conda.yaml")
+    needs = read_conda_needs(tmp_path / "conda.yaml")
     assert needs.channels == ("conda-forge", "file:///c")
     assert needs.specs == ("python=3.10", "numpy")
     assert needs.packages.lines == ("six",)
@@ -240,7 +284,7 @@ def test_what_conda_is_to_install(tmp_path: Path) -> None:
 def test_a_mistake_in_a_conda_file(tmp_path: Path, text: str, message: str) -> None:
     write(tmp_path, {"conda.yaml": text})
     with pytest.raises(SpecError, match=message):
-        read_conda_needs(tmp_path, tmp_path / "conda.yaml")
+        read_conda_needs(tmp_path / "conda.yaml")
 
 
 @pytest.mark.parametrize(

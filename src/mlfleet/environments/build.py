@@ -31,7 +31,7 @@ _MISLEADING = (
     *("UV_SYSTEM_PYTHON", "UV_PYTHON", "UV_PROJECT", "UV_PROJECT_ENVIRONMENT", "UV_BREAK_SYSTEM_PACKAGES", "UV_TARGET"),
 )
 _HINTS = (
-    (r"No matching distribution|No solution found|not found in the package registry|PackagesNotFound|No candidates", (
+    (r"No matching distribution|No solution found|not found in the package registry|Packages?NotFound|No candidates", (
         "check the package's name and version, whether it is made for this Python, and which index or channel is used"
     )),
     (r"Temporary failure in name resolution|dns error|Connection refused|NewConnectionError|CondaHTTPError|timed out", (

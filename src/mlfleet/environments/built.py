@@ -18,6 +18,7 @@ from mlfleet.environments.base import EnvironmentManager, EnvironmentPlan, Prepa
 from mlfleet.environments.build import Build
 from mlfleet.environments.store import Store
 from mlfleet.errors import EnvironmentSetupError
+from mlfleet.project.spec import EnvironmentFileKind
 
 __all__ = ["BuildingManager", "Built", "venv_environment"]
 
@@ -92,6 +93,8 @@ class BuildingManager(EnvironmentManager):
         if (root := await self._take(name)) is not None:
             return root
         lock = await to_thread.run_sync(self._store.lock_path, name, limiter=self._threads)
+        if await to_thread.run_sync((self._store.root / name).exists):
+            self._tell(name, "another process may be building this environment: waiting for it")
         async with file_lock(lock):
             # Another process may have built it while this one waited.
             return await self._take(name) or await self._build(name, plan)
@@ -103,7 +106,7 @@ class BuildingManager(EnvironmentManager):
     async def _build(self, name: str, plan: EnvironmentPlan) -> Path:
         what = str(plan.source.path if plan.source else plan.project_dir)
         async with self._attempt(name) as target:
-            build = Build(self.name, what, plan.project_dir, target, lambda line: self._tell(name, line))
+            build = Build(self.name, what, _folder(plan), target, lambda line: self._tell(name, line))
             built = await self.build(plan, build)
             await to_thread.run_sync(
                 lambda: self._store.publish(
@@ -144,6 +147,13 @@ class BuildingManager(EnvironmentManager):
             "set MLFLOW_ENV_ROOT to a folder that can be written",
             manager=self.name,
         )
+
+
+def _folder(plan: EnvironmentPlan) -> Path:
+    """Where pip runs, so that it finds what the files that it reads name (see `Reader`)."""
+    if plan.source is not None and plan.source.kind is EnvironmentFileKind.CONDA:
+        return plan.source.path.parent
+    return plan.project_dir
 
 
 def venv_environment(manager: str, root: Path) -> PreparedEnvironment:

@@ -68,7 +68,7 @@ class CondaManager(BuildingManager):
                 "without them; or set MLFLOW_CONDA_HOME to the folder of your conda",
                 manager=self.name,
             )
-        needs = _with_pip(read_conda_needs(project_dir, source.path))
+        needs = _with_pip(read_conda_needs(source.path))
         packages = needs.packages
         return EnvironmentPlan(
             manager=self.name,

@@ -74,7 +74,7 @@ def read_python_needs(folder: Path, source: EnvironmentFile | None) -> PythonNee
     if source is None:
         return PythonNeeds()
     if source.kind is EnvironmentFileKind.CONDA:
-        return _from_conda(folder, source.path)
+        return _from_conda(source.path)
     document = read_yaml(source.path).mapping(
         ("python", "build_dependencies", "dependencies"), expected="a mapping with python and dependencies"
     )
@@ -86,8 +86,8 @@ def read_python_needs(folder: Path, source: EnvironmentFile | None) -> PythonNee
     )
 
 
-def read_conda_needs(folder: Path, path: Path) -> CondaNeeds:
-    """What ``conda.yaml`` asks for.
+def read_conda_needs(path: Path) -> CondaNeeds:
+    """What ``conda.yaml`` asks for. Paths in its ``pip:`` list are relative to its folder, as conda has it.
 
     Raises:
         SpecError: the file is wrong, or names one that is not there.
@@ -107,8 +107,7 @@ def read_conda_needs(folder: Path, path: Path) -> CondaNeeds:
     return CondaNeeds(
         channels=tuple(node.string(expected="a channel") for node in _items(document, "channels")),
         specs=tuple(specs),
-        # conda has pip read these lines beside its own file.
-        packages=Reader(folder).read(pip, beside=path.parent),
+        packages=Reader(path.parent).read(pip),
         variables=tuple((name, node.text(expected="the value of a variable")) for name, node in variables.items()),
     )
 
@@ -163,7 +162,7 @@ def _python_version(node: Node) -> str:
     return text
 
 
-def _from_conda(folder: Path, path: Path) -> PythonNeeds:
+def _from_conda(path: Path) -> PythonNeeds:
     document = read_yaml(path).mapping(expected="a mapping with channels and dependencies")
     python: str | None = None
     build: list[str] = []
@@ -182,7 +181,7 @@ def _from_conda(folder: Path, path: Path) -> PythonNeeds:
             others.append(name)
     if others:
         _warn_ignored(path, tuple(others))
-    return PythonNeeds(python, PipInput(lines=tuple(build)), Reader(folder).read(pip, beside=path.parent))
+    return PythonNeeds(python, PipInput(lines=tuple(build)), Reader(path.parent).read(pip))
 
 
 def _split_conda_spec(node: Node) -> tuple[str, str]:

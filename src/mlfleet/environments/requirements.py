@@ -23,7 +23,8 @@ from mlfleet.errors import SpecError
 __all__ = ["PipInput", "Reader", "content_of"]
 
 MAX_FILES = 200
-MAX_SOURCES = 20_000
+MAX_SIZE = 4 * 2**20
+MAX_ENTRIES = 50_000
 
 _OPTION = re.compile(
     r"(?P<option>-r|--requirement|-c|--constraint|-e|--editable|-f|--find-links)(?:\s+|=|(?<=^-[rcef])(?=[^\s=]))(?P<value>.+)$"
@@ -77,7 +78,7 @@ class Reader:
     configured by, since changes of its sources need no new environment. Files behind URLs are not looked at.
 
     Attributes:
-        folder: of the project.
+        folder: that paths of packages, and the files that the items of a list name, are relative to: the project's.
     """
 
     folder: Path
@@ -86,12 +87,8 @@ class Reader:
     _contents: list[str] = field(default_factory=list)
     _seen: set[Path] = field(default_factory=set)
 
-    def read(self, nodes: Iterable[Node], *, beside: Path | None = None) -> PipInput:
+    def read(self, nodes: Iterable[Node]) -> PipInput:
         """Read the items of a list in a YAML file.
-
-        Args:
-            nodes: the items.
-            beside: the folder that ``-r`` and ``-c`` are relative to; None is the project's.
 
         Raises:
             SpecError: an item is no line, or names a file that is not there.
@@ -101,19 +98,19 @@ class Reader:
             if "\n" in text.strip():
                 node.fail("a requirement is one line")
             if line := _COMMENT.sub("", text).strip():
-                self._top(line, beside or self.folder, node.fail)
+                self._top(line, node.fail)
         return PipInput(tuple(self._lines), tuple(self._arguments), tuple(self._contents))
 
-    def _top(self, line: str, base: Path, fail: Fail) -> None:
+    def _top(self, line: str, fail: Fail) -> None:
         """A line of our own: its paths become absolute."""
         option, value = _split(line)
         local: str | None = None
         if option in ("-r", "-c"):
-            local = self._requirements(option, value, base, fail)
+            local = self._requirements(option, value, self.folder, fail)
         elif option == "-e":
             local = self._package(value, True, fail)
         elif option == "-f":
-            local = self._wheels(value, base)
+            local = self._wheels(value, fail)
         elif not line.startswith("-"):
             local = self._package(line, False, fail)
         if local is None:
@@ -127,16 +124,17 @@ class Reader:
         value = _expand(value)
         if "://" in value:
             return None
-        path = Path(os.path.normpath(base / value))
+        path = _join(base, value)
         if path in self._seen:
             return str(path)
         self._seen.add(path)
         if len(self._seen) > MAX_FILES:
             fail(f"more than {MAX_FILES} requirements files")
         try:
-            data = path.read_bytes()
-        except OSError as error:
-            fail(f"the requirements file {value!r} cannot be read: {error.strerror} ({path})")
+            data = _read(path)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            fail(f"the requirements file {value!r} cannot be read: {reason} ({path})")
         self._contents.append(f"{option} {hashlib.sha256(data).hexdigest()}")
         for number, line in _logical_lines(data.decode("utf-8", "replace")):
             self._nested(line, path.parent, _failure(path, number))
@@ -152,10 +150,9 @@ class Reader:
         elif not line.startswith("-"):
             self._package(line, False, fail)
 
-    def _wheels(self, value: str, base: Path) -> str | None:
+    def _wheels(self, value: str, fail: Fail) -> str | None:
         """Take the names in a folder of wheels; its path, unless it is a URL."""
-        path = Path(os.path.normpath(base / _expand(value)))
-        if "://" in value or not path.exists():
+        if "://" in value or not _exists(path := _join(self.folder, _expand(value)), fail):
             return None
         found = sorted(path.iterdir()) if path.is_dir() else [path]
         self._contents += [f"-f {path}", *(f"{each.name} {each.stat().st_size}" for each in found if each.is_file())]
@@ -168,8 +165,8 @@ class Reader:
         path_text, extras = (match["path"], match["extras"] or "") if match else (spec, "")
         if not _is_local(path_text):
             return None
-        path = Path(os.path.normpath(self.folder / path_text))
-        if not path.exists():
+        path = _join(self.folder, path_text)
+        if not _exists(path, fail):
             fail(f"there is no package at {path_text!r} ({path})")
         self._contents.append(f"{'-e ' if editable else ''}{path}{extras} {content_of(path, editable, fail)}")
         return f"{path}{extras}{marker}"
@@ -200,6 +197,28 @@ def _logical_lines(text: str) -> Iterable[tuple[int, str]]:
         if complete:
             yield first, complete
         joined, first = "", 0
+
+
+def _join(folder: Path, path: str) -> Path:
+    return Path(os.path.normpath(folder / path))
+
+
+def _exists(path: Path, fail: Fail) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError) as error:
+        fail(f"the path {str(path)[:200]!r} cannot be looked at: {error}")
+
+
+def _read(path: Path) -> bytes:
+    """A regular file: a device or a pipe would never end."""
+    if path.exists() and not path.is_file():
+        raise ValueError("not a regular file")
+    with path.open("rb") as file:
+        data = file.read(MAX_SIZE + 1)
+    if len(data) > MAX_SIZE:
+        raise ValueError(f"larger than {MAX_SIZE} bytes")
+    return data
 
 
 def _failure(path: Path, line: int) -> Fail:
@@ -251,11 +270,13 @@ def content_of(path: Path, editable: bool, fail: Fail) -> str:
 
 def _sources(folder: Path, fail: Fail) -> list[Path]:
     found: list[Path] = []
+    seen = 0
     for parent, folders, files in os.walk(folder):
+        seen += len(folders) + len(files)
+        if seen > MAX_ENTRIES:
+            fail(f"the package in {folder} is in a folder of more than {MAX_ENTRIES} files: build a wheel of it")
         folders[:] = [
             name for name in folders if name not in _NOT_SOURCE and not name.startswith(".") and "egg-info" not in name
         ]
         found += [Path(parent, name) for name in files if Path(name).suffix in _SOURCE_SUFFIXES]
-        if len(found) > MAX_SOURCES:
-            fail(f"the package in {folder} has more than {MAX_SOURCES} source files: build a wheel of it")
     return sorted(path for path in found if path.is_file())

@@ -236,7 +236,8 @@ def _read(folder: Path) -> Published | None:
 def _open_mark(path: Path) -> int | None:
     """Mark an environment as in use; None if there is none, or it is being removed."""
     try:
-        mark = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        # For reading only: the folder may be one that an administrator filled.
+        mark = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:
