@@ -1,0 +1,7 @@
+"""``python -m mlfleet``."""
+
+import sys
+
+from mlfleet.cli import main
+
+sys.exit(main())
