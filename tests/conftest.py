@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
 
-pytest_plugins: list[str] = ["components.conda", "components.mlflow_server"]
+pytest_plugins: list[str] = [
+    "components.conda",
+    "components.git_http",
+    "components.http_files",
+    "components.mlflow_server",
+    "components.ssh_server",
+]
 
 
 @pytest.fixture(autouse=True)

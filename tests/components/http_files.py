@@ -1,0 +1,91 @@
+"""A plain HTTP server for files, with what real ones do: validators, redirections, passwords and large answers."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+
+@dataclass
+class FileServer:
+    """What is served, and what was asked for.
+
+    Attributes:
+        url: of the server, without a slash at its end.
+        files: path → content; a path that is not there is a 404.
+        redirects: path → URL.
+        credentials: ``user:password`` to ask for.
+        etags: whether to send ETags and to answer 304.
+        answers: path and status of every answer.
+    """
+
+    url: str = ""
+    files: dict[str, bytes] = field(default_factory=dict)
+    redirects: dict[str, str] = field(default_factory=dict)
+    credentials: str | None = None
+    etags: bool = True
+    answers: list[tuple[str, int]] = field(default_factory=list)
+
+
+@pytest.fixture
+def http_files() -> Iterator[FileServer]:
+    """A file server on loopback."""
+    server = FileServer()
+
+    class Handler(_Handler):
+        file_server = server
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        server.url = f"http://127.0.0.1:{http.server_port}"
+        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield server
+        finally:
+            http.shutdown()
+            thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    file_server: FileServer
+
+    def do_GET(self) -> None:
+        server = self.file_server
+        path = self.path.partition("?")[0]
+        given = self.headers.get("Authorization", "")
+        if server.credentials and given != "Basic " + base64.b64encode(server.credentials.encode()).decode():
+            self._answer(401, b"", {"WWW-Authenticate": "Basic"})
+        elif path in server.redirects:
+            self._answer(302, b"", {"Location": server.redirects[path]})
+        elif path not in server.files:
+            self._answer(404, b"not here", {})
+        else:
+            self._send_file(server.files[path])
+
+    def _send_file(self, data: bytes) -> None:
+        if not self.file_server.etags:
+            return self._answer(200, data, {})
+        etag = f'"{hashlib.sha256(data).hexdigest()}"'
+        if self.headers.get("If-None-Match") == etag:
+            return self._answer(304, b"", {"ETag": etag})
+        return self._answer(200, data, {"ETag": etag})
+
+    def _answer(self, status: int, data: bytes, headers: dict[str, str]) -> None:
+        self.file_server.answers.append((self.path, status))
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        if status != 304:
+            self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
