@@ -103,6 +103,8 @@ def test_downloads_take_the_place_of_their_uri() -> None:
         ("bash -c 'python t.py {x}'", "in a script for another shell"),
         ('/bin/sh -e -c "t {x}"', "in a script for another shell"),
         ('sudo bash -lc "t "{x}', "in a script for another shell"),
+        ("a & eval t {x}", "in a script for another shell"),
+        ("\\eval t {x}", "in a script for another shell"),
         ("a; eval t {x}", "in a script for another shell"),
         ("if A=1 ssh host t {x}; then b; fi", "in a script for another shell"),
     ],
@@ -142,6 +144,12 @@ def test_extra_parameters_are_not_appended_where_they_would_be_lost_or_code(
         rendered(command, {}, extra)
     assert where in str(caught.value)
     assert f"the undeclared parameter {next(iter(extra))!r} would be appended" in str(caught.value)
+
+
+def test_words_that_only_look_like_commands_are_words() -> None:
+    assert rendered("python t.py eval {x} let {x} --ssh {x}", {"x": "a b"}) == (
+        "python t.py eval 'a b' let 'a b' --ssh 'a b'"
+    )
 
 
 def test_arguments_of_an_inner_shell_are_no_script() -> None:

@@ -100,10 +100,10 @@ _ARITHMETIC = re.compile(
     re.X | re.S,
 )
 
-# What may stand before the name of a command.
+# What may stand before the name of a command. Not every word can: "train.py eval {x}" is no eval.
 _BEFORE = (
-    r"(?:^|\b(?:then|do|else|if|while|until|exec|command|builtin|sudo|nohup|time|env)\s|[!{]\s)\s*"
-    r"(?:\w+=\S*\s+)*(?:[^\s=]*/)?"
+    r"(?:^|[&!{]|\b(?:then|do|else|if|while|until|exec|command|builtin|sudo|nohup|time|env)\s)(?:\s|\\\n)*"
+    r"(?:(?:\w+=|[<>])\S*\s+)*(?:\\|[^\s=]*/)?"
 )
 _EVALUATES = re.compile(_BEFORE + r"(?:eval|ssh|su|trap|watch|parallel)\s")
 _RUNS_SCRIPT = re.compile(r"(?:^|[\s/])\w*sh\s(?:.*\s)?-\w*c\s", re.S)
