@@ -70,13 +70,18 @@ def test_conda_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "conda.yaml").write_text("dependencies: [python]\n")
     source = EnvironmentFile(EnvironmentFileKind.CONDA, tmp_path / "conda.yaml")
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CONDA_EXE", raising=False)
+    for name in ("CONDA_EXE", "MAMBA_EXE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_CONDA_HOME", str(tmp_path))
     with pytest.raises(EnvironmentSetupError, match=f"MLFLOW_CONDA_HOME is {tmp_path}, but there is no .*/bin/conda"):
         manager("conda").plan(tmp_path, source)
     monkeypatch.delenv("MLFLOW_CONDA_HOME")
     monkeypatch.setenv("MLFLOW_CONDA_CREATE_ENV_CMD", "mamba")
     with pytest.raises(EnvironmentSetupError, match="MLFLOW_CONDA_CREATE_ENV_CMD is 'mamba', which is not on PATH"):
+        manager("conda").plan(tmp_path, source)
+    monkeypatch.delenv("MLFLOW_CONDA_CREATE_ENV_CMD")
+    monkeypatch.setitem(sys.modules, "rattler", None)
+    with pytest.raises(EnvironmentSetupError, match=r"no conda, mamba or micromamba.*pip install 'mlfleet\[conda\]'"):
         manager("conda").plan(tmp_path, source)
 
 

@@ -19,7 +19,6 @@ from mlfleet.environments.virtualenv import plan_python
 from mlfleet.errors import SpecError
 from mlfleet.project.spec import EnvironmentFile, EnvironmentFileKind
 
-
 # Without what leads out of the folder, into a walk through all of the disk.
 WORDS = st.text(st.characters(exclude_characters="/.", exclude_categories=["Cs"]))
 
