@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -51,13 +52,14 @@ class FlakyProxy:
         peak: the most requests that were under way at the same time.
     """
 
-    def __init__(self, upstream: str | None) -> None:
+    def __init__(self, upstream: str | None = None, *, tls: ssl.SSLContext | None = None) -> None:
         self.url = ""
         self.rule: Rule | None = None
         self.requests: list[Request] = []
         self.peak = 0
         self._under_way = 0
         self._upstream = upstream
+        self._tls = tls
         self._handlers: set[asyncio.Task[None]] = set()
 
     def count(self, part: str) -> int:
@@ -67,8 +69,8 @@ class FlakyProxy:
     @asynccontextmanager
     async def listen(self) -> AsyncIterator[FlakyProxy]:
         """Listen for the time of the block."""
-        server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        server = await asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=self._tls)
+        self.url = f"{'https' if self._tls else 'http'}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         try:
             yield self
         finally:
@@ -84,7 +86,10 @@ class FlakyProxy:
         try:
             while await self._serve(reader, writer):
                 pass
-        except (ConnectionError, asyncio.IncompleteReadError):
+        except (ConnectionError, asyncio.IncompleteReadError, ssl.SSLError):
+            pass
+        except asyncio.CancelledError:
+            # Ours, at the end of `listen`; asyncio's streams would report it as an error.
             pass
         finally:
             self._handlers.discard(task)

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import anyio
 
@@ -26,6 +26,7 @@ from mlfleet.tracking.locations import (
     parse_run_uri,
     safe_name,
     safe_path,
+    split_uri,
 )
 from mlfleet.tracking.transport import ARTIFACTS, Transport
 
@@ -65,7 +66,7 @@ class Artifacts:
     async def download(self, uri: str, folder: Path) -> Path:
         """Download what `uri` names into `folder`; returns once all of it is there, or nothing of it."""
         root = await self._resolve(uri)
-        name = safe_name(PurePosixPath(urlsplit(root).path).name or "artifacts")
+        name = safe_name(PurePosixPath(split_uri(root).path).name or "artifacts")
         half = folder / f".{name}.{uuid.uuid4().hex[:8]}.part"
         try:
             await self._fetch(root, half)
@@ -80,7 +81,7 @@ class Artifacts:
         """The URI of the place where the artifacts are that ``runs:/`` or ``models:/`` stands for."""
         place = uri
         for _ in range(_REDIRECTIONS):
-            scheme = urlsplit(place).scheme
+            scheme = split_uri(place).scheme
             if scheme == "runs":
                 run = parse_run_uri(place)
                 place = join(await self._run_root(run.run_id), run.path)
@@ -119,12 +120,12 @@ class Artifacts:
 
     def _served(self, root: str) -> str | None:
         """The path of `root` on the server, if the server itself serves it; None if it is kept elsewhere."""
-        parts = urlsplit(root)
+        parts = split_uri(root)
         if parts.scheme == "mlflow-artifacts":
-            path, own = parts.path, not parts.netloc or parts.netloc == urlsplit(self._transport.login.url).netloc
+            path, own = parts.path, not parts.netloc or parts.netloc == split_uri(self._transport.login.url).netloc
         elif parts.scheme in ("http", "https") and ARTIFACTS in parts.path:
             path = parts.path.partition(ARTIFACTS)[2]
-            own = parts.netloc == urlsplit(self._transport.login.url).netloc
+            own = parts.netloc == split_uri(self._transport.login.url).netloc
         else:
             return None
         if not own:

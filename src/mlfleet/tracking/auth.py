@@ -10,10 +10,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlunsplit
 
 from mlfleet.errors import TrackingError, UsageError
 from mlfleet.masking import mask_uri
+from mlfleet.tracking.locations import split_uri
 
 __all__ = ["Credentials", "Login", "ServerLogin", "Tls", "split_userinfo"]
 
@@ -175,7 +176,7 @@ def split_userinfo(uri: str) -> tuple[str, Credentials]:
     Raises:
         UsageError: the URI names no host, or no such port.
     """
-    parts = urlsplit(uri.strip())
+    parts = split_uri(uri.strip())
     try:
         host, port = parts.hostname, parts.port
     except ValueError as error:

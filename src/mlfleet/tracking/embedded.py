@@ -284,7 +284,7 @@ def _translated(uri: str) -> Iterator[None]:
         if local_path(uri) is not None and "MLFLOW_ALLOW_FILE_STORE" in str(error):
             text = (
                 f"mlflow keeps no runs in folders any more ({local_path(uri)}): set MLFLOW_ALLOW_FILE_STORE=true, or "
-                "use a database (MLFLOW_TRACKING_URI=sqlite:///mlflow.db; `mlflow migrate-filestore` moves what is in it)"
+                "use a database (MLFLOW_TRACKING_URI=sqlite:///mlflow.db; `mlflow migrate-filestore` moves it)"
             )
         problem = TrackingError(text, uri=mask_uri(uri), code=str(code) if code else None)
         problem.__cause__ = error

@@ -5,12 +5,22 @@ from __future__ import annotations
 import posixpath
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from mlfleet.errors import TrackingError, UsageError
 from mlfleet.masking import mask_uri
 
-__all__ = ["ModelRef", "RunRef", "join", "local_path", "parse_model_uri", "parse_run_uri", "safe_name", "safe_path"]
+__all__ = [
+    "ModelRef",
+    "RunRef",
+    "join",
+    "local_path",
+    "parse_model_uri",
+    "parse_run_uri",
+    "safe_name",
+    "safe_path",
+    "split_uri",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +57,26 @@ class ModelRef:
     path: str = ""
 
 
+def split_uri(uri: str) -> SplitResult:
+    """The parts of a URI.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        return urlsplit(uri)
+    except ValueError as error:
+        raise UsageError(f"{mask_uri(uri)!r} is no URI: {error}") from None
+
+
 def parse_run_uri(uri: str) -> RunRef:
     """Take ``runs:/…`` apart.
 
     Raises:
         UsageError: it names no run, or a path that leads out of its artifacts.
     """
-    run_id, _, path = urlsplit(uri).path.strip("/").partition("/")
-    if not run_id or urlsplit(uri).netloc:
+    run_id, _, path = split_uri(uri).path.strip("/").partition("/")
+    if not run_id or split_uri(uri).netloc:
         raise UsageError(f"{uri!r} names no run: it should look like runs:/<run id>/<path>")
     return RunRef(run_id=run_id, path=safe_path(path, uri))
 
@@ -65,7 +87,7 @@ def parse_model_uri(uri: str) -> ModelRef:
     Raises:
         UsageError: it names no model, or a path that leads out of it.
     """
-    parts = urlsplit(uri)
+    parts = split_uri(uri)
     first, _, rest = parts.path.strip("/").partition("/")
     if not first or parts.netloc:
         raise UsageError(
@@ -90,7 +112,7 @@ def parse_model_uri(uri: str) -> ModelRef:
 
 def local_path(uri: str) -> Path | None:
     """The path of a ``file:`` URI or of a plain path; None for anything else."""
-    parts = urlsplit(uri)
+    parts = split_uri(uri)
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
         return Path(unquote(parts.path))
     return Path(uri) if not parts.scheme else None
@@ -100,7 +122,7 @@ def join(root: str, path: str) -> str:
     """The URI of `path` inside `root`; a query of `root` stays at its end."""
     if not path:
         return root
-    parts = urlsplit(root)
+    parts = split_uri(root)
     return parts._replace(path=posixpath.join(parts.path, path)).geturl()
 
 

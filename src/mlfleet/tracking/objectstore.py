@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from mlfleet.errors import TrackingError
 from mlfleet.masking import mask, mask_uri
+from mlfleet.tracking.locations import split_uri
 
 __all__ = ["download", "upload"]
 
@@ -71,7 +71,7 @@ def _download_folder(store: Any, key: str, target: Path) -> None:
 
 
 def _open(uri: str) -> tuple[Any, str]:
-    scheme = urlsplit(uri).scheme
+    scheme = split_uri(uri).scheme
     driver = _DRIVERS.get(scheme)
     if driver is None:
         raise TrackingError(

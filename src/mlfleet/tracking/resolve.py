@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from urllib.parse import urlsplit
 
 from mlfleet.tracking.base import Tracking
 from mlfleet.tracking.databricks import is_databricks
 from mlfleet.tracking.embedded import EmbeddedTracking
+from mlfleet.tracking.locations import split_uri
 from mlfleet.tracking.rest import RestTracking
 from mlfleet.tracking.retry import RETRY_FOR
 
@@ -29,6 +29,6 @@ def open_tracking(uri: str | os.PathLike[str] | None = None, *, retry_for: float
     chosen = os.fspath(uri) if uri is not None else os.environ.get("MLFLOW_TRACKING_URI")
     if not chosen:
         return EmbeddedTracking(retry_for=retry_for)
-    if is_databricks(chosen) or urlsplit(chosen).scheme.lower() in ("http", "https"):
+    if is_databricks(chosen) or split_uri(chosen).scheme.lower() in ("http", "https"):
         return RestTracking(chosen, retry_for=retry_for)
     return EmbeddedTracking(chosen, retry_for=retry_for)

@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
 
 import anyio
 
@@ -24,6 +23,7 @@ from mlfleet.tracking.retry import BACKOFF, Patience, RetryPolicy, Transient
 
 if TYPE_CHECKING:
     import httpx
+from mlfleet.tracking.locations import split_uri
 
 __all__ = ["API", "ARTIFACTS", "Transport"]
 
@@ -280,7 +280,7 @@ def _number(variable: str, default: float) -> float:
 
 
 def _is_loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
+    host = split_uri(url).hostname or ""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
