@@ -23,6 +23,7 @@ class GitServer:
         root: that folder.
         credentials: ``user:password`` to ask for; None lets everybody in.
         requests: the paths that were asked for, with their queries.
+        requested: is set by every request.
         down: answer everything with 503.
     """
 
@@ -30,6 +31,7 @@ class GitServer:
         self.root = root
         self.credentials: str | None = None
         self.requests: list[str] = []
+        self.requested = threading.Event()
         self.down = False
         self.url = ""
 
@@ -76,6 +78,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server = self.git_server
         server.requests.append(self.path)
+        server.requested.set()
         body = self._body()
         if server.down:
             self._answer(503, [], b"")
@@ -130,8 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+    def log_request(self, code: object = "-", size: object = "-") -> None:
+        """Keep quiet."""
 
 
 def _basic(credentials: str) -> str:

@@ -322,7 +322,7 @@ async def test_repository_that_is_empty_or_not_there(tmp_path: Path, git_http: G
         await ProjectFetcher().fetch(str(tmp_path / "empty.git"))
     with pytest.raises(FetchError, match="there is no such Git repository"):
         await ProjectFetcher().fetch(f"{git_http.url}/nothing.git")
-    with pytest.raises(FetchError, match="cannot read the Git repository http://127.0.0.1:9/x"):
+    with pytest.raises(FetchError, match=r"cannot read the Git repository http://127\.0\.0\.1:9/x"):
         await ProjectFetcher().fetch("http://127.0.0.1:9/x")
 
 
@@ -391,10 +391,10 @@ async def test_processes_that_race_share_one_mirror(git_http: GitServer, served:
 async def test_killed_clone_leaves_a_usable_cache(git_http: GitServer, served: Repository) -> None:
     uri = f"{git_http.url}/project.git"
     for requests in (1, 2, 3, 5):
-        git_http.requests.clear()
         process = start_fetching(uri)
-        while len(git_http.requests) < requests and process.poll() is None:
-            await asyncio.to_thread(lambda: None)
+        for _ in range(requests):  # those that come when it is killed already count, too
+            git_http.requested.clear()
+            await asyncio.to_thread(git_http.requested.wait, 5)
         process.send_signal(signal.SIGKILL)
         await asyncio.to_thread(process.communicate)
     project = await ProjectFetcher().fetch(uri)
@@ -407,8 +407,7 @@ async def test_cancelled_fetch_leaves_no_tree_and_the_next_one_works(git_http: G
     uri = f"{git_http.url}/project.git"
     fetcher = ProjectFetcher()
     task = asyncio.create_task(fetcher.fetch(uri))
-    while not git_http.requests:
-        await asyncio.sleep(0)
+    assert await asyncio.to_thread(git_http.requested.wait, 20)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

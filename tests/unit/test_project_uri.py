@@ -108,11 +108,10 @@ def test_dangerous_and_meaningless_uris_are_refused(uri: str, message: str) -> N
 def test_password_in_a_uri_is_never_shown(uri: str) -> None:
     try:
         parsed = parse_uri(uri)
+        shown = f"{parsed!r} {parsed.text}"
     except FetchError as error:
-        assert "s3cr3t" not in f"{error} {error.uri}"
-    else:
-        assert "s3cr3t" not in f"{parsed!r} {parsed.text}"
-        assert "s3cr3t" in parsed.secrets or "token=s3cr3t" in parsed.secrets
+        shown = f"{error} {error.uri}"
+    assert "s3cr3t" not in shown
 
 
 def test_credentials_are_taken_out_of_the_url_and_unescaped() -> None:

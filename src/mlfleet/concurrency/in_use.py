@@ -51,7 +51,7 @@ class Marks:
                 self._pins[path] = self._pins.get(path, 0) + 1
             with contextlib.suppress(OSError):
                 os.utime(mark)
-            self._trim()
+            self._trim(self._idle)
             return True
 
     def unpin(self, path: Path) -> None:
@@ -60,22 +60,16 @@ class Marks:
             self._pins[path] -= 1
             if not self._pins[path]:
                 del self._pins[path]
-            self._trim()
-
-    def release(self, path: Path) -> None:
-        """Give up the mark on `path`, if it is held."""
-        with self._lock:
-            if (mark := self._held.pop(path, None)) is not None:
-                os.close(mark)
+            self._trim(self._idle)
 
     def close(self) -> None:
-        """Give up all marks. They may be taken again."""
+        """Give up all marks that nobody pinned. They may be taken again."""
         with self._lock:
-            _close_all(self._held)
+            self._trim(0)
 
-    def _trim(self) -> None:
+    def _trim(self, limit: int) -> None:
         idle = [path for path in self._held if path not in self._pins]
-        for path in idle[: max(0, len(idle) - self._idle)]:
+        for path in idle[: max(0, len(idle) - limit)]:
             os.close(self._held.pop(path))
 
 

@@ -83,7 +83,7 @@ def unpack(archive: Path, folder: Path, *, shown: str, limits: ArchiveLimits, st
         Stopped: `stop` was set.
     """
     try:
-        with zipfile.ZipFile(_Bounded(archive, limits)) as opened:
+        with _Bounded(archive, limits) as file, zipfile.ZipFile(file) as opened:
             _Unpacking(opened, folder, shown, limits, stop).run(archive.stat().st_size)
     except _BROKEN as error:
         raise FetchError(f"{shown} is no zip file, or is broken: {error}", uri=shown) from error

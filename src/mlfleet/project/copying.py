@@ -50,7 +50,7 @@ class _Copying:
                     raise Stopped
                 other = f"{target}/{entry.name}"
                 if entry.is_symlink():
-                    os.symlink(os.readlink(entry.path), other)  # noqa: PTH115
+                    os.symlink(os.readlink(entry.path), other)  # noqa: PTH115, PTH211
                 elif entry.is_dir():
                     self.folder(entry.path, other)
                 elif entry.is_file():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import math
 import os
@@ -21,10 +20,9 @@ from urllib.parse import quote, urlsplit
 from mlfleet.concurrency.in_use import Marks
 from mlfleet.concurrency.locks import file_lock
 from mlfleet.concurrency.once import Once
-from mlfleet.concurrency.threads import outlast
 from mlfleet.errors import FetchError
 from mlfleet.project.archive import ArchiveLimits, unpack
-from mlfleet.project.blocking import in_thread, stoppable
+from mlfleet.project.blocking import clean_up, in_thread, stoppable
 from mlfleet.project.cache import Shelf, projects_folder, remove_tree
 from mlfleet.project.checkout import Checkouts
 from mlfleet.project.copying import copy_tree
@@ -328,11 +326,7 @@ async def _temporary_folder() -> AsyncIterator[Path]:
     """An empty folder that is gone afterwards, however the block ends."""
 
     async def remove(folder: Path) -> None:
-        removed = asyncio.ensure_future(in_thread(lambda: remove_tree(folder)))
-        cancelled = await outlast(removed)
-        removed.result()
-        if cancelled is not None:
-            raise cancelled
+        await clean_up(lambda: remove_tree(folder))
 
     try:
         folder = await in_thread(lambda: Path(tempfile.mkdtemp(prefix="mlfleet-")), undo=remove)

@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING
 from mlfleet.errors import FetchError
 from mlfleet.masking import mask
 from mlfleet.project.archive import ArchiveLimits
-from mlfleet.project.blocking import in_thread
+from mlfleet.project.blocking import clean_up, in_thread
 from mlfleet.project.uri import ProjectUri
 
 if TYPE_CHECKING:
@@ -67,28 +67,29 @@ class HttpArchive:
             FetchError: it cannot be downloaded.
         """
         await in_thread(lambda: importlib.import_module("httpx"))  # reads hundreds of files
-        import httpx
-
         state = await in_thread(self._read_state) if known else {}
         headers = {"Accept-Encoding": "identity"}
         headers |= {header: state[name] for name, header in _VALIDATORS.items() if name in state}
         try:
+            yield await self._ask(headers, known)
+        finally:
+            await clean_up(lambda: self._part.unlink(missing_ok=True))
+
+    async def _ask(self, headers: dict[str, str], known: str | None) -> tuple[str, Path | None]:
+        import httpx
+
+        try:
             client = await in_thread(self._client)
             async with client, client.stream("GET", self._uri.location, headers=headers) as answer:
                 if answer.status_code == 304 and known:
-                    result: tuple[str, Path | None] = known, None
-                else:
-                    self._check(answer)
-                    result = await self._save(answer), self._part
+                    return known, None
+                self._check(answer)
+                return await self._save(answer), self._part
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             text = mask(str(error), self._uri.secrets) or type(error).__name__
             raise self._failure(text) from None  # its request holds the URL with all that is secret in it
         except OSError as error:
             raise self._failure(str(error)) from error
-        try:
-            yield result
-        finally:
-            await in_thread(lambda: self._part.unlink(missing_ok=True))
 
     def _client(self) -> httpx.AsyncClient:
         import httpx
@@ -122,7 +123,7 @@ class HttpArchive:
                     raise self._failure(f"it is larger than {self._limits.size} bytes (MLFLEET_MAX_ARCHIVE_BYTES)")
                 await in_thread(partial(_append, part, digest, data))
         finally:
-            await in_thread(part.close)
+            await clean_up(part.close)
         state = {name: answer.headers[name] for name in _VALIDATORS if name in answer.headers}
         if state:
             state["sha256"] = digest.hexdigest()
