@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,8 +37,9 @@ def install(folder: Path, **targets: str) -> None:
 
 def ask(folder: Path, code: str) -> str:
     program = "from mlfleet.backends.registry import available, find\n" + code
+    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, env={"PYTHONPATH": str(folder)}
+        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, env={"PYTHONPATH": path}
     )
     return done.stdout.strip() or done.stderr.strip().splitlines()[-1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import stat
 from collections.abc import AsyncIterator
@@ -133,3 +134,11 @@ async def test_no_handle_is_kept_after_the_end(backend: LocalBackend, folder: Pa
     runs = [await backend.submit(job(folder, "exit 0")) for _ in range(30)]
     assert [await run.wait() for run in runs] == [True] * 30
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_closed_while_a_run_starts(folder: Path) -> None:
+    async with LocalBackend() as backend:
+        submitting = asyncio.create_task(backend.submit(job(folder, "sleep 600")))
+        await asyncio.sleep(0)
+    with pytest.raises(SubmitError, match="closed before the run could start"):
+        await submitting

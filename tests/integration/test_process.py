@@ -9,12 +9,14 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import anyio
 import pytest
+from blockbuster import BlockBuster
 
 from mlfleet.concurrency.process import Process, run_process, start_process
 
@@ -51,7 +53,7 @@ def living(mark: str) -> list[int]:
     found = []
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
-            if f"{MARK}={mark}".encode() in Path("/proc", entry, "environ").read_bytes().split(b"\0"):
+            if f"{MARK}={mark} {os.getpid()}".encode() in Path("/proc", entry, "environ").read_bytes().split(b"\0"):
                 found.append(int(entry))
         except OSError:
             continue
@@ -59,7 +61,7 @@ def living(mark: str) -> list[int]:
 
 
 def marked(mark: str) -> dict[str, str]:
-    return {**os.environ, MARK: mark}
+    return {**os.environ, MARK: f"{mark} {os.getpid()}"}
 
 
 async def start(script: str, mark: str, *, ready: bool = True) -> Process:
@@ -314,6 +316,17 @@ class TestStop:
         await process.stop(0.2)
         assert process.returncode == -15
         assert living("threads") == []
+
+    async def test_when_no_thread_can_be_had(self, monkeypatch: pytest.MonkeyPatch, blockbuster: BlockBuster) -> None:
+        blockbuster.deactivate()  # here the loop has to look itself
+        process = await start("(trap '' TERM; echo; sleep 600; sleep 600) & wait", "no thread")
+
+        def refuse(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        await process.stop(0.2)
+        assert living("no thread") == []
 
 
 class TestRun:

@@ -35,10 +35,12 @@ class LocalBackend(Backend):
 
     def __init__(self) -> None:
         self._runs: set[_LocalRun] = set()
+        self._open = True
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._open = False
         async with anyio.create_task_group() as group:
             for run in tuple(self._runs):
                 group.start_soon(run.cancel)
@@ -58,6 +60,9 @@ class LocalBackend(Backend):
             if output is not None:
                 os.close(output)
         run = _LocalRun(job, process)
+        if not self._open:
+            await process.stop(0)
+            raise SubmitError(f"the backend {self.name!r} was closed before the run could start", backend=self.name)
         self._runs.add(run)
         process.add_done_callback(partial(self._runs.discard, run))
         return run

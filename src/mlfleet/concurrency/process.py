@@ -67,7 +67,19 @@ class Process:
     # the ended leader is not reaped, and as long as it is a zombie neither its pid nor its group can be given away.
     # It is reaped when all of its session is gone. Nothing is signalled after that.
 
-    __slots__ = ("_ended", "_forced", "_gone", "_kill", "_loop", "_pidfd", "_reaped", "_told", "pid", "stopped")
+    __slots__ = (
+        "_ended",
+        "_forced",
+        "_gone",
+        "_kill",
+        "_loop",
+        "_pidfd",
+        "_reaped",
+        "_told",
+        "_watch",
+        "pid",
+        "stopped",
+    )
 
     def __init__(self, pid: int, pidfd: int | None) -> None:
         self.pid = pid
@@ -80,6 +92,7 @@ class Process:
         self._kill: asyncio.TimerHandle | None = None
         self._told: set[int] = set()
         self._forced = False
+        self._watch = SessionWatch.of_running_loop()
         if pidfd is None:
             threading.Thread(target=self._block, name=f"mlfleet wait {pid}", daemon=True).start()
         else:
@@ -129,7 +142,7 @@ class Process:
         if not self.stopped:
             self.stopped = True
             self._ask(self.pid)
-            SessionWatch.of_running_loop().add(self.pid, self._look)
+            self._watch.add(self.pid, self._look)
         elif self._kill is None or self._kill.when() <= deadline:
             return
         if self._kill is not None:
@@ -181,7 +194,7 @@ class Process:
             self._pidfd = None
         self._ended.set_result(code)
         if self.stopped:
-            SessionWatch.of_running_loop().hurry()
+            self._watch.hurry()
         else:
             self._finish()
 
@@ -192,7 +205,7 @@ class Process:
                 os.waitpid(self.pid, os.WNOHANG)
         if self._kill is not None:
             self._kill.cancel()
-            SessionWatch.of_running_loop().remove(self.pid)
+            self._watch.remove(self.pid)
         self._gone.set_result(None)
 
     def _block(self) -> None:

@@ -92,9 +92,10 @@ class SessionWatch:
         """Call `tell` with the living groups of `session` after each look, until `remove`."""
         with self._changed:
             self._tell[session] = tell
-            if not self._running:
-                self._running = True
-                threading.Thread(target=self._look, name="mlfleet sessions", daemon=True).start()
+            begin = not self._running
+            self._running = True
+        if begin:
+            self._begin()
         self.hurry()
 
     def remove(self, session: int) -> None:
@@ -109,13 +110,16 @@ class SessionWatch:
             self._pause = _SHORTEST_PAUSE
             self._changed.notify()
 
+    def _begin(self) -> None:
+        try:
+            threading.Thread(target=self._look, name="mlfleet sessions", daemon=True).start()
+        except RuntimeError:
+            # No thread can be had: the limit is reached, or the interpreter is about to end. Processes must be ended
+            # all the more, even if each look holds up the event loop for a few milliseconds.
+            self._look_without_thread()
+
     def _look(self) -> None:
-        while True:
-            with self._changed:
-                if not self._tell:
-                    self._running = False
-                    return
-                sessions = list(self._tell)
+        while sessions := self._watched():
             found = living_groups(sessions)
             try:
                 self._loop.call_soon_threadsafe(self._report, found)
@@ -124,6 +128,16 @@ class SessionWatch:
             with self._changed:
                 self._changed.wait(self._pause)
                 self._pause = min(self._pause * 2, _LONGEST_PAUSE)
+
+    def _look_without_thread(self) -> None:
+        if sessions := self._watched():
+            self._loop.call_later(_LONGEST_PAUSE, self._look_without_thread)
+            self._loop.call_soon(self._report, living_groups(sessions))
+
+    def _watched(self) -> list[int]:
+        with self._changed:
+            self._running = bool(self._tell)
+            return list(self._tell)
 
     def _report(self, found: dict[int, set[int]]) -> None:
         for session, groups in found.items():
