@@ -14,6 +14,8 @@ pytest_plugins: list[str] = [
     "components.git_http",
     "components.http_files",
     "components.mlflow_server",
+    "components.mlflow_store",
+    "components.s3",
     "components.ssh_server",
 ]
 

@@ -6,6 +6,7 @@ interpreter's exit waits for the runs that go on there; an interrupt ends them.
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import logging
 import os
@@ -13,12 +14,10 @@ import signal
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from concurrent.futures import CancelledError, Future, wait
 from functools import partial
 from types import FrameType
 from typing import Any, TypeVar
-
-from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from mlfleet import api
 from mlfleet.request import Output, active_run_id
@@ -153,8 +152,9 @@ class _Loop:
     """The event loop of this process's blocking calls."""
 
     def __init__(self) -> None:
-        self._context: AbstractContextManager[BlockingPortal] = start_blocking_portal(name="mlfleet")
-        self._portal = self._context.__enter__()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="mlfleet", daemon=True)
+        self._thread.start()
         # An exit hook of threading runs while threads can still be started, one of atexit does not: from Python 3.12 on
         # nothing could be written to the tracking server any more. concurrent.futures uses it for the same reason.
         register = getattr(threading, "_register_atexit", atexit.register)
@@ -162,22 +162,28 @@ class _Loop:
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, self._on_sigterm)
 
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
     def call(self, work: Callable[[], Awaitable[T]]) -> T:
         """Run `work` on the loop and wait; an interrupt meanwhile cancels it and waits for its cleaning up."""
-        ended = threading.Event()
+        result: Future[T] = Future()
+        tasks: list[asyncio.Task[T]] = []
 
-        async def tracked() -> T:
-            try:
-                return await work()
-            finally:
-                ended.set()
+        def begin() -> None:
+            tasks.append(self._loop.create_task(_await(work)))
+            tasks[0].add_done_callback(partial(_copy, result))
 
-        future = self._portal.start_task_soon(tracked)
+        # Not anyio's portal: it waits for the loop before it gives a future, and an interrupt meanwhile would leave the
+        # work to itself. Nor run_coroutine_threadsafe: its future is cancelled before the work has ended.
+        self._loop.call_soon_threadsafe(begin)
         try:
-            return future.result()
+            return result.result()
         except BaseException:
-            future.cancel()
-            ended.wait()
+            if not result.done():
+                self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+                wait([result])
             raise
 
     def _at_exit(self) -> None:
@@ -185,20 +191,32 @@ class _Loop:
         interrupted = isinstance(getattr(sys, "last_value", None), KeyboardInterrupt)
         try:
             if not interrupted:
-                self._portal.call(api.join_default_fleets)
+                self.call(api.join_default_fleets)
         except KeyboardInterrupt:
-            interrupted = True
-        finally:
-            if interrupted:
-                logger.warning("interrupted: ending the runs that still go on")
-            self._portal.call(api.close_default_fleets)
-            self._context.__exit__(None, None, None)
+            logger.warning("interrupted: ending the runs that still go on")
+        self.call(api.close_default_fleets)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         """End the runs, then die of the signal, as this process would have done at once."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        self._portal.call(api.close_default_fleets)
+        self.call(api.close_default_fleets)
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+async def _await(work: Callable[[], Awaitable[T]]) -> T:
+    return await work()
+
+
+def _copy(result: Future[T], task: asyncio.Task[T]) -> None:
+    if task.cancelled():
+        result.set_exception(CancelledError())
+    elif (error := task.exception()) is not None:
+        result.set_exception(error)
+    else:
+        result.set_result(task.result())
 
 
 _lock = threading.Lock()

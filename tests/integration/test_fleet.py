@@ -24,8 +24,6 @@ from mlfleet.errors import (
 )
 from mlfleet.testing import FakeTracking
 
-LOCAL = {"env_manager": "local"}
-
 
 @pytest.fixture
 def tracking() -> FakeTracking:
@@ -54,7 +52,7 @@ async def test_a_run_gets_its_parameters_and_tracking_is_told_the_truth(
         parameters="alpha: float\nl1: {type: float, default: 0.25}",
     )
     run = await fleet.submit(
-        uri, parameters={"alpha": 0.5, "note": "a b"}, run_name="first", tags={"team": "x"}, **LOCAL
+        uri, parameters={"alpha": 0.5, "note": "a b"}, run_name="first", tags={"team": "x"}, env_manager="local"
     )
     assert await run.wait() is True
     assert await run.get_status() is RunStatus.FINISHED
@@ -79,7 +77,9 @@ async def test_a_run_costs_three_requests_and_a_status_read(
     fleet: Fleet, tracking: FakeTracking, tmp_path: Path
 ) -> None:
     uri = write_project(tmp_path / "demo", "echo {alpha}", parameters="alpha: float")
-    runs = [await fleet.submit(uri, parameters={"alpha": n}, experiment_name="one", **LOCAL) for n in range(10)]
+    runs = [
+        await fleet.submit(uri, parameters={"alpha": n}, experiment_name="one", env_manager="local") for n in range(10)
+    ]
     for run in runs:
         assert await run.wait()
     assert tracking.requests == {"experiment_id": 1, "create_run": 10, "log": 10, "get_run": 10, "update_run": 10}
@@ -89,7 +89,7 @@ async def test_a_failed_run_tells_its_exit_code_and_last_lines(
     fleet: Fleet, tracking: FakeTracking, tmp_path: Path
 ) -> None:
     uri = write_project(tmp_path / "demo", "echo loading; echo 'no such column: price' >&2; exit 3")
-    run = await fleet.submit(uri, **LOCAL)
+    run = await fleet.submit(uri, env_manager="local")
     assert await run.wait() is False
     with pytest.raises(ExecutionException, match="failed: exit code 3") as caught:
         await run.check()
@@ -104,7 +104,7 @@ async def test_a_failed_run_tells_its_exit_code_and_last_lines(
 async def test_any_number_of_tasks_may_wait_and_a_cancelled_one_does_not_matter(fleet: Fleet, tmp_path: Path) -> None:
     uri = write_project(tmp_path / "demo", "echo ready; read line < gate")
     os.mkfifo(tmp_path / "demo" / "gate")
-    run = await fleet.submit(uri, **LOCAL)
+    run = await fleet.submit(uri, env_manager="local")
     await first_line(run)
     waiters = [asyncio.ensure_future(run.wait()) for _ in range(20)]
     await anyio.lowlevel.checkpoint()
@@ -118,7 +118,7 @@ async def test_cancel_ends_a_process_that_ignores_it_and_its_children(
     fleet: Fleet, tracking: FakeTracking, tmp_path: Path
 ) -> None:
     uri = write_project(tmp_path / "demo", "trap '' TERM\nsleep 1000 &\necho $$ $!\nwait; wait")
-    run = await fleet.submit(uri, **LOCAL)
+    run = await fleet.submit(uri, env_manager="local")
     pids = [int(pid) for pid in (await first_line(run)).split()]
     await asyncio.gather(run.cancel(), run.cancel())
     assert [pid_is_gone(pid) for pid in pids] == [True, True]
@@ -130,7 +130,7 @@ async def test_cancel_ends_a_process_that_ignores_it_and_its_children(
 
 
 async def test_cancel_after_the_end_changes_nothing(fleet: Fleet, tracking: FakeTracking, tmp_path: Path) -> None:
-    run = await fleet.submit(write_project(tmp_path / "demo", "true"), **LOCAL)
+    run = await fleet.submit(write_project(tmp_path / "demo", "true"), env_manager="local")
     await run.wait()
     await run.cancel()
     assert await run.get_status() is RunStatus.FINISHED
@@ -141,9 +141,9 @@ async def test_cancel_in_the_queue_never_starts_the_command(tracking: FakeTracki
     blocker = write_project(tmp_path / "blocker", "echo ready; sleep 1000")
     waiting = write_project(tmp_path / "waiting", "touch started")
     async with Fleet(tracking=tracking, max_concurrent=1) as fleet:
-        first = await fleet.submit(blocker, **LOCAL)
+        first = await fleet.submit(blocker, env_manager="local")
         await first_line(first)
-        second = await fleet.submit(waiting, **LOCAL)
+        second = await fleet.submit(waiting, env_manager="local")
         assert await second.get_status() is RunStatus.SCHEDULED
         await second.cancel()
         assert tracking.runs[second.run_id].status is RunStatus.KILLED
@@ -155,7 +155,7 @@ async def test_leaving_the_fleet_waits_for_its_runs(tracking: FakeTracking, tmp_
     uri = write_project(tmp_path / "demo", "sleep 0.2; touch {name}", parameters="name: string")
     async with Fleet(tracking=tracking, max_concurrent=2) as fleet:
         for name in "abcde":
-            await fleet.submit(uri, parameters={"name": name}, **LOCAL)
+            await fleet.submit(uri, parameters={"name": name}, env_manager="local")
     assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["MLproject", *"abcde"]
     assert {run.status for run in tracking.runs.values()} == {RunStatus.FINISHED}
 
@@ -166,7 +166,7 @@ async def test_leaving_the_fleet_by_an_error_cancels_its_runs(tracking: FakeTrac
 
     async def work() -> None:
         async with Fleet(tracking=tracking) as fleet:
-            pids.append(int(await first_line(await fleet.submit(uri, **LOCAL))))
+            pids.append(int(await first_line(await fleet.submit(uri, env_manager="local"))))
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -181,7 +181,7 @@ async def test_a_cancelled_fleet_cancels_its_runs(tracking: FakeTracking, tmp_pa
 
     async def work() -> None:
         async with Fleet(tracking=tracking) as fleet:
-            pids.append(int(await first_line(await fleet.submit(uri, **LOCAL))))
+            pids.append(int(await first_line(await fleet.submit(uri, env_manager="local"))))
             running.set()
 
     running = anyio.Event()
@@ -207,7 +207,7 @@ async def test_a_cancelled_submit_leaves_no_run_that_is_not_marked(tmp_path: Pat
     tracking = SlowTracking()
     uri = write_project(tmp_path / "demo", "touch started")
     async with Fleet(tracking=tracking) as fleet:
-        task = asyncio.ensure_future(fleet.submit(uri, **LOCAL))
+        task = asyncio.ensure_future(fleet.submit(uri, env_manager="local"))
         await reached.wait()
         task.cancel()
         await anyio.lowlevel.checkpoint()
@@ -225,7 +225,7 @@ async def test_no_more_runs_at_once_than_allowed(tracking: FakeTracking, tmp_pat
     )
     (tmp_path / "demo" / "here").mkdir()
     async with Fleet(tracking=tracking, max_concurrent=3) as fleet:
-        runs = [await fleet.submit(uri, **LOCAL) for _ in range(12)]
+        runs = [await fleet.submit(uri, env_manager="local") for _ in range(12)]
     counts = [int(await first_line(run)) for run in runs]
     assert max(counts) <= 3
 
@@ -235,9 +235,9 @@ async def test_a_timeout_ends_its_stage_and_says_which(tracking: FakeTracking, t
     uri = write_project(tmp_path / "demo", "echo $$; sleep 1000")
     timeouts = Timeouts(**{stage: 0.3})  # type: ignore[arg-type]
     async with Fleet(tracking=tracking, max_concurrent=1) as fleet:
-        first = await fleet.submit(uri, timeouts=timeouts if stage == "run" else None, **LOCAL)
+        first = await fleet.submit(uri, timeouts=timeouts if stage == "run" else None, env_manager="local")
         pid = int(await first_line(first))
-        run = first if stage == "run" else await fleet.submit(uri, timeouts=timeouts, **LOCAL)
+        run = first if stage == "run" else await fleet.submit(uri, timeouts=timeouts, env_manager="local")
         with pytest.raises(RunTimeout, match=f"the {stage} timeout of 0.3 s ran out") as caught:
             await run.check()
         assert (caught.value.stage, caught.value.seconds) == (stage, 0.3)
@@ -247,14 +247,17 @@ async def test_a_timeout_ends_its_stage_and_says_which(tracking: FakeTracking, t
 
 
 async def test_the_setup_timeout_ends_a_build(tracking: FakeTracking, tmp_path: Path) -> None:
-    # A package whose build never ends, and says so.
+    # A package whose build never ends.
     package = tmp_path / "slow"
     package.mkdir()
-    (package / "setup.py").write_text(
-        f"import time, os\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(1000)\n"
+    (package / "pyproject.toml").write_text(
+        "[build-system]\nrequires = []\nbuild-backend = 'slow'\nbackend-path = ['.']\n"
+    )
+    (package / "slow.py").write_text(
+        f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(1000)\n"
     )
     uri = write_project(tmp_path / "demo", "true", extra="python_env: python_env.yaml\n")
-    (tmp_path / "demo" / "python_env.yaml").write_text("dependencies:\n  - --no-build-isolation\n  - ../slow\n")
+    (tmp_path / "demo" / "python_env.yaml").write_text("dependencies:\n  - ../slow\n")
     async with Fleet(tracking=tracking) as fleet:
         run = await fleet.submit(uri, timeouts=Timeouts(setup=8))
         with pytest.raises(RunTimeout, match="the setup timeout of 8 s ran out"):
@@ -285,14 +288,14 @@ async def test_a_mistake_is_found_before_anything_exists(
 ) -> None:
     uri = write_project(tmp_path / "demo", "echo {alpha}", parameters="alpha: float")
     with pytest.raises(MlfleetError, match=message):
-        await fleet.submit(uri, **{"parameters": {"alpha": 1}, **LOCAL, **arguments})  # type: ignore[arg-type]
+        await fleet.submit(uri, **{"parameters": {"alpha": 1}, "env_manager": "local", **arguments})  # type: ignore[arg-type]
     assert tracking.requests == {}
 
 
 async def test_the_callers_mappings_are_not_changed(fleet: Fleet, tmp_path: Path) -> None:
     parameters, config, tags = {"alpha": 0.5}, dict[str, object](), {"a": "b"}
     uri = write_project(tmp_path / "demo", "echo {alpha}", parameters="alpha: float")
-    run = await fleet.submit(uri, parameters=parameters, backend_config=config, tags=tags, **LOCAL)
+    run = await fleet.submit(uri, parameters=parameters, backend_config=config, tags=tags, env_manager="local")
     await run.wait()
     assert (parameters, config, tags) == ({"alpha": 0.5}, {}, {"a": "b"})
 
@@ -303,8 +306,8 @@ async def test_tracking_that_does_not_answer_at_the_end_does_not_hide_how_the_ru
     tracking = FakeTracking(fail=lambda method: TrackingError("gone away") if method == "update_run" else None)
     uri = write_project(tmp_path / "demo", "exit {code}", parameters="code: float")
     async with Fleet(tracking=tracking, tracking_patience=0.2) as fleet:
-        good = await fleet.submit(uri, parameters={"code": 0}, **LOCAL)
-        bad = await fleet.submit(uri, parameters={"code": 4}, **LOCAL)
+        good = await fleet.submit(uri, parameters={"code": 0}, env_manager="local")
+        bad = await fleet.submit(uri, parameters={"code": 4}, env_manager="local")
         assert await good.wait() is True
         with pytest.raises(ExecutionException, match=r"exit code 4[\s\S]*gone away"):
             await bad.check()
@@ -315,7 +318,7 @@ async def test_no_tracking_no_run(tmp_path: Path) -> None:
     tracking = FakeTracking(fail=lambda method: TrackingError("connection refused"))
     async with Fleet(tracking=tracking) as fleet:
         with pytest.raises(TrackingError, match="connection refused"):
-            await fleet.submit(write_project(tmp_path / "demo", "touch started"), **LOCAL)
+            await fleet.submit(write_project(tmp_path / "demo", "touch started"), env_manager="local")
     assert not (tmp_path / "demo" / "started").exists()
 
 
@@ -323,7 +326,7 @@ async def test_a_status_that_the_code_itself_set_stays(tracking: FakeTracking, t
     uri = write_project(tmp_path / "demo", "echo ready; read line < gate; exit 1")
     os.mkfifo(tmp_path / "demo" / "gate")
     async with Fleet(tracking=tracking) as fleet:
-        run = await fleet.submit(uri, **LOCAL)
+        run = await fleet.submit(uri, env_manager="local")
         await first_line(run)
         await tracking.update_run(run.run_id, RunStatus.FINISHED)  # as mlflow.end_run() in the project's code
         await anyio.to_thread.run_sync((tmp_path / "demo" / "gate").write_text, "go\n")
@@ -335,7 +338,7 @@ async def test_an_existing_run_is_used_again(tracking: FakeTracking, tmp_path: P
     existing = await tracking.create_run("0", name="mine", tags={})
     await tracking.update_run(existing.run_id, RunStatus.FAILED)
     async with Fleet(tracking=tracking) as fleet:
-        run = await fleet.submit(write_project(tmp_path / "demo", "true"), run_id=existing.run_id, **LOCAL)
+        run = await fleet.submit(write_project(tmp_path / "demo", "true"), run_id=existing.run_id, env_manager="local")
         assert await run.wait()
     assert run.run_id == existing.run_id
     assert list(tracking.runs) == [existing.run_id]
@@ -346,7 +349,7 @@ async def test_an_existing_run_is_used_again(tracking: FakeTracking, tmp_path: P
 async def test_events_tell_the_stages_in_order(tracking: FakeTracking, tmp_path: Path) -> None:
     events: list[RunEvent] = []
     async with Fleet(tracking=tracking, on_event=events.append) as fleet:
-        run = await fleet.submit(write_project(tmp_path / "demo", "true"), **LOCAL)
+        run = await fleet.submit(write_project(tmp_path / "demo", "true"), env_manager="local")
     assert [event.stage for event in events] == [
         Stage.FETCHING,
         Stage.QUEUED,
@@ -361,7 +364,9 @@ async def test_events_tell_the_stages_in_order(tracking: FakeTracking, tmp_path:
 
 async def test_the_output_can_be_logged_as_an_artifact(tracking: FakeTracking, tmp_path: Path) -> None:
     async with Fleet(tracking=tracking) as fleet:
-        run = await fleet.submit(write_project(tmp_path / "demo", "echo hello; exit 1"), log_output=True, **LOCAL)
+        run = await fleet.submit(
+            write_project(tmp_path / "demo", "echo hello; exit 1"), log_output=True, env_manager="local"
+        )
         await run.wait()
     assert tracking.runs[run.run_id].artifacts == {"output.log": b"hello\n"}
 
@@ -370,11 +375,11 @@ async def test_a_fleet_that_is_not_open_says_so(tracking: FakeTracking, tmp_path
     fleet = Fleet(tracking=tracking)
     uri = write_project(tmp_path / "demo", "true")
     with pytest.raises(UsageError, match="async with"):
-        await fleet.submit(uri, **LOCAL)
+        await fleet.submit(uri, env_manager="local")
     async with fleet:
         pass
     with pytest.raises(UsageError, match="async with"):
-        await fleet.submit(uri, **LOCAL)
+        await fleet.submit(uri, env_manager="local")
     with pytest.raises(UsageError, match="used once"):
         await fleet.__aenter__()
 
@@ -383,7 +388,7 @@ async def test_hundreds_of_runs_each_get_their_own_parameters(
     fleet: Fleet, tracking: FakeTracking, tmp_path: Path
 ) -> None:
     uri = write_project(tmp_path / "demo", "echo {n}", parameters="n: string")
-    runs = await asyncio.gather(*(fleet.submit(uri, parameters={"n": n}, **LOCAL) for n in range(200)))
+    runs = await asyncio.gather(*(fleet.submit(uri, parameters={"n": n}, env_manager="local") for n in range(200)))
     assert await asyncio.gather(*(run.wait() for run in runs)) == [True] * 200
     assert [[line async for line in run.logs()] for run in runs] == [[str(n)] for n in range(200)]
     assert {run.status for run in tracking.runs.values()} == {RunStatus.FINISHED}

@@ -8,6 +8,8 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -18,10 +20,9 @@ from components.projects import pid_is_gone, write_project
 class Script:
     """A Python script under way that tracks to a sqlite file."""
 
-    def __init__(self, folder: Path, code: str) -> None:
-        self.database = folder / "mlflow.db"
-        environ = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{self.database}"}
-        # -X importtime-like surprises aside, this is what a person runs: python script.py
+    def __init__(self, folder: Path, code: str, store: str) -> None:
+        self.database = store.removeprefix("sqlite:///")
+        environ = {**os.environ, "MLFLOW_TRACKING_URI": store}
         (folder / "script.py").write_text(textwrap.dedent(code))
         self.process = subprocess.Popen(
             [sys.executable, "script.py"],
@@ -32,6 +33,14 @@ class Script:
             text=True,
             start_new_session=True,
         )
+
+    def __enter__(self) -> Script:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
 
     def line(self) -> str:
         assert self.process.stdout is not None
@@ -48,18 +57,24 @@ class Script:
         return [row[0] for row in rows]
 
 
-pytestmark = pytest.mark.timeout(90, func_only=True)  # a new sqlite store costs seconds, and each script makes one
+@pytest.fixture
+def start(tmp_path: Path, new_store: Callable[[Path], str]) -> Iterator[Callable[[str], Script]]:
+    store = new_store(tmp_path / "mlflow.db")
+    with ExitStack() as stack:
+        yield lambda code: stack.enter_context(Script(tmp_path, code, store))
 
 
-def test_a_plain_script(tmp_path: Path) -> None:
+pytestmark = pytest.mark.timeout(90)  # each script imports mlflow, which takes seconds on a busy machine
+
+
+def test_a_plain_script(start: Callable[[str], Script], tmp_path: Path) -> None:
     write_project(tmp_path / "demo", "echo alpha is {alpha}", parameters="alpha: float")
-    script = Script(
-        tmp_path,
+    script = start(
         """
         import mlfleet
         run = mlfleet.run("demo", "main", None, {"alpha": 0.5}, env_manager="local")
         print(run.get_status(), run.wait(), len(run.run_id))
-        """,
+        """
     )
     code, out, err = script.end()
     assert (code, err) == (0, "")
@@ -67,26 +82,24 @@ def test_a_plain_script(tmp_path: Path) -> None:
     assert script.statuses() == ["FINISHED"]
 
 
-def test_a_failed_run_raises(tmp_path: Path) -> None:
+def test_a_failed_run_raises(start: Callable[[str], Script], tmp_path: Path) -> None:
     write_project(tmp_path / "demo", "exit 5")
-    script = Script(
-        tmp_path,
+    script = start(
         """
         import mlfleet
         try:
             mlfleet.run("demo", env_manager="local")
         except mlfleet.ExecutionException as error:
             print(error.exit_code, error.reason)
-        """,
+        """
     )
     assert script.end()[:2] == (0, "5 exit code 5\n")
     assert script.statuses() == ["FAILED"]
 
 
-def test_threads_and_a_running_loop(tmp_path: Path) -> None:
+def test_threads_and_a_running_loop(start: Callable[[str], Script], tmp_path: Path) -> None:
     write_project(tmp_path / "demo", "true")
-    script = Script(
-        tmp_path,
+    script = start(
         """
         import asyncio, threading, mlfleet
         def work():
@@ -99,20 +112,19 @@ def test_threads_and_a_running_loop(tmp_path: Path) -> None:
             work()
         asyncio.run(main())
         print(statuses)
-        """,
+        """
     )
     assert script.end() == (0, f"{['FINISHED'] * 5}\n", "")
 
 
-def test_hundreds_at_once_and_the_exit_waits_for_them(tmp_path: Path) -> None:
+def test_hundreds_at_once_and_the_exit_waits_for_them(start: Callable[[str], Script], tmp_path: Path) -> None:
     write_project(tmp_path / "demo", "sleep 0.3; touch done-{n}", parameters="n: string")
-    script = Script(
-        tmp_path,
+    script = start(
         """
         import mlfleet
         runs = [mlfleet.run("demo", parameters={"n": n}, env_manager="local", synchronous=False) for n in range(100)]
         print(len({run.run_id for run in runs}))
-        """,
+        """
     )
     assert script.end() == (0, "100\n", "")
     assert len(list((tmp_path / "demo").glob("done-*"))) == 100
@@ -121,19 +133,20 @@ def test_hundreds_at_once_and_the_exit_waits_for_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("synchronous", [True, False])
-def test_an_interrupt_ends_every_run(tmp_path: Path, number: signal.Signals, synchronous: bool) -> None:
+def test_an_interrupt_ends_every_run(
+    start: Callable[[str], Script], tmp_path: Path, number: signal.Signals, synchronous: bool
+) -> None:
     write_project(
         tmp_path / "demo", "trap '' TERM\nsleep 1000 &\necho $$ $! > pids.new; mv pids.new pids\necho ready\nwait; wait"
     )
-    script = Script(
-        tmp_path,
+    script = start(
         f"""
         import mlfleet, time
         soon = mlfleet.Timeouts(cancel_grace=0.2)
         run = mlfleet.run("demo", env_manager="local", synchronous={synchronous}, timeouts=soon)
         for line in run.logs():
             print(line, flush=True)
-        """,
+        """
     )
     assert script.line() == "ready"
     os.kill(script.process.pid, number)
@@ -145,17 +158,16 @@ def test_an_interrupt_ends_every_run(tmp_path: Path, number: signal.Signals, syn
     assert script.statuses() == ["KILLED"]
 
 
-def test_an_interrupt_while_the_exit_waits(tmp_path: Path) -> None:
+def test_an_interrupt_while_the_exit_waits(start: Callable[[str], Script], tmp_path: Path) -> None:
     write_project(tmp_path / "demo", "echo $$ > pid.new; mv pid.new pid; sleep 1000")
-    script = Script(
-        tmp_path,
+    script = start(
         """
         import mlfleet, os
         run = mlfleet.run("demo", env_manager="local", synchronous=False)
         while not os.path.exists("demo/pid"):
             pass
         print("leaving", flush=True)
-        """,
+        """
     )
     assert script.line() == "leaving"
     script.process.send_signal(signal.SIGINT)
@@ -164,10 +176,9 @@ def test_an_interrupt_while_the_exit_waits(tmp_path: Path) -> None:
     assert script.statuses() == ["KILLED"]
 
 
-def test_submit_belongs_to_the_loop_and_ends_with_it(tmp_path: Path) -> None:
+def test_submit_belongs_to_the_loop_and_ends_with_it(start: Callable[[str], Script], tmp_path: Path) -> None:
     write_project(tmp_path / "demo", "echo $$; sleep 1000")
-    script = Script(
-        tmp_path,
+    script = start(
         """
         import asyncio, mlfleet
         async def main():
@@ -176,7 +187,7 @@ def test_submit_belongs_to_the_loop_and_ends_with_it(tmp_path: Path) -> None:
                 print(line)
                 return
         asyncio.run(main())
-        """,
+        """
     )
     code, out, err = script.end()
     assert (code, err) == (0, "")
@@ -184,16 +195,15 @@ def test_submit_belongs_to_the_loop_and_ends_with_it(tmp_path: Path) -> None:
     assert script.statuses() == ["KILLED"]
 
 
-def test_the_parent_is_mlflows_active_run(tmp_path: Path) -> None:
+def test_the_parent_is_mlflows_active_run(start: Callable[[str], Script], tmp_path: Path) -> None:
     write_project(tmp_path / "demo", "true")
-    script = Script(
-        tmp_path,
+    script = start(
         """
         import mlflow, mlfleet
         with mlflow.start_run() as parent:
             child = mlfleet.run("demo", env_manager="local")
         tags = mlflow.get_run(child.run_id).data.tags
         print(tags["mlflow.parentRunId"] == parent.info.run_id)
-        """,
+        """
     )
     assert script.end()[:2] == (0, "True\n")
