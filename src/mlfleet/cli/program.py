@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import click
 
-from mlfleet import _version
+from mlfleet._version import __version__
 from mlfleet.cli.report import error_as_json, exit_code, print_json
 from mlfleet.cli.run import run
 from mlfleet.cli.storage import cache, envs
@@ -62,7 +62,7 @@ def _complain(error: Exception) -> int:
 
 
 @click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(_version.__version__, prog_name="mlfleet")
+@click.version_option(__version__, prog_name="mlfleet")
 def _cli() -> None:
     """Run MLflow Projects, on this machine or elsewhere."""
 

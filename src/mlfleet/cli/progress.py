@@ -36,13 +36,17 @@ class Progress:
     ) -> None:
         self.hide()
 
+    def begin(self) -> None:
+        """Show that something goes on, before there is any event."""
+        self._show("opening the tracking store")
+
     def __call__(self, event: RunEvent) -> None:
         """Show what happens now."""
         match event.stage:
             case Stage.FETCHING:
                 self._show("fetching the project", event.detail)
             case Stage.QUEUED:
-                self._show("waiting for a free slot")
+                self._show("getting the run ready")
             case Stage.PREPARING if event.detail:
                 self._show("building the environment", event.detail)
             case Stage.PREPARING:

@@ -52,6 +52,7 @@ class RunCommand:
                 self.run = next(iter(fleet.runs), None)
             progress(event)
 
+        progress.begin()
         with interrupts.scope:
             try:
                 async with Fleet(tracking_uri=self.tracking_uri, on_event=follow) as fleet:

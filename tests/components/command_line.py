@@ -1,0 +1,170 @@
+"""The real command line, in a process of its own, on pipes or on a terminal."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import httpx
+
+from components.mlflow_server import MlflowServer
+
+__all__ = ["ARGV", "Started", "id_in", "mlfleet", "on_terminal", "run_on", "started"]
+
+ARGV = (sys.executable, "-m", "mlfleet")
+CTRL_C = b"\x03"
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def mlfleet(
+    *arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run it to its end on pipes.
+
+    Args:
+        arguments: after the program's name.
+        cwd: its working directory.
+        env: variables on top of this process's.
+    """
+    return subprocess.run(
+        [*ARGV, *arguments], cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, check=False
+    )
+
+
+class Started:
+    """A command line that runs, with what it writes read by us.
+
+    Attributes:
+        process: its process.
+        seen: all that was read of it so far.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], output: IO[bytes], keyboard: int | None) -> None:
+        self.process = process
+        self.seen = ""
+        self._output = output
+        self._keyboard = keyboard
+
+    def read_until(self, text: str) -> str:
+        """Read until it has written `text`; all that was read so far, without escape sequences."""
+        while text not in self.plain:
+            if not self._read():
+                raise AssertionError(f"it ended without writing {text!r}, but: {self.seen!r}")
+        return self.plain
+
+    def press_ctrl_c(self) -> None:
+        """What the key does: the terminal sends SIGINT to the programs in its foreground."""
+        assert self._keyboard is not None
+        os.write(self._keyboard, CTRL_C)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        self.process.send_signal(number)
+
+    def finish(self) -> int:
+        """Read to the end; the exit code."""
+        while self._read():
+            pass
+        return self.process.wait()
+
+    @property
+    def plain(self) -> str:
+        """All that was read, without escape sequences."""
+        return _ESCAPES.sub("", self.seen)
+
+    def _read(self) -> bool:
+        try:
+            data = os.read(self._output.fileno(), 65536)
+        except OSError:  # how a terminal tells that the other side is closed
+            return False
+        self.seen += data.decode(errors="replace")
+        return bool(data)
+
+
+@contextmanager
+def started(
+    *arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None, before: Sequence[str] = ()
+) -> Iterator[Started]:
+    """Start it with stdout and stderr in one pipe; it is killed if it outlives the block.
+
+    Args:
+        arguments: after the program's name.
+        cwd: its working directory.
+        env: variables on top of this process's.
+        before: a program that starts it.
+    """
+    with subprocess.Popen(
+        [*before, *ARGV, *arguments],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            yield Started(process, process.stdout, None)
+        finally:
+            process.kill()
+
+
+@contextmanager
+def on_terminal(*arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Iterator[Started]:
+    """Start it on a terminal of 100 columns that it controls; it is killed if it outlives the block.
+
+    Args:
+        arguments: after the program's name.
+        cwd: its working directory.
+        env: variables on top of this process's.
+    """
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    plain = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    variables = {**plain, "TERM": "xterm-256color", **(env or {})}
+    with os.fdopen(ours, "rb", buffering=0) as output:
+        process = subprocess.Popen(
+            [*ARGV, *arguments],
+            cwd=cwd,
+            env=variables,
+            stdin=its,
+            stdout=its,
+            stderr=its,
+            start_new_session=True,
+            preexec_fn=_take_terminal,
+        )
+        os.close(its)
+        try:
+            yield Started(process, output, ours)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _take_terminal() -> None:
+    """Make the terminal at stdin the controlling one, so that its keys send signals."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def id_in(text: str) -> str:
+    """The id of the run that the command line told of."""
+    found = re.search(r"\(run ([0-9a-f]{32})\)", text)
+    assert found, text
+    return found[1]
+
+
+def run_on(server: MlflowServer, run_id: str) -> dict[str, Any]:
+    """A run as the server tells it."""
+    answer = httpx.get(f"{server.url}/api/2.0/mlflow/runs/get", params={"run_id": run_id}, trust_env=False)
+    run: dict[str, Any] = answer.raise_for_status().json()["run"]
+    return run
