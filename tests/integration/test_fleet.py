@@ -233,7 +233,7 @@ async def test_no_more_runs_at_once_than_allowed(tracking: FakeTracking, tmp_pat
 @pytest.mark.parametrize("stage", ["queue", "run"])
 async def test_a_timeout_ends_its_stage_and_says_which(tracking: FakeTracking, tmp_path: Path, stage: str) -> None:
     uri = write_project(tmp_path / "demo", "echo $$; sleep 1000")
-    timeouts = Timeouts(**{stage: 0.3})  # type: ignore[arg-type]
+    timeouts = Timeouts(**{stage: 0.3})
     async with Fleet(tracking=tracking, max_concurrent=1) as fleet:
         first = await fleet.submit(uri, timeouts=timeouts if stage == "run" else None, env_manager="local")
         pid = int(await first_line(first))
