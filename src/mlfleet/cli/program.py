@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
 
@@ -19,7 +18,6 @@ from mlfleet.errors import MlfleetError
 __all__ = ["main"]
 
 _log = logging.getLogger("mlfleet.cli")
-_SIGPIPE = 128 + 13
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,10 +32,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _cli.main(args=arguments, prog_name="mlfleet", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
         return 130
-    except BrokenPipeError:
-        # Who reads our output has seen enough. Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _SIGPIPE
     except Exception as error:
         if "--json" in arguments:
             print_json(error_as_json(error))
@@ -47,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _complain(error: Exception) -> int:
     _log.debug("the error in full", exc_info=error)
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
     if isinstance(error, click.ClickException):
         context = getattr(error, "ctx", None)
         hint = f"\nTry '{context.command_path} --help'." if context is not None else ""
@@ -55,8 +51,9 @@ def _complain(error: Exception) -> int:
     if isinstance(error, MlfleetError):
         complain(str(error))
         return exit_code(error)
-    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
+    if isinstance(error, OSError):
+        complain(str(error))
+        return 1
     complain(f"{type(error).__name__}: {error}\nThis is a fault of mlfleet. --debug shows where it is.")
     return 1
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import signal
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,7 +94,11 @@ def error_as_json(error: Exception) -> dict[str, Any]:
 
 def print_json(data: Mapping[str, Any] | list[dict[str, Any]]) -> None:
     """One JSON value on standard output."""
-    click.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+    try:
+        click.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+    except BrokenPipeError:
+        # Nobody reads it; the exit code still tells how it went. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _url(tracking: str, info: RunInfo) -> str | None:
