@@ -11,7 +11,6 @@ from typing import Any
 import anyio
 
 from mlfleet.errors import FetchError
-from mlfleet.masking import mask_query
 from mlfleet.project.blocking import Stopped, in_thread, stoppable
 from mlfleet.project.parameters import Download
 
@@ -82,7 +81,7 @@ def _open_store(download: Download) -> tuple[Any, str]:
     """The file system of fsspec, and the path in it."""
     scheme = download.uri.partition(":")[0].lower()
     if "::" in download.uri:
-        raise _failed(download, "chained URLs are not supported")
+        raise download.failed("chained URLs are not supported")
     try:
         import fsspec
 
@@ -91,7 +90,7 @@ def _open_store(download: Download) -> tuple[Any, str]:
     except (ImportError, ValueError) as error:
         driver = f" {DRIVERS[scheme]}" if DRIVERS[scheme] else ""
         reason = f"a driver is missing; run: pip install 'mlfleet[remote]'{driver}"
-        raise _failed(download, reason) from error
+        raise download.failed(reason) from error
     try:
         store, path = fsspec.core.url_to_fs(download.uri, **_options(download, scheme))
         # Instances are shared, and what they listed earlier may have changed.
@@ -99,7 +98,7 @@ def _open_store(download: Download) -> tuple[Any, str]:
     except FetchError:
         raise
     except Exception as error:
-        raise _failed(download, error) from error
+        raise download.failed(error) from error
     return store, str(path)
 
 
@@ -108,7 +107,7 @@ def _options(download: Download, scheme: str) -> dict[str, Any]:
     if scheme == "dbfs":
         host, token = os.environ.get("DATABRICKS_HOST", ""), os.environ.get("DATABRICKS_TOKEN", "")
         if not host or not token:
-            raise _failed(download, "set DATABRICKS_HOST and DATABRICKS_TOKEN")
+            raise download.failed("set DATABRICKS_HOST and DATABRICKS_TOKEN")
         return {"instance": host.removeprefix("https://").rstrip("/"), "token": token}
     endpoint = os.environ.get("MLFLOW_S3_ENDPOINT_URL")
     if scheme in ("s3", "s3a") and endpoint:
@@ -123,18 +122,18 @@ def _list(download: Download, store: Any, path: str) -> dict[str, tuple[str, ...
             return {}
         names = [name for name, entry in store.find(path, detail=True).items() if entry["type"] == "file"]
     except Exception as error:
-        raise _failed(download, error) from error
+        raise download.failed(error) from error
     prefix = path.rstrip("/") + "/"
     files = {}
     for name in names:
         below = name.removeprefix(prefix)
         parts = tuple(part for part in below.split("/") if part not in ("", "."))
         if below == name or ".." in parts or "\0" in name:
-            raise _failed(download, f"the name {name!r} leads out of the folder")
+            raise download.failed(f"the name {name!r} leads out of the folder")
         if parts and not name.endswith("/"):
             files[name] = parts
     if not files:
-        raise _failed(download, "there is nothing of that name")
+        raise download.failed("there is nothing of that name")
     return files
 
 
@@ -150,12 +149,4 @@ def _copy(download: Download, store: Any, remote: str, local: Path, stop: thread
         except Stopped:
             raise
         except Exception as error:
-            raise _failed(download, error) from error
-
-
-def _failed(download: Download, reason: str | Exception) -> FetchError:
-    if isinstance(reason, Exception):
-        reason = f"{type(reason).__name__}: {reason}"
-    uri = mask_query(download.uri)
-    text = mask_query(reason)[:500]
-    return FetchError(f"{uri} of the parameter {download.name!r} cannot be downloaded: {text}", uri=uri)
+            raise download.failed(error) from error

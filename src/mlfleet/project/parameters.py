@@ -12,7 +12,7 @@ from numbers import Number
 from pathlib import Path, PurePath
 from urllib.parse import unquote, urlsplit
 
-from mlfleet.errors import ParameterError
+from mlfleet.errors import FetchError, ParameterError
 from mlfleet.masking import mask_query
 from mlfleet.project.spec import EntryPoint, Parameter
 
@@ -37,6 +37,13 @@ class Download:
     name: str
     uri: str
     index: int
+
+    def failed(self, reason: str | Exception) -> FetchError:
+        """The error that says why it could not be downloaded, without the secrets of its URI."""
+        if isinstance(reason, Exception):
+            reason = f"{type(reason).__name__}: {reason}"
+        uri, text = mask_query(self.uri), mask_query(reason)[:500]
+        return FetchError(f"{uri} of the parameter {self.name!r} cannot be downloaded: {text}", uri=uri)
 
 
 @dataclass(frozen=True, slots=True)
