@@ -139,15 +139,20 @@ class Process:
         if self._gone.done():
             return
         deadline = self._loop.time() + grace
-        if not self.stopped:
+        if self._kill is None:
+            self._watch.in_turn(self._terminate)
+        elif self._kill.when() <= deadline:
+            return
+        else:
+            self._kill.cancel()
+        self._kill = self._loop.call_at(deadline, self._watch.in_turn, self._force)
+
+    def _terminate(self) -> None:
+        self._poll()
+        if not self._ended.done():
             self.stopped = True
             self._ask(self.pid)
             self._watch.add(self.pid, self._look)
-        elif self._kill is None or self._kill.when() <= deadline:
-            return
-        if self._kill is not None:
-            self._kill.cancel()
-        self._kill = self._loop.call_at(deadline, self._force)
 
     def _ask(self, group: int) -> None:
         self._told.add(group)
@@ -156,6 +161,8 @@ class Process:
 
     def _force(self) -> None:
         self._forced = True
+        if self._gone.done():
+            return
         for group in self._told:
             _signal(group, signal.SIGKILL)
 
