@@ -23,6 +23,7 @@ class GitServer:
         root: that folder.
         credentials: ``user:password`` to ask for; None lets everybody in.
         requests: the paths that were asked for, with their queries.
+        agents: the User-Agents that asked.
         requested: is set by every request.
         down: answer everything with 503.
     """
@@ -31,6 +32,7 @@ class GitServer:
         self.root = root
         self.credentials: str | None = None
         self.requests: list[str] = []
+        self.agents: set[str] = set()
         self.requested = threading.Event()
         self.down = False
         self.url = ""
@@ -78,6 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server = self.git_server
         server.requests.append(self.path)
+        server.agents.add(self.headers.get("User-Agent", ""))
         server.requested.set()
         body = self._body()
         if server.down:

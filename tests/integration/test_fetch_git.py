@@ -227,11 +227,26 @@ async def test_hooks_of_a_template_do_not_run(local: Repository, own_git: Path, 
     assert not (tmp_path / "hook-ran").exists()
 
 
-async def test_password_in_the_uri_works_and_is_written_nowhere(git_http: GitServer, served: Repository) -> None:
+async def test_password_in_the_uri_works_and_is_written_nowhere(
+    git_http: GitServer, served: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_repository(git_http.root, "library")
+    git(served.work, "submodule", "--quiet", "add", f"{git_http.url}/library.git", "library")
+    served.commit()
     git_http.credentials = "me@corp:s3cr3t/t0ken"
     host = git_http.url.removeprefix("http://")
     uri = f"http://me%40corp:s3cr3t%2Ft0ken@{host}/project.git"
-    project = await ProjectFetcher().fetch(uri)
+    with monkeypatch.context() as patch:
+        # git tells of every command line, its children's too.
+        patch.setenv("GIT_TRACE", str(tmp_path / "trace"))
+        # The person's own settings in variables count as before.
+        for name, value in (("COUNT", "1"), ("KEY_0", "http.userAgent"), ("VALUE_0", "git/mine")):
+            patch.setenv(f"GIT_CONFIG_{name}", value)
+        git_http.agents.clear()
+        project = await ProjectFetcher().fetch(uri)
+    assert "s3cr3t" not in (tmp_path / "trace").read_text()
+    assert git_http.agents == {"git/mine"}
+    assert (project.folder / "library" / "MLproject").exists()
     assert project.uri == project.repo_url == f"{git_http.url}/project.git"
     assert "s3cr3t" not in repr(project)
     assert not [path for path in cached_files() if b"s3cr3t" in path.read_bytes()]
@@ -401,6 +416,15 @@ async def test_killed_clone_leaves_a_usable_cache(git_http: GitServer, served: R
     assert project.commit == served.head
     assert (project.folder / "steps" / "train.py").read_text() == "print('step')\n"
     assert not list(project.folder.parents[2].glob("tmp-*"))
+
+
+async def test_what_a_host_says_cannot_write_on_the_terminal(local: Repository, tmp_path: Path) -> None:
+    hostile = tmp_path / "hostile.git"
+    git(tmp_path, "clone", "--quiet", "--bare", str(local.bare), str(hostile))
+    (hostile / "config").write_text("[core]\n\x1b[2J\x07 = broken\n")
+    with pytest.raises(FetchError) as caught:
+        await ProjectFetcher().fetch(str(hostile))
+    assert str(caught.value).isprintable()
 
 
 async def test_cancelled_fetch_leaves_no_tree_and_the_next_one_works(git_http: GitServer, served: Repository) -> None:

@@ -27,11 +27,13 @@ class Checkout:
 
     Attributes:
         top: the topmost folder of the working tree.
+        inside: where the folder is in it; ``.`` for the top.
         commit: of its HEAD; None if Git ignores the folder.
         repo_url: of the remote ``origin``, else of the first one, without credentials.
     """
 
     top: Path
+    inside: str
     commit: str | None
     repo_url: str | None
 
@@ -54,13 +56,15 @@ class Checkouts:
         self._known: dict[Path, _Known] = {}
         self._once: Once[Path, Checkout | None] = Once()
 
+    def recall(self, folder: Path) -> tuple[bool, Checkout | None]:
+        """Whether it is known without asking git what `folder` is in, and that. Blocking."""
+        known = self._known.get(folder)
+        if known is not None and _signature(known.files) == known.signature:
+            return True, known.checkout
+        return not _may_be_inside(folder), None
+
     async def find(self, folder: Path) -> Checkout | None:
         """The working tree that `folder` is in; None if there is none, or git is not installed."""
-        known = self._known.get(folder)
-        if known is not None and await in_thread(lambda: _signature(known.files)) == known.signature:
-            return known.checkout
-        if not await in_thread(lambda: _may_be_inside(folder)):
-            return None
         return await self._once(folder, lambda: self._ask(folder))
 
     async def _ask(self, folder: Path) -> Checkout | None:
@@ -81,7 +85,8 @@ class Checkouts:
             signature = await in_thread(lambda: _signature(files))
             ignored = (await _git(folder, "check-ignore", "--quiet", ".")).returncode == 0
             commit = lines[3] if has_commit and not ignored else None
-            checkout = Checkout(top, commit, await _remote(folder))
+            inside = await in_thread(lambda: os.path.relpath(folder.resolve(), top.resolve()))
+            checkout = Checkout(top, inside, commit, await _remote(folder))
         except OSError as error:
             _log.debug("git cannot be started, so the commit of %s is not known: %s", folder, error)
             return None

@@ -24,7 +24,7 @@ from mlfleet.errors import FetchError
 from mlfleet.project.archive import ArchiveLimits, unpack
 from mlfleet.project.blocking import clean_up, in_thread, stoppable
 from mlfleet.project.cache import Shelf, projects_folder, remove_tree
-from mlfleet.project.checkout import Checkouts
+from mlfleet.project.checkout import Checkout, Checkouts
 from mlfleet.project.copying import copy_tree
 from mlfleet.project.git import Git
 from mlfleet.project.hashing import FileHashes
@@ -73,7 +73,8 @@ class _Kind(StrEnum):
     LOCAL = UriKind.LOCAL.value
 
 
-_Key = tuple[str, str | None]
+# The path, too: a relative one means another folder when this process changes its own.
+_Key = tuple[str, Path, str | None]
 
 
 class ProjectFetcher:
@@ -108,7 +109,7 @@ class ProjectFetcher:
 
         Args:
             uri: a folder, a Git repository or a zip; ``#sub/dir`` picks a folder inside.
-            version: a commit (full or short), a tag or a branch, in this order; only for Git repositories.
+            version: of a Git repository: a full commit, a tag, a branch or a short commit, looked for in this order.
             on_progress: is called with a line when something is fetched that takes its time.
 
         Raises:
@@ -120,17 +121,20 @@ class ProjectFetcher:
         report = on_progress or (lambda _: None)
         kind, path = _Kind(parsed.kind), Path()
         if parsed.kind is UriKind.LOCAL:
-            kind, path = await in_thread(lambda: _classify(parsed))
+            kind, path, found = await in_thread(lambda: self._look(parsed, version))
+            if found is not None:
+                return found
         if version is not None and kind not in (_Kind.GIT, _Kind.BARE):
-            raise await in_thread(lambda: _no_versions(parsed, path))
+            raise _no_versions(parsed, path)
+        key = uri, path, version
         if kind is _Kind.FOLDER:
-            return await self._folder(parsed, path)
+            return _own_project(parsed, path, await self._checkouts.find(path / parsed.subdir))
         if kind is _Kind.ZIP:
-            return await self._once((uri, None), lambda: self._local_zip(parsed, path))
+            return await self._once(key, lambda: self._local_zip(parsed, path))
         if kind is _Kind.ARCHIVE:
-            return await self._fetched((uri, None), lambda: self._remote_zip(parsed, report))
+            return await self._fetched(key, lambda: self._remote_zip(parsed, report))
         url = str(path) if kind is _Kind.BARE else parsed.location
-        return await self._fetched((uri, version), lambda: self._git(parsed, url, version, report))
+        return await self._fetched(key, lambda: self._git(parsed, url, version, report))
 
     @asynccontextmanager
     async def working_copy(self, project: Project) -> AsyncIterator[Path]:
@@ -177,17 +181,16 @@ class ProjectFetcher:
             self._answers.pop(next(iter(self._answers)))
         return project
 
-    async def _folder(self, uri: ProjectUri, path: Path) -> Project:
-        folder = await in_thread(lambda: _subfolder(uri, path, stay_inside=False))
-        checkout = await self._checkouts.find(folder)
-        if checkout is None:
-            name = f"{path}#{uri.subdir}" if uri.subdir else str(path)
-            return Project(uri.text, folder, cached=False, source_name=name)
-        inside = await in_thread(lambda: os.path.relpath(folder.resolve(), checkout.top))
-        name = f"file://{checkout.top}" + ("" if inside == "." else f"#{inside}")
-        return Project(
-            uri.text, folder, cached=False, source_name=name, commit=checkout.commit, repo_url=checkout.repo_url
-        )
+    def _look(self, uri: ProjectUri, version: str | None) -> tuple[_Kind, Path, Project | None]:
+        """What a local URI names, and the project itself if git need not be asked. Blocking, in one go for speed."""
+        kind, path = _classify(uri)
+        if version is not None and kind is not _Kind.BARE:
+            raise _no_versions(uri, path)
+        if kind is not _Kind.FOLDER:
+            return kind, path, None
+        folder = _subfolder(uri, path, stay_inside=False)
+        is_known, checkout = self._checkouts.recall(folder)
+        return kind, path, _own_project(uri, path, checkout) if is_known else None
 
     async def _git(self, uri: ProjectUri, url: str, version: str | None, report: Callable[[str], None]) -> Project:
         shelf = Shelf(self._root, "git", hashlib.sha256(os.fsencode(url)).hexdigest()[:32])
@@ -210,8 +213,7 @@ class ProjectFetcher:
         except OSError as error:
             raise FetchError(f"the zip {uri.text} cannot be read: {error.strerror or error}", uri=uri.text) from error
         tree = await self._unpacked(uri, digest, path)
-        name = f"{path}#{uri.subdir}" if uri.subdir else str(path)
-        return await self._zip_project(uri, tree, name)
+        return await self._zip_project(uri, tree, _local_name(uri, path))
 
     async def _remote_zip(self, uri: ProjectUri, report: Callable[[str], None]) -> Project:
         report(f"downloading {uri.text}")
@@ -250,6 +252,19 @@ class ProjectFetcher:
         if found is None:
             raise FetchError(f"{uri.text} vanished from the cache while it was made", uri=uri.text)
         return found
+
+
+def _local_name(uri: ProjectUri, path: Path) -> str:
+    return f"{path}#{uri.subdir}" if uri.subdir else str(path)
+
+
+def _own_project(uri: ProjectUri, path: Path, checkout: Checkout | None) -> Project:
+    """A project in a folder of the user's own."""
+    folder = path / uri.subdir
+    if checkout is None:
+        return Project(uri.text, folder, cached=False, source_name=_local_name(uri, path))
+    name = f"file://{checkout.top}" + ("" if checkout.inside == "." else f"#{checkout.inside}")
+    return Project(uri.text, folder, cached=False, source_name=name, commit=checkout.commit, repo_url=checkout.repo_url)
 
 
 def _classify(uri: ProjectUri) -> tuple[_Kind, Path]:

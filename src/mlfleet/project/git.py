@@ -51,6 +51,7 @@ _HELPER = (
     '!f() { if test "$1" = get; then printf "username=%s\\npassword=%s\\n" '
     '"$MLFLEET_GIT_USERNAME" "$MLFLEET_GIT_PASSWORD"; fi; }; f'
 )
+_FOREIGN = re.compile(r"dubious ownership", re.I)
 _UNKNOWN_HOST = re.compile(r"Host key verification failed", re.I)
 _NO_KEY = re.compile(r"Permission denied \(|Too many authentication failures", re.I)
 _NO_CREDENTIALS = re.compile(r"could not read (Username|Password)|terminal prompts disabled", re.I)
@@ -124,7 +125,9 @@ class Git:
 
     def failure(self, done: Completed, what: str) -> FetchError:
         """The error that tells why git failed, and what to do."""
-        said = mask(os.fsdecode(done.stderr or done.stdout), self._uri.secrets)
+        # A host may say anything, and what it says ends on a terminal.
+        said = re.sub(r"[^\S\n]|[\x00-\x09\x0b-\x1f\x7f-\x9f]", " ", os.fsdecode(done.stderr or done.stdout))
+        said = mask(said, self._uri.secrets)
         shown = self._uri.text
         if advice := self._advice(said):
             return FetchError(f"cannot {what} {shown}: {advice}", uri=shown)
@@ -134,6 +137,11 @@ class Git:
         return FetchError(f"cannot {what} {shown}: {text}", uri=shown)
 
     def _advice(self, said: str) -> str | None:
+        if _FOREIGN.search(said):
+            return (
+                "it belongs to another user, and git does not trust that: if you do, "
+                "git config --global --add safe.directory <its path>"
+            )
         if _UNKNOWN_HOST.search(said):
             return (
                 "the key of the ssh host is not known or has changed: connect once with ssh in a terminal and check "
@@ -162,7 +170,10 @@ class Git:
     async def _make_environ(self, cwd: Path) -> dict[str, str]:
         environ = clean_environ()
         # Submodules obey it as well: those of a repository from elsewhere cannot reach into this machine's folders.
-        environ["GIT_ALLOW_PROTOCOL"] = f"{_NETWORK}:file" if self.is_local else _NETWORK
+        allowed = f"{_NETWORK}:file" if self.is_local else _NETWORK
+        if (own_choice := environ.get("GIT_ALLOW_PROTOCOL")) is not None:
+            allowed = ":".join(name for name in allowed.split(":") if name in own_choice.split(":"))
+        environ["GIT_ALLOW_PROTOCOL"] = allowed
         if "GIT_SSH_COMMAND" not in environ and "GIT_SSH" not in environ:
             own = await self._start(("config", "--get", "core.sshCommand"), cwd, environ)
             if not own.stdout.strip():

@@ -236,6 +236,8 @@ def _folder_name(url: str) -> str:
 def _tie(tree: Path, mirror: Path, commit: str) -> None:
     """Let the tree's own small ``.git`` find the commit, its history and its tags in the mirror. Blocking."""
     git = tree / ".git"
+    for empty in ("objects/pack", "refs/heads", "refs/tags"):  # git makes them when it needs them
+        (git / empty).rmdir()
     (git / "objects" / "info").mkdir(parents=True, exist_ok=True)
     (git / "objects" / "info" / "alternates").write_bytes(os.fsencode(mirror / "objects") + b"\n")
     (git / "HEAD").write_text(f"{commit}\n", encoding="ascii")
