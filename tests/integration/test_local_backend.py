@@ -6,6 +6,7 @@ import asyncio
 import os
 import stat
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,16 @@ async def test_closed_while_a_run_starts(folder: Path) -> None:
         await asyncio.sleep(0)
     with pytest.raises(SubmitError, match="closed before the run could start"):
         await submitting
+
+
+async def test_cancelled_submit_leaves_no_file_open(backend: LocalBackend, folder: Path) -> None:
+    await (await backend.submit(job(folder, "exit 0"))).wait()
+    before = len(os.listdir("/proc/self/fd"))
+    for turns in range(40):
+        submitting = asyncio.create_task(backend.submit(job(folder, "sleep 600")))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        submitting.cancel()
+        with suppress(asyncio.CancelledError):
+            await (await submitting).cancel()
+    assert len(os.listdir("/proc/self/fd")) == before
