@@ -323,6 +323,19 @@ async def test_ssh_without_a_key_fails_at_once_and_says_why(
         await ProjectFetcher().fetch(uri)
 
 
+async def test_short_hash_of_two_commits_asks_for_more_digits(local: Repository) -> None:
+    # Always the same hashes, since names and times are given; among 600 some begin alike.
+    commits = "".join(
+        f"commit refs/heads/many\ncommitter A <a@example.org> {number} +0000\ndata 1\nx\n" for number in range(600)
+    )
+    subprocess.run(["git", "fast-import", "--quiet"], cwd=local.bare, input=commits.encode(), check=True)
+    hashes = git(local.bare, "rev-list", "many").splitlines()
+    alike = next(one for one in hashes if sum(other.startswith(one[:4]) for other in hashes) > 1)
+    with pytest.raises(FetchError, match=f"short hash {alike[:4]} is that of several objects .*more digits"):
+        await ProjectFetcher().fetch(str(local.bare), alike[:4])
+    assert (await ProjectFetcher().fetch(str(local.bare), alike[:12])).commit == alike
+
+
 async def test_unknown_versions_name_what_is_near(local: Repository) -> None:
     git(local.work, "branch", "development")
     local.push()

@@ -120,7 +120,7 @@ class Repository:
 
     async def _lookup(self, commit: str) -> str | None:
         done = await self._git.attempt(
-            "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}", cwd=self._shelf.mirror, offline=True
+            "rev-parse", "--verify", f"{commit}^{{commit}}", cwd=self._shelf.mirror, offline=True
         )
         if b"ambiguous" in done.stderr:
             raise FetchError(
