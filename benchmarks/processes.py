@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -75,6 +76,20 @@ async def timed(
     return wall, cpu, stalls
 
 
+async def beside(count: int) -> list[float]:
+    """The ticker's delays while nothing runs here, and another program starts as many processes, two at a time.
+
+    What the machine itself does to any event loop: no loop that starts processes can be expected to do better.
+    """
+    script = f"seq {count} | xargs -P 2 -I@ setsid -w bash -c : @"
+    other = subprocess.Popen(["bash", "-c", script], stdin=subprocess.DEVNULL)
+    stalls: list[float] = []
+    ticker = asyncio.create_task(tick(stalls))
+    await asyncio.to_thread(other.wait)
+    ticker.cancel()
+    return stalls
+
+
 def resident() -> int:
     """Bytes of this process in memory (Linux)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -100,8 +115,18 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(int(len(values) * share), len(values) - 1)]
 
 
+def ticker_figures(repeats: list[list[float]]) -> dict[str, float]:
+    """The median of the repeats, since what else the machine does shows in single ones, and the worst of all."""
+    return {
+        "ticker_p99_ms": statistics.median(percentile(stalls, 0.99) for stalls in repeats) * 1000,
+        "ticker_max_ms": statistics.median(max(stalls) for stalls in repeats) * 1000,
+        "ticker_worst_ms": max(max(stalls) for stalls in repeats) * 1000,
+    }
+
+
 async def measure(args: argparse.Namespace) -> dict[str, object]:
     rows: dict[str, list[tuple[float, float, list[float]]]] = {"bare asyncio": [], "LocalBackend": []}
+    control: list[list[float]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # First, since later the memory that the other measurements leave is used again.
@@ -110,6 +135,7 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
             await timed(bare, 20, 20, folder)
             await timed(through(backend), 20, 20, folder)
             for _ in range(args.repeat):
+                control.append(await beside(args.count))
                 rows["bare asyncio"].append(await timed(bare, args.count, args.concurrency, folder))
                 rows["LocalBackend"].append(await timed(through(backend), args.count, args.concurrency, folder))
     result: dict[str, object] = {
@@ -120,14 +146,12 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
         "repeat": args.repeat,
         "memory_per_run_kib": None if memory is None else memory / 1024,
     }
+    result["idle beside"] = ticker_figures(control)
     for label, runs in rows.items():
-        # Of the stalls the median of the repeats: what else the machine does shows in single ones.
         result[label] = {
             "wall_s": statistics.median(wall for wall, _, _ in runs),
             "driver_cpu_ms_per_run": statistics.median(cpu for _, cpu, _ in runs) / args.count * 1000,
-            "ticker_p99_ms": statistics.median(percentile(stalls, 0.99) for _, _, stalls in runs) * 1000,
-            "ticker_max_ms": statistics.median(max(stalls) for _, _, stalls in runs) * 1000,
-            "ticker_worst_ms": max(max(stalls) for _, _, stalls in runs) * 1000,
+            **ticker_figures([stalls for _, _, stalls in runs]),
         }
     result["ratio"] = statistics.median(
         ours[0] / limit[0] for ours, limit in zip(rows["LocalBackend"], rows["bare asyncio"], strict=True)
@@ -138,10 +162,11 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
 def show(result: dict[str, object]) -> None:
     columns = ("wall_s", "driver_cpu_ms_per_run", "ticker_p99_ms", "ticker_max_ms", "ticker_worst_ms")
     print(f"{'':14}" + "".join(f"{column:>24}" for column in columns))
-    for label in ("bare asyncio", "LocalBackend"):
+    for label in ("bare asyncio", "LocalBackend", "idle beside"):
         row = result[label]
         assert isinstance(row, dict)
-        print(f"{label:14}" + "".join(f"{row[column]:24.2f}" for column in columns))
+        print(f"{label:14}" + "".join(f"{row[column]:24.2f}" if column in row else f"{'-':>24}" for column in columns))
+    print("idle beside: the ticker of an idle loop while another program starts as many processes, two at a time")
     print(f"\nwall time, LocalBackend / bare: {result['ratio']:.2f} (to reach: 1.5)")
     if result["memory_per_run_kib"] is not None:
         print(f"driver memory per run in flight: {result['memory_per_run_kib']:.1f} KiB (to reach: 200)")
