@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +19,7 @@ from mlfleet._version import __version__
 from mlfleet.concurrency.threads import Threads
 from mlfleet.errors import TrackingError, UsageError
 from mlfleet.tracking.auth import Login, Tls
+from mlfleet.tracking.connections import Connections
 from mlfleet.tracking.failures import Failures
 from mlfleet.tracking.retry import BACKOFF, Patience, RetryPolicy, Transient
 
@@ -45,7 +47,7 @@ _threads = Threads("tracking transport", 2)
 
 
 class Transport:
-    """One pooled HTTP client for one server.
+    """The way to one server.
 
     Requests wait their turn first come, first served, so that a fan-out of hundreds of runs does not flood the server.
     Files have places of their own: the end of a run does not wait behind another one's upload.
@@ -60,7 +62,7 @@ class Transport:
 
     Attributes:
         login: the server and who we are to it.
-        slots: the places of requests.
+        connections: for requests of the API.
         workspace: the MLflow workspace that is used; empty: the server's default.
     """
 
@@ -83,22 +85,21 @@ class Transport:
         named = {"X-MLFLOW-WORKSPACE": self.workspace} if self.workspace else {}
         self._headers = {"User-Agent": f"mlfleet/{__version__}", **named, **headers}
         self._timeout = timeout if timeout is not None else _number("MLFLOW_HTTP_REQUEST_TIMEOUT", 120.0)
-        self._max_in_flight = max_in_flight
-        self.slots = anyio.Semaphore(max_in_flight)
-        self._file_slots = anyio.Semaphore(_FILES_IN_FLIGHT)
-        self._client: httpx.AsyncClient | None = None
+        self.connections = Connections(max_in_flight)
+        self._file_connections = Connections(_FILES_IN_FLIGHT)
+        self._urls: dict[str, httpx.URL] = {}
         self._failures: Failures | None = None
         self._answered = False
 
     async def open(self) -> None:
         """Find out where the server is and prepare the client, in a thread: certificates take their time."""
-        self._client = await _threads(self._prepare)
+        await _threads(self._prepare)
 
     async def close(self) -> None:
         """Close all connections."""
-        client, self._client = self._client, None
-        if client is not None:
-            await client.aclose()
+        self._failures = None
+        await self.connections.close()
+        await self._file_connections.close()
 
     @property
     def failures(self) -> Failures:
@@ -150,16 +151,23 @@ class Transport:
             Transient: it may work the next time.
             TrackingError: it will not.
         """
-        async with self.slots:
-            return await self.exchange(method, path, body=body, params=params)
+        self.failures  # noqa: B018 - raises if this is not open
+        async with self.connections.one() as client:
+            return await self.exchange(client, method, path, body=body, params=params)
 
     async def exchange(
-        self, method: str, path: str, *, body: Mapping[str, Any] | None = None, params: Mapping[str, str] | None = None
+        self,
+        client: httpx.AsyncClient,
+        method: str,
+        path: str,
+        *,
+        body: Mapping[str, Any] | None = None,
+        params: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
-        """Ask the API once, at once. The caller holds one of the `slots`."""
+        """Ask the API once, at once, by one of the `connections`."""
         content = json.dumps(body, separators=(",", ":")).encode() if body is not None else None
         kind = {"Content-Type": "application/json"} if content is not None else {}
-        async with self._answer(method, path, content=content, headers=kind, params=params) as answer:
+        async with self._answer(client, method, path, content, kind, params) as answer:
             await answer.aread()
         try:
             told = json.loads(answer.content or b"{}")
@@ -180,29 +188,30 @@ class Transport:
             TrackingError: it will not.
         """
         headers = {"Content-Length": str(size), "Content-Type": "application/octet-stream"} if size is not None else {}
-        async with self._file_slots, self._answer(method, path, content=content, headers=headers) as answer:
+        self.failures  # noqa: B018 - raises if this is not open
+        async with (
+            self._file_connections.one() as client,
+            self._answer(client, method, path, content, headers, None) as answer,
+        ):
             yield answer
 
     @asynccontextmanager
     async def _answer(
         self,
+        client: httpx.AsyncClient,
         method: str,
         path: str,
-        *,
         content: bytes | AsyncIterator[bytes] | None,
         headers: Mapping[str, str],
-        params: Mapping[str, str] | None = None,
+        params: Mapping[str, str] | None,
     ) -> AsyncIterator[httpx.Response]:
         import httpx
 
-        if self._client is None:
-            raise TrackingError("the tracking client is not open: use it inside `async with`", uri=self._uri)
-        url = self.login.url + (path if path.startswith("/") else API + path)
         sent = {**headers, **await self.login.headers()}
         answer: httpx.Response | None = None
         try:
-            request = self._client.build_request(method, url, content=content, headers=sent, params=params)
-            answer = await self._follow(self._client, path, request)
+            request = client.build_request(method, self._url(path), content=content, headers=sent, params=params)
+            answer = await self._follow(client, path, request)
             self._answered = True
             if not answer.is_success:
                 await answer.aread()
@@ -229,26 +238,37 @@ class Transport:
             request = further
         raise self.failures.of_redirect(what, answer)
 
-    def _prepare(self) -> httpx.AsyncClient:
+    def _url(self, path: str) -> httpx.URL:
+        import httpx
+
+        url = self._urls.get(path)
+        if url is None:
+            url = httpx.URL(self.login.url + (path if path.startswith("/") else API + path))
+            if not path.startswith("/"):
+                # Those are few, and parsing one takes as long as a tenth of a request.
+                self._urls[path] = url
+        return url
+
+    def _prepare(self) -> None:
         import httpx
 
         self.login.prepare()
         secrets = (*self.login.secrets(), *self._headers_that_are_secret())
         self._failures = Failures(uri=self._uri, url=self.login.url, hint=self.login.hint, secrets=secrets)
         _warn_of_header_plugins()
-        connections = self._max_in_flight + _FILES_IN_FLIGHT
-        return httpx.AsyncClient(
+        timeout = httpx.Timeout(self._timeout, connect=min(self._timeout, _CONNECT_SECONDS), pool=None)
+        limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=_KEEPALIVE_SECONDS)
+        make = partial(
+            httpx.AsyncClient,
             verify=Tls.from_environ().context(),
             headers=self._headers,
-            timeout=httpx.Timeout(self._timeout, connect=min(self._timeout, _CONNECT_SECONDS), pool=None),
-            limits=httpx.Limits(
-                max_connections=connections,
-                max_keepalive_connections=connections,
-                keepalive_expiry=_KEEPALIVE_SECONDS,
-            ),
+            timeout=timeout,
+            limits=limits,
             # Proxies are for the way out of this machine.
             trust_env=not _is_loopback(self.login.url),
         )
+        self.connections.prepare(make)
+        self._file_connections.prepare(make)
 
     def _headers_that_are_secret(self) -> list[str]:
         harmless = {"user-agent", "x-mlflow-workspace"}
