@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from components import free_port
+from components import free_port, missing
 from components.command_line import ARGV, id_in, mlfleet, run_on, started
 from components.mlflow_server import MlflowServer
 from components.projects import pid_is_gone, write_project
@@ -243,7 +243,16 @@ def test_a_dry_run_masks_secrets(tmp_path: Path) -> None:
     assert found["variables"]["MLFLOW_TRACKING_URI"] == found["tracking_uri"] == "http://tracking.example:5000"
     assert "***" in found["variables"].values()
     assert found["command"].strip() == "true"
-    assert found["environment"] == {"manager": "local", "python": None, "built": None}
+    assert found["environment"] == {"manager": "local", "python": None, "built": None, "image": None}
+
+
+def test_a_dry_run_of_a_docker_project_names_its_image(tmp_path: Path) -> None:
+    uri = write_project(tmp_path / "demo", "true", extra="docker_env: {image: 'registry.example/train:3'}\n")
+    done = mlfleet("run", uri, "--dry-run")
+    if done.returncode == 2:
+        assert "pip install 'mlfleet[docker]'" in done.stderr
+        missing("the docker extra", "pip install 'mlfleet[docker]'")
+    assert "environment docker image registry.example/train:3" in " ".join(done.stdout.split())
 
 
 def test_a_dry_run_of_a_mistake_fails_like_a_run(tmp_path: Path) -> None:

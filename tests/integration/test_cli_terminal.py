@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,20 @@ def test_other_signals_end_the_run_as_well(
         assert job.finish() == code
     assert pid_is_gone(pid)
     assert run_on(server, id_in(job.plain))["info"]["status"] == "KILLED"
+
+
+def test_a_third_ctrl_c_does_not_even_wait_for_a_server_that_never_answers(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        project = write_project(tmp_path / "demo", "echo never")
+        with on_terminal("run", project, *LOCAL, "--tracking-uri", uri) as terminal:
+            connection, _ = silent.accept()  # the request for the MLflow run is on its way
+            with connection:
+                for told in ("stopping", "killing", "^C"):
+                    terminal.press_ctrl_c()
+                    terminal.read_until(told)
+                assert terminal.finish() == -signal.SIGINT
+    assert "never" not in terminal.plain
 
 
 def test_ctrl_c_while_the_environment_is_built_marks_the_run_killed(server: MlflowServer, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ class DryRun:
             "uri": plan.project.uri,
             "commit": plan.project.commit,
             "entry_point": plan.entry_point.name,
-            "command": plan.command(),
+            "command": plan.provisional_command,
             "folder": str(plan.spec.folder),
             "copied": plan.project.cached,
             "parameters": dict(plan.parameters.logged),
@@ -105,6 +105,8 @@ def show(found: Mapping[str, Any]) -> None:
         "downloads": _pairs(found["downloads"]),
         "variables": _pairs(found["variables"]),
     }
+    if environment["image"] is not None:
+        rows["environment"] += f" image {environment['image']}"
     if environment["built"] is not None:
         rows["environment"] += ", built already" if environment["built"] else ", to be built"
     for name, text in rows.items():
@@ -119,11 +121,12 @@ def _absolute(uri: str | None) -> str:
 
 def _environment(plan: Plan) -> dict[str, Any]:
     if plan.environment is None:
-        return {"manager": "docker" if plan.docker else None, "python": None, "built": None}
+        image = plan.docker.env.image if plan.docker else None
+        return {"manager": "docker" if image else None, "python": None, "built": None, "image": image}
     environment = plan.environment
     name = f"{environment.manager}-{environment.key}"
     built = any(each.name == name and each.complete for each in list_environments()) if environment.key else None
-    return {"manager": environment.manager, "python": environment.python, "built": built}
+    return {"manager": environment.manager, "python": environment.python, "built": built, "image": None}
 
 
 def _experiment_id(request: RunRequest) -> str | None:

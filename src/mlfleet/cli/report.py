@@ -81,6 +81,7 @@ def run_as_json(command: RunCommand, received: signal.Signals | None) -> dict[st
         "output": str(output) if output else None,
         "tracking_uri": command.tracking,
         "url": _url(command.tracking, info) if command.tracking and info else None,
+        "tracking_error": str(outcome.tracking_error) if outcome and outcome.tracking_error else None,
         "interrupted": received.name if received else None,
         "error": error_as_json(command.error)["error"] if command.error else None,
     }
