@@ -97,6 +97,7 @@ class Fleet:
                 await self.cancel()
                 await self._tasks.join()
                 await self._services.close()
+            self._fetcher.close()
             self._state = "closed"
 
     async def submit(

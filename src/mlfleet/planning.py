@@ -38,6 +38,7 @@ class Plan:
         environment: what to build on this machine; None where the backend brings its own.
         docker: what a project with ``docker_env`` asks for.
         tags: of the MLflow run.
+        provisional_command: the command, with the URIs of the parameters that must be downloaded.
     """
 
     request: RunRequest
@@ -50,20 +51,21 @@ class Plan:
     environment: EnvironmentPlan | None = None
     docker: DockerRequest | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
+    provisional_command: str = ""
 
     @property
     def project_name(self) -> str:
         """As MLproject says, or the folder's name."""
         return self.spec.name or self.spec.folder.name
 
-    def command(self, downloaded: Mapping[str, str] | None = None) -> str:
+    def command(self, downloaded: Mapping[str, str]) -> str:
         """The command for bash.
 
         Args:
-            downloaded: the local paths of the parameters that must be downloaded; None shows their URIs instead.
+            downloaded: the local paths of the parameters that must be downloaded.
         """
-        if downloaded is None:
-            downloaded = {download.name: download.uri for download in self.parameters.downloads}
+        if not self.parameters.downloads:
+            return self.provisional_command
         return render(self.entry_point, self.parameters, downloaded)
 
 
@@ -79,6 +81,7 @@ class Planner:
         self._fetcher = fetcher
         self._backend = backend
         self._specs: dict[Path, tuple[object, ProjectSpec]] = {}
+        self._known_names: set[tuple[str, str | None]] = set()
         self._threads = anyio.CapacityLimiter(2)
 
     async def plan(self, request: RunRequest, *, on_progress: Callable[[str], None] | None = None) -> Plan:
@@ -88,7 +91,10 @@ class Planner:
             MlfleetError: the mistake, whatever it is.
         """
         # What needs no project comes first: nobody wants to wait for a clone to hear of a mistyped backend.
-        await anyio.to_thread.run_sync(_check_names, request, limiter=self._threads)
+        names = request.backend, request.env_manager
+        if names not in self._known_names:
+            await anyio.to_thread.run_sync(_check_names, *names, limiter=self._threads)
+            self._known_names.add(names)
         project = await self._fetcher.fetch(request.uri, request.version, on_progress=on_progress)
         return await anyio.to_thread.run_sync(self._plan, request, project, limiter=self._threads)
 
@@ -107,10 +113,11 @@ class Planner:
                 build_image=request.build_image,
                 auth=request.docker_auth,
             )
-        elif backend.needs_environment:
+        backend.check(docker, spec.folder)
+        if docker is None and backend.needs_environment:
             name = choose.choose(request.env_manager, spec.environment)
             environment = manager(name).plan(spec.folder, spec.environment)
-        plan = Plan(
+        return Plan(
             request=request,
             project=project,
             spec=spec,
@@ -121,9 +128,8 @@ class Planner:
             environment=environment,
             docker=docker,
             tags=_tags(request, project, environment, docker),
+            provisional_command=render(entry_point, parameters, {each.name: each.uri for each in parameters.downloads}),
         )
-        plan.command()  # what cannot be rendered shows here
-        return plan
 
     def _read(self, folder: Path) -> ProjectSpec:
         """The project's spec, read again only when something in the folder's root has changed."""
@@ -143,9 +149,9 @@ def _signature(folder: Path) -> object:
     return [(stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats]
 
 
-def _check_names(request: RunRequest) -> None:
-    find(request.backend)
-    choose.validate(request.env_manager)
+def _check_names(backend: str, env_manager: str | None) -> None:
+    find(backend)
+    choose.validate(env_manager)
 
 
 def _backend_name(request: RunRequest, spec: ProjectSpec) -> str:

@@ -66,13 +66,14 @@ async def draft(plan: Plan, info: RunInfo, services: Services, *, output: Path |
         project_name=plan.project_name,
         project_dir=plan.spec.folder,
         commit=plan.project.commit,
-        command=plan.command(),
+        command=plan.provisional_command,
         environ={**plain, "MLFLOW_RUN_ID": info.run_id, "MLFLOW_EXPERIMENT_ID": info.experiment_id},
         secrets=secret,
         docker=plan.docker,
         config=plan.config,
         output=output,
         cancel_grace=cancel_grace,
+        artifact_uri=info.artifact_uri,
     )
 
 
@@ -89,8 +90,9 @@ async def prepare(
         on_progress: is called with lines of the environment's build.
     """
     folder = await stack.enter_async_context(services.fetcher.working_copy(plan.project))
-    if job.output is not None:
-        await anyio.to_thread.run_sync(_make_room, job.output)
+    if job.output is not None and plan.request.run_id is not None:
+        # An existing MLflow run that runs again starts with an empty output file.
+        await anyio.to_thread.run_sync(partial(job.output.unlink, missing_ok=True))
     downloaded: dict[str, str] = {}
     if plan.parameters.downloads:
         storage = await _storage(plan, stack)
@@ -99,7 +101,13 @@ async def prepare(
     if plan.environment is not None:
         manager = services.environment_manager(plan.environment.manager)
         environment = await manager.prepare(plan.environment, on_progress=on_progress)
-    return replace(job, project_dir=folder, command=plan.command(downloaded), environment=environment)
+    return replace(
+        job,
+        project_dir=folder,
+        command=plan.command(downloaded),
+        environment=environment,
+        on_progress=on_progress,
+    )
 
 
 async def _storage(plan: Plan, stack: AsyncExitStack) -> Path:
@@ -118,9 +126,3 @@ async def _storage(plan: Plan, stack: AsyncExitStack) -> Path:
     folder = await anyio.to_thread.run_sync(make)
     stack.push_async_callback(remove)
     return folder
-
-
-def _make_room(output: Path) -> None:
-    """An existing MLflow run that runs again starts with an empty output file."""
-    output.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    output.unlink(missing_ok=True)

@@ -121,7 +121,7 @@ class Outcome:
         status: a terminal status.
         exit_code: of the project's process; negative for a signal; None if it never got that far.
         reason: why it did not finish well, in a few words; None if it did.
-        output: the last lines of its output, where it was captured.
+        output: the last lines of its output, if it was captured and the run did not finish well.
         error: the error that ended the run before or outside its own process.
         tracking_error: why tracking could not be told of this end.
     """

@@ -220,6 +220,8 @@ class FleetRun:
                 self._tell(Stage.STARTING)
                 self._handle = await backend.submit(job)
                 stack.push_async_callback(self._settle, self._handle)
+                if tags := backend.tags(self._handle):
+                    await self._services.tracking.log(job.run_id, tags=tags)
                 await self._handle.started()
             self._tell(Stage.STARTED)
             self._started.set()

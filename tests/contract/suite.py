@@ -96,7 +96,7 @@ class BackendContract:
         assert await run.get_status() is RunStatus.FINISHED
         outcome = await run.outcome()
         assert (outcome.status, outcome.exit_code, outcome.reason) == (RunStatus.FINISHED, 0, None)
-        assert outcome.output == ("done",)
+        assert await everything(run) == ["done"]
 
     async def test_failed_with_exit_code_and_last_lines(self, bench: Bench) -> None:
         run = await bench.submit("for n in $(seq 30); do echo line $n; done; echo why it failed >&2; exit 3")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -23,13 +23,13 @@ class DockerRequest:
 
     Attributes:
         env: the project's ``docker_env``.
-        args: flags of ``docker run``.
+        args: flags of ``docker run`` (values of ``env`` may be secret).
         build_image: build an image of base and project, rather than run the base image itself.
         auth: credentials for the registry (secret).
     """
 
     env: DockerEnv
-    args: Mapping[str, Any] = field(default_factory=dict)
+    args: Mapping[str, Any] = field(default_factory=dict, repr=False)
     build_image: bool = False
     auth: Mapping[str, Any] | None = field(default=None, repr=False)
 
@@ -52,6 +52,8 @@ class Job:
         config: what this backend's `configure` made of ``backend_config``.
         output: the file to capture stdout and stderr into; None: they are inherited from this process.
         cancel_grace: seconds between the request to stop and the end by force.
+        artifact_uri: where the artifacts of the MLflow run are; empty if that is not known.
+        on_progress: takes one line on what `Backend.submit` is at, such as how far an image is pulled.
     """
 
     run_id: str
@@ -67,6 +69,8 @@ class Job:
     config: object = None
     output: Path | None = None
     cancel_grace: float = DEFAULT_CANCEL_GRACE
+    artifact_uri: str = ""
+    on_progress: Callable[[str], None] = field(default=lambda line: None, repr=False, compare=False)
 
 
 class BackendRun(SubmittedRun, Protocol):
@@ -124,6 +128,17 @@ class Backend(ABC):
             )
         return None
 
+    def check(self, docker: DockerRequest | None, folder: Path) -> None:  # noqa: B027 - most need not look
+        """Check what the project and its caller ask of Docker. Blocking; called in a thread before anything exists.
+
+        Args:
+            docker: None for a project without ``docker_env``.
+            folder: of the project.
+
+        Raises:
+            UsageError: the backend cannot run it.
+        """
+
     @abstractmethod
     async def submit(self, job: Job) -> BackendRun:
         """Start the job and return its handle as soon as it is on its way.
@@ -137,9 +152,14 @@ class Backend(ABC):
     def reference(self, job: Job) -> JobRef | None:
         """Where the job will be found after this process died; None: it cannot be.
 
-        Asked before the job starts, when `Job.command`, `Job.environment` and `Job.project_dir` may still be provisional.
+        Asked before the job starts, when `Job.command`, `Job.environment` and `Job.project_dir` may still be
+        provisional.
         """
         return None
+
+    def tags(self, run: BackendRun) -> Mapping[str, str]:
+        """Tags for the MLflow run that are known only now that it was submitted."""
+        return {}
 
     async def attach(self, ref: JobRef) -> BackendRun:
         """The handle of a job that an earlier process submitted.

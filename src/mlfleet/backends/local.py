@@ -95,10 +95,12 @@ class _LocalRun:
         code = await self._process.wait()
         if not self._outcomes:
             output = self._output
-            lines = () if output is None else await _files(partial(last_lines, output))
+            status = self._status(code)
+            lines: tuple[str, ...] = ()
+            if output is not None and status is not RunStatus.FINISHED:
+                lines = await _files(partial(last_lines, output))
             # What the run left behind may still write: all waiters get what the first one saw.
-            outcome = Outcome(self._status(code), code, self._reason(code), lines)
-            self._outcomes.append(outcome)
+            self._outcomes.append(Outcome(status, code, self._reason(code), lines))
         return self._outcomes[0]
 
     async def cancel(self, *, grace: float | None = None) -> None:
