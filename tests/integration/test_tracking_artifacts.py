@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from components import missing
 from components.mlflow_server import MlflowServer
 from fakes.flaky_proxy import Answer, FlakyProxy, Forward, Request
 from mlfleet.errors import MlfleetError, TrackingError
@@ -204,8 +206,11 @@ async def test_artifacts_in_a_folder_that_server_and_client_share(
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    pytest.importorskip("s3fs")
+    if not all(importlib.util.find_spec(name) for name in ("moto", "s3fs")):
+        missing("moto's S3 server", "pip install 'moto[server]' s3fs")
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import ssl
 from collections.abc import AsyncIterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from components import missing
 from components.mlflow_server import MlflowServer
 from fakes.flaky_proxy import Answer, FlakyProxy, Forward, Request, Rule
 from mlfleet.errors import TrackingError, UsageError
@@ -274,7 +276,8 @@ async def test_databricks_by_profile(workspace: FlakyProxy, monkeypatch: pytest.
 
 
 async def test_databricks_by_another_kind_of_login(workspace: FlakyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("databricks.sdk", reason="pip install 'mlfleet[databricks]'")
+    if importlib.util.find_spec("databricks") is None:
+        missing("databricks-sdk", "pip install 'mlfleet[databricks]'")
 
     async def issue(request: Request, forward: Forward) -> Answer | None:
         # What a workspace tells about itself, and about where tokens are issued.
@@ -316,13 +319,16 @@ async def test_databricks_without_any_login_says_what_to_set(monkeypatch: pytest
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A certificate for 127.0.0.1 that vouches for itself, with its key."""
-    x509 = pytest.importorskip("cryptography.x509")
+    if importlib.util.find_spec("cryptography") is None:
+        missing("cryptography", "pip install cryptography")
+    from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
 
     folder = tmp_path_factory.mktemp("certificates")
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
     now = datetime.now(UTC)
     builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
     builder = (
