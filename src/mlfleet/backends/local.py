@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -143,7 +144,10 @@ def _open_output(path: Path) -> int:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Append, so that a child which opens it anew (/dev/stdout) does not write over what is there.
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        # Held as long as anybody can write there: `prune_runs` leaves it alone.
+        fcntl.flock(output, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return output
     except OSError as error:
         raise SubmitError(
             f"the output of the run cannot be written to {path}: {error.strerror}", backend=LocalBackend.name
