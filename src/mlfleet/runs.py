@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from mlfleet.errors import ExecutionException, RunCancelled, RunTimeout, SpecErr
 
 __all__ = [
     "DEFAULT_CANCEL_GRACE",
+    "FailureKind",
     "JobRef",
     "Outcome",
     "RunEvent",
@@ -51,6 +53,7 @@ class Stage(StrEnum):
     PREPARING = "preparing"
     STARTING = "starting"
     STARTED = "started"
+    RETRIED = "retried"
     FINISHED = "finished"
 
 
@@ -63,9 +66,14 @@ class RunEvent:
         uri: of the project.
         run_id: of the MLflow run; None before there is one.
         run_name: its name; None before there is one.
-        detail: one line on what is going on, such as the last line of an environment's build.
+        detail: one line on what is going on, such as the last line of an environment's build; with ``retried`` and
+            ``finished`` the reason of a failure.
         status: its terminal status, with ``finished``.
         time: seconds since the epoch.
+        sweep_id: the MLflow run of the sweep that the run belongs to.
+        index: the point of the sweep, counted from 0.
+        attempt: which attempt at that point this is, counted from 1; with ``retried`` the one that failed.
+        lost: how many events this reader has missed right before this one, because it did not keep up.
     """
 
     stage: Stage
@@ -75,6 +83,25 @@ class RunEvent:
     detail: str = ""
     status: RunStatus | None = None
     time: float = field(default_factory=time.time)
+    sweep_id: str | None = None
+    index: int | None = None
+    attempt: int = 1
+    lost: int = 0
+
+
+class FailureKind(StrEnum):
+    """Why a run failed, as far as that matters for trying again."""
+
+    INFRASTRUCTURE = "infrastructure"
+    """Not the run's own doing: its environment, its backend, the tracking server, a lost machine."""
+    PREEMPTED = "preempted"
+    """Its machine was taken away for something else."""
+    OOM = "oom"
+    """It was killed, as the system does when memory runs out."""
+    TIMEOUT = "timeout"
+    """It ran out of a time that was set for it."""
+    FAILURE = "failure"
+    """Its own command failed."""
 
 
 @runtime_checkable
@@ -124,6 +151,7 @@ class Outcome:
         output: the last lines of its output, if it was captured and the run did not finish well.
         error: the error that ended the run before or outside its own process.
         tracking_error: why tracking could not be told of this end.
+        cause: what kind of failure it was, if the backend knows; see `kind`.
     """
 
     status: RunStatus
@@ -132,6 +160,21 @@ class Outcome:
     output: tuple[str, ...] = ()
     error: BaseException | None = field(default=None, repr=False)
     tracking_error: TrackingError | None = field(default=None, repr=False)
+    cause: FailureKind | None = None
+
+    @property
+    def kind(self) -> FailureKind | None:
+        """What kind of failure it was; None if the run did not fail."""
+        if self.status is not RunStatus.FAILED:
+            return None
+        if self.cause is not None:
+            return self.cause
+        if isinstance(self.error, RunTimeout):
+            return FailureKind.TIMEOUT
+        if self.error is not None:
+            return FailureKind.INFRASTRUCTURE
+        # 137 is what a shell makes of the SIGKILL of its child.
+        return FailureKind.OOM if self.exit_code in (-signal.SIGKILL, 128 + signal.SIGKILL) else FailureKind.FAILURE
 
 
 def failure(name: str, run_id: str, outcome: Outcome, output: Path | None = None) -> ExecutionException:
