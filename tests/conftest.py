@@ -11,6 +11,7 @@ from blockbuster import BlockBuster, blockbuster_ctx
 
 pytest_plugins: list[str] = [
     "components.conda",
+    "components.docker",
     "components.git_http",
     "components.http_files",
     "components.mlflow_server",

@@ -1,0 +1,293 @@
+"""The backend: from a job to a container that runs, and back from a reference to its handle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+import anyio
+
+from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job
+from mlfleet.backends.docker import auth
+from mlfleet.backends.docker.arguments import ContainerOptions, parse_arguments
+from mlfleet.backends.docker.container import container_body, container_name
+from mlfleet.backends.docker.engine import Engine, EngineError
+from mlfleet.backends.docker.events import RUN_LABEL, Containers
+from mlfleet.backends.docker.handle import Container, DockerRun, remove_container
+from mlfleet.backends.docker.image import Image, Images, check_reference
+from mlfleet.backends.docker.output import Custody
+from mlfleet.backends.docker.tracking import Reach, reach
+from mlfleet.backends.docker.values import Wrong, add_volume
+from mlfleet.concurrency.shield import finish
+from mlfleet.concurrency.tasks import TaskOwner
+from mlfleet.concurrency.threads import Threads
+from mlfleet.errors import RunLost, SubmitError, UsageError
+from mlfleet.folders import runs_folder
+from mlfleet.runs import JobRef
+
+__all__ = ["DockerBackend"]
+
+_AT_ONCE = 16  # containers that are created and started at the same time; more only wait inside the engine
+_GRACE = 60.0  # seconds to take back a container whose submission is cancelled
+_preparing = Threads("docker preparation", 4)
+
+
+class DockerBackend(Backend):
+    """Runs jobs in containers of one engine: that of ``DOCKER_HOST``, ``DOCKER_CONTEXT`` or Docker's current context.
+
+    Leaving the backend ends the containers that it submitted, and leaves those that it attached to alone.
+    """
+
+    name: ClassVar[str] = "docker"
+
+    def __init__(self) -> None:
+        self._engine = Engine()
+        self._images = Images(self._engine)
+        self._containers = Containers(self._engine)
+        self._tasks = TaskOwner()
+        self._runs: set[DockerRun] = set()
+        self._starting = anyio.CapacityLimiter(_AT_ONCE)
+
+    async def __aenter__(self) -> Self:
+        await self._engine.located()
+        await self._containers.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with anyio.CancelScope(shield=True):
+            async with anyio.create_task_group() as group:
+                for run in tuple(self._runs):
+                    if run.submitted:
+                        group.start_soon(run.cancel)
+                    else:
+                        run.detach()
+            await self._tasks.join()
+            await self._containers.__aexit__(None, None, None)
+            await self._engine.__aexit__(None, None, None)
+
+    def check(self, docker: DockerRequest | None, folder: Path) -> None:
+        """Check image, flags, volumes, variables and credentials; see `Backend.check`."""
+        if docker is None:
+            raise UsageError(
+                "the backend 'docker' runs projects whose MLproject has a docker_env with an image; this one has none"
+            )
+        check_reference(docker.env.image)
+        auth.check_auth(docker.auth)
+        _options(docker, folder)
+
+    def reference(self, job: Job) -> JobRef:
+        """The engine and the name of the container."""
+        endpoint = self._engine.endpoint
+        data: dict[str, Any] = {
+            "engine": endpoint.url if endpoint is not None else "",
+            "container": container_name(job.run_id, _names(job)),
+        }
+        if job.output is not None:
+            data["output"] = str(job.output)
+        return JobRef(self.name, job.run_id, data)
+
+    async def submit(self, job: Job) -> DockerRun:
+        """Pull or build the image if it must be, and start the job's container.
+
+        Raises:
+            SubmitError: the image cannot be had, or the engine does not take or start the container; nothing is left.
+            EngineError: there is no engine, or no permission to use it.
+        """
+        docker = job.docker
+        if docker is None:
+            raise SubmitError("the job brings no docker_env", backend=self.name)
+        endpoint = await self._engine.located()
+        local = endpoint.socket is not None
+        prepared = await _preparing(partial(_prepare, job, docker, endpoint.url, local=local))
+        image = await self._images.base(
+            docker.env.image,
+            pull=prepared.options.pull,
+            platform=prepared.options.platform,
+            credentials=docker.auth,
+            on_progress=job.on_progress,
+        )
+        if docker.build_image:
+            image = await self._images.built(
+                image, job.project_dir, project=job.project_name, on_progress=job.on_progress
+            )
+        return await self._launch(job, prepared, image)
+
+    def tags(self, run: BackendRun) -> Mapping[str, str]:
+        """What image the run is of."""
+        return run.tags if isinstance(run, DockerRun) else {}
+
+    async def attach(self, ref: JobRef) -> DockerRun:
+        """The handle of a container that an earlier process submitted.
+
+        If that process is gone, this one copies the output from its beginning and removes the container at its end.
+
+        Raises:
+            RunLost: there is no such container any more.
+            EngineError: the engine cannot be reached.
+        """
+        name = str(ref.data.get("container") or f"mlfleet-{ref.run_id}")
+        try:
+            found = await self._engine.call("asked for a container", "GET", f"containers/{name}/json")
+        except EngineError as error:
+            if error.status != 404:
+                raise
+            text = f"the container {name} of the run {ref.run_id} is not on the engine any more"
+            raise RunLost(text, backend=self.name) from error
+        config = found["Config"]
+        if (config.get("Labels") or {}).get(RUN_LABEL) != ref.run_id:
+            raise RunLost(f"the container {name} is not that of the run {ref.run_id}", backend=self.name)
+        output = ref.data.get("output")
+        container = Container(
+            id=str(found["Id"]),
+            name=name,
+            run_id=ref.run_id,
+            tty=bool(config.get("Tty")),
+            memory=int(found["HostConfig"].get("Memory") or 0),
+            output=Path(str(output)) if output else runs_folder() / ref.run_id / "output.log",
+            stop_signal=str(config.get("StopSignal") or "SIGTERM"),
+        )
+        custody = await _preparing(partial(_take, ref.run_id))
+        return self._supervise(container, custody, submitted=False)
+
+    # ---- one container ----------------------------------------------------------------------------------------------
+
+    async def _launch(self, job: Job, prepared: _Prepared, image: Image) -> DockerRun:
+        options = prepared.options
+        name = container_name(job.run_id, options)
+        body = container_body(job, options, image, prepared.reach)
+        made: list[str] = []
+
+        async def create() -> None:
+            params = {"name": name, "platform": options.platform}
+            answer = await self._engine.call(
+                "asked to create a container", "POST", "containers/create", params=params, body=body
+            )
+            made.append(str(answer["Id"]))
+
+        async def start() -> None:
+            await self._engine.call("asked to start a container", "POST", f"containers/{made[0]}/start")
+
+        run: DockerRun | None = None
+        try:
+            async with self._starting:
+                # Cut off in the middle, nobody would know whether there is a container: an answer is waited for.
+                custody = await _preparing(partial(_take, job.run_id))
+                if not custody.held:
+                    text = f"another process of this machine looks after a container of the run {job.run_id}"
+                    raise SubmitError(text, backend=self.name)
+                await finish(create, within=_GRACE)
+                run = self._supervise(_container(made[0], name, job, options, image), custody, submitted=True)
+                await run.attached()
+                await finish(start, within=_GRACE)
+            return run
+        except BaseException as error:
+            with anyio.move_on_after(_GRACE, shield=True):
+                if run is not None:
+                    run.detach()
+                    await run.outcome()
+                for container_id in made:
+                    await remove_container(self._engine, container_id)
+            if isinstance(error, EngineError) and not error.unreachable:
+                raise SubmitError(_refusal(name, image, error), backend=self.name) from error
+            raise
+
+    def _supervise(self, container: Container, custody: Custody, *, submitted: bool) -> DockerRun:
+        run = DockerRun(container, self._engine, self._containers, custody, submitted=submitted)
+        self._runs.add(run)
+        self._tasks.start(self._look_after(run), name=f"mlfleet container {container.name}")
+        return run
+
+    async def _look_after(self, run: DockerRun) -> None:
+        try:
+            await run.supervise()
+        finally:
+            self._runs.discard(run)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    options: ContainerOptions
+    reach: Reach
+
+
+def _prepare(job: Job, docker: DockerRequest, engine: str, *, local: bool) -> _Prepared:
+    """All that needs this machine's files. Blocking."""
+    options = _options(docker, job.project_dir)
+    environ = {**job.environ, **job.secrets}
+    reached = reach(environ, job.artifact_uri, here=dict(os.environ), home=Path.home(), engine=engine, local=local)
+    for folder in reached.folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            text = f"the folder {folder} cannot be made for the container: {error.strerror}"
+            raise SubmitError(text, backend="docker") from error
+    return _Prepared(options, reached)
+
+
+def _options(docker: DockerRequest, folder: Path) -> ContainerOptions:
+    """The flags, with the volumes and variables of docker_env. Blocking where a flag names a file.
+
+    Raises:
+        UsageError: a flag or a volume is wrong, or a variable that is to be copied is not set.
+    """
+    environ = dict(os.environ)
+    options = parse_arguments(docker.args, environ=environ, folder=folder)
+    for volume in docker.env.volumes:
+        try:
+            add_volume(options.config, options.host, volume, environ=environ, folder=folder)
+        except Wrong as error:
+            raise UsageError(f"docker_env: volumes: {error}") from error
+    copied = [name for name, value in docker.env.environment if value is None]
+    missing = [name for name in copied if name not in environ and name not in options.environ]
+    if missing:
+        raise UsageError(f"docker_env copies variables that are not set here: {', '.join(missing)}")
+    options.environ = {**{name: environ[name] for name in copied if name in environ}, **options.environ}
+    return options
+
+
+def _names(job: Job) -> ContainerOptions:
+    args: Mapping[str, Any] = job.docker.args if job.docker is not None else {}
+    return ContainerOptions(name=next((str(v) for k, v in args.items() if str(k).lstrip("-") == "name" and v), None))
+
+
+def _container(container_id: str, name: str, job: Job, options: ContainerOptions, image: Image) -> Container:
+    return Container(
+        id=container_id,
+        name=name,
+        run_id=job.run_id,
+        tty=bool(options.config.get("Tty")),
+        memory=int(options.host.get("Memory") or 0),
+        output=job.output,
+        grace=job.cancel_grace,
+        tags={"mlflow.docker.image.uri": image.uri, "mlflow.docker.image.id": image.id},
+        stop_signal=str(options.config.get("StopSignal") or image.stop_signal or "SIGTERM"),
+    )
+
+
+def _take(run_id: str) -> Custody:
+    custody = Custody(run_id)
+    custody.take()
+    return custody
+
+
+def _refusal(name: str, image: Image, error: EngineError) -> str:
+    message = error.message
+    if error.status == 409 and "already in use" in message:
+        return (
+            f"there is a container {name} already: another process may look after it. Attach to its run, or remove it"
+            " with 'mlfleet prune'"
+        )
+    if "docker-init" in message:
+        return f"the engine has no docker-init: {message}. Give docker_args={{'init': False}}"
+    if '"sh": executable file not found' in message:
+        return f"the image {image.uri} has no shell (sh), which the project's command needs"
+    if "could not select device driver" in message:
+        return f"the engine cannot give GPUs to containers: {message}. Install the vendor's container toolkit there"
+    return f"the engine does not run the container of the image {image.uri}: {message}"

@@ -1,0 +1,116 @@
+"""Where the Docker engine is, found as the docker command finds it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlfleet.errors import BackendError
+
+__all__ = ["Endpoint", "config_folder", "find_endpoint", "read_config"]
+
+_DEFAULT = "unix:///var/run/docker.sock"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """How to reach an engine.
+
+    Attributes:
+        url: ``unix:///path`` or ``tcp://host:port``.
+        tls: for a ``tcp`` engine that asks for it.
+    """
+
+    url: str
+    tls: ssl.SSLContext | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def socket(self) -> str | None:
+        """The path of its Unix socket; None if it is reached over the network."""
+        return self.url.removeprefix("unix://") if self.url.startswith("unix://") else None
+
+
+def find_endpoint(environ: Mapping[str, str]) -> Endpoint:
+    """The engine that ``DOCKER_HOST``, else ``DOCKER_CONTEXT``, else the current context names. Blocking: reads files.
+
+    Raises:
+        BackendError: what is named there cannot be used; the text says why.
+    """
+    url = environ.get("DOCKER_HOST")
+    if url:
+        folder = environ.get("DOCKER_CERT_PATH")
+        tls = None
+        if environ.get("DOCKER_TLS_VERIFY"):
+            tls = _tls(Path(folder) if folder else config_folder(environ), verify=True)
+        return _endpoint(url, tls, "DOCKER_HOST")
+    name = environ.get("DOCKER_CONTEXT") or read_config(environ).get("currentContext")
+    if name and name != "default":
+        return _context(str(name), config_folder(environ))
+    return Endpoint(_DEFAULT)
+
+
+def config_folder(environ: Mapping[str, str]) -> Path:
+    """The folder of Docker's own configuration: ``DOCKER_CONFIG``, else ``~/.docker``."""
+    given = environ.get("DOCKER_CONFIG")
+    return Path(given) if given else Path.home() / ".docker"
+
+
+def read_config(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Docker's ``config.json``; empty if there is none. Blocking.
+
+    Raises:
+        BackendError: it is no JSON object.
+    """
+    path = config_folder(environ) / "config.json"
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError:
+        return {}
+    except ValueError as error:
+        raise BackendError(f"Docker's configuration {path} is no JSON: {error}", backend="docker") from error
+    if not isinstance(data, dict):
+        raise BackendError(f"Docker's configuration {path} is no JSON object", backend="docker")
+    return data
+
+
+def _context(name: str, folder: Path) -> Endpoint:
+    # https://github.com/docker/cli/blob/master/cli/context/store/doc.go
+    key = hashlib.sha256(name.encode()).hexdigest()
+    path = folder / "contexts" / "meta" / key / "meta.json"
+    try:
+        endpoint = json.loads(path.read_bytes())["Endpoints"]["docker"]
+        url, verify = str(endpoint["Host"]), not endpoint.get("SkipTLSVerify", False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        text = f"the Docker context {name!r} cannot be read from {path}: choose another with 'docker context use'"
+        raise BackendError(text, backend="docker") from error
+    certificates = folder / "contexts" / "tls" / key / "docker"
+    tls = _tls(certificates, verify=verify) if certificates.is_dir() else None
+    return _endpoint(url, tls, f"the Docker context {name!r}")
+
+
+def _endpoint(url: str, tls: ssl.SSLContext | None, source: str) -> Endpoint:
+    if not url.startswith(("unix://", "tcp://", "http://", "https://")):
+        hint = "; for a machine behind ssh, forward its socket: ssh -L /tmp/docker.sock:/var/run/docker.sock HOST"
+        text = f"{source} is {url!r}: unix:///path and tcp://host:port are understood{hint}"
+        raise BackendError(text, backend="docker")
+    return Endpoint(url, tls)
+
+
+def _tls(folder: Path, *, verify: bool) -> ssl.SSLContext:
+    try:
+        authority = folder / "ca.pem"
+        context = ssl.create_default_context(cafile=str(authority) if authority.exists() else None)
+        if not verify:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        if (folder / "cert.pem").exists():
+            context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+    except (OSError, ssl.SSLError) as error:
+        text = f"the certificates for the Docker engine in {folder} cannot be used: {error}"
+        raise BackendError(text, backend="docker") from error
+    return context
