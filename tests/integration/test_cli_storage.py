@@ -115,6 +115,17 @@ def test_a_reader_that_goes_away_is_no_traceback(arguments: list[str], code: int
     assert process.returncode == code
 
 
+def test_a_full_disk_below_stdout_is_a_short_error() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*ARGV, "cache", "list", "--json"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "Error: [Errno 28] No space left on device\n")
+
+
+def test_a_closed_stderr_is_no_trouble() -> None:
+    done = subprocess.run(["bash", "-c", 'exec "$@" 2>&-', "bash", *ARGV, "run", "nowhere"])
+    assert done.returncode == 2
+
+
 def test_the_shell_completes_names_of_backends() -> None:
     done = mlfleet(env={"_MLFLEET_COMPLETE": "bash_complete", "COMP_WORDS": "mlfleet run . -b lo", "COMP_CWORD": "4"})
     assert done.stdout.split() == ["plain,local"]

@@ -54,7 +54,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_grace(server: MlflowServer, tmp_p
     assert run_on(server, id_in(terminal.plain))["info"]["status"] == "KILLED"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGQUIT, 131)])
 def test_other_signals_end_the_run_as_well(
     server: MlflowServer, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:

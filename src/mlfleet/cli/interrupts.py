@@ -94,5 +94,5 @@ async def _watched_work(
 
 def _watched() -> list[signal.Signals]:
     """A signal that is ignored when we start stays ignored: ``nohup``, background jobs of scripts."""
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
     return [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]

@@ -97,9 +97,11 @@ def print_json(data: Mapping[str, Any] | list[dict[str, Any]]) -> None:
     """One JSON value on standard output."""
     try:
         click.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
-    except BrokenPipeError:
-        # Nobody reads it; the exit code still tells how it went. Python would complain again when it flushes at exit.
+    except OSError as error:
+        # Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # where nobody reads it, the exit code still tells how it went
+            raise
 
 
 def _url(tracking: str, info: RunInfo) -> str | None:

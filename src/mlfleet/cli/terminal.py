@@ -28,7 +28,8 @@ def complain(text: str, *, word: str = "Error", color: str = "red") -> None:
 
 def is_interactive() -> bool:
     """Whether standard error is a terminal that can move its cursor."""
-    return sys.stderr.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+    # It is None where a service manager has closed it.
+    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
 
 
 def show_logs(level: int) -> None:
