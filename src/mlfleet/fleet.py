@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 import anyio
 
+from mlfleet.attachment import AttachedRun, find_again, read_reference
 from mlfleet.backends.base import Backend
 from mlfleet.backends.registry import find
+from mlfleet.concurrency.broadcast import Broadcast, Subscription
 from mlfleet.concurrency.once import Once
 from mlfleet.concurrency.services import ServiceOwner
 from mlfleet.concurrency.tasks import TaskOwner
 from mlfleet.environments import EnvironmentManager, manager
 from mlfleet.errors import UsageError
 from mlfleet.planning import Plan, Planner
-from mlfleet.project.fetch import ProjectFetcher
+from mlfleet.project.fetch import Project, ProjectFetcher
 from mlfleet.request import RunOptions, RunRequest
+from mlfleet.resources import Machine, Resources, this_machine
 from mlfleet.runs import RunEvent, Stage, Timeouts
+from mlfleet.slots import MachineSlots
 from mlfleet.supervision import FleetRun
 from mlfleet.tracking import Tracking, open_tracking
 
@@ -41,6 +48,7 @@ class Fleet:
         tracking: a `Tracking` of your own, instead of the URI; the Fleet opens and closes it.
         max_concurrent: how many runs may be past the queue at once; None is the number of CPUs for runs on this
             machine, and no limit for runs elsewhere.
+        resources: what runs on this machine may use of it together; None: all that this process may use.
         timeouts: of the stages of every run that is submitted without its own.
         tracking_patience: seconds for which writing a run's terminal status is tried again when tracking cannot be
             reached.
@@ -53,6 +61,7 @@ class Fleet:
         tracking_uri: str | None = None,
         tracking: Tracking | None = None,
         max_concurrent: int | None = None,
+        resources: Resources | None = None,
         timeouts: Timeouts | None = None,
         tracking_patience: float = 60.0,
         on_event: Callable[[RunEvent], None] | None = None,
@@ -64,8 +73,11 @@ class Fleet:
         self.tracking = tracking if tracking is not None else open_tracking(tracking_uri)
         self.timeouts = timeouts or Timeouts()
         self.tracking_patience = tracking_patience
-        self._slots = None if max_concurrent is None else anyio.CapacityLimiter(max_concurrent)
-        self._local_slots = self._slots or anyio.CapacityLimiter(os.cpu_count() or 1)
+        self._max_concurrent = max_concurrent
+        self._count = anyio.CapacityLimiter(math.inf if max_concurrent is None else max_concurrent)
+        self._resources = resources
+        self._machine = MachineSlots(Machine(cpus=0))
+        self._events: Broadcast[RunEvent] = Broadcast(_with_lost)
         self._on_event = on_event
         self._fetcher = ProjectFetcher()
         self._planner = Planner(self._fetcher, self._backend_instance)
@@ -80,6 +92,7 @@ class Fleet:
     async def __aenter__(self) -> Self:
         if self._state != "new":
             raise UsageError("a Fleet is used once: make a new one")
+        self._machine = MachineSlots(await anyio.to_thread.run_sync(this_machine, self._resources))
         self._state = "open"
         await self._services.open(self.tracking)
         return self
@@ -98,6 +111,7 @@ class Fleet:
                 await self._tasks.join()
                 await self._services.close()
             self._fetcher.close()
+            self._events.close()
             self._state = "closed"
 
     async def submit(
@@ -129,7 +143,11 @@ class Fleet:
 
     async def start(self, request: RunRequest) -> FleetRun:
         """Like `submit`, for a request that was made before."""
-        run = FleetRun(self, await self.plan(request))
+        return await self.launch(await self.plan(request))
+
+    async def launch(self, plan: Plan) -> FleetRun:
+        """Like `start`, for what `plan` gave."""
+        run = FleetRun(self, plan)
         if self._state != "open":
             raise UsageError("this Fleet is not open: submit inside of 'async with Fleet() as fleet:'")
         self._runs.add(run)
@@ -142,18 +160,58 @@ class Fleet:
             raise
         return run
 
-    async def plan(self, request: RunRequest) -> Plan:
+    async def attach(self, run_id: str, *, timeouts: Timeouts | None = None) -> FleetRun:
+        """Find a run again that an earlier process submitted, and supervise it to its end as if it were this Fleet's.
+
+        If that process still lives, both see the same run, and both write the same terminal status. A cancelled call
+        leaves the run as it is.
+
+        Args:
+            run_id: of the MLflow run.
+            timeouts: ``run`` and ``cancel_grace`` count, from now on; None: those of the Fleet.
+
+        Returns:
+            The handle. A run that is not where it was has failed: `FleetRun.check` says so.
+
+        Raises:
+            UsageError: the run has ended already, or ends with the process that started it.
+            MlfleetError: tracking or the backend cannot be reached.
+        """
+        if self._state != "open":
+            raise UsageError("this Fleet is not open: use it inside of 'async with Fleet() as fleet:'")
+        info = await self.tracking.get_run(run_id)
+        reference = read_reference(info)
+        # The class may be imported only now, which blocks.
+        await anyio.to_thread.run_sync(find, reference.backend)
+        found = await find_again(await self.backend(reference.backend), info, reference)
+        run = AttachedRun(self, info, found, reference, timeouts)
+        self._runs.add(run)
+        self._tasks.start(self._supervise(run), name=f"mlfleet attached run {run_id}")
+        await run.created()
+        return run
+
+    async def plan(self, request: RunRequest, *, project: Project | None = None) -> Plan:
         """All that `start` would do first: fetch the project and check everything. Makes no run.
+
+        Args:
+            request: what is asked for.
+            project: what was fetched for it before (`Plan.project`), so that many runs are of one commit.
 
         Raises:
             MlfleetError: the mistake.
         """
         if self._state != "open":
             raise UsageError("this Fleet is not open: use it inside of 'async with Fleet() as fleet:'")
-        self.tell(RunEvent(Stage.FETCHING, request.uri))
-        return await self._planner.plan(
-            request, on_progress=lambda line: self.tell(RunEvent(Stage.FETCHING, request.uri, detail=line))
+        if project is None:
+            self.tell(RunEvent(Stage.FETCHING, request.uri))
+        plan = await self._planner.plan(
+            request,
+            project=project,
+            on_progress=lambda line: self.tell(RunEvent(Stage.FETCHING, request.uri, detail=line)),
         )
+        if plan.backend == "local" and request.resources is not None:
+            self._machine.check(request.resources)
+        return plan
 
     async def cancel(self) -> None:
         """Cancel every run that has not ended; returns once nothing of them runs any more."""
@@ -164,6 +222,17 @@ class Fleet:
     async def join(self) -> None:
         """Wait until every run has ended."""
         await self._tasks.join()
+
+    def events(self, *, buffer: int = 10_000) -> Subscription[RunEvent]:
+        """What happens to the runs of this Fleet, from this call on: ``async for event in fleet.events(): …``.
+
+        Every reader gets every event. It ends when the Fleet is closed.
+
+        Args:
+            buffer: how many events are kept for this reader if it does not keep up. After that the oldest are dropped,
+                and `RunEvent.lost` of the next one says how many.
+        """
+        return self._events.subscribe(buffer)
 
     @property
     def runs(self) -> tuple[FleetRun, ...]:
@@ -208,15 +277,40 @@ class Fleet:
             return os.environ.get("MLFLOW_EXPERIMENT_ID") or "0"
         return await self._experiments(name, lambda: self.tracking.experiment_id(name))
 
-    def slot(self, plan: Plan) -> anyio.CapacityLimiter | None:
-        """What limits how many such runs go on at once; None is no limit."""
-        return self._local_slots if plan.backend == "local" else self._slots
+    @asynccontextmanager
+    async def slot(self, plan: Plan) -> AsyncIterator[Mapping[str, str]]:
+        """Waits until such a run may go on, and holds its place; gives variables for it."""
+        needed = self._needed(plan)
+        async with AsyncExitStack() as stack:
+            share = {} if needed is None else await stack.enter_async_context(self._machine.share(needed))
+            await stack.enter_async_context(self._count)
+            yield share
+
+    def room(self, plan: Plan) -> int | None:
+        """How many such runs can go on at once; None is no limit."""
+        needed = self._needed(plan)
+        limits = [] if self._max_concurrent is None else [self._max_concurrent]
+        limits += [] if needed is None else [self._machine.machine.fits(needed)]
+        return min(limits, default=None)
+
+    def _needed(self, plan: Plan) -> Resources | None:
+        """What a run takes of this machine; None if it is not to be counted."""
+        if plan.backend != "local":
+            return None
+        if plan.request.resources is None and self._max_concurrent is None:
+            return Resources(cpus=1)
+        return plan.request.resources
 
     def tell(self, event: RunEvent) -> None:
-        """Pass an event on to ``on_event``."""
+        """Pass an event on to ``on_event``, and to those who read `events`."""
+        self._events.publish(event)
         if self._on_event is None:
             return
         try:
             self._on_event(event)
         except Exception:
             logger.exception("on_event failed for %r", event)
+
+
+def _with_lost(event: RunEvent, lost: int) -> RunEvent:
+    return replace(event, lost=lost)

@@ -84,8 +84,15 @@ class Planner:
         self._known_names: set[tuple[str, str | None]] = set()
         self._threads = anyio.CapacityLimiter(2)
 
-    async def plan(self, request: RunRequest, *, on_progress: Callable[[str], None] | None = None) -> Plan:
+    async def plan(
+        self, request: RunRequest, *, project: Project | None = None, on_progress: Callable[[str], None] | None = None
+    ) -> Plan:
         """Fetch and check all that `request` names. Nothing is left behind but the cache of projects.
+
+        Args:
+            request: what is asked for.
+            project: what was fetched for it before, so that many runs are of one commit.
+            on_progress: is called with lines of the fetching.
 
         Raises:
             MlfleetError: the mistake, whatever it is.
@@ -95,7 +102,8 @@ class Planner:
         if names not in self._known_names:
             await anyio.to_thread.run_sync(_check_names, *names, limiter=self._threads)
             self._known_names.add(names)
-        project = await self._fetcher.fetch(request.uri, request.version, on_progress=on_progress)
+        if project is None:
+            project = await self._fetcher.fetch(request.uri, request.version, on_progress=on_progress)
         return await anyio.to_thread.run_sync(self._plan, request, project, limiter=self._threads)
 
     def _plan(self, request: RunRequest, project: Project) -> Plan:
@@ -179,6 +187,8 @@ def _tags(
     }
     tags.update({name: value for name, value in optional.items() if value})
     tags.update({str(name): str(value) for name, value in (request.tags or {}).items()})
+    if request.member is not None:
+        tags.update(request.member.tags())
     return tags
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -48,8 +48,8 @@ class Services(Protocol):
         """The experiment that a run belongs to."""
         ...
 
-    def slot(self, plan: Plan) -> anyio.CapacityLimiter | None:
-        """What limits how many such runs go on at once."""
+    def slot(self, plan: Plan) -> AbstractAsyncContextManager[Mapping[str, str]]:
+        """Waits until such a run may go on, and holds its place; gives variables for it."""
         ...
 
     def tell(self, event: RunEvent) -> None:
@@ -74,11 +74,19 @@ async def draft(plan: Plan, info: RunInfo, services: Services, *, output: Path |
         output=output,
         cancel_grace=cancel_grace,
         artifact_uri=info.artifact_uri,
+        resources=plan.request.resources,
+        durable=plan.request.member is not None and plan.request.member.durable,
     )
 
 
 async def prepare(
-    job: Job, plan: Plan, services: Services, stack: AsyncExitStack, *, on_progress: Callable[[str], None]
+    job: Job,
+    plan: Plan,
+    services: Services,
+    stack: AsyncExitStack,
+    share: Mapping[str, str],
+    *,
+    on_progress: Callable[[str], None],
 ) -> Job:
     """The job as the backend gets it.
 
@@ -87,6 +95,7 @@ async def prepare(
         plan: what it is made from.
         services: of its Fleet.
         stack: takes what must be removed when the run has ended.
+        share: variables that tell the run which part of the machine is its own.
         on_progress: is called with lines of the environment's build.
     """
     folder = await stack.enter_async_context(services.fetcher.working_copy(plan.project))
@@ -104,6 +113,7 @@ async def prepare(
     return replace(
         job,
         project_dir=folder,
+        environ={**job.environ, **share},
         command=plan.command(downloaded),
         environment=environment,
         on_progress=on_progress,

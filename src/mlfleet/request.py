@@ -7,13 +7,14 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, TypedDict, Unpack
+from typing import Any, ClassVar, Literal, Self, TypedDict, Unpack
 
 from mlfleet.documents import read_json
 from mlfleet.errors import UsageError
+from mlfleet.resources import Resources
 from mlfleet.runs import Timeouts
 
-__all__ = ["Output", "RunOptions", "RunRequest", "active_run_id"]
+__all__ = ["Output", "RunOptions", "RunRequest", "SweepMember", "active_run_id"]
 
 Output = Literal["capture", "inherit"]
 """Where a run's stdout and stderr go: into a file of its own, or to those of this process."""
@@ -38,6 +39,44 @@ class RunOptions(TypedDict, total=False):
     timeouts: Timeouts | None
     output: Output
     log_output: bool
+    resources: Resources | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepMember:
+    """A run's place in its sweep.
+
+    Attributes:
+        sweep_id: the MLflow run of the sweep.
+        index: which point of the space it runs, counted from 0.
+        key: of the point: a hash of the project's content, the entry point and the parameters.
+        attempt: counted from 1.
+        retry_reason: why the attempt before failed.
+        durable: whether the run is to be found again after this process died, also on this machine.
+    """
+
+    sweep_id: str
+    index: int
+    key: str
+    attempt: int = 1
+    retry_reason: str | None = None
+    durable: bool = False
+
+    ID_TAG: ClassVar[str] = "mlfleet.sweep.id"
+    KEY_TAG: ClassVar[str] = "mlfleet.sweep.point"
+    INDEX_TAG: ClassVar[str] = "mlfleet.sweep.index"
+    ATTEMPT_TAG: ClassVar[str] = "mlfleet.sweep.attempt"
+    REASON_TAG: ClassVar[str] = "mlfleet.sweep.retry_reason"
+
+    def tags(self) -> dict[str, str]:
+        """The tags of the MLflow run that say so."""
+        tags = {
+            self.ID_TAG: self.sweep_id,
+            self.KEY_TAG: self.key,
+            self.INDEX_TAG: str(self.index),
+            self.ATTEMPT_TAG: str(self.attempt),
+        }
+        return tags if self.retry_reason is None else {**tags, self.REASON_TAG: self.retry_reason}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +104,8 @@ class RunRequest:
         timeouts: of the stages; None: those of the Fleet.
         output: where its output goes.
         log_output: log the captured output as the artifact ``output.log`` when the run ends.
+        resources: what the run needs.
+        member: its place, if it belongs to a sweep.
     """
 
     uri: str
@@ -87,6 +128,8 @@ class RunRequest:
     timeouts: Timeouts | None = None
     output: Output = "capture"
     log_output: bool = False
+    resources: Resources | None = None
+    member: SweepMember | None = None
 
     def __post_init__(self) -> None:
         if self.experiment_name and self.experiment_id:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -20,6 +20,7 @@ from mlfleet.planning import Plan
 from mlfleet.preparation import Services, draft, prepare
 from mlfleet.runs import Outcome, RunEvent, RunStatus, Stage, failure
 from mlfleet.tracking.base import RunInfo
+from mlfleet.tracking.ending import end_run
 
 __all__ = ["FleetRun"]
 
@@ -28,8 +29,6 @@ logger = logging.getLogger("mlfleet.runs")
 # A cancelled caller waits this long for an answer to the request that creates the MLflow run: without it nobody would
 # know whether there is a run that must be marked KILLED.
 _CREATE_GRACE = 15.0
-# Seconds for a last try that began within the patience of the Fleet.
-_LAST_TRY = 30.0
 
 
 class FleetRun:
@@ -50,6 +49,8 @@ class FleetRun:
         self._handle: BackendRun | None = None
         self._outcome: Outcome | None = None
         self._settled: Outcome | None = None
+        self._times: dict[Stage, float] = {}
+        self._metrics: Mapping[str, float] = {}
         self._creation_error: Exception | None = None
         self._created = anyio.Event()
         self._started = anyio.Event()
@@ -77,6 +78,16 @@ class FleetRun:
     def stage(self) -> Stage:
         """Where the run is on its way."""
         return self._stage
+
+    @property
+    def times(self) -> Mapping[Stage, float]:
+        """When the run came to each stage that it has seen, in seconds since the epoch."""
+        return self._times
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """The latest value of each metric that the run had logged when it ended; empty before."""
+        return self._metrics
 
     @property
     def output_path(self) -> Path | None:
@@ -206,16 +217,13 @@ class FleetRun:
         )
         backend = await self._services.backend(self.plan.backend)
         await self._log(backend, job)
-        limiter = self._services.slot(self.plan)
         async with AsyncExitStack() as stack:
-            if limiter is not None:
-                with self._within("queue", self._timeouts.queue):
-                    await limiter.acquire_on_behalf_of(self)
-                stack.callback(limiter.release_on_behalf_of, self)
+            with self._within("queue", self._timeouts.queue):
+                share = await stack.enter_async_context(self._services.slot(self.plan))
             with self._within("setup", self._timeouts.setup):
                 self._tell(Stage.PREPARING)
                 job = await prepare(
-                    job, self.plan, self._services, stack, on_progress=partial(self._tell, Stage.PREPARING)
+                    job, self.plan, self._services, stack, share, on_progress=partial(self._tell, Stage.PREPARING)
                 )
                 self._tell(Stage.STARTING)
                 self._handle = await backend.submit(job)
@@ -249,8 +257,12 @@ class FleetRun:
         """Write the terminal status, then tell everybody who waits."""
         if self._info is not None:
             await self._log_output()
-            error = await self._write_status(self._info.run_id, outcome.status)
-            if error is not None:
+            try:
+                seen = await end_run(
+                    self._services.tracking, self.run_id, outcome.status, patience=self._services.tracking_patience
+                )
+                self._metrics = seen.metrics
+            except TrackingError as error:
                 logger.error(
                     "the run %s is %s, but its tracking server could not be told for %g s: %s",
                     self._info.run_id, outcome.status, self._services.tracking_patience, error,
@@ -274,22 +286,11 @@ class FleetRun:
         except MlfleetError as error:
             logger.warning("the output of the run %s could not be logged; it is in %s: %s", self.run_id, path, error)
 
-    async def _write_status(self, run_id: str, status: RunStatus) -> TrackingError | None:
-        """Write `status` unless the run's own code has ended the run already; keep trying for a while."""
-        tracking, patience = self._services.tracking, self._services.tracking_patience
-        end_time = int(time.time() * 1000)
-        try:
-            with anyio.fail_after(2 * patience + _LAST_TRY):
-                if not (await tracking.get_run(run_id, retry_for=patience)).status.is_terminal:
-                    await tracking.update_run(run_id, status, end_time=end_time, retry_for=patience)
-        except TrackingError as error:
-            return error
-        except TimeoutError:
-            return TrackingError("no answer in time", uri=tracking.uri)
-        return None
-
     def _tell(self, stage: Stage, detail: str = "", status: RunStatus | None = None) -> None:
         self._stage = stage
+        now = time.time()
+        self._times.setdefault(stage, now)
+        member = self.plan.request.member
         self._services.tell(
             RunEvent(
                 stage,
@@ -298,6 +299,10 @@ class FleetRun:
                 run_name=self._info.name if self._info else None,
                 detail=detail,
                 status=status,
+                time=now,
+                sweep_id=member.sweep_id if member else None,
+                index=member.index if member else None,
+                attempt=member.attempt if member else 1,
             )
         )
 

@@ -35,6 +35,7 @@ class RecordedRun:
         statuses: every status it had, in order; the last one is the present one.
         tags: all its tags.
         params: all its parameters.
+        metrics: the latest value of each of its metrics; a test may set them.
         artifacts: path → content.
     """
 
@@ -46,6 +47,7 @@ class RecordedRun:
     statuses: list[RunStatus] = field(default_factory=lambda: [RunStatus.RUNNING])
     tags: dict[str, str] = field(default_factory=dict)
     params: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
     artifacts: dict[str, bytes] = field(default_factory=dict)
 
     @property
@@ -63,6 +65,7 @@ class RecordedRun:
             artifact_uri=f"memory:/{self.run_id}",
             tags=dict(self.tags),
             params=dict(self.params),
+            metrics=dict(self.metrics),
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol, Self
 from mlfleet.environments.base import PreparedEnvironment
 from mlfleet.errors import BackendError, UsageError
 from mlfleet.project.spec import DockerEnv
+from mlfleet.resources import Resources
 from mlfleet.runs import DEFAULT_CANCEL_GRACE, JobRef, Outcome, SubmittedRun
 
 __all__ = ["Backend", "BackendRun", "DockerRequest", "Job"]
@@ -52,6 +53,9 @@ class Job:
         config: what this backend's `configure` made of ``backend_config``.
         output: the file to capture stdout and stderr into; None: they are inherited from this process.
         cancel_grace: seconds between the request to stop and the end by force.
+        resources: what the run needs, where the backend can see to it.
+        durable: whether the run must go on, and be found again by `Backend.attach`, if this process dies. For runs on
+            this machine; those elsewhere do so anyway.
         artifact_uri: where the artifacts of the MLflow run are; empty if that is not known.
         on_progress: takes one line on what `Backend.submit` is at, such as how far an image is pulled.
     """
@@ -69,6 +73,8 @@ class Job:
     config: object = None
     output: Path | None = None
     cancel_grace: float = DEFAULT_CANCEL_GRACE
+    resources: Resources | None = None
+    durable: bool = False
     artifact_uri: str = ""
     on_progress: Callable[[str], None] = field(default=lambda line: None, repr=False, compare=False)
 
