@@ -6,10 +6,13 @@ import difflib
 import importlib.util
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
 
 from mlfleet.backends.base import Backend
 from mlfleet.errors import BackendNotFound
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 __all__ = ["available", "find"]
 
@@ -47,6 +50,9 @@ def find(name: str) -> type[Backend]:
     Raises:
         BackendNotFound: there is none, or what it needs is not installed.
     """
+    # A tenth of the time that `import mlfleet` takes, if it were imported with this module.
+    from importlib.metadata import EntryPoint
+
     built_in = _BUILT_IN.get(name)
     if built_in is not None:
         try:
@@ -74,6 +80,8 @@ def available() -> tuple[str, ...]:
 
 @cache
 def _plugins() -> dict[str, EntryPoint]:
+    from importlib.metadata import entry_points
+
     return {entry.name: entry for entry in entry_points(group=_GROUP)}
 
 

@@ -10,7 +10,6 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
@@ -308,6 +307,8 @@ def _is_loopback(url: str) -> bool:
 
 
 def _warn_of_header_plugins() -> None:
+    from importlib.metadata import entry_points
+
     for plugin in entry_points(group="mlflow.request_header_provider"):
         log.warning(
             "mlflow's plugin %r for request headers is not used: give the headers to RestTracking(headers=...)",
