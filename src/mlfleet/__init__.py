@@ -9,7 +9,7 @@ mlfleet.run(uri)  # blocking, as mlflow.projects.run
 """
 
 from mlfleet._version import __version__
-from mlfleet.api import run_async, submit
+from mlfleet.api import attach, run_async, submit
 from mlfleet.errors import (
     BackendError,
     BackendNotFound,
@@ -57,6 +57,7 @@ __all__ = [
     "TrackingError",
     "UsageError",
     "__version__",
+    "attach",
     "run",
     "run_async",
     "submit",

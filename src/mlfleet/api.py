@@ -18,6 +18,7 @@ from mlfleet.supervision import FleetRun
 from mlfleet.tracking import default_uri
 
 __all__ = [
+    "attach",
     "close_default_fleets",
     "default_fleet",
     "finish_or_cancel",
@@ -139,6 +140,23 @@ async def submit(
     """
     request = RunRequest.of(uri, entry_point, version, parameters, **options)
     return await (await default_fleet(tracking_uri)).start(request)
+
+
+async def attach(run_id: str, *, tracking_uri: str | None = None, timeouts: Timeouts | None = None) -> FleetRun:
+    """Find a run again that an earlier process submitted: its status, logs, end and cancellation.
+
+    The run belongs to a Fleet of the running event loop from then on, as with `submit`; its terminal status is written.
+
+    Args:
+        run_id: of the MLflow run.
+        tracking_uri: None is ``MLFLOW_TRACKING_URI``, else MLflow's default.
+        timeouts: ``run`` and ``cancel_grace`` count, from now on.
+
+    Raises:
+        UsageError: the run has ended already, or ends with the process that started it.
+        MlfleetError: tracking or the backend cannot be reached.
+    """
+    return await (await default_fleet(tracking_uri)).attach(run_id, timeouts=timeouts)
 
 
 async def finish_or_cancel(run: FleetRun) -> None:

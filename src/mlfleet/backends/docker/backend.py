@@ -17,7 +17,7 @@ from mlfleet.backends.docker import auth
 from mlfleet.backends.docker.arguments import ContainerOptions, parse_arguments
 from mlfleet.backends.docker.container import container_body, container_name
 from mlfleet.backends.docker.engine import Engine, EngineError
-from mlfleet.backends.docker.events import RUN_LABEL, Containers
+from mlfleet.backends.docker.events import OUTPUT_LABEL, RUN_LABEL, Containers
 from mlfleet.backends.docker.handle import Container, DockerRun, remove_container
 from mlfleet.backends.docker.image import Image, Images, check_reference
 from mlfleet.backends.docker.output import Custody
@@ -85,13 +85,8 @@ class DockerBackend(Backend):
     def reference(self, job: Job) -> JobRef:
         """The engine and the name of the container."""
         endpoint = self._engine.endpoint
-        data: dict[str, Any] = {
-            "engine": endpoint.url if endpoint is not None else "",
-            "container": container_name(job.run_id, _names(job)),
-        }
-        if job.output is not None:
-            data["output"] = str(job.output)
-        return JobRef(self.name, job.run_id, data)
+        url = endpoint.url if endpoint is not None else ""
+        return JobRef(self.name, job.run_id, {"engine": url, "container": container_name(job.run_id, _names(job))})
 
     async def submit(self, job: Job) -> DockerRun:
         """Pull or build the image if it must be, and start the job's container.
@@ -138,19 +133,24 @@ class DockerBackend(Backend):
         except EngineError as error:
             if error.status != 404:
                 raise
-            text = f"the container {name} of the run {ref.run_id} is not on the engine any more"
+            text = f"the container {name} of the run {ref.run_id} is not on the engine (any more)"
+            there, here = ref.data.get("engine"), (await self._engine.located()).url
+            if there and there != here:
+                text += f"; it was started by that at {there}, and this one is at {here}: set DOCKER_HOST"
             raise RunLost(text, backend=self.name) from error
         config = found["Config"]
-        if (config.get("Labels") or {}).get(RUN_LABEL) != ref.run_id:
+        labels: Mapping[str, str] = config.get("Labels") or {}
+        if labels.get(RUN_LABEL) != ref.run_id:
             raise RunLost(f"the container {name} is not that of the run {ref.run_id}", backend=self.name)
-        output = ref.data.get("output")
+        # From the container, not from the reference: whoever may write tags shall not choose a file to write to.
+        output = labels.get(OUTPUT_LABEL)
         container = Container(
             id=str(found["Id"]),
             name=name,
             run_id=ref.run_id,
             tty=bool(config.get("Tty")),
             memory=int(found["HostConfig"].get("Memory") or 0),
-            output=Path(str(output)) if output else runs_folder() / ref.run_id / "output.log",
+            output=Path(output) if output else runs_folder() / ref.run_id / "output.log",
             stop_signal=str(config.get("StopSignal") or "SIGTERM"),
         )
         custody = await _preparing(partial(_take, ref.run_id))

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlfleet.backends.base import Job
 from mlfleet.backends.docker.arguments import ContainerOptions
-from mlfleet.backends.docker.events import PROJECT_LABEL, RUN_LABEL
+from mlfleet.backends.docker.events import OUTPUT_LABEL, PROJECT_LABEL, RUN_LABEL
 from mlfleet.backends.docker.image import Image
 from mlfleet.backends.docker.tracking import Reach
 
@@ -51,6 +51,8 @@ def container_body(job: Job, options: ContainerOptions, image: Image, reach: Rea
     if options.endpoint:
         config["NetworkingConfig"] = {"EndpointsConfig": {options.network or "default": options.endpoint}}
     labels = {RUN_LABEL: job.run_id, PROJECT_LABEL: job.project_name, "mlfleet.experiment-id": job.experiment_id}
+    if job.output is not None:
+        labels[OUTPUT_LABEL] = str(job.output)
     return {
         **config,
         "Image": image.uri,

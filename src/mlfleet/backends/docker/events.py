@@ -16,10 +16,11 @@ from mlfleet.backends.docker.engine import Engine, EngineError
 from mlfleet.concurrency.watch import Watch
 from mlfleet.errors import RunLost
 
-__all__ = ["PROJECT_LABEL", "RUN_LABEL", "Containers", "Phase", "State"]
+__all__ = ["OUTPUT_LABEL", "PROJECT_LABEL", "RUN_LABEL", "Containers", "Phase", "State"]
 
 RUN_LABEL = "mlfleet.run-id"
 PROJECT_LABEL = "mlfleet.project"
+OUTPUT_LABEL = "mlfleet.output"
 PATIENCE = 60.0
 """Seconds that an engine may be away (it restarts) before its runs count as lost."""
 
