@@ -16,6 +16,7 @@ pytest_plugins: list[str] = [
     "components.http_files",
     "components.mlflow_server",
     "components.mlflow_store",
+    "components.registry",
     "components.s3",
     "components.ssh_server",
 ]

@@ -49,7 +49,8 @@ class SweepMember:
     Attributes:
         sweep_id: the MLflow run of the sweep.
         index: which point of the space it runs, counted from 0.
-        key: of the point: a hash of the project's content, the entry point and the parameters.
+        key: of the point: a hash of the project's content, the entry point and the parameters; None if the sweep cannot
+            be resumed.
         attempt: counted from 1.
         retry_reason: why the attempt before failed.
         durable: whether the run is to be found again after this process died, also on this machine.
@@ -57,7 +58,7 @@ class SweepMember:
 
     sweep_id: str
     index: int
-    key: str
+    key: str | None = None
     attempt: int = 1
     retry_reason: str | None = None
     durable: bool = False
@@ -75,8 +76,9 @@ class SweepMember:
             self.KEY_TAG: self.key,
             self.INDEX_TAG: str(self.index),
             self.ATTEMPT_TAG: str(self.attempt),
+            self.REASON_TAG: self.retry_reason,
         }
-        return tags if self.retry_reason is None else {**tags, self.REASON_TAG: self.retry_reason}
+        return {name: value for name, value in tags.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +114,7 @@ class RunRequest:
     entry_point: str = "main"
     version: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    docker_args: Mapping[str, Any] | None = None
+    docker_args: Mapping[str, Any] | None = field(default=None, repr=False)
     experiment_name: str | None = None
     experiment_id: str | None = None
     backend: str = "local"

@@ -29,9 +29,10 @@ from components import missing
 __all__ = ["DockerEngine", "docker_engine", "python_image", "shell_image"]
 
 _APPLETS = (
-    "cat chmod cp date dd echo env false head id kill ls mkdir mv printf ps pwd rm sed seq sh sleep sort stat tail tar "
-    "touch tr true uname wc wget which whoami yes"
-).split()
+    "cat", "chmod", "cp", "date", "dd", "echo", "env", "false", "head", "id", "kill", "ls", "mkdir", "mv", "printf",
+    "ps", "pwd", "readlink", "rm", "sed", "seq", "sh", "sleep", "sort", "stat", "tail", "tar", "touch", "tr", "true",
+    "uname", "wc", "wget", "which", "whoami", "yes",
+)  # fmt: skip
 
 
 class _UnixConnection(http.client.HTTPConnection):

@@ -70,8 +70,8 @@ def parse_arguments(args: Mapping[str, Any], *, environ: Mapping[str, str], fold
     """Read ``docker_args``. Blocking only for the flags that name a file (``env-file``, a seccomp profile).
 
     Args:
-        args: flag (long or short, without dashes) → value. True is a bare flag, False or None leaves it out, a list
-            repeats it.
+        args: flag (long or short, without dashes) → value. True is a bare flag, False is that flag's ``=false``, None
+            leaves a flag out, and so does False for a flag that has a value; a list repeats it.
         environ: where ``env: NAME`` copies from.
         folder: relative paths of volumes and files start here.
 
@@ -105,7 +105,10 @@ def parse_arguments(args: Mapping[str, Any], *, environ: Mapping[str, str], fold
 def _texts(key: str, value: object, flag: _Flag) -> list[str]:
     texts: list[str] = []
     for item in value if isinstance(value, list | tuple) else [value]:
-        if item is None or item is False:
+        if item is None or (item is False and not flag.bare):
+            continue
+        if item is False:
+            texts.append("false")
             continue
         if item is True:
             if not flag.bare:

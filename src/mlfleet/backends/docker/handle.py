@@ -208,7 +208,10 @@ class DockerRun:
         complete = False
         await self._copier.open()
         if self.submitted and not self._attached.is_set():
-            complete = await self._copier.attach(self._attached.set)
+            await self._copier.attach(self._attached.set)
+            # This connection has no end of its own: when it breaks, it looks as if the container had ended.
+            with anyio.move_on_after(_AGAIN):
+                complete = not (await self._cell.until(lambda state: state.ended)).unseen
         while not complete:
             state = self._cell.value
             ended = state is not None and state.ended

@@ -107,17 +107,13 @@ class Copier:
         if file is not None:
             await _writing(partial(os.close, file))
 
-    async def attach(self, on_attached: Callable[[], None]) -> bool:
-        """Copy the output of a container that has not started yet, byte for byte, until it ends.
+    async def attach(self, on_attached: Callable[[], None]) -> None:
+        """Copy the output of a container that has not started yet, byte for byte, until it or the connection ends.
 
         Args:
             on_attached: is called when the container may start.
-
-        Returns:
-            False: this is not all there may be, since the engine broke off.
         """
-        params = {"stream": True, "stdout": True, "stderr": True}
-        return await self._pump("POST", "attach", params, on_attached)
+        await self._pump("POST", "attach", {"stream": True, "stdout": True, "stderr": True}, on_attached)
 
     async def replay(self, *, follow: bool) -> bool:
         """Copy what the engine has kept of the output; what was copied before is left out.

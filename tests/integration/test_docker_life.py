@@ -1,0 +1,232 @@
+"""Containers whose driver dies, is interrupted or loses the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anyio
+import pytest
+
+import mlfleet
+from components.docker import DockerEngine
+from components.projects import write_project
+from mlfleet import Fleet, FleetRun, RunStatus, Timeouts
+from mlfleet.errors import ExecutionException, UsageError
+from mlfleet.testing import FakeTracking
+from mlfleet.tracking import open_tracking
+
+pytestmark = pytest.mark.timeout(120)  # processes that import mlflow, and containers, on a busy machine
+
+_DRIVER = """\
+import asyncio, sys
+import mlfleet
+
+async def main():
+    run = await mlfleet.submit(sys.argv[1], tracking_uri=sys.argv[2], timeouts=mlfleet.Timeouts(cancel_grace=1))
+    async for line in run.logs():
+        print(run.run_id, line, flush=True)
+    await run.wait()
+
+asyncio.run(main())
+"""
+
+
+def docker_project(folder: Path, image: str, command: str) -> str:
+    return write_project(folder, command, extra=f"docker_env: {json.dumps({'image': image})}\n")
+
+
+@asynccontextmanager
+async def driver(uri: str, store: str) -> AsyncIterator[tuple[anyio.abc.Process, str]]:
+    """Another process that has submitted the project and seen its first line; with the run's id."""
+    async with await anyio.open_process([sys.executable, "-c", _DRIVER, uri, store], stderr=None) as process:
+        assert process.stdout is not None
+        said = b""
+        while b"\n" not in said:
+            said += await process.stdout.receive()
+        try:
+            yield process, said.decode().split()[0]
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+
+
+async def containers(engine: DockerEngine, run_id: str) -> list[dict[str, object]]:
+    return await anyio.to_thread.run_sync(engine.containers, f"mlfleet.run-id={run_id}")
+
+
+async def test_a_driver_that_is_killed_leaves_a_run_to_attach_to(
+    docker_engine: DockerEngine, shell_image: str, new_store: Callable[[Path], str], tmp_path: Path
+) -> None:
+    store = new_store(tmp_path / "mlflow.db")
+    command = "echo one; while [ ! -e /gate/open ]; do sleep 0.1; done; echo two; exit 3"
+    uri = write_project(
+        tmp_path / "demo", command,
+        extra=f"docker_env: {json.dumps({'image': shell_image, 'volumes': [f'{tmp_path}/gate:/gate']})}\n",
+    )  # fmt: skip
+    async with driver(uri, store) as (process, run_id):
+        process.kill()
+        await process.wait()
+    async with Fleet(tracking_uri=store) as fleet:
+        run = await fleet.attach(run_id)
+        assert (await fleet.tracking.get_run(run_id)).status is RunStatus.RUNNING
+        assert await run.get_status() in (RunStatus.SCHEDULED, RunStatus.RUNNING)
+        (tmp_path / "gate" / "open").touch()
+        assert [line async for line in run.logs()] == ["one", "two"]
+        with pytest.raises(ExecutionException, match="exit code 3"):
+            await run.check()
+        assert (await fleet.tracking.get_run(run_id)).status is RunStatus.FAILED
+        assert await containers(docker_engine, run_id) == []
+        with pytest.raises(UsageError, match="has ended already: FAILED"):
+            await fleet.attach(run_id)
+
+
+async def test_an_attached_run_can_be_cancelled(
+    docker_engine: DockerEngine, shell_image: str, new_store: Callable[[Path], str], tmp_path: Path
+) -> None:
+    store = new_store(tmp_path / "mlflow.db")
+    async with driver(docker_project(tmp_path / "demo", shell_image, "echo one; sleep 600"), store) as (
+        process,
+        run_id,
+    ):
+        process.kill()
+        await process.wait()
+    run = await mlfleet.attach(run_id, tracking_uri=store, timeouts=Timeouts(cancel_grace=0.5))
+    await run.cancel()
+    assert await run.get_status() is RunStatus.KILLED
+    assert await containers(docker_engine, run_id) == []
+    async with open_tracking(store) as tracking:
+        assert (await tracking.get_run(run_id)).status is RunStatus.KILLED
+
+
+async def test_a_container_that_was_removed_meanwhile_has_failed(
+    docker_engine: DockerEngine, shell_image: str, new_store: Callable[[Path], str], tmp_path: Path
+) -> None:
+    store = new_store(tmp_path / "mlflow.db")
+    async with driver(docker_project(tmp_path / "demo", shell_image, "echo one; sleep 600"), store) as (
+        process,
+        run_id,
+    ):
+        process.kill()
+        await process.wait()
+    await anyio.to_thread.run_sync(docker_engine.remove, f"mlfleet-{run_id}")
+    async with Fleet(tracking_uri=store) as fleet:
+        run = await fleet.attach(run_id)
+        with pytest.raises(ExecutionException, match=r"is not on the engine \(any more\)"):
+            await run.check()
+        assert (await fleet.tracking.get_run(run_id)).status is RunStatus.FAILED
+
+
+async def test_runs_that_cannot_be_attached_to_say_so(tmp_path: Path) -> None:
+    tracking = FakeTracking()
+    async with Fleet(tracking=tracking) as fleet:
+        run = await fleet.submit(write_project(tmp_path / "demo", "true"), env_manager="local")
+        await run.wait()
+        with pytest.raises(UsageError, match=r"has no tag mlfleet\.ref"):
+            await fleet.attach(run.run_id)
+
+
+async def test_an_interrupted_driver_leaves_no_container(
+    docker_engine: DockerEngine, shell_image: str, new_store: Callable[[Path], str], tmp_path: Path
+) -> None:
+    store = new_store(tmp_path / "mlflow.db")
+    command = "trap '' TERM; echo one; sleep 600; sleep 600"
+    async with driver(docker_project(tmp_path / "demo", shell_image, command), store) as (process, run_id):
+        process.send_signal(signal.SIGINT)
+        await process.wait()
+    assert await containers(docker_engine, run_id) == []
+    async with open_tracking(store) as tracking:
+        assert (await tracking.get_run(run_id)).status is RunStatus.KILLED
+
+
+class Proxy:
+    """Stands between us and the engine, so that the engine can go away without going away."""
+
+    def __init__(self, folder: Path, engine: str) -> None:
+        self.path = folder / "engine.sock"
+        self._engine = engine
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def up(self) -> None:
+        self._server = await asyncio.start_unix_server(self._serve, str(self.path))
+
+    async def down(self) -> None:
+        assert self._server is not None
+        self._server.close()
+        self.path.unlink(missing_ok=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        there_reader, there_writer = await asyncio.open_unix_connection(self._engine)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._pass_on(reader, there_writer))
+                group.create_task(self._pass_on(there_reader, writer))
+        except* (OSError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.close()
+            there_writer.close()
+            self._tasks.discard(task)
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(2**16):
+            writer.write(data)
+            await writer.drain()
+        writer.close()
+
+
+@pytest.fixture
+async def proxy(docker_engine: DockerEngine, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Proxy]:
+    if not docker_engine.url.startswith("unix://"):
+        pytest.skip("the engine is not on a Unix socket")
+    folder = Path(os.path.realpath("/tmp")) / f"mlfleet-{os.getpid()}"  # pytest's folders are too long for a socket
+    folder.mkdir()
+    proxy = Proxy(folder, docker_engine.url.removeprefix("unix://"))
+    await proxy.up()
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{proxy.path}")
+    yield proxy
+    await proxy.down()
+    shutil.rmtree(folder)
+
+
+async def first_line(run: FleetRun) -> str:
+    async for line in run.logs():
+        return line
+    raise AssertionError(f"the run ended without a line of output: {await run.outcome()}")
+
+
+async def test_an_engine_that_comes_back_loses_no_run_and_no_output(
+    proxy: Proxy, docker_engine: DockerEngine, shell_image: str, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    uri = docker_project(
+        tmp_path / "demo", shell_image, "echo one; while [ ! -e /gate/open ]; do sleep 0.1; done; echo two; exit 4"
+    )
+    async with Fleet(tracking=FakeTracking(), max_concurrent=2) as fleet:
+        run = await fleet.submit(uri, docker_args={"volume": f"{gate}:/gate"})
+        assert await first_line(run) == "one"
+        await proxy.down()
+        (gate / "open").touch()
+        while (await anyio.to_thread.run_sync(docker_engine.inspect, f"mlfleet-{run.run_id}"))["State"]["Running"]:
+            await anyio.to_thread.run_sync(docker_engine.call, "GET", "/version")
+        assert await run.get_status() is RunStatus.RUNNING
+        await proxy.up()
+        outcome = await run.outcome()
+        assert (outcome.exit_code, outcome.output) == (4, ("one", "two"))
+        assert outcome.reason == "exit code 4: the Docker engine was stopped or restarted while the run was in it"
+        assert await containers(docker_engine, run.run_id) == []
