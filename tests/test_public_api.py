@@ -26,7 +26,7 @@ REFERENCE = (
 )
 """The arguments of mlflow.projects.run in mlflow 3.17."""
 
-OURS = ["tracking_uri", "parent_run_id", "tags", "timeouts", "output", "log_output"]
+OURS = ["tracking_uri", "parent_run_id", "tags", "timeouts", "output", "log_output", "resources"]
 
 ERRORS = [getattr(errors, name) for name in errors.__all__]
 

@@ -9,7 +9,7 @@ mlfleet.run(uri)  # blocking, as mlflow.projects.run
 """
 
 from mlfleet._version import __version__
-from mlfleet.api import attach, run_async, submit
+from mlfleet.api import attach, run_async, submit, sweep_async
 from mlfleet.errors import (
     BackendError,
     BackendNotFound,
@@ -27,9 +27,12 @@ from mlfleet.errors import (
     UsageError,
 )
 from mlfleet.fleet import Fleet
-from mlfleet.runs import JobRef, Outcome, RunEvent, RunStatus, Stage, SubmittedRun, Timeouts
+from mlfleet.resources import Resources
+from mlfleet.runs import FailureKind, JobRef, Outcome, RunEvent, RunStatus, Stage, SubmittedRun, Timeouts
+from mlfleet.space import choice, grid, loguniform, normal, randint, rows, sample, uniform, zip_
 from mlfleet.supervision import FleetRun
-from mlfleet.sync import BlockingRun, run
+from mlfleet.sweeps import PointResult, Retry, Sweep, SweepCounts, SweepResult
+from mlfleet.sync import BlockingRun, run, sweep
 
 __all__ = [
     "BackendError",
@@ -37,6 +40,7 @@ __all__ = [
     "BlockingRun",
     "EnvironmentSetupError",
     "ExecutionException",
+    "FailureKind",
     "FetchError",
     "Fleet",
     "FleetRun",
@@ -44,6 +48,9 @@ __all__ = [
     "MlfleetError",
     "Outcome",
     "ParameterError",
+    "PointResult",
+    "Resources",
+    "Retry",
     "RunCancelled",
     "RunEvent",
     "RunLost",
@@ -53,12 +60,26 @@ __all__ = [
     "Stage",
     "SubmitError",
     "SubmittedRun",
+    "Sweep",
+    "SweepCounts",
+    "SweepResult",
     "Timeouts",
     "TrackingError",
     "UsageError",
     "__version__",
     "attach",
+    "choice",
+    "grid",
+    "loguniform",
+    "normal",
+    "randint",
+    "rows",
     "run",
     "run_async",
+    "sample",
     "submit",
+    "sweep",
+    "sweep_async",
+    "uniform",
+    "zip_",
 ]

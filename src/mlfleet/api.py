@@ -13,8 +13,11 @@ import anyio
 from mlfleet.concurrency.tasks import TaskOwner
 from mlfleet.fleet import Fleet
 from mlfleet.request import Output, RunOptions, RunRequest
+from mlfleet.resources import Resources
 from mlfleet.runs import Timeouts
+from mlfleet.space import Points
 from mlfleet.supervision import FleetRun
+from mlfleet.sweeps import SweepOptions, SweepResult
 from mlfleet.tracking import default_uri
 
 __all__ = [
@@ -25,6 +28,7 @@ __all__ = [
     "join_default_fleets",
     "run_async",
     "submit",
+    "sweep_async",
 ]
 
 
@@ -52,6 +56,7 @@ async def run_async(
     timeouts: Timeouts | None = None,
     output: Output = "capture",
     log_output: bool = False,
+    resources: Resources | None = None,
 ) -> FleetRun:
     """Run a project and wait for its end.
 
@@ -84,6 +89,7 @@ async def run_async(
         timeouts: how long each stage may take.
         output: ``capture`` into a file of the run, to be read by ``run.logs()``; ``inherit`` this process's stdout.
         log_output: log the captured output as the artifact ``output.log``.
+        resources: what the run needs: on this machine it waits until that is free; in containers these are its limits.
 
     Returns:
         The handle of the run, which has ended.
@@ -115,6 +121,7 @@ async def run_async(
         timeouts=timeouts,
         output=output,
         log_output=log_output,
+        resources=resources,
     )
     if synchronous:
         await finish_or_cancel(run)
@@ -157,6 +164,31 @@ async def attach(run_id: str, *, tracking_uri: str | None = None, timeouts: Time
         MlfleetError: tracking or the backend cannot be reached.
     """
     return await (await default_fleet(tracking_uri)).attach(run_id, timeouts=timeouts)
+
+
+async def sweep_async(
+    uri: str | os.PathLike[str], space: Points, *, tracking_uri: str | None = None, **options: Unpack[SweepOptions]
+) -> SweepResult:
+    """Run a project at every point of a space and wait for all of them.
+
+    Cancelling the call ends the runs. To see the results as they come, or to run several sweeps within common limits,
+    use `Fleet.sweep`, whose other arguments are taken here, too.
+
+    Args:
+        uri: of the project.
+        space: `mlfleet.grid`, `mlfleet.sample`, `mlfleet.zip_`, `mlfleet.rows`, or any iterable of mappings.
+        tracking_uri: None is ``MLFLOW_TRACKING_URI``, else MLflow's default.
+        options: see `Fleet.sweep`.
+
+    Returns:
+        All results. Failed points are among them: `SweepResult.check` raises if there are any.
+
+    Raises:
+        MlfleetError: there was a mistake in the request, the project or the first point, or tracking cannot be reached;
+            no run was made.
+    """
+    async with Fleet(tracking_uri=tracking_uri) as fleet, fleet.sweep(uri, space, **options) as sweep:
+        return await sweep.result()
 
 
 async def finish_or_cancel(run: FleetRun) -> None:

@@ -29,7 +29,9 @@ from mlfleet.request import RunOptions, RunRequest
 from mlfleet.resources import Machine, Resources, this_machine
 from mlfleet.runs import RunEvent, Stage, Timeouts
 from mlfleet.slots import MachineSlots
+from mlfleet.space import Points
 from mlfleet.supervision import FleetRun
+from mlfleet.sweeps import GIVE_UP_AFTER, OnFailure, Resume, Retry, Sweep, SweepSettings
 from mlfleet.tracking import Tracking, open_tracking
 
 __all__ = ["Fleet"]
@@ -140,6 +142,75 @@ class Fleet:
         """
         request = RunRequest.of(uri, entry_point, version, parameters, **options)
         return await self.start(request)
+
+    def sweep(
+        self,
+        uri: str | os.PathLike[str],
+        space: Points,
+        *,
+        entry_point: str = "main",
+        version: str | None = None,
+        parameters: Mapping[str, Any] | None = None,
+        name: str | None = None,
+        resume: Resume = False,
+        retry_failed: bool = True,
+        max_concurrent: int | None = None,
+        on_failure: OnFailure = "continue",
+        max_failures: int | None = None,
+        give_up_after: int | None = GIVE_UP_AFTER,
+        retry: Retry | None = None,
+        timeout: float | None = None,
+        **options: Unpack[RunOptions],
+    ) -> Sweep:
+        """Run a project at every point of a space.
+
+        Use it as ``async with fleet.sweep(…) as sweep: async for result in sweep: …``. The results come as the points
+        end; failed points are results, not exceptions. Leaving the block early cancels the rest. In MLflow the sweep is
+        a run of its own, the parent of all others.
+
+        Args:
+            uri: of the project. All runs are of the same commit.
+            space: `mlfleet.grid`, `mlfleet.sample`, `mlfleet.zip_`, `mlfleet.rows`, or any iterable or asynchronous
+                iterable of mappings. A point is pulled only when there is a place for it; from an asynchronous iterable
+                only when, besides, every result so far was worked through, so that it can decide by them.
+            entry_point: a name from MLproject, or a script of the project.
+            version: commit, branch or tag of a Git project.
+            parameters: that all runs have; a point may override them.
+            name: of the sweep, unique in its experiment. A sweep with a name can be resumed; its runs on this machine
+                outlive this process if it is killed.
+            resume: go on with the sweep of that name, if there is one: skip what finished, take back what still runs,
+                run what failed or was lost. ``"changed"``: also if the project's files have changed since.
+            retry_failed: when resuming, whether to run again what had failed.
+            max_concurrent: how many points may be on their way at once; None: as many as the Fleet lets run, and 100 if
+                it has no limit.
+            on_failure: ``stop`` ends the sweep at the first failed point, and cancels what runs.
+            max_failures: ends it at so many failed points.
+            give_up_after: ends it if the first so many runs all fail in their setup or within seconds; None: never.
+            retry: which failures are tried again, and how often.
+            timeout: seconds for the command of each run; short for ``timeouts=Timeouts(run=…)``.
+            options: the other arguments of `mlfleet.run_async`, for all runs. ``run_name`` is that of the parent.
+
+        Raises:
+            UsageError: arguments that contradict each other. What is wrong with the project or the first point shows
+                when the block is entered.
+        """
+        if timeout is not None:
+            if options.get("timeouts") is not None:
+                raise UsageError("both timeout and timeouts are given: give Timeouts(run=…) with the others")
+            options["timeouts"] = replace(self.timeouts, run=timeout)
+        if on_failure not in ("continue", "stop"):
+            raise UsageError(f"on_failure is {on_failure!r}: give 'continue' or 'stop'")
+        settings = SweepSettings(
+            request=RunRequest.of(uri, entry_point, version, parameters, **options),
+            name=name,
+            resume=resume,
+            retry_failed=retry_failed,
+            max_concurrent=max_concurrent,
+            max_failures=1 if on_failure == "stop" and max_failures is None else max_failures,
+            give_up_after=give_up_after,
+            retry=retry or Retry(),
+        )
+        return Sweep(self, space, settings)
 
     async def start(self, request: RunRequest) -> FleetRun:
         """Like `submit`, for a request that was made before."""

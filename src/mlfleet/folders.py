@@ -7,7 +7,7 @@ from pathlib import Path
 
 import platformdirs
 
-__all__ = ["cache_folder", "environments_folder", "runs_folder"]
+__all__ = ["cache_folder", "environments_folder", "runs_folder", "sweeps_folder"]
 
 
 def cache_folder() -> Path:
@@ -23,6 +23,11 @@ def environments_folder() -> Path:
 def runs_folder() -> Path:
     """One folder for each run, with its captured output: ``MLFLEET_STATE_DIR``, else the user's state folder."""
     return _folder("MLFLEET_STATE_DIR", platformdirs.user_state_path("mlfleet")) / "runs"
+
+
+def sweeps_folder() -> Path:
+    """The locks of named sweeps, next to `runs_folder`."""
+    return runs_folder().with_name("sweeps")
 
 
 def _folder(variable: str, default: Path) -> Path:

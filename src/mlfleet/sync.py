@@ -17,14 +17,17 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, wait
 from functools import partial
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 from mlfleet import api
 from mlfleet.request import Output, active_run_id
+from mlfleet.resources import Resources
 from mlfleet.runs import Timeouts
+from mlfleet.space import Points
 from mlfleet.supervision import FleetRun
+from mlfleet.sweeps import SweepOptions, SweepResult
 
-__all__ = ["BlockingRun", "run"]
+__all__ = ["BlockingRun", "run", "sweep"]
 
 logger = logging.getLogger("mlfleet.sync")
 
@@ -99,6 +102,7 @@ def run(
     timeouts: Timeouts | None = None,
     output: Output | None = None,
     log_output: bool = False,
+    resources: Resources | None = None,
 ) -> BlockingRun:
     """Run a project, blocking: the signature and the meaning of ``mlflow.projects.run``.
 
@@ -141,11 +145,28 @@ def run(
             timeouts=timeouts,
             output=output,
             log_output=log_output,
+            resources=resources,
         )
     )
     if synchronous:
         loop.call(partial(api.finish_or_cancel, submitted))
     return BlockingRun(submitted, loop)
+
+
+def sweep(
+    uri: str | os.PathLike[str], space: Points, *, tracking_uri: str | None = None, **options: Unpack[SweepOptions]
+) -> SweepResult:
+    """Run a project at every point of a space, blocking: what `mlfleet.sweep_async` does, with its arguments.
+
+    Raises:
+        MlfleetError: there was a mistake in the request, the project or the first point, or tracking cannot be reached;
+            no run was made.
+        KeyboardInterrupt: all runs were ended first and are KILLED.
+    """
+    if options.get("parent_run_id") is None:
+        # mlflow's active run belongs to the calling thread.
+        options["parent_run_id"] = active_run_id()
+    return _loop().call(partial(api.sweep_async, uri, space, tracking_uri=tracking_uri, **options))
 
 
 class _Loop:

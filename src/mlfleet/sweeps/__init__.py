@@ -1,0 +1,20 @@
+"""Sweeps: many runs of one project as one thing."""
+
+from mlfleet.sweeps.results import Goal, PointResult, SweepCounts, SweepResult
+from mlfleet.sweeps.retry import Retry
+from mlfleet.sweeps.settings import GIVE_UP_AFTER, OnFailure, Resume, SweepOptions, SweepSettings
+from mlfleet.sweeps.sweep import Sweep
+
+__all__ = [
+    "GIVE_UP_AFTER",
+    "Goal",
+    "OnFailure",
+    "PointResult",
+    "Resume",
+    "Retry",
+    "Sweep",
+    "SweepCounts",
+    "SweepOptions",
+    "SweepResult",
+    "SweepSettings",
+]
