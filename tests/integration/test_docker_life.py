@@ -89,6 +89,36 @@ async def test_a_driver_that_is_killed_leaves_a_run_to_attach_to(
             await fleet.attach(run_id)
 
 
+async def test_what_dead_drivers_left_is_shown_and_pruned(
+    docker_engine: DockerEngine, shell_image: str, new_store: Callable[[Path], str], tmp_path: Path
+) -> None:
+    store = new_store(tmp_path / "mlflow.db")
+    gate = tmp_path / "gate"
+    gate.mkdir()
+    command = "echo one; while [ ! -e /gate/open ]; do sleep 0.1; done"
+    uri = write_project(
+        tmp_path / "demo", command,
+        extra=f"docker_env: {json.dumps({'image': shell_image, 'volumes': [f'{gate}:/gate']})}\n",
+    )  # fmt: skip
+    async with driver(uri, store) as (living, kept_id), driver(uri, store) as (process, run_id):
+        process.kill()
+        await process.wait()
+        shown = await listed("ps")
+        assert (shown[kept_id], shown[run_id]) == (("running", True), ("running", False))
+        assert await listed("prune", kept_id, run_id) == {}  # what still runs can be attached to
+        assert set(await listed("prune", "--running", kept_id, run_id)) == {run_id}
+        assert await containers(docker_engine, run_id) == []
+        (gate / "open").touch()
+        await living.wait()
+    assert kept_id not in await listed("ps")
+
+
+async def listed(*arguments: str) -> dict[str, tuple[str, bool]]:
+    """What the command prints of the engine's containers."""
+    done = await anyio.run_process([sys.executable, "-m", "mlfleet", *arguments, "--json"])
+    return {item["run_id"]: (item["state"], item["supervised"]) for item in json.loads(done.stdout)}
+
+
 async def test_an_attached_run_can_be_cancelled(
     docker_engine: DockerEngine, shell_image: str, new_store: Callable[[Path], str], tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import click
 
 from mlfleet._version import __version__
+from mlfleet.cli.containers import prune, ps
 from mlfleet.cli.report import error_as_json, exit_code, print_json
 from mlfleet.cli.run import run
 from mlfleet.cli.storage import cache, envs
@@ -67,3 +68,5 @@ def _cli() -> None:
 _cli.add_command(run)
 _cli.add_command(cache)
 _cli.add_command(envs)
+_cli.add_command(ps)
+_cli.add_command(prune)

@@ -17,7 +17,7 @@ from mlfleet.backends.docker import auth
 from mlfleet.backends.docker.arguments import ContainerOptions, parse_arguments
 from mlfleet.backends.docker.container import container_body, container_name
 from mlfleet.backends.docker.engine import Engine, EngineError
-from mlfleet.backends.docker.events import OUTPUT_LABEL, RUN_LABEL, Containers
+from mlfleet.backends.docker.events import DRIVER_LABEL, OUTPUT_LABEL, RUN_LABEL, Containers
 from mlfleet.backends.docker.handle import Container, DockerRun, remove_container
 from mlfleet.backends.docker.image import Image, Images, check_reference
 from mlfleet.backends.docker.output import Custody
@@ -153,7 +153,8 @@ class DockerBackend(Backend):
             output=Path(output) if output else runs_folder() / ref.run_id / "output.log",
             stop_signal=str(config.get("StopSignal") or "SIGTERM"),
         )
-        custody = await _preparing(partial(_take, ref.run_id))
+        held = Custody.told_by(labels.get(DRIVER_LABEL, ""), ref.run_id)
+        custody = await _preparing(partial(_take, held))
         return self._supervise(container, custody, submitted=False)
 
     # ---- one container ----------------------------------------------------------------------------------------------
@@ -161,8 +162,8 @@ class DockerBackend(Backend):
     async def _launch(self, job: Job, prepared: _Prepared, image: Image) -> DockerRun:
         options = prepared.options
         name = container_name(job.run_id, options)
-        body = container_body(job, options, image, prepared.reach)
         made: list[str] = []
+        body: dict[str, Any] = {}
 
         async def create() -> None:
             params = {"name": name, "platform": options.platform}
@@ -178,7 +179,8 @@ class DockerBackend(Backend):
         try:
             async with self._starting:
                 # Cut off in the middle, nobody would know whether there is a container: an answer is waited for.
-                custody = await _preparing(partial(_take, job.run_id))
+                custody = await _preparing(partial(_take, Custody.of(job.run_id)))
+                body = container_body(job, options, image, prepared.reach, driver=custody.label)
                 if not custody.held:
                     text = f"another process of this machine looks after a container of the run {job.run_id}"
                     raise SubmitError(text, backend=self.name)
@@ -271,8 +273,7 @@ def _container(container_id: str, name: str, job: Job, options: ContainerOptions
     )
 
 
-def _take(run_id: str) -> Custody:
-    custody = Custody(run_id)
+def _take(custody: Custody) -> Custody:
     custody.take()
     return custody
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlfleet.backends.base import Job
 from mlfleet.backends.docker.arguments import ContainerOptions
-from mlfleet.backends.docker.events import OUTPUT_LABEL, PROJECT_LABEL, RUN_LABEL
+from mlfleet.backends.docker.events import DRIVER_LABEL, EXPERIMENT_LABEL, OUTPUT_LABEL, PROJECT_LABEL, RUN_LABEL
 from mlfleet.backends.docker.image import Image
 from mlfleet.backends.docker.tracking import Reach
 
@@ -29,7 +29,9 @@ def container_name(run_id: str, options: ContainerOptions) -> str:
     return options.name or f"mlfleet-{run_id}"
 
 
-def container_body(job: Job, options: ContainerOptions, image: Image, reach: Reach) -> dict[str, Any]:
+def container_body(
+    job: Job, options: ContainerOptions, image: Image, reach: Reach, *, driver: str = ""
+) -> dict[str, Any]:
     """What the engine is asked to create.
 
     Of several settings of one variable, the caller's docker_args win over docker_env, and that over mlfleet's own.
@@ -50,7 +52,12 @@ def container_body(job: Job, options: ContainerOptions, image: Image, reach: Rea
         host.setdefault("NetworkMode", "host")
     if options.endpoint:
         config["NetworkingConfig"] = {"EndpointsConfig": {options.network or "default": options.endpoint}}
-    labels = {RUN_LABEL: job.run_id, PROJECT_LABEL: job.project_name, "mlfleet.experiment-id": job.experiment_id}
+    labels = {
+        RUN_LABEL: job.run_id,
+        PROJECT_LABEL: job.project_name,
+        EXPERIMENT_LABEL: job.experiment_id,
+        DRIVER_LABEL: driver,
+    }
     if job.output is not None:
         labels[OUTPUT_LABEL] = str(job.output)
     return {

@@ -16,11 +16,22 @@ from mlfleet.backends.docker.engine import Engine, EngineError
 from mlfleet.concurrency.watch import Watch
 from mlfleet.errors import RunLost
 
-__all__ = ["OUTPUT_LABEL", "PROJECT_LABEL", "RUN_LABEL", "Containers", "Phase", "State"]
+__all__ = [
+    "DRIVER_LABEL",
+    "EXPERIMENT_LABEL",
+    "OUTPUT_LABEL",
+    "PROJECT_LABEL",
+    "RUN_LABEL",
+    "Containers",
+    "Phase",
+    "State",
+]
 
 RUN_LABEL = "mlfleet.run-id"
 PROJECT_LABEL = "mlfleet.project"
 OUTPUT_LABEL = "mlfleet.output"
+DRIVER_LABEL = "mlfleet.driver"
+EXPERIMENT_LABEL = "mlfleet.experiment-id"
 PATIENCE = 60.0
 """Seconds that an engine may be away (it restarts) before its runs count as lost."""
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
+import socket
 import struct
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import anyio
 
@@ -34,11 +37,30 @@ class Custody:
 
     It ends with its process at the latest; then another may take it over (`mlfleet.attach`). Every method blocks, if
     only shortly.
+
+    Args:
+        path: of the lock file.
     """
 
-    def __init__(self, run_id: str) -> None:
-        self._path = runs_folder() / run_id / "container.lock"
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._file: int | None = None
+
+    @classmethod
+    def of(cls, run_id: str) -> Self:
+        """That of a run which this process submits."""
+        return cls(runs_folder() / run_id / "container.lock")
+
+    @classmethod
+    def told_by(cls, label: str, run_id: str) -> Self:
+        """That of a container by its label; of one that another machine submitted, this machine has its own."""
+        host, _, path = label.partition(":")
+        return cls(Path(path)) if host == socket.gethostname() and path else cls.of(run_id)
+
+    @property
+    def label(self) -> str:
+        """Where others find it."""
+        return f"{socket.gethostname()}:{self._path}"
 
     @property
     def held(self) -> bool:
@@ -58,12 +80,28 @@ class Custody:
             self._file = file
         return True
 
+    def is_taken(self) -> bool:
+        """Whether a process of this machine has it. Makes nothing."""
+        try:
+            file = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(file)
+        return False
+
     def release(self) -> None:
         """Give it up."""
         file, self._file = self._file, None
         if file is not None:
             self._path.unlink(missing_ok=True)
             os.close(file)
+            with contextlib.suppress(OSError):
+                self._path.parent.rmdir()  # of a run whose output went elsewhere
 
 
 class Copier:

@@ -1,0 +1,135 @@
+"""What a run in a container costs, against ``docker run --rm`` of the same image by the docker command.
+
+Needs an engine, the docker command, and an image that the engine has (``--image``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from mlfleet.backends.base import DockerRequest, Job
+from mlfleet.backends.docker import DockerBackend
+from mlfleet.project.spec import DockerEnv
+from mlfleet.runs import RunStatus
+
+
+def by_command(image: str) -> Callable[[], Awaitable[None]]:
+    async def one() -> None:
+        process = await asyncio.create_subprocess_exec(
+            "docker", "run", "--rm", image, "sh", "-c", "echo done",
+            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
+        )  # fmt: skip
+        if await process.wait() != 0:
+            raise SystemExit("docker run failed")
+
+    return one
+
+
+def by_backend(
+    backend: DockerBackend, image: str, folder: Path, args: dict[str, object]
+) -> Callable[[], Awaitable[None]]:
+    async def one() -> None:
+        run_id = uuid.uuid4().hex
+        run = await backend.submit(
+            Job(
+                run_id=run_id,
+                experiment_id="0",
+                project_name="benchmark",
+                project_dir=folder,
+                command="echo done",
+                output=folder / run_id / "output.log",
+                docker=DockerRequest(env=DockerEnv(image), args=args),
+            )
+        )
+        outcome = await run.outcome()
+        if outcome.status is not RunStatus.FINISHED or outcome.output != ("done",):
+            raise SystemExit(f"a run of the docker backend failed: {outcome}")
+
+    return one
+
+
+async def timed(one: Callable[[], Awaitable[None]], count: int, concurrency: int) -> tuple[float, float]:
+    """Wall seconds, and CPU seconds of this process alone."""
+    slots = asyncio.Semaphore(concurrency)
+
+    async def held() -> None:
+        async with slots:
+            await one()
+
+    wall, cpu = time.perf_counter(), time.process_time()
+    await asyncio.gather(*(held() for _ in range(count)))
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+async def measure(args: argparse.Namespace) -> dict[str, object]:
+    rows: dict[str, list[tuple[float, float]]] = {"docker run": [], "DockerBackend": [], "DockerBackend, no init": []}
+    with tempfile.TemporaryDirectory() as name:
+        os.environ["MLFLEET_STATE_DIR"] = name
+        async with DockerBackend() as backend:
+            ways = {
+                "docker run": by_command(args.image),
+                "DockerBackend": by_backend(backend, args.image, Path(name), {}),
+                "DockerBackend, no init": by_backend(backend, args.image, Path(name), {"init": False}),
+            }
+            for one in ways.values():
+                await timed(one, 4, 4)
+            for _ in range(args.repeat):
+                for label, one in ways.items():
+                    rows[label].append(await timed(one, args.count, args.concurrency))
+    result: dict[str, object] = {
+        "python": platform.python_version(),
+        "processors": os.cpu_count(),
+        "engine": subprocess.run(
+            ["docker", "version", "--format", "{{.Server.Version}}"], capture_output=True, text=True, check=True
+        ).stdout.strip(),
+        "runs": args.count,
+        "in_flight": args.concurrency,
+        "repeat": args.repeat,
+    }
+    for label, runs in rows.items():
+        result[label] = {
+            "wall_s": statistics.median(wall for wall, _ in runs),
+            "driver_cpu_ms_per_run": statistics.median(cpu for _, cpu in runs) / args.count * 1000,
+            "ratio": statistics.median(
+                ours[0] / theirs[0] for ours, theirs in zip(runs, rows["docker run"], strict=True)
+            ),
+        }
+    return result
+
+
+def show(result: dict[str, object]) -> None:
+    columns = ("wall_s", "driver_cpu_ms_per_run", "ratio")
+    print(f"{'':24}" + "".join(f"{column:>24}" for column in columns))
+    for label, row in result.items():
+        if isinstance(row, dict):
+            print(f"{label:24}" + "".join(f"{row[column]:24.2f}" for column in columns))
+    print("goals: ratio of DockerBackend <= 1.0, driver_cpu_ms_per_run <= 15")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--image", default="busybox", help="an image with sh (default: busybox)")
+    parser.add_argument("--count", type=int, default=50, help="runs (default: 50)")
+    parser.add_argument("--concurrency", type=int, default=8, help="of them in flight (default: 8)")
+    parser.add_argument("--repeat", type=int, default=3, help="measurements; medians are shown (default: 3)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    args = parser.parse_args()
+    result = asyncio.run(measure(args))
+    show(result)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
