@@ -58,7 +58,7 @@ async def fleet_runs(fleet: Fleet, count: int, folder: Path) -> None:
     async def one(n: int) -> None:
         run = await fleet.submit(folder, parameters={"n": n}, env_manager="local")
         if (await run.outcome()).status is not RunStatus.FINISHED:
-            raise SystemExit(f"a run failed: {await run.outcome()}")
+            raise RuntimeError(f"a run failed: {await run.outcome()}")
 
     await asyncio.gather(*(one(n) for n in range(count)))
 

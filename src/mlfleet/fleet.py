@@ -86,8 +86,8 @@ class Fleet:
         self._backends: dict[str, Backend] = {}
         self._managers: dict[str, EnvironmentManager] = {}
         self._experiments: Once[str, str] = Once(keep=True)
-        self._services = ServiceOwner()
         self._tasks = TaskOwner()
+        self._services = ServiceOwner(self._tasks)
         self._runs: set[FleetRun] = set()
         self._state = "new"
 
@@ -222,7 +222,7 @@ class Fleet:
         if self._state != "open":
             raise UsageError("this Fleet is not open: submit inside of 'async with Fleet() as fleet:'")
         self._runs.add(run)
-        self._tasks.start(self._supervise(run), name=f"mlfleet run of {run.plan.project_name}")
+        self._supervise(run)
         try:
             await run.created()
         except asyncio.CancelledError:
@@ -257,7 +257,7 @@ class Fleet:
         found = await find_again(await self.backend(reference.backend), info, reference)
         run = AttachedRun(self, info, found, reference, timeouts)
         self._runs.add(run)
-        self._tasks.start(self._supervise(run), name=f"mlfleet attached run {run_id}")
+        self._supervise(run)
         await run.created()
         return run
 
@@ -310,11 +310,12 @@ class Fleet:
         """The runs that have not ended."""
         return tuple(self._runs)
 
-    async def _supervise(self, run: FleetRun) -> None:
-        try:
-            await run.supervise()
-        finally:
+    def _supervise(self, run: FleetRun) -> None:
+        def ended() -> None:
             self._runs.discard(run)
+            run.give_up()
+
+        self._tasks.start(run.supervise(), name=f"mlfleet run of {run.plan.project_name}", then=ended)
 
     # ---- what its runs share ----------------------------------------------------------------------------------------
 

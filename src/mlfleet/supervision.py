@@ -268,11 +268,19 @@ class FleetRun:
                     self._info.run_id, outcome.status, self._services.tracking_patience, error,
                 )  # fmt: skip
                 outcome = replace(outcome, tracking_error=error)
+        self._ended(outcome)
+        self._tell(Stage.FINISHED, outcome.reason or "", outcome.status)
+
+    def _ended(self, outcome: Outcome) -> None:
         self._outcome = outcome
         self._stage = Stage.FINISHED
         for event in (self._created, self._started, self._done):
             event.set()
-        self._tell(Stage.FINISHED, outcome.reason or "", outcome.status)
+
+    def give_up(self) -> None:
+        """Nobody shall wait for a run whose supervisor was cancelled before its first step, or torn out of its end."""
+        if self._outcome is None:
+            self._ended(self._settled or Outcome(RunStatus.KILLED, reason="cancelled"))
 
     async def _log_output(self) -> None:
         path = self.output_path

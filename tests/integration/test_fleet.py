@@ -405,3 +405,26 @@ async def test_run_async_raises_what_went_wrong(tmp_path: Path, monkeypatch: pyt
     assert caught.value.output == ("bye",)
     run = await mlfleet.run_async(write_project(tmp_path / "three", "true"), env_manager="local")
     assert await run.get_status() is RunStatus.FINISHED
+
+
+def test_a_loop_that_ends_in_the_middle_leaves_nothing_running(tmp_path: Path) -> None:
+    """``asyncio.run`` cancels all tasks at its end, also those of runs whose first step is still to come."""
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    uri = write_project(tmp_path / "demo", f"touch {pids}/$$; sleep 1000")
+    tracking = FakeTracking()
+
+    async def main() -> None:
+        await mlfleet.Fleet(tracking=tracking).__aenter__()  # never left: as if its owner had forgotten it
+        fleet = await Fleet(tracking=tracking, max_concurrent=4).__aenter__()
+        await first_line(
+            await fleet.submit(write_project(tmp_path / "one", "echo ready; sleep 1000"), env_manager="local")
+        )
+        tasks.extend(asyncio.ensure_future(fleet.submit(uri, env_manager="local")) for _ in range(30))
+        for _ in range(25):
+            await anyio.lowlevel.checkpoint()
+
+    tasks: list[asyncio.Future[FleetRun]] = []
+    asyncio.run(main())
+    assert [pid.name for pid in pids.iterdir() if not pid_is_gone(int(pid.name))] == []
+    assert {run.status for run in tracking.runs.values()} == {RunStatus.KILLED}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from contextlib import AbstractAsyncContextManager
 from typing import Any
@@ -19,9 +18,14 @@ class ServiceOwner:
     """Keeps async context managers open, each in a task of its own, until all of them are closed.
 
     Who opens first and who closes last need not be the same task, which libraries with task groups inside insist on.
+
+    Args:
+        users: the tasks that need the services. ``asyncio.run`` cancels every task at its end; the services then stay
+            open until these have cleaned up.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, users: TaskOwner) -> None:
+        self._users = users
         self._opened: dict[int, asyncio.Future[None]] = {}
         self._stop = asyncio.Event()
         self._tasks = TaskOwner()
@@ -31,7 +35,8 @@ class ServiceOwner:
         opened = self._opened.get(id(service))
         if opened is None:
             opened = self._opened[id(service)] = asyncio.get_running_loop().create_future()
-            self._tasks.start(self._hold(service, opened), name=f"mlfleet {type(service).__name__}")
+            # Cancelling it is nothing to a future that is done.
+            self._tasks.start(self._hold(service, opened), name=f"mlfleet {type(service).__name__}", then=opened.cancel)
         await asyncio.shield(opened)
 
     async def close(self) -> None:
@@ -43,10 +48,11 @@ class ServiceOwner:
         try:
             async with service:
                 opened.set_result(None)
-                while not self._stop.is_set():
-                    # asyncio.run cancels every task at its end; runs that are cleaned up then still need this service.
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await self._stop.wait()
+                try:
+                    await self._stop.wait()
+                except asyncio.CancelledError:
+                    await self._users.join()
+                    raise
         except Exception as error:
             if opened.done():
                 logger.exception("%s could not be closed", type(service).__name__)

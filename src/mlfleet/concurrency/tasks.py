@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import anyio.lowlevel
@@ -22,11 +22,20 @@ class TaskOwner:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def start(self, work: Coroutine[Any, Any, None], *, name: str) -> None:
-        """Start `work` as a task of this owner."""
+    def start(self, work: Coroutine[Any, Any, None], *, name: str, then: Callable[[], object] | None = None) -> None:
+        """Start `work` as a task of this owner.
+
+        Args:
+            work: what it does.
+            name: of the task.
+            then: is called at its end, also if the task was cancelled before its first step (as ``asyncio.run`` does
+                with all tasks at its end).
+        """
         task = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        if then is not None:
+            task.add_done_callback(lambda _: then())
 
     async def join(self) -> None:
         """Wait until every task has ended, also those that are started meanwhile. The tasks are not cancelled."""
