@@ -28,26 +28,39 @@ def living_with(run_id: str) -> list[str]:
     return found
 
 
+def local_harness(folder: Path, *, durable: bool) -> Harness:
+    project = folder / "project"
+    project.mkdir()
+    (project / "project.txt").write_text("of the project\n")
+
+    def job(run_id: str, command: str, *, environ: dict[str, str] | None = None, **options: object) -> Job:
+        return Job(
+            run_id=run_id,
+            experiment_id="0",
+            project_name="contract",
+            project_dir=project,
+            command=command,
+            environ={**(environ or {}), MARK: run_id},
+            output=folder / run_id / "output.log",
+            durable=durable,
+            **options,  # type: ignore[arg-type]
+        )
+
+    async def leftovers(run_id: str) -> Sequence[str]:
+        return living_with(run_id)
+
+    return Harness(open=LocalBackend, job=job, leftovers=leftovers)
+
+
 class TestLocal(BackendContract):
     @pytest.fixture
     def harness(self, tmp_path: Path) -> Harness:
-        project = tmp_path / "project"
-        project.mkdir()
-        (project / "project.txt").write_text("of the project\n")
+        return local_harness(tmp_path, durable=False)
 
-        def job(run_id: str, command: str, *, environ: dict[str, str] | None = None, **options: object) -> Job:
-            return Job(
-                run_id=run_id,
-                experiment_id="0",
-                project_name="contract",
-                project_dir=project,
-                command=command,
-                environ={**(environ or {}), MARK: run_id},
-                output=tmp_path / run_id / "output.log",
-                **options,  # type: ignore[arg-type]
-            )
 
-        async def leftovers(run_id: str) -> Sequence[str]:
-            return living_with(run_id)
+class TestDurableLocal(BackendContract):
+    """Runs that are found again: a small shell stands between mlfleet and the command."""
 
-        return Harness(open=LocalBackend, job=job, leftovers=leftovers)
+    @pytest.fixture
+    def harness(self, tmp_path: Path) -> Harness:
+        return local_harness(tmp_path, durable=True)

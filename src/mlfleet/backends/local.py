@@ -5,24 +5,28 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import anyio
 
-from mlfleet.backends.base import Backend, Job
+from mlfleet.backends import durable
+from mlfleet.backends.base import Backend, BackendRun, Job
+from mlfleet.concurrency.adopted import AdoptedProcess
 from mlfleet.concurrency.lines import follow_file, last_lines
 from mlfleet.concurrency.process import Process, start_process
 from mlfleet.concurrency.threads import Threads
-from mlfleet.errors import SubmitError
-from mlfleet.runs import Outcome, RunStatus
+from mlfleet.errors import BackendError, SubmitError
+from mlfleet.runs import DEFAULT_CANCEL_GRACE, FailureKind, JobRef, Outcome, RunStatus
 
 __all__ = ["LocalBackend"]
 
 _files = Threads("local output", 4)
+_START_PATIENCE, _START_POLL = 5.0, 0.05  # seconds that a run to attach to may take to begin
 
 
 class LocalBackend(Backend):
@@ -37,6 +41,11 @@ class LocalBackend(Backend):
     def __init__(self) -> None:
         self._runs: set[_LocalRun] = set()
         self._open = True
+        self._here: Mapping[str, object] = {}
+
+    async def __aenter__(self) -> Self:
+        self._here = await _files(durable.this_process)
+        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -53,33 +62,89 @@ class LocalBackend(Backend):
             SubmitError: there is no bash, no such folder, the output cannot be written, or the system has no room.
         """
         environ, output = await _files(partial(_prepare, job), undo=_discard)
+        argv = durable.argv(job) if job.durable else ("bash", "-c", job.command)
         try:
-            process = await start_process(("bash", "-c", job.command), cwd=job.project_dir, env=environ, output=output)
+            process = await start_process(argv, cwd=job.project_dir, env=environ, output=output)
         except (OSError, ValueError) as error:
             raise SubmitError(_refusal(job, error), backend=self.name) from error
         finally:
             if output is not None:
                 os.close(output)
-        run = _LocalRun(job, process)
+        # Not the job itself: hundreds of handles would keep its environment and secrets.
+        run = _LocalRun(job.run_id, job.output, job.cancel_grace, process)
         if not self._open:
             await process.stop(0)
             raise SubmitError(f"the backend {self.name!r} was closed before the run could start", backend=self.name)
+        self._keep(run, process)
+        return run
+
+    def reference(self, job: Job) -> JobRef | None:
+        """The folder of a durable job; others end with this process."""
+        return durable.reference(job, self._here)
+
+    async def attach(self, ref: JobRef) -> BackendRun:
+        """The handle of a durable run; from now on leaving this backend ends it, too.
+
+        Raises:
+            RunLost: it was killed, or never started.
+            BackendError: it was not durable, or has not been started yet.
+        """
+        if "folder" not in ref.data:
+            return await super().attach(ref)
+        found = await self._find(ref)
+        output = None if ref.data.get("output") is None else Path(str(ref.data["output"]))
+        grace = float(ref.data.get("grace", DEFAULT_CANCEL_GRACE))
+        if isinstance(found, durable.Ended):
+            return _LocalRun(ref.run_id, output, grace, _Ended(), lambda: found.code)
+        process = AdoptedProcess(found.pid, found.pidfd)
+        run = _LocalRun(ref.run_id, output, grace, process, partial(durable.exit_code, Path(str(ref.data["folder"]))))
+        self._keep(run, process)
+        return run
+
+    async def _find(self, ref: JobRef) -> durable.Living | durable.Ended:
+        """Look for a run, and wait a little for one that is just being started."""
+        waited = 0.0
+        while True:
+            found = await _files(partial(durable.find, ref, give_up=waited >= _START_PATIENCE), undo=_let_go)
+            if found is not None:
+                return found
+            if waited >= _START_PATIENCE:
+                text = f"the run {ref.run_id} has not been started yet by the process {ref.data['driver']}, which lives"
+                raise BackendError(f"{text}: try again when it runs", backend=self.name)
+            await anyio.sleep(_START_POLL)
+            waited += _START_POLL
+
+    def _keep(self, run: _LocalRun, process: Process) -> None:
         self._runs.add(run)
         process.add_done_callback(partial(self._runs.discard, run))
-        return run
 
 
 class _LocalRun:
-    """The handle of a process."""
+    """The handle of a process.
 
-    __slots__ = ("_grace", "_outcomes", "_output", "_process", "_run_id")
+    Args:
+        run_id: of the MLflow run.
+        output: the file with its output.
+        grace: seconds between the request to stop and the end by force.
+        process: that runs.
+        exit_code: reads its exit code (blocking), where `process` cannot tell it; None: it was never written.
+    """
 
-    def __init__(self, job: Job, process: Process) -> None:
-        # Not the job itself: hundreds of handles would keep its environment and secrets.
-        self._run_id = job.run_id
-        self._output = job.output
-        self._grace = job.cancel_grace
+    __slots__ = ("_exit_code", "_grace", "_outcomes", "_output", "_process", "_run_id")
+
+    def __init__(
+        self,
+        run_id: str,
+        output: Path | None,
+        grace: float,
+        process: Process | _Ended,
+        exit_code: Callable[[], int | None] | None = None,
+    ) -> None:
+        self._run_id = run_id
+        self._output = output
+        self._grace = grace
         self._process = process
+        self._exit_code = exit_code
         self._outcomes: list[Outcome] = []
 
     @property
@@ -93,23 +158,22 @@ class _LocalRun:
         return (await self.outcome()).status is RunStatus.FINISHED
 
     async def outcome(self) -> Outcome:
-        code = await self._process.wait()
+        code: int | None = await self._process.wait()
         if not self._outcomes:
-            output = self._output
-            status = self._status(code)
-            lines: tuple[str, ...] = ()
-            if output is not None and status is not RunStatus.FINISHED:
-                lines = await _files(partial(last_lines, output))
+            if self._exit_code is not None:
+                code = await _files(self._exit_code)
+            outcome = _ended_by(code, stopped=self._process.stopped)
+            if self._output is not None and outcome.status is not RunStatus.FINISHED:
+                outcome = replace(outcome, output=await _files(partial(last_lines, self._output)))
             # What the run left behind may still write: all waiters get what the first one saw.
-            self._outcomes.append(Outcome(status, code, self._reason(code), lines))
+            self._outcomes.append(outcome)
         return self._outcomes[0]
 
     async def cancel(self, *, grace: float | None = None) -> None:
         await self._process.stop(self._grace if grace is None else grace)
 
     async def get_status(self) -> RunStatus:
-        code = self._process.returncode
-        return RunStatus.RUNNING if code is None else self._status(code)
+        return RunStatus.RUNNING if self._process.returncode is None else (await self.outcome()).status
 
     async def logs(self, *, follow: bool = True) -> AsyncIterator[str]:
         if self._output is None:
@@ -117,17 +181,34 @@ class _LocalRun:
         async for line in follow_file(self._output, self._process.wait if follow else None):
             yield line
 
-    def _status(self, code: int) -> RunStatus:
-        if self._process.stopped:
-            return RunStatus.KILLED
-        return RunStatus.FINISHED if code == 0 else RunStatus.FAILED
 
-    def _reason(self, code: int) -> str | None:
-        if self._process.stopped:
-            return "cancelled"
-        if code == 0:
-            return None
-        return f"exit code {code}" if code > 0 else f"killed by signal {_signal_name(-code)}"
+class _Ended:
+    """Stands for a process that had ended before anybody looked for it."""
+
+    returncode = 0
+    stopped = False
+
+    async def wait(self) -> int:
+        return self.returncode
+
+    async def stop(self, grace: float) -> None:
+        """There is nothing to stop."""
+
+
+def _ended_by(code: int | None, *, stopped: bool) -> Outcome:
+    if stopped:
+        return Outcome(RunStatus.KILLED, code, "cancelled")
+    if code is None:
+        return Outcome(RunStatus.FAILED, None, "lost: its process was killed", cause=FailureKind.INFRASTRUCTURE)
+    if code == 0:
+        return Outcome(RunStatus.FINISHED, 0)
+    reason = f"exit code {code}" if code > 0 else f"killed by signal {_signal_name(-code)}"
+    return Outcome(RunStatus.FAILED, code, reason)
+
+
+async def _let_go(found: durable.Living | durable.Ended | None) -> None:
+    if isinstance(found, durable.Living):
+        os.close(found.pidfd)
 
 
 def _prepare(job: Job) -> tuple[dict[str, str], int | None]:
@@ -137,6 +218,8 @@ def _prepare(job: Job) -> tuple[dict[str, str], int | None]:
     environ |= {**job.environ, **job.secrets}
     if job.environment is not None:
         environ = job.environment.apply(environ)
+    if job.durable:
+        durable.run_folder(job.run_id).mkdir(parents=True, exist_ok=True, mode=0o700)
     return environ, None if job.output is None else _open_output(job.output)
 
 
