@@ -24,7 +24,8 @@ from mlfleet.runs import JobRef
 __all__ = ["Ended", "Living", "argv", "exit_code", "find", "reference", "run_folder", "this_process"]
 
 # $0 is the folder of the run, $1 the command. The trap lets the shell outlive a signal to the whole group, and the
-# command inherits no trap. What the shell itself has to say ("Terminated") is not the command's output. Only what is built into the shell is used, so that this costs one process.
+# command inherits no trap. What the shell itself has to say ("Terminated") is not the command's output. All of it is
+# built into the shell, so that this costs one process.
 _SCRIPT = """\
 read -r stat < /proc/$$/stat || exit 125
 set -C
@@ -32,7 +33,7 @@ exec 3>&2 2> /dev/null
 echo "$stat" > "$0/process" || exit 125
 set +C
 trap : HUP INT QUIT TERM
-bash -c "$1" 2>&3 3>&-
+(exec bash -c "$1" 2>&3 3>&-)
 code=$?
 echo "$code" > "$0/exit-code"
 exit "$code"
