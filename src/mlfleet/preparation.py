@@ -116,8 +116,15 @@ async def prepare(
         environ={**job.environ, **share},
         command=plan.command(downloaded),
         environment=environment,
+        paths=_paths(plan, downloaded),
         on_progress=on_progress,
     )
+
+
+def _paths(plan: Plan, downloaded: Mapping[str, str]) -> tuple[Path, ...]:
+    values = {**plan.parameters.declared, **downloaded}
+    declared = plan.entry_point.parameters.values()
+    return tuple(Path(values[parameter.name]) for parameter in declared if parameter.type == "path")
 
 
 async def _storage(plan: Plan, stack: AsyncExitStack) -> Path:

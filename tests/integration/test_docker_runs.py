@@ -90,6 +90,13 @@ async def test_a_project_runs_in_its_image(
     assert tracking.requests["log"] == 2
 
 
+async def test_path_parameters_are_there_inside(fleet: Fleet, shell_image: str, tmp_path: Path) -> None:
+    (tmp_path / "a file.txt").write_text("its content\n")
+    uri = docker_project(tmp_path / "demo", shell_image, "cat {data}", parameters="data: path")
+    run = await fleet.submit(uri, parameters={"data": str(tmp_path / "a file.txt")})
+    assert [line async for line in run.logs()] == ["its content"]
+
+
 async def test_one_event_stream_serves_a_hundred_containers_at_once(
     fleet: Fleet, docker_engine: DockerEngine, shell_image: str, tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from mlfleet.backends.docker.image import Image, check_reference
 from mlfleet.backends.docker.tracking import Reach, reach
 from mlfleet.errors import SubmitError, UsageError
 from mlfleet.project.spec import DockerEnv
+from mlfleet.resources import Resources
 
 IMAGE = Image("team/image:1", "sha256:" + "0" * 64)
 
@@ -83,6 +84,23 @@ def test_an_image_with_an_init_of_its_own_gets_no_second_one() -> None:
     assert container_body(job(), ContainerOptions(), image, Reach())["HostConfig"]["Init"] is False
     options = ContainerOptions(host={"Init": True})
     assert container_body(job(), options, image, Reach())["HostConfig"]["Init"] is True
+
+
+def test_what_parameters_name_is_mounted_under_the_same_path() -> None:
+    paths = (Path("/data/in.csv"), Path("/data/in.csv"), Path("/mine"))
+    options = ContainerOptions(host={"Binds": ["/elsewhere:/mine:ro"]})
+    body = container_body(job(paths=paths), options, IMAGE, Reach())
+    assert body["HostConfig"]["Binds"] == ["/elsewhere:/mine:ro", "/data/in.csv:/data/in.csv"]
+
+
+def test_resources_are_limits_unless_docker_args_say_otherwise() -> None:
+    resources = Resources(cpus=1.5, gpus=2, memory="1Gi")
+    host = container_body(job(resources=resources), ContainerOptions(), IMAGE, Reach())["HostConfig"]
+    assert (host["NanoCpus"], host["Memory"], host["DeviceRequests"][0]["Count"]) == (1_500_000_000, 2**30, 2)
+    options = parse_arguments({"memory": "2g", "cpu-quota": 1, "gpus": "all"}, environ={}, folder=Path("/"))
+    host = container_body(job(resources=resources), options, IMAGE, Reach())["HostConfig"]
+    assert (host["Memory"], host["DeviceRequests"][0]["Count"]) == (2 * 2**30, -1)
+    assert "NanoCpus" not in host
 
 
 def where(

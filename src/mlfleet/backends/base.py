@@ -56,6 +56,7 @@ class Job:
         resources: what the run needs, where the backend can see to it.
         durable: whether the run must go on, and be found again by `Backend.attach`, if this process dies. For runs on
             this machine; those elsewhere do so anyway.
+        paths: what the command's ``path`` parameters name on this machine: files and folders, absolute.
         artifact_uri: where the artifacts of the MLflow run are; empty if that is not known.
         on_progress: takes one line on what `Backend.submit` is at, such as how far an image is pulled.
     """
@@ -75,6 +76,7 @@ class Job:
     cancel_grace: float = DEFAULT_CANCEL_GRACE
     resources: Resources | None = None
     durable: bool = False
+    paths: tuple[Path, ...] = ()
     artifact_uri: str = ""
     on_progress: Callable[[str], None] = field(default=lambda line: None, repr=False, compare=False)
 

@@ -185,7 +185,7 @@ class DockerBackend(Backend):
                     text = f"another process of this machine looks after a container of the run {job.run_id}"
                     raise SubmitError(text, backend=self.name)
                 await finish(create, within=_GRACE)
-                run = self._supervise(_container(made[0], name, job, options, image), custody, submitted=True)
+                run = self._supervise(_container(made[0], name, job, body, image), custody, submitted=True)
                 await run.attached()
                 await finish(start, within=_GRACE)
             return run
@@ -223,7 +223,9 @@ def _prepare(job: Job, docker: DockerRequest, engine: str, *, local: bool) -> _P
     """All that needs this machine's files. Blocking."""
     options = _options(docker, job.project_dir)
     environ = {**job.environ, **job.secrets}
-    reached = reach(environ, job.artifact_uri, here=dict(os.environ), home=Path.home(), engine=engine, local=local)
+    reached = reach(
+        environ, job.artifact_uri, paths=job.paths, here=dict(os.environ), home=Path.home(), engine=engine, local=local
+    )
     for folder in reached.folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -259,17 +261,17 @@ def _names(job: Job) -> ContainerOptions:
     return ContainerOptions(name=next((str(v) for k, v in args.items() if str(k).lstrip("-") == "name" and v), None))
 
 
-def _container(container_id: str, name: str, job: Job, options: ContainerOptions, image: Image) -> Container:
+def _container(container_id: str, name: str, job: Job, body: Mapping[str, Any], image: Image) -> Container:
     return Container(
         id=container_id,
         name=name,
         run_id=job.run_id,
-        tty=bool(options.config.get("Tty")),
-        memory=int(options.host.get("Memory") or 0),
+        tty=bool(body.get("Tty")),
+        memory=int(body["HostConfig"].get("Memory") or 0),
         output=job.output,
         grace=job.cancel_grace,
         tags={"mlflow.docker.image.uri": image.uri, "mlflow.docker.image.id": image.id},
-        stop_signal=str(options.config.get("StopSignal") or image.stop_signal or "SIGTERM"),
+        stop_signal=str(body.get("StopSignal") or image.stop_signal or "SIGTERM"),
     )
 
 

@@ -47,7 +47,8 @@ def container_body(
     if init:
         # tini passes signals to the group of its child then: a shell in front of the program does not keep them.
         environ.setdefault("TINI_KILL_PROCESS_GROUP", "1")
-    host["Binds"] = [*reach.binds, *host.get("Binds", ())]
+    host["Binds"] = _binds(job, [*reach.binds, *host.get("Binds", ())])
+    _limit(host, job)
     if reach.host_network:
         host.setdefault("NetworkMode", "host")
     if options.endpoint:
@@ -70,6 +71,25 @@ def container_body(
         "OpenStdin": False,
         "HostConfig": host,
     }
+
+
+def _binds(job: Job, binds: list[str]) -> list[str]:
+    """`binds`, and what the command's parameters name, under the same path, unless something else is mounted there."""
+    taken = {bind.split(":")[1] for bind in binds}
+    return [*binds, *(f"{path}:{path}" for path in dict.fromkeys(map(str, job.paths)) if path not in taken)]
+
+
+def _limit(host: dict[str, Any], job: Job) -> None:
+    """The run's resources as limits, where docker_args set none."""
+    resources = job.resources
+    if resources is None:
+        return
+    if resources.cpus and not {"NanoCpus", "CpuQuota"} & host.keys():
+        host["NanoCpus"] = round(resources.cpus * 1e9)
+    if resources.memory_bytes:
+        host.setdefault("Memory", resources.memory_bytes)
+    if resources.gpus:
+        host.setdefault("DeviceRequests", [{"Driver": "", "Count": resources.gpus, "Capabilities": [["gpu"]]}])
 
 
 def _is_init(image: Image) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -51,13 +51,21 @@ class Reach:
 
 
 def reach(
-    environ: Mapping[str, str], artifact_uri: str, *, here: Mapping[str, str], home: Path, engine: str, local: bool
+    environ: Mapping[str, str],
+    artifact_uri: str,
+    *,
+    paths: Sequence[Path] = (),
+    here: Mapping[str, str],
+    home: Path,
+    engine: str,
+    local: bool,
 ) -> Reach:
     """What makes the tracking store and the artifacts reachable from a container.
 
     Args:
         environ: the variables of the run.
         artifact_uri: of the run; empty if it is not known.
+        paths: what the command's parameters name on this machine.
         here: the variables of this process, whose credentials for the artifacts go along.
         home: of this user.
         engine: where it is, for the error.
@@ -75,6 +83,8 @@ def reach(
         made.folders.append(folder)
         made.binds.append(f"{folder}:{TRACKING_FOLDER}")
         made.environ[_URI] = inside
+    for path in paths:
+        _check_local(f"the parameter's file {path}", engine, local=local)
     artifacts = _local_folder(artifact_uri)
     if artifacts is not None:
         _check_local(f"the artifact folder {artifact_uri}", engine, local=local)
