@@ -69,11 +69,12 @@ class Space(ABC):
         """What this space is, in a few JSON values."""
 
 
-def grid(**axes: Collection[Any]) -> Space:
+def grid(axes: Mapping[str, Collection[Any]] | None = None, /, **more: Collection[Any]) -> Space:
     """Every combination of the values of its axes; the last axis changes fastest.
 
     Args:
-        axes: parameter name → its values. A name that is no Python name goes in by ``grid(**{"a-b": [1, 2]})``.
+        axes: parameter name → its values, where a name cannot be a keyword: ``grid({"batch-size": [16, 32]})``.
+        more: likewise, as keywords.
 
     Raises:
         UsageError: an axis is no collection of values, or is empty.
@@ -82,43 +83,54 @@ def grid(**axes: Collection[Any]) -> Space:
         >>> len(grid(alpha=[0.1, 0.5], l1=[0, 0.5, 1]))
         6
     """
-    return _Grid(_axes("grid", axes))
+    return _Grid(_axes("grid", axes, more))
 
 
-def zip_(**axes: Collection[Any]) -> Space:
+def zip_(axes: Mapping[str, Collection[Any]] | None = None, /, **more: Collection[Any]) -> Space:
     """The first values of all axes together, then the second ones, and so on.
 
     Args:
-        axes: parameter name → its values, all of the same length.
+        axes: parameter name → its values, all of the same length, where a name cannot be a keyword.
+        more: likewise, as keywords.
 
     Raises:
         UsageError: an axis is no collection of values, or the lengths differ.
     """
-    checked = _axes("zip_", axes)
+    checked = _axes("zip_", axes, more)
     if len({len(values) for values in checked.values()}) > 1:
         lengths = ", ".join(f"{name} has {len(values)}" for name, values in checked.items())
         raise UsageError(f"zip_ needs as many values on each axis: {lengths}")
     return _Zip(checked)
 
 
-def sample(n: int, *, seed: int = 0, **axes: Distribution | Collection[Any]) -> Space:
+def sample(
+    n: int,
+    axes: Mapping[str, Distribution | Collection[Any]] | None = None,
+    /,
+    *,
+    seed: int = 0,
+    **more: Distribution | Collection[Any],
+) -> Space:
     """`n` random points.
 
     Args:
         n: how many.
+        axes: parameter name → `uniform`, `loguniform`, `randint`, `normal`, `choice`, or a collection to choose from,
+            where a name cannot be a keyword, as in ``sample(10, {"seed": randint(0, 99)})``.
         seed: of the random numbers. The same seed gives the same points, so that a sweep can be resumed.
-        axes: parameter name → `uniform`, `loguniform`, `randint`, `normal`, `choice`, or a collection to choose from.
+        more: like `axes`, as keywords.
 
     Raises:
         UsageError: `n` is less than 1, or an axis is neither a distribution nor a collection of values.
     """
     if type(n) is not int or n < 1:
         raise UsageError(f"sample({n!r}): give the number of points, 1 or more")
-    if not axes:
+    given = {**(axes or {}), **more}
+    if not given:
         raise UsageError("sample() without axes: give the parameters to draw, as in sample(10, alpha=uniform(0, 1))")
     drawn = {
         name: axis if isinstance(axis, Distribution) else Choice(_values("sample", name, axis))
-        for name, axis in axes.items()
+        for name, axis in given.items()
     }
     return _Sample(n, seed, drawn)
 
@@ -398,10 +410,11 @@ def _open(path: Path) -> Any:
         raise SpecError(f"the file with the points cannot be read: {error.strerror}", path=path) from error
 
 
-def _axes(function: str, axes: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
-    if not axes:
+def _axes(function: str, axes: Mapping[str, Any] | None, more: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
+    given = {**(axes or {}), **more}
+    if not given:
         raise UsageError(f"{function}() without axes: give parameters and their values, as in {function}(alpha=[1, 2])")
-    return {name: _values(function, name, values) for name, values in axes.items()}
+    return {name: _values(function, name, values) for name, values in given.items()}
 
 
 def _values(function: str, name: str, values: Any) -> Sequence[Any]:
