@@ -326,7 +326,9 @@ class Fleet:
 
     async def backend(self, name: str) -> Backend:
         """The backend of that name, opened at its first use and closed with the Fleet."""
-        backend = self._backend_instance(find(name))
+        backend = self._backends.get(name)
+        if backend is None:
+            backend = self._backend_instance(await anyio.to_thread.run_sync(find, name))
         await self._services.open(backend)
         return backend
 

@@ -102,9 +102,16 @@ class Planner:
         if names not in self._known_names:
             await anyio.to_thread.run_sync(_check_names, *names, limiter=self._threads)
             self._known_names.add(names)
-        if project is None:
-            project = await self._fetcher.fetch(request.uri, request.version, on_progress=on_progress)
+        plan = await anyio.to_thread.run_sync(self._plan_at_once, request, project, limiter=self._threads)
+        if plan is not None:
+            return plan
+        project = await self._fetcher.fetch(request.uri, request.version, on_progress=on_progress)
         return await anyio.to_thread.run_sync(self._plan, request, project, limiter=self._threads)
+
+    def _plan_at_once(self, request: RunRequest, project: Project | None) -> Plan | None:
+        """The plan, if nothing need be fetched: one turn in a thread rather than two."""
+        project = project or self._fetcher.look(request.uri, request.version)
+        return None if project is None else self._plan(request, project)
 
     def _plan(self, request: RunRequest, project: Project) -> Plan:
         spec = self._read(project.folder)

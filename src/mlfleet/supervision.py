@@ -51,6 +51,7 @@ class FleetRun:
         self._settled: Outcome | None = None
         self._times: dict[Stage, float] = {}
         self._metrics: Mapping[str, float] = {}
+        self._output: Path | None = None
         self._creation_error: Exception | None = None
         self._created = anyio.Event()
         self._started = anyio.Event()
@@ -94,7 +95,9 @@ class FleetRun:
         """The file with the run's output; None if it is inherited, or kept elsewhere by the backend."""
         if self.plan.request.output == "inherit":
             return None
-        return runs_folder() / self.run_id / "output.log"
+        if self._output is None:
+            self._output = runs_folder() / self.run_id / "output.log"
+        return self._output
 
     async def wait(self) -> bool:
         """Wait until the run has ended and tracking tells so; True if it finished well.
@@ -283,8 +286,10 @@ class FleetRun:
             self._ended(self._settled or Outcome(RunStatus.KILLED, reason="cancelled"))
 
     async def _log_output(self) -> None:
+        if not self.plan.request.log_output or self._handle is None:
+            return
         path = self.output_path
-        if not self.plan.request.log_output or self._handle is None or path is None:
+        if path is None:
             return
         try:
             with anyio.move_on_after(self._services.tracking_patience) as scope:
@@ -317,6 +322,9 @@ class FleetRun:
     @contextmanager
     def _within(self, stage: str, seconds: float | None) -> Iterator[None]:
         """Bound a stage; running out of it raises `RunTimeout`."""
+        if seconds is None:
+            yield
+            return
         with anyio.move_on_after(seconds) as scope:
             yield
         if scope.cancelled_caught:

@@ -44,6 +44,7 @@ _BUILT_IN = {
 }
 
 
+@cache
 def find(name: str) -> type[Backend]:
     """The class of the backend of that name. Imports it: blocking, the first time.
 

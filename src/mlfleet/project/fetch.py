@@ -136,6 +136,17 @@ class ProjectFetcher:
         url = str(path) if kind is _Kind.BARE else parsed.location
         return await self._fetched(key, lambda: self._git(parsed, url, version, report))
 
+    def look(self, uri: str, version: str | None = None) -> Project | None:
+        """What `fetch` gives for a folder of the user's own, where git need not be asked; else None. Blocking.
+
+        Raises:
+            FetchError: as `fetch`.
+        """
+        parsed = parse_uri(uri)
+        if version is not None:
+            check_version(version)
+        return self._look(parsed, version)[2] if parsed.kind is UriKind.LOCAL else None
+
     @asynccontextmanager
     async def working_copy(self, project: Project) -> AsyncIterator[Path]:
         """The folder for one run to work in, a private one if the project is cached; it is removed at the end.
