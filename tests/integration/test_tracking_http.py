@@ -221,8 +221,8 @@ async def test_an_own_certificate_authority_and_client_certificate(
             assert (await tracking.get_run("r1")).run_id == "r1"
 
 
-async def test_https_to_a_server_that_speaks_http(server: FlakyProxy) -> None:
-    async with RestTracking(server.url.replace("http:", "https:")) as tracking:
+async def test_https_to_a_server_that_speaks_http(mlflow_server: MlflowServer) -> None:
+    async with RestTracking(mlflow_server.url.replace("http:", "https:")) as tracking:
         with pytest.raises(TrackingError, match="is it http:// rather than https://"):
             await tracking.get_run("r1")
 

@@ -58,10 +58,14 @@ class Login(ABC):
     Attributes:
         url: of the server, without credentials and without a slash at its end.
         hint: what a person can do about an answer of 401 or 403.
+        noun: what the server is, for messages.
+        remedy: what a person can do if there is no server.
     """
 
     url: str
     hint: str
+    noun: str = "tracking server"
+    remedy: str = "start it (mlflow server) or check the tracking URI"
 
     @abstractmethod
     def prepare(self) -> None:

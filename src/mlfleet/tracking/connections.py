@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -15,37 +15,31 @@ __all__ = ["Connections"]
 
 
 class Connections:
-    """Up to `count` requests at a time, each on a connection of its own.
+    """Up to `count` requests at a time.
 
-    httpx's own pool looks at every connection and every request before and after each request: with 16 connections that
-    costs more than the request itself. A client for each connection makes the choice free.
-
-    Args:
+    Attributes:
         count: of connections.
     """
 
     def __init__(self, count: int) -> None:
-        self._count = count
+        self.count = count
         self._turns = anyio.Semaphore(count)
-        self._idle: list[httpx.AsyncClient] = []
+        self._client: httpx.AsyncClient | None = None
 
-    def prepare(self, make: Callable[[], httpx.AsyncClient]) -> None:
-        """Make the clients. Nothing is connected yet."""
-        self._idle = [make() for _ in range(self._count)]
+    def prepare(self, client: httpx.AsyncClient) -> None:
+        """Take the client to send requests with. Nothing is connected yet."""
+        self._client = client
 
     @asynccontextmanager
     async def one(self) -> AsyncIterator[httpx.AsyncClient]:
-        """Wait for our turn, and hold a client for one request."""
+        """Wait for our turn, and hold the client for one request."""
         async with self._turns:
-            # The last one that was used is the likeliest to be connected still.
-            client = self._idle.pop()
-            try:
-                yield client
-            finally:
-                self._idle.append(client)
+            if self._client is None:
+                raise RuntimeError("the client is closed")
+            yield self._client
 
     async def close(self) -> None:
         """Close those that are connected."""
-        clients, self._idle = self._idle, []
-        for client in clients:
+        client, self._client = self._client, None
+        if client is not None:
             await client.aclose()

@@ -36,6 +36,8 @@ class DatabricksLogin(Login):
     """
 
     hint = "check DATABRICKS_HOST and DATABRICKS_TOKEN, or the profile in ~/.databrickscfg"
+    noun = "Databricks workspace"
+    remedy = "check DATABRICKS_HOST, or the host of the profile in ~/.databrickscfg"
 
     def __init__(self, uri: str) -> None:
         self.url = ""

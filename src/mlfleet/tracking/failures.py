@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlfleet.errors import TrackingError
 from mlfleet.masking import mask
+from mlfleet.tracking.auth import Login
 from mlfleet.tracking.retry import RETRIED, Transient, retry_after
 
 if TYPE_CHECKING:
@@ -28,14 +29,15 @@ class Failures:
     Args:
         uri: the tracking URI as the caller gave it.
         url: of the server.
-        hint: what to do about 401 and 403.
+        login: what it is, and what to do if it refuses or is not there.
         secrets: what must not be seen.
     """
 
-    def __init__(self, *, uri: str, url: str, hint: str, secrets: Sequence[str]) -> None:
+    def __init__(self, *, uri: str, url: str, login: Login, secrets: Sequence[str]) -> None:
         self._url = mask(url, secrets)
         self._uri = mask(uri, secrets)
-        self._hint = hint
+        self._login = login
+        self._server = f"{login.noun} {self._url}"
         self._secrets = secrets
 
     def error(self, text: str, *, status: int | None = None, code: str | None = None) -> TrackingError:
@@ -51,7 +53,7 @@ class Failures:
         """
         status = answer.status_code
         code, message = _told(answer)
-        text = f"the tracking server {self._url} answered {what} with {status}"
+        text = f"the {self._server} answered {what} with {status}"
         if code or message:
             text += ": " + " ".join(part for part in (code, message) if part)
         elif _is_page(answer):
@@ -75,7 +77,7 @@ class Failures:
         """A redirect that cannot be followed without changing what is asked, or whom."""
         place = answer.headers.get("location", "")
         return self.error(
-            f"the tracking server {self._url} redirects {what} to {place[:200]}: give the URI of the server itself",
+            f"the {self._server} redirects {what} to {place[:200]}: give the URI of the server itself",
             status=answer.status_code,
         )
 
@@ -94,16 +96,13 @@ class Failures:
         if isinstance(problem, httpx.ConnectError | httpx.ConnectTimeout | httpx.ProxyError):
             if any(isinstance(cause, ssl.SSLError) for cause in _causes(problem)):
                 return self.error(f"no TLS connection to {self._url}: {reason}; is it http:// rather than https://?")
-            text = (
-                f"the tracking server {self._url} cannot be reached: {reason}; start it (mlflow server) or check the "
-                "tracking URI"
-            )
+            text = f"the {self._server} cannot be reached: {reason}; {self._login.remedy}"
             return Transient(self.error(text), connected=False, executed=False)
-        return Transient(self.error(f"the tracking server {self._url} did not answer {what}: {reason}"))
+        return Transient(self.error(f"the {self._server} did not answer {what}: {reason}"))
 
     def _advice(self, status: int, code: str | None) -> str:
         if status in (401, 403):
-            return f"; {self._hint}"
+            return f"; {self._login.hint}"
         if status == 404 and code is None:
             return "; is this an MLflow server, and is the path of the tracking URI right?"
         return ""
@@ -162,8 +161,9 @@ def _reason(problem: Exception) -> str:
             return "connection refused"
         if isinstance(cause, socket.gaierror):
             return "no such host"
-        if isinstance(cause, ssl.SSLError):
-            return str(getattr(cause, "verify_message", "") or cause.reason or cause)
+        # aiohttp's own errors are of these types, too, but only repeat what is in the one that they stand for.
+        if isinstance(cause, ssl.SSLError) and getattr(cause, "reason", None):
+            return str(getattr(cause, "verify_message", "") or cause.reason)
     if isinstance(problem, httpx.TimeoutException):
         return "no answer in time"
     told = next((str(cause) for cause in causes if str(cause)), "")

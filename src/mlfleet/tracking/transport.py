@@ -9,7 +9,6 @@ import math
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
@@ -251,23 +250,23 @@ class Transport:
     def _prepare(self) -> None:
         import httpx
 
+        from mlfleet.tracking.wire import AiohttpTransport
+
         self.login.prepare()
         secrets = (*self.login.secrets(), *self._headers_that_are_secret())
-        self._failures = Failures(uri=self._uri, url=self.login.url, hint=self.login.hint, secrets=secrets)
+        self._failures = Failures(uri=self._uri, url=self.login.url, login=self.login, secrets=secrets)
         _warn_of_header_plugins()
         timeout = httpx.Timeout(self._timeout, connect=min(self._timeout, _CONNECT_SECONDS), pool=None)
-        limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=_KEEPALIVE_SECONDS)
-        make = partial(
-            httpx.AsyncClient,
-            verify=Tls.from_environ().context(),
-            headers=self._headers,
-            timeout=timeout,
-            limits=limits,
-            # Proxies are for the way out of this machine.
-            trust_env=not _is_loopback(self.login.url),
-        )
-        self.connections.prepare(make)
-        self._file_connections.prepare(make)
+        tls = Tls.from_environ().context()
+        for connections in (self.connections, self._file_connections):
+            wire = AiohttpTransport(
+                tls=tls,
+                connections=connections.count,
+                keepalive=_KEEPALIVE_SECONDS,
+                # Proxies are for the way out of this machine.
+                trust_env=not _is_loopback(self.login.url),
+            )
+            connections.prepare(httpx.AsyncClient(transport=wire, headers=self._headers, timeout=timeout))
 
     def _headers_that_are_secret(self) -> list[str]:
         harmless = {"user-agent", "x-mlflow-workspace"}
