@@ -13,6 +13,7 @@ import json
 import platform
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import venv
 import zipfile
@@ -59,7 +60,9 @@ def conda_channel(tmp_path_factory: pytest.TempPathFactory) -> Channel:
     """The channel."""
     folder = tmp_path_factory.mktemp("channel")
     home = Path(sys.base_prefix)
-    bundled = glob.glob(str(home / "lib" / f"python{_short()}" / "ensurepip" / "_bundled" / "pip-*.whl"))
+    # Debian keeps ensurepip's wheels in a folder of its own.
+    wheels = sysconfig.get_config_var("WHEEL_PKG_DIR") or home / "lib" / f"python{_short()}" / "ensurepip" / "_bundled"
+    bundled = glob.glob(str(Path(wheels) / "pip-*.whl"))
     if not bundled:
         missing("ensurepip's pip", "use a Python that has ensurepip")
     records = [_add(folder, "hello-tool", version, _hello(version)) for version in ("1.0", "2.0")]
