@@ -1,0 +1,265 @@
+"""Requests to the API server: three pools of connections, one kind of error, patience where it helps."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from enum import StrEnum
+from types import TracebackType
+from typing import Any, Self
+
+import aiohttp
+import anyio
+
+from mlfleet.backends.kubernetes.cluster import Cluster
+from mlfleet.backends.kubernetes.credentials import Credentials, Login
+from mlfleet.errors import BackendError
+
+__all__ = ["Api", "ApiError", "Pool", "pause"]
+
+_log = logging.getLogger("mlfleet.kubernetes")
+_CONNECT = 10.0  # seconds
+_ANSWER = 60.0  # seconds for a whole answer
+_PATIENCE = 90.0  # seconds for which a request is tried again
+_RETRIED = (408, 429, 500, 502, 503, 504)
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.8, 30.0
+
+
+class Pool(StrEnum):
+    """A pool of connections of its own for each, so that a hundred log streams do not keep a cancel from being sent."""
+
+    CONTROL = "control"
+    WATCH = "watch"
+    LOGS = "logs"
+
+
+class ApiError(BackendError):
+    """The API server refused, or did not answer.
+
+    Attributes:
+        status: of HTTP; None if there was no answer.
+        reason: as Kubernetes says it: ``AlreadyExists``, ``Expired``.
+        detail: what it said.
+        retry_after: seconds that it asked to wait.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        backend: str | None = "kubernetes",
+        status: int | None = None,
+        reason: str = "",
+        detail: str = "",
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message, backend=backend)
+        self.status = status
+        self.reason = reason
+        self.detail = detail
+        self.retry_after = retry_after
+
+    @classmethod
+    def about(
+        cls, what: str, detail: str, *, status: int | None = None, reason: str = "", retry_after: float | None = None
+    ) -> Self:
+        """The error of a request.
+
+        Args:
+            what: was being done.
+            detail: what was said.
+            status: of HTTP.
+            reason: as Kubernetes says it.
+            retry_after: seconds that it asked to wait.
+        """
+        code = f" ({status} {reason})".replace(" )", ")") if status is not None else ""
+        text = f"the Kubernetes API, {what}: {detail}{code}{_hint(status, detail)}"
+        return cls(text, status=status, reason=reason, detail=detail, retry_after=retry_after)
+
+    @property
+    def is_passing(self) -> bool:
+        """Whether the same request may well succeed later."""
+        return self.status is None or self.status in _RETRIED
+
+
+def pause(attempt: int, asked: float | None = None) -> float:
+    """Seconds before the next attempt: as the server asked, else growing, and never two clients alike.
+
+    Args:
+        attempt: counted from 0.
+        asked: what the server asked for.
+    """
+    if asked is not None:
+        return asked * random.uniform(1.0, 1.25)  # noqa: S311 - no secret
+    return random.uniform(0.0, min(_FIRST_PAUSE * 2.0 ** min(attempt, 10), _LONGEST_PAUSE))  # noqa: S311
+
+
+class Api:
+    """One cluster."""
+
+    def __init__(self, cluster: Cluster, credentials: Credentials | None = None) -> None:
+        self.cluster = cluster
+        self._credentials = credentials or Credentials(cluster)
+        self._sessions: dict[Pool, aiohttp.ClientSession] = {}
+
+    async def __aenter__(self) -> Self:
+        login = await self._credentials.login()
+        for pool in Pool:
+            connector = aiohttp.TCPConnector(
+                limit=50 if pool is Pool.CONTROL else 0, ssl=login.tls if login.tls is not None else True
+            )
+            self._sessions[pool] = aiohttp.ClientSession(
+                connector=connector, trust_env=not login.direct, headers={"User-Agent": "mlfleet"}
+            )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with anyio.CancelScope(shield=True):
+            for session in self._sessions.values():
+                await session.close()
+
+    async def call(
+        self,
+        what: str,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, str] | None = None,
+        body: Mapping[str, Any] | None = None,
+        patience: float = _PATIENCE,
+    ) -> dict[str, Any]:
+        """A request and its whole answer.
+
+        What passes (429, 5xx, a broken connection) is tried again: also a POST, whose objects all have names that tell
+        whether it had succeeded (409).
+
+        Args:
+            what: is being done, for the error.
+            method: of HTTP.
+            path: from the root.
+            params: of the query.
+            body: JSON.
+            patience: seconds for which to try again.
+
+        Raises:
+            ApiError: it was refused, or not answered in time.
+        """
+        given_up_at = anyio.current_time() + patience
+        attempt = 0
+        while True:
+            try:
+                timeout = aiohttp.ClientTimeout(total=_ANSWER, sock_connect=_CONNECT)
+                async with self.stream(
+                    what, path, method=method, params=params, body=body, timeout=timeout
+                ) as response:
+                    data = await response.read()
+                answer = json.loads(data)
+                return answer if isinstance(answer, dict) else {}
+            except ApiError as error:
+                seconds = pause(attempt, error.retry_after)
+                if not error.is_passing or anyio.current_time() + seconds > given_up_at:
+                    raise
+                _log.debug("%s; again in %.1f s", error, seconds)
+            except ValueError as error:
+                raise ApiError.about(what, f"an answer that is no JSON: {error}") from error
+            await anyio.sleep(seconds)
+            attempt += 1
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        what: str,
+        path: str,
+        *,
+        pool: Pool = Pool.CONTROL,
+        method: str = "GET",
+        params: Mapping[str, str] | None = None,
+        body: Mapping[str, Any] | None = None,
+        timeout: aiohttp.ClientTimeout,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """A request, and its answer as it comes. A token that the server refuses is renewed once.
+
+        Raises:
+            ApiError: it was refused; also what breaks the connection inside of the block.
+        """
+        refused: str | None = None
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            while True:
+                login = await self._credentials.login(refused=refused)
+                async with self._send(login, pool, method, path, params, data, timeout) as response:
+                    if response.status == 401 and refused is None:
+                        refused = login.authorization or ""
+                        continue
+                    if response.status >= 400:
+                        raise await _refusal(what, response)
+                    yield response
+                    return
+        except aiohttp.ClientResponseError as error:
+            raise ApiError.about(what, f"{error.message} in the answer") from error
+        except (TimeoutError, aiohttp.ClientError, OSError, EOFError) as error:
+            text = str(error) or type(error).__name__
+            raise ApiError.about(what, f"no answer from {self.cluster.context}: {text}") from error
+
+    def _send(
+        self,
+        login: Login,
+        pool: Pool,
+        method: str,
+        path: str,
+        params: Mapping[str, str] | None,
+        data: bytes | None,
+        timeout: aiohttp.ClientTimeout,
+    ) -> Any:
+        headers = {"Accept": "application/json, */*"}
+        if login.authorization is not None:
+            headers["Authorization"] = login.authorization
+        if data is not None:
+            kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
+            headers["Content-Type"] = kind
+        return self._sessions[pool].request(
+            method,
+            login.host + path,
+            params=dict(params or {}),
+            data=data,
+            headers=headers,
+            timeout=timeout,
+            proxy=login.proxy,
+            server_hostname=login.server_name,
+            allow_redirects=False,
+        )
+
+
+async def _refusal(what: str, response: aiohttp.ClientResponse) -> ApiError:
+    text = (await response.content.read(2**16)).decode(errors="replace")
+    try:
+        body = json.loads(text)
+    except ValueError:
+        body = {}
+    if not isinstance(body, dict):
+        body = {}
+    seconds = response.headers.get("Retry-After") or (body.get("details") or {}).get("retryAfterSeconds")
+    try:
+        retry_after = float(seconds) if seconds is not None else None
+    except ValueError:  # a date
+        retry_after = None
+    return ApiError.about(
+        what,
+        str(body.get("message") or " ".join(text.split())[:300] or response.reason),
+        status=response.status,
+        reason=str(body.get("reason") or ""),
+        retry_after=retry_after,
+    )
+
+
+def _hint(status: int | None, message: str) -> str:
+    if status == 401:
+        return ". The credentials were refused, also after they were renewed: log in to the cluster again"
+    if status == 403 and "forbidden" in message:
+        return ". See the Role in docs/backends/kubernetes.md for the rights that runs need"
+    return ""

@@ -1,0 +1,275 @@
+"""The backend: from a job to a Kubernetes Job, and back from a reference to its handle."""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar
+
+import anyio
+
+from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job
+from mlfleet.backends.kubernetes.config import KubernetesConfig, parse_config
+from mlfleet.backends.kubernetes.connections import Connections, Shared
+from mlfleet.backends.kubernetes.deletion import delete_job
+from mlfleet.backends.kubernetes.delivering import Deliveries, previewed
+from mlfleet.backends.kubernetes.environ import check_copied, variables
+from mlfleet.backends.kubernetes.logs import Streams
+from mlfleet.backends.kubernetes.manifest import grace_of, host_volumes, image_of, job_manifest, secret_manifest
+from mlfleet.backends.kubernetes.names import job_name
+from mlfleet.backends.kubernetes.run import KubernetesRun, Target
+from mlfleet.backends.kubernetes.state import read_job
+from mlfleet.backends.kubernetes.submission import create_job, create_secret, find_job
+from mlfleet.concurrency.shield import finish
+from mlfleet.concurrency.tasks import TaskOwner
+from mlfleet.errors import MlfleetError, SubmitError, UsageError
+from mlfleet.folders import runs_folder
+from mlfleet.masking import MASK
+from mlfleet.runs import JobRef
+
+__all__ = ["KubernetesBackend"]
+
+_AT_ONCE = 20  # Jobs that are created at the same time: the API server has others to serve, too
+_GRACE = 60.0  # seconds to take back a Job whose submission is cancelled
+
+
+class KubernetesBackend(Backend):
+    """Runs each job as a ``batch/v1`` Job of a cluster.
+
+    Leaving the backend ends the Jobs that it submitted, and leaves those that it attached to alone.
+    """
+
+    name: ClassVar[str] = "kubernetes"
+
+    def __init__(self) -> None:
+        self._connections = Connections()
+        self._deliveries = Deliveries()
+        self._streams = Streams()
+        self._tasks = TaskOwner()
+        self._runs: set[KubernetesRun] = set()
+        self._creating = anyio.Semaphore(_AT_ONCE)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with anyio.CancelScope(shield=True):
+            async with anyio.create_task_group() as group:
+                for run in tuple(self._runs):
+                    if run.submitted:
+                        group.start_soon(run.cancel)
+                    else:
+                        run.detach()
+            await self._tasks.join()
+            await self._connections.close()
+
+    def configure(self, config: Mapping[str, Any]) -> KubernetesConfig:
+        """Check ``backend_config``; see `Backend.configure`. Blocking: reads the kubeconfig and the template."""
+        return parse_config(config, os.environ)
+
+    def check(self, docker: DockerRequest | None, folder: Path) -> None:
+        """Check the volumes and variables of ``docker_env``; see `Backend.check`."""
+        check_copied(docker, os.environ)
+        if docker is not None:
+            host_volumes(docker.env.volumes)
+
+    def reference(self, job: Job) -> JobRef:
+        """The context, the namespace and the name of the Job."""
+        config = _config(job)
+        data: dict[str, Any] = {
+            "context": config.cluster.context,
+            "namespace": config.namespace,
+            "name": job_name(job.project_name, job.run_id),
+            "owner": _me(),
+        }
+        if job.output is not None:
+            data["output"] = str(job.output)
+        return JobRef(self.name, job.run_id, data)
+
+    def preview(self, job: Job) -> str:
+        """The manifest of the Job, and that of its Secret without its values, as YAML. Makes nothing.
+
+        Raises:
+            MlfleetError: what is wrong with the configuration, the template or the project.
+        """
+        import yaml
+
+        config = _config(job)
+        plain, secret = variables(job, config.tracking_uri, os.environ)
+        code = previewed(job, config, image_of(job, config))
+        manifest = job_manifest(job, config, code, plain, secrets=tuple(secret), submission="(of the run)")
+        documents = [manifest]
+        if secret:
+            documents.append(secret_manifest(job, dict.fromkeys(secret, MASK), None))
+        return yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True, width=120)
+
+    async def submit(self, job: Job) -> KubernetesRun:
+        """Bring the project's code to the cluster and create the run's Job, and its Secret if it has secrets.
+
+        Raises:
+            SubmitError: the cluster, or the registry, refused; nothing is left.
+            ApiError: the cluster cannot be reached.
+        """
+        config = _config(job)
+        plain, secret = variables(job, config.tracking_uri, os.environ)
+        api = await self._connections.api(config.cluster)
+        code = await self._deliveries.deliver(api, job, config, image_of(job, config))
+        submission = uuid.uuid4().hex
+        manifest = job_manifest(job, config, code, plain, secrets=tuple(secret), submission=submission)
+        shared = await self._connections.watch(config.cluster, config.namespace)
+        try:
+            made = await self._create(shared, job, config, manifest, secret)
+            return self._supervise(
+                shared,
+                made,
+                Target(
+                    namespace=config.namespace,
+                    name=made["metadata"]["name"],
+                    uid=made["metadata"]["uid"],
+                    run_id=job.run_id,
+                    output=job.output,
+                    grace=grace_of(made),
+                    timeouts=config.timeouts,
+                    keep=config.keep_jobs,
+                    tags={"mlflow.docker.image.uri": code.image, **_tags(made)},
+                ),
+                submitted=True,
+            )
+        except BaseException:
+            await self._connections.release(shared)
+            raise
+
+    def tags(self, run: BackendRun) -> Mapping[str, str]:
+        """The Job and the image."""
+        return run.target.tags if isinstance(run, KubernetesRun) else {}
+
+    async def attach(self, ref: JobRef) -> KubernetesRun:
+        """The handle of a Job that an earlier process submitted.
+
+        Its output is copied from the beginning; to a file of its own, if that process still lives.
+
+        Raises:
+            RunLost: there is no such Job any more.
+            ApiError: the cluster cannot be reached.
+        """
+        data = ref.data
+        context = str(data.get("context") or "")
+        config = await anyio.to_thread.run_sync(lambda: _attached_config(context, str(data.get("namespace") or "")))
+        name = str(data.get("name") or "")
+        shared = await self._connections.watch(config.cluster, config.namespace)
+        try:
+            found = await find_job(shared.api, config.namespace, name, ref.run_id)
+            target = Target(
+                namespace=config.namespace,
+                name=name,
+                uid=found["metadata"]["uid"],
+                run_id=ref.run_id,
+                output=_output(ref),
+                grace=grace_of(found),
+                tags=_tags(found),
+            )
+            return self._supervise(shared, found, target, submitted=False)
+        except BaseException:
+            await self._connections.release(shared)
+            raise
+
+    # ---- one Job ----------------------------------------------------------------------------------------------------
+
+    async def _create(
+        self,
+        shared: Shared,
+        job: Job,
+        config: KubernetesConfig,
+        manifest: Mapping[str, Any],
+        secret: Mapping[str, str],
+    ) -> dict[str, Any]:
+        made: list[dict[str, Any]] = []
+
+        async def create() -> None:
+            made.append(await create_job(shared.api, config.namespace, manifest, job.run_id))
+            if secret:
+                # After the Job, which owns it, so that nothing is left if this process dies in between: the kubelet
+                # waits for a Secret.
+                await create_secret(shared.api, config.namespace, secret_manifest(job, secret, made[0]))
+
+        try:
+            async with self._creating:
+                # Cut off in the middle, nobody would know whether there is a Job: an answer is waited for.
+                await finish(create, within=_GRACE)
+        except BaseException:
+            with anyio.move_on_after(_GRACE, shield=True):
+                for each in made:
+                    await self._take_back(shared, each)
+            raise
+        return made[0]
+
+    async def _take_back(self, shared: Shared, made: dict[str, Any]) -> None:
+        """Delete a Job that nobody will get a handle of, and see it go."""
+        meta = made["metadata"]
+        cell = shared.watch.track(read_job(made))
+        try:
+            await delete_job(shared.api, meta["namespace"], meta["name"], meta["uid"])
+            await cell.until(lambda seen: seen.job is not None and seen.job.deleted)
+        except MlfleetError as error:
+            raise SubmitError(f"the Job {meta['name']} may be left behind: {error}", backend=self.name) from error
+        finally:
+            shared.watch.untrack(meta["uid"])
+
+    def _supervise(self, shared: Shared, made: dict[str, Any], target: Target, *, submitted: bool) -> KubernetesRun:
+        run = KubernetesRun(target, read_job(made), shared.api, self._streams, shared.watch, submitted=submitted)
+        self._runs.add(run)
+        self._tasks.start(self._look_after(run, shared), name=f"mlfleet Job {target.name}")
+        return run
+
+    async def _look_after(self, run: KubernetesRun, shared: Shared) -> None:
+        try:
+            await run.supervise()
+        finally:
+            self._runs.discard(run)
+            await self._connections.release(shared)
+
+
+def _attached_config(context: str, namespace: str) -> KubernetesConfig:
+    """The configuration to find a Job again. Blocking.
+
+    Raises:
+        UsageError: the kubeconfig has no such context any more.
+    """
+    given: dict[str, Any] = {"code-delivery": "none", "namespace": namespace}
+    if context and not context.startswith("("):
+        given["kube-context"] = context
+    return parse_config(given, os.environ)
+
+
+def _config(job: Job) -> KubernetesConfig:
+    if not isinstance(job.config, KubernetesConfig):
+        raise UsageError("the job has no configuration for the backend 'kubernetes': give backend_config")
+    return job.config
+
+
+def _tags(made: Mapping[str, Any]) -> dict[str, str]:
+    meta = made["metadata"]
+    return {"mlfleet.kubernetes.job": f"{meta['namespace']}/{meta['name']}", "mlfleet.kubernetes.uid": meta["uid"]}
+
+
+def _me() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def _output(ref: JobRef) -> Path:
+    """The file that the first process wrote to, if it is gone; else one of our own."""
+    given = ref.data.get("output")
+    path = Path(str(given)) if given else runs_folder() / ref.run_id / "output.log"
+    host, _, pid = str(ref.data.get("owner") or "").rpartition(":")
+    if host == socket.gethostname() and pid.isdigit():
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            return path
+        except PermissionError:
+            pass
+        return path.with_name(f"{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}")
+    return path

@@ -1,0 +1,290 @@
+"""``backend_config`` of the Kubernetes backend, checked before anything exists."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, cast
+
+from mlfleet.backends.kubernetes.cluster import Cluster, find_cluster
+from mlfleet.backends.kubernetes.diagnosis import Kind
+from mlfleet.backends.kubernetes.names import NAME
+from mlfleet.documents import Node, nearest, read_yaml
+from mlfleet.errors import SpecError, UsageError
+
+__all__ = ["CodeDelivery", "KubernetesConfig", "StartTimeouts", "parse_config"]
+
+GIT_IMAGE = "alpine/git:latest"
+_DAY = 24 * 3600
+_PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9]+(/[a-z0-9]+)?")
+
+
+class CodeDelivery(StrEnum):
+    """How the project's files come into the container."""
+
+    IMAGE = "image"
+    NONE = "none"
+    CONFIGMAP = "configmap"
+    GIT = "git"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartTimeouts:
+    """Seconds for which something may keep a run from its start; None is no limit.
+
+    Attributes:
+        image: an image that cannot be pulled.
+        config: a container that cannot be made: an invalid image name, a missing Secret.
+        unschedulable: no node takes the pod. Whoever waits for GPUs wants no limit.
+    """
+
+    image: float | None = 300.0
+    config: float | None = 60.0
+    unschedulable: float | None = None
+
+    def of(self, kind: Kind) -> float | None:
+        """The limit for that kind of hindrance."""
+        return cast("float | None", getattr(self, kind.value))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KubernetesConfig:
+    """What ``backend_config`` says.
+
+    Attributes:
+        cluster: from ``kube-context``.
+        namespace: of the Jobs.
+        repository_uri: where images with the project are pushed to.
+        image: to run, instead of the one in the project's ``docker_env``.
+        delivery: how the project's files get there.
+        template: of the Job; never changed.
+        tracking_uri: of the tracking server as pods reach it.
+        resources: of the run's container, as Kubernetes writes them.
+        service_account: of the pods.
+        node_selector: of the pods.
+        tolerations: of the pods.
+        image_pull_secrets: names of Secrets.
+        ttl: seconds for which a Job stays after its end.
+        timeouts: for what keeps a run from its start.
+        keep_jobs: whether a Job stays for its TTL at all.
+        builder: who builds the image: ``registry`` (no Docker needed) or ``docker``.
+        platform: of the image, where the base has several: ``linux/amd64``.
+        git_image: an image with git, for ``code-delivery: git``.
+        git_secret: a Secret with ``username`` and ``password``, or ``ssh-privatekey``, for the Git host.
+    """
+
+    cluster: Cluster
+    namespace: str
+    repository_uri: str | None = None
+    image: str | None = None
+    delivery: CodeDelivery = CodeDelivery.IMAGE
+    template: Mapping[str, Any] = field(default_factory=dict)
+    tracking_uri: str | None = None
+    resources: Mapping[str, Any] = field(default_factory=dict)
+    service_account: str | None = None
+    node_selector: Mapping[str, str] = field(default_factory=dict)
+    tolerations: Sequence[Mapping[str, Any]] = ()
+    image_pull_secrets: Sequence[str] = ()
+    ttl: int = _DAY
+    timeouts: StartTimeouts = field(default_factory=StartTimeouts)
+    keep_jobs: bool = True
+    builder: str = "registry"
+    platform: str = "linux/amd64"
+    git_image: str = GIT_IMAGE
+    git_secret: str | None = None
+
+
+_KEYS = (
+    "kube-context", "repository-uri", "kube-job-template-path", "namespace", "image", "code-delivery", "job-template",
+    "tracking-uri", "resources", "service-account", "node-selector", "tolerations", "image-pull-secrets", "ttl-seconds",
+    "start-timeout", "keep-jobs", "builder", "platform", "git-image", "git-secret",
+)  # fmt: skip
+
+
+def parse_config(config: Mapping[str, Any], environ: Mapping[str, str]) -> KubernetesConfig:
+    """Check ``backend_config``. Blocking: reads the template and the kubeconfig.
+
+    Args:
+        config: as the caller gave it; not changed.
+        environ: ``KUBECONFIG``, ``KUBE_MLFLOW_TRACKING_URI`` and the like.
+
+    Raises:
+        UsageError: what is wrong, naming the key.
+        SpecError: the template's file is missing or malformed.
+    """
+    unknown = sorted(str(key) for key in config if key not in _KEYS)
+    if unknown:
+        hint = nearest(unknown[0], _KEYS)
+        raise UsageError(f"backend_config has the unknown key {unknown[0]!r}{hint}. It takes {', '.join(_KEYS)}")
+    read = _Reader(config)
+    template = _template(read)
+    cluster = find_cluster(read.text("kube-context"), environ)
+    namespace = read.text("namespace") or _text_at(template, "metadata", "namespace") or cluster.namespace
+    if not NAME.fullmatch(namespace):
+        raise UsageError(f"backend_config: {namespace!r} is no name of a namespace")
+    delivery = _delivery(read)
+    builder = read.text("builder") or "registry"
+    if builder not in ("registry", "docker"):
+        raise UsageError(f"backend_config: builder is {builder!r}: give 'registry' (needs no Docker) or 'docker'")
+    platform = read.text("platform") or "linux/amd64"
+    if not _PLATFORM.fullmatch(platform):
+        raise UsageError(f"backend_config: platform is {platform!r}: give something like 'linux/amd64'")
+    return KubernetesConfig(
+        cluster=cluster,
+        namespace=namespace,
+        repository_uri=read.text("repository-uri"),
+        image=read.text("image"),
+        delivery=delivery,
+        template=template,
+        tracking_uri=read.text("tracking-uri") or environ.get("KUBE_MLFLOW_TRACKING_URI") or None,
+        resources=_resources(read.mapping("resources")),
+        service_account=read.text("service-account"),
+        node_selector={str(key): str(value) for key, value in read.mapping("node-selector").items()},
+        tolerations=[_mapping("tolerations", each) for each in read.sequence("tolerations")],
+        image_pull_secrets=[str(each) for each in read.sequence("image-pull-secrets")],
+        ttl=read.whole("ttl-seconds", _DAY),
+        timeouts=_timeouts(config.get("start-timeout")),
+        keep_jobs=read.boolean("keep-jobs", default=True),
+        builder=builder,
+        platform=platform,
+        git_image=read.text("git-image") or GIT_IMAGE,
+        git_secret=read.text("git-secret"),
+    )
+
+
+class _Reader:
+    """The values of a mapping, each with an error that names its key."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+
+    def text(self, key: str) -> str | None:
+        value = self._config.get(key)
+        if value is None or value == "":
+            return None
+        if not isinstance(value, str | os.PathLike):
+            raise self.wrong(key, "a text")
+        return os.fspath(value)
+
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        value = self._config.get(key)
+        return {} if value is None else _mapping(key, value)
+
+    def sequence(self, key: str) -> Sequence[Any]:
+        value = self._config.get(key)
+        if value is None:
+            return ()
+        if not isinstance(value, list | tuple):
+            raise self.wrong(key, "a list")
+        return value
+
+    def whole(self, key: str, default: int) -> int:
+        value = self._config.get(key)
+        if value is None:
+            return default
+        if type(value) is not int or value < 0:
+            raise self.wrong(key, "a whole number of seconds that is not negative")
+        return value
+
+    def boolean(self, key: str, *, default: bool) -> bool:
+        value = self._config.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.wrong(key, "true or false")
+        return value
+
+    def wrong(self, key: str, expected: str) -> UsageError:
+        return UsageError(f"backend_config: {key} is {self._config[key]!r}: give {expected}")
+
+
+def _mapping(key: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UsageError(f"backend_config: {key} is {value!r}: give a mapping")
+    return value
+
+
+def _delivery(read: _Reader) -> CodeDelivery:
+    given = read.text("code-delivery") or CodeDelivery.IMAGE.value
+    try:
+        delivery = CodeDelivery(given)
+    except ValueError:
+        known = ", ".join(repr(each.value) for each in CodeDelivery)
+        raise UsageError(f"backend_config: code-delivery is {given!r}: give one of {known}") from None
+    if delivery is CodeDelivery.IMAGE and read.text("repository-uri") is None:
+        raise UsageError(
+            "backend_config: repository-uri is missing: an image with the project is pushed there. Without a registry,"
+            " give code-delivery: 'configmap' (small projects), 'git', or 'none' if the image holds the code already"
+        )
+    return delivery
+
+
+def _template(read: _Reader) -> Mapping[str, Any]:
+    path, inline = read.text("kube-job-template-path"), read.mapping("job-template")
+    if path is not None and inline:
+        raise UsageError("backend_config: both kube-job-template-path and job-template are given: give one of them")
+    where = "job-template"
+    template: Any = copy.deepcopy(dict(inline))
+    if path is not None:
+        where = path
+        template = _plain(read_yaml(Path(path)))
+        if not isinstance(template, dict):
+            raise SpecError("a Job's manifest was expected", path=path)
+    if not template:
+        return {}
+    if template.get("kind", "Job") != "Job" or template.get("apiVersion", "batch/v1") != "batch/v1":
+        kind = f"{template.get('apiVersion')} {template.get('kind')}"
+        raise UsageError(f"{where}: a Job (batch/v1) was expected, this is a {kind}")
+    containers = _at(template, "spec", "template", "spec", "containers")
+    if not (isinstance(containers, list) and containers and all(isinstance(each, dict) for each in containers)):
+        raise UsageError(f"{where}: spec.template.spec.containers must be a list with at least one container")
+    return cast("Mapping[str, Any]", template)
+
+
+def _plain(node: Node) -> Any:
+    if isinstance(node.value, dict):
+        return {key: _plain(value) for key, value in node.value.items()}
+    if isinstance(node.value, list):
+        return [_plain(each) for each in node.value]
+    return node.value if node.value is None or isinstance(node.value, str | int | float | bool) else node.written
+
+
+def _at(value: Any, *path: str) -> Any:
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _text_at(value: Any, *path: str) -> str | None:
+    found = _at(value, *path)
+    return found if isinstance(found, str) and found else None
+
+
+def _resources(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """As Kubernetes has them, or flat: ``{"cpu": 2, "memory": "4Gi", "nvidia.com/gpu": 1}`` is requests and limits."""
+    if not given:
+        return {}
+    if set(given) <= {"requests", "limits", "claims"}:
+        return copy.deepcopy(dict(given))
+    if {"requests", "limits"} & set(given):
+        raise UsageError("backend_config: resources has requests or limits, and other keys beside them")
+    flat = {str(name): str(amount) for name, amount in given.items()}
+    return {"requests": dict(flat), "limits": dict(flat)}
+
+
+def _timeouts(given: Any) -> StartTimeouts:
+    names = ("image", "config", "unschedulable")
+    if given is None:
+        return StartTimeouts()
+    values = dict(given) if isinstance(given, Mapping) else dict.fromkeys(names, given)
+    for name, seconds in values.items():
+        if name not in names:
+            raise UsageError(f"backend_config: start-timeout has {name!r}: it takes {', '.join(names)}")
+        if seconds is not None and (type(seconds) not in (int, float) or not 0 <= seconds < float("inf")):
+            raise UsageError(f"backend_config: start-timeout is {given!r}: give seconds, or null for no limit")
+    return StartTimeouts(**values)

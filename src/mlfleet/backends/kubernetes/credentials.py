@@ -1,0 +1,174 @@
+"""How to show the API server who we are, and to renew that when it expires."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import ssl
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+from kubernetes_asyncio.client.configuration import Configuration
+from kubernetes_asyncio.config.kube_config import KubeConfigLoader, KubeConfigMerger
+
+from mlfleet.backends.kubernetes.cluster import IN_CLUSTER, SERVICE_ACCOUNT, Cluster
+from mlfleet.concurrency.threads import Threads
+from mlfleet.errors import BackendError
+from mlfleet.masking import mask
+
+__all__ = ["Credentials", "Login"]
+
+_log = logging.getLogger("mlfleet.kubernetes")
+_loading = Threads("kubernetes credentials", 4)
+_PLUGIN_TIME = 120.0  # seconds; a plugin may ask a person to log in with a browser
+_REREAD = 60.0  # seconds after which a token file is read again: the kubelet renews it in place
+_SHORTEST = 5.0  # seconds between two renewals
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """What a connection needs.
+
+    Attributes:
+        host: ``https://address:port``.
+        authorization: the header; None where a client certificate says it all.
+        tls: for https.
+        server_name: that the certificate must have, if not the address.
+        proxy: of the kubeconfig.
+        direct: do not look for a proxy in the environment: Python knows no CIDRs in NO_PROXY.
+        renew_at: on the monotonic clock; None: only when the server refuses it.
+    """
+
+    host: str
+    authorization: str | None = field(default=None, repr=False)
+    tls: ssl.SSLContext | None = field(default=None, repr=False)
+    server_name: str | None = None
+    proxy: str | None = field(default=None, repr=False)
+    direct: bool = False
+    renew_at: float | None = None
+
+
+class Credentials:
+    """The current `Login` of one cluster. Hundreds of requests share one renewal."""
+
+    def __init__(self, cluster: Cluster, account: Path = SERVICE_ACCOUNT) -> None:
+        self._cluster = cluster
+        self._account = account
+        self._login: Login | None = None
+        self._lock = asyncio.Lock()
+
+    async def login(self, *, refused: str | None = None) -> Login:
+        """What to show now.
+
+        Args:
+            refused: the header that the server has just refused: then another one is fetched, unless that was done
+                meanwhile.
+
+        Raises:
+            BackendError: it cannot be had; the text says why.
+        """
+        login = self._login
+        if login is not None and refused is None and not _is_due(login):
+            return login
+        async with self._lock:
+            login = self._login
+            if login is None or (refused is not None and login.authorization == refused) or _is_due(login):
+                login = await self._load(login)
+                self._login = login
+            return login
+
+    async def _load(self, old: Login | None) -> Login:
+        try:
+            if self._cluster.context == IN_CLUSTER:
+                return await _loading(partial(_around_us, self._account, old))
+            return await _loading(partial(_load, self._cluster, old))
+        except BackendError:
+            raise
+        except Exception as error:
+            # The libraries of the providers raise whatever they like.
+            where = f"the context {self._cluster.context!r}"
+            text = f"the credentials of {where} cannot be had: {mask(str(error) or type(error).__name__, ())[:500]}"
+            raise BackendError(text, backend="kubernetes") from error
+
+
+def _is_due(login: Login) -> bool:
+    return login.renew_at is not None and time.monotonic() >= login.renew_at
+
+
+def _load(cluster: Cluster, old: Login | None) -> Login:
+    """From the kubeconfig, its plugins included. Blocking: in a thread with an event loop of its own."""
+    merger = KubeConfigMerger(cluster.paths)
+    loader = KubeConfigLoader(
+        config_dict=merger.config,
+        active_context=cluster.context,
+        config_base_path=None,
+        config_persister=merger.save_changes,  # OpenID providers give each refresh token once
+    )
+    configuration = Configuration()
+
+    async def load() -> None:
+        with anyio.fail_after(_PLUGIN_TIME):
+            await loader.load_and_set(configuration)
+
+    try:
+        asyncio.run(load())
+    except TimeoutError as error:
+        raise BackendError(
+            f"the credential plugin of the context {cluster.context!r} gave nothing within {_PLUGIN_TIME:g} s",
+            backend="kubernetes",
+        ) from error
+    host = str(configuration.host).rstrip("/")
+    tls = None
+    if host.startswith("https"):
+        tls = old.tls if old is not None and old.tls is not None else _tls(configuration)
+    return Login(
+        host=host,
+        authorization=configuration.api_key.get("BearerToken"),
+        tls=tls,
+        server_name=configuration.tls_server_name,
+        proxy=configuration.proxy,
+        renew_at=_renewal(loader),
+    )
+
+
+def _renewal(loader: Any) -> float | None:
+    expiry = getattr(loader, "exec_plugin_expiry", None)
+    if expiry is not None:
+        left = float(expiry.timestamp()) - time.time()
+        return time.monotonic() + max(_SHORTEST, left * 0.8)
+    user = loader._user.value if loader._user is not None else {}
+    return time.monotonic() + _REREAD if "tokenFile" in user and "token" not in user else None
+
+
+def _tls(configuration: Any) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=configuration.ssl_ca_cert)
+    # Python 3.13 asks for extensions that the authorities of many clusters lack.
+    context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
+    if configuration.cert_file:
+        context.load_cert_chain(configuration.cert_file, keyfile=configuration.key_file)
+    if not configuration.verify_ssl:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _around_us(account: Path, old: Login | None) -> Login:
+    """The service account of the pod that this process is in. Blocking."""
+    address, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ.get("KUBERNETES_SERVICE_PORT", "443")
+    token = (account / "token").read_text().strip()
+    tls = old.tls if old is not None else ssl.create_default_context(cafile=str(account / "ca.crt"))
+    if tls is not None:
+        tls.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
+    host = f"[{address}]" if ":" in address else address
+    return Login(
+        host=f"https://{host}:{port}",
+        authorization=f"Bearer {token}",
+        tls=tls,
+        direct=True,
+        renew_at=time.monotonic() + _REREAD,
+    )

@@ -1,0 +1,97 @@
+"""The project's code on its way to the cluster, by the way that the configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from mlfleet.backends.base import Job
+from mlfleet.backends.docker.engine import Engine
+from mlfleet.backends.docker.image import Images
+from mlfleet.backends.kubernetes.api import Api
+from mlfleet.backends.kubernetes.config import CodeDelivery, KubernetesConfig
+from mlfleet.backends.kubernetes.delivery import ConfigMaps, configmap_code, git_code
+from mlfleet.backends.kubernetes.engine_push import push_from_engine
+from mlfleet.backends.kubernetes.image import push_project
+from mlfleet.backends.kubernetes.manifest import Code
+from mlfleet.backends.kubernetes.registry import Registries, parse_reference
+from mlfleet.backends.kubernetes.source import GitSource, git_source
+from mlfleet.concurrency.once import Once
+from mlfleet.project.content import content_hash
+
+__all__ = ["Deliveries", "previewed"]
+
+
+class Deliveries:
+    """Each content is brought to a place once, for all runs that need it."""
+
+    def __init__(self) -> None:
+        self._configmaps = ConfigMaps()
+        self._pushes: Once[tuple[str, ...], str] = Once(keep=True)
+
+    async def deliver(self, api: Api, job: Job, config: KubernetesConfig, image: str) -> Code:
+        """Bring the code there.
+
+        Args:
+            api: of the cluster.
+            job: the run.
+            config: of its backend.
+            image: to run in, or to build on.
+
+        Raises:
+            MlfleetError: it cannot be brought there; the text says why.
+        """
+        match config.delivery:
+            case CodeDelivery.NONE:
+                return Code(image=image)
+            case CodeDelivery.CONFIGMAP:
+                return configmap_code(image, await self._configmaps.put(api, job, config.namespace))
+            case CodeDelivery.GIT:
+                return _git(image, config, await git_source(job.project_dir))
+            case CodeDelivery.IMAGE:
+                return Code(image=await self._push(job, config, image))
+
+    async def _push(self, job: Job, config: KubernetesConfig, base: str) -> str:
+        digest = await content_hash(job.project_dir)
+        key = (config.builder, base, str(config.repository_uri), config.platform, digest)
+        return await self._pushes(key, partial(self._push_once, job, config, base))
+
+    async def _push_once(self, job: Job, config: KubernetesConfig, base: str) -> str:
+        auth: Mapping[str, Any] | None = job.docker.auth if job.docker is not None else None
+        repository = config.repository_uri or ""
+        if config.builder == "docker":
+            async with Engine() as engine:
+                await engine.located()
+                images = Images(engine)
+                found = await images.base(base, platform=config.platform, credentials=auth, on_progress=job.on_progress)
+                built = await images.built(
+                    found, job.project_dir, project=job.project_name, on_progress=job.on_progress
+                )
+                return await push_from_engine(engine, built, repository, auth, job.on_progress)
+        async with Registries(auth) as registries:
+            return await push_project(
+                registries,
+                parse_reference(base),
+                parse_reference(repository),
+                job.project_dir,
+                platform=config.platform,
+                on_progress=job.on_progress,
+            )
+
+
+def previewed(job: Job, config: KubernetesConfig, image: str) -> Code:
+    """The same as far as it is known before anything is made."""
+    match config.delivery:
+        case CodeDelivery.NONE:
+            return Code(image=image)
+        case CodeDelivery.CONFIGMAP:
+            return configmap_code(image, "mlfleet-code-of-the-run")
+        case CodeDelivery.GIT:
+            return _git(image, config, GitSource("(of the project)", job.commit or "(of the project)", "."))
+        case CodeDelivery.IMAGE:
+            return Code(image=f"{parse_reference(config.repository_uri or '').name}:of-the-run")
+
+
+def _git(image: str, config: KubernetesConfig, source: GitSource) -> Code:
+    return git_code(image, config, url=source.url, commit=source.commit, folder=source.inside)

@@ -1,0 +1,190 @@
+"""Why a run does not start, and how one ended. Pure: from what was seen to what a person is told."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from enum import StrEnum
+
+from mlfleet.backends.kubernetes.state import ContainerState, PodState, Seen
+from mlfleet.errors import RunLost
+from mlfleet.runs import FailureKind, Outcome, RunStatus
+
+__all__ = ["Hindrance", "Kind", "exit_code", "hindrance", "outcome"]
+
+_IMAGE = (
+    "ErrImagePull",
+    "ImagePullBackOff",
+    "ErrImageNeverPull",
+    "ImageInspectError",
+    "RegistryUnavailable",
+    "SignatureValidationFailed",
+)
+_CONFIG = (
+    "InvalidImageName",
+    "CreateContainerConfigError",
+    "CreateContainerError",
+    "RunContainerError",
+    "PreCreateHookError",
+)
+_LONGEST = 500
+
+
+class Kind(StrEnum):
+    """What keeps a run from its start; each has a limit of its own."""
+
+    IMAGE = "image"
+    CONFIG = "config"
+    UNSCHEDULABLE = "unschedulable"
+
+
+@dataclass(frozen=True, slots=True)
+class Hindrance:
+    """What keeps a run from its start now.
+
+    Attributes:
+        kind: what kind of hindrance it is.
+        text: for a person.
+        pod: that is hindered; empty if there is none yet.
+    """
+
+    kind: Kind
+    text: str
+    pod: str = ""
+
+
+def hindrance(seen: Seen) -> Hindrance | None:
+    """What keeps the run from its start; None if nothing does, or if it may not start yet (Kueue, a gate)."""
+    job = seen.job
+    if job is None or job.ended or job.suspended or job.deleting:
+        return None
+    waiting = [pod for pod in seen.pods if not pod.ended and not pod.deleting]
+    if not waiting:
+        # Between two attempts the Job controller waits; before the first there should be a pod at once.
+        return None if seen.pods else Hindrance(Kind.UNSCHEDULABLE, "no pod was created for the Job")
+    pod = waiting[-1]
+    if pod.gated:
+        return None
+    if pod.unschedulable:
+        return Hindrance(Kind.UNSCHEDULABLE, f"no node takes the pod: {_short(pod.unschedulable)}", pod.name)
+    for container in (*pod.init, pod.main):
+        found = _hindered(container)
+        if found is not None:
+            return Hindrance(found, f"{container.waiting}: {_short(container.message)}".rstrip(": "), pod.name)
+    return None
+
+
+def outcome(seen: Seen) -> Outcome:
+    """How a Job ended that has: by its conditions first, and by its pods where it has none.
+
+    The error of the outcome is `RunLost` where it cannot be known.
+    """
+    job = seen.job
+    if job is None or not job.ended:
+        raise ValueError("the Job has not ended")
+    code = exit_code(seen)
+    # A Job that is deleted between the two phases of its end has the first only.
+    ending = job.ending.type if job.ending is not None and job.deleted else ""
+    if job.complete or ending == "SuccessCriteriaMet":
+        return Outcome(RunStatus.FINISHED, 0)
+    condition = job.failed or (job.ending if ending else None)
+    if condition is None:
+        return _without_condition(seen, code)
+    return Outcome(
+        RunStatus.FAILED, code, _reason(seen, condition.reason, condition.message), cause=_cause(seen, condition.reason)
+    )
+
+
+def exit_code(seen: Seen) -> int | None:
+    """Of the last attempt; None if none is known."""
+    pod = seen.last_pod
+    if pod is None or not (pod.main.started or pod.main.exit_code is not None):
+        return None
+    return pod.main.exit_code
+
+
+def _without_condition(seen: Seen, code: int | None) -> Outcome:
+    """The Job is gone and never said how it ended."""
+    job, pod = seen.job, seen.last_pod
+    assert job is not None  # noqa: S101 - checked by the caller
+    if not job.unseen:
+        reason = f"the Job {job.name} was deleted externally"
+        code = code if pod is not None and pod.main.terminated else None
+        return Outcome(RunStatus.FAILED, code, reason, cause=FailureKind.INFRASTRUCTURE)
+    if pod is not None and pod.main.terminated and code is not None and not pod.deleting:
+        if code == 0:
+            return Outcome(RunStatus.FINISHED, 0)
+        if job.attempts + 1 > job.retries:
+            return Outcome(RunStatus.FAILED, code, _pod_reason(pod, code), cause=_cause(seen, ""))
+    reason = f"the Job {job.name} is gone, and how it ended was not seen"
+    hint = "its ttlSecondsAfterFinished may be too short" if not job.deleting else "somebody deleted it"
+    lost = RunLost(f"{reason}; {hint}", backend="kubernetes")
+    return Outcome(RunStatus.FAILED, code, str(lost), error=lost)
+
+
+def _reason(seen: Seen, reason: str, message: str) -> str:
+    job, pod, code = seen.job, seen.last_pod, exit_code(seen)
+    why = _pod_reason(pod, code) if pod is not None else ""
+    match reason:
+        case "BackoffLimitExceeded":
+            tried = f" (attempt {job.attempts} of {job.retries + 1})" if job is not None and job.retries else ""
+            return f"{why or 'its pods failed'}{tried}"
+        case "DeadlineExceeded":
+            return "the Job's activeDeadlineSeconds ran out (DeadlineExceeded)"
+        case "PodFailurePolicy":
+            return f"{why or 'its pod failed'}, which the Job's podFailurePolicy takes for final: {_short(message)}"
+        case _:
+            return "; ".join(part for part in (why, f"{reason}: {_short(message)}".strip(": ")) if part)
+
+
+def _cause(seen: Seen, reason: str) -> FailureKind | None:
+    """What kind of failure it was; None leaves that to the exit code."""
+    pod = seen.last_pod
+    if reason == "DeadlineExceeded":
+        return FailureKind.TIMEOUT
+    if pod is None:
+        return FailureKind.INFRASTRUCTURE
+    if pod.main.reason == "OOMKilled":
+        return FailureKind.OOM
+    if pod.reason == "Evicted" or pod.disruption is not None:
+        return FailureKind.PREEMPTED
+    if not pod.main.started:
+        return FailureKind.FAILURE if pod.main.reason == "StartError" else FailureKind.INFRASTRUCTURE
+    return None
+
+
+def _pod_reason(pod: PodState, code: int | None) -> str:
+    """Why a pod failed; empty if it does not tell."""
+    main = pod.main
+    if main.reason == "OOMKilled":
+        return "out of memory" + (f" (its limit is {pod.memory})" if pod.memory else "")
+    if pod.reason == "Evicted":
+        return f"evicted from the node {pod.node}: {_short(pod.message)}".rstrip(": ")
+    if pod.disruption is not None:
+        return f"ended by the cluster ({pod.disruption.reason}): {_short(pod.disruption.message)}".rstrip(": ")
+    broken = next((each for each in pod.init if each.terminated and each.exit_code), None)
+    if broken is not None and not main.started:
+        return f"the init container {broken.name!r} failed: {_code(broken.exit_code or 0)}"
+    if main.reason == "StartError":
+        return f"the command cannot be started: {_short(main.message)}"
+    if pod.reason:
+        return f"{pod.reason}: {_short(pod.message)}".rstrip(": ")
+    return "" if code is None else _code(code)
+
+
+def _code(code: int) -> str:
+    number = code - 128
+    if number in {each.value for each in signal.Signals}:
+        return f"exit code {code} ({signal.Signals(number).name})"
+    return f"exit code {code}"
+
+
+def _hindered(container: ContainerState) -> Kind | None:
+    if container.waiting in _IMAGE:
+        return Kind.IMAGE
+    return Kind.CONFIG if container.waiting in _CONFIG else None
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"

@@ -1,0 +1,296 @@
+"""Copies what the containers of a run print into the run's file, live, in order, and each line once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import resource
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import aiohttp
+import anyio
+
+from mlfleet.backends.kubernetes.api import Api, ApiError, Pool, pause
+from mlfleet.concurrency.threads import Threads
+
+__all__ = ["Copier", "LogStream", "Streams"]
+
+_log = logging.getLogger("mlfleet.kubernetes")
+_writing = Threads("kubernetes output", 8)
+_GATHER = 0.01  # seconds in which more of a trickle is let come, so that it costs fewer turns
+_SMALL = 16 * 1024
+_LOOK = 2.0  # seconds between two looks for a free place
+_TRIES = 5  # without any output, of a container that has ended
+# RFC 3339 with nanoseconds, in the time zone of the node.
+_STAMP = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?(?:Z|[+-]\d\d:\d\d)) ")
+_LONGEST_STAMP = 37
+
+
+class LogStream:
+    """Takes the timestamps off a log, and leaves out what was there before the connection broke. Pure.
+
+    The server starts again with the whole second of the last line (``sinceTime`` has no more): what is not after the
+    last line that was taken is dropped. Of several lines with one stamp as many are dropped as were taken, and of one
+    that was cut off its beginning.
+    """
+
+    def __init__(self) -> None:
+        self.last = b""  # the stamp of the last line
+        self._taken = 0  # complete lines with that stamp
+        self._partial = 0  # bytes taken of a line that has not ended
+        self._restart()
+
+    def _restart(self) -> None:
+        self._head = b""  # of a line whose stamp is not complete yet
+        self._prefix = b""  # of a line without a stamp
+        self._in_line = False
+        self._keep = True
+        self._skip_bytes = 0
+        self._to_skip = self._taken + (1 if self._partial else 0)
+
+    @property
+    def since(self) -> str | None:
+        """What to ask the server for: RFC 3339; None is everything."""
+        return self.last.decode() or None
+
+    def resume(self) -> None:
+        """The connection is new."""
+        self._restart()
+
+    def feed(self, data: bytes) -> bytes:
+        """What is new of `data`, without stamps."""
+        out: list[bytes] = []
+        at = 0
+        while at < len(data):
+            if not self._in_line:
+                at = self._begin(data, at)
+                if not self._in_line:
+                    break
+            end = data.find(b"\n", at)
+            piece = data[at:] if end < 0 else data[at : end + 1]
+            self._body(piece, out)
+            at += len(piece)
+            if end >= 0:
+                self._end()
+        return b"".join(out)
+
+    def close(self) -> bytes:
+        """What was held back for a stamp that never was complete."""
+        head, self._head = self._head, b""
+        return head
+
+    def _begin(self, data: bytes, at: int) -> int:
+        """Take the stamp of a line; it may come in pieces."""
+        have = self._head + data[at : at + _LONGEST_STAMP]
+        match = _STAMP.match(have)
+        if match is None and len(have) < _LONGEST_STAMP and b"\n" not in have and b" " not in have:
+            self._head = have
+            return len(data)
+        held = len(self._head)
+        self._head = b""
+        self._in_line = True
+        if match is None:
+            # The kubelet itself speaks without a stamp: "unable to retrieve container logs".
+            self._keep, self._skip_bytes = True, 0
+            self._prefix = have[:held]
+            return at
+        self._prefix = b""
+        self._stamp(match[1])
+        return at + match.end() - held
+
+    def _stamp(self, stamp: bytes) -> None:
+        self._keep, self._skip_bytes = True, 0
+        if self.last and stamp < self.last:
+            self._keep = False
+        elif stamp == self.last and self._to_skip > 0:
+            self._to_skip -= 1
+            if self._to_skip == 0 and self._partial:
+                self._skip_bytes = self._partial
+            else:
+                self._keep = False
+        elif stamp != self.last:
+            self.last, self._taken, self._partial, self._to_skip = stamp, 0, 0, 0
+
+    def _body(self, piece: bytes, out: list[bytes]) -> None:
+        if self._prefix:
+            piece, self._prefix = self._prefix + piece, b""
+        if not self._keep:
+            return
+        if self._skip_bytes:
+            skipped = min(self._skip_bytes, len(piece))
+            self._skip_bytes -= skipped
+            piece = piece[skipped:]
+        self._partial += len(piece)
+        out.append(piece)
+
+    def _end(self) -> None:
+        if self._keep:
+            self._taken += 1
+            self._partial = 0
+        self._in_line = False
+
+
+class Streams:
+    """How many logs are read at once: each that is followed holds a connection for the life of its container.
+
+    Where there are more runs than that, the others' output comes when a place is free or when their container has
+    ended, for which there are places of their own.
+    """
+
+    def __init__(self) -> None:
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._following = anyio.Semaphore(max(16, min(2000, files // 4)))
+        self._reading = anyio.Semaphore(50)
+
+    @asynccontextmanager
+    async def place(self, ended: Callable[[], bool], until_ended: Callable[[], Awaitable[None]]) -> AsyncIterator[bool]:
+        """A place to read one log.
+
+        Args:
+            ended: whether the container has ended.
+            until_ended: waits for that.
+
+        Returns:
+            Whether it is one to follow the log.
+        """
+        follow = not ended() and await self._place_to_follow(ended, until_ended)
+        if follow:
+            try:
+                yield True
+            finally:
+                self._following.release()
+        else:
+            async with self._reading:
+                yield False
+
+    async def _place_to_follow(self, ended: Callable[[], bool], until_ended: Callable[[], Awaitable[None]]) -> bool:
+        while not ended():
+            try:
+                self._following.acquire_nowait()
+            except anyio.WouldBlock:
+                with anyio.move_on_after(_LOOK):
+                    await until_ended()
+            else:
+                return True
+        return False
+
+
+class Copier:
+    """Copies the logs of the pods of one run.
+
+    Args:
+        api: of the cluster.
+        streams: of all runs.
+        namespace: of the pods.
+        path: of the file to write; None: the stdout of this process.
+    """
+
+    def __init__(self, api: Api, streams: Streams, namespace: str, path: Path | None) -> None:
+        self._api = api
+        self._streams = streams
+        self._namespace = namespace
+        self._path = path
+        self._last_byte = b"\n"
+        self.copied = 0
+
+    async def copy(
+        self, pod: str, container: str, ended: Callable[[], bool], until_ended: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Copy the log of one container to its end.
+
+        Args:
+            pod: its name.
+            container: its name.
+            ended: whether the container has ended, or is gone.
+            until_ended: waits for that.
+        """
+        stream = LogStream()
+        attempt = 0
+        had_ended = False
+        while True:
+            before = self.copied
+            try:
+                async with self._streams.place(ended, until_ended) as follow:
+                    had_ended = not follow
+                    await self._follow(pod, container, stream, follow=follow)
+                complete = True
+            except ApiError as error:
+                complete = False
+                if error.status in (403, 404, 410) or (error.status == 400 and had_ended):
+                    if error.status == 403 or not had_ended:
+                        _log.warning("the output of the pod %s is not all there: %s", pod, error)
+                    break
+                _log.debug("%s", error)
+            # The stream ends when the container does, but a proxy may end it sooner: only what ends after the
+            # container is complete.
+            if complete and (had_ended or ended()):
+                break
+            attempt = 0 if self.copied > before else attempt + 1
+            if attempt > _TRIES and ended():
+                _log.warning("the output of the pod %s is not all there: the API server gives no more of it", pod)
+                break
+            with anyio.move_on_after(pause(attempt)):
+                await until_ended()
+        await self._write(stream.close())
+
+    async def finish_line(self) -> None:
+        """End the last line, so that the next container begins a new one."""
+        if self._last_byte != b"\n":
+            await self._write(b"\n")
+
+    async def begin(self) -> None:
+        """Make the file, empty.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if self._path is not None:
+            await _writing(partial(_create, self._path))
+
+    async def _follow(self, pod: str, container: str, stream: LogStream, *, follow: bool) -> None:
+        stream.resume()
+        params = {"container": container, "timestamps": "true"}
+        if follow:
+            params["follow"] = "true"
+        if stream.since is not None:
+            params["sinceTime"] = stream.since
+        path = f"/api/v1/namespaces/{self._namespace}/pods/{pod}/log"
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=None if follow else 60)
+        async with self._api.stream("reading a log", path, pool=Pool.LOGS, params=params, timeout=timeout) as response:
+            while data := await response.content.readany():
+                await self._write(stream.feed(data))
+                if len(data) < _SMALL and not response.content.at_eof():
+                    await anyio.sleep(_GATHER)
+
+    async def _write(self, data: bytes) -> None:
+        if not data:
+            return
+        self._last_byte = data[-1:]
+        self.copied += len(data)
+        try:
+            await _writing(partial(_append, self._path, data))
+        except OSError as error:
+            _log.warning("output of a run is lost: %s", error)
+
+
+def _create(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
+
+
+def _append(path: Path | None, data: bytes) -> None:
+    if path is None:
+        file, opened = 1, False
+    else:
+        file, opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600), True
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(file, view) :]
+    finally:
+        if opened:
+            os.close(file)

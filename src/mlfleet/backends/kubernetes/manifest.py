@@ -1,0 +1,278 @@
+"""From a job to the manifest of its Kubernetes Job. Pure; the template is copied, never changed."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlfleet.backends.base import Job
+from mlfleet.backends.kubernetes.config import KubernetesConfig
+from mlfleet.backends.kubernetes.launch import escape, launch
+from mlfleet.backends.kubernetes.names import container_name, job_name, label_value
+from mlfleet.backends.kubernetes.state import CONTAINER_ANNOTATION, MANAGED_BY, RUN_LABEL
+from mlfleet.errors import UsageError
+
+__all__ = ["SUBMISSION", "Code", "grace_of", "host_volumes", "image_of", "job_manifest", "labels_of", "secret_manifest"]
+
+_log = logging.getLogger("mlfleet.kubernetes")
+SUBMISSION = "mlfleet.submission"
+"""An annotation: which attempt to create it made this Job."""
+PROJECT = "mlfleet.project"
+_SHORT_TTL = 300
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Code:
+    """How the project's files get into the container.
+
+    Attributes:
+        image: to run.
+        init: init containers.
+        volumes: of the pod.
+        mounts: of the run's container.
+        folder: of the project in the container; None: as the image says.
+    """
+
+    image: str
+    init: Sequence[Mapping[str, Any]] = ()
+    volumes: Sequence[Mapping[str, Any]] = ()
+    mounts: Sequence[Mapping[str, Any]] = ()
+    folder: str | None = None
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A Job's manifest in the making."""
+
+    manifest: dict[str, Any]
+    pod: dict[str, Any]
+    container: dict[str, Any] = field(default_factory=dict)
+
+
+def job_manifest(
+    job: Job, config: KubernetesConfig, code: Code, plain: Mapping[str, str], *, secrets: Sequence[str], submission: str
+) -> dict[str, Any]:
+    """The Job of a run.
+
+    Args:
+        job: the run.
+        config: of its backend.
+        code: how the project gets there.
+        plain: variables.
+        secrets: the names of further variables, that are in the run's Secret.
+        submission: marks this attempt.
+
+    Raises:
+        UsageError: the template has what only we can set.
+    """
+    draft = _draft(config)
+    name = job_name(job.project_name, job.run_id)
+    _identify(draft, job, config, name, submission)
+    draft.container = container = _choose_container(draft)
+    container["name"] = container_name(str(container.get("name", "")), job.project_name)
+    _metadata(draft.manifest["spec"]["template"], "annotations")[CONTAINER_ANNOTATION] = container["name"]
+    container["image"] = code.image
+    container["command"] = launch(job.command)
+    container.pop("args", None)
+    _set_environ(container, plain, secrets, name)
+    _set_code(draft, code)
+    _set_volumes(draft, job)
+    _set_resources(container, job, config)
+    _set_pod(draft.pod, job, config)
+    return draft.manifest
+
+
+def secret_manifest(job: Job, values: Mapping[str, str], owner: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The Secret of a run, which goes when its Job does.
+
+    Args:
+        job: the run.
+        values: its secret variables.
+        owner: the Job as the API server has it; None: it is not there yet.
+    """
+    metadata: dict[str, Any] = {"name": job_name(job.project_name, job.run_id), "labels": labels_of(job.run_id)}
+    if owner is not None:
+        meta = owner["metadata"]
+        reference = {"apiVersion": "batch/v1", "kind": "Job", "name": meta["name"], "uid": meta["uid"]}
+        metadata["ownerReferences"] = [reference]
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": metadata,
+        "type": "Opaque",
+        "stringData": dict(values),
+    }
+
+
+def labels_of(run_id: str) -> dict[str, str]:
+    """By which what belongs to a run is found."""
+    return {MANAGED_BY: "mlfleet", RUN_LABEL: label_value(run_id)}
+
+
+def image_of(job: Job, config: KubernetesConfig) -> str:
+    """The image that the project runs in, or is built on: of the configuration, the project, or the template.
+
+    Raises:
+        UsageError: none of them has one.
+    """
+    if config.image is not None:
+        return config.image
+    if job.docker is not None:
+        return job.docker.env.image
+    draft = _draft(config)
+    image = str(_choose_container(draft).get("image") or "")
+    if not image or image.startswith("{"):  # the reference's example has a text in braces there
+        raise UsageError(
+            "the project names no image: give one as image in backend_config, or as docker_env in its MLproject"
+        )
+    return image
+
+
+def grace_of(manifest: Mapping[str, Any]) -> float:
+    """Seconds between SIGTERM and SIGKILL for the pods of a Job."""
+    seconds = manifest["spec"]["template"]["spec"].get("terminationGracePeriodSeconds")
+    return 30.0 if seconds is None else float(seconds)
+
+
+def host_volumes(volumes: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Volumes and mounts for ``docker_env``'s volumes: folders of the node.
+
+    Raises:
+        UsageError: a volume is no absolute path, so that only a template can say what it is in a cluster.
+    """
+    made, mounts = [], []
+    for number, text in enumerate(volumes):
+        source, _, rest = text.partition(":")
+        target, _, options = rest.partition(":")
+        if not source.startswith("/") or not target.startswith("/"):
+            raise UsageError(
+                f"docker_env: the volume {text!r} is no folder of a node (/source:/target): put a volume of your"
+                " cluster (persistentVolumeClaim, nfs, …) and its volumeMounts into the Job's template instead"
+            )
+        name = f"mlfleet-volume-{number}"
+        made.append({"name": name, "hostPath": {"path": source}})
+        mount: dict[str, Any] = {"name": name, "mountPath": target}
+        if "ro" in options.split(","):
+            mount["readOnly"] = True
+        mounts.append(mount)
+    return made, mounts
+
+
+# ---- from the template ----------------------------------------------------------------------------------------------
+
+
+def _draft(config: KubernetesConfig) -> _Draft:
+    manifest = copy.deepcopy(dict(config.template)) or {"spec": {"template": {"spec": {"containers": [{}]}}}}
+    manifest["apiVersion"], manifest["kind"] = "batch/v1", "Job"
+    manifest.pop("status", None)
+    return _Draft(manifest, manifest["spec"]["template"]["spec"])
+
+
+def _choose_container(draft: _Draft) -> dict[str, Any]:
+    """By kubectl's annotation for the default container, else the first; the others stay as they are."""
+    meta = draft.manifest["spec"]["template"].get("metadata") or {}
+    name = (meta.get("annotations") or {}).get(CONTAINER_ANNOTATION)
+    containers: list[dict[str, Any]] = draft.pod["containers"]
+    if name is None:
+        return containers[0]
+    found = next((each for each in containers if each.get("name") == name), None)
+    if found is None:
+        known = ", ".join(str(each.get("name")) for each in containers)
+        raise UsageError(f"the Job's template has the annotation {CONTAINER_ANNOTATION}: {name}, and only {known}")
+    return found
+
+
+def _identify(draft: _Draft, job: Job, config: KubernetesConfig, name: str, submission: str) -> None:
+    manifest = draft.manifest
+    meta = manifest["metadata"] = {**(manifest.get("metadata") or {}), "name": name, "namespace": config.namespace}
+    meta.pop("generateName", None)
+    for holder in (manifest, manifest["spec"]["template"]):
+        _metadata(holder, "labels").update(labels_of(job.run_id))
+    _metadata(manifest, "annotations").update({SUBMISSION: submission, PROJECT: job.project_name})
+    spec = manifest["spec"]
+    spec.setdefault("backoffLimit", 0)
+    ttl = spec.setdefault("ttlSecondsAfterFinished", config.ttl)
+    if isinstance(ttl, int) and ttl < _SHORT_TTL:
+        _log.warning(
+            "the Job's ttlSecondsAfterFinished is %d s: if this process is away for longer, it cannot tell how the run"
+            " ended; give 300 or more",
+            ttl,
+        )
+
+
+def _metadata(holder: dict[str, Any], key: str) -> dict[str, Any]:
+    meta = holder["metadata"] = dict(holder.get("metadata") or {})
+    made: dict[str, Any] = dict(meta.get(key) or {})
+    meta[key] = made
+    return made
+
+
+def _set_environ(container: dict[str, Any], plain: Mapping[str, str], secrets: Sequence[str], secret: str) -> None:
+    given = list(container.get("env") or ())
+    clash = sorted({str(each.get("name")) for each in given} & (set(plain) | set(secrets)))
+    if clash:
+        raise UsageError(f"the Job's template sets {', '.join(clash)}, which the run sets too: remove it there")
+    container["env"] = given + [{"name": name, "value": escape(value)} for name, value in plain.items()]
+    if secrets:
+        container["envFrom"] = [*(container.get("envFrom") or ()), {"secretRef": {"name": secret}}]
+
+
+def _set_code(draft: _Draft, code: Code) -> None:
+    container, pod = draft.container, draft.pod
+    if code.folder is not None:
+        if "workingDir" in container:
+            raise UsageError("the Job's template sets workingDir, which is the project's folder: remove it there")
+        container["workingDir"] = code.folder
+    if code.init:
+        pod["initContainers"] = [*(dict(each) for each in code.init), *(pod.get("initContainers") or ())]
+    _add(pod, "volumes", code.volumes, "name")
+    _add(container, "volumeMounts", code.mounts, "mountPath")
+
+
+def _set_volumes(draft: _Draft, job: Job) -> None:
+    volumes, mounts = host_volumes(job.docker.env.volumes if job.docker is not None else ())
+    _add(draft.pod, "volumes", volumes, "name")
+    _add(draft.container, "volumeMounts", mounts, "mountPath")
+
+
+def _add(holder: dict[str, Any], key: str, more: Sequence[Mapping[str, Any]], by: str) -> None:
+    if not more:
+        return
+    given = list(holder.get(key) or ())
+    clash = {str(each.get(by)) for each in given} & {str(each[by]) for each in more}
+    if clash:
+        raise UsageError(f"the Job's template has the {by} {sorted(clash)[0]!r} in {key}, which the run needs")
+    holder[key] = given + [dict(each) for each in more]
+
+
+def _set_resources(container: dict[str, Any], job: Job, config: KubernetesConfig) -> None:
+    resources: dict[str, Any] = copy.deepcopy(dict(config.resources or container.get("resources") or {}))
+    if job.resources is not None:
+        needed = {"cpu": f"{job.resources.cpus:g}"} if job.resources.cpus else {}
+        if job.resources.memory_bytes is not None:
+            needed["memory"] = str(job.resources.memory_bytes)
+        if job.resources.gpus:
+            needed["nvidia.com/gpu"] = str(job.resources.gpus)
+        for kind in ("requests", "limits"):
+            resources[kind] = {**(resources.get(kind) or {}), **needed}
+    if resources:
+        container["resources"] = resources
+
+
+def _set_pod(pod: dict[str, Any], job: Job, config: KubernetesConfig) -> None:
+    pod.setdefault("restartPolicy", "Never")
+    # 0 would take the pod off the API server before its processes have ended.
+    pod.setdefault("terminationGracePeriodSeconds", max(1, math.ceil(job.cancel_grace)))
+    if config.service_account is not None:
+        pod["serviceAccountName"] = config.service_account
+    if config.node_selector:
+        pod["nodeSelector"] = {**(pod.get("nodeSelector") or {}), **config.node_selector}
+    if config.tolerations:
+        pod["tolerations"] = [*(pod.get("tolerations") or ()), *(dict(each) for each in config.tolerations)]
+    if config.image_pull_secrets:
+        named = [{"name": name} for name in config.image_pull_secrets]
+        pod["imagePullSecrets"] = [*(pod.get("imagePullSecrets") or ()), *named]

@@ -1,0 +1,386 @@
+"""The handle of a run on Kubernetes: its one task sees to its output, its end and its cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import anyio
+
+from mlfleet.backends.kubernetes.api import Api, ApiError
+from mlfleet.backends.kubernetes.config import StartTimeouts
+from mlfleet.backends.kubernetes.deletion import delete_job, warnings_of
+from mlfleet.backends.kubernetes.diagnosis import Hindrance, Kind, hindrance, outcome
+from mlfleet.backends.kubernetes.logs import Copier, Streams
+from mlfleet.backends.kubernetes.state import JobState, PodState, Seen, job_of_pod, read_pod
+from mlfleet.backends.kubernetes.watching import NamespaceWatch
+from mlfleet.concurrency.lines import follow_file, last_lines
+from mlfleet.concurrency.threads import Threads, outlast
+from mlfleet.errors import MlfleetError, RunLost, SubmitError
+from mlfleet.runs import FailureKind, Outcome, RunStatus
+
+__all__ = ["KubernetesRun", "Target"]
+
+_log = logging.getLogger("mlfleet.kubernetes")
+_files = Threads("kubernetes files", 4)
+_STALLED = 15.0  # seconds without output of a run that has ended
+_POD_COMES = 2.0  # seconds by which the pod's end may be seen later than the Job's
+_WARN_AFTER = 30.0  # seconds of waiting for a node
+_STUCK = 120.0  # seconds after the grace time, in which a node must confirm that a pod has ended
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """The Job of a run.
+
+    Attributes:
+        namespace: of the Job.
+        name: of the Job.
+        uid: of the Job.
+        run_id: of the MLflow run.
+        output: the file for its output; None: that of this process.
+        grace: seconds between SIGTERM and SIGKILL, as the pods have it.
+        timeouts: for what keeps the run from its start.
+        keep: whether the Job stays when the run has ended, until its TTL takes it.
+        tags: for the MLflow run.
+    """
+
+    namespace: str
+    name: str
+    uid: str
+    run_id: str
+    output: Path | None = None
+    grace: float = 30.0
+    timeouts: StartTimeouts = field(default_factory=StartTimeouts)
+    keep: bool = True
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+class KubernetesRun:
+    """The handle. `supervise` is started once by the backend, which owns its task."""
+
+    def __init__(
+        self, target: Target, job: JobState, api: Api, streams: Streams, watch: NamespaceWatch, *, submitted: bool
+    ) -> None:
+        self.target = target
+        self.submitted = submitted
+        self._api = api
+        self._watch = watch
+        self._cell = watch.track(job)
+        self._copier = Copier(api, streams, target.namespace, target.output)
+        self._started = anyio.Event()
+        self._done = anyio.Event()
+        self._outcome: Outcome | None = None
+        self._grace: float | None = None
+        self._stop_changed = anyio.Event()
+        self._cut = False  # by us, before it had ended
+        self._detaching = anyio.CancelScope()
+
+    # ---- the handle -------------------------------------------------------------------------------------------------
+
+    @property
+    def run_id(self) -> str:
+        """The id of the MLflow run."""
+        return self.target.run_id
+
+    async def started(self) -> None:
+        """Wait until the container runs, has run, or never will."""
+        await self._started.wait()
+
+    async def wait(self) -> bool:
+        """Wait for the end of the Job; True if it finished well."""
+        return (await self.outcome()).status is RunStatus.FINISHED
+
+    async def outcome(self) -> Outcome:
+        """Wait like `wait`, and tell how it ended."""
+        await self._done.wait()
+        assert self._outcome is not None  # noqa: S101 - set before the event
+        return self._outcome
+
+    async def cancel(self, *, grace: float | None = None) -> None:
+        """Delete the Job; returns when it and its pods are gone."""
+        # The run's own task does the work, so that it is done although this caller is cancelled.
+        self._begin_stop(grace)
+        await self._done.wait()
+
+    def _begin_stop(self, grace: float | None) -> None:
+        seconds = self.target.grace if grace is None else grace
+        if self._grace is None or seconds < self._grace:
+            self._grace = seconds
+            changed, self._stop_changed = self._stop_changed, anyio.Event()
+            changed.set()
+
+    async def get_status(self) -> RunStatus:
+        """SCHEDULED until a container runs; how it ended once its output is complete."""
+        if self._outcome is not None:
+            return self._outcome.status
+        seen = self._cell.value
+        if seen is None:
+            return RunStatus.SCHEDULED
+        return RunStatus.RUNNING if seen.status.is_terminal else seen.status
+
+    async def logs(self, *, follow: bool = True) -> AsyncIterator[str]:
+        """The lines of its output; none if it goes to the output of this process."""
+        if self.target.output is None:
+            return
+        async for line in follow_file(self.target.output, self._done.wait if follow else None):
+            yield line
+
+    # ---- its task ---------------------------------------------------------------------------------------------------
+
+    def detach(self) -> None:
+        """Leave the Job alone from now on; who waits is told that its end is not known."""
+        self._detaching.cancel()
+
+    async def supervise(self) -> None:
+        """See the Job to its end."""
+        with self._detaching:
+            while self._outcome is None:
+                try:
+                    self._outcome = await self._live()
+                except MlfleetError as error:
+                    await self._abandon()
+                    seen = await self._last_lines()
+                    self._outcome = Outcome(RunStatus.FAILED, reason=str(error), error=error, output=seen)
+                except asyncio.CancelledError:
+                    if self._detaching.cancel_called:
+                        raise
+                    # asyncio.run cancels every task at its end: then the Job has to end, too.
+                    self._begin_stop(None)
+        if self._outcome is None:
+            lost = RunLost("this process does not look after the Job any more", backend="kubernetes")
+            self._outcome = Outcome(RunStatus.FAILED, reason=str(lost), error=lost)
+        tidying = asyncio.ensure_future(self._tidy())
+        await outlast(tidying)
+        self._watch.untrack(self.target.uid)
+        self._started.set()
+        self._done.set()
+
+    async def _tidy(self) -> None:
+        if self.target.keep or self._cut or not self.submitted:
+            return
+        try:
+            await delete_job(self._api, self.target.namespace, self.target.name, self.target.uid)
+        except MlfleetError as error:
+            _log.warning("the Job %s stays: %s", self.target.name, error)
+
+    async def _abandon(self) -> None:
+        """What follows the cluster has failed. Nobody would see the Job's end: it must not go on unseen."""
+        if not self.submitted:
+            return
+        try:
+            await delete_job(self._api, self.target.namespace, self.target.name, self.target.uid, patience=10)
+        except MlfleetError as error:
+            _log.warning("the Job %s may still run: %s", self.target.name, error)
+
+    async def _live(self) -> Outcome:
+        failed: BaseException | None = None
+        try:
+            async with anyio.create_task_group() as group:
+                copied = anyio.Event()
+                group.start_soon(self._copy, copied)
+                group.start_soon(self._notice_start)
+                group.start_soon(self._mind_start)
+                group.start_soon(self._stop_when_asked)
+                seen = await self._cell.until(self._is_over)
+                if not self._cut:
+                    seen = await self._with_pods(seen)
+                await self._drain(copied)
+                group.cancel_scope.cancel()
+        except* MlfleetError as errors:
+            failed = errors
+        while isinstance(failed, BaseExceptionGroup):
+            failed = failed.exceptions[0]
+        if isinstance(failed, _NeverStarts):
+            return await self._never_started(failed)
+        if failed is not None:
+            raise failed
+        return await self._end(seen)
+
+    def _is_over(self, seen: Seen) -> bool:
+        """Whether nothing more will come: of a Job that we delete, when its pods are gone with it."""
+        return seen.job is not None and seen.job.deleted if self._cut else seen.ended
+
+    async def _end(self, seen: Seen) -> Outcome:
+        told, job = outcome(seen), seen.job
+        by_itself = job is not None and (job.complete or job.failed is not None or job.ending is not None)
+        if self._cut or (self._grace is not None and not by_itself):
+            told = Outcome(RunStatus.KILLED, told.exit_code, "cancelled")
+        return told if told.status is RunStatus.FINISHED else replace(told, output=await self._last_lines())
+
+    async def _with_pods(self, seen: Seen) -> Seen:
+        """The same, with the pod that tells the exit code: its watch may be behind, or away."""
+
+        def told(seen: Seen) -> bool:
+            pod = seen.last_pod
+            return pod is not None and (pod.main.terminated or pod.ended)
+
+        if told(seen) or (seen.job is not None and (seen.job.complete or seen.job.unseen)):
+            return seen
+        with anyio.move_on_after(_POD_COMES):
+            return await self._cell.until(told)
+        try:
+            answer = await self._api.call(
+                "looking for the pods of a Job",
+                "GET",
+                f"/api/v1/namespaces/{self.target.namespace}/pods",
+                params={"labelSelector": f"batch.kubernetes.io/job-name={self.target.name}"},
+                patience=10,
+            )
+        except ApiError as error:
+            _log.debug("%s", error)
+            return seen
+        pods = [read_pod(raw) for raw in answer.get("items") or () if job_of_pod(raw) == self.target.uid]
+        return Seen(seen.job, tuple(sorted(pods, key=lambda pod: (pod.created, pod.name)))) if pods else seen
+
+    async def _notice_start(self) -> None:
+        await self._cell.until(lambda seen: seen.started)
+        self._started.set()
+
+    # ---- output -----------------------------------------------------------------------------------------------------
+
+    async def _copy(self, copied: anyio.Event) -> None:
+        """Pod after pod, as the Job tries again."""
+        try:
+            await self._copier.begin()
+        except OSError as error:
+            text = f"the output of the run cannot be written to {self.target.output}: {error.strerror}"
+            raise SubmitError(text, backend="kubernetes") from error
+        done: set[str] = set()
+        while True:
+            seen = await self._cell.until(lambda seen: seen.ended or _next_log(seen, done) is not None)
+            found = _next_log(seen, done)
+            if found is None:
+                break
+            pod, container = found
+            await self._copier.finish_line()
+            done.add(pod.uid)
+            ended = partial(_has_ended, pod.uid, container)
+            await self._copier.copy(pod.name, container, partial(self._has, ended), partial(self._until, ended))
+        copied.set()
+
+    def _has(self, accept: Callable[[Seen], bool]) -> bool:
+        return self._cell.value is not None and accept(self._cell.value)
+
+    async def _until(self, accept: Callable[[Seen], bool]) -> None:
+        await self._cell.until(accept)
+
+    async def _drain(self, copied: anyio.Event) -> None:
+        """Wait for the rest of the output, as long as some comes."""
+        seen = -1
+        while not copied.is_set() and seen != self._copier.copied:
+            seen = self._copier.copied
+            with anyio.move_on_after(_STALLED):
+                await copied.wait()
+
+    async def _last_lines(self) -> tuple[str, ...]:
+        output = self.target.output
+        return () if output is None else await _files(partial(last_lines, output))
+
+    # ---- what never starts ------------------------------------------------------------------------------------------
+
+    async def _mind_start(self) -> None:
+        """Give up a run that is kept from its start for too long."""
+        while True:
+            seen = await self._cell.until(lambda seen: hindrance(seen) is not None)
+            found = hindrance(seen)
+            assert found is not None  # noqa: S101 - just seen
+            limit = self.target.timeouts.of(found.kind)
+            warn_after = _WARN_AFTER if found.kind is Kind.UNSCHEDULABLE else None
+            if warn_after is not None and (limit is None or limit > warn_after):
+                if await self._passes(found.kind, warn_after):
+                    continue
+                _log.warning("the run %s does not start yet: %s", self.run_id, self._now_hindered(found).text)
+                limit = None if limit is None else limit - warn_after
+            if not await self._passes(found.kind, limit):
+                raise _NeverStarts(self._now_hindered(found), self.target.timeouts.of(found.kind) or 0.0)
+
+    async def _passes(self, kind: Kind, seconds: float | None) -> bool:
+        with anyio.move_on_after(seconds):
+            await self._cell.until(lambda seen: (found := hindrance(seen)) is None or found.kind is not kind)
+            return True
+        return False
+
+    def _now_hindered(self, first: Hindrance) -> Hindrance:
+        return (hindrance(self._cell.value) if self._cell.value is not None else None) or first
+
+    async def _never_started(self, error: _NeverStarts) -> Outcome:
+        found = error.hindrance
+        said = await warnings_of(self._api, self.target.namespace, found.pod or self.target.name)
+        reason = f"the run did not start within {error.seconds:g} s: {found.text}"
+        await self._abandon()
+        lost = SubmitError("\n".join((reason, *said)), backend="kubernetes")
+        return Outcome(RunStatus.FAILED, None, reason, output=tuple(said), error=lost, cause=FailureKind.INFRASTRUCTURE)
+
+    # ---- cancellation -----------------------------------------------------------------------------------------------
+
+    async def _stop_when_asked(self) -> None:
+        """Delete the Job and see its pods end; ends with the group when the Job is gone."""
+        while self._grace is None:
+            await self._stop_changed.wait()
+        if self._cell.value is not None and self._cell.value.ended:
+            return
+        target, sent = self.target, self.target.grace
+        self._cut = await delete_job(self._api, target.namespace, target.name, target.uid)
+        stuck_at = anyio.current_time() + self._grace + _STUCK
+        while True:
+            if self._grace < sent:
+                # A Job's pods get their own grace time, whatever its deletion says; a shorter one they are told.
+                sent = self._grace
+                await self._hurry(sent)
+                stuck_at = min(stuck_at, anyio.current_time() + sent + _STUCK)
+            with anyio.move_on_after(stuck_at - anyio.current_time()) as scope:
+                await self._stop_changed.wait()
+            if scope.cancelled_caught:
+                names = ", ".join(f"{pod.name} on {pod.node}" for pod in self._pods if not pod.ended)
+                text = f"the Job {target.name} was deleted, but its pods do not end: {names or 'unknown'}"
+                raise RunLost(text, backend="kubernetes")
+
+    async def _hurry(self, grace: float) -> None:
+        body = {"kind": "DeleteOptions", "apiVersion": "v1", "gracePeriodSeconds": max(1, round(grace))}
+        for pod in self._pods:
+            if pod.ended:
+                continue
+            path = f"/api/v1/namespaces/{self.target.namespace}/pods/{pod.name}"
+            try:
+                await self._api.call("ending a pod", "DELETE", path, body={**body, "preconditions": {"uid": pod.uid}})
+            except ApiError as error:
+                if error.status not in (404, 409):
+                    _log.warning("a shorter grace time cannot be given to the pod %s: %s", pod.name, error)
+
+    @property
+    def _pods(self) -> tuple[PodState, ...]:
+        return self._cell.value.pods if self._cell.value is not None else ()
+
+
+class _NeverStarts(MlfleetError):
+    """What keeps the run from its start has lasted too long. Never leaves this module."""
+
+    def __init__(self, hindrance: Hindrance, seconds: float) -> None:
+        super().__init__(hindrance.text)
+        self.hindrance = hindrance
+        self.seconds = seconds
+
+
+def _has_ended(uid: str, container: str, seen: Seen) -> bool:
+    pod = next((pod for pod in seen.pods if pod.uid == uid), None)
+    if pod is None or pod.ended:
+        return True
+    return any(each.terminated for each in (pod.main, *pod.init) if each.name == container)
+
+
+def _next_log(seen: Seen, done: set[str]) -> tuple[PodState, str] | None:
+    """The next pod to copy the output of, and its container: an init container's if that has failed."""
+    for pod in seen.pods:
+        if pod.uid in done:
+            continue
+        if pod.main.started:
+            return pod, pod.main.name
+        broken = next((each for each in pod.init if each.terminated and each.exit_code), None)
+        if broken is not None and pod.ended:
+            return pod, broken.name
+    return None

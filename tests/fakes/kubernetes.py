@@ -1,0 +1,534 @@
+"""A Kubernetes API server, as far as mlfleet speaks to one: versions, watches, deletion, logs, and their mishaps.
+
+It keeps to what a real 1.36.2 said (tests/data/kubernetes-1.36). What becomes of Jobs and pods is in
+`fakes.kubernetes_node`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import random
+import re
+import string
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+__all__ = ["ApiFailure", "Fault", "Key", "KubernetesApi", "Log", "now", "serving", "stamp"]
+
+Key = tuple[str, str, str]  # plural, namespace, name
+Fault = Callable[[web.Request], "web.StreamResponse | None"]
+
+_KINDS = {"jobs": "Job", "pods": "Pod", "secrets": "Secret", "configmaps": "ConfigMap", "events": "Event"}
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+_LABEL = re.compile(r"([A-Za-z0-9][-A-Za-z0-9_.]{0,61})?[A-Za-z0-9]")
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def stamp() -> str:
+    """A line's time, with nanoseconds."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f") + f"{random.randrange(1000):03}Z"
+
+
+class ApiFailure(Exception):
+    def __init__(self, code: int, reason: str, message: str, **headers: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.body = {
+            "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
+            "message": message, "reason": reason, "code": code,
+        }  # fmt: skip
+
+    def response(self) -> web.Response:
+        return web.json_response(self.body, status=self.code, headers=self.headers)
+
+
+@dataclass(frozen=True)
+class _Event:
+    version: int
+    type: str
+    key: Key
+    object: dict[str, Any]
+    before: Mapping[str, str]  # labels
+    line: bytes
+
+
+@dataclass
+class Log:
+    """What one container has printed: time and line, the line end included."""
+
+    lines: list[tuple[str, bytes]] = field(default_factory=list)
+    ended: bool = False
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def add(self, line: bytes) -> None:
+        self.lines.append((stamp(), line))
+        self.wake()
+
+    def end(self) -> None:
+        self.ended = True
+        self.wake()
+
+    def wake(self) -> None:
+        changed, self.changed = self.changed, asyncio.Event()
+        changed.set()
+
+
+class KubernetesApi:
+    """The server. `faults` see every request first; `requests` has them all."""
+
+    def __init__(self) -> None:
+        self.version = 1000
+        self.compacted = 0
+        self.objects: dict[Key, dict[str, Any]] = {}
+        self.history: list[_Event] = []
+        self.logs: dict[tuple[str, str, str], Log] = {}
+        self.requests: list[tuple[str, str, dict[str, str]]] = []
+        self.bodies: list[Any] = []
+        self.faults: list[Fault] = []
+        self.tokens: set[str] = set()  # that are taken; none: everybody may
+        self.forbidden: set[str] = set()  # plurals
+        self.bookmark_every = 60.0
+        self.page = 10**9
+        self.url = ""
+        self.on_change: list[Callable[[str, Key, dict[str, Any]], None]] = []
+        self._changed = asyncio.Event()
+        self._streams: set[asyncio.Transport] = set()
+        self._lists: dict[str, tuple[int, list[dict[str, Any]]]] = {}
+
+    # ---- for tests --------------------------------------------------------------------------------------------------
+
+    def of_kind(self, plural: str) -> list[dict[str, Any]]:
+        return [value for key, value in self.objects.items() if key[0] == plural]
+
+    def counted(self, method: str, ending: str = "", *, watch: bool | None = None) -> int:
+        return sum(
+            1
+            for made, path, query in self.requests
+            if made == method and path.endswith(ending) and (watch is None or ("watch" in query) == watch)
+        )
+
+    def compact(self) -> None:
+        """Forget the past: who watches from an older version than now is told 410."""
+        self.compacted = self.version
+        self.history.clear()
+        self._lists.clear()
+
+    def drop_streams(self) -> None:
+        """Break every watch and log stream in the middle."""
+        for transport in tuple(self._streams):
+            transport.abort()
+
+    def kubeconfig(self, path: Path, *, namespace: str = "default", user: Mapping[str, Any] | None = None) -> Path:
+        config = {
+            "apiVersion": "v1", "kind": "Config", "current-context": "fake",
+            "clusters": [{"name": "fake", "cluster": {"server": self.url}}],
+            "users": [{"name": "me", "user": dict(user or {})}],
+            "contexts": [{"name": "fake", "context": {"cluster": "fake", "user": "me", "namespace": namespace}}],
+        }  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(config))
+        return path
+
+    # ---- objects ----------------------------------------------------------------------------------------------------
+
+    def create(self, plural: str, namespace: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        made = copy.deepcopy(dict(given))
+        meta = made.setdefault("metadata", {})
+        if "generateName" in meta and not meta.get("name"):
+            meta["name"] = meta["generateName"] + "".join(random.choices(string.ascii_lowercase + string.digits, k=5))
+        key = (plural, namespace, str(meta.get("name", "")))
+        _validate(plural, namespace, made)
+        if key in self.objects:
+            raise ApiFailure(409, "AlreadyExists", f'{plural} "{key[2]}" already exists')
+        meta.update(namespace=namespace, uid=str(uuid.uuid4()), creationTimestamp=now(), generation=1)
+        made.update(apiVersion="batch/v1" if plural == "jobs" else "v1", kind=_KINDS[plural])
+        if plural == "jobs":
+            _default_job(made)
+        self.objects[key] = made
+        self._emit("ADDED", key, made)
+        return made
+
+    def change(self, key: Key, change: Callable[[dict[str, Any]], None]) -> None:
+        """Change an object that may be gone, and tell it if it is another then."""
+        found = self.objects.get(key)
+        if found is None:
+            return
+        before = json.dumps(found, sort_keys=True)
+        labels = dict(found["metadata"].get("labels") or {})
+        changed = copy.deepcopy(found)
+        change(changed)
+        if json.dumps(changed, sort_keys=True) != before:
+            self.objects[key] = changed
+            self._emit("MODIFIED", key, changed, labels)
+
+    def remove(self, key: Key) -> None:
+        found = self.objects.pop(key, None)
+        if found is not None:
+            self._emit("DELETED", key, copy.deepcopy(found))
+
+    def _emit(self, kind: str, key: Key, value: dict[str, Any], before: Mapping[str, str] | None = None) -> None:
+        self.version += 1
+        value["metadata"]["resourceVersion"] = str(self.version)
+        line = json.dumps({"type": kind, "object": value}).encode() + b"\n"
+        labels = before if before is not None else value["metadata"].get("labels") or {}
+        self.history.append(_Event(self.version, kind, key, value, dict(labels), line))
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+        for listener in self.on_change:
+            listener(kind, key, value)
+
+    # ---- HTTP -------------------------------------------------------------------------------------------------------
+
+    def application(self) -> web.Application:
+        application = web.Application(middlewares=[self._gate], client_max_size=2**22)
+        route = application.router
+        for base in ("/apis/batch/v1", "/api/v1"):
+            objects = base + "/namespaces/{namespace}/{plural}"
+            route.add_get(objects, self._get_all)
+            route.add_post(objects, self._post)
+            route.add_get(objects + "/{name}", self._get)
+            route.add_patch(objects + "/{name}", self._patch)
+            route.add_delete(objects + "/{name}", self._delete)
+        route.add_get("/api/v1/namespaces/{namespace}/pods/{name}/log", self._log)
+        return application
+
+    @web.middleware
+    async def _gate(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        body = await request.text()
+        self.requests.append((request.method, request.path, dict(request.query)))
+        self.bodies.append(json.loads(body) if body else None)
+        try:
+            for fault in tuple(self.faults):
+                answer = fault(request)
+                if answer is not None:
+                    return answer
+            header = request.headers.get("Authorization", "")
+            if self.tokens and header.removeprefix("Bearer ") not in self.tokens:
+                raise ApiFailure(401, "Unauthorized", "Unauthorized")
+            plural = request.match_info.get("plural", "")
+            if plural in self.forbidden:
+                raise ApiFailure(
+                    403, "Forbidden",
+                    f'{plural} is forbidden: User "me" cannot {request.method.lower()} resource "{plural}"',
+                )  # fmt: skip
+            return await handler(request)
+        except ApiFailure as failure:
+            return failure.response()
+
+    async def _post(self, request: web.Request) -> web.StreamResponse:
+        made = self.create(request.match_info["plural"], request.match_info["namespace"], await request.json())
+        return web.json_response(made, status=201)
+
+    async def _get(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response(self._found(_key(request)))
+
+    def _found(self, key: Key) -> dict[str, Any]:
+        if key not in self.objects:
+            raise ApiFailure(404, "NotFound", f'{key[0]} "{key[2]}" not found')
+        return self.objects[key]
+
+    async def _patch(self, request: web.Request) -> web.StreamResponse:
+        key = _key(request)
+        self._found(key)
+        patch = json.loads(await request.text())
+        self.change(key, lambda found: _merge(found, patch))
+        return web.json_response(self.objects[key])
+
+    async def _delete(self, request: web.Request) -> web.StreamResponse:
+        key = _key(request)
+        found = self._found(key)
+        text = await request.text()
+        body = json.loads(text) if text else {}
+        wanted = (body.get("preconditions") or {}).get("uid")
+        if wanted not in (None, found["metadata"]["uid"]):
+            raise ApiFailure(409, "Conflict", f"the UID in the precondition ({wanted}) does not match")
+        if key[0] == "jobs":
+            return self.delete_job(key, body.get("propagationPolicy") or request.query.get("propagationPolicy"))
+        if key[0] == "pods":
+            self.delete_pod(key, body.get("gracePeriodSeconds"))
+            return web.json_response(self.objects.get(key, found))
+        self.remove(key)
+        return web.json_response({"kind": "Status", "status": "Success"})
+
+    def delete_job(self, key: Key, policy: str | None) -> web.Response:
+        job = self.objects[key]
+        if policy == "Foreground":
+            self.change(key, lambda found: _mark_deleted(found, 0, "foregroundDeletion"))
+            for pod in self.pods_of(job):
+                self.delete_pod(pod, None)
+            self.collect()
+            return web.json_response(self.objects.get(key, job))
+        pods = self.pods_of(job)
+        self.remove(key)
+        if policy == "Background":
+            for pod in pods:
+                self.delete_pod(pod, None)
+            return web.json_response({"kind": "Status", "status": "Success"})
+        for pod in pods:
+            self.change(pod, lambda found: found["metadata"].pop("ownerReferences"))
+        text = '299 - "child pods are preserved by default when jobs are deleted"'
+        return web.json_response(job, headers={"Warning": text})
+
+    def delete_pod(self, key: Key, grace: float | None) -> None:
+        pod = self.objects[key]
+        seconds = pod["spec"].get("terminationGracePeriodSeconds", 30) if grace is None else grace
+        if (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed") or not pod["spec"].get("nodeName"):
+            self.remove(key)
+            self.collect()
+            return
+        meta = pod["metadata"]
+        if "deletionTimestamp" in meta and seconds >= meta["deletionGracePeriodSeconds"]:
+            return
+        self.change(key, lambda found: _mark_deleted(found, seconds, None))
+
+    def pods_of(self, job: Mapping[str, Any]) -> list[Key]:
+        uid = job["metadata"]["uid"]
+        return [
+            key
+            for key, pod in self.objects.items()
+            if key[0] == "pods" and any(each["uid"] == uid for each in pod["metadata"].get("ownerReferences") or ())
+        ]
+
+    def collect(self) -> None:
+        """Remove what waits for its pods to go, and what belonged to what is gone."""
+        owners = {
+            each["uid"] for key, pod in self.objects.items() if key[0] == "pods"
+            for each in pod["metadata"].get("ownerReferences") or ()
+        }  # fmt: skip
+        for key, value in tuple(self.objects.items()):
+            meta = value["metadata"]
+            if key[0] == "jobs" and "foregroundDeletion" in meta.get("finalizers", ()) and meta["uid"] not in owners:
+                self.remove(key)
+        living = {value["metadata"]["uid"] for value in self.objects.values()}
+        for key, value in tuple(self.objects.items()):
+            owned = value["metadata"].get("ownerReferences") or ()
+            if key[0] == "secrets" and owned and not any(each["uid"] in living for each in owned):
+                self.remove(key)
+
+    # ---- lists and watches ------------------------------------------------------------------------------------------
+
+    async def _get_all(self, request: web.Request) -> web.StreamResponse:
+        query, plural, namespace = request.query, request.match_info["plural"], request.match_info["namespace"]
+        if query.get("watch") in ("true", "1"):
+            return await self._watch(request, plural, namespace)
+        version = query.get("resourceVersion")
+        if version not in (None, "", "0") and int(str(version)) < self.compacted:
+            raise ApiFailure(410, "Expired", "The resourceVersion for the provided list is too old.")
+        token = query.get("continue")
+        if token:
+            if token not in self._lists:
+                raise ApiFailure(410, "Expired", "The provided continue parameter is too old")
+            at, rest = self._lists.pop(token)
+        else:
+            wanted = _selects(query)
+            rest = [
+                value
+                for key, value in self.objects.items()
+                if key[:2] == (plural, namespace) and wanted(value["metadata"].get("labels") or {}, value)
+            ]
+            at = self.version
+        size = min(int(query.get("limit") or 10**9), self.page)
+        meta: dict[str, str] = {"resourceVersion": str(at)}
+        if len(rest) > size:
+            meta["continue"] = uuid.uuid4().hex
+            self._lists[meta["continue"]] = (at, rest[size:])
+        return web.json_response({"kind": f"{_KINDS[plural]}List", "metadata": meta, "items": rest[:size]})
+
+    async def _watch(self, request: web.Request, plural: str, namespace: str) -> web.StreamResponse:
+        query, wanted = request.query, _selects(request.query)
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + float(query.get("timeoutSeconds") or 1800)
+        response = web.StreamResponse(headers={"Content-Type": "application/json"})
+        with self._streaming(request):
+            await response.prepare(request)
+            at = int(query["resourceVersion"])
+            if at < self.compacted:
+                error = ApiFailure(410, "Expired", f"too old resource version: {at} ({self.compacted})").body
+                await response.write(json.dumps({"type": "ERROR", "object": error}).encode() + b"\n")
+                return response
+            bookmark = loop.time() + self.bookmark_every
+            while loop.time() < ends:
+                changed = self._changed
+                first = at + 1 - self.history[0].version if self.history else 0
+                if first < 0:
+                    return response
+                for event in self.history[first:]:
+                    at = event.version
+                    line = _line_for(event, plural, namespace, wanted)
+                    if line:
+                        await response.write(line)
+                at = max(at, self.version)
+                if loop.time() >= bookmark:
+                    bookmark = loop.time() + self.bookmark_every
+                    mark = {"kind": _KINDS[plural], "metadata": {"resourceVersion": str(at)}}
+                    await response.write(json.dumps({"type": "BOOKMARK", "object": mark}).encode() + b"\n")
+                try:
+                    async with asyncio.timeout(max(0.01, min(ends, bookmark) - loop.time())):
+                        await changed.wait()
+                except TimeoutError:
+                    continue
+        return response
+
+    def _streaming(self, request: web.Request) -> Any:
+        return _Streaming(self._streams, request)
+
+    # ---- logs -------------------------------------------------------------------------------------------------------
+
+    async def _log(self, request: web.Request) -> web.StreamResponse:
+        query, namespace, name = request.query, request.match_info["namespace"], request.match_info["name"]
+        pod = self._found(("pods", namespace, name))
+        container = query.get("container") or pod["spec"]["containers"][0]["name"]
+        log = self.logs.get((namespace, name, container))
+        if log is None:
+            text = f'container "{container}" in pod "{name}" is waiting to start: ContainerCreating'
+            raise ApiFailure(400, "BadRequest", text)
+        response = web.StreamResponse(headers={"Content-Type": "text/plain"})
+        since = query.get("sinceTime", "")[:19]
+        at = next((n for n, (time, _) in enumerate(log.lines) if time[:19] >= since), len(log.lines))
+        with self._streaming(request):
+            await response.prepare(request)
+            while True:
+                changed = log.changed
+                while at < len(log.lines):
+                    time, line = log.lines[at]
+                    at += 1
+                    await response.write(f"{time} ".encode() + line if query.get("timestamps") == "true" else line)
+                if log.ended or query.get("follow") != "true":
+                    return response
+                await changed.wait()
+
+
+class _Streaming:
+    def __init__(self, streams: set[asyncio.Transport], request: web.Request) -> None:
+        self._streams = streams
+        self._transport = request.transport
+
+    def __enter__(self) -> None:
+        if self._transport is not None:
+            self._streams.add(self._transport)
+
+    def __exit__(self, *error: object) -> None:
+        self._streams.discard(self._transport)
+
+
+@asynccontextmanager
+async def serving(api: KubernetesApi, port: int = 0) -> AsyncIterator[KubernetesApi]:
+    """Serve it on loopback for the time of the block."""
+    runner = web.AppRunner(api.application(), handler_cancellation=True, shutdown_timeout=0.1, access_log=None)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", port, backlog=4096)
+    await site.start()
+    api.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    try:
+        yield api
+    finally:
+        api.drop_streams()
+        await runner.cleanup()
+
+
+def _key(request: web.Request) -> Key:
+    return request.match_info["plural"], request.match_info["namespace"], request.match_info["name"]
+
+
+def _mark_deleted(found: dict[str, Any], grace: float, finalizer: str | None) -> None:
+    meta = found["metadata"]
+    meta.setdefault("deletionTimestamp", now())
+    meta["deletionGracePeriodSeconds"] = grace
+    if finalizer is not None:
+        meta["finalizers"] = [finalizer]
+
+
+def _merge(found: dict[str, Any], patch: Mapping[str, Any]) -> None:
+    for key, value in patch.items():
+        if value is None:
+            found.pop(key, None)
+        elif isinstance(value, dict) and isinstance(found.get(key), dict):
+            _merge(found[key], value)
+        else:
+            found[key] = value
+
+
+def _line_for(
+    event: _Event, plural: str, namespace: str, wanted: Callable[[Mapping[str, str], dict[str, Any]], bool]
+) -> bytes | None:
+    if event.key[:2] != (plural, namespace):
+        return None
+    new = wanted(event.object["metadata"].get("labels") or {}, event.object)
+    old = wanted(event.before, event.object)
+    if event.type == "MODIFIED" and new != old:
+        kind = "ADDED" if new else "DELETED"
+        return json.dumps({"type": kind, "object": event.object}).encode() + b"\n"
+    return event.line if new else None
+
+
+def _selects(query: Mapping[str, str]) -> Callable[[Mapping[str, str], dict[str, Any]], bool]:
+    labels = dict(part.split("=", 1) for part in filter(None, query.get("labelSelector", "").split(",")))
+    fields = dict(part.split("=", 1) for part in filter(None, query.get("fieldSelector", "").split(",")))
+
+    def wanted(has: Mapping[str, str], value: dict[str, Any]) -> bool:
+        for path, expected in fields.items():
+            found: Any = value
+            for part in path.split("."):
+                found = found.get(part, {})
+            if found != expected:
+                return False
+        return all(has.get(name) == text for name, text in labels.items())
+
+    return wanted
+
+
+def _validate(plural: str, namespace: str, made: dict[str, Any]) -> None:
+    meta = made["metadata"]
+    name = meta.get("name", "")
+    if meta.get("namespace", namespace) != namespace:
+        raise ApiFailure(400, "BadRequest", "the namespace of the object does not match that of the request")
+    if not _NAME.fullmatch(name) or len(name) > 253:
+        text = f'metadata.name: Invalid value: "{name}": a lowercase RFC 1123 subdomain must consist of lower case'
+        raise ApiFailure(422, "Invalid", text)
+    for value in (meta.get("labels") or {}).values():
+        if not _LABEL.fullmatch(value):
+            raise ApiFailure(422, "Invalid", f'metadata.labels: Invalid value: "{value}"')
+    if plural == "jobs":
+        _validate_job(name, made)
+
+
+def _validate_job(name: str, made: dict[str, Any]) -> None:
+    if len(name) > 63:
+        raise ApiFailure(422, "Invalid", "spec.template.labels: Invalid value: must be no more than 63 bytes")
+    spec = made["spec"]["template"]["spec"]
+    if spec.get("restartPolicy") not in ("Never", "OnFailure"):
+        text = 'spec.template.spec.restartPolicy: Required value: valid values: "OnFailure", "Never"'
+        raise ApiFailure(422, "Invalid", text)
+    for container in spec["containers"]:
+        if not container.get("image") or not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", container["name"]):
+            raise ApiFailure(422, "Invalid", "spec.template.spec.containers[0]: Invalid value")
+    volumes = {each["name"] for each in spec.get("volumes") or ()}
+    for container in (*spec["containers"], *(spec.get("initContainers") or ())):
+        for mount in container.get("volumeMounts") or ():
+            if mount["name"] not in volumes:
+                raise ApiFailure(422, "Invalid", f'volumeMounts: Not found: "{mount["name"]}"')
+
+
+def _default_job(made: dict[str, Any]) -> None:
+    meta, spec = made["metadata"], made["spec"]
+    spec.setdefault("backoffLimit", 6)
+    spec.setdefault("suspend", False)
+    labels = spec["template"].setdefault("metadata", {}).setdefault("labels", {})
+    for name, value in (("controller-uid", meta["uid"]), ("job-name", meta["name"])):
+        labels[name] = labels[f"batch.kubernetes.io/{name}"] = value
+    made["status"] = {}

@@ -1,0 +1,440 @@
+"""What makes something of the Jobs of `fakes.kubernetes`: the Job controller, and a node with a kubelet.
+
+The node runs containers as processes of this machine, or only acts as if (`Acted`), for a thousand at a time. The
+sequences of states are those that a real 1.36.2 went through (tests/data/kubernetes-1.36).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import os
+import re
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from fakes.kubernetes import Key, KubernetesApi, Log, now
+
+__all__ = ["Acted", "Acting", "Cluster", "Ended", "Processes", "expand"]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a container ended."""
+
+    code: int
+    reason: str = ""
+    message: str = ""
+
+    def state(self) -> dict[str, Any]:
+        reason = self.reason or ("Completed" if self.code == 0 else "Error")
+        ended = {"exitCode": self.code, "reason": reason, "startedAt": now(), "finishedAt": now()}
+        return {"terminated": {**ended, **({"message": self.message} if self.message else {})}}
+
+
+class Container(Protocol):
+    async def wait(self) -> Ended: ...
+
+    def terminate(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+class Runtime(Protocol):
+    async def start(self, pod: Mapping[str, Any], container: Mapping[str, Any], log: Log) -> Container: ...
+
+    def close_pod(self, pod: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Acting:
+    """What an acted container does."""
+
+    seconds: float = 0.0
+    code: int = 0
+    output: tuple[bytes, ...] = ()
+    reason: str = ""
+    obeys: bool = True
+
+
+class Acted:
+    """Acts as if containers ran. `play` tells what each does, by the pod."""
+
+    def __init__(self, play: Callable[[Mapping[str, Any]], Acting]) -> None:
+        self._play = play
+
+    async def start(self, pod: Mapping[str, Any], container: Mapping[str, Any], log: Log) -> Container:
+        return _ActedContainer(self._play(pod), log)
+
+    def close_pod(self, pod: Mapping[str, Any]) -> None:
+        return None
+
+
+class _ActedContainer:
+    def __init__(self, acting: Acting, log: Log) -> None:
+        self._acting = acting
+        self._stopped: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        for line in acting.output:
+            log.add(line)
+
+    async def wait(self) -> Ended:
+        try:
+            async with asyncio.timeout(self._acting.seconds):
+                return Ended(await self._stopped)
+        except TimeoutError:
+            return Ended(self._acting.code, self._acting.reason)
+
+    def terminate(self) -> None:
+        if self._acting.obeys and not self._stopped.done():
+            self._stopped.set_result(143)
+
+    def kill(self) -> None:
+        if not self._stopped.done():
+            self._stopped.set_result(137)
+
+
+class Processes:
+    """Runs containers as processes here. They have no file system of their own: where the manifest names the folder
+    that a volume is mounted at, they get the volume's real one."""
+
+    def __init__(self, api: KubernetesApi, folder: Path) -> None:
+        self._api = api
+        self._folder = folder
+        self.sessions: dict[str, list[int]] = {}
+
+    async def start(self, pod: Mapping[str, Any], container: Mapping[str, Any], log: Log) -> Container:
+        meta = pod["metadata"]
+        root = self._folder / meta["uid"]
+        mounts = self._mounts(pod, container, root)
+        environ = {"PATH": os.environ["PATH"], "HOSTNAME": meta["name"], **self._environ(pod, container)}
+        real = {name: text for name, text in environ.items() if name not in ("PATH",)}
+
+        def placed(text: str) -> str:
+            for path in sorted(mounts, key=len, reverse=True):
+                text = text.replace(path, str(mounts[path]))
+            return text
+
+        argv = [placed(expand(part, real)) for part in (*container["command"], *container.get("args", ()))]
+        work = root / "work"
+        work.mkdir(parents=True, exist_ok=True)
+        process = await asyncio.create_subprocess_exec(
+            *argv,
+            cwd=placed(container["workingDir"]) if "workingDir" in container else work,
+            env=environ,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+            limit=2**20,
+        )
+        self.sessions.setdefault(meta["uid"], []).append(process.pid)
+        return _ProcessContainer(process, log)
+
+    def close_pod(self, pod: Mapping[str, Any]) -> None:
+        uid = pod["metadata"]["uid"]
+        for session in self.sessions.pop(uid, ()):
+            kill_session(session)
+        shutil.rmtree(self._folder / uid, ignore_errors=True)
+
+    def _environ(self, pod: Mapping[str, Any], container: Mapping[str, Any]) -> dict[str, str]:
+        environ: dict[str, str] = {}
+        for source in container.get("envFrom") or ():
+            environ.update(self._secret(pod, source["secretRef"]["name"]))
+        for each in container.get("env") or ():
+            environ[each["name"]] = expand(each.get("value", ""), environ)
+        return environ
+
+    def _secret(self, pod: Mapping[str, Any], name: str) -> dict[str, str]:
+        found = self._api.objects[("secrets", pod["metadata"]["namespace"], name)]
+        decoded = {key: base64.b64decode(value).decode() for key, value in (found.get("data") or {}).items()}
+        return {**decoded, **(found.get("stringData") or {})}
+
+    def _mounts(self, pod: Mapping[str, Any], container: Mapping[str, Any], root: Path) -> dict[str, Path]:
+        volumes = {each["name"]: each for each in pod["spec"].get("volumes") or ()}
+        made: dict[str, Path] = {}
+        for mount in container.get("volumeMounts") or ():
+            volume, path = volumes[mount["name"]], root / mount["name"]
+            path.mkdir(parents=True, exist_ok=True)
+            if "hostPath" in volume:
+                path = Path(volume["hostPath"]["path"])
+            elif "configMap" in volume:
+                key = ("configmaps", pod["metadata"]["namespace"], volume["configMap"]["name"])
+                for name, data in (self._api.objects[key].get("binaryData") or {}).items():
+                    (path / name).write_bytes(base64.b64decode(data))
+            elif "secret" in volume:
+                for name, text in self._secret(pod, volume["secret"]["secretName"]).items():
+                    (path / name).write_text(text)
+            made[mount["mountPath"]] = path
+        return made
+
+
+class _ProcessContainer:
+    def __init__(self, process: asyncio.subprocess.Process, log: Log) -> None:
+        self._process = process
+        self._log = log
+        self._reading = asyncio.create_task(self._read())
+
+    async def wait(self) -> Ended:
+        code = await self._process.wait()
+        # The end of process 1 is that of all others of the container.
+        kill_session(self._process.pid)
+        await self._reading
+        return Ended(code if code >= 0 else 128 - code)
+
+    def terminate(self) -> None:
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        kill_session(self._process.pid)
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(number)
+
+    async def _read(self) -> None:
+        assert self._process.stdout is not None
+        async for line in self._process.stdout:
+            self._log.add(line)
+
+
+def kill_session(session: int) -> None:
+    for pid in living_in(session):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def living_in(session: int) -> list[int]:
+    found: list[int] = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            state = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(state[3]) == session and state[0] != "Z":
+            found.append(int(entry))
+    return found
+
+
+def expand(text: str, environ: Mapping[str, str]) -> str:
+    """As Kubernetes: ``$(NAME)`` of a known variable is its value, ``$$`` is a dollar sign."""
+
+    def value(match: re.Match[str]) -> str:
+        if match[0] == "$$":
+            return "$"
+        return environ.get(match[1], match[0])
+
+    return re.sub(r"\$\$|\$\(([^)]*)\)", value, text)
+
+
+class Cluster:
+    """The Job controller, the garbage collector's TTL, the scheduler and one kubelet."""
+
+    def __init__(self, api: KubernetesApi, runtime: Runtime, *, pace: float = 0.0, retry_after: float = 0.01) -> None:
+        self.api = api
+        self.runtime = runtime
+        self.pace = pace
+        self.retry_after = retry_after
+        self.ttl = True
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._containers: dict[str, Container] = {}
+        self._ending: dict[str, float] = {}
+        api.on_change.append(self._changed)
+
+    async def close(self) -> None:
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for pod in self.api.of_kind("pods"):
+            self.runtime.close_pod(pod)
+
+    def start(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            asyncio.get_running_loop().call_exception_handler({"message": "fake", "exception": task.exception()})
+
+    def _changed(self, kind: str, key: Key, value: dict[str, Any]) -> None:
+        meta = value["metadata"]
+        if key[0] == "jobs":
+            suspended = value["spec"].get("suspend")
+            if kind == "ADDED" and not suspended:
+                self.start(self._run_job(key, meta["uid"]))
+            elif kind == "ADDED":
+                condition = {"type": "Suspended", "status": "True", "reason": "JobSuspended"}
+                self.start(self._set_status(key, {"conditions": [condition]}))
+            elif kind == "MODIFIED" and not suspended and "startTime" not in value["status"]:
+                self.start(self._run_job(key, meta["uid"]))
+        elif key[0] == "pods" and kind == "MODIFIED" and "deletionTimestamp" in meta:
+            seconds = float(meta["deletionGracePeriodSeconds"])
+            if seconds < self._ending.get(meta["uid"], 1e9):
+                self._ending[meta["uid"]] = seconds
+                self.start(self._end_pod(meta["uid"], seconds))
+
+    async def _set_status(self, key: Key, status: dict[str, Any]) -> None:
+        self.api.change(key, lambda job: job["status"].update(status))
+
+    async def _step(self) -> None:
+        await asyncio.sleep(self.pace)
+
+    # ---- the Job controller -----------------------------------------------------------------------------------------
+
+    async def _run_job(self, key: Key, uid: str) -> None:
+        failed = 0
+        while True:
+            await self._step()
+            job = self.api.objects.get(key)
+            if job is None or job["metadata"]["uid"] != uid or "deletionTimestamp" in job["metadata"]:
+                return
+            status: dict[str, Any] = {"startTime": now(), "active": 1, "ready": 0, "terminating": 0}
+            self.api.change(key, lambda job, status=status: job["status"].update(status))  # type: ignore[misc]
+            pod = self.api.create("pods", key[1], _pod_of(job))
+            ended = await self._run_pod(("pods", key[1], pod["metadata"]["name"]), pod)
+            await self._step()
+            job = self.api.objects.get(key)
+            if ended is None or job is None or "deletionTimestamp" in job["metadata"]:
+                return
+            failed += not ended
+            self.api.change(key, lambda job, failed=failed: job["status"].update(active=0, failed=failed))  # type: ignore[misc]
+            if ended or failed > job["spec"]["backoffLimit"]:
+                await self._finish(key, good=ended)
+                return
+            await asyncio.sleep(self.retry_after)
+
+    async def _finish(self, key: Key, *, good: bool) -> None:
+        """In two phases, since 1.31."""
+        interim, final = ("SuccessCriteriaMet", "Complete") if good else ("FailureTarget", "Failed")
+        reason = "CompletionsReached" if good else "BackoffLimitExceeded"
+        message = "Reached expected number of succeeded pods" if good else "Job has reached the specified backoff limit"
+        conditions: list[dict[str, str]] = []
+        for kind in (interim, final):
+            conditions.append({"type": kind, "status": "True", "reason": reason, "message": message})
+            await self._set_status(key, {"conditions": list(conditions), ("succeeded" if good else "failed"): 1})
+            await self._step()
+        job = self.api.objects.get(key)
+        ttl = job["spec"].get("ttlSecondsAfterFinished") if job is not None else None
+        if self.ttl and ttl is not None and ttl < 100:
+            await asyncio.sleep(ttl)
+            if key in self.api.objects:
+                self.api.delete_job(key, "Foreground")
+
+    # ---- the kubelet ------------------------------------------------------------------------------------------------
+
+    async def _run_pod(self, key: Key, pod: dict[str, Any]) -> bool | None:
+        """Run a pod to its end; None if it was deleted."""
+        uid, spec = pod["metadata"]["uid"], pod["spec"]
+        await self._step()
+        if spec.get("nodeSelector"):
+            message = "0/1 nodes are available: 1 node(s) didn't match Pod's node affinity/selector."
+            waits = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
+            await self._set_status(key, {"conditions": [waits]})
+            return None
+        self.api.change(key, lambda pod: pod["spec"].update(nodeName="node1"))
+        await self._set_status(key, {"conditions": [{"type": "PodScheduled", "status": "True"}]})
+        states: dict[str, dict[str, Any]] = {}
+        good: bool | None = None
+        for kind in ("initContainers", "containers"):
+            for container in spec.get(kind) or ():
+                good = await self._run_container(key, pod, kind, container, states)
+                if not good:
+                    break
+            if not good:
+                break
+        self.runtime.close_pod(pod)
+        await self._set_status(key, {"phase": "Succeeded" if good else "Failed"})
+        self._containers.pop(uid, None)
+        self._ending.pop(uid, None)
+        found = self.api.objects.get(key)
+        if found is None or "deletionTimestamp" in found["metadata"]:
+            self.api.remove(key)
+            self.api.collect()
+            return None
+        return bool(good)
+
+    async def _run_container(
+        self, key: Key, pod: dict[str, Any], kind: str, container: dict[str, Any], states: dict[str, dict[str, Any]]
+    ) -> bool:
+        uid, name = pod["metadata"]["uid"], container["name"]
+
+        async def show(state: dict[str, Any], phase: str) -> None:
+            states[name] = {"name": name, "state": state, "ready": "running" in state, "restartCount": 0}
+            field = "initContainerStatuses" if kind == "initContainers" else "containerStatuses"
+            names = [each["name"] for each in pod["spec"].get(kind) or ()]
+            await self._set_status(key, {field: [states[each] for each in names if each in states], "phase": phase})
+
+        await show({"waiting": {"reason": "ContainerCreating"}}, "Pending")
+        while (wrong := self._hindrance(pod, container)) is not None:
+            await show({"waiting": {"reason": wrong[0], "message": wrong[1]}}, "Pending")
+            await asyncio.sleep(0.02)
+            if self._is_deleted(key):
+                return False
+        await self._step()
+        if self._is_deleted(key):
+            return False
+        log = self.api.logs[(key[1], key[2], name)] = Log()
+        running = await self.runtime.start(pod, container, log)
+        self._containers[uid] = running
+        if uid in self._ending:
+            running.terminate()
+        await show({"running": {"startedAt": now()}}, "Running" if kind == "containers" else "Pending")
+        ended = await running.wait()
+        await show(ended.state(), "Running" if kind == "containers" else "Pending")
+        await self._step()
+        log.end()
+        return ended.code == 0
+
+    def _is_deleted(self, key: Key) -> bool:
+        found = self.api.objects.get(key)
+        return found is None or "deletionTimestamp" in found["metadata"]
+
+    def _hindrance(self, pod: dict[str, Any], container: dict[str, Any]) -> tuple[str, str] | None:
+        image, namespace = container["image"], pod["metadata"]["namespace"]
+        if image != image.lower():
+            return "InvalidImageName", f"couldn't parse image name {image!r}"
+        if image.startswith("registry.invalid/"):
+            return "ErrImagePull", f'failed to pull and unpack image "{image}"'
+        for source in container.get("envFrom") or ():
+            name = source["secretRef"]["name"]
+            if ("secrets", namespace, name) not in self.api.objects:
+                return "CreateContainerConfigError", f'secret "{name}" not found'
+        return None
+
+    async def _end_pod(self, uid: str, grace: float) -> None:
+        container = self._containers.get(uid)
+        if container is None:
+            return
+        container.terminate()
+        await asyncio.sleep(grace)
+        if self._ending.get(uid) == grace and (still := self._containers.get(uid)) is not None:
+            still.kill()
+
+
+def _pod_of(job: dict[str, Any]) -> dict[str, Any]:
+    meta, template = job["metadata"], job["spec"]["template"]
+    owner = {"apiVersion": "batch/v1", "kind": "Job", "name": meta["name"], "uid": meta["uid"], "controller": True}
+    return {
+        "metadata": {
+            "generateName": f"{meta['name']}-",
+            "labels": dict(template["metadata"]["labels"]),
+            "annotations": dict(template["metadata"].get("annotations") or {}),
+            "ownerReferences": [owner],
+        },
+        "spec": template["spec"],
+        "status": {"phase": "Pending"},
+    }
+
+
+def scratch() -> Path:
+    return Path(tempfile.mkdtemp(prefix="fake-node-"))
