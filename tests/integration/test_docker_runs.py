@@ -218,6 +218,12 @@ async def test_output_can_be_inherited(
     assert seen.err == "to stderr\n"
 
 
+async def test_a_terminal_may_be_asked_for(fleet: Fleet, shell_image: str, tmp_path: Path) -> None:
+    uri = docker_project(tmp_path / "demo", shell_image, "[ -t 1 ] && echo a terminal")
+    run = await fleet.submit(uri, docker_args={"t": True})
+    assert [line async for line in run.logs()] == ["a terminal"]
+
+
 async def test_much_output_and_binary_output_arrive_byte_for_byte(
     fleet: Fleet, shell_image: str, tmp_path: Path
 ) -> None:

@@ -209,6 +209,7 @@ class DockerRun:
         await self._copier.open()
         if self.submitted and not self._attached.is_set():
             await self._copier.attach(self._attached.set)
+            self._attached.set()  # also when the engine refused: the container may start without it
             # This connection has no end of its own: when it breaks, it looks as if the container had ended.
             with anyio.move_on_after(_AGAIN):
                 complete = not (await self._cell.until(lambda state: state.ended)).unseen
