@@ -202,9 +202,10 @@ class Engine:
         except DockerError as error:
             if error.status == _UNREACHABLE:
                 raise _unreachable(url, error.__context__) from error
-            message = _short(error.message)
-            hint = "; its disk is full" if "no space left on device" in message else ""
-            text = f"the Docker engine was {doing}, and refused: {message}{hint}"
+            message = _short(_plain(error.message))
+            if "no space left on device" in message:
+                message += " (the engine's disk is full: 'docker system df' tells of what)"
+            text = f"the Docker engine was {doing}, and refused: {message}"
             raise EngineError(text, status=error.status, message=message) from error
         except TimeoutError as error:
             text = f"the Docker engine at {url} was {doing}, and gave no answer in time"
@@ -235,6 +236,14 @@ def _unreachable(url: str, error: BaseException | None) -> EngineError:
     else:
         text = f"the Docker engine at {url} cannot be reached: {_short(str(error))}"
     return EngineError(text, message=text)
+
+
+def _plain(message: str) -> str:
+    """The text of an answer, also of engines that declare their JSON otherwise than Docker does."""
+    try:
+        return str(json.loads(message)["message"])
+    except (ValueError, KeyError, TypeError):
+        return message
 
 
 def _short(message: str) -> str:

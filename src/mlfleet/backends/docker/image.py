@@ -235,9 +235,9 @@ def _cannot_pull(name: str, error: EngineError, *, with_credentials: bool) -> Su
         hint = f"{todo}; or there is no such image"
     elif any(text in message for text in ("not found", "manifest unknown", "no such")):
         hint = "check its name and tag"
-    elif "no space left" in message:
-        hint = "the engine's disk is full: 'docker system df' tells of what"
     else:
-        hint = "is the registry reachable from the engine?"
-    text = f"the image {name!r} is not on the engine and cannot be pulled: {error.message} ({hint})"
+        hint = "" if "no space left" in message else "is the registry reachable from the engine?"
+    text = f"the image {name!r} is not on the engine and cannot be pulled: {error.message}"
+    if hint:
+        text += f" ({hint})"
     return SubmitError(text, backend="docker")
