@@ -72,7 +72,14 @@ async def pack(folder: Path, *, prefix: str = "", extra: tuple[tuple[str, bytes]
         FetchError: a file cannot be read, or changes meanwhile.
         SpecError: ``.dockerignore`` is wrong.
     """
-    return await stoppable(lambda stop: _pack(folder, prefix, extra, stop))
+    made: list[Packed] = []
+    try:
+        await stoppable(lambda stop: made.append(_pack(folder, prefix, extra, stop)))
+    except BaseException:
+        for packed in made:  # for a caller that does not want it any more
+            packed.file.close()
+        raise
+    return made[0]
 
 
 def _hash(folder: Path, stop: threading.Event) -> str:

@@ -109,7 +109,7 @@ async def push_project(
         return f"{target}@{there['Docker-Content-Digest']}"
     packed = await pack(folder, prefix=f"{FOLDER[1:]}/")
     with closing(packed.file):
-        layer = await _packing(partial(_compress, packed.file))
+        layer = await _packing(partial(_compress, packed.file), undo=_discard)
     with closing(layer.file):
         # The content may have changed since it was hashed: the tag tells what was packed.
         target = replace(target, tag=_tag(image.digest, packed.digest))
@@ -228,6 +228,10 @@ def _compress(tar: IO[bytes]) -> _Layer:
     size = file.tell()
     file.seek(0)
     return _Layer(file, _hash(file), diff_id, size)
+
+
+async def _discard(layer: _Layer) -> None:
+    layer.file.close()
 
 
 def _hash(file: IO[bytes]) -> str:

@@ -24,6 +24,7 @@ __all__ = ["Reference", "Registries", "RegistryError", "parse_reference"]
 
 _HUB = "registry-1.docker.io"
 _NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*)*")
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(:\d+)?|\[[0-9a-fA-F:]+\](:\d+)?")
 _CHALLENGE = re.compile(r'(\w+)="([^"]*)"')
 _TRIES = 4
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=120)
@@ -87,7 +88,11 @@ def parse_reference(text: str) -> Reference:
     if host in ("docker.io", "index.docker.io"):
         host = _HUB
         repository = repository if "/" in repository else f"library/{repository}"
-    if not _NAME.fullmatch(repository) or (colon and not re.fullmatch(r"\w[\w.-]{0,127}", tag)):
+    if (
+        not _HOST.fullmatch(host)
+        or not _NAME.fullmatch(repository)
+        or (colon and not re.fullmatch(r"\w[\w.-]{0,127}", tag))
+    ):
         hint = "; it is written in small letters" if _NAME.fullmatch(repository.lower()) else ""
         raise UsageError(f"{text!r} is no name of an image such as host:5000/team/image:tag{hint}")
     return Reference(host, repository, digest or (tag if colon else "latest"))
