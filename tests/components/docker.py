@@ -93,6 +93,17 @@ class DockerEngine:
     def remove_image(self, name: str) -> None:
         self.call("DELETE", f"/images/{name}?force=1", ok=False)
 
+    def remove_with_children(self, name: str) -> None:
+        """Remove an image and those that were built on it."""
+        layer = self.call("GET", f"/images/{name}/json")["RootFS"]["Layers"][0]
+        filters = quote(json.dumps({"label": ["mlfleet.content"]}))
+        built = self.call("GET", f"/images/json?filters={filters}")
+        for image in built if isinstance(built, list) else [built]:
+            found = self.call("GET", f"/images/{image['Id']}/json", ok=False)
+            if found.get("RootFS", {}).get("Layers", [None])[0] == layer:
+                self.remove_image(str(image["Id"]))
+        self.remove_image(name)
+
     def import_image(self, name: str, content: bytes, *changes: str) -> None:
         """Make an image of a tar."""
         repo, _, tag = name.rpartition(":")
@@ -123,7 +134,7 @@ def shell_image(docker_engine: DockerEngine) -> Iterator[str]:
     name = f"mlfleet-test/shell:{uuid.uuid4().hex[:8]}"
     docker_engine.import_image(name, _tar(_shell_files()), "ENV PATH=/usr/local/bin:/usr/bin:/bin")
     yield name
-    docker_engine.remove_image(name)
+    docker_engine.remove_with_children(name)
 
 
 @pytest.fixture(scope="session")
@@ -133,7 +144,7 @@ def python_image(docker_engine: DockerEngine) -> Iterator[str]:
     content = _tar([*_shell_files(), *_python_files()])
     docker_engine.import_image(name, content, "ENV PATH=/usr/local/bin:/usr/bin:/bin")
     yield name
-    docker_engine.remove_image(name)
+    docker_engine.remove_with_children(name)
 
 
 _File = tuple[str, "Path | str"]  # the path in the image, and a file here or the target of a link
@@ -192,7 +203,9 @@ def _tar(files: Iterable[_File]) -> bytes:
             folder = tarfile.TarInfo(name)
             folder.type, folder.mode = tarfile.DIRTYPE, mode
             archive.addfile(folder)
-        for name, text in (("etc/passwd", "root:x:0:0:root:/root:/bin/sh\n"), ("etc/group", "root:x:0:\n")):
+        # A layer like no other, so that what was built on it can be told from what other tests have built.
+        own = ("etc/made-for", uuid.uuid4().hex)
+        for name, text in (("etc/passwd", "root:x:0:0:root:/root:/bin/sh\n"), ("etc/group", "root:x:0:\n"), own):
             info = tarfile.TarInfo(name)
             info.size = len(text)
             archive.addfile(info, io.BytesIO(text.encode()))
