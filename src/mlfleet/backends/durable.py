@@ -21,7 +21,7 @@ from mlfleet.errors import RunLost
 from mlfleet.folders import runs_folder
 from mlfleet.runs import JobRef
 
-__all__ = ["Ended", "Living", "argv", "exit_code", "find", "reference", "run_folder", "this_process"]
+__all__ = ["Ended", "Living", "applies", "argv", "conclude", "find", "reference", "run_folder", "this_process"]
 
 # $0 is the folder of the run, $1 the command. The trap lets the shell outlive a signal to the whole group, and the
 # command inherits no trap. What the shell itself has to say ("Terminated") is not the command's output. All of it is
@@ -58,6 +58,11 @@ class Ended:
     code: int
 
 
+def applies(job: Job) -> bool:
+    """Whether the job is to be made durable, and can be on this system."""
+    return job.durable and CAN_ADOPT
+
+
 def run_folder(run_id: str) -> Path:
     """Where a run's shell writes."""
     return runs_folder() / run_id
@@ -75,7 +80,7 @@ def reference(job: Job, here: Mapping[str, object]) -> JobRef | None:
         job: the job.
         here: what `this_process` gave.
     """
-    if not job.durable or not CAN_ADOPT:
+    if not applies(job):
         return None
     data: dict[str, object] = {
         "folder": str(run_folder(job.run_id)),
@@ -119,20 +124,25 @@ def find(ref: JobRef, *, give_up: bool) -> Living | Ended | None:
     pidfd = adopt(pid, started)
     if pidfd is not None:
         return Living(pid, pidfd)
-    code = exit_code(folder)
+    code = conclude(folder)
     if code is None:
-        end_orphans(pid)
         raise _lost(ref, "its process was killed")
     return Ended(code)
 
 
-def exit_code(folder: Path) -> int | None:
-    """The exit code of the command, as its shell wrote it before it ended; None: the shell was killed. Blocking."""
-    try:
-        text = (folder / "exit-code").read_text()
-    except OSError:
-        return None
-    return int(text) if text.endswith("\n") and text.strip().isdigit() else None
+def conclude(folder: Path) -> int | None:
+    """The exit code of the command, now that its shell has ended. Blocking.
+
+    Returns:
+        None: the shell was killed before it could write it; now what it left behind is killed, too.
+    """
+    code = _read(folder / "exit-code")
+    if code.endswith("\n") and code.strip().isdigit():
+        return int(code)
+    stat = _read(folder / "process")
+    if ")" in stat:
+        end_orphans(int(stat.split()[0]), start_time(stat))
+    return None
 
 
 def _claimed(folder: Path) -> str | None:
@@ -160,8 +170,12 @@ def _driver_lives(ref: JobRef) -> bool:
 
 
 def _boot() -> str:
+    return _read(_BOOT).strip()
+
+
+def _read(path: Path) -> str:
     try:
-        return _BOOT.read_text().strip()
+        return path.read_text()
     except OSError:
         return ""
 

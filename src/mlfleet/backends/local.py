@@ -20,8 +20,8 @@ from mlfleet.concurrency.adopted import AdoptedProcess
 from mlfleet.concurrency.lines import follow_file, last_lines
 from mlfleet.concurrency.process import Process, start_process
 from mlfleet.concurrency.threads import Threads
-from mlfleet.errors import BackendError, SubmitError
-from mlfleet.runs import DEFAULT_CANCEL_GRACE, FailureKind, JobRef, Outcome, RunStatus
+from mlfleet.errors import BackendError, RunLost, SubmitError
+from mlfleet.runs import DEFAULT_CANCEL_GRACE, JobRef, Outcome, RunStatus
 
 __all__ = ["LocalBackend"]
 
@@ -62,7 +62,7 @@ class LocalBackend(Backend):
             SubmitError: there is no bash, no such folder, the output cannot be written, or the system has no room.
         """
         environ, output = await _files(partial(_prepare, job), undo=_discard)
-        argv = durable.argv(job) if job.durable else ("bash", "-c", job.command)
+        argv = durable.argv(job) if durable.applies(job) else ("bash", "-c", job.command)
         try:
             process = await start_process(argv, cwd=job.project_dir, env=environ, output=output)
         except (OSError, ValueError) as error:
@@ -71,7 +71,8 @@ class LocalBackend(Backend):
             if output is not None:
                 os.close(output)
         # Not the job itself: hundreds of handles would keep its environment and secrets.
-        run = _LocalRun(job.run_id, job.output, job.cancel_grace, process)
+        conclude = partial(durable.conclude, durable.run_folder(job.run_id)) if durable.applies(job) else None
+        run = _LocalRun(job.run_id, job.output, job.cancel_grace, process, conclude)
         if not self._open:
             await process.stop(0)
             raise SubmitError(f"the backend {self.name!r} was closed before the run could start", backend=self.name)
@@ -97,7 +98,7 @@ class LocalBackend(Backend):
         if isinstance(found, durable.Ended):
             return _LocalRun(ref.run_id, output, grace, _Ended(), lambda: found.code)
         process = AdoptedProcess(found.pid, found.pidfd)
-        run = _LocalRun(ref.run_id, output, grace, process, partial(durable.exit_code, Path(str(ref.data["folder"]))))
+        run = _LocalRun(ref.run_id, output, grace, process, partial(durable.conclude, Path(str(ref.data["folder"]))))
         self._keep(run, process)
         return run
 
@@ -199,7 +200,8 @@ def _ended_by(code: int | None, *, stopped: bool) -> Outcome:
     if stopped:
         return Outcome(RunStatus.KILLED, code, "cancelled")
     if code is None:
-        return Outcome(RunStatus.FAILED, None, "lost: its process was killed", cause=FailureKind.INFRASTRUCTURE)
+        lost = RunLost("the run is lost: its process was killed", backend=LocalBackend.name)
+        return Outcome(RunStatus.FAILED, None, str(lost), error=lost)
     if code == 0:
         return Outcome(RunStatus.FINISHED, 0)
     reason = f"exit code {code}" if code > 0 else f"killed by signal {_signal_name(-code)}"
@@ -218,7 +220,7 @@ def _prepare(job: Job) -> tuple[dict[str, str], int | None]:
     environ |= {**job.environ, **job.secrets}
     if job.environment is not None:
         environ = job.environment.apply(environ)
-    if job.durable:
+    if durable.applies(job):
         durable.run_folder(job.run_id).mkdir(parents=True, exist_ok=True, mode=0o700)
     return environ, None if job.output is None else _open_output(job.output)
 

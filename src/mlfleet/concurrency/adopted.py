@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 from pathlib import Path
 
 from mlfleet.concurrency.process import Process
@@ -68,16 +69,21 @@ def adopt(pid: int, started: int) -> int | None:
     return None
 
 
-def end_orphans(session: int) -> None:
+def end_orphans(session: int, started: int) -> None:
     """Kill what is left in the session of a leader that has ended. Blocking.
 
-    A session's number is not given away while a process is in it. If a process has that very number now, the session
-    has ended long ago, and the number is somebody else's.
+    Args:
+        session: its number, the pid of its leader.
+        started: the start time of the leader. A session's number is not given away while a process is in it: if another
+            process has it now, the session has ended long ago.
     """
-    if Path(f"/proc/{session}").exists():
-        return
+    try:
+        if start_time(Path(f"/proc/{session}/stat").read_text()) != started:
+            return
+    except (OSError, ValueError):
+        pass  # reaped
     for group in living_groups({session})[session]:
         try:
-            os.killpg(group, 9)
+            os.killpg(group, signal.SIGKILL)
         except ProcessLookupError:
             continue
