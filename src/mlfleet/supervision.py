@@ -13,7 +13,6 @@ from pathlib import Path
 import anyio
 
 from mlfleet.backends.base import Backend, BackendRun, Job
-from mlfleet.concurrency.shield import finish
 from mlfleet.errors import MlfleetError, RunCancelled, RunTimeout, TrackingError, UsageError
 from mlfleet.folders import runs_folder
 from mlfleet.planning import Plan
@@ -25,10 +24,6 @@ from mlfleet.tracking.ending import end_run
 __all__ = ["FleetRun"]
 
 logger = logging.getLogger("mlfleet.runs")
-
-# A cancelled caller waits this long for an answer to the request that creates the MLflow run: without it nobody would
-# know whether there is a run that must be marked KILLED.
-_CREATE_GRACE = 15.0
 
 
 class FleetRun:
@@ -189,7 +184,7 @@ class FleetRun:
 
     async def _live(self) -> Outcome:
         try:
-            await finish(self._create, within=_CREATE_GRACE)
+            await self._create()
         except Exception as error:
             self._creation_error = error
             return Outcome(RunStatus.FAILED, reason=str(error), error=error)
@@ -216,7 +211,11 @@ class FleetRun:
 
     async def _stages(self) -> Outcome:
         job = await draft(
-            self.plan, self.info, self._services, output=self.output_path, cancel_grace=self._timeouts.cancel_grace
+            self.plan,
+            self.info,
+            self._services.tracking,
+            output=self.output_path,
+            cancel_grace=self._timeouts.cancel_grace,
         )
         backend = await self._services.backend(self.plan.backend)
         await self._log(backend, job)

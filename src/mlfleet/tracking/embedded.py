@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
+import threading
 import time
 import uuid
 import warnings
@@ -251,20 +252,25 @@ def _download(uri: str, folder: Path, store: str) -> Path:
         shutil.rmtree(half, ignore_errors=True)
 
 
+_quieting = threading.Lock()
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep back what mlflow and its libraries tell about a new database and about each other's deprecations."""
-    loggers = [logging.getLogger(name) for name in _NOISY]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(max(logger.level, logging.WARNING))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    # One at a time: what a second thread would save and restore is what the first one has set.
+    with _quieting:
+        loggers = [logging.getLogger(name) for name in _NOISY]
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.setLevel(max(logger.level, logging.WARNING))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 @contextmanager
