@@ -12,8 +12,22 @@ import click
 from click.shell_completion import CompletionItem
 
 from mlfleet.cli.terminal import show_logs
+from mlfleet.environments.choose import NAMES
+from mlfleet.resources import Resources
+from mlfleet.runs import DEFAULT_CANCEL_GRACE, Timeouts
 
-__all__ = ["complete_backend", "debug_option", "duration", "json_option", "read_config", "read_pairs"]
+__all__ = [
+    "complete_backend",
+    "debug_option",
+    "duration",
+    "json_option",
+    "project_options",
+    "quiet_option",
+    "read_config",
+    "read_pairs",
+    "read_project_options",
+    "tracking_option",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -101,3 +115,110 @@ def debug_option(command: F) -> F:
         callback=switch_on,
         help="Show what mlfleet does, and tracebacks of errors.",
     )(command)
+
+
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Say nothing but warnings and errors.")
+
+tracking_option = click.option(
+    "--tracking-uri",
+    metavar="URI",
+    help="A server (http://…), sqlite:///FILE, or databricks.  [env var: MLFLOW_TRACKING_URI]",
+)
+
+_PROJECT = (
+    click.option(
+        "-e",
+        "--entry-point",
+        metavar="NAME",
+        default="main",
+        show_default=True,
+        help="An entry point of MLproject, or a .py, .sh or .R script of the project.",
+    ),
+    click.option("-v", "--version", metavar="VERSION", help="Commit, branch or tag of a Git project."),
+    click.option(
+        "-A",
+        "--docker-args",
+        metavar="NAME[=VALUE]",
+        multiple=True,
+        help="An option of `docker run`, as in -A gpus=all or -A t.",
+    ),
+    click.option(
+        "--experiment-name",
+        metavar="NAME",
+        help="The experiment, which is made if there is none.  [env var: MLFLOW_EXPERIMENT_NAME]",
+    ),
+    click.option("--experiment-id", metavar="ID", help="The experiment by its id.  [env var: MLFLOW_EXPERIMENT_ID]"),
+    click.option(
+        "-b",
+        "--backend",
+        metavar="NAME",
+        default="local",
+        show_default=True,
+        shell_complete=complete_backend,
+        help="Where to run it: local, docker, kubernetes, databricks, or a plugin's name.",
+    ),
+    click.option("-c", "--backend-config", metavar="FILE|JSON", help="A path that ends in .json, or JSON."),
+    click.option("--env-manager", type=click.Choice(NAMES), help="Default: by the project's files."),
+    click.option(
+        "--storage-dir",
+        metavar="FOLDER",
+        envvar="MLFLOW_TMP_DIR",
+        show_envvar=True,
+        help="Where parameters of type path are downloaded to.",
+    ),
+    click.option("--run-name", metavar="NAME", help="The name of the MLflow run."),
+    click.option("--build-image", is_flag=True, help="Docker: build an image with the project's files in it."),
+    tracking_option,
+    click.option("--tag", "tags", metavar="NAME=VALUE", multiple=True, help="A tag of the MLflow run."),
+    click.option("--cpus", type=float, metavar="N", help="What a run needs: here it waits for so many CPUs."),
+    click.option("--gpus", type=int, metavar="N", help="Likewise GPUs; it sees no others."),
+    click.option("--memory", metavar="SIZE", help="Likewise memory, as in 4Gi; in containers these are its limits."),
+    click.option(
+        "--timeout-setup",
+        type=duration,
+        metavar="TIME",
+        help="How long it may take to the start of the command: 90s, 5m, 1h30m; a number is seconds.",
+    ),
+    click.option("--timeout-run", type=duration, metavar="TIME", help="How long the command may take."),
+    click.option(
+        "--cancel-grace",
+        type=duration,
+        metavar="TIME",
+        default=DEFAULT_CANCEL_GRACE,
+        help=f"How long it has to stop when asked to, before it is killed.  [default: {DEFAULT_CANCEL_GRACE:g}s]",
+    ),
+)
+
+
+def project_options(command: F) -> F:
+    """The options of all commands that run a project; `read_project_options` reads them."""
+    for option in reversed(_PROJECT):
+        command = option(command)
+    return command
+
+
+def read_project_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for `RunRequest.of` from the options that `project_options` adds, which are taken out of `options`.
+
+    Raises:
+        click.UsageError: one of them makes no sense.
+    """
+    timeouts = Timeouts(
+        setup=options.pop("timeout_setup"), run=options.pop("timeout_run"), cancel_grace=options.pop("cancel_grace")
+    )
+    needs = {name: options.pop(name) for name in ("cpus", "gpus", "memory")}
+    given = {name: value for name, value in needs.items() if value is not None}
+    return {
+        "docker_args": read_pairs("-A", options.pop("docker_args"), flags=True),
+        "backend_config": read_config(options.pop("backend_config")),
+        "tags": read_pairs("--tag", options.pop("tags")),
+        "timeouts": timeouts,
+        "resources": Resources(**given) if given else None,
+        **{name: options.pop(name) for name in _AS_THEY_ARE},
+    }
+
+
+_AS_THEY_ARE = (
+    "entry_point", "version", "experiment_name", "experiment_id", "backend", "env_manager", "storage_dir", "run_name",
+    "build_image",
+)  # fmt: skip

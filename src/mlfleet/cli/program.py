@@ -13,6 +13,7 @@ from mlfleet.cli.containers import prune, ps
 from mlfleet.cli.report import error_as_json, exit_code, print_json
 from mlfleet.cli.run import run
 from mlfleet.cli.storage import cache, envs
+from mlfleet.cli.sweep import sweep
 from mlfleet.cli.terminal import complain, show_logs
 from mlfleet.errors import MlfleetError
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         if "--json" in arguments:
-            print_json(error_as_json(error))
+            print_json(error_as_json(error), indent=None)  # a line, also among the events of a sweep
         return _complain(error)
     return code if isinstance(code, int) else 0
 
@@ -66,6 +67,7 @@ def _cli() -> None:
 
 
 _cli.add_command(run)
+_cli.add_command(sweep)
 _cli.add_command(cache)
 _cli.add_command(envs)
 _cli.add_command(ps)

@@ -20,7 +20,7 @@ from mlfleet.masking import MASK
 from mlfleet.runs import RunStatus
 from mlfleet.tracking import RunInfo
 
-__all__ = ["error_as_json", "exit_code", "print_json", "run_as_json", "tell", "where_to_look"]
+__all__ = ["error_as_json", "exit_code", "print_json", "run_as_json", "run_url", "tell", "where_to_look"]
 
 _log = logging.getLogger("mlfleet.cli")
 _MISTAKES = (UsageError, SpecError, ParameterError, FetchError, BackendNotFound)
@@ -56,7 +56,7 @@ def tell(command: RunCommand, received: signal.Signals | None, *, quiet: bool) -
 
 def where_to_look(tracking: str, info: RunInfo) -> str:
     """The page of a run on its server; for a store without a server, the command that shows it."""
-    url = _url(tracking, info)
+    url = run_url(tracking, info.experiment_id, info.run_id)
     if url is not None:
         return url
     if tracking.startswith("databricks"):
@@ -80,7 +80,7 @@ def run_as_json(command: RunCommand, received: signal.Signals | None) -> dict[st
         "reason": outcome.reason if outcome else None,
         "output": str(output) if output else None,
         "tracking_uri": command.tracking,
-        "url": _url(command.tracking, info) if command.tracking and info else None,
+        "url": run_url(command.tracking, info.experiment_id, info.run_id) if command.tracking and info else None,
         "tracking_error": str(outcome.tracking_error) if outcome and outcome.tracking_error else None,
         "interrupted": received.name if received else None,
         "error": error_as_json(command.error)["error"] if command.error else None,
@@ -93,10 +93,10 @@ def error_as_json(error: Exception) -> dict[str, Any]:
     return {"error": {"type": type(error).__name__, "message": message}}
 
 
-def print_json(data: Mapping[str, Any] | list[dict[str, Any]]) -> None:
+def print_json(data: Mapping[str, Any] | list[dict[str, Any]], *, indent: int | None = 2) -> None:
     """One JSON value on standard output."""
     try:
-        click.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+        click.echo(json.dumps(data, indent=indent, ensure_ascii=False, default=str))
     except OSError as error:
         # Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -104,7 +104,8 @@ def print_json(data: Mapping[str, Any] | list[dict[str, Any]]) -> None:
             raise
 
 
-def _url(tracking: str, info: RunInfo) -> str | None:
+def run_url(tracking: str, experiment_id: str, run_id: str) -> str | None:
+    """The page of a run on its server; None for a store without one."""
     if not tracking.startswith(("http://", "https://")):
         return None
-    return f"{tracking.rstrip('/')}/#/experiments/{info.experiment_id}/runs/{info.run_id}"
+    return f"{tracking.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"

@@ -10,6 +10,7 @@ import anyio
 
 from mlfleet.concurrency.tasks import TaskOwner
 from mlfleet.errors import UsageError
+from mlfleet.runs import RunStatus
 from mlfleet.space import Points
 from mlfleet.supervision import FleetRun
 from mlfleet.sweeps.attempts import Launcher
@@ -17,6 +18,7 @@ from mlfleet.sweeps.driver import Driver
 from mlfleet.sweeps.record import SweepRecord
 from mlfleet.sweeps.results import PointResult, SweepCounts, SweepResult, in_order
 from mlfleet.sweeps.settings import SweepSettings
+from mlfleet.tracking.base import RunInfo
 
 __all__ = ["Sweep"]
 
@@ -85,6 +87,16 @@ class Sweep:
     def experiment_id(self) -> str:
         """The experiment of the sweep and all its runs."""
         return self._record.info.experiment_id
+
+    @property
+    def info(self) -> RunInfo:
+        """The MLflow run of the sweep as it was when the sweep began."""
+        return self._record.info
+
+    @property
+    def status(self) -> RunStatus:
+        """RUNNING until the sweep has ended, then how it ended."""
+        return self._record.status if self._driver.ended.is_set() else RunStatus.RUNNING
 
     @property
     def counts(self) -> SweepCounts:
