@@ -66,6 +66,8 @@ class RecordedRun:
             tags=dict(self.tags),
             params=dict(self.params),
             metrics=dict(self.metrics),
+            start_time=self.start_time,
+            end_time=self.end_time,
         )
 
 

@@ -27,6 +27,8 @@ class RunInfo:
         tags: all its tags.
         params: all its parameters.
         metrics: the latest value of each of its metrics.
+        start_time: when it was created, in milliseconds since the epoch; None if that is not known.
+        end_time: when it ended, likewise; None as long as it has not.
     """
 
     run_id: str
@@ -37,6 +39,8 @@ class RunInfo:
     tags: Mapping[str, str] = field(default_factory=dict)
     params: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    start_time: int | None = None
+    end_time: int | None = None
 
 
 class Tracking(ABC):

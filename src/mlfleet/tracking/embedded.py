@@ -233,6 +233,8 @@ def _run_info(run: Any) -> RunInfo:
         tags=dict(run.data.tags),
         params=dict(run.data.params),
         metrics=dict(run.data.metrics),
+        start_time=run.info.start_time or None,
+        end_time=run.info.end_time or None,
     )
 
 

@@ -51,6 +51,8 @@ def run_info(raw: Mapping[str, Any]) -> RunInfo:
             tags=tags,
             params={str(param["key"]): str(param.get("value", "")) for param in data.get("params") or ()},
             metrics={str(metric["key"]): _float(metric.get("value", 0)) for metric in data.get("metrics") or ()},
+            start_time=_time(info.get("start_time")),
+            end_time=_time(info.get("end_time")),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise TrackingError(
@@ -94,6 +96,11 @@ def shortened(
         {name: value[:longest_tag] for name, value in tags.items()},
         cut,
     )
+
+
+def _time(value: Any) -> int | None:
+    # A run that has not ended has 0 there, or nothing; servers may write whole numbers as text.
+    return int(value) or None if value is not None else None
 
 
 def _float(value: Any) -> float:
