@@ -133,5 +133,5 @@ def _view(command: SweepCommand, *, as_json: bool, quiet: bool) -> SweepView:
     if as_json:
         return SweepJson(quiet=quiet)
     if is_interactive() and not quiet:
-        return SweepScreen(command.best)
+        return SweepScreen(command.best, fixed=command.options["parameters"])
     return SweepLines(command.best, quiet=quiet)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import anyio
 
 from mlfleet.cli.sweep_best import Best
-from mlfleet.cli.sweep_lines import failure_line, opening_line, plain_line, retry_line
+from mlfleet.cli.sweep_lines import failure_line, opening_line, plain_line, retry_line, values
 from mlfleet.cli.terminal import say
 from mlfleet.concurrency.lines import last_lines
 from mlfleet.concurrency.threads import Threads
 from mlfleet.runs import RunEvent, RunStatus, Stage
+from mlfleet.supervision import FleetRun
 from mlfleet.sweeps import PointResult, Sweep, SweepCounts
 
 if TYPE_CHECKING:
@@ -62,10 +63,12 @@ class SweepScreen:
 
     Args:
         best: which metric to tell.
+        fixed: names of the parameters that are the same for all points.
     """
 
-    def __init__(self, best: Best) -> None:
+    def __init__(self, best: Best, fixed: Collection[str] = ()) -> None:
         self._best = best
+        self._fixed = fixed
         self._sweep: Sweep | None = None
         self._lines: deque[tuple[str, str]] = deque()
         self._activity = "opening the tracking store"
@@ -135,7 +138,7 @@ class SweepScreen:
         self._lines.clear()
         started = [] if sweep is None else [run for run in sweep.runs if Stage.STARTED in run.times]
         started.sort(key=lambda run: run.times[Stage.STARTED])
-        shown = [_Row(run.info.name, run.times[Stage.STARTED], run.output_path) for run in started[:_MOST_ROWS]]
+        shown = [self._row(run) for run in started[:_MOST_ROWS]]
         counts = sweep.counts if sweep else None
         return _Picture(
             lines=lines,
@@ -148,6 +151,13 @@ class SweepScreen:
             rate=self._rate(counts),
             stopping=self._stopping or bool(sweep and sweep.stopped),
         )
+
+    def _row(self, run: FleetRun) -> _Row:
+        request = run.plan.request
+        point = {name: value for name, value in request.parameters.items() if name not in self._fixed}
+        # A run of an earlier session is known by its name only.
+        name = f"{request.member.index}: {values(point)}" if request.member else run.info.name
+        return _Row(name, run.times[Stage.STARTED], run.output_path)
 
     def _best_so_far(self) -> str:
         if not self._best.results or self._best.metric is None:
@@ -201,7 +211,7 @@ class SweepScreen:
     def _running(self, row: _Row, width: int) -> RenderableType:
         from rich.text import Text
 
-        start = f"  {row.name}  {duration_text(time.time() - row.since):>6}  "
+        start = f"  {_fit(row.name, 40):<24}  {duration_text(time.time() - row.since):>6}  "
         text = Text(_fit(start, width), style="cyan")
         text.append(_fit(self._tail(row.output), max(width - len(start) - 1, 0)), style="default")
         return text
