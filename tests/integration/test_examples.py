@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from components import missing
 from components.mlflow_server import MlflowServer
 from mlfleet.runs import RunStatus
 from mlfleet.tracking import open_tracking
@@ -83,3 +85,28 @@ async def test_multistep(mlflow_server: MlflowServer, tmp_path: Path) -> None:
     trained = [run for run in steps.values() if "rmse" in run.metrics]
     best = min(trained, key=lambda run: run.metrics["rmse"])
     assert parent.metrics == {"best_alpha": 0.01, "best_rmse": best.metrics["rmse"]}
+
+
+@pytest.mark.timeout(180)  # seven processes that import mlflow, two at a time
+async def test_optuna_decides_by_what_has_finished(mlflow_server: MlflowServer) -> None:
+    if importlib.util.find_spec("optuna") is None:
+        missing("Optuna", "pip install optuna")
+    done = subprocess.run(
+        [sys.executable, "examples/optuna/search.py", "--trials", "6", "--env-manager", "local"],
+        cwd=ROOT,
+        env={**os.environ, "MLFLOW_TRACKING_URI": mlflow_server.url},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 7
+    assert lines[-1].startswith("best: rmse=")
+    async with open_tracking(mlflow_server.url) as tracking:
+        experiment = await tracking.experiment_id("optuna")
+        runs = await tracking.search_runs([experiment])
+    parent = next(run for run in runs if run.name == "tpe")
+    trials = [run for run in runs if run.tags.get("mlflow.parentRunId") == parent.run_id]
+    assert [run.status for run in [parent, *trials]] == [RunStatus.FINISHED] * 7
+    best = min(run.metrics["rmse"] for run in trials)
+    assert lines[-1].startswith(f"best: rmse={best:.4f}")
