@@ -12,8 +12,10 @@ from blockbuster import BlockBuster, blockbuster_ctx
 pytest_plugins: list[str] = [
     "components.conda",
     "components.docker",
+    "components.fake_kubernetes",
     "components.git_http",
     "components.http_files",
+    "components.minilake",
     "components.mlflow_server",
     "components.mlflow_store",
     "components.registry",

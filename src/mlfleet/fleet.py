@@ -280,6 +280,7 @@ class Fleet:
             project=project,
             on_progress=lambda line: self.tell(RunEvent(Stage.FETCHING, request.uri, detail=line)),
         )
+        self._backends[plan.backend].check_tracking(self.tracking.uri)
         if plan.backend == "local" and request.resources is not None:
             self._machine.check(request.resources)
         return plan

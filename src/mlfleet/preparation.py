@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -13,11 +14,12 @@ from typing import Protocol
 
 import anyio
 
-from mlfleet.backends.base import Backend, Job
+from mlfleet.backends.base import Backend, Job, ProjectCall
 from mlfleet.environments.base import EnvironmentManager
 from mlfleet.planning import Plan
 from mlfleet.project.downloads import download_all
 from mlfleet.project.fetch import ProjectFetcher
+from mlfleet.project.uri import UriKind, parse_uri
 from mlfleet.runs import RunEvent, Timeouts
 from mlfleet.tracking.base import RunInfo, Tracking
 
@@ -57,9 +59,9 @@ class Services(Protocol):
         ...
 
 
-async def draft(plan: Plan, info: RunInfo, services: Services, *, output: Path | None, cancel_grace: float) -> Job:
+async def draft(plan: Plan, info: RunInfo, tracking: Tracking, *, output: Path | None, cancel_grace: float) -> Job:
     """The job as it is known before anything is prepared: its command, folder and environment are provisional."""
-    plain, secret = await services.tracking.environ()
+    plain, secret = await tracking.environ()
     return Job(
         run_id=info.run_id,
         experiment_id=info.experiment_id,
@@ -73,9 +75,13 @@ async def draft(plan: Plan, info: RunInfo, services: Services, *, output: Path |
         config=plan.config,
         output=output,
         cancel_grace=cancel_grace,
+        environment_file=plan.spec.environment,
+        spark_job=plan.spec.databricks_spark_job,
+        tracking_uri=tracking.uri,
         artifact_uri=info.artifact_uri,
         resources=plan.request.resources,
         durable=plan.request.member is not None and plan.request.member.durable,
+        call=_call(plan),
     )
 
 
@@ -118,6 +124,24 @@ async def prepare(
         environment=environment,
         paths=_paths(plan, downloaded),
         on_progress=on_progress,
+    )
+
+
+def _call(plan: Plan) -> ProjectCall:
+    request = plan.request
+    uri = parse_uri(request.uri)
+    # Only what anybody can fetch again: whoever reads the project would put credentials of the URI into tags.
+    elsewhere = uri.kind is UriKind.GIT and uri.credentials is None
+    return ProjectCall(
+        uri=uri.text if elsewhere else None,
+        version=plan.project.commit if elsewhere else None,
+        entry_point=request.entry_point,
+        parameters=request.parameters,
+        env_manager=request.env_manager,
+        storage_dir=None if request.storage_dir is None else os.fspath(request.storage_dir),
+        docker_args=request.docker_args,
+        build_image=request.build_image,
+        docker_auth=request.docker_auth,
     )
 
 

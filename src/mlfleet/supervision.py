@@ -47,6 +47,7 @@ class FleetRun:
         self._times: dict[Stage, float] = {}
         self._metrics: Mapping[str, float] = {}
         self._output: Path | None = None
+        self._second_run: str | None = None
         self._creation_error: Exception | None = None
         self._created = anyio.Event()
         self._started = anyio.Event()
@@ -230,8 +231,7 @@ class FleetRun:
                 self._tell(Stage.STARTING)
                 self._handle = await backend.submit(job)
                 stack.push_async_callback(self._settle, self._handle)
-                if tags := backend.tags(self._handle):
-                    await self._services.tracking.log(job.run_id, tags=tags)
+                await self._log_submitted(backend, self._handle)
                 await self._handle.started()
             self._tell(Stage.STARTED)
             self._started.set()
@@ -255,15 +255,27 @@ class FleetRun:
         if tags or self.plan.parameters.logged:
             await self._services.tracking.log(job.run_id, params=self.plan.parameters.logged, tags=tags)
 
+    async def _log_submitted(self, backend: Backend, handle: BackendRun) -> None:
+        """What is known only now; a second run is put below this one in MLflow, and ends with it."""
+        tags = dict(backend.tags(handle))
+        self._second_run = backend.second_run(handle)
+        if self._second_run is not None:
+            tags[SECOND_RUN_TAG] = self._second_run
+            nesting = {"mlflow.parentRunId": self.run_id, "mlflow.project.backend": backend.name}
+            await self._services.tracking.log(self._second_run, tags=nesting)
+        if tags:
+            await self._services.tracking.log(self.run_id, tags=tags)
+
     async def _end(self, outcome: Outcome) -> None:
         """Write the terminal status, then tell everybody who waits."""
         if self._info is not None:
             await self._log_output()
             try:
-                seen = await end_run(
-                    self._services.tracking, self.run_id, outcome.status, patience=self._services.tracking_patience
-                )
-                self._metrics = seen.metrics
+                for run_id in filter(None, (self._second_run, self.run_id)):
+                    seen = await end_run(
+                        self._services.tracking, run_id, outcome.status, patience=self._services.tracking_patience
+                    )
+                    self._metrics = {**self._metrics, **seen.metrics}
             except TrackingError as error:
                 logger.error(
                     "the run %s is %s, but its tracking server could not be told for %g s: %s",

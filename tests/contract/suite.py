@@ -30,12 +30,14 @@ class Harness:
             folder holds the file ``project.txt`` with the one line ``of the project``.
         leftovers: what still exists of the job of that run id where it runs, one text for each process or container.
         cancel_grace: seconds for jobs that are to be ended by force.
+        lag: seconds after which output and states are known here.
     """
 
     open: Callable[[], AbstractAsyncContextManager[Backend]]
     job: Callable[..., Job]
     leftovers: Callable[[str], Awaitable[Sequence[str]]]
     cancel_grace: float = 0.5
+    lag: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ class BackendContract:
     # --- waiting
 
     async def test_running_until_it_ends(self, bench: Bench) -> None:
-        run = await bench.submit("echo ready; sleep 0.3")
+        run = await bench.submit(f"echo ready; sleep {0.3 + bench.harness.lag}")
         assert await run.get_status() in (RunStatus.SCHEDULED, RunStatus.RUNNING)
         await run.started()
         await seen(run, READY)
@@ -152,7 +154,7 @@ class BackendContract:
         assert await asyncio.gather(*(run.wait() for _ in range(50))) == [False] * 50
 
     async def test_cancelled_waiter_leaves_the_run_alone(self, bench: Bench) -> None:
-        run = await bench.submit_ready("echo ready; sleep 0.3; echo end")
+        run = await bench.submit_ready(f"echo ready; sleep {0.3 + bench.harness.lag}; echo end")
         waiters = [asyncio.create_task(run.wait()) for _ in range(3)]
         await asyncio.sleep(0)
         waiters[0].cancel()
@@ -255,7 +257,9 @@ class BackendContract:
     # --- logs
 
     async def test_logs_live_and_again_after_the_end(self, bench: Bench) -> None:
-        run = await bench.submit_ready("echo one; echo ready; sleep 0.2; echo two >&2; printf three")
+        run = await bench.submit_ready(
+            f"echo one; echo ready; sleep {0.2 + bench.harness.lag}; echo two >&2; printf three"
+        )
         assert await run.get_status() is RunStatus.RUNNING
         assert await everything(run) == ["one", "ready", "two", "three"]
         assert await everything(run) == ["one", "ready", "two", "three"]

@@ -133,7 +133,9 @@ class FlakyProxy:
         finally:
             writer.close()
         status, fields = _parse_head(head)
-        kept = {name: text for name, text in fields.items() if name not in ("content-length", "connection")}
+        # What HEAD tells of the length is that of a body that does not come.
+        dropped = ("connection",) if request.method == "HEAD" else ("connection", "content-length")
+        kept = {name: text for name, text in fields.items() if name not in dropped}
         return Answer(int(status.split()[1]), body, kept)
 
 
@@ -151,6 +153,6 @@ def _parse_head(head: bytes) -> tuple[str, dict[str, str]]:
 
 
 def _head(answer: Answer) -> bytes:
-    headers = {**answer.headers, "content-length": str(len(answer.body))}
+    headers = {"content-length": str(len(answer.body)), **answer.headers}
     lines = [f"HTTP/1.1 {answer.status} Whatever", *(f"{name}: {text}" for name, text in headers.items())]
     return "\r\n".join([*lines, "", ""]).encode("latin-1")

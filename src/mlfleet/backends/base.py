@@ -11,11 +11,11 @@ from typing import Any, ClassVar, Protocol, Self
 
 from mlfleet.environments.base import PreparedEnvironment
 from mlfleet.errors import BackendError, UsageError
-from mlfleet.project.spec import DockerEnv
+from mlfleet.project.spec import DockerEnv, EnvironmentFile
 from mlfleet.resources import Resources
 from mlfleet.runs import DEFAULT_CANCEL_GRACE, JobRef, Outcome, SubmittedRun
 
-__all__ = ["Backend", "BackendRun", "DockerRequest", "Job"]
+__all__ = ["Backend", "BackendRun", "DockerRequest", "Job", "ProjectCall"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,33 @@ class DockerRequest:
     args: Mapping[str, Any] = field(default_factory=dict, repr=False)
     build_image: bool = False
     auth: Mapping[str, Any] | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProjectCall:
+    """The call as it was made, for backends that read the project themselves (`Backend.reads_project`).
+
+    Attributes:
+        uri: of a Git project elsewhere; None: `Job.project_dir` is the project.
+        version: the commit that `uri` was found to be at.
+        entry_point: its name, or a script of the project.
+        parameters: as they were given: without defaults, and nothing downloaded.
+        env_manager: None: by the project's files.
+        storage_dir: where ``path`` parameters are to be downloaded to.
+        docker_args: flags of ``docker run``.
+        build_image: build an image of base and project.
+        docker_auth: credentials for the registry (secret).
+    """
+
+    uri: str | None
+    version: str | None
+    entry_point: str
+    parameters: Mapping[str, Any]
+    env_manager: str | None = None
+    storage_dir: str | None = None
+    docker_args: Mapping[str, Any] | None = field(default=None, repr=False)
+    build_image: bool = False
+    docker_auth: Mapping[str, Any] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +84,12 @@ class Job:
         durable: whether the run must go on, and be found again by `Backend.attach`, if this process dies. For runs on
             this machine; those elsewhere do so anyway.
         paths: what the command's ``path`` parameters name on this machine: files and folders, absolute.
+        environment_file: of the project, for backends that bring their own environment.
+        spark_job: the project's ``databricks_spark_job``.
+        tracking_uri: of the tracking server or store, without credentials.
         artifact_uri: where the artifacts of the MLflow run are; empty if that is not known.
         on_progress: takes one line on what `Backend.submit` is at, such as how far an image is pulled.
+        call: what the caller asked for, for backends that read the project themselves.
     """
 
     run_id: str
@@ -77,8 +108,12 @@ class Job:
     resources: Resources | None = None
     durable: bool = False
     paths: tuple[Path, ...] = ()
+    environment_file: EnvironmentFile | None = None
+    spark_job: Mapping[str, Any] | None = None
+    tracking_uri: str = ""
     artifact_uri: str = ""
     on_progress: Callable[[str], None] = field(default=lambda line: None, repr=False, compare=False)
+    call: ProjectCall | None = field(default=None, repr=False)
 
 
 class BackendRun(SubmittedRun, Protocol):
@@ -108,10 +143,12 @@ class Backend(ABC):
     Attributes:
         name: by which it is asked for.
         needs_environment: whether the Fleet prepares the project's Python environment on this machine for it.
+        reads_project: whether it goes by `Job.call` and downloads what ``path`` parameters name by itself.
     """
 
     name: ClassVar[str]
     needs_environment: ClassVar[bool] = False
+    reads_project: ClassVar[bool] = False
 
     async def __aenter__(self) -> Self:
         """Open clients; start what is shared by all runs."""
@@ -147,6 +184,21 @@ class Backend(ABC):
             UsageError: the backend cannot run it.
         """
 
+    def check_tracking(self, uri: str) -> None:  # noqa: B027 - most need not look
+        """Check whether runs can reach their tracking server or store. Called before anything exists.
+
+        Raises:
+            UsageError: they cannot.
+        """
+
+    def preview(self, job: Job) -> str | None:
+        """What `submit` would ask for, for people; None: there is nothing to see. Blocking; makes and asks nothing.
+
+        Raises:
+            MlfleetError: the job cannot be submitted.
+        """
+        return None
+
     @abstractmethod
     async def submit(self, job: Job) -> BackendRun:
         """Start the job and return its handle as soon as it is on its way.
@@ -168,6 +220,10 @@ class Backend(ABC):
     def tags(self, run: BackendRun) -> Mapping[str, str]:
         """Tags for the MLflow run that are known only now that it was submitted."""
         return {}
+
+    def second_run(self, run: BackendRun) -> str | None:
+        """The id of an MLflow run that the job logs to instead of its own, because something made it one; else None."""
+        return None
 
     async def attach(self, ref: JobRef) -> BackendRun:
         """The handle of a job that an earlier process submitted.

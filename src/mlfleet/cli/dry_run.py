@@ -11,21 +11,26 @@ from typing import Any
 import anyio.to_thread
 import click
 
+from mlfleet.backends.base import Backend
 from mlfleet.cli.interrupts import Interrupts
 from mlfleet.cli.progress import Progress
 from mlfleet.environments.store import list_environments
 from mlfleet.errors import MlfleetError
 from mlfleet.masking import MASK
 from mlfleet.planning import Plan, Planner
+from mlfleet.preparation import draft
 from mlfleet.project.fetch import ProjectFetcher
 from mlfleet.request import RunRequest
-from mlfleet.runs import RunEvent, Stage
+from mlfleet.runs import DEFAULT_CANCEL_GRACE, RunEvent, RunStatus, Stage
 from mlfleet.tracking import default_uri, open_tracking
+from mlfleet.tracking.base import RunInfo
 from mlfleet.tracking.locations import absolute_uri
 
 __all__ = ["DryRun", "show"]
 
 _LATER = "(of the run)"
+_SHOWN = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID")
+_RUN_ID = "0" * 32  # stands for the id of the MLflow run, which must look like one
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,14 +59,17 @@ class DryRun:
 
     async def _find_out(self, progress: Progress) -> dict[str, Any]:
         # Not a Fleet: opening its tracking would make a database, or ask a server.
-        planner = Planner(ProjectFetcher(), lambda backend: backend())
+        backends: dict[str, Backend] = {}
+        planner = Planner(ProjectFetcher(), lambda kind: backends.setdefault(kind.name, kind()))
         plan = await planner.plan(
             self.request,
             on_progress=lambda line: progress(RunEvent(Stage.FETCHING, self.request.uri, detail=line)),
         )
         uri = await anyio.to_thread.run_sync(partial(_absolute, self.tracking_uri))
         tracking = open_tracking(uri)
-        plain, secret = await tracking.environ()
+        backends[plan.backend].check_tracking(tracking.uri)
+        info = RunInfo(self.request.run_id or _RUN_ID, _experiment_id(self.request) or "0", "", RunStatus.SCHEDULED, "")
+        job = await draft(plan, info, tracking, output=None, cancel_grace=DEFAULT_CANCEL_GRACE)
         return {
             "project": plan.project_name,
             "uri": plan.project.uri,
@@ -78,13 +86,14 @@ class DryRun:
             "experiment": _experiment(self.request),
             "run_name": self.request.run_name,
             "variables": {
-                **plain,
-                **dict.fromkeys(secret, MASK),
                 "MLFLOW_TRACKING_URI": tracking.uri,
                 "MLFLOW_EXPERIMENT_ID": _experiment_id(self.request) or _LATER,
                 "MLFLOW_RUN_ID": self.request.run_id or _LATER,
+                **{name: text for name, text in job.environ.items() if name not in _SHOWN},
+                **dict.fromkeys(job.secrets, MASK),
             },
             "tags": dict(plan.tags),
+            "request": await anyio.to_thread.run_sync(backends[plan.backend].preview, job),
         }
 
 
@@ -112,6 +121,8 @@ def show(found: Mapping[str, Any]) -> None:
     for name, text in rows.items():
         if text:
             click.echo(f"{name:<12} " + text.replace("\n", f"\n{'':<13}"))
+    if found["request"] is not None:
+        click.echo(f"\n{found['request']}")
 
 
 def _absolute(uri: str | None) -> str:

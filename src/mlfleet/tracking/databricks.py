@@ -15,7 +15,7 @@ from mlfleet.concurrency.threads import Threads
 from mlfleet.errors import TrackingError, UsageError
 from mlfleet.tracking.auth import Login
 
-__all__ = ["DatabricksLogin", "is_databricks"]
+__all__ = ["DatabricksLogin", "check_profile", "is_databricks", "profile_of"]
 
 _threads = Threads("databricks login", 1)
 
@@ -26,6 +26,20 @@ _HEADERS_LAST = 30.0
 def is_databricks(uri: str) -> bool:
     """Whether `uri` is ``databricks`` or ``databricks://profile``."""
     return uri == "databricks" or uri.startswith("databricks://")
+
+
+def check_profile(name: str) -> None:
+    """See to it that ``~/.databrickscfg`` has that profile. Blocking.
+
+    Raises:
+        UsageError: it has not.
+    """
+    try:
+        found = _profile_settings(name)
+    except TrackingError as error:
+        raise UsageError(str(error)) from error
+    if not found:
+        raise UsageError(f"there is no profile {name!r} in {_config_file()}: make it with 'databricks configure'")
 
 
 class DatabricksLogin(Login):
@@ -42,7 +56,7 @@ class DatabricksLogin(Login):
     def __init__(self, uri: str) -> None:
         self.url = ""
         self._uri = uri
-        self._profile = _profile(uri)
+        self._profile = profile_of(uri)
         self._settings: Mapping[str, str] = {}
         self._sdk: Any = None
         self._headers: dict[str, str] = {}
@@ -75,7 +89,7 @@ class DatabricksLogin(Login):
         token = self._settings.get("token")
         if self._sdk is None and token:
             return {"MLFLOW_TRACKING_URI": "databricks", "DATABRICKS_HOST": self.url}, {"DATABRICKS_TOKEN": token}
-        client, secret = self._sdk.client_id, self._sdk.client_secret
+        client, secret = (None, None) if self._sdk is None else (self._sdk.client_id, self._sdk.client_secret)
         if client and secret:
             plain = {"MLFLOW_TRACKING_URI": "databricks", "DATABRICKS_HOST": self.url, "DATABRICKS_CLIENT_ID": client}
             return plain, {"DATABRICKS_CLIENT_SECRET": secret}
@@ -96,7 +110,12 @@ class DatabricksLogin(Login):
         return headers
 
 
-def _profile(uri: str) -> str | None:
+def profile_of(uri: str) -> str | None:
+    """The profile that ``databricks://<profile>`` names; None if it names none.
+
+    Raises:
+        UsageError: it names a secret scope.
+    """
     name = uri.removeprefix("databricks").removeprefix("://").strip("/")
     if ":" in name:
         raise UsageError(
@@ -112,8 +131,12 @@ def _environment_settings() -> dict[str, str]:
     return settings if "host" in settings else {}
 
 
+def _config_file() -> Path:
+    return Path(os.environ.get("DATABRICKS_CONFIG_FILE") or "~/.databrickscfg").expanduser()
+
+
 def _profile_settings(profile: str) -> dict[str, str]:
-    path = Path(os.environ.get("DATABRICKS_CONFIG_FILE") or "~/.databrickscfg").expanduser()
+    path = _config_file()
     parser = configparser.ConfigParser(interpolation=None, default_section="-")
     try:
         parser.read(path, encoding="utf-8")

@@ -1,0 +1,279 @@
+"""Runs on Databricks: unpacks the project, runs its command, keeps its output. Uploaded as it is.
+
+It needs Python 3.8 and its standard library only. Its one argument is JSON, see `mlfleet.backends.databricks.request`.
+Databricks runs it inside of a process of its own, so that it can be ended at any moment, by an exception or by force.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import runpy
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from typing import IO, Any, Dict, Mapping
+
+PART = 900 * 1024  # bytes; DBFS gives 1 MB at once
+KEPT = 64 * 2**20  # bytes of output that are kept; all of it goes to the run's page
+FIRST_PAUSE, LAST_PAUSE = 0.2, 5.0  # seconds between parts of the output
+STALE = 7 * 86400  # seconds for which the output of runs is kept
+
+# The parent of the command. When the other end of its stdin is closed, also by the death of that process, it ends the
+# command and all that this has started.
+GUARD = """
+import os, signal, subprocess, sys, threading, time
+command = subprocess.Popen(["bash", "-c", sys.argv[2]], stdin=subprocess.DEVNULL, start_new_session=True)
+def kill(number):
+    try:
+        os.killpg(command.pid, number)
+    except OSError:
+        pass
+def end_when_asked():
+    sys.stdin.buffer.read()
+    kill(signal.SIGTERM)
+    time.sleep(float(sys.argv[1]))
+    kill(signal.SIGKILL)
+threading.Thread(target=end_when_asked, daemon=True).start()
+code = command.wait()
+kill(signal.SIGKILL)
+os._exit(code if code >= 0 else 128 - code)
+"""
+
+
+def main() -> None:
+    """Do what the argument says."""
+    spec = json.loads(sys.argv[1])
+    if "spec" in spec:
+        with open(spec["spec"], encoding="utf-8") as file:
+            spec = json.load(file)
+    signal_as_exception()
+    keep_only_recent(spec["output"])
+    folder = tempfile.mkdtemp(prefix="mlfleet-")
+    try:
+        project = unpack(spec, folder)
+        variables = {**spec["environ"], **secrets(spec), **identity(spec)}
+        code = (run_here if spec["mode"] == "python" else run_command)(spec, project, variables)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if code:
+        raise SystemExit(code)
+
+
+def signal_as_exception() -> None:
+    """A polite end from outside becomes an exception, so that what is cleaned up is cleaned up."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    try:
+        signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread; then nobody sends signals
+        pass
+
+
+def unpack(spec: Mapping[str, Any], folder: str) -> str:
+    """Unpack the project, after a look at whether it is what was packed."""
+    with open(spec["archive"], "rb") as file:
+        digest = hashlib.sha256()
+        for piece in iter(lambda: file.read(2**20), b""):
+            digest.update(piece)
+        if digest.hexdigest() != spec["sha256"]:
+            raise SystemExit("mlfleet: %s is not what was uploaded for this run" % spec["archive"])
+        file.seek(0)
+        project = os.path.join(folder, spec["name"])
+        os.mkdir(project)
+        with tarfile.open(fileobj=file, mode="r:gz") as archive:
+            if hasattr(tarfile, "fully_trusted_filter"):
+                archive.extractall(project, filter="fully_trusted")
+            else:
+                archive.extractall(project)
+    return project
+
+
+def secrets(spec: Mapping[str, Any]) -> Dict[str, str]:
+    """The secret variables, from the cluster's environment or from the scope that they were put into."""
+    place = spec.get("secrets")
+    if not place:
+        return {}
+    text = os.environ.pop("MLFLEET_SECRETS", None)
+    if text is None:
+        from databricks.sdk.runtime import dbutils
+
+        text = dbutils.secrets.get(place["scope"], place["key"])
+    return dict(json.loads(text))
+
+
+def identity(spec: Mapping[str, Any]) -> Dict[str, str]:
+    """What proves who this run is to its own workspace; processes that it starts do not find that by themselves."""
+    if not spec.get("identity") or "DATABRICKS_TOKEN" in os.environ or "DATABRICKS_RUNTIME_VERSION" not in os.environ:
+        return {}
+    try:
+        from databricks.sdk.core import Config
+
+        config = Config()
+        token = config.authenticate()["Authorization"].split(" ", 1)[1]
+        return {"DATABRICKS_HOST": config.host, "DATABRICKS_TOKEN": token}
+    except Exception as error:
+        print("mlfleet: the command gets no Databricks login: %s" % error, file=sys.stderr)
+        return {}
+
+
+def environment(variables: Mapping[str, str]) -> Dict[str, str]:
+    """This process' variables and those of the run, with this Python first."""
+    environ = dict(os.environ)
+    environ.update(variables)
+    environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), environ.get("PATH", os.defpath)])
+    if "DATABRICKS_RUNTIME_VERSION" in environ:
+        # Libraries of a cluster are on this process' path only.
+        own = [path for path in sys.path if "-packages" in path and not path.startswith(sys.prefix)]
+        environ["PYTHONPATH"] = os.pathsep.join([*own, *filter(None, [environ.get("PYTHONPATH")])])
+    return environ
+
+
+def run_command(spec: Mapping[str, Any], project: str, variables: Mapping[str, str]) -> int:
+    """Run the command in a session of its own; its exit code."""
+    guard = subprocess.Popen(
+        [sys.executable, "-c", GUARD, str(spec["grace"]), spec["command"]],
+        cwd=project,
+        env=environment(variables),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    assert guard.stdin is not None
+    assert guard.stdout is not None
+    output = Output(spec["output"])
+    stopped = True
+    try:
+        output.copy(guard.stdout)
+        stopped = False
+    finally:
+        if stopped:
+            guard.stdin.close()
+            output.copy(guard.stdout)
+        code = guard.wait()
+        output.end(code, stopped)
+    return code
+
+
+def run_here(spec: Mapping[str, Any], project: str, variables: Mapping[str, str]) -> int:
+    """Run a Python file in this process, which has the Spark session; its exit code."""
+    _, name, *arguments = shlex.split(spec["command"])
+    os.environ.update(variables)
+    os.chdir(project)
+    path = os.path.join(project, name)
+    sys.path.insert(0, os.path.dirname(path))
+    sys.argv = [path, *arguments]
+    code = 1
+    stopped = False
+    try:
+        runpy.run_path(path, run_name="__main__")
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if code:
+            raise
+    except KeyboardInterrupt:
+        stopped = True
+        raise
+    finally:
+        Output(spec["output"]).end(code, stopped)
+    return 0
+
+
+def keep_only_recent(output: str) -> None:
+    """Remove the output of runs of long ago, beside that of this run."""
+    try:
+        with os.scandir(os.path.dirname(output)) as entries:
+            for entry in entries:
+                if entry.stat().st_mtime < time.time() - STALE:
+                    shutil.rmtree(entry.path, ignore_errors=True)
+    except OSError:
+        pass
+
+
+class Output:
+    """Copies the output to this run's page, and in parts to files, which can be followed from elsewhere."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.waiting = bytearray()
+        self.parts = 0
+        self.kept = 0
+        self.pause = FIRST_PAUSE
+        self.due = 0.0
+        self.works = True
+
+    def copy(self, pipe: IO[bytes]) -> None:
+        """Copy until the other end is closed."""
+        while True:
+            left = self.due - time.monotonic() if self.waiting else None
+            if left is None or left > 0:
+                readable, _, _ = select.select([pipe], [], [], left)
+                if readable:
+                    data = os.read(pipe.fileno(), 65536)
+                    if not data:
+                        self.flush()
+                        return
+                    self.take(data)
+            if self.waiting and (len(self.waiting) >= PART or time.monotonic() >= self.due):
+                self.flush()
+
+    def take(self, data: bytes) -> None:
+        """Show some output, and keep it for the next part."""
+        stream = getattr(sys.stdout, "buffer", None)
+        if stream is not None:
+            stream.write(data)
+        else:
+            sys.stdout.write(data.decode("utf-8", "replace"))
+        sys.stdout.flush()
+        if not self.waiting:
+            self.due = time.monotonic() + self.pause
+        room = KEPT - self.kept
+        if room <= 0:
+            return
+        if len(data) > room:
+            data = data[:room] + b"\n(mlfleet keeps no more; the page of the run in Databricks may)\n"
+        self.kept += len(data)
+        self.waiting += data
+
+    def flush(self) -> None:
+        """Write what waits as further parts. Where that cannot be done, the page of the run has to do."""
+        while self.waiting:
+            piece = bytes(self.waiting[:PART])
+            del self.waiting[:PART]
+            if self.write("%06d" % self.parts, piece):
+                self.parts += 1
+        self.pause = min(self.pause * 1.5, LAST_PAUSE)
+
+    def end(self, code: int, stopped: bool) -> None:
+        """Tell that this is all."""
+        told = {"exit_code": code, "parts": self.parts if self.works else None, "stopped": stopped}
+        self.write("end", json.dumps(told).encode())
+
+    def write(self, name: str, data: bytes) -> bool:
+        """Write a file that begins with its length, so that half of it is not taken for all; whether that worked."""
+        if not self.works:
+            return False
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+            with open(os.path.join(self.folder, name), "wb") as file:
+                file.write(b"%d\n" % len(data) + data)
+        except OSError as error:
+            self.works = False
+            print("mlfleet: the output cannot be kept in %s: %s" % (self.folder, error), file=sys.stderr)
+            return False
+        return True
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""``backend_config`` of the Databricks backend: read once, at the door."""
+
+from __future__ import annotations
+
+import copy
+import posixpath
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, TypeVar
+
+from mlfleet.documents import nearest
+from mlfleet.errors import UsageError
+
+__all__ = ["KEYS", "Compute", "DatabricksConfig", "TaskKind", "Upload", "UploadKind", "parse_config"]
+
+T = TypeVar("T")
+Chosen = TypeVar("Chosen", bound=StrEnum)
+
+
+class UploadKind(StrEnum):
+    """Where projects and output are kept."""
+
+    VOLUME = "volume"
+    WORKSPACE = "workspace"
+    DBFS = "dbfs"
+
+
+class TaskKind(StrEnum):
+    """How a run is asked for: with the bootstrap script, or as a command of the cluster's shell."""
+
+    PYTHON = "python"
+    SHELL_COMMAND = "shell_command"
+
+
+# Of a cluster: https://docs.databricks.com/api/workspace/clusters/create. Any of them at the top means that the
+# configuration is a cluster, as in the reference.
+_CLUSTER_KEYS = frozenset(
+    {
+        "apply_policy_default_values", "autoscale", "autotermination_minutes", "aws_attributes", "azure_attributes",
+        "cluster_log_conf", "cluster_name", "custom_tags", "data_security_mode", "docker_image",
+        "driver_instance_pool_id", "driver_node_type_flexibility", "driver_node_type_id", "enable_elastic_disk",
+        "enable_local_disk_encryption", "gcp_attributes", "init_scripts", "instance_pool_id", "is_single_node", "kind",
+        "node_type_id", "num_workers", "policy_id", "remote_disk_throughput", "runtime_engine", "single_user_name",
+        "spark_conf", "spark_env_vars", "spark_version", "ssh_public_keys", "total_initial_remote_disk_size",
+        "use_ml_runtime", "worker_node_type_flexibility", "workload_type",
+    }
+)  # fmt: skip
+# Taken over into the request as they are: https://docs.databricks.com/api/workspace/jobs/submit
+_PASSED_ON = (
+    "access_control_list", "budget_policy_id", "email_notifications", "git_source", "health", "notification_settings",
+    "performance_target", "queue", "run_as", "timeout_seconds", "usage_policy_id", "webhook_notifications",
+)  # fmt: skip
+KEYS = (
+    "api_version", "dependencies", "environment_version", "existing_cluster_id", "libraries", "new_cluster", "profile",
+    "run_name", "secret_scope", "task", "upload", "upload_path", *_PASSED_ON,
+)  # fmt: skip
+_ENVIRONMENT_VERSION = "4"
+
+
+class _ApiVersion(StrEnum):
+    LATEST = "2.2"
+    PREVIOUS = "2.1"
+
+
+_PLACES = {"/Volumes/": UploadKind.VOLUME, "/dbfs/": UploadKind.DBFS, "/Workspace/": UploadKind.WORKSPACE}
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """What a run runs on: one of a new cluster, an existing one, or serverless compute.
+
+    Attributes:
+        new_cluster: its specification.
+        existing_cluster_id: its id.
+        environment_version: of serverless compute.
+        dependencies: lines for pip, for serverless compute.
+        libraries: for a cluster.
+    """
+
+    new_cluster: Mapping[str, Any] | None = None
+    existing_cluster_id: str | None = None
+    environment_version: str = _ENVIRONMENT_VERSION
+    dependencies: tuple[str, ...] = ()
+    libraries: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def serverless(self) -> bool:
+        """Whether there is no cluster to be named."""
+        return self.new_cluster is None and self.existing_cluster_id is None
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """Where projects and output are kept.
+
+    Attributes:
+        kind: of the place.
+        path: the folder as code that runs there sees it; empty: in the user's home.
+    """
+
+    kind: UploadKind = UploadKind.WORKSPACE
+    path: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatabricksConfig:
+    """``backend_config``.
+
+    Attributes:
+        profile: of ``~/.databrickscfg``; None: that of the tracking URI, else the environment.
+        compute: what runs run on.
+        upload: where projects and output are kept.
+        task: ``python``, or ``shell_command`` as the reference sends it.
+        secret_scope: where secret variables are put for a run.
+        run_name: in place of the project's name.
+        api_version: of the Jobs API.
+        passed_on: further keys of the request.
+    """
+
+    profile: str | None = None
+    compute: Compute = field(default_factory=Compute)
+    upload: Upload = field(default_factory=Upload)
+    task: TaskKind = TaskKind.PYTHON
+    secret_scope: str | None = None
+    run_name: str | None = None
+    api_version: str = "2.2"
+    passed_on: Mapping[str, Any] = field(default_factory=dict)
+
+
+def parse_config(config: Mapping[str, Any]) -> DatabricksConfig:
+    """Read ``backend_config``: a cluster, or a mapping with ``new_cluster``, or without any for serverless compute.
+
+    Raises:
+        UsageError: an unknown key or a wrong value.
+    """
+    given = copy.deepcopy(dict(config))
+    if _CLUSTER_KEYS & given.keys():
+        given = _as_new_cluster(given)
+    for key in given:
+        if key not in KEYS:
+            raise UsageError(
+                f"backend_config: the key {key!r} is unknown{nearest(str(key), [*KEYS, *_CLUSTER_KEYS])}. Known are"
+                f" {', '.join(sorted(KEYS))}; or the keys of a cluster (spark_version, num_workers, node_type_id, …)"
+            )
+    compute = _compute(given)
+    task = _choice(given, "task", TaskKind) or TaskKind.PYTHON
+    if task is TaskKind.SHELL_COMMAND and compute.new_cluster is None:
+        raise UsageError("backend_config: task 'shell_command' runs on a new cluster only: give new_cluster")
+    return DatabricksConfig(
+        profile=_text(given, "profile"),
+        compute=compute,
+        upload=_upload(given),
+        task=task,
+        secret_scope=_text(given, "secret_scope"),
+        run_name=_text(given, "run_name"),
+        api_version=_choice(given, "api_version", _ApiVersion) or _ApiVersion.LATEST,
+        passed_on={key: given[key] for key in _PASSED_ON if given.get(key) is not None},
+    )
+
+
+def _as_new_cluster(given: dict[str, Any]) -> dict[str, Any]:
+    if "new_cluster" in given or "existing_cluster_id" in given:
+        stray = sorted(_CLUSTER_KEYS & given.keys())
+        raise UsageError(f"backend_config: {', '.join(stray)} belong inside of new_cluster, which is given as well")
+    rest = {key: value for key, value in given.items() if key not in _CLUSTER_KEYS}
+    return {"new_cluster": {key: value for key, value in given.items() if key in _CLUSTER_KEYS}, **rest}
+
+
+def _compute(given: Mapping[str, Any]) -> Compute:
+    cluster: dict[str, Any] | None = _value(
+        given, "new_cluster", dict, "a cluster such as {'spark_version': …, 'num_workers': 1, …}"
+    )
+    existing = _text(given, "existing_cluster_id")
+    dependencies: list[Any] = (
+        _value(given, "dependencies", list, "a list of lines for pip such as ['scikit-learn==1.5']") or []
+    )
+    libraries: list[Any] = (
+        _value(given, "libraries", list, "a list such as [{'pypi': {'package': 'scikit-learn'}}]") or []
+    )
+    if cluster is not None and existing is not None:
+        raise UsageError("backend_config: both new_cluster and existing_cluster_id are given: give one of them")
+    if cluster is not None:
+        _check_cluster(cluster)
+    on_cluster = cluster is not None or existing is not None
+    unfit = [key for key in (("dependencies", "environment_version") if on_cluster else ("libraries",)) if key in given]
+    if unfit:
+        where = (
+            "serverless compute only; a cluster takes libraries" if on_cluster else "clusters only; give new_cluster"
+        )
+        where += " or existing_cluster_id, or dependencies for serverless compute" if not on_cluster else ""
+        raise UsageError(f"backend_config: {' and '.join(unfit)} is for {where}")
+    for line in dependencies:
+        if not isinstance(line, str):
+            raise UsageError(f"backend_config: dependencies holds {line!r}: give lines for pip")
+    for library in libraries:
+        if not isinstance(library, dict) or len(library) != 1:
+            raise UsageError(f"backend_config: libraries holds {library!r}: give mappings such as {{'pypi': …}}")
+    return Compute(
+        new_cluster=cluster,
+        existing_cluster_id=existing,
+        environment_version=str(given.get("environment_version") or _ENVIRONMENT_VERSION),
+        dependencies=tuple(dependencies),
+        libraries=tuple(libraries),
+    )
+
+
+def _check_cluster(cluster: Mapping[str, Any]) -> None:
+    """What would else come back from Databricks minutes later, or in its own words."""
+    for key in cluster:
+        if key not in _CLUSTER_KEYS:
+            hint = nearest(key, _CLUSTER_KEYS)
+            if hint:
+                raise UsageError(f"backend_config: new_cluster: the key {key!r} is unknown{hint}")
+    if "spark_version" not in cluster and "policy_id" not in cluster:
+        raise UsageError(
+            "backend_config: new_cluster has no spark_version: give a Databricks Runtime such as"
+            " '15.4.x-cpu-ml-scala2.12', or a policy_id that sets it"
+        )
+    workers = cluster.get("num_workers")
+    if workers is not None and (not isinstance(workers, int) or isinstance(workers, bool) or workers < 0):
+        raise UsageError(f"backend_config: new_cluster: num_workers is {workers!r}: give a whole number, 0 or more")
+    if workers is not None and cluster.get("autoscale") is not None:
+        raise UsageError("backend_config: new_cluster has both num_workers and autoscale: give one of them")
+    for key in ("spark_env_vars", "spark_conf", "custom_tags"):
+        if key in cluster and not isinstance(cluster[key], dict):
+            raise UsageError(f"backend_config: new_cluster: {key} is {cluster[key]!r}: give a mapping")
+
+
+def _upload(given: Mapping[str, Any]) -> Upload:
+    kind = _choice(given, "upload", UploadKind)
+    path = _text(given, "upload_path") or ""
+    if path.startswith("dbfs:/Volumes/"):
+        path = path.removeprefix("dbfs:")
+    elif path.startswith("dbfs:/"):
+        path = "/dbfs/" + path.removeprefix("dbfs:").lstrip("/")
+    found = next((kind for start, kind in _PLACES.items() if path.startswith(start)), None)
+    if path and found is None:
+        raise UsageError(
+            f"backend_config: upload_path is {path!r}: give a folder below /Volumes/<catalog>/<schema>/<volume>,"
+            " /Workspace or dbfs:/"
+        )
+    if ".." in path.split("/"):
+        raise UsageError(f"backend_config: upload_path is {path!r}: give it without '..'")
+    if found is UploadKind.VOLUME and not re.match(r"/Volumes/[^/]+/[^/]+/[^/]+", path):
+        raise UsageError(
+            f"backend_config: upload_path is {path!r}: a volume is /Volumes/<catalog>/<schema>/<volume>, or a"
+            " folder in it"
+        )
+    if kind is not None and found is not None and kind != found:
+        raise UsageError(
+            f"backend_config: upload is {str(kind)!r}, but upload_path is {path!r}, which is no such place"
+        )
+    if kind is UploadKind.VOLUME and not path:
+        raise UsageError("backend_config: upload 'volume' needs upload_path: /Volumes/<catalog>/<schema>/<volume>")
+    chosen = found or kind or UploadKind.WORKSPACE
+    if chosen is UploadKind.DBFS and not path:
+        path = "/dbfs/mlfleet"
+    return Upload(chosen, posixpath.normpath(path) if path else "")
+
+
+def _value(given: Mapping[str, Any], key: str, kind: Callable[..., T], expected: str) -> T | None:
+    value = given.get(key)
+    if value is not None and type(value) is not kind:
+        raise UsageError(f"backend_config: {key} is {value!r}: give {expected}")
+    return value
+
+
+def _text(given: Mapping[str, Any], key: str) -> str | None:
+    text = _value(given, key, str, "a text")
+    if text is not None and not text.strip():
+        raise UsageError(f"backend_config: {key} is empty: give a text, or leave it out")
+    return text
+
+
+def _choice(given: Mapping[str, Any], key: str, choices: type[Chosen]) -> Chosen | None:
+    value = given.get(key)
+    if value is None:
+        return None
+    if value not in [str(choice) for choice in choices]:
+        raise UsageError(f"backend_config: {key} is {value!r}: give {' or '.join(repr(str(each)) for each in choices)}")
+    return choices(value)

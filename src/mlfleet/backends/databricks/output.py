@@ -1,0 +1,117 @@
+"""Copies a run's output from the workspace, where its bootstrap script puts it in parts."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import anyio
+
+from mlfleet.concurrency.threads import Threads
+from mlfleet.errors import SubmitError
+
+__all__ = ["Ending", "OutputCopy"]
+
+_writing = Threads("databricks output", 4)
+# A file that was written there may be seen here a little later.
+_PATIENCE, _AGAIN = 5.0, 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What the bootstrap script has told of the end.
+
+    Attributes:
+        exit_code: of the command.
+        parts: how many parts of output there are; None: the output is on the run's page only.
+        stopped: whether it was asked to stop.
+    """
+
+    exit_code: int
+    parts: int | None
+    stopped: bool
+
+
+class OutputCopy:
+    """The copy of one run's output.
+
+    Args:
+        read: gives the content of a file in the run's folder for output; None if there is none.
+        path: of the copy; None: it goes to the output of this process.
+    """
+
+    def __init__(self, read: Callable[[str], Awaitable[bytes | None]], path: Path | None) -> None:
+        self._read = read
+        self._path = path
+        self._parts = 0
+        self._offset = 0
+        self._one = anyio.Lock()
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was copied yet."""
+        return self._offset == 0
+
+    async def advance(self) -> bool:
+        """Copy the parts that are there by now; whether there were any."""
+        async with self._one:
+            before = self._parts
+            while (part := await self._whole(f"{self._parts:06}")) is not None:
+                await self._append(part)
+                self._parts += 1
+            return self._parts > before
+
+    async def finish(self) -> Ending | None:
+        """Copy the rest of the output of a run that has ended; None if its bootstrap script told of no end."""
+        told = await self._whole("end")
+        if told is None:
+            await self.advance()
+            return None
+        raw = json.loads(told)
+        parts = raw["parts"]
+        with anyio.move_on_after(_PATIENCE):
+            while True:
+                await self.advance()
+                if self._parts >= (parts or 0):
+                    break
+                await anyio.sleep(_AGAIN)
+        return Ending(int(raw["exit_code"]), parts, bool(raw["stopped"]))
+
+    async def put(self, data: bytes) -> None:
+        """Copy output that was had in another way."""
+        async with self._one:
+            await self._append(data)
+
+    async def _whole(self, name: str) -> bytes | None:
+        content = await self._read(name)
+        if content is None:
+            return None
+        length, mark, data = content.partition(b"\n")
+        return data if mark and length.isdigit() and len(data) == int(length) else None
+
+    async def _append(self, data: bytes) -> None:
+        await _writing(partial(_write, self._path, self._offset, data))
+        self._offset += len(data)
+
+
+def _write(path: Path | None, offset: int, data: bytes) -> None:
+    """Write at a place rather than the end: another process that has attached to the run may copy the same."""
+    if path is None:
+        sys.stdout.flush()
+        os.write(sys.stdout.fileno(), data)
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.pwrite(descriptor, data, offset)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        text = f"the output of the run cannot be written to {path}: {error.strerror}"
+        raise SubmitError(text, backend="databricks") from error

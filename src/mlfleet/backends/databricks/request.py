@@ -1,0 +1,226 @@
+"""The request that starts a run, from a job. Pure."""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mlfleet.backends.base import Job
+from mlfleet.backends.databricks.config import DatabricksConfig, TaskKind
+from mlfleet.errors import SubmitError
+
+__all__ = [
+    "TASK_KEY",
+    "Places",
+    "bootstrap_argument",
+    "bootstrap_spec",
+    "public_variables",
+    "request_body",
+    "run_name",
+    "too_long",
+    "with_argument",
+]
+
+TASK_KEY = "mlfleet"
+_LONGEST_ARGUMENT = 8000
+"""Bytes; Databricks takes 10,000 of JSON for all parameters together."""
+_LONGEST_NAME = 4096
+# Databricks gives its own runs their identity; what belongs to this machine must not follow them.
+_OF_THIS_MACHINE = ("DATABRICKS_HOST", "DATABRICKS_TOKEN", "DATABRICKS_CLIENT_ID", "DATABRICKS_CLIENT_SECRET")
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where things of a run are, as code that runs in Databricks sees it.
+
+    Attributes:
+        script: the bootstrap script.
+        archive: the packed project.
+        sha256: of the archive, in hex.
+        output: the folder for the run's output.
+        secret: the key in the secret scope with the secret variables; None: there are none.
+        argument: a file with the bootstrap's argument, where it is too long for a parameter.
+    """
+
+    script: str
+    archive: str
+    sha256: str
+    output: str
+    secret: str | None = None
+    argument: str | None = None
+
+
+def run_name(job: Job, config: DatabricksConfig) -> str:
+    """The run's name in Databricks; by the id in it an attached run is found."""
+    return f"{(config.run_name or job.project_name)[: _LONGEST_NAME - 40]} ({job.run_id})"
+
+
+def public_variables(job: Job, config: DatabricksConfig) -> tuple[dict[str, str], dict[str, str]]:
+    """The variables for the command: plain ones, and secret ones.
+
+    Where the runs are in the workspace that tracks them, they have their own identity and need none of ours.
+    """
+    plain, secret = dict(job.environ), dict(job.secrets)
+    if _own_identity(job, config):
+        plain["MLFLOW_TRACKING_URI"] = "databricks"
+        for name in _OF_THIS_MACHINE:
+            plain.pop(name, None)
+            secret.pop(name, None)
+    return plain, secret
+
+
+def bootstrap_spec(job: Job, config: DatabricksConfig, places: Places) -> dict[str, Any]:
+    """What the bootstrap script is told.
+
+    Raises:
+        SubmitError: the command is none that a Spark job can be.
+    """
+    spec: dict[str, Any] = {
+        "run": job.run_id,
+        "archive": places.archive,
+        "sha256": places.sha256,
+        "name": "project",
+        "mode": "python" if job.spark_job is not None else "command",
+        "command": _python_command(job) if job.spark_job is not None else _portable(job),
+        "environ": public_variables(job, config)[0],
+        "output": places.output,
+        "grace": job.cancel_grace,
+    }
+    if places.secret is not None:
+        spec["secrets"] = {"scope": config.secret_scope, "key": places.secret}
+    if _own_identity(job, config):
+        spec["identity"] = True
+    return spec
+
+
+def bootstrap_argument(spec: Mapping[str, Any]) -> str:
+    """The argument as text. Databricks would replace ``{{…}}`` in it, so that no such thing is there."""
+    text = json.dumps(spec, separators=(",", ":"))
+    # Inside of strings a brace may be written like this, and outside two opening ones never stand together.
+    return text.replace("{{", "{\\u007b")
+
+
+def request_body(
+    job: Job, config: DatabricksConfig, places: Places, *, token: str, requirements: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The body of ``runs/submit``.
+
+    Args:
+        job: to be run.
+        config: of the backend.
+        places: where its things are.
+        token: which makes a second submission of it the same.
+        requirements: lines for pip, of what the project needs.
+    """
+    argument = bootstrap_argument(bootstrap_spec(job, config, places))
+    if places.argument is not None:
+        argument = bootstrap_argument({"spec": places.argument})
+    body: dict[str, Any] = {"run_name": run_name(job, config), "idempotency_token": token, **config.passed_on}
+    if config.task is TaskKind.SHELL_COMMAND:
+        return body | _shell_command(config, places, argument, requirements)
+    task: dict[str, Any] = {
+        "task_key": TASK_KEY,
+        "spark_python_task": {"python_file": places.script, "source": "WORKSPACE", "parameters": [argument]},
+    }
+    compute = config.compute
+    if compute.serverless:
+        task["environment_key"] = "default"
+        dependencies = [*_with_mlflow(tuple(compute.dependencies) + requirements)]
+        spec = {"environment_version": compute.environment_version, "dependencies": dependencies}
+        body["environments"] = [{"environment_key": "default", "spec": spec}]
+    elif compute.existing_cluster_id is not None:
+        task["existing_cluster_id"] = compute.existing_cluster_id
+        # mlflow is not added: what is installed on somebody's cluster stays there.
+        libraries = _libraries(config, requirements)
+    else:
+        task["new_cluster"] = _cluster(config, places)
+        libraries = _libraries(config, _with_mlflow(requirements, *_packages(config)))
+    if not compute.serverless and libraries:
+        task["libraries"] = libraries
+    return body | {"tasks": [task]}
+
+
+def with_argument(places: Places, path: str) -> Places:
+    """The same places, with the bootstrap's argument in a file."""
+    return replace(places, argument=path)
+
+
+def too_long(argument: str) -> bool:
+    """Whether an argument must go into a file."""
+    return len(argument.encode()) > _LONGEST_ARGUMENT
+
+
+def _own_identity(job: Job, config: DatabricksConfig) -> bool:
+    return config.profile is None and job.environ.get("MLFLOW_TRACKING_URI", "").startswith("databricks")
+
+
+def _shell_command(
+    config: DatabricksConfig, places: Places, argument: str, requirements: tuple[str, ...]
+) -> dict[str, Any]:
+    """The form that the reference sends: one task, without a key, on a new cluster."""
+    script = (
+        f'export PATH="$PATH:$DB_HOME/python/bin" && exec python {shlex.quote(places.script)} {shlex.quote(argument)}'
+    )
+    return {
+        "new_cluster": _cluster(config, places),
+        "libraries": _libraries(config, _with_mlflow(requirements, *_packages(config))),
+        "shell_command_task": {"command": ["bash", "-c", script], "env_vars": {}},
+    }
+
+
+def _cluster(config: DatabricksConfig, places: Places) -> dict[str, Any]:
+    cluster = dict(config.compute.new_cluster or {})
+    if places.secret is not None:
+        # Databricks puts the secret in when it starts the cluster; nobody can read it there.
+        reference = f"{{{{secrets/{config.secret_scope}/{places.secret}}}}}"
+        cluster["spark_env_vars"] = {**cluster.get("spark_env_vars", {}), "MLFLEET_SECRETS": reference}
+    return cluster
+
+
+def _libraries(config: DatabricksConfig, requirements: tuple[str, ...]) -> list[dict[str, Any]]:
+    return [*map(dict, config.compute.libraries), *({"pypi": {"package": line}} for line in requirements)]
+
+
+def _packages(config: DatabricksConfig) -> tuple[str, ...]:
+    return tuple(str((library.get("pypi") or {}).get("package") or "") for library in config.compute.libraries)
+
+
+def _with_mlflow(requirements: tuple[str, ...], *others: str) -> tuple[str, ...]:
+    if any("mlflow" in line for line in (*requirements, *others)):
+        return requirements
+    return (*requirements, "mlflow")
+
+
+def _python_command(job: Job) -> str:
+    words = _portable(job)
+    try:
+        first, file, *_ = shlex.split(words)
+    except ValueError:
+        first, file = "", ""
+    if first not in ("python", "python3") or not file or file.startswith("-"):
+        found = words.strip()[:200]
+        text = f"a databricks_spark_job runs a Python file, its command must be 'python FILE …', not {found!r}"
+        raise SubmitError(text, backend="databricks")
+    if posixpath.isabs(file) or ".." in file.split("/"):
+        raise SubmitError(
+            f"the Python file {file!r} of the databricks_spark_job is outside the project", backend="databricks"
+        )
+    return words
+
+
+def _portable(job: Job) -> str:
+    """The command with the project's own files named relative to its folder, where it runs."""
+    command = job.command
+    for path in sorted(job.paths, key=lambda path: len(str(path)), reverse=True):
+        if not path.is_relative_to(job.project_dir):
+            text = (
+                f"the path parameter {str(path)!r} is on this machine, where Databricks cannot read it: put the file"
+                " into the project, or declare the parameter as a string and give a path such as /Volumes/…"
+            )
+            raise SubmitError(text, backend="databricks")
+        command = command.replace(str(path), str(path.relative_to(job.project_dir)))
+    return command

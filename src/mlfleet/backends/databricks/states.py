@@ -1,0 +1,118 @@
+"""What the states of a Databricks run mean. Pure.
+
+https://docs.databricks.com/api/workspace/jobs/getrun: version 2.2 of the API tells ``status``, and for older clients
+still ``state``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from mlfleet.runs import FailureKind, RunStatus
+
+__all__ = ["LOST", "Phase", "State", "read_state"]
+
+_WAITING = frozenset({"QUEUED", "PENDING", "BLOCKED", "WAITING", "WAITING_FOR_RETRY"})
+_ENDED = frozenset({"TERMINATED", "SKIPPED", "INTERNAL_ERROR"})
+_CANCELLED = frozenset({"CANCELED", "UPSTREAM_CANCELED", "USER_CANCELED"})
+# Failures that are not the doing of the code that ran.
+_INFRASTRUCTURE = frozenset(
+    {
+        "CLOUD_FAILURE", "CLUSTER_ERROR", "CLUSTER_REQUEST_LIMIT_EXCEEDED", "DISABLED", "DRIVER_ERROR", "EXCLUDED",
+        "FEATURE_DISABLED", "INVALID_CLUSTER_REQUEST", "INVALID_RUN_CONFIGURATION", "LIBRARY_INSTALLATION_ERROR",
+        "MAXIMUM_CONCURRENT_RUNS_REACHED", "MAX_CONCURRENT_RUNS_EXCEEDED", "MAX_JOB_QUEUE_SIZE_EXCEEDED",
+        "MAX_SPARK_CONTEXTS_EXCEEDED", "REPOSITORY_CHECKOUT_FAILED", "RESOURCE_NOT_FOUND", "SKIPPED",
+        "STORAGE_ACCESS_ERROR", "UNAUTHORIZED_ERROR", "UPSTREAM_FAILED", "WORKSPACE_RUN_LIMIT_EXCEEDED",
+    }
+)  # fmt: skip
+
+
+class Phase(StrEnum):
+    """How far a run has come."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    ENDED = "ended"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """What is known of a run.
+
+    Attributes:
+        phase: how far it has come.
+        status: how it ended, once it has.
+        reason: why it did not end well, in a few words.
+        cause: what kind of failure it was; None: what ran has failed, or nobody knows.
+        start_time: milliseconds since the epoch by the workspace's clock; 0 if it is not told.
+        task_run_id: by which the output of its task is asked for.
+        job_id: of the job that Databricks makes for it.
+        page_url: where a person can look at it.
+    """
+
+    phase: Phase
+    status: RunStatus | None = None
+    reason: str | None = None
+    cause: FailureKind | None = None
+    start_time: int = 0
+    task_run_id: int | None = None
+    job_id: int | None = None
+    page_url: str = ""
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing further will come."""
+        return self.phase in (Phase.ENDED, Phase.LOST)
+
+
+LOST = State(phase=Phase.LOST)
+
+
+def read_state(run: Mapping[str, Any]) -> State:
+    """What ``runs/get`` or ``runs/list`` tells of a run."""
+    status: Mapping[str, Any] = run.get("status") or {}
+    state: Mapping[str, Any] = run.get("state") or {}
+    life = str(status.get("state") or state.get("life_cycle_state") or "PENDING")
+    tasks = run.get("tasks") or []
+    phase = Phase.ENDED if life in _ENDED else Phase.WAITING if life in _WAITING else Phase.RUNNING
+    ended = _ended(life, status, state) if phase is Phase.ENDED else (None, None, None)
+    return State(
+        phase=phase,
+        status=ended[0],
+        reason=ended[1],
+        cause=ended[2],
+        start_time=int(run.get("start_time") or 0),
+        task_run_id=next((int(task["run_id"]) for task in tasks if task.get("run_id")), None),
+        job_id=run.get("job_id"),
+        page_url=str(run.get("run_page_url") or ""),
+    )
+
+
+def _ended(
+    life: str, status: Mapping[str, Any], state: Mapping[str, Any]
+) -> tuple[RunStatus, str | None, FailureKind | None]:
+    details: Mapping[str, Any] = status.get("termination_details") or {}
+    life = str(state.get("life_cycle_state") or life)
+    code = str(details.get("code") or "")
+    # Of both, result_state tells a time-out; a skipped run and an internal error may have none.
+    result = str(state.get("result_state") or code or ("" if life == "TERMINATED" else life))
+    message = " ".join(str(details.get("message") or state.get("state_message") or "").split())
+    if result == "SUCCESS":
+        return RunStatus.FINISHED, None, None
+    reason = ": ".join(part for part in (code or result or life, message) if part)
+    if result in _CANCELLED:
+        return RunStatus.KILLED, reason, None
+    return RunStatus.FAILED, reason, _cause(result, code, str(details.get("type") or ""), life)
+
+
+def _cause(result: str, code: str, kind: str, life: str) -> FailureKind | None:
+    if result == "TIMEDOUT":
+        return FailureKind.TIMEOUT
+    if kind == "CLOUD_FAILURE" or {result, code} & _INFRASTRUCTURE:
+        return FailureKind.INFRASTRUCTURE
+    # INTERNAL_ERROR with the result FAILED is often just a user's code that failed.
+    return FailureKind.INFRASTRUCTURE if "INTERNAL_ERROR" in (result, kind) or life == "SKIPPED" else None

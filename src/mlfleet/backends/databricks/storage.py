@@ -1,0 +1,198 @@
+"""Where projects, the bootstrap script and output are kept in a workspace: volumes, workspace files, DBFS."""
+
+from __future__ import annotations
+
+import base64
+import posixpath
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import IO
+from urllib.parse import quote
+
+from mlfleet.backends.databricks.config import Upload, UploadKind
+from mlfleet.backends.databricks.workspace import Workspace, WorkspaceError
+from mlfleet.concurrency.threads import Threads
+from mlfleet.errors import SubmitError
+
+__all__ = ["HOME", "Storage", "storage_of"]
+
+HOME = "/Workspace/Users/{user}/.mlfleet"
+_BLOCK = 2**20  # what one request to DBFS takes
+_LARGEST_WORKSPACE_FILE = 10 * 2**20
+_LARGEST_VOLUME_FILE = 5 * 2**30
+_reading = Threads("databricks blocks", 2)
+
+
+class Storage(ABC):
+    """A folder in a workspace.
+
+    Args:
+        workspace: where it is.
+        root: the folder as code that runs there sees it.
+
+    Attributes:
+        root: likewise.
+    """
+
+    def __init__(self, workspace: Workspace, root: str) -> None:
+        self._workspace = workspace
+        self.root = root.rstrip("/")
+
+    def path(self, name: str) -> str:
+        """A file of it, as code that runs there sees it."""
+        return f"{self.root}/{name}"
+
+    @abstractmethod
+    async def size(self, name: str) -> int | None:
+        """The size of a file in bytes, -1 if that is not told; None if there is none."""
+
+    @abstractmethod
+    async def write(self, name: str, file: IO[bytes], size: int) -> None:
+        """Write a file, over what is there; its folders are made."""
+
+    @abstractmethod
+    async def read(self, name: str) -> bytes | None:
+        """The content of a file; None if there is none."""
+
+
+class Volume(Storage):
+    """A folder of a Unity Catalog volume, by the Files API."""
+
+    async def size(self, name: str) -> int | None:
+        return await self._workspace.file_size(self._url(name))
+
+    async def write(self, name: str, file: IO[bytes], size: int) -> None:
+        _check_size(size, _LARGEST_VOLUME_FILE, "a volume takes files of up to 5 GiB")
+        send = partial(self._workspace.send_file, "PUT", self._url(name) + "?overwrite=true", file, size)
+        try:
+            await send()
+        except WorkspaceError as error:
+            if error.status == 409:  # somebody else was faster with the same content
+                return
+            if not error.missing:
+                raise
+            folder = quote(posixpath.dirname(self.path(name)))
+            await self._workspace.call("PUT", f"/api/2.0/fs/directories{folder}")
+            await send()
+
+    async def read(self, name: str) -> bytes | None:
+        return await self._workspace.read_file(self._url(name))
+
+    def _url(self, name: str) -> str:
+        return "/api/2.0/fs/files" + quote(self.path(name))
+
+
+class WorkspaceFiles(Storage):
+    """A folder of the workspace's own files."""
+
+    async def size(self, name: str) -> int | None:
+        try:
+            found = await self._workspace.call("GET", "/api/2.0/workspace/get-status", params={"path": self.path(name)})
+        except WorkspaceError as error:
+            if error.missing:
+                return None
+            raise
+        return int(found.get("size") or -1)
+
+    async def write(self, name: str, file: IO[bytes], size: int) -> None:
+        _check_size(size, _LARGEST_WORKSPACE_FILE, "the workspace takes files of up to 10 MB")
+        url = f"/api/2.0/workspace-files/import-file{quote(self.path(name))}?overwrite=true"
+        send = partial(self._workspace.send_file, "POST", url, file, size)
+        try:
+            await send()
+        except WorkspaceError as error:
+            if not error.missing:
+                raise
+            folder = posixpath.dirname(self.path(name))
+            await self._workspace.call("POST", "/api/2.0/workspace/mkdirs", body={"path": folder})
+            await send()
+
+    async def read(self, name: str) -> bytes | None:
+        path = quote(self.path(name), safe="")
+        return await self._workspace.read_file(
+            f"/api/2.0/workspace/export?path={path}&direct_download=true&format=AUTO"
+        )
+
+
+class Dbfs(Storage):
+    """A folder of DBFS. New accounts have none."""
+
+    def _api(self, name: str) -> str:
+        return self.path(name).removeprefix("/dbfs")
+
+    async def size(self, name: str) -> int | None:
+        try:
+            found = await self._call("GET", "get-status", params={"path": self._api(name)})
+        except WorkspaceError as error:
+            if error.missing:
+                return None
+            raise
+        return int(str(found.get("file_size", -1)))
+
+    async def write(self, name: str, file: IO[bytes], size: int) -> None:
+        async def attempt() -> None:
+            # All of it anew at each try: a block whose answer was lost may be there or not.
+            ask = partial(self._workspace.attempt, "POST")
+            opened = await ask("/api/2.0/dbfs/create", body={"path": self._api(name), "overwrite": True})
+            await _reading(partial(file.seek, 0))
+            while data := await _reading(partial(file.read, _BLOCK)):
+                block = {"handle": opened["handle"], "data": base64.b64encode(data).decode("ascii")}
+                await ask("/api/2.0/dbfs/add-block", body=block)
+            await ask("/api/2.0/dbfs/close", body={"handle": opened["handle"]})
+
+        with _told_of_disabled_root():
+            await self._workspace.again(attempt)
+
+    async def read(self, name: str) -> bytes | None:
+        pieces: list[bytes] = []
+        while True:
+            params = {"path": self._api(name), "offset": str(sum(map(len, pieces))), "length": str(_BLOCK)}
+            try:
+                found = await self._call("GET", "read", params=params)
+            except WorkspaceError as error:
+                if error.missing:
+                    return None
+                raise
+            pieces.append(base64.b64decode(str(found.get("data") or "")))
+            if len(pieces[-1]) < _BLOCK:
+                return b"".join(pieces)
+
+    async def _call(self, method: str, what: str, *, params: dict[str, str]) -> dict[str, object]:
+        with _told_of_disabled_root():
+            return await self._workspace.call(method, f"/api/2.0/dbfs/{what}", params=params)
+
+
+@contextmanager
+def _told_of_disabled_root() -> Iterator[None]:
+    """Say what to do where there is no DBFS; it looks like missing permissions, and is none."""
+    try:
+        yield
+    except WorkspaceError as error:
+        if "DBFS root is disabled" not in str(error):
+            raise
+        text = (
+            "the DBFS root is disabled in this workspace, as in all new ones: keep the project in a volume instead,"
+            " with backend_config {'upload_path': '/Volumes/<catalog>/<schema>/<volume>'}, or leave upload_path out"
+        )
+        raise SubmitError(text, backend="databricks") from error
+
+
+async def storage_of(workspace: Workspace, upload: Upload) -> Storage:
+    """The folder that the configuration asks for."""
+    if upload.kind is UploadKind.VOLUME:
+        return Volume(workspace, upload.path)
+    if upload.kind is UploadKind.DBFS:
+        return Dbfs(workspace, upload.path)
+    return WorkspaceFiles(workspace, upload.path or HOME.format(user=await workspace.user()))
+
+
+def _check_size(size: int, largest: int, rule: str) -> None:
+    if size > largest:
+        text = (
+            f"the packed project has {size / 2**20:.1f} MiB, and {rule}: leave out what it does not need with a"
+            " .dockerignore, or keep it in a volume with backend_config"
+            " {'upload_path': '/Volumes/<catalog>/<schema>/<volume>'}"
+        )
+        raise SubmitError(text, backend="databricks")

@@ -1,0 +1,193 @@
+"""minilake, an emulator of a Databricks workspace on loopback that really runs the Python files submitted to it.
+
+Its files are seen where Databricks shows them to code, below /Workspace, /Volumes and /dbfs; those links need a machine
+of whose root folder one may write. Its cancel kills nothing; `Databricks` in front of it does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+import pytest
+
+from components import free_port, missing
+from fakes.flaky_proxy import Answer, FlakyProxy, Forward, Request, Rule
+
+__all__ = ["MARK", "SCOPE", "Databricks", "Minilake", "processes_of"]
+
+_STARTS_WITHIN = 60.0
+MARK = "MLFLEET_TEST_RUN"
+SCOPE = "mlfleet-tests"
+
+
+@dataclass(frozen=True, slots=True)
+class Minilake:
+    """A running emulator.
+
+    Attributes:
+        url: of the workspace.
+        folder: with its files.
+    """
+
+    url: str
+    folder: Path
+
+
+@pytest.fixture(scope="session")
+def minilake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Minilake]:
+    """An emulator for all tests."""
+    if importlib.util.find_spec("minilake") is None:
+        missing("the Databricks emulator", "pip install minilake")
+    folder = tmp_path_factory.mktemp("minilake")
+    with ExitStack() as stack:
+        # One session of tests at a time has those links.
+        stack.enter_context(filelock.FileLock("/tmp/mlfleet-minilake.lock"))
+        for link, target in {"Workspace": "workspace/Workspace", "Volumes": "dbfs/Volumes", "dbfs": "dbfs"}.items():
+            stack.enter_context(_linked(Path("/", link), folder / target))
+        yield stack.enter_context(_serve(folder))
+
+
+@contextmanager
+def _linked(link: Path, target: Path) -> Iterator[None]:
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        if link.is_symlink():  # of a session that was killed
+            link.unlink()
+        link.symlink_to(target)
+    except OSError as error:
+        missing(f"the link {link} to the files of the Databricks emulator", f"{error.strerror}; run the tests as root")
+    try:
+        yield
+    finally:
+        link.unlink()
+
+
+@contextmanager
+def _serve(folder: Path) -> Iterator[Minilake]:
+    port = free_port()
+    inherited = {name: text for name, text in os.environ.items() if not name.startswith(("MLFLOW_", "DATABRICKS_"))}
+    environ = {
+        **inherited,
+        "MINILAKE_DATA_DIR": str(folder),
+        "MINILAKE_JOB_EXECUTOR": "subprocess",
+        "MINILAKE_NOTEBOOK": "0",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+    }
+    argv = [sys.executable, "-m", "minilake", "--host", "127.0.0.1", "--port", str(port)]
+    with (folder / "server.log").open("wb") as output:
+        process = subprocess.Popen(
+            argv, cwd=folder, env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait_until_healthy(url, process, folder / "server.log")
+            _make_scope(url)
+            yield Minilake(url, folder)
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _make_scope(url: str) -> None:
+    request = urllib.request.Request(
+        f"{url}/api/2.0/secrets/scopes/create",
+        data=json.dumps({"scope": SCOPE}).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request):
+        pass
+
+
+def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    deadline = time.monotonic() + _STARTS_WITHIN
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with opener.open(f"{url}/_minilake/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise RuntimeError(f"minilake did not start:\n{log.read_text(errors='replace')[-3000:]}")
+
+
+class Databricks(FlakyProxy):
+    """What stands before the emulator: it counts requests, makes faults, and ends cancelled runs as Databricks does.
+
+    Attributes:
+        fault: decides about one request before it is passed on.
+    """
+
+    def __init__(self, minilake: Minilake) -> None:
+        super().__init__(minilake.url)
+        self.minilake = minilake
+        self.rule = self._decide_about
+        self.fault: Rule | None = None
+
+    async def _decide_about(self, request: Request, forward: Forward) -> Answer | None:
+        async def onward() -> Answer:
+            answer = await forward()
+            if request.target.endswith("/jobs/runs/cancel") and answer.status == 200:
+                self._end(int(json.loads(request.body)["run_id"]))
+            return answer
+
+        return await (self.fault(request, onward) if self.fault is not None else onward())
+
+    def _end(self, number: int) -> None:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+            f"{self.minilake.url}/api/2.2/jobs/runs/get?run_id={number}"
+        ) as answer:
+            name = json.load(answer)["run_name"]
+        run_id = name.rpartition("(")[2].rstrip(")")
+        for pid in _scripts_of(run_id):
+            os.kill(pid, signal.SIGTERM)
+
+
+@pytest.fixture
+async def databricks(minilake: Minilake, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Databricks]:
+    """The workspace that the variables of the environment name."""
+    async with Databricks(minilake).listen() as proxy:
+        assert isinstance(proxy, Databricks)
+        monkeypatch.setenv("DATABRICKS_HOST", proxy.url)
+        monkeypatch.setenv("DATABRICKS_TOKEN", "dapi-not-to-be-seen")
+        monkeypatch.setenv("DATABRICKS_CONFIG_FILE", "/dev/null")
+        yield proxy
+
+
+def processes_of(run_id: str) -> list[str]:
+    """Every living process of a run: its script, or one that has inherited its mark."""
+    found = [f"{pid}: the script" for pid in _scripts_of(run_id)]
+    for pid in _pids():
+        if f"{MARK}={run_id}".encode() in _of(pid, "environ").split(b"\0"):
+            found.append(f"{pid}: {_of(pid, 'cmdline')!r}")
+    return found
+
+
+def _scripts_of(run_id: str) -> list[int]:
+    return [pid for pid in _pids() if f'"run":"{run_id}"'.encode() in _of(pid, "cmdline")]
+
+
+def _pids() -> Iterator[int]:
+    yield from (int(name) for name in os.listdir("/proc") if name.isdigit())
+
+
+def _of(pid: int, file: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/{file}").read_bytes()
+    except OSError:  # ended meanwhile, or another user's
+        return b""

@@ -1,0 +1,45 @@
+"""The contract in an emulated Databricks workspace, where the jobs really run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from components.minilake import MARK, SCOPE, Databricks, processes_of
+from contract.suite import BackendContract, Harness
+from mlfleet.backends.base import Job
+from mlfleet.backends.databricks import DatabricksBackend
+
+
+# States are polled every 1.5 s, and the emulator runs six at a time.
+@pytest.mark.timeout(120)
+class TestDatabricks(BackendContract):
+    @pytest.fixture
+    def harness(self, tmp_path: Path, databricks: Databricks) -> Harness:
+        project = tmp_path / "project"
+        project.mkdir()
+        (project / "project.txt").write_text("of the project\n")
+        config = DatabricksBackend().configure(
+            {"new_cluster": {"spark_version": "15.4.x-scala2.12", "num_workers": 0}, "secret_scope": SCOPE}
+        )
+
+        def job(run_id: str, command: str, *, environ: dict[str, str] | None = None, **options: object) -> Job:
+            return Job(
+                run_id=run_id,
+                experiment_id="0",
+                project_name="contract",
+                project_dir=project,
+                command=command,
+                environ={**(environ or {}), MARK: run_id},
+                output=tmp_path / run_id / "output.log",
+                config=config,
+                tracking_uri="databricks",
+                **options,  # type: ignore[arg-type]
+            )
+
+        async def leftovers(run_id: str) -> Sequence[str]:
+            return processes_of(run_id)
+
+        return Harness(open=DatabricksBackend, job=job, leftovers=leftovers, lag=4.0)
