@@ -348,9 +348,9 @@ class Cluster:
         for kind in ("initContainers", "containers"):
             for container in spec.get(kind) or ():
                 good = await self._run_container(key, pod, kind, container, states)
-                if not good:
+                if good is False:
                     break
-            if not good:
+            if good is False:
                 break
         self.runtime.close_pod(pod)
         await self._set_status(key, {"phase": "Succeeded" if good else "Failed"})

@@ -7,6 +7,7 @@ import logging
 import os
 import ssl
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from kubernetes_asyncio.client.configuration import Configuration
 from kubernetes_asyncio.config.kube_config import KubeConfigLoader, KubeConfigMerger
 
 from mlfleet.backends.kubernetes.cluster import IN_CLUSTER, SERVICE_ACCOUNT, Cluster
+from mlfleet.backends.kubernetes.plugin import PluginLogin, ask_plugin, exec_of
 from mlfleet.concurrency.threads import Threads
 from mlfleet.errors import BackendError
 from mlfleet.masking import mask
@@ -25,9 +27,8 @@ __all__ = ["Credentials", "Login"]
 
 _log = logging.getLogger("mlfleet.kubernetes")
 _loading = Threads("kubernetes credentials", 4)
-_PLUGIN_TIME = 120.0  # seconds; a plugin may ask a person to log in with a browser
+_PROVIDER_TIME = 60.0  # seconds
 _REREAD = 60.0  # seconds after which a token file is read again: the kubelet renews it in place
-_SHORTEST = 5.0  # seconds between two renewals
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,11 @@ class Credentials:
         try:
             if self._cluster.context == IN_CLUSTER:
                 return await _loading(partial(_around_us, self._account, old))
-            return await _loading(partial(_load, self._cluster, old))
+            plugin = None
+            command = await _loading(partial(exec_of, self._cluster))
+            if command is not None:
+                plugin = await ask_plugin(command, self._cluster.context)
+            return await _loading(partial(_load, self._cluster, plugin, old))
         except BackendError:
             raise
         except Exception as error:
@@ -100,8 +105,14 @@ def _is_due(login: Login) -> bool:
     return login.renew_at is not None and time.monotonic() >= login.renew_at
 
 
-def _load(cluster: Cluster, old: Login | None) -> Login:
-    """From the kubeconfig, its plugins included. Blocking: in a thread with an event loop of its own."""
+def _load(cluster: Cluster, plugin: PluginLogin | None, old: Login | None) -> Login:
+    """From the kubeconfig. Blocking.
+
+    Args:
+        cluster: names its context.
+        plugin: what the context's credential plugin has said, if it has one.
+        old: the login before.
+    """
     merger = KubeConfigMerger(cluster.paths)
     loader = KubeConfigLoader(
         config_dict=merger.config,
@@ -109,40 +120,43 @@ def _load(cluster: Cluster, old: Login | None) -> Login:
         config_base_path=None,
         config_persister=merger.save_changes,  # OpenID providers give each refresh token once
     )
+    user = loader._user.value if loader._user is not None else {}
+    if plugin is not None:
+        user.pop("exec")
+        user.update(plugin.user)
     configuration = Configuration()
-
-    async def load() -> None:
-        with anyio.fail_after(_PLUGIN_TIME):
-            await loader.load_and_set(configuration)
-
-    try:
-        asyncio.run(load())
-    except TimeoutError as error:
-        raise BackendError(
-            f"the credential plugin of the context {cluster.context!r} gave nothing within {_PLUGIN_TIME:g} s",
-            backend="kubernetes",
-        ) from error
+    _drive(loader.load_and_set(configuration), waits="auth-provider" in user)
     host = str(configuration.host).rstrip("/")
     tls = None
     if host.startswith("https"):
         tls = old.tls if old is not None and old.tls is not None else _tls(configuration)
+    renew_at = plugin.renew_at if plugin is not None else None
+    if "tokenFile" in user and "token" not in user:
+        renew_at = time.monotonic() + _REREAD
     return Login(
         host=host,
         authorization=configuration.api_key.get("BearerToken"),
         tls=tls,
         server_name=configuration.tls_server_name,
         proxy=configuration.proxy,
-        renew_at=_renewal(loader),
+        renew_at=renew_at,
     )
 
 
-def _renewal(loader: Any) -> float | None:
-    expiry = getattr(loader, "exec_plugin_expiry", None)
-    if expiry is not None:
-        left = float(expiry.timestamp()) - time.time()
-        return time.monotonic() + max(_SHORTEST, left * 0.8)
-    user = loader._user.value if loader._user is not None else {}
-    return time.monotonic() + _REREAD if "tokenFile" in user and "token" not in user else None
+def _drive(work: Coroutine[Any, Any, None], *, waits: bool) -> None:
+    """Run what the library has as a coroutine although it only reads files, unless it asks a provider (`waits`)."""
+    if not waits:
+        try:
+            work.send(None)
+        except StopIteration:
+            return
+        raise BackendError("the kubeconfig asks for something that takes a provider", backend="kubernetes")
+
+    async def bounded() -> None:
+        with anyio.fail_after(_PROVIDER_TIME):
+            await work
+
+    asyncio.run(bounded())
 
 
 def _tls(configuration: Any) -> ssl.SSLContext:

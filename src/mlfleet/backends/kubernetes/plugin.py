@@ -1,0 +1,132 @@
+"""Credential plugins of a kubeconfig, such as those of the cloud providers.
+
+https://kubernetes.io/docs/reference/access-authn-authz/authentication/#client-go-credential-plugins
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import anyio
+from kubernetes_asyncio.config.kube_config import KubeConfigLoader, KubeConfigMerger
+
+from mlfleet.backends.kubernetes.cluster import Cluster
+from mlfleet.concurrency.process import run_process
+from mlfleet.errors import BackendError
+
+__all__ = ["Plugin", "PluginLogin", "ask_plugin", "exec_of"]
+
+_TIME = 120.0  # seconds; a plugin may ask a person to log in with a browser
+_SHORTEST = 5.0  # seconds between two calls that an expiry asks for
+
+
+@dataclass(frozen=True, slots=True)
+class Plugin:
+    """A plugin of a context.
+
+    Attributes:
+        argv: the program and its arguments.
+        environ: more variables for it.
+        version: of the protocol.
+        folder: of the kubeconfig, which a program with a relative path is looked for in.
+        hint: how to install it.
+    """
+
+    argv: tuple[str, ...]
+    environ: Mapping[str, str] = field(repr=False)
+    version: str
+    folder: Path
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PluginLogin:
+    """What a plugin has said.
+
+    Attributes:
+        user: as a kubeconfig has it.
+        renew_at: on the monotonic clock; None: only when the server refuses it.
+    """
+
+    user: Mapping[str, str] = field(repr=False)
+    renew_at: float | None = None
+
+
+def exec_of(cluster: Cluster) -> Plugin | None:
+    """The plugin of a context; None if it has none. Blocking."""
+    loader = KubeConfigLoader(
+        config_dict=KubeConfigMerger(cluster.paths).config, active_context=cluster.context, config_base_path=None
+    )
+    node = loader._user
+    given = node.value.get("exec") if node is not None else None
+    if not given:
+        return None
+    folder = Path(node.path).expanduser().absolute().parent
+    program = str(given["command"])
+    if "/" in program:
+        program = str(folder / program)
+    return Plugin(
+        argv=(program, *(str(each) for each in given.get("args") or ())),
+        environ={str(each["name"]): str(each["value"]) for each in given.get("env") or ()},
+        version=str(given["apiVersion"]),
+        folder=folder,
+        hint=str(given.get("installHint") or ""),
+    )
+
+
+async def ask_plugin(plugin: Plugin, context: str) -> PluginLogin:
+    """Run a plugin. A cancelled call ends it.
+
+    Args:
+        plugin: of the context.
+        context: for the error.
+
+    Raises:
+        BackendError: it is not there, failed, or said nothing that can be used.
+    """
+    info = {"apiVersion": plugin.version, "kind": "ExecCredential", "spec": {"interactive": False}}
+    environ = {**os.environ, **plugin.environ, "KUBERNETES_EXEC_INFO": json.dumps(info)}
+    name = f"the credential plugin {plugin.argv[0]!r} of the context {context!r}"
+    try:
+        with anyio.fail_after(_TIME):
+            done = await run_process(plugin.argv, env=environ)
+    except TimeoutError as error:
+        raise BackendError(f"{name} gave nothing within {_TIME:g} s", backend="kubernetes") from error
+    except (OSError, ValueError) as error:
+        hint = f". {plugin.hint.strip()}" if plugin.hint else ""
+        raise BackendError(f"{name} cannot be started: {error}{hint}", backend="kubernetes") from error
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip()[-500:]
+        raise BackendError(f"{name} failed (exit code {done.returncode}): {said}", backend="kubernetes")
+    try:
+        status: dict[str, Any] = json.loads(done.stdout)["status"]
+        return PluginLogin(_user(status), _renewal(status.get("expirationTimestamp")))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BackendError(f"{name} gave no ExecCredential with a status", backend="kubernetes") from error
+
+
+def _user(status: Mapping[str, Any]) -> dict[str, str]:
+    user: dict[str, str] = {}
+    if status.get("token"):
+        user["token"] = str(status["token"])
+    if status.get("clientCertificateData"):
+        user["client-certificate-data"] = base64.b64encode(str(status["clientCertificateData"]).encode()).decode()
+        user["client-key-data"] = base64.b64encode(str(status["clientKeyData"]).encode()).decode()
+    if not user:
+        raise KeyError("token")
+    return user
+
+
+def _renewal(expiry: Any) -> float | None:
+    if not expiry:
+        return None
+    left = datetime.fromisoformat(str(expiry)).timestamp() - time.time()
+    return time.monotonic() + max(_SHORTEST, left * 0.8)

@@ -1,0 +1,77 @@
+"""A fake cluster for tests, with the backend pointed at it."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from fakes.kubernetes import KubernetesApi, serving
+from fakes.kubernetes_node import Acted, Acting, Cluster
+from mlfleet.backends.base import Job
+from mlfleet.backends.kubernetes.config import KubernetesConfig, parse_config
+
+__all__ = ["FakeCluster", "fake_cluster"]
+
+
+@dataclass
+class FakeCluster:
+    """A cluster that acts as if containers ran.
+
+    Attributes:
+        api: its API server.
+        node: what makes something of the Jobs.
+        folder: for its files.
+        play: what each container does, by the pod; to be replaced.
+    """
+
+    api: KubernetesApi
+    folder: Path
+    play: Callable[[Mapping[str, Any]], Acting]
+    node: Cluster | None = None
+
+    async def config(self, **given: Any) -> KubernetesConfig:
+        """``backend_config`` with the keys given; an underscore stands for a hyphen."""
+        keys = {"code-delivery": "none", "image": "busybox:1"}
+        keys.update({name.replace("_", "-"): value for name, value in given.items()})
+        environ = {"KUBECONFIG": str(self.folder / "kubeconfig")}
+        return await anyio.to_thread.run_sync(parse_config, keys, environ)
+
+    def job(self, config: KubernetesConfig, command: str = "true", **options: Any) -> Job:
+        run_id = options.pop("run_id", None) or uuid.uuid4().hex
+        return Job(
+            run_id=run_id,
+            experiment_id="0",
+            project_name="Some_Project",
+            project_dir=self.folder,
+            command=command,
+            output=self.folder / run_id / "output.log",
+            config=config,
+            **options,
+        )
+
+
+@pytest.fixture
+async def fake_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeCluster]:
+    async with open_fake(tmp_path) as cluster:
+        monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+        yield cluster
+
+
+@asynccontextmanager
+async def open_fake(folder: Path, *, pace: float = 0.0) -> AsyncIterator[FakeCluster]:
+    api = KubernetesApi()
+    cluster = FakeCluster(api, folder, lambda pod: Acting())
+    cluster.node = Cluster(api, Acted(lambda pod: cluster.play(pod)), pace=pace)
+    async with serving(api):
+        await anyio.to_thread.run_sync(api.kubeconfig, folder / "kubeconfig")
+        try:
+            yield cluster
+        finally:
+            await cluster.node.close()
