@@ -15,6 +15,7 @@ from mlfleet.errors import ExecutionException, RunCancelled, RunTimeout, SpecErr
 
 __all__ = [
     "DEFAULT_CANCEL_GRACE",
+    "STARTED_TAG",
     "FailureKind",
     "JobRef",
     "Outcome",
@@ -28,6 +29,9 @@ __all__ = [
 
 DEFAULT_CANCEL_GRACE = 10.0
 """Seconds between the request to stop (SIGTERM) and the end by force (SIGKILL)."""
+
+STARTED_TAG = "mlfleet.started"
+"""When the command of a run began that had to wait for it, in milliseconds since the epoch."""
 
 
 class RunStatus(StrEnum):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,13 +17,17 @@ from mlfleet.errors import MlfleetError, RunCancelled, RunTimeout, TrackingError
 from mlfleet.folders import runs_folder
 from mlfleet.planning import Plan
 from mlfleet.preparation import Services, draft, prepare
-from mlfleet.runs import Outcome, RunEvent, RunStatus, Stage, failure
+from mlfleet.runs import STARTED_TAG, Outcome, RunEvent, RunStatus, Stage, failure
 from mlfleet.tracking.base import RunInfo
 from mlfleet.tracking.ending import end_run
 
 __all__ = ["FleetRun"]
 
 logger = logging.getLogger("mlfleet.runs")
+
+_WAITED = 1.0  # seconds from which on it is worth a request to say that a run waited
+
+_SECOND_RUN_TAG = "mlfleet.second_run"
 
 
 class FleetRun:
@@ -260,7 +264,7 @@ class FleetRun:
         tags = dict(backend.tags(handle))
         self._second_run = backend.second_run(handle)
         if self._second_run is not None:
-            tags[SECOND_RUN_TAG] = self._second_run
+            tags[_SECOND_RUN_TAG] = self._second_run
             nesting = {"mlflow.parentRunId": self.run_id, "mlflow.project.backend": backend.name}
             await self._services.tracking.log(self._second_run, tags=nesting)
         if tags:
@@ -270,12 +274,16 @@ class FleetRun:
         """Write the terminal status, then tell everybody who waits."""
         if self._info is not None:
             await self._log_output()
+            await self._log_start()
             try:
                 for run_id in filter(None, (self._second_run, self.run_id)):
                     seen = await end_run(
                         self._services.tracking, run_id, outcome.status, patience=self._services.tracking_patience
                     )
                     self._metrics = {**self._metrics, **seen.metrics}
+                if seen.status is RunStatus.KILLED and outcome.status is not RunStatus.KILLED:
+                    # Whoever cancels a run from another process writes so before it ends the command.
+                    outcome = replace(outcome, status=RunStatus.KILLED, reason="cancelled by another process")
             except TrackingError as error:
                 logger.error(
                     "the run %s is %s, but its tracking server could not be told for %g s: %s",
@@ -309,6 +317,14 @@ class FleetRun:
                 logger.warning("the output of the run %s was not logged in time; it is in %s", self.run_id, path)
         except MlfleetError as error:
             logger.warning("the output of the run %s could not be logged; it is in %s: %s", self.run_id, path, error)
+
+    async def _log_start(self) -> None:
+        """When the command of a sweep's run began, if it had to wait: the rest of its times are MLflow's own."""
+        queued, started = self._times.get(Stage.QUEUED), self._times.get(Stage.STARTED)
+        if self.plan.request.member is None or queued is None or started is None or started - queued < _WAITED:
+            return
+        with suppress(TrackingError), anyio.move_on_after(self._services.tracking_patience):
+            await self._services.tracking.log(self.run_id, tags={STARTED_TAG: str(int(started * 1000))})
 
     def _tell(self, stage: Stage, detail: str = "", status: RunStatus | None = None) -> None:
         self._stage = stage

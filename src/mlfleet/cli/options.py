@@ -20,6 +20,7 @@ __all__ = [
     "complete_backend",
     "debug_option",
     "duration",
+    "experiment_options",
     "json_option",
     "project_options",
     "quiet_option",
@@ -125,6 +126,15 @@ tracking_option = click.option(
     help="A server (http://…), sqlite:///FILE, or databricks.  [env var: MLFLOW_TRACKING_URI]",
 )
 
+_EXPERIMENT = (
+    click.option(
+        "--experiment-name",
+        metavar="NAME",
+        help="The experiment, which is made if there is none.  [env var: MLFLOW_EXPERIMENT_NAME]",
+    ),
+    click.option("--experiment-id", metavar="ID", help="The experiment by its id.  [env var: MLFLOW_EXPERIMENT_ID]"),
+)
+
 _PROJECT = (
     click.option(
         "-e",
@@ -142,12 +152,7 @@ _PROJECT = (
         multiple=True,
         help="An option of `docker run`, as in -A gpus=all or -A t.",
     ),
-    click.option(
-        "--experiment-name",
-        metavar="NAME",
-        help="The experiment, which is made if there is none.  [env var: MLFLOW_EXPERIMENT_NAME]",
-    ),
-    click.option("--experiment-id", metavar="ID", help="The experiment by its id.  [env var: MLFLOW_EXPERIMENT_ID]"),
+    *_EXPERIMENT,
     click.option(
         "-b",
         "--backend",
@@ -188,6 +193,13 @@ _PROJECT = (
         help=f"How long it has to stop when asked to, before it is killed.  [default: {DEFAULT_CANCEL_GRACE:g}s]",
     ),
 )
+
+
+def experiment_options(command: F) -> F:
+    """The two options that name an experiment."""
+    for option in reversed(_EXPERIMENT):
+        command = option(command)
+    return command
 
 
 def project_options(command: F) -> F:

@@ -14,6 +14,7 @@ from mlfleet.cli.report import error_as_json, exit_code, print_json
 from mlfleet.cli.run import run
 from mlfleet.cli.storage import cache, envs
 from mlfleet.cli.sweep import sweep
+from mlfleet.cli.sweep_page import report
 from mlfleet.cli.terminal import complain, show_logs
 from mlfleet.errors import MlfleetError
 
@@ -68,6 +69,7 @@ def _cli() -> None:
 
 _cli.add_command(run)
 _cli.add_command(sweep)
+_cli.add_command(report)
 _cli.add_command(cache)
 _cli.add_command(envs)
 _cli.add_command(ps)

@@ -17,10 +17,11 @@ from mlfleet.cli.running import RunCommand
 from mlfleet.cli.terminal import complain, say
 from mlfleet.errors import BackendNotFound, FetchError, MlfleetError, ParameterError, SpecError, UsageError
 from mlfleet.masking import MASK
+from mlfleet.reporting import run_url
 from mlfleet.runs import RunStatus
 from mlfleet.tracking import RunInfo
 
-__all__ = ["error_as_json", "exit_code", "print_json", "run_as_json", "run_url", "tell", "where_to_look"]
+__all__ = ["error_as_json", "exit_code", "print_json", "run_as_json", "tell", "where_to_look"]
 
 _log = logging.getLogger("mlfleet.cli")
 _MISTAKES = (UsageError, SpecError, ParameterError, FetchError, BackendNotFound)
@@ -102,10 +103,3 @@ def print_json(data: Mapping[str, Any] | list[dict[str, Any]], *, indent: int | 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):  # where nobody reads it, the exit code still tells how it went
             raise
-
-
-def run_url(tracking: str, experiment_id: str, run_id: str) -> str | None:
-    """The page of a run on its server; None for a store without one."""
-    if not tracking.startswith(("http://", "https://")):
-        return None
-    return f"{tracking.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"

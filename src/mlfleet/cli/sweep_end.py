@@ -10,12 +10,13 @@ from typing import Any
 
 import click
 
-from mlfleet.cli.report import error_as_json, exit_code, run_url, where_to_look
+from mlfleet.cli.report import error_as_json, exit_code, where_to_look
 from mlfleet.cli.sweep_best import Best
 from mlfleet.cli.sweep_lines import result_as_json, short
 from mlfleet.cli.sweep_screen import duration_text
 from mlfleet.cli.sweeping import SweepCommand
 from mlfleet.cli.terminal import complain, say
+from mlfleet.reporting import run_url
 from mlfleet.runs import RunStatus
 
 __all__ = ["end_as_json", "print_table", "sweep_exit_code", "tell_sweep"]

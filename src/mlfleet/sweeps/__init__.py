@@ -1,5 +1,6 @@
 """Sweeps: many runs of one project as one thing."""
 
+from mlfleet.sweeps.record import NAME_TAG, SPACE_TAG, STOPPED_TAG
 from mlfleet.sweeps.results import Goal, PointResult, SweepCounts, SweepResult
 from mlfleet.sweeps.retry import Retry
 from mlfleet.sweeps.settings import GIVE_UP_AFTER, OnFailure, Resume, SweepOptions, SweepSettings
@@ -7,6 +8,9 @@ from mlfleet.sweeps.sweep import Sweep
 
 __all__ = [
     "GIVE_UP_AFTER",
+    "NAME_TAG",
+    "SPACE_TAG",
+    "STOPPED_TAG",
     "Goal",
     "OnFailure",
     "PointResult",

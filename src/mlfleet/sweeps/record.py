@@ -26,15 +26,15 @@ from mlfleet.sweeps.settings import SweepSettings
 from mlfleet.tracking.base import RunInfo, Tracking
 from mlfleet.tracking.ending import end_run
 
-__all__ = ["NAME_TAG", "History", "SweepRecord", "open_record"]
+__all__ = ["NAME_TAG", "SPACE_TAG", "STOPPED_TAG", "History", "SweepRecord", "open_record"]
 
 logger = logging.getLogger("mlfleet.sweep")
 
 NAME_TAG = "mlfleet.sweep.name"
-_SPACE_TAG = "mlfleet.sweep.space"
+SPACE_TAG = "mlfleet.sweep.space"
 _CONTENT_TAG = "mlfleet.sweep.content"
 _COUNTS_TAG = "mlfleet.sweep.counts"
-_STOPPED_TAG = "mlfleet.sweep.stopped"
+STOPPED_TAG = "mlfleet.sweep.stopped"
 _CREATE_GRACE = 15.0  # seconds that a request which creates a run gets to end when it is cancelled
 _LOCK_WAIT = 1.0  # seconds
 _MOST_CHILDREN = 50_000  # what mlflow's own stores give at most
@@ -144,7 +144,7 @@ async def open_record(
         if settings.name is not None:
             await _lock(stack, tracking, experiment_id, settings.name)
         content = None if settings.name is None else await _content(plan)
-        tags = {**plan.tags, _SPACE_TAG: json.dumps(space)}
+        tags = {**plan.tags, SPACE_TAG: json.dumps(space)}
         record = await _earlier(tracking, settings, experiment_id, content)
         if record is None:
             record = await _create(tracking, settings, experiment_id, content, tags)
@@ -224,7 +224,7 @@ async def _create(
 
 
 async def _reopen(tracking: Tracking, record: SweepRecord, tags: Mapping[str, str]) -> None:
-    await tracking.log(record.info.run_id, tags={**tags, _STOPPED_TAG: ""})
+    await tracking.log(record.info.run_id, tags={**tags, STOPPED_TAG: ""})
     if record.info.status is not RunStatus.RUNNING:
         await tracking.update_run(record.info.run_id, RunStatus.RUNNING)
 
@@ -233,7 +233,7 @@ async def _close(tracking: Tracking, record: SweepRecord, patience: float) -> No
     counts = record.counts
     tags = {
         _COUNTS_TAG: json.dumps({"finished": counts.finished, "failed": counts.failed, "killed": counts.killed}),
-        **({} if record.stopped is None else {_STOPPED_TAG: record.stopped}),
+        **({} if record.stopped is None else {STOPPED_TAG: record.stopped}),
     }
     try:
         await tracking.log(record.info.run_id, tags=tags)
