@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import anyio
@@ -11,7 +12,22 @@ import anyio
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["Connections"]
+    from mlfleet.tracking.wire import AiohttpTransport
+
+__all__ = ["Connections", "Line"]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """The way to a server.
+
+    Attributes:
+        wire: for requests with small answers.
+        client: over the same wire, for all else.
+    """
+
+    wire: AiohttpTransport
+    client: httpx.AsyncClient
 
 
 class Connections:
@@ -24,22 +40,22 @@ class Connections:
     def __init__(self, count: int) -> None:
         self.count = count
         self._turns = anyio.Semaphore(count)
-        self._client: httpx.AsyncClient | None = None
+        self._line: Line | None = None
 
-    def prepare(self, client: httpx.AsyncClient) -> None:
-        """Take the client to send requests with. Nothing is connected yet."""
-        self._client = client
+    def prepare(self, line: Line) -> None:
+        """Take the way to send requests by. Nothing is connected yet."""
+        self._line = line
 
     @asynccontextmanager
-    async def one(self) -> AsyncIterator[httpx.AsyncClient]:
-        """Wait for our turn, and hold the client for one request."""
+    async def one(self) -> AsyncIterator[Line]:
+        """Wait for our turn, and hold it for one request."""
         async with self._turns:
-            if self._client is None:
-                raise RuntimeError("the client is closed")
-            yield self._client
+            if self._line is None:
+                raise RuntimeError("the connections are closed")
+            yield self._line
 
     async def close(self) -> None:
         """Close those that are connected."""
-        client, self._client = self._client, None
-        if client is not None:
-            await client.aclose()
+        line, self._line = self._line, None
+        if line is not None:
+            await line.client.aclose()

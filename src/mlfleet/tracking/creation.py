@@ -81,8 +81,8 @@ class Creation:
                 return run
 
     async def _attempt(self) -> RunInfo:
-        async with self._transport.connections.one() as client:
-            exchange = partial(self._transport.exchange, client, "POST", "runs/create", body=self._body)
+        async with self._transport.connections.one() as line:
+            exchange = partial(self._transport.exchange, line, "POST", "runs/create", body=self._body)
             self._sent = True
             # A server goes on with a request whose client is gone: the answer tells when it is done.
             return run_info((await finish(exchange, within=_CANCEL_SECONDS)).get("run", {}))

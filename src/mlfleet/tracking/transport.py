@@ -10,6 +10,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlencode
 
 import anyio
 
@@ -17,7 +18,7 @@ from mlfleet._version import __version__
 from mlfleet.concurrency.threads import Threads
 from mlfleet.errors import TrackingError, UsageError
 from mlfleet.tracking.auth import Login, Tls
-from mlfleet.tracking.connections import Connections
+from mlfleet.tracking.connections import Connections, Line
 from mlfleet.tracking.failures import Failures
 from mlfleet.tracking.retry import BACKOFF, Patience, RetryPolicy, Transient
 
@@ -85,7 +86,6 @@ class Transport:
         self._timeout = timeout if timeout is not None else _number("MLFLOW_HTTP_REQUEST_TIMEOUT", 120.0)
         self.connections = Connections(max_in_flight)
         self._file_connections = Connections(_FILES_IN_FLIGHT)
-        self._urls: dict[str, httpx.URL] = {}
         self._failures: Failures | None = None
         self._answered = False
 
@@ -150,12 +150,12 @@ class Transport:
             TrackingError: it will not.
         """
         self.failures  # noqa: B018 - raises if this is not open
-        async with self.connections.one() as client:
-            return await self.exchange(client, method, path, body=body, params=params)
+        async with self.connections.one() as line:
+            return await self.exchange(line, method, path, body=body, params=params)
 
     async def exchange(
         self,
-        client: httpx.AsyncClient,
+        line: Line,
         method: str,
         path: str,
         *,
@@ -165,8 +165,13 @@ class Transport:
         """Ask the API once, at once, by one of the `connections`."""
         content = json.dumps(body, separators=(",", ":")).encode() if body is not None else None
         kind = {"Content-Type": "application/json"} if content is not None else {}
-        async with self._answer(client, method, path, content, kind, params) as answer:
-            await answer.aread()
+        answer = await self._small_answer(line, method, path, content, kind, params)
+        if answer.is_redirect:
+            # Nothing was done yet; httpx knows where to go.
+            async with self._answer(line.client, method, path, content, kind, params) as answer:
+                await answer.aread()
+        elif not answer.is_success:
+            raise self.failures.of_answer(path, answer)
         try:
             told = json.loads(answer.content or b"{}")
         except ValueError:
@@ -174,6 +179,27 @@ class Transport:
         if not isinstance(told, dict):
             raise self.failures.of_no_json(path, answer)
         return told
+
+    async def _small_answer(
+        self,
+        line: Line,
+        method: str,
+        path: str,
+        content: bytes | None,
+        headers: Mapping[str, str],
+        params: Mapping[str, str] | None,
+    ) -> httpx.Response:
+        """What the server answers at first; a fan-out of hundreds of runs spends its time here."""
+        import httpx
+
+        url = self._place(path) + (f"?{urlencode(params)}" if params else "")
+        sent = {**self._headers, **headers, **await self.login.headers()}
+        try:
+            answer = await line.wire.exchange(method, url, headers=sent, content=content)
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeEncodeError) as problem:
+            raise self.failures.of_exception(path, problem) from problem
+        self._answered = True
+        return answer
 
     @asynccontextmanager
     async def file(
@@ -188,8 +214,8 @@ class Transport:
         headers = {"Content-Length": str(size), "Content-Type": "application/octet-stream"} if size is not None else {}
         self.failures  # noqa: B018 - raises if this is not open
         async with (
-            self._file_connections.one() as client,
-            self._answer(client, method, path, content, headers, None) as answer,
+            self._file_connections.one() as line,
+            self._answer(line.client, method, path, content, headers, None) as answer,
         ):
             yield answer
 
@@ -239,13 +265,10 @@ class Transport:
     def _url(self, path: str) -> httpx.URL:
         import httpx
 
-        url = self._urls.get(path)
-        if url is None:
-            url = httpx.URL(self.login.url + (path if path.startswith("/") else API + path))
-            if not path.startswith("/"):
-                # Those are few, and parsing one takes as long as a tenth of a request.
-                self._urls[path] = url
-        return url
+        return httpx.URL(self._place(path))
+
+    def _place(self, path: str) -> str:
+        return self.login.url + (path if path.startswith("/") else API + path)
 
     def _prepare(self) -> None:
         import httpx
@@ -256,17 +279,18 @@ class Transport:
         secrets = (*self.login.secrets(), *self._headers_that_are_secret())
         self._failures = Failures(uri=self._uri, url=self.login.url, login=self.login, secrets=secrets)
         _warn_of_header_plugins()
-        timeout = httpx.Timeout(self._timeout, connect=min(self._timeout, _CONNECT_SECONDS), pool=None)
         tls = Tls.from_environ().context()
         for connections in (self.connections, self._file_connections):
             wire = AiohttpTransport(
                 tls=tls,
                 connections=connections.count,
                 keepalive=_KEEPALIVE_SECONDS,
+                connect=min(self._timeout, _CONNECT_SECONDS),
+                read=self._timeout,
                 # Proxies are for the way out of this machine.
                 trust_env=not _is_loopback(self.login.url),
             )
-            connections.prepare(httpx.AsyncClient(transport=wire, headers=self._headers, timeout=timeout))
+            connections.prepare(Line(wire, httpx.AsyncClient(transport=wire, headers=self._headers)))
 
     def _headers_that_are_secret(self) -> list[str]:
         harmless = {"user-agent", "x-mlflow-workspace"}

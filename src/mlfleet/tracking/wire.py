@@ -7,7 +7,7 @@ Python. aiohttp speaks it in C. Everything above the wire stays httpx's.
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 
 import aiohttp
@@ -42,10 +42,15 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         tls: for https.
         connections: at the same time.
         keepalive: seconds that an idle connection is kept.
+        connect: seconds to connect.
+        read: seconds without a byte of an answer.
         trust_env: take proxies from the environment.
     """
 
-    def __init__(self, *, tls: ssl.SSLContext, connections: int, keepalive: float, trust_env: bool) -> None:
+    def __init__(
+        self, *, tls: ssl.SSLContext, connections: int, keepalive: float, connect: float, read: float, trust_env: bool
+    ) -> None:
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect, sock_read=read)
         self._tls = tls
         self._connections = connections
         self._keepalive = keepalive
@@ -54,18 +59,14 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request; the answer's body is read as it is asked for."""
-        if self._session is None:
-            self._session = self._open()
         stream = request.stream
-        timeout = request.extensions.get("timeout", {})
         with _translated():
-            answer = await self._session.request(
+            answer = await self._opened().request(
                 request.method,
                 URL(str(request.url), encoded=True),
                 headers=CIMultiDict(request.headers.multi_items()),
                 data=(b"".join(stream) or None) if isinstance(stream, httpx.ByteStream) else stream,
                 allow_redirects=False,
-                timeout=aiohttp.ClientTimeout(sock_connect=timeout.get("connect"), sock_read=timeout.get("read")),
             )
         return httpx.Response(
             answer.status,
@@ -74,11 +75,38 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
             extensions={"http_version": b"HTTP/1.1", "reason_phrase": (answer.reason or "").encode()},
         )
 
+    async def exchange(
+        self, method: str, url: str, *, headers: Mapping[str, str], content: bytes | None
+    ) -> httpx.Response:
+        """Send a request with a small answer, without what httpx itself does around it: half the time again.
+
+        Args:
+            method: of HTTP.
+            url: in ASCII, escaped.
+            headers: all of them.
+            content: the body.
+        """
+        with _translated():
+            async with self._opened().request(
+                method,
+                URL(url, encoded=True),
+                headers=headers,
+                data=content,
+                allow_redirects=False,
+            ) as answer:
+                body = await answer.read()
+        return httpx.Response(answer.status, headers=answer.raw_headers, content=body)
+
     async def aclose(self) -> None:
         """Close all connections."""
         session, self._session = self._session, None
         if session is not None:
             await session.close()
+
+    def _opened(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = self._open()
+        return self._session
 
     def _open(self) -> aiohttp.ClientSession:
         connector = aiohttp.TCPConnector(
@@ -89,6 +117,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
             skip_auto_headers=_NO_DEFAULTS,
+            timeout=self._timeout,
             trust_env=self._trust_env,
         )
 
