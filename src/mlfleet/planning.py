@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -85,32 +85,48 @@ class Planner:
         self._threads = anyio.CapacityLimiter(2)
 
     async def plan(
-        self, request: RunRequest, *, project: Project | None = None, on_progress: Callable[[str], None] | None = None
+        self, request: RunRequest, *, like: Plan | None = None, on_progress: Callable[[str], None] | None = None
     ) -> Plan:
         """Fetch and check all that `request` names. Nothing is left behind but the cache of projects.
 
         Args:
             request: what is asked for.
-            project: what was fetched for it before, so that many runs are of one commit.
+            like: of a request that differs in nothing but parameters, tags and its place: so that many runs are of one
+                commit, and are planned at no cost.
             on_progress: is called with lines of the fetching.
 
         Raises:
             MlfleetError: the mistake, whatever it is.
         """
+        if like is not None:
+            if any(parameter.type == "path" for parameter in like.entry_point.parameters.values()):
+                return await anyio.to_thread.run_sync(self._vary, like, request, limiter=self._threads)
+            return self._vary(like, request)
         # What needs no project comes first: nobody wants to wait for a clone to hear of a mistyped backend.
         names = request.backend, request.env_manager
         if names not in self._known_names:
             await anyio.to_thread.run_sync(_check_names, *names, limiter=self._threads)
             self._known_names.add(names)
-        plan = await anyio.to_thread.run_sync(self._plan_at_once, request, project, limiter=self._threads)
+        plan = await anyio.to_thread.run_sync(self._plan_at_once, request, limiter=self._threads)
         if plan is not None:
             return plan
         project = await self._fetcher.fetch(request.uri, request.version, on_progress=on_progress)
         return await anyio.to_thread.run_sync(self._plan, request, project, limiter=self._threads)
 
-    def _plan_at_once(self, request: RunRequest, project: Project | None) -> Plan | None:
+    def _vary(self, like: Plan, request: RunRequest) -> Plan:
+        """Blocking only if there are parameters of the type ``path``."""
+        parameters = _parameters(like.entry_point, request, self._backend(find(like.backend)))
+        return replace(
+            like,
+            request=request,
+            parameters=parameters,
+            tags=_tags(request, like.project, like.environment, like.docker),
+            provisional_command=_provisional_command(like.entry_point, parameters),
+        )
+
+    def _plan_at_once(self, request: RunRequest) -> Plan | None:
         """The plan, if nothing need be fetched: one turn in a thread rather than two."""
-        project = project or self._fetcher.look(request.uri, request.version)
+        project = self._fetcher.look(request.uri, request.version)
         return None if project is None else self._plan(request, project)
 
     def _plan(self, request: RunRequest, project: Project) -> Plan:
@@ -118,7 +134,7 @@ class Planner:
         backend = self._backend(find(_backend_name(request, spec)))
         config = backend.configure(request.read_backend_config())
         entry_point = spec.entry_point(request.entry_point)
-        parameters = resolve(entry_point, request.parameters)
+        parameters = _parameters(entry_point, request, backend)
         environment = None
         docker = None
         if spec.docker is not None:
@@ -143,7 +159,7 @@ class Planner:
             environment=environment,
             docker=docker,
             tags=_tags(request, project, environment, docker),
-            provisional_command=render(entry_point, parameters, {each.name: each.uri for each in parameters.downloads}),
+            provisional_command=_provisional_command(entry_point, parameters),
         )
 
     def _read(self, folder: Path) -> ProjectSpec:
@@ -155,6 +171,15 @@ class Planner:
         spec = read_project(folder)
         self._specs[folder] = (signature, spec)
         return spec
+
+
+def _parameters(entry_point: EntryPoint, request: RunRequest, backend: Backend) -> ResolvedParameters:
+    parameters = resolve(entry_point, request.parameters)
+    return replace(parameters, downloads=()) if backend.reads_project else parameters
+
+
+def _provisional_command(entry_point: EntryPoint, parameters: ResolvedParameters) -> str:
+    return render(entry_point, parameters, {each.name: each.uri for each in parameters.downloads})
 
 
 def _signature(folder: Path) -> object:

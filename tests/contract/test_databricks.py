@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import anyio
+import anyio.to_thread
 import pytest
 
 from components.minilake import MARK, SCOPE, Databricks, processes_of
-from contract.suite import BackendContract, Harness
 from mlfleet.backends.base import Job
 from mlfleet.backends.databricks import DatabricksBackend
+from mlfleet.testing import BackendContract, Harness
 
 
 # States are polled every 1.5 s, and the emulator runs six at a time.
@@ -40,6 +42,6 @@ class TestDatabricks(BackendContract):
             )
 
         async def leftovers(run_id: str) -> Sequence[str]:
-            return processes_of(run_id)
+            return await anyio.to_thread.run_sync(processes_of, run_id)
 
         return Harness(open=DatabricksBackend, job=job, leftovers=leftovers, lag=4.0)

@@ -10,10 +10,10 @@ import anyio
 import pytest
 
 from components.docker import DockerEngine
-from contract.suite import BackendContract, Harness
 from mlfleet.backends.base import DockerRequest, Job
 from mlfleet.backends.docker import DockerBackend
 from mlfleet.project.spec import DockerEnv
+from mlfleet.testing import BackendContract, Harness
 
 
 # Containers start in 0.3 s each on two free cores; the machines of CI are not free.

@@ -8,12 +8,12 @@ from pathlib import Path
 import anyio
 import pytest
 
-from contract.suite import BackendContract, Harness
 from fakes.kubernetes import KubernetesApi, serving
 from fakes.kubernetes_node import Cluster, Processes, living_in
 from mlfleet.backends.base import Job
 from mlfleet.backends.kubernetes import KubernetesBackend
 from mlfleet.backends.kubernetes.config import parse_config
+from mlfleet.testing import BackendContract, Harness
 
 
 class TestKubernetes(BackendContract):

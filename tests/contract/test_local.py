@@ -6,11 +6,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import anyio
+import anyio.to_thread
 import pytest
 
-from contract.suite import BackendContract, Harness
 from mlfleet.backends.base import Job
 from mlfleet.backends.local import LocalBackend
+from mlfleet.testing import BackendContract, Harness
 
 MARK = "CONTRACT_RUN"
 
@@ -47,7 +49,7 @@ def local_harness(folder: Path, *, durable: bool) -> Harness:
         )
 
     async def leftovers(run_id: str) -> Sequence[str]:
-        return living_with(run_id)
+        return await anyio.to_thread.run_sync(living_with, run_id)
 
     return Harness(open=LocalBackend, job=job, leftovers=leftovers)
 

@@ -9,6 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from mlfleet.backends.base import Backend
+from mlfleet.backends.plugin import GROUP, PluginBackend
 from mlfleet.errors import BackendNotFound
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ _BUILT_IN = {
 def find(name: str) -> type[Backend]:
     """The class of the backend of that name. Imports it: blocking, the first time.
 
+    Those of mlfleet itself come first, then plugins of mlfleet, then plugins of mlflow.
+
     Raises:
         BackendNotFound: there is none, or what it needs is not installed.
     """
@@ -56,19 +59,21 @@ def find(name: str) -> type[Backend]:
 
     built_in = _BUILT_IN.get(name)
     if built_in is not None:
-        try:
-            return _load(name, EntryPoint(name, built_in.target, _GROUP), built_in.extra)
-        except ModuleNotFoundError:
-            pass  # this version of mlfleet has no such backend yet; a plugin may
-    plugin = _plugins().get(name)
-    if plugin is not None:
-        return _load(name, plugin, None)
+        return _native(name, EntryPoint(name, built_in.target, _GROUP), built_in.extra)
+    if name in (native := _plugins(_GROUP)):
+        return _native(name, native[name], None)
+    if name in (foreign := _plugins(GROUP)):
+        builder = _load(name, foreign[name], None)
+        if not callable(builder):
+            text = f"the backend {name!r} is announced as {foreign[name].value!r}, which makes no backend"
+            raise BackendNotFound(f"{text}: it cannot be called", backend=name)
+        return PluginBackend.named(name, builder)
     names = available()
     nearest = difflib.get_close_matches(name.lower(), names, n=1)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     raise BackendNotFound(
         f"there is no backend {name!r}.{hint} Installed are: {', '.join(names)}."
-        f" A plugin announces its backend in the entry-point group {_GROUP!r}",
+        f" A plugin announces its backend in the entry-point group {_GROUP!r} or {GROUP!r}",
         backend=name,
     )
 
@@ -76,29 +81,36 @@ def find(name: str) -> type[Backend]:
 def available() -> tuple[str, ...]:
     """The names of all backends, sorted; those of plugins included."""
     built_in = {name for name, entry in _BUILT_IN.items() if importlib.util.find_spec(entry.module)}
-    return tuple(sorted(built_in | _plugins().keys()))
+    return tuple(sorted(built_in | _plugins(_GROUP).keys() | _plugins(GROUP).keys()))
 
 
 @cache
-def _plugins() -> dict[str, EntryPoint]:
+def _plugins(group: str) -> dict[str, EntryPoint]:
     from importlib.metadata import entry_points
 
-    return {entry.name: entry for entry in entry_points(group=_GROUP)}
+    # mlfleet is itself a plugin of mlflow, which would come back here.
+    return {entry.name: entry for entry in entry_points(group=group) if entry.module != "mlfleet.mlflow_plugin"}
 
 
-def _load(name: str, entry: EntryPoint, extra: str | None) -> type[Backend]:
-    try:
-        backend = entry.load()
-    except ImportError as error:
-        if extra is not None and error.name == entry.module:
-            raise
-        todo = f"pip install 'mlfleet[{extra}]'" if extra else f"install what {entry.value!r} needs"
-        raise BackendNotFound(f"the backend {name!r} cannot be loaded: {error}. To do: {todo}", backend=name) from error
-    except AttributeError as error:
-        raise BackendNotFound(f"the backend {name!r} is announced as {entry.value!r}: {error}", backend=name) from error
+def _native(name: str, entry: EntryPoint, extra: str | None) -> type[Backend]:
+    backend = _load(name, entry, extra)
     if not (isinstance(backend, type) and issubclass(backend, Backend)):
         raise BackendNotFound(
             f"the backend {name!r} is announced as {entry.value!r}, which is no subclass of Backend",
             backend=name,
         )
     return backend
+
+
+def _load(name: str, entry: EntryPoint, extra: str | None) -> object:
+    try:
+        return entry.load()
+    except ImportError as error:
+        todo = f"pip install 'mlfleet[{extra}]'" if extra else f"install what {entry.value!r} needs"
+        raise BackendNotFound(f"the backend {name!r} cannot be loaded: {error}. To do: {todo}", backend=name) from error
+    except AttributeError as error:
+        raise BackendNotFound(f"the backend {name!r} is announced as {entry.value!r}: {error}", backend=name) from error
+    except Exception as error:
+        # The module is somebody else's, and may do anything when it is imported.
+        text = f"the backend {name!r} cannot be loaded: {type(error).__name__}: {error}"
+        raise BackendNotFound(text, backend=name) from error

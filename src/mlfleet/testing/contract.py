@@ -1,4 +1,9 @@
-"""What every backend does alike. A backend's tests subclass `BackendContract` and give it a harness."""
+"""What every backend does alike. A backend's tests subclass `BackendContract` and give it a harness.
+
+class TestMine(BackendContract):
+@pytest.fixture
+def harness(self, tmp_path: Path) -> Harness: ...
+"""
 
 from __future__ import annotations
 
@@ -9,12 +14,13 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 
 import pytest
+import pytest_asyncio
 
 from mlfleet.backends.base import Backend, BackendRun, Job
 from mlfleet.errors import BackendError
 from mlfleet.runs import JobRef, RunStatus, SubmittedRun
 
-__all__ = ["BackendContract", "Harness"]
+__all__ = ["BackendContract", "Bench", "Harness"]
 
 READY = "ready"
 FOREVER = f"echo {READY}; sleep 600"
@@ -42,7 +48,13 @@ class Harness:
 
 @dataclass(frozen=True)
 class Bench:
-    """An open backend, and what was submitted to it."""
+    """An open backend, and what was submitted to it.
+
+    Attributes:
+        harness: how it is handled.
+        backend: the backend.
+        run_ids: of all jobs that were made.
+    """
 
     harness: Harness
     backend: Backend
@@ -80,10 +92,14 @@ async def everything(run: SubmittedRun, *, follow: bool = True) -> list[str]:
     return [line async for line in run.logs(follow=follow)]
 
 
+@pytest.mark.asyncio
 class BackendContract:
-    """Subclass it as ``Test…`` with a fixture ``harness``."""
+    """Subclass it as ``Test…`` with a fixture ``harness``.
 
-    @pytest.fixture
+    The jobs are lines of bash that print, sleep, fail and ignore signals. After each test nothing of them may be left.
+    """
+
+    @pytest_asyncio.fixture
     async def bench(self, harness: Harness) -> AsyncIterator[Bench]:
         async with harness.open() as backend:
             bench = Bench(harness, backend)

@@ -1,4 +1,4 @@
-"""Fakes for people who test code that uses mlfleet: no server, no files, no waiting."""
+"""A tracking server in memory, for tests of code that uses mlfleet: no server, no files, no waiting."""
 
 from __future__ import annotations
 

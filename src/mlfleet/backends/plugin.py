@@ -1,0 +1,192 @@
+"""Plugins that were written for ``mlflow run``: their blocking code in threads, behind our protocol.
+
+https://mlflow.org/docs/latest/ml/plugins/#project-execution-backends
+
+Such a plugin reads the project and sees to the environment by itself. Those that go by the run id in their
+``backend_config``, as MLflow's own local backend does, log to the MLflow run that is there already. The others make one
+of their own; then there are two, and the Fleet puts theirs below ours (`Backend.second_run`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from types import TracebackType
+from typing import Any, ClassVar
+
+import anyio
+
+from mlfleet.backends.base import Backend, BackendRun, Job, ProjectCall
+from mlfleet.backends.plugin_run import BlockingHandle, PluginRun
+from mlfleet.concurrency.tasks import TaskOwner
+from mlfleet.concurrency.threads import Threads, outlast
+from mlfleet.errors import BackendError, SubmitError, UsageError
+from mlfleet.masking import is_secret_name, mask
+from mlfleet.runs import DEFAULT_CANCEL_GRACE
+from mlfleet.tracking import open_tracking
+from mlfleet.tracking.locations import absolute_uri
+
+__all__ = ["GROUP", "PluginBackend"]
+
+GROUP = "mlflow.project_backend"
+"""The entry-point group in which these plugins announce themselves."""
+
+_submits = Threads("submits of plugins", 8)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A plugin that is ready for one run.
+
+    Attributes:
+        plugin: what its entry point gave; it has ``run``.
+        config: the caller's ``backend_config``.
+    """
+
+    plugin: Any
+    config: Mapping[str, Any] = field(repr=False)
+
+
+class PluginBackend(Backend):
+    """Runs jobs by a plugin of mlflow. `named` makes the class of one plugin.
+
+    Attributes:
+        builder: what its entry point names; called without arguments, it gives the plugin.
+    """
+
+    name: ClassVar[str]
+    reads_project: ClassVar[bool] = True
+    builder: ClassVar[staticmethod[[], Any]]
+
+    @classmethod
+    def named(cls, name: str, builder: Callable[[], Any]) -> type[PluginBackend]:
+        """The backend of one plugin."""
+        return type(cls.__name__, (cls,), {"name": name, "builder": staticmethod(builder), "__doc__": cls.__doc__})
+
+    def __init__(self) -> None:
+        self._tasks = TaskOwner()
+        self._runs: set[PluginRun] = set()
+        self._open = True
+        self._mlflow_uri = self._mlflow_store = ""
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open = False
+        async with anyio.create_task_group() as group:
+            for run in tuple(self._runs):
+                group.start_soon(run.cancel)
+        await self._tasks.join()
+
+    def configure(self, config: Mapping[str, Any]) -> object:
+        """Make the plugin for one run; only the plugin knows its keys.
+
+        Raises:
+            BackendError: it cannot be made.
+        """
+        try:
+            plugin = self.builder()
+        except (Exception, SystemExit) as error:
+            raise BackendError(f"the plugin {self.name!r} cannot be used: {_told(error)}", backend=self.name) from error
+        if not callable(getattr(plugin, "run", None)):
+            text = f"the plugin {self.name!r} is {type(plugin).__name__}, which has no method run"
+            raise BackendError(
+                f"{text}: its entry point in {GROUP!r} must name what makes a backend", backend=self.name
+            )
+        # The plugin has imported mlflow, if it needs it.
+        where = getattr(sys.modules.get("mlflow"), "get_tracking_uri", None)
+        if where is not None:
+            self._mlflow_uri = where()
+            self._mlflow_store = open_tracking(absolute_uri(self._mlflow_uri)).uri
+        return _Prepared(plugin, dict(config))
+
+    def check_tracking(self, uri: str) -> None:
+        """Plugins find the tracking server by mlflow's setting for the whole process, which must be that of the Fleet.
+
+        Raises:
+            UsageError: it is another one.
+        """
+        if self._mlflow_store and self._mlflow_store != uri:
+            raise UsageError(
+                f"the plugin {self.name!r} would log to {self._mlflow_store}, which mlflow uses in this process, but"
+                f" the run is to be on {uri}. Set MLFLOW_TRACKING_URI to that, or call mlflow.set_tracking_uri"
+            )
+
+    async def submit(self, job: Job) -> PluginRun:
+        """Call the plugin's ``run`` in a thread.
+
+        A cancelled call waits until ``run`` has returned, and then cancels what it gave.
+
+        Raises:
+            SubmitError: the plugin failed.
+        """
+        handle = await _submits(partial(self._submit, job), undo=self._take_back)
+        run = PluginRun(job.run_id, handle, self.name, job.cancel_grace, self._tasks)
+        self._runs.add(run)
+        run.add_done_callback(partial(self._runs.discard, run))
+        if not self._open:
+            await run.cancel(grace=0)
+            raise SubmitError(f"the backend {self.name!r} was closed before the run could start", backend=self.name)
+        return run
+
+    def second_run(self, run: BackendRun) -> str | None:
+        """The MLflow run that the plugin made."""
+        return run.second_run if isinstance(run, PluginRun) else None
+
+    def _submit(self, job: Job) -> BlockingHandle:
+        """Blocking."""
+        call, prepared = job.call, job.config
+        assert call is not None  # noqa: S101 - `reads_project` asks for it
+        assert isinstance(prepared, _Prepared)  # noqa: S101 - what `configure` gave
+        try:
+            handle = prepared.plugin.run(
+                str(job.project_dir) if call.uri is None else call.uri,
+                call.entry_point,
+                dict(call.parameters),
+                call.version,
+                _config(prepared.config, call, job.run_id),
+                self._mlflow_uri or job.tracking_uri,
+                job.experiment_id,
+            )
+        except (Exception, SystemExit) as error:
+            text = mask(_told(error), [*job.secrets.values(), *_secrets(call.docker_auth)])
+            raise SubmitError(f"the plugin {self.name!r} did not take the run: {text}", backend=self.name) from error
+        lacks = [name for name in ("wait", "cancel", "get_status", "run_id") if not hasattr(handle, name)]
+        if lacks:
+            raise SubmitError(
+                f"the plugin {self.name!r} did not take the run: it returned {type(handle).__name__}, which has no"
+                f" {', '.join(lacks)}. What it printed or logged may say why",
+                backend=self.name,
+            )
+        return handle  # type: ignore[no-any-return]
+
+    async def _take_back(self, handle: BlockingHandle) -> None:
+        """End what nobody will get any more."""
+        run = PluginRun("", handle, self.name, DEFAULT_CANCEL_GRACE, self._tasks)
+        await outlast(asyncio.ensure_future(run.cancel()))
+
+
+def _config(given: Mapping[str, Any], call: ProjectCall, run_id: str) -> dict[str, Any]:
+    """``backend_config`` with what the reference puts there (mlflow/projects/utils.py), all of it the plugin's own."""
+    # The reference's own handles wait for the command only if the call is a synchronous one. Ours always waits.
+    return copy.deepcopy(dict(given)) | {
+        "ENV_MANAGER": call.env_manager,
+        "SYNCHRONOUS": True,
+        "DOCKER_ARGS": None if call.docker_args is None else copy.deepcopy(dict(call.docker_args)),
+        "STORAGE_DIR": call.storage_dir,
+        "build_image": call.build_image,
+        "docker_auth": None if call.docker_auth is None else copy.deepcopy(dict(call.docker_auth)),
+        "_mlflow_local_backend_run_id": run_id,
+    }
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _secrets(auth: Mapping[str, Any] | None) -> list[str]:
+    return [str(value) for name, value in (auth or {}).items() if is_secret_name(name)]
