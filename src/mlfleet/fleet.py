@@ -24,7 +24,7 @@ from mlfleet.concurrency.tasks import TaskOwner
 from mlfleet.environments import EnvironmentManager, manager
 from mlfleet.errors import UsageError
 from mlfleet.planning import Plan, Planner
-from mlfleet.project.fetch import Project, ProjectFetcher
+from mlfleet.project.fetch import ProjectFetcher
 from mlfleet.request import RunOptions, RunRequest
 from mlfleet.resources import Machine, Resources, this_machine
 from mlfleet.runs import RunEvent, Stage, Timeouts
@@ -261,23 +261,24 @@ class Fleet:
         await run.created()
         return run
 
-    async def plan(self, request: RunRequest, *, project: Project | None = None) -> Plan:
+    async def plan(self, request: RunRequest, *, like: Plan | None = None) -> Plan:
         """All that `start` would do first: fetch the project and check everything. Makes no run.
 
         Args:
             request: what is asked for.
-            project: what was fetched for it before (`Plan.project`), so that many runs are of one commit.
+            like: of a request that differs in nothing but parameters, tags and its place: so that many runs are of one
+                commit, and are planned at no cost.
 
         Raises:
             MlfleetError: the mistake.
         """
         if self._state != "open":
             raise UsageError("this Fleet is not open: use it inside of 'async with Fleet() as fleet:'")
-        if project is None:
+        if like is None:
             self.tell(RunEvent(Stage.FETCHING, request.uri))
         plan = await self._planner.plan(
             request,
-            project=project,
+            like=like,
             on_progress=lambda line: self.tell(RunEvent(Stage.FETCHING, request.uri, detail=line)),
         )
         self._backends[plan.backend].check_tracking(self.tracking.uri)

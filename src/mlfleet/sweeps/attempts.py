@@ -10,7 +10,6 @@ import anyio
 
 from mlfleet.errors import BackendError, MlfleetError, ParameterError, RunLost, SpecError, TrackingError
 from mlfleet.planning import Plan
-from mlfleet.project.fetch import Project
 from mlfleet.request import RunRequest, SweepMember
 from mlfleet.runs import JobRef, Outcome, RunEvent, RunStatus, Stage, Timeouts
 from mlfleet.space import Point
@@ -37,7 +36,7 @@ class Launcher(Protocol):
     tracking: Tracking
     tracking_patience: float
 
-    async def plan(self, request: RunRequest, *, project: Project | None = None) -> Plan:
+    async def plan(self, request: RunRequest, *, like: Plan | None = None) -> Plan:
         """Check a request."""
         ...
 
@@ -68,7 +67,7 @@ class Attempts:
     Args:
         launcher: the Fleet.
         settings: of the sweep.
-        project: that all its runs share.
+        plan: of its first run; the others differ in their parameters only.
         record: of the sweep.
         gate: which a point that waits for its next attempt leaves meanwhile.
 
@@ -80,11 +79,11 @@ class Attempts:
     """
 
     def __init__(
-        self, launcher: Launcher, settings: SweepSettings, project: Project, record: SweepRecord, gate: Gate
+        self, launcher: Launcher, settings: SweepSettings, plan: Plan, record: SweepRecord, gate: Gate
     ) -> None:
         self._launcher = launcher
         self._settings = settings
-        self._project = project
+        self._plan = plan
         self._record = record
         self._gate = gate
         self._ended = 0
@@ -179,7 +178,7 @@ class Attempts:
             parameters=blank.parameters, run_name=f"{sweep.name}-{blank.index}", parent_run_id=sweep.run_id,
             experiment_name=None, experiment_id=sweep.experiment_id, member=member,
         )  # fmt: skip
-        return await self._launcher.launch(await self._launcher.plan(request, project=self._project))
+        return await self._launcher.launch(await self._launcher.plan(request, like=self._plan))
 
     async def _find(self, info: RunInfo) -> FleetRun | None:
         """The run that an earlier session started; None if it never got so far as to be started."""
@@ -226,9 +225,15 @@ class Attempts:
     def _tell_retry(self, failed: PointResult) -> None:
         self.retries += 1
         event = RunEvent(
-            Stage.RETRIED, self._project.uri, run_id=failed.run_id, detail=failed.reason or "", status=failed.status,
-            sweep_id=self._record.info.run_id, index=failed.index, attempt=failed.attempts,
-        )  # fmt: skip
+            Stage.RETRIED,
+            self._plan.project.uri,
+            run_id=failed.run_id,
+            detail=failed.reason or "",
+            status=failed.status,
+            sweep_id=self._record.info.run_id,
+            index=failed.index,
+            attempt=failed.attempts,
+        )
         self._launcher.tell(event)
 
     async def _back_off(self, tries: int) -> None:

@@ -116,7 +116,7 @@ class Driver:
             patience=launcher.tracking_patience,
         )  # fmt: skip
         self.record = record = await stack.enter_async_context(opening)
-        self.attempts = Attempts(launcher, settings, plan.project, record, self.gate)
+        self.attempts = Attempts(launcher, settings, plan, record, self.gate)
         self.entered.set()
         try:
             await self._run_points(first, record, self.attempts)
