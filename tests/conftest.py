@@ -18,6 +18,7 @@ pytest_plugins: list[str] = [
     "components.minilake",
     "components.mlflow_server",
     "components.mlflow_store",
+    "components.plugins",
     "components.registry",
     "components.s3",
     "components.ssh_server",

@@ -45,6 +45,8 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
         f"{{info}}/METADATA": f"Metadata-Version: 2.1\\nName: {{NAME}}\\nVersion: {{VERSION}}\\n",
         f"{{info}}/WHEEL": "Wheel-Version: 1.0\\nGenerator: tests\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n",
     }}
+    if (HERE / "entry_points.txt").exists():
+        files[f"{{info}}/entry_points.txt"] = (HERE / "entry_points.txt").read_text()
     record = "".join(
         f"{{path}},sha256={{base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).decode().rstrip('=')}},{{len(text)}}\\n"
         for path, text in files.items()
