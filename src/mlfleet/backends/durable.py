@@ -21,7 +21,20 @@ from mlfleet.errors import RunLost
 from mlfleet.folders import runs_folder
 from mlfleet.runs import JobRef
 
-__all__ = ["Ended", "Living", "applies", "argv", "conclude", "find", "reference", "run_folder", "this_process"]
+__all__ = [
+    "Ended",
+    "Living",
+    "applies",
+    "argv",
+    "conclude",
+    "driver_lives",
+    "find",
+    "is_here",
+    "reference",
+    "run_folder",
+    "this_process",
+    "withdraw",
+]
 
 # $0 is the folder of the run, $1 the command. The trap lets the shell outlive a signal to the whole group, and the
 # command inherits no trap. What the shell itself has to say ("Terminated") is not the command's output. All of it is
@@ -49,6 +62,10 @@ class Living:
 
     pid: int
     pidfd: int
+
+    def close(self) -> None:
+        """Look at it no longer."""
+        os.close(self.pidfd)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +129,10 @@ def find(ref: JobRef, *, give_up: bool) -> Living | Ended | None:
     Raises:
         RunLost: it will not end well any more; nothing of it runs, unless on another machine.
     """
-    if (ref.data.get("host"), ref.data.get("boot")) != (socket.gethostname(), _boot()):
+    if not is_here(ref):
         raise _lost(ref, f"it was started on {ref.data.get('host')}, which is another machine or was booted since")
     folder = Path(str(ref.data["folder"]))
-    if not (folder / "process").exists() and _driver_lives(ref) and not (give_up and ref.data["driver"] == os.getpid()):
+    if not (folder / "process").exists() and driver_lives(ref) and not (give_up and ref.data["driver"] == os.getpid()):
         return None
     stat = _claimed(folder)
     if stat is None:
@@ -162,7 +179,30 @@ def _claimed(folder: Path) -> str | None:
         time.sleep(0.02)
 
 
-def _driver_lives(ref: JobRef) -> bool:
+def is_here(ref: JobRef, *, this_boot: bool = True) -> bool:
+    """Whether a run was submitted on this machine, and since it was booted. Blocking.
+
+    Args:
+        ref: of the run.
+        this_boot: False: it may have been booted since.
+    """
+    return ref.data.get("host") == socket.gethostname() and (not this_boot or ref.data.get("boot") == _boot())
+
+
+def withdraw(ref: JobRef) -> bool:
+    """Keep a run from beginning. Blocking.
+
+    Args:
+        ref: of a run that was submitted on this machine.
+
+    Returns:
+        False: it has begun already.
+    """
+    return _claimed(Path(str(ref.data["folder"]))) is None
+
+
+def driver_lives(ref: JobRef) -> bool:
+    """Whether the process that submitted a run of this machine still lives. Blocking."""
     pidfd = adopt(int(ref.data["driver"]), int(ref.data["driver_started"]))
     if pidfd is not None:
         os.close(pidfd)

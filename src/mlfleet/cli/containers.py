@@ -1,19 +1,25 @@
-"""``mlfleet ps`` and ``mlfleet prune``: the containers of runs, also of those whose process died."""
+"""``mlfleet ps`` and ``mlfleet prune``: runs that outlive their process, and what is left of them."""
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any
 
 import anyio
 import click
 
+from mlfleet.backends.local_inventory import LocalEntry, list_local
 from mlfleet.cli.options import debug_option, json_option
 from mlfleet.cli.report import print_json
-from mlfleet.errors import BackendNotFound
+from mlfleet.cli.sweep_lines import plain_line, short
+from mlfleet.cli.terminal import complain
+from mlfleet.concurrency.lines import last_lines
+from mlfleet.errors import BackendError, BackendNotFound
 
 __all__ = ["prune", "ps"]
 
+_log = logging.getLogger("mlfleet.cli")
 _json = json_option("Print a JSON list.")
 
 
@@ -21,12 +27,19 @@ _json = json_option("Print a JSON list.")
 @_json
 @debug_option
 def ps(*, as_json: bool) -> None:
-    """List the Docker containers of runs, the newest first.
+    """List the runs that go on without needing their process, the newest first: those here and Docker containers.
 
-    One that nobody looks after was left by a process that died: mlfleet.attach(RUN_ID) picks it up.
+    Of runs here these are those of sweeps with a name. One that nobody looks after was left by a process that died:
+    mlfleet sweep --resume or mlfleet.attach(RUN_ID) picks it up; mlfleet logs, wait and cancel work on all.
     """
-    inventory = _inventory()
-    _print(anyio.run(inventory.list_containers), as_json=as_json, none="no containers of runs")
+    rows = [_local_row(entry) for entry in list_local()]
+    try:
+        rows += [_container_row(entry) for entry in anyio.run(_inventory().list_containers)]
+    except BackendNotFound:
+        _log.debug("containers are not listed", exc_info=True)
+    except BackendError as error:
+        complain(f"containers are not listed: {error}", word="Warning", color="yellow")
+    _print(sorted(rows, key=lambda row: row["created"], reverse=True), as_json=as_json, none="no runs")
 
 
 @click.command()
@@ -38,7 +51,7 @@ def prune(*, run_ids: tuple[str, ...], running: bool, as_json: bool) -> None:
     """Remove the Docker containers of runs that no process looks after; only of these runs, if any are named."""
     inventory = _inventory()
     removed = anyio.run(partial(inventory.prune_containers, run_ids, running=running))
-    _print(removed, as_json=as_json, none="nothing to remove")
+    _print([_container_row(entry) for entry in removed], as_json=as_json, none="nothing to remove")
 
 
 def _inventory() -> Any:
@@ -49,19 +62,37 @@ def _inventory() -> Any:
     return inventory
 
 
-def _print(entries: list[Any], *, as_json: bool, none: str) -> None:
-    rows = [
-        {
-            "run_id": entry.run_id,
-            "state": entry.state,
-            "supervised": entry.supervised,
-            "created": entry.created,
-            "project": entry.project,
-            "image": entry.image,
-            "container": entry.name,
-        }
-        for entry in entries
-    ]
+def _local_row(entry: LocalEntry) -> dict[str, Any]:
+    return {
+        "run_id": entry.run_id,
+        "backend": "local",
+        "state": "running",
+        "supervised": entry.supervised,
+        "created": entry.created,
+        "project": None,
+        "image": None,
+        "container": None,
+        "pid": entry.pid,
+        "last_line": next((clean for line in reversed(last_lines(entry.output, 3)) if (clean := plain_line(line))), ""),
+    }
+
+
+def _container_row(entry: Any) -> dict[str, Any]:
+    return {
+        "run_id": entry.run_id,
+        "backend": "docker",
+        "state": entry.state,
+        "supervised": entry.supervised,
+        "created": entry.created,
+        "project": entry.project,
+        "image": entry.image,
+        "container": entry.name,
+        "pid": None,
+        "last_line": None,
+    }
+
+
+def _print(rows: list[dict[str, Any]], *, as_json: bool, none: str) -> None:
     if as_json:
         print_json(rows)
         return
@@ -70,4 +101,5 @@ def _print(entries: list[Any], *, as_json: bool, none: str) -> None:
     for row in rows:
         after = "" if row["supervised"] else "  (nobody looks after it)"
         created = row["created"].astimezone().strftime("%Y-%m-%d %H:%M")
-        click.echo(f"{row['run_id']}  {row['state']:8}  {created}  {row['project']}  {row['image']}{after}")
+        what = f"pid {row['pid']}  {short(row['last_line'])}" if row["pid"] else f"{row['project']}  {row['image']}"
+        click.echo(f"{row['run_id']}  {row['backend']:6}  {row['state']:8}  {created}  {what.rstrip()}{after}")

@@ -12,6 +12,7 @@ from mlfleet._version import __version__
 from mlfleet.cli.containers import prune, ps
 from mlfleet.cli.report import error_as_json, exit_code, print_json
 from mlfleet.cli.run import run
+from mlfleet.cli.runs import cancel, logs, wait
 from mlfleet.cli.storage import cache, envs
 from mlfleet.cli.sweep import sweep
 from mlfleet.cli.sweep_page import report
@@ -73,4 +74,7 @@ _cli.add_command(report)
 _cli.add_command(cache)
 _cli.add_command(envs)
 _cli.add_command(ps)
+_cli.add_command(logs)
+_cli.add_command(wait)
+_cli.add_command(cancel)
 _cli.add_command(prune)

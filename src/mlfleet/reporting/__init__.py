@@ -2,6 +2,6 @@
 
 from mlfleet.reporting.links import run_url
 from mlfleet.reporting.page import render
-from mlfleet.reporting.sweep import ReportedRun, SweepReport, load_sweep
+from mlfleet.reporting.sweep import ReportedRun, SweepReport, find_sweep, load_sweep
 
-__all__ = ["ReportedRun", "SweepReport", "load_sweep", "render", "run_url"]
+__all__ = ["ReportedRun", "SweepReport", "find_sweep", "load_sweep", "render", "run_url"]

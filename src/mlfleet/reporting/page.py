@@ -181,7 +181,7 @@ def _row(report: SweepReport, run: ReportedRun, metrics: Sequence[str]) -> str:
     reason = f' title="{escape(f"after: {run.reason}")}"' if run.reason else ""
     cells = [
         _cell(run.index, str(run.index)),
-        f'<td data-value="{run.attempt}"{reason}>{run.attempt}</td>',
+        f'<td class="n" data-value="{run.attempt}"{reason}>{run.attempt}</td>',
         f'<td data-value="{run.status.value}">{_status(run.status)}</td>',
         f'<td data-value="{escape(run.name)}">{name}</td>',
     ]

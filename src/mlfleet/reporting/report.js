@@ -6,6 +6,7 @@
   const byId = new Map(runs.map((run) => [run.id, run]));
   const SVG = "http://www.w3.org/2000/svg";
   const WIDE = 1200;
+  const FEW = 40;
 
   // ---- pieces of the page: text goes in as text, never as markup
 
@@ -163,6 +164,18 @@
     return { shown, total, gaps };
   }
 
+  // Few runs get a row each; many share rows as they shared the machine.
+  function rows(some, ended) {
+    if (some.length <= FEW) return some.map((_, place) => place);
+    const free = [];
+    return some.map((run) => {
+      let lane = free.findIndex((time) => time <= run.created);
+      if (lane < 0) lane = free.push(0) - 1;
+      free[lane] = ended(run);
+      return lane;
+    });
+  }
+
   function timeline() {
     const some = runs.filter((run) => run.created !== null).sort((a, b) => a.created - b.created || a.index - b.index);
     if (!some.length) return;
@@ -174,9 +187,13 @@
       legend.append(html("span", {}, swatch, text));
     }
     const made = section("Timeline", legend);
-    const row = Math.max(2, Math.min(16, 640 / some.length));
+    const newest = Math.max(...some.map((run) => run.ended ?? run.started ?? run.created));
+    const ended = (run) => run.ended ?? newest;
+    const lanes = rows(some, ended);
+    const count = Math.max(...lanes) + 1;
+    const row = Math.max(2, Math.min(16, 640 / count));
     const [left, top] = [34, 6];
-    const height = some.length * row;
+    const height = count * row;
     const { shown, total, gaps } = clock(some);
     const x = (time) => left + (shown(time) / total) * (WIDE - left - 10);
     const drawn = canvas(WIDE, top + height + 22, "when each run waited and ran");
@@ -190,10 +207,9 @@
       drawn.append(svg("line", { class: "gap", x1: at, x2: at, y1: top, y2: top + height }));
       drawn.append(svg("text", { x: at + 4, y: top + height - 4 }, `${seconds(gap.idle / 1000)} later`));
     }
-    const every = Math.ceil(14 / row);
     some.forEach((run, place) => {
-      const y = top + place * row;
-      const end = run.ended ?? Math.max(...some.map((each) => each.ended ?? each.created));
+      const y = top + lanes[place] * row;
+      const end = ended(run);
       const started = run.started ?? end;
       const bar = (from, to, colour) => {
         const drawnBar = svg("rect", { "data-run": run.id, x: x(from), y: y + row * 0.12, width: Math.max(x(to) - x(from), 0.8), height: row * 0.76, rx: Math.min(2, row / 6) });
@@ -202,7 +218,7 @@
       };
       if (started > run.created) bar(run.created, started, "waits");
       if (run.started !== null) bar(started, Math.max(end, started), run.status);
-      if (place % every === 0) drawn.append(svg("text", { x: left - 6, y: y + row / 2 + 4, "text-anchor": "end" }, String(run.index)));
+      if (some.length <= FEW) drawn.append(svg("text", { x: left - 6, y: y + row / 2 + 4, "text-anchor": "end" }, String(run.index)));
     });
     made.append(drawn);
   }
@@ -232,6 +248,7 @@
     for (const run of [...some].sort((a, b) => (a === winner) - (b === winner))) {
       const dot = svg("circle", { "data-run": run.id, "data-x": run.params[name], "data-y": metricOf(run), cx: across.place(across.read(run)), cy: up.place(metricOf(run)), r: run === winner ? 6 : 4 });
       dot.style.fill = `var(--${run === winner ? "best" : run.status})`;
+      if (run === winner) dot.style.fillOpacity = 1;
       drawn.append(dot);
     }
     return drawn;

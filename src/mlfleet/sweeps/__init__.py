@@ -1,6 +1,6 @@
 """Sweeps: many runs of one project as one thing."""
 
-from mlfleet.sweeps.record import NAME_TAG, SPACE_TAG, STOPPED_TAG
+from mlfleet.sweeps.record import NAME_TAG, SPACE_TAG, STOPPED_TAG, is_driven
 from mlfleet.sweeps.results import Goal, PointResult, SweepCounts, SweepResult
 from mlfleet.sweeps.retry import Retry
 from mlfleet.sweeps.settings import GIVE_UP_AFTER, OnFailure, Resume, SweepOptions, SweepSettings
@@ -21,4 +21,5 @@ __all__ = [
     "SweepOptions",
     "SweepResult",
     "SweepSettings",
+    "is_driven",
 ]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 
 import anyio
 from anyio.abc import TaskGroup
 
-from mlfleet.errors import UsageError
+from mlfleet.errors import TrackingError, UsageError
 from mlfleet.runs import RunStatus
 from mlfleet.space import Point, Points, describe
 from mlfleet.sweeps.attempts import Attempts, Launcher
@@ -22,6 +22,7 @@ from mlfleet.tracking.base import RunInfo
 __all__ = ["Driver"]
 
 _ELSEWHERE = 100  # runs at once where neither the sweep nor the Fleet has a limit
+_HEED = 3.0  # seconds between two looks whether another process has cancelled the sweep
 _BUFFER = 256  # results that may wait for the iterating task
 
 
@@ -135,6 +136,7 @@ class Driver:
     async def _run_points(self, first: Point, record: SweepRecord, attempts: Attempts) -> None:
         async with anyio.create_task_group() as watching:
             watching.start_soon(attempts.end_runs)
+            watching.start_soon(self._heed_others, record)
             async with anyio.create_task_group() as points:
                 with self._pulling:
                     await self._pull(first, points)
@@ -142,6 +144,19 @@ class Driver:
                     for info in record.unclaimed():
                         points.start_soon(self._take_back, info)
             watching.cancel_scope.cancel()
+
+    async def _heed_others(self, record: SweepRecord) -> None:
+        """Another process cancels a sweep by writing so in tracking."""
+        while self.stopped is None:
+            await anyio.sleep(_HEED)
+            await self._heed(record)
+
+    async def _heed(self, record: SweepRecord) -> None:
+        with suppress(TrackingError):
+            info = await self._launcher.tracking.get_run(record.info.run_id)
+            if info.status is RunStatus.KILLED and self.stopped is None:
+                self.cancelled = True
+                self.stop("cancelled by another process")
 
     async def _pull(self, first: Point, points: TaskGroup) -> None:
         point: Point | None = first
@@ -172,6 +187,8 @@ class Driver:
         finally:
             self._on_their_way -= 1
         self._count(result)
+        if result.status is RunStatus.KILLED and self.stopped is None and self.record is not None:
+            await self._heed(self.record)
         await self.results.put(result)
         self.gate.leave()
 

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 import anyio
@@ -26,7 +27,7 @@ from mlfleet.sweeps.settings import SweepSettings
 from mlfleet.tracking.base import RunInfo, Tracking
 from mlfleet.tracking.ending import end_run
 
-__all__ = ["NAME_TAG", "SPACE_TAG", "STOPPED_TAG", "History", "SweepRecord", "open_record"]
+__all__ = ["NAME_TAG", "SPACE_TAG", "STOPPED_TAG", "History", "SweepRecord", "is_driven", "open_record"]
 
 logger = logging.getLogger("mlfleet.sweep")
 
@@ -159,11 +160,26 @@ async def open_record(
 
 async def _lock(stack: AsyncExitStack, tracking: Tracking, experiment_id: str, name: str) -> None:
     """Two drivers of one sweep would run each point twice. They are noticed if they share this machine."""
-    digest = hashlib.sha256(json.dumps([tracking.uri, experiment_id, name]).encode()).hexdigest()[:32]
     with anyio.move_on_after(_LOCK_WAIT):
-        await stack.enter_async_context(file_lock(sweeps_folder() / f"{digest}.lock"))
+        await stack.enter_async_context(file_lock(_lock_path(tracking, experiment_id, name)))
         return
     raise UsageError(f"another process drives the sweep {name!r} right now: wait for it, or end it first")
+
+
+def _lock_path(tracking: Tracking, experiment_id: str, name: str) -> Path:
+    digest = hashlib.sha256(json.dumps([tracking.uri, experiment_id, name]).encode()).hexdigest()[:32]
+    return sweeps_folder() / f"{digest}.lock"
+
+
+async def is_driven(tracking: Tracking, info: RunInfo) -> bool:
+    """Whether a process of this machine drives a sweep now; of one without a name that is not known: False."""
+    name = info.tags.get(NAME_TAG)
+    if name is None:
+        return False
+    with anyio.move_on_after(_LOCK_WAIT):
+        async with file_lock(_lock_path(tracking, info.experiment_id, name)):
+            return False
+    return True
 
 
 async def _content(plan: Plan) -> str:
@@ -240,7 +256,9 @@ async def _close(tracking: Tracking, record: SweepRecord, patience: float) -> No
     except TrackingError as error:
         logger.warning("the counts of the sweep %s could not be written: %s", record.info.run_id, error)
     try:
-        await end_run(tracking, record.info.run_id, record.status, patience=patience)
+        seen = await end_run(tracking, record.info.run_id, record.status, patience=patience)
+        if seen.status is RunStatus.KILLED:
+            record.status = RunStatus.KILLED  # by another process
     except TrackingError as error:
         logger.error(
             "the sweep %s is %s, but its tracking server could not be told: %s",
