@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class FakeCluster:
     Attributes:
         api: its API server.
         node: what makes something of the Jobs.
+        created: the name of each Job that ever was.
         folder: for its files.
         play: what each container does, by the pod; to be replaced.
     """
@@ -35,6 +36,7 @@ class FakeCluster:
     folder: Path
     play: Callable[[Mapping[str, Any]], Acting]
     node: Cluster | None = None
+    created: list[str] = field(default_factory=list)
 
     async def config(self, **given: Any) -> KubernetesConfig:
         """``backend_config`` with the keys given; an underscore stands for a hyphen."""
@@ -69,6 +71,12 @@ async def open_fake(folder: Path, *, pace: float = 0.0) -> AsyncIterator[FakeClu
     api = KubernetesApi()
     cluster = FakeCluster(api, folder, lambda pod: Acting())
     cluster.node = Cluster(api, Acted(lambda pod: cluster.play(pod)), pace=pace)
+
+    def note(kind: str, key: tuple[str, str, str], value: object) -> None:
+        if (kind, key[0]) == ("ADDED", "jobs"):
+            cluster.created.append(key[2])
+
+    api.on_change.append(note)
     async with serving(api):
         await anyio.to_thread.run_sync(api.kubeconfig, folder / "kubeconfig")
         try:

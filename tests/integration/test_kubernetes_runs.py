@@ -30,9 +30,7 @@ async def test_three_requests_for_a_run_and_two_watches_for_all(fake_cluster: Fa
     fake_cluster.play = lambda pod: Acting(seconds=0.2, output=(b"said\n",))
     config = await fake_cluster.config()
     async with KubernetesBackend() as backend:
-        runs = await asyncio.gather(
-            *(backend.submit(fake_cluster.job(config, secrets={"TOKEN": "hush"})) for _ in range(50))
-        )
+        runs = await asyncio.gather(*(backend.submit(fake_cluster.job(config)) for _ in range(50)))
         assert await asyncio.gather(*(run.wait() for run in runs)) == [True] * 50
     assert api.counted("GET", "/jobs", watch=True) == api.counted("GET", "/pods", watch=True) == 1
     assert api.counted("GET", "/jobs", watch=False) == api.counted("GET", "/pods", watch=False) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -197,11 +198,17 @@ def _identify(draft: _Draft, job: Job, config: KubernetesConfig, name: str, subm
     spec.setdefault("backoffLimit", 0)
     ttl = spec.setdefault("ttlSecondsAfterFinished", config.ttl)
     if isinstance(ttl, int) and ttl < _SHORT_TTL:
-        _log.warning(
-            "the Job's ttlSecondsAfterFinished is %d s: if this process is away for longer, it cannot tell how the run"
-            " ended; give 300 or more",
-            ttl,
-        )
+        _warn_of_ttl(ttl)
+
+
+@functools.cache
+def _warn_of_ttl(ttl: int) -> None:
+    """Once, not for each of hundreds of runs."""
+    _log.warning(
+        "the Job's ttlSecondsAfterFinished is %d s: if this process is away for longer, it cannot tell how the run"
+        " ended; give 300 or more",
+        ttl,
+    )
 
 
 def _metadata(holder: dict[str, Any], key: str) -> dict[str, Any]:

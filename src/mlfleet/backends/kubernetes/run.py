@@ -313,6 +313,8 @@ class KubernetesRun:
         said = await warnings_of(self._api, self.target.namespace, found.pod or self.target.name)
         reason = f"the run did not start within {error.seconds:g} s: {found.text}"
         await self._abandon()
+        with anyio.move_on_after(self.target.grace + _STUCK):
+            await self._cell.until(lambda seen: seen.job is not None and seen.job.deleted)
         lost = SubmitError("\n".join((reason, *said)), backend="kubernetes")
         return Outcome(RunStatus.FAILED, None, reason, output=tuple(said), error=lost, cause=FailureKind.INFRASTRUCTURE)
 
