@@ -12,7 +12,7 @@ from mlfleet.preparation import Services
 from mlfleet.project.fetch import Project
 from mlfleet.project.parameters import ResolvedParameters
 from mlfleet.project.spec import EntryPoint, ProjectSpec
-from mlfleet.request import RunRequest
+from mlfleet.request import RunRequest, SweepMember
 from mlfleet.runs import JobRef, Outcome, Stage, Timeouts
 from mlfleet.supervision import FleetRun
 from mlfleet.tracking.base import RunInfo
@@ -99,7 +99,12 @@ def _plan(info: RunInfo, reference: JobRef, timeouts: Timeouts | None) -> Plan:
     nowhere = Path()
     return Plan(
         request=RunRequest(
-            uri=uri, entry_point=entry_point, backend=reference.backend, run_id=info.run_id, timeouts=timeouts
+            uri=uri,
+            entry_point=entry_point,
+            backend=reference.backend,
+            run_id=info.run_id,
+            timeouts=timeouts,
+            member=SweepMember.from_tags(info.tags),
         ),
         project=Project(uri=uri, folder=nowhere, cached=False, source_name=uri),
         spec=ProjectSpec(folder=nowhere),

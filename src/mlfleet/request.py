@@ -69,6 +69,20 @@ class SweepMember:
     ATTEMPT_TAG: ClassVar[str] = "mlfleet.sweep.attempt"
     REASON_TAG: ClassVar[str] = "mlfleet.sweep.retry_reason"
 
+    @classmethod
+    def from_tags(cls, tags: Mapping[str, str]) -> Self | None:
+        """What `tags` wrote; None if the run belongs to no sweep."""
+        sweep_id, index, attempt = tags.get(cls.ID_TAG), tags.get(cls.INDEX_TAG, ""), tags.get(cls.ATTEMPT_TAG, "1")
+        if sweep_id is None or not (index.isdigit() and attempt.isdigit()):
+            return None
+        return cls(
+            sweep_id=sweep_id,
+            index=int(index),
+            key=tags.get(cls.KEY_TAG),
+            attempt=int(attempt),
+            retry_reason=tags.get(cls.REASON_TAG),
+        )
+
     def tags(self) -> dict[str, str]:
         """The tags of the MLflow run that say so."""
         tags = {
