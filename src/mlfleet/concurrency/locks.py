@@ -6,13 +6,16 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 import anyio
 from anyio.lowlevel import RunVar
-from filelock import FileLock, Timeout
 
 from mlfleet.concurrency.threads import Threads, outlast
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 __all__ = ["file_lock"]
 
@@ -35,12 +38,18 @@ async def file_lock(path: Path) -> AsyncIterator[None]:
     """
     # Of the tasks here one at a time asks the system, so that hundreds of waiters cost no more than one.
     async with _queue(path):
-        lock = FileLock(path, thread_local=False)
+        lock = await _locking(lambda: _lock(path))
         await _acquire(lock)
         try:
             yield
         finally:
             await _release(lock)
+
+
+def _lock(path: Path) -> FileLock:
+    from filelock import FileLock  # late, and in a thread: most programs need none of it
+
+    return FileLock(path, thread_local=False)
 
 
 def _queue(path: Path) -> anyio.Lock:
@@ -56,6 +65,8 @@ def _queue(path: Path) -> anyio.Lock:
 
 async def _acquire(lock: FileLock) -> None:
     def attempt() -> bool:
+        from filelock import Timeout
+
         Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(blocking=False)
