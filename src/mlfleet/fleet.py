@@ -281,7 +281,7 @@ class Fleet:
             like=like,
             on_progress=lambda line: self.tell(RunEvent(Stage.FETCHING, request.uri, detail=line)),
         )
-        self._backends[plan.backend].check_tracking(self.tracking.uri)
+        self._backends[plan.backend].check_tracking(self.tracking.uri, plan.config)
         if plan.backend == "local" and request.resources is not None:
             self._machine.check(request.resources)
         return plan

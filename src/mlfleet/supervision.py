@@ -13,7 +13,7 @@ from pathlib import Path
 import anyio
 
 from mlfleet.backends.base import Backend, BackendRun, Job
-from mlfleet.errors import MlfleetError, RunCancelled, RunTimeout, TrackingError, UsageError
+from mlfleet.errors import MlfleetError, RunCancelled, RunLost, RunTimeout, TrackingError, UsageError
 from mlfleet.folders import runs_folder
 from mlfleet.planning import Plan
 from mlfleet.preparation import Services, draft, prepare
@@ -281,6 +281,9 @@ class FleetRun:
                         self._services.tracking, run_id, outcome.status, patience=self._services.tracking_patience
                     )
                     self._metrics = {**self._metrics, **seen.metrics}
+                if isinstance(outcome.error, RunLost) and seen.status is RunStatus.FINISHED:
+                    # Its backend cannot tell how it ended, but the run's own code has.
+                    outcome = Outcome(RunStatus.FINISHED)
                 if seen.status is RunStatus.KILLED and outcome.status is not RunStatus.KILLED:
                     # Whoever cancels a run from another process writes so before it ends the command.
                     outcome = replace(outcome, status=RunStatus.KILLED, reason="cancelled by another process")

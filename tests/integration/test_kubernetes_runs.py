@@ -15,7 +15,7 @@ from fakes.kubernetes import ApiFailure
 from fakes.kubernetes_node import Acting
 from mlfleet.backends.kubernetes import KubernetesBackend
 from mlfleet.backends.kubernetes.run import KubernetesRun
-from mlfleet.errors import BackendError, RunLost, SubmitError
+from mlfleet.errors import BackendError, RunLost, SubmitError, UsageError
 from mlfleet.runs import FailureKind, JobRef, RunStatus
 
 FOREVER = Acting(seconds=600, output=(b"begun\n",))
@@ -230,7 +230,9 @@ async def test_refused_secret_takes_the_job_back(fake_cluster: FakeCluster) -> N
 async def test_tracking_on_this_machine_is_refused(fake_cluster: FakeCluster, uri: str) -> None:
     config = await fake_cluster.config()
     async with KubernetesBackend() as backend:
-        with pytest.raises(SubmitError, match="where no pod reaches it"):
+        with pytest.raises(UsageError, match="where no pod reaches it"):
+            backend.check_tracking(uri, config)
+        with pytest.raises(UsageError, match="where no pod reaches it"):
             await backend.submit(fake_cluster.job(config, environ={"MLFLOW_TRACKING_URI": uri}))
         assert fake_cluster.api.requests == []
         config = await fake_cluster.config(tracking_uri="http://mlflow.tracking:5000")

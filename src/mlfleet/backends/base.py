@@ -184,8 +184,12 @@ class Backend(ABC):
             UsageError: the backend cannot run it.
         """
 
-    def check_tracking(self, uri: str) -> None:  # noqa: B027 - most need not look
+    def check_tracking(self, uri: str, config: object = None) -> None:  # noqa: B027 - most need not look
         """Check whether runs can reach their tracking server or store. Called before anything exists.
+
+        Args:
+            uri: of the tracking that this process uses.
+            config: what `configure` made of ``backend_config``, which may name another address for runs.
 
         Raises:
             UsageError: they cannot.

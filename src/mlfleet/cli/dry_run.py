@@ -67,7 +67,7 @@ class DryRun:
         )
         uri = await anyio.to_thread.run_sync(partial(_absolute, self.tracking_uri))
         tracking = open_tracking(uri)
-        backends[plan.backend].check_tracking(tracking.uri)
+        backends[plan.backend].check_tracking(tracking.uri, plan.config)
         info = RunInfo(self.request.run_id or _RUN_ID, _experiment_id(self.request) or "0", "", RunStatus.SCHEDULED, "")
         job = await draft(plan, info, tracking, output=None, cancel_grace=DEFAULT_CANCEL_GRACE)
         return {

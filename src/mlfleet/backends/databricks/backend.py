@@ -147,7 +147,7 @@ class DatabricksBackend(Backend):
                 " or give the project a python_env"
             )
 
-    def check_tracking(self, uri: str) -> None:
+    def check_tracking(self, uri: str, config: object = None) -> None:
         """Refuse what only this machine can reach; see `Backend.check_tracking`."""
         if not (is_databricks(uri) or uri.startswith(("http://", "https://"))):
             raise UsageError(

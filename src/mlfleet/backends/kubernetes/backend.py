@@ -17,7 +17,7 @@ from mlfleet.backends.kubernetes.config import KubernetesConfig, parse_config
 from mlfleet.backends.kubernetes.connections import Connections, Shared
 from mlfleet.backends.kubernetes.deletion import delete_job
 from mlfleet.backends.kubernetes.delivering import Deliveries, previewed
-from mlfleet.backends.kubernetes.environ import check_copied, variables
+from mlfleet.backends.kubernetes.environ import check_copied, check_tracking, variables
 from mlfleet.backends.kubernetes.logs import Streams
 from mlfleet.backends.kubernetes.manifest import grace_of, host_volumes, image_of, job_manifest, secret_manifest
 from mlfleet.backends.kubernetes.names import job_name
@@ -75,6 +75,11 @@ class KubernetesBackend(Backend):
         check_copied(docker, os.environ)
         if docker is not None:
             host_volumes(docker.env.volumes)
+
+    def check_tracking(self, uri: str, config: object = None) -> None:
+        """Refuse a store on this machine, unless ``tracking-uri`` gives pods another; see `Backend.check_tracking`."""
+        own = config.tracking_uri if isinstance(config, KubernetesConfig) else None
+        check_tracking(own or uri)
 
     def reference(self, job: Job) -> JobRef:
         """The context, the namespace and the name of the Job."""

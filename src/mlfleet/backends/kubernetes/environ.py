@@ -12,7 +12,7 @@ from mlfleet.backends.base import DockerRequest, Job
 from mlfleet.errors import SubmitError, UsageError
 from mlfleet.masking import is_secret_name, mask_uri
 
-__all__ = ["check_copied", "variables"]
+__all__ = ["check_copied", "check_tracking", "variables"]
 
 _log = logging.getLogger("mlfleet.kubernetes")
 _URI = "MLFLOW_TRACKING_URI"
@@ -40,7 +40,8 @@ def variables(job: Job, tracking_uri: str | None, here: Mapping[str, str]) -> tu
         here: the variables of this process.
 
     Raises:
-        SubmitError: tracking is in a file of this machine.
+        UsageError: tracking is in a file of this machine.
+        SubmitError: a variable has a name that none in a container can have.
     """
     plain, secret = dict(job.environ), dict(job.secrets)
     if job.docker is not None:
@@ -51,7 +52,7 @@ def variables(job: Job, tracking_uri: str | None, here: Mapping[str, str]) -> tu
                 (secret if is_secret_name(name) else plain)[name] = here[name]
     if tracking_uri is not None:
         plain[_URI] = tracking_uri
-    _check_tracking(plain.get(_URI) or secret.get(_URI) or "")
+    check_tracking(plain.get(_URI) or secret.get(_URI) or "")
     for name, value in tuple(plain.items()):
         if name in secret or (name.endswith("_URI") and mask_uri(value) != value):
             secret.setdefault(name, value)
@@ -62,15 +63,19 @@ def variables(job: Job, tracking_uri: str | None, here: Mapping[str, str]) -> tu
     return plain, secret
 
 
-def _check_tracking(uri: str) -> None:
+def check_tracking(uri: str) -> None:
+    """Check that pods may reach a tracking server or store.
+
+    Raises:
+        UsageError: it is in a file of this machine.
+    """
     parts = urlsplit(uri)
     scheme = parts.scheme.partition("+")[0]
-    if uri and (scheme in ("", "file", "sqlite") or (len(scheme) == 1 and scheme.isalpha())):
-        raise SubmitError(
+    if uri and scheme in ("", "file", "sqlite"):
+        raise UsageError(
             f"the tracking store {mask_uri(uri)} is on this machine, where no pod reaches it. Start a server"
             " ('mlflow server') that the cluster reaches, and give its address as MLFLOW_TRACKING_URI; or as"
-            " tracking-uri in backend_config (or KUBE_MLFLOW_TRACKING_URI) if pods know another one",
-            backend="kubernetes",
+            " tracking-uri in backend_config (or KUBE_MLFLOW_TRACKING_URI) if pods know another one"
         )
     if _is_loopback(parts.hostname):
         _log.warning(

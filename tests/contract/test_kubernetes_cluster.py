@@ -1,0 +1,86 @@
+"""The contract on a real cluster: ``MLFLEET_TEST_KUBECONFIG=… pytest -m cluster``.
+
+It works in a namespace of its own, with the image of ``MLFLEET_TEST_IMAGE`` (default ``busybox``), which needs sh, tar
+and gzip. ``MLFLEET_TEST_CONTEXT`` names a context other than the current one.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import anyio
+import pytest
+
+from mlfleet.backends.base import Job
+from mlfleet.backends.kubernetes import KubernetesBackend
+from mlfleet.backends.kubernetes.api import Api, ApiError
+from mlfleet.backends.kubernetes.config import StartTimeouts, parse_config
+from mlfleet.testing import BackendContract, Harness
+
+GIVEN = os.environ.get("MLFLEET_TEST_KUBECONFIG", "")
+IMAGE = os.environ.get("MLFLEET_TEST_IMAGE", "busybox")
+CONTEXT = os.environ.get("MLFLEET_TEST_CONTEXT")
+
+
+# A pod takes seconds to start and to end, and sixteen at once on one node some more; its first image must be pulled.
+@pytest.mark.timeout(300)
+@pytest.mark.cluster
+@pytest.mark.skipif(not GIVEN, reason="no real cluster: set MLFLEET_TEST_KUBECONFIG")
+class TestKubernetesCluster(BackendContract):
+    @pytest.fixture
+    async def harness(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Harness]:
+        project = tmp_path / "project"
+        project.mkdir()
+        (project / "project.txt").write_text("of the project\n")
+        monkeypatch.setenv("KUBECONFIG", GIVEN)
+        namespace = f"mlfleet-test-{uuid.uuid4().hex[:8]}"
+        given = {"code-delivery": "configmap", "image": IMAGE, "namespace": namespace, "kube-context": CONTEXT}
+        config = await anyio.to_thread.run_sync(parse_config, given, {"KUBECONFIG": GIVEN, "HOME": str(tmp_path)})
+        config = replace(config, timeouts=StartTimeouts(image=120, config=60, unschedulable=120))
+
+        def job(run_id: str, command: str, **options: object) -> Job:
+            return Job(
+                run_id=run_id,
+                experiment_id="0",
+                project_name="contract",
+                project_dir=project,
+                command=command,
+                output=tmp_path / run_id / "output.log",
+                config=config,
+                **options,  # type: ignore[arg-type]
+            )
+
+        async with Api(config.cluster) as api:
+
+            async def leftovers(run_id: str) -> Sequence[str]:
+                path = f"/api/v1/namespaces/{namespace}/pods"
+                answer = await api.call("listing", "GET", path, params={"labelSelector": f"mlfleet.run-id={run_id}"})
+                found = [(pod["metadata"]["name"], pod["status"].get("phase")) for pod in answer["items"]]
+                return [f"{name}: {phase}" for name, phase in found if phase not in ("Succeeded", "Failed")]
+
+            body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}
+            await api.call("making a namespace", "POST", "/api/v1/namespaces", body=body)
+            await _service_account(api, namespace)
+            try:
+                # A node needs about a second to tell that a pod has ended.
+                yield Harness(open=KubernetesBackend, job=job, leftovers=leftovers, cancel_grace=1.0)
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await api.call("removing a namespace", "DELETE", f"/api/v1/namespaces/{namespace}")
+
+
+async def _service_account(api: Api, namespace: str) -> None:
+    """A new namespace takes no pods before it has one."""
+    for _ in range(100):
+        try:
+            await api.call("looking", "GET", f"/api/v1/namespaces/{namespace}/serviceaccounts/default")
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            await anyio.sleep(0.2)
+        else:
+            return
