@@ -24,8 +24,11 @@ def test_the_documented_backend_passes_the_contract_with_the_documented_harness(
     install_plugin(tmp_path, "mlfleet_nice", module, group="mlfleet.backends", entry=f"nice = {entry}")
     (tmp_path / "test_nice.py").write_text(test)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "--rootdir", tmp_path]
-        + ["-c", os.devnull, "-o", "asyncio_default_fixture_loop_scope=function", tmp_path / "test_nice.py"],
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider"),
+            *("-c", os.devnull, "-o", "asyncio_default_fixture_loop_scope=function"),
+            *("--rootdir", str(tmp_path), str(tmp_path / "test_nice.py")),
+        ],
         env=on_path(tmp_path / "installed"),
         cwd=tmp_path,
         capture_output=True,

@@ -74,8 +74,10 @@ class Workplace:
 
     def mlflow_run(self, project: str, *options: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "mlflow", "run", project, "-b", "mlfleet"]
-            + ["--experiment-id", self.experiment, *options],
+            [
+                *(sys.executable, "-m", "mlflow", "run", project, "-b", "mlfleet"),
+                *("--experiment-id", self.experiment, *options),
+            ],
             env=on_path(self.folder, MLFLOW_TRACKING_URI=self.server.url, MLFLOW_DISABLE_TELEMETRY="true"),
             cwd=self.tmp_path,
             capture_output=True,

@@ -45,10 +45,14 @@ class _Prepared:
     Attributes:
         plugin: what its entry point gave; it has ``run``.
         config: the caller's ``backend_config``.
+        mlflow_uri: of the tracking that mlflow uses in this process; empty if the plugin has not imported it.
+        mlflow_store: the same, as a Fleet on it tells it.
     """
 
     plugin: Any
     config: Mapping[str, Any] = field(repr=False)
+    mlflow_uri: str = field(default="", repr=False)
+    mlflow_store: str = ""
 
 
 class PluginBackend(Backend):
@@ -71,7 +75,6 @@ class PluginBackend(Backend):
         self._tasks = TaskOwner()
         self._runs: set[PluginRun] = set()
         self._open = True
-        self._mlflow_uri = self._mlflow_store = ""
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -99,21 +102,22 @@ class PluginBackend(Backend):
             )
         # The plugin has imported mlflow, if it needs it.
         where = getattr(sys.modules.get("mlflow"), "get_tracking_uri", None)
-        if where is not None:
-            self._mlflow_uri = where()
-            self._mlflow_store = open_tracking(absolute_uri(self._mlflow_uri)).uri
-        return _Prepared(plugin, dict(config))
+        if where is None:
+            return _Prepared(plugin, dict(config))
+        uri = str(where())
+        return _Prepared(plugin, dict(config), uri, open_tracking(absolute_uri(uri)).uri)
 
-    def check_tracking(self, uri: str) -> None:
+    def check_tracking(self, uri: str, config: object = None) -> None:
         """Plugins find the tracking server by mlflow's setting for the whole process, which must be that of the Fleet.
 
         Raises:
             UsageError: it is another one.
         """
-        if self._mlflow_store and self._mlflow_store != uri:
+        theirs = config.mlflow_store if isinstance(config, _Prepared) else ""
+        if theirs and theirs != uri:
             raise UsageError(
-                f"the plugin {self.name!r} would log to {self._mlflow_store}, which mlflow uses in this process, but"
-                f" the run is to be on {uri}. Set MLFLOW_TRACKING_URI to that, or call mlflow.set_tracking_uri"
+                f"the plugin {self.name!r} would log to {theirs}, which mlflow uses in this process, but the run is to be"
+                f" on {uri}. Set MLFLOW_TRACKING_URI to that, or call mlflow.set_tracking_uri"
             )
 
     async def submit(self, job: Job) -> PluginRun:
@@ -149,7 +153,7 @@ class PluginBackend(Backend):
                 dict(call.parameters),
                 call.version,
                 _config(prepared.config, call, job.run_id),
-                self._mlflow_uri or job.tracking_uri,
+                prepared.mlflow_uri or job.tracking_uri,
                 job.experiment_id,
             )
         except (Exception, SystemExit) as error:
