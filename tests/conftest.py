@@ -10,6 +10,7 @@ import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
 
 pytest_plugins: list[str] = [
+    "components.browser",
     "components.conda",
     "components.docker",
     "components.fake_kubernetes",

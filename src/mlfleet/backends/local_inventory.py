@@ -56,13 +56,13 @@ def _entry(folder: Path) -> list[LocalEntry]:
     now = Path(f"/proc/{pid}/stat").read_text()
     if start_time(now) != start_time(stat) or _field(now, 0) == "Z":
         return []
-    # A process whose parent has died gets another one.
+    # A process whose parent has died gets another one: init, if nobody else asked for orphans.
     return [
         LocalEntry(
             run_id=folder.name,
             pid=pid,
             created=datetime.fromtimestamp(claim.stat().st_mtime, UTC),
-            supervised=_field(now, 1) == _field(stat, 1),
+            supervised=_field(now, 1) == _field(stat, 1) != "1",
             output=folder / "output.log",
         )
     ]

@@ -14,7 +14,7 @@ import click
 
 from mlfleet.cli.options import debug_option, duration, experiment_options, tracking_option
 from mlfleet.cli.report import exit_code
-from mlfleet.cli.terminal import complain
+from mlfleet.cli.terminal import complain, say
 from mlfleet.cli.tracked import experiment
 from mlfleet.control import cancel_run, read_logs, wait_for
 from mlfleet.errors import MlfleetError
@@ -58,6 +58,7 @@ def wait(*, run_ids: tuple[str, ...], tracking_uri: str | None) -> int:
 
     Exit codes: 0 all finished, 1 some did not.
     """
+    say("waiting; Ctrl-C leaves the runs alone")
     return anyio.run(_for_each, run_ids, tracking_uri, wait_for, (RunStatus.FINISHED,))
 
 

@@ -11,7 +11,7 @@ import click
 from mlfleet.cli.options import debug_option, experiment_options, tracking_option
 from mlfleet.cli.terminal import say
 from mlfleet.cli.tracked import experiment
-from mlfleet.reporting import load_sweep, render
+from mlfleet.reporting import SweepReport, load_sweep, render
 from mlfleet.sweeps import Goal
 from mlfleet.tracking import open_tracking
 
@@ -42,12 +42,12 @@ def report(
     coordinates, and a table with links to MLflow.
     """
 
-    async def load() -> str:
+    async def load() -> SweepReport:
         async with open_tracking(tracking_uri) as tracking:
             where = await experiment(tracking, experiment_name, experiment_id)
-            return render(await load_sweep(tracking, sweep, where), metric=metric, goal=goal)
+            return await load_sweep(tracking, sweep, where)
 
-    page = anyio.run(load)
+    page = render(anyio.run(load), metric=metric, goal=goal)
     _write(Path(output), page)
     say(f"the report is in {output}")
     return 0

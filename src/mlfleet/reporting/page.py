@@ -21,7 +21,7 @@ __all__ = ["render"]
 
 
 def render(report: SweepReport, *, metric: str | None = None, goal: Goal = "min") -> str:
-    """The page of a sweep.
+    """The page of a sweep. Blocking, as long as it takes for thousands of runs.
 
     Args:
         report: of it.
