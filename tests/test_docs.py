@@ -23,7 +23,12 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*/*.md"), *ROOT.glob("benchmarks/*.md")]
 )
-TEST_VARIABLES = {"MLFLEET_REQUIRE_ALL", "MLFLEET_TEST_KUBECONFIG"}
+TEST_VARIABLES = {
+    "MLFLEET_REQUIRE_ALL",
+    "MLFLEET_TEST_CONTEXT",
+    "MLFLEET_TEST_IMAGE",
+    "MLFLEET_TEST_KUBECONFIG",
+}
 """Read by the tests only."""
 
 _FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<text>.*?)^```$", re.M | re.S)

@@ -51,6 +51,7 @@ class KubernetesBackend(Backend):
         self._streams = Streams()
         self._tasks = TaskOwner()
         self._runs: set[KubernetesRun] = set()
+        self._preparing = anyio.Semaphore(_AT_ONCE)
         self._creating = anyio.Semaphore(_AT_ONCE)
 
     async def __aexit__(
@@ -119,30 +120,30 @@ class KubernetesBackend(Backend):
             ApiError: the cluster cannot be reached.
         """
         config = _config(job)
-        plain, secret = variables(job, config.tracking_uri, os.environ)
+        # Some at a time, so that a thousand submissions at once do not hold up the event loop.
+        async with self._preparing:
+            plain, secret = variables(job, config.tracking_uri, os.environ)
+            image = image_of(job, config)
         api = await self._connections.api(config.cluster)
-        code = await self._deliveries.deliver(api, job, config, image_of(job, config))
-        submission = uuid.uuid4().hex
-        manifest = job_manifest(job, config, code, plain, secrets=tuple(secret), submission=submission)
+        code = await self._deliveries.deliver(api, job, config, image)
         shared = await self._connections.watch(config.cluster, config.namespace)
         try:
-            made = await self._create(shared, job, config, manifest, secret)
-            return self._supervise(
-                shared,
-                made,
-                Target(
-                    namespace=config.namespace,
-                    name=made["metadata"]["name"],
-                    uid=made["metadata"]["uid"],
-                    run_id=job.run_id,
-                    output=job.output,
-                    grace=grace_of(made),
-                    timeouts=config.timeouts,
-                    keep=config.keep_jobs,
-                    tags={"mlflow.docker.image.uri": code.image, **_tags(made)},
-                ),
-                submitted=True,
+            async with self._creating:
+                submission = uuid.uuid4().hex
+                manifest = job_manifest(job, config, code, plain, secrets=tuple(secret), submission=submission)
+                made = await self._create(shared, job, config, manifest, secret)
+            target = Target(
+                namespace=config.namespace,
+                name=made["metadata"]["name"],
+                uid=made["metadata"]["uid"],
+                run_id=job.run_id,
+                output=job.output,
+                grace=grace_of(made),
+                timeouts=config.timeouts,
+                keep=config.keep_jobs,
+                tags={"mlflow.docker.image.uri": code.image, **_tags(made)},
             )
+            return self._supervise(shared, made, target, submitted=True)
         except BaseException:
             await self._connections.release(shared)
             raise
@@ -201,9 +202,8 @@ class KubernetesBackend(Backend):
                 await create_secret(shared.api, config.namespace, secret_manifest(job, secret, made[0]))
 
         try:
-            async with self._creating:
-                # Cut off in the middle, nobody would know whether there is a Job: an answer is waited for.
-                await finish(create, within=_GRACE)
+            # Cut off in the middle, nobody would know whether there is a Job: an answer is waited for.
+            await finish(create, within=_GRACE)
         except BaseException:
             with anyio.move_on_after(_GRACE, shield=True):
                 for each in made:

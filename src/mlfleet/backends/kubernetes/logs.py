@@ -7,7 +7,7 @@ import os
 import re
 import resource
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 
@@ -145,6 +145,7 @@ class Streams:
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._following = anyio.Semaphore(max(16, min(2000, files // 4)))
         self._reading = anyio.Semaphore(50)
+        self.opening = anyio.Semaphore(8)
 
     @asynccontextmanager
     async def place(self, ended: Callable[[], bool], until_ended: Callable[[], Awaitable[None]]) -> AsyncIterator[bool]:
@@ -260,7 +261,12 @@ class Copier:
             params["sinceTime"] = stream.since
         path = f"/api/v1/namespaces/{self._namespace}/pods/{pod}/log"
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=None if follow else 60)
-        async with self._api.stream("reading a log", path, pool=Pool.LOGS, params=params, timeout=timeout) as response:
+        async with AsyncExitStack() as stack:
+            # A thousand pods may begin at once; the event loop has others to serve meanwhile.
+            async with self._streams.opening:
+                response = await stack.enter_async_context(
+                    self._api.stream("reading a log", path, pool=Pool.LOGS, params=params, timeout=timeout)
+                )
             while data := await response.content.readany():
                 await self._write(stream.feed(data))
                 if len(data) < _SMALL and not response.content.at_eof():
