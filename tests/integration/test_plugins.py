@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,7 +13,10 @@ from typing import Any
 import httpx
 import pytest
 
+from components import missing
 from components.command_line import mlfleet, run_on
+from components.git_http import GitServer
+from components.git_repository import make_repository
 from components.mlflow_server import MlflowServer
 from components.plugins import on_path
 from components.projects import pid_is_gone, write_project
@@ -249,6 +253,34 @@ def test_another_tracking_server_than_mlflow_has_is_refused(place: Workplace) ->
     assert done.returncode == 2, done.stderr
     assert f"the plugin 'spool' would log to {place.server.url}" in done.stderr
     assert "the run is to be on http://127.0.0.1:9. Set MLFLOW_TRACKING_URI" in done.stderr
+
+
+def test_plugin_gets_a_git_project_at_the_commit_that_was_planned(place: Workplace, git_http: GitServer) -> None:
+    repository = make_repository(git_http.root)
+    commit = repository.commit(MLproject="name: hello\nentry_points:\n  main:\n    command: echo hello\n")
+    record = place.tmp_path / "seen.json"
+    uri = f"{git_http.url}/project.git"
+    done = place.run(uri, "spool", "-v", "main", record=str(record))
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(record.read_text())
+    assert (seen[0], seen[3]) == (uri, commit)
+    assert tags_of(place.runs[0])["mlflow.source.git.commit"] == commit
+
+
+def test_plugin_of_somebody_else(place: Workplace) -> None:
+    """mlflow-slurm as it is on PyPI. It asks for the project's environment before it asks for Slurm."""
+    if importlib.util.find_spec("mlflow_slurm") is None:
+        missing("mlflow-slurm", "pip install mlflow-slurm")
+    project = write_project(place.tmp_path / "hello", "echo hello", extra="conda_env: conda.yaml\n")
+    Path(project, "conda.yaml").write_text("name: hello\ndependencies: [python]\n")
+    done = mlfleet(
+        *("run", project, "-b", "slurm", "--experiment-id", place.experiment),
+        cwd=place.tmp_path,
+        env={"MLFLOW_TRACKING_URI": place.server.url, "MLFLOW_CONDA_HOME": str(place.tmp_path / "nowhere")},
+    )
+    assert done.returncode == 1
+    assert "the plugin 'slurm' did not take the run: ExecutionException: Could not find Conda executable" in done.stderr
+    assert "FAILED" in [run["info"]["status"] for run in place.runs]
 
 
 # ---- native ones ----------------------------------------------------------------------------------------------------

@@ -116,8 +116,8 @@ class PluginBackend(Backend):
         theirs = config.mlflow_store if isinstance(config, _Prepared) else ""
         if theirs and theirs != uri:
             raise UsageError(
-                f"the plugin {self.name!r} would log to {theirs}, which mlflow uses in this process, but the run is to be"
-                f" on {uri}. Set MLFLOW_TRACKING_URI to that, or call mlflow.set_tracking_uri"
+                f"the plugin {self.name!r} would log to {theirs}, which mlflow uses in this process, but the run is to"
+                f" be on {uri}. Set MLFLOW_TRACKING_URI to that, or call mlflow.set_tracking_uri"
             )
 
     async def submit(self, job: Job) -> PluginRun:
