@@ -6,7 +6,7 @@
   const byId = new Map(runs.map((run) => [run.id, run]));
   const SVG = "http://www.w3.org/2000/svg";
   const WIDE = 1200;
-  const FEW = 40;
+  const FEW = 24;
 
   // ---- pieces of the page: text goes in as text, never as markup
 
