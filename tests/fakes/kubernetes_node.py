@@ -70,7 +70,8 @@ class Acted:
         self._play = play
 
     async def start(self, pod: Mapping[str, Any], container: Mapping[str, Any], log: Log) -> Container:
-        return _ActedContainer(self._play(pod), log)
+        unpacks = any(each["name"] == container["name"] for each in pod["spec"].get("initContainers") or ())
+        return _ActedContainer(Acting() if unpacks else self._play(pod), log)
 
     def close_pod(self, pod: Mapping[str, Any]) -> None:
         return None

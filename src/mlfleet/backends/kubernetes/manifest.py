@@ -168,7 +168,9 @@ def host_volumes(volumes: Sequence[str]) -> tuple[list[dict[str, Any]], list[dic
 
 def _draft(config: KubernetesConfig) -> _Draft:
     manifest = copy.deepcopy(dict(config.template)) or {"spec": {"template": {"spec": {"containers": [{}]}}}}
-    manifest["apiVersion"], manifest["kind"] = "batch/v1", "Job"
+    # In the order that people know.
+    manifest = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {}, **manifest}
+    manifest.update(apiVersion="batch/v1", kind="Job")
     manifest.pop("status", None)
     return _Draft(manifest, manifest["spec"]["template"]["spec"])
 
