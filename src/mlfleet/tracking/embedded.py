@@ -66,7 +66,7 @@ class EmbeddedTracking(Tracking):
     def __init__(self, uri: str | None = None, *, retry_for: float = RETRY_FOR) -> None:
         self.uri = mask_uri(uri) if uri is not None else "sqlite:///mlflow.db"
         self._given = uri
-        self._real = ""
+        self._real = uri or ""
         self._policy = RetryPolicy(seconds=retry_for)
         self._client: Any = None
         self._experiments: Once[str, str] = Once(keep=True)
