@@ -106,7 +106,7 @@ class FlakyProxy:
             self._under_way -= 1
         if answer is None:
             return False
-        writer.write(_head(answer) + answer.body[: answer.sent])
+        writer.write(_head(answer) + (b"" if request.method == "HEAD" else answer.body[: answer.sent]))
         await writer.drain()
         return answer.sent is None
 

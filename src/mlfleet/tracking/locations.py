@@ -156,6 +156,7 @@ def absolute_uri(uri: str) -> str:
         in_memory = path in ("", ":memory:")
         return uri if in_memory else f"sqlite:///{Path(path).absolute()}{mark}{query}"
     local = local_path(uri)
-    if local is None:
+    # "databricks" is a name, although it looks like that of a folder.
+    if local is None or uri == "databricks":
         return uri
     return local.expanduser().absolute().as_uri()

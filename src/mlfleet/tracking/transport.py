@@ -58,6 +58,7 @@ class Transport:
         max_in_flight: requests at the same time.
         retry_for: seconds for which a call keeps trying.
         timeout: seconds without any byte of an answer after which a request counts as lost.
+        files_in_flight: files at the same time.
 
     Attributes:
         login: the server and who we are to it.
@@ -74,6 +75,7 @@ class Transport:
         max_in_flight: int,
         retry_for: float,
         timeout: float | None,
+        files_in_flight: int = _FILES_IN_FLIGHT,
     ) -> None:
         if max_in_flight < 1:
             raise UsageError(f"max_in_flight is {max_in_flight}: at least one request must be allowed")
@@ -85,7 +87,7 @@ class Transport:
         self._headers = {"User-Agent": f"mlfleet/{__version__}", **named, **headers}
         self._timeout = timeout if timeout is not None else _number("MLFLOW_HTTP_REQUEST_TIMEOUT", 120.0)
         self.connections = Connections(max_in_flight)
-        self._file_connections = Connections(_FILES_IN_FLIGHT)
+        self._file_connections = Connections(files_in_flight)
         self._failures: Failures | None = None
         self._answered = False
 

@@ -186,7 +186,7 @@ def run_here(spec: Mapping[str, Any], project: str, variables: Mapping[str, str]
         stopped = True
         raise
     finally:
-        Output(spec["output"]).end(code, stopped)
+        Output(spec["output"]).end(code, stopped, elsewhere=True)
     return 0
 
 
@@ -255,9 +255,9 @@ class Output:
                 self.parts += 1
         self.pause = min(self.pause * 1.5, LAST_PAUSE)
 
-    def end(self, code: int, stopped: bool) -> None:
-        """Tell that this is all."""
-        told = {"exit_code": code, "parts": self.parts if self.works else None, "stopped": stopped}
+    def end(self, code: int, stopped: bool, elsewhere: bool = False) -> None:
+        """Tell that this is all, or that the output is on the page of the run only."""
+        told = {"exit_code": code, "parts": None if elsewhere else self.parts, "stopped": stopped}
         self.write("end", json.dumps(told).encode())
 
     def write(self, name: str, data: bytes) -> bool:

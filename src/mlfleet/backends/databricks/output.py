@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Awaitable, Callable
@@ -18,8 +19,9 @@ from mlfleet.errors import SubmitError
 __all__ = ["Ending", "OutputCopy"]
 
 _writing = Threads("databricks output", 4)
+_log = logging.getLogger("mlfleet.databricks")
 # A file that was written there may be seen here a little later.
-_PATIENCE, _AGAIN = 5.0, 0.5
+_TRIES, _AGAIN = 10, 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +76,13 @@ class OutputCopy:
             return None
         raw = json.loads(told)
         parts = raw["parts"]
-        with anyio.move_on_after(_PATIENCE):
-            while True:
-                await self.advance()
-                if self._parts >= (parts or 0):
-                    break
-                await anyio.sleep(_AGAIN)
+        for _ in range(_TRIES):
+            await self.advance()
+            if self._parts >= (parts or 0):
+                break
+            await anyio.sleep(_AGAIN)
+        else:
+            _log.warning("of the %d parts of the output in %s only %d were seen", parts, self._path, self._parts)
         return Ending(int(raw["exit_code"]), parts, bool(raw["stopped"]))
 
     async def put(self, data: bytes) -> None:

@@ -6,7 +6,7 @@ still ``state``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -79,7 +79,7 @@ def read_state(run: Mapping[str, Any]) -> State:
     life = str(status.get("state") or state.get("life_cycle_state") or "PENDING")
     tasks = run.get("tasks") or []
     phase = Phase.ENDED if life in _ENDED else Phase.WAITING if life in _WAITING else Phase.RUNNING
-    ended = _ended(life, status, state) if phase is Phase.ENDED else (None, None, None)
+    ended = _ended(life, status, state, tasks) if phase is Phase.ENDED else (None, None, None)
     return State(
         phase=phase,
         status=ended[0],
@@ -93,14 +93,16 @@ def read_state(run: Mapping[str, Any]) -> State:
 
 
 def _ended(
-    life: str, status: Mapping[str, Any], state: Mapping[str, Any]
+    life: str, status: Mapping[str, Any], state: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]]
 ) -> tuple[RunStatus, str | None, FailureKind | None]:
     details: Mapping[str, Any] = status.get("termination_details") or {}
     life = str(state.get("life_cycle_state") or life)
     code = str(details.get("code") or "")
     # Of both, result_state tells a time-out; a skipped run and an internal error may have none.
     result = str(state.get("result_state") or code or ("" if life == "TERMINATED" else life))
-    message = " ".join(str(details.get("message") or state.get("state_message") or "").split())
+    # Of a run that is nothing but its one task, the task knows better.
+    of_task = [str((task.get("state") or {}).get("state_message") or "") for task in tasks if len(tasks) == 1]
+    message = " ".join(("".join(of_task) or str(details.get("message") or state.get("state_message") or "")).split())
     if result == "SUCCESS":
         return RunStatus.FINISHED, None, None
     reason = ": ".join(part for part in (code or result or life, message) if part)

@@ -62,7 +62,13 @@ class Workspace:
         uri = f"databricks://{profile}" if profile else "databricks"
         self._login = DatabricksLogin(uri)
         self._transport = Transport(
-            self._login, uri=uri, headers={}, max_in_flight=_IN_FLIGHT, retry_for=PATIENCE, timeout=_ANSWER
+            self._login,
+            uri=uri,
+            headers={},
+            max_in_flight=_IN_FLIGHT,
+            retry_for=PATIENCE,
+            timeout=_ANSWER,
+            files_in_flight=_IN_FLIGHT,
         )
         self._opening: Once[str, None] = Once(keep=True)
         self._users: Once[str, str] = Once(keep=True)

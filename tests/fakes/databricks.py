@@ -1,0 +1,301 @@
+"""A Databricks workspace in memory, for what the emulator does not do: every state, paging, faults. It runs nothing.
+
+What it answers follows https://docs.databricks.com/api/workspace/jobs; what becomes of runs, a test tells it.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from fakes.flaky_proxy import Answer, FlakyProxy, Forward, Request, Rule
+
+__all__ = ["FakeRun", "FakeWorkspace"]
+
+USER = "me@example.com"
+TOKEN = "dapi-not-to-be-seen"
+_ENDED = ("TERMINATED", "SKIPPED", "INTERNAL_ERROR")
+
+
+@dataclass
+class FakeRun:
+    """A run that was submitted.
+
+    Attributes:
+        number: its id.
+        body: as it was submitted.
+        start_time: milliseconds since the epoch.
+        state: in the form of version 2.1.
+        status: in the form of version 2.2; None: it tells only the older one.
+        output: the answer of ``runs/get-output``.
+        cancelled: how often that was asked.
+        ended_at: when it did, by ``time.monotonic``.
+    """
+
+    number: int
+    body: Mapping[str, Any]
+    start_time: int
+    state: dict[str, Any] = field(default_factory=lambda: {"life_cycle_state": "PENDING", "result_state": None})
+    status: dict[str, Any] | None = None
+    output: dict[str, Any] = field(default_factory=dict)
+    cancelled: int = 0
+    ended_at: float = 0.0
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What the bootstrap script is told."""
+        found: dict[str, Any] = json.loads(self.body["tasks"][0]["spark_python_task"]["parameters"][0])
+        return found
+
+    @property
+    def active(self) -> bool:
+        return self.state["life_cycle_state"] not in _ENDED
+
+    def become(self, life: str, result: str | None = None, message: str = "") -> None:
+        """Be in that state from now on."""
+        self.state = {"life_cycle_state": life, "result_state": result, "state_message": message}
+        if not self.active:
+            self.ended_at = time.monotonic()
+
+    def told(self, url: str) -> dict[str, Any]:
+        """As ``runs/get`` tells it."""
+        return {
+            "run_id": self.number,
+            "job_id": self.number + 10**6,
+            "run_name": self.body.get("run_name"),
+            "start_time": self.start_time,
+            "state": self.state,
+            "status": self.status,
+            "run_page_url": f"{url}/jobs/{self.number + 10**6}/runs/{self.number}",
+            "tasks": [{"run_id": self.number + 10**9, "task_key": "mlfleet"}],
+        }
+
+
+class FakeWorkspace(FlakyProxy):
+    """The workspace. `url` is where it listens.
+
+    Attributes:
+        runs: by number.
+        files: content by path, of volumes, workspace and DBFS alike.
+        folders: that exist in the workspace.
+        secrets: content by scope and key.
+        fault: decides about one request before it is answered.
+        on_submit: is called with each new run.
+        on_cancel: is called with each run that is to be cancelled; None: it is TERMINATED and CANCELED at once.
+        token: that opens it.
+        dbfs: whether there is a DBFS root.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rule = self._decide_about
+        self.fault: Rule | None = None
+        self.runs: dict[int, FakeRun] = {}
+        self.tokens: dict[str, int] = {}
+        self.files: dict[str, bytes] = {}
+        self.folders: set[str] = {f"/Workspace/Users/{USER}"}
+        self.secrets: dict[tuple[str, str], str] = {}
+        self.on_submit: Callable[[FakeRun], None] = lambda run: None
+        self.on_cancel: Callable[[FakeRun], None] | None = None
+        self.token = TOKEN
+        self.dbfs = True
+        self._handles: dict[int, tuple[str, bytearray]] = {}
+
+    @property
+    def only(self) -> FakeRun:
+        """The one run that there is."""
+        (run,) = self.runs.values()
+        return run
+
+    def put_output(self, run: FakeRun, text: bytes, code: int = 0, *, stopped: bool = False) -> None:
+        """Leave what the bootstrap script would leave of a run."""
+        end = json.dumps({"exit_code": code, "parts": 1, "stopped": stopped}).encode()
+        for name, content in {"000000": text, "end": end}.items():
+            self.files[f"{run.spec['output']}/{name}"] = b"%d\n%b" % (len(content), content)
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[FakeWorkspace]:
+        """Listen for the time of the block."""
+        async with self.listen():
+            yield self
+
+    async def _decide_about(self, request: Request, forward: Forward) -> Answer | None:
+        async def onward() -> Answer:
+            return self.answer(request)
+
+        return await (self.fault(request, onward) if self.fault is not None else onward())
+
+    def answer(self, request: Request) -> Answer:
+        """The answer of a workspace in good health."""
+        if request.headers.get("authorization") != f"Bearer {self.token}":
+            return error(403, "403", "Invalid access token.")
+        parts = urlsplit(request.target)
+        query = {name: values[0] for name, values in parse_qs(parts.query).items()}
+        path = unquote(parts.path)
+        for prefix, answer in (
+            ("/api/2.0/fs/files", self._volume),
+            ("/api/2.0/fs/directories", self._volume_folder),
+            ("/api/2.0/workspace-files/import-file", self._import_file),
+        ):
+            if path.startswith(prefix):
+                return answer(request, path.removeprefix(prefix))
+        what = path.split("/", 3)[3]
+        body = json.loads(request.body) if request.body else query
+        handler = getattr(self, "_" + what.replace("/", "_").replace("-", "_"), None)
+        return handler(body) if handler is not None else error(404, "ENDPOINT_NOT_FOUND", path)
+
+    # ---- jobs -------------------------------------------------------------------------------------------------------
+
+    def _jobs_runs_submit(self, body: dict[str, Any]) -> Answer:
+        token = body["idempotency_token"]
+        if token not in self.tokens:
+            number = len(self.runs) + 1
+            self.tokens[token] = number
+            self.runs[number] = run = FakeRun(number, body, int(time.time() * 1000))
+            self.on_submit(run)
+        return found({"run_id": self.tokens[token]})
+
+    def _jobs_runs_get(self, body: dict[str, Any]) -> Answer:
+        run = self.runs.get(int(body["run_id"]))
+        return found(run.told(self.url)) if run is not None else _no_run(body)
+
+    def _jobs_runs_list(self, body: dict[str, Any]) -> Answer:
+        limit, offset = int(body.get("limit", 20)), int(body.get("page_token", 0))
+        assert limit <= 26, "Databricks takes 25"
+        runs = sorted(self.runs.values(), key=lambda run: (run.start_time, run.number), reverse=True)
+        if body.get("active_only") == "true":
+            runs = [run for run in runs if run.active]
+        told = [run.told(self.url) for run in runs[offset : offset + limit]]
+        for each in told:
+            del each["tasks"]
+        more = {"next_page_token": str(offset + limit)} if offset + limit < len(runs) else {}
+        return found({**({"runs": told} if told else {}), **more})
+
+    def _jobs_runs_cancel(self, body: dict[str, Any]) -> Answer:
+        run = self.runs.get(int(body["run_id"]))
+        if run is None:
+            return _no_run(body)
+        run.cancelled += 1
+        if not run.active:
+            return error(400, "INVALID_STATE", "The run has ended.")
+        if self.on_cancel is not None:
+            self.on_cancel(run)
+        else:
+            run.become("TERMINATED", "CANCELED", "Run cancelled.")
+        return found({})
+
+    def _jobs_runs_get_output(self, body: dict[str, Any]) -> Answer:
+        number = int(body["run_id"]) - 10**9
+        if number not in self.runs:
+            return error(400, "INVALID_PARAMETER_VALUE", "Retrieving the output of runs with tasks is not supported.")
+        return found({"metadata": {}, **self.runs[number].output})
+
+    # ---- files ------------------------------------------------------------------------------------------------------
+
+    def _volume(self, request: Request, path: str) -> Answer:
+        if request.method == "PUT":
+            self.files[path] = request.body
+            return Answer(204)
+        content = self.files.get(path)
+        if content is None:
+            return error(404, "NOT_FOUND", "The file does not exist.")
+        if request.method == "HEAD":
+            return Answer(200, b"", {"content-length": str(len(content))})
+        return Answer(200, content)
+
+    def _volume_folder(self, request: Request, path: str) -> Answer:
+        self.folders.add(path)
+        return Answer(204)
+
+    def _import_file(self, request: Request, path: str) -> Answer:
+        if path.rpartition("/")[0] not in self.folders:
+            return error(404, "RESOURCE_DOES_NOT_EXIST", "The parent folder does not exist.")
+        self.files[path] = request.body
+        return found({})
+
+    def _workspace_mkdirs(self, body: dict[str, Any]) -> Answer:
+        self.folders.add(body["path"])
+        return found({})
+
+    def _workspace_get_status(self, body: dict[str, Any]) -> Answer:
+        content = self.files.get(body["path"])
+        if content is None:
+            return error(404, "RESOURCE_DOES_NOT_EXIST", f"Path ({body['path']}) doesn't exist.")
+        return found({"path": body["path"], "object_type": "FILE", "size": len(content)})
+
+    def _workspace_export(self, body: dict[str, Any]) -> Answer:
+        content = self.files.get(body["path"])
+        return Answer(200, content) if content is not None else error(404, "RESOURCE_DOES_NOT_EXIST", "No such file.")
+
+    def _dbfs_create(self, body: dict[str, Any]) -> Answer:
+        if not self.dbfs:
+            return _no_dbfs()
+        handle = len(self._handles) + 1
+        self._handles[handle] = (f"/dbfs{body['path']}", bytearray())
+        return found({"handle": handle})
+
+    def _dbfs_add_block(self, body: dict[str, Any]) -> Answer:
+        data = base64.b64decode(body["data"])
+        assert len(data) <= 2**20, "DBFS takes blocks of 1 MiB"
+        self._handles[body["handle"]][1].extend(data)
+        return found({})
+
+    def _dbfs_close(self, body: dict[str, Any]) -> Answer:
+        path, content = self._handles[body["handle"]]
+        self.files[path] = bytes(content)
+        return found({})
+
+    def _dbfs_get_status(self, body: dict[str, Any]) -> Answer:
+        if not self.dbfs:
+            return _no_dbfs()
+        content = self.files.get(f"/dbfs{body['path']}")
+        if content is None:
+            return error(404, "RESOURCE_DOES_NOT_EXIST", "No file or directory exists on that path.")
+        return found({"path": body["path"], "is_dir": False, "file_size": len(content)})
+
+    def _dbfs_read(self, body: dict[str, Any]) -> Answer:
+        content = self.files.get(f"/dbfs{body['path']}")
+        if content is None:
+            return error(404, "RESOURCE_DOES_NOT_EXIST", "No file or directory exists on that path.")
+        piece = content[int(body["offset"]) : int(body["offset"]) + int(body["length"])]
+        return found({"bytes_read": len(piece), "data": base64.b64encode(piece).decode()})
+
+    # ---- the rest ---------------------------------------------------------------------------------------------------
+
+    def _preview_scim_v2_Me(self, body: dict[str, Any]) -> Answer:
+        return found({"userName": USER})
+
+    def _secrets_put(self, body: dict[str, Any]) -> Answer:
+        if body["scope"] != "ours":
+            return error(404, "RESOURCE_DOES_NOT_EXIST", f"Scope {body['scope']} does not exist!")
+        self.secrets[body["scope"], body["key"]] = body["string_value"]
+        return found({})
+
+    def _secrets_delete(self, body: dict[str, Any]) -> Answer:
+        there = self.secrets.pop((body["scope"], body["key"]), None)
+        return found({}) if there is not None else error(404, "RESOURCE_DOES_NOT_EXIST", "No such secret.")
+
+
+def found(told: Mapping[str, Any]) -> Answer:
+    """An answer."""
+    return Answer(200, json.dumps(told).encode(), {"content-type": "application/json"})
+
+
+def error(status: int, code: str, message: str) -> Answer:
+    """A refusal."""
+    body = json.dumps({"error_code": code, "message": message}).encode()
+    return Answer(status, body, {"content-type": "application/json"})
+
+
+def _no_run(body: Mapping[str, Any]) -> Answer:
+    return error(400, "INVALID_PARAMETER_VALUE", f"Run {body['run_id']} does not exist.")
+
+
+def _no_dbfs() -> Answer:
+    return error(403, "PERMISSION_DENIED", "Public DBFS root is disabled. Access is denied on path: /mlfleet")

@@ -1,0 +1,231 @@
+"""Projects on an emulated Databricks workspace, where they really run: through a Fleet, with a real MLflow server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import anyio
+import pytest
+from databricks.sdk.service import jobs
+
+from components.command_line import mlfleet
+from components.minilake import MARK, SCOPE, Databricks, processes_of
+from components.mlflow_server import MlflowServer
+from components.projects import write_project
+from mlfleet import Fleet, FleetRun, RunStatus
+from mlfleet.backends.base import Job
+from mlfleet.backends.databricks import DatabricksBackend
+from mlfleet.errors import ExecutionException, UsageError
+from mlfleet.testing import FakeTracking
+
+CLUSTER = {"spark_version": "15.4.x-scala2.12", "num_workers": 0}
+CONFIG = {"new_cluster": CLUSTER}
+
+
+def reachable() -> FakeTracking:
+    """Tracking in memory that says it is where Databricks can reach it."""
+    tracking = FakeTracking()
+    tracking.uri = "http://tracking.example.com"
+    return tracking
+
+
+@pytest.fixture
+async def fleet(databricks: Databricks) -> AsyncIterator[Fleet]:
+    async with Fleet(tracking=reachable()) as fleet:
+        yield fleet
+
+
+async def lines_of(run: FleetRun) -> list[str]:
+    return [line async for line in run.logs()]
+
+
+# A Python with mlflow takes some seconds to start, and the server too.
+@pytest.mark.timeout(150)
+async def test_a_project_with_parameters_on_a_real_mlflow_server(
+    databricks: Databricks, mlflow_server: MlflowServer, tmp_path: Path
+) -> None:
+    uri = write_project(tmp_path / "demo", "python train.py {alpha}", parameters="alpha: float")
+    (tmp_path / "demo" / "train.py").write_text(
+        "import sys, mlflow\n"
+        "with mlflow.start_run():\n"
+        "    mlflow.log_metric('score', float(sys.argv[1]) * 2)\n"
+        "print('trained with', sys.argv[1])\n"
+    )
+    (tmp_path / "demo" / "big.txt").write_text("kept out\n")
+    (tmp_path / "demo" / ".dockerignore").write_text("big.txt\n")
+    async with Fleet(tracking_uri=mlflow_server.url) as fleet:
+        run = await fleet.submit(uri, parameters={"alpha": 0.5}, backend="databricks", backend_config=CONFIG)
+        await run.check()
+        info = await fleet.tracking.get_run(run.run_id)
+    assert info.status is RunStatus.FINISHED
+    assert info.metrics == {"score": 1.0}
+    assert info.params == {"alpha": "0.5"}
+    assert info.tags["mlflow.databricks.webappURL"] == databricks.url
+    assert info.tags["mlflow.databricks.runURL"].startswith("http")
+    assert info.tags["mlflow.project.backend"] == "databricks"
+    assert run.output_path is not None
+    assert "trained with 0.5" in run.output_path.read_text()
+
+
+async def test_a_failing_one_carries_its_traceback(fleet: Fleet, tmp_path: Path) -> None:
+    uri = write_project(tmp_path / "demo", "python train.py")
+    (tmp_path / "demo" / "train.py").write_text("print('loading')\nraise KeyError('price')\n")
+    run = await fleet.submit(uri, backend="databricks", backend_config=CONFIG)
+    with pytest.raises(ExecutionException, match="failed: exit code 1") as caught:
+        await run.check()
+    assert caught.value.exit_code == 1
+    assert caught.value.output[-1] == "KeyError: 'price'"
+    assert "Traceback (most recent call last):" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "where", [{}, {"upload_path": "/Volumes/main/default/runs/a b"}, {"upload_path": "dbfs:/mlfleet"}], ids=str
+)
+async def test_every_place_for_projects(fleet: Fleet, tmp_path: Path, where: dict[str, str]) -> None:
+    uri = write_project(tmp_path / "demo", "cat data.txt; cat data.bin | wc -c")
+    (tmp_path / "demo" / "data.txt").write_text(f"{uuid.uuid4().hex}\n")
+    (tmp_path / "demo" / "data.bin").write_bytes(os.urandom(3 * 2**20))
+    run = await fleet.submit(uri, backend="databricks", backend_config={**CONFIG, **where})
+    assert await run.wait() is True
+    assert await lines_of(run) == [(tmp_path / "demo" / "data.txt").read_text().strip(), str(3 * 2**20)]
+
+
+async def test_output_of_some_size_comes_back_whole(fleet: Fleet, tmp_path: Path) -> None:
+    uri = write_project(tmp_path / "demo", "seq 400000")
+    run = await fleet.submit(uri, backend="databricks", backend_config=CONFIG)
+    assert await run.wait() is True
+    assert run.output_path is not None
+    assert run.output_path.read_text() == "".join(f"{n}\n" for n in range(1, 400001))
+
+
+async def test_a_spark_job_runs_its_file_with_parameters(fleet: Fleet, tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    (folder / "MLproject").write_text(
+        "name: demo\ndatabricks_spark_job:\n  python_file: src/job.py\n  parameters: [--rows, 'a b']\n"
+        "  python_libraries: [xgboost]\n"
+    )
+    (folder / "src").mkdir()
+    (folder / "src" / "beside.py").write_text("NAME = 'beside'\n")
+    (folder / "src" / "job.py").write_text(
+        "import os, sys, beside\nprint(sys.argv[1:], beside.NAME, os.environ['MLFLOW_RUN_ID'])\n"
+    )
+    run = await fleet.submit(str(folder), backend="databricks", backend_config=CLUSTER)
+    assert await run.wait() is True
+    assert await lines_of(run) == [f"['--rows', 'a b'] beside {run.run_id}"]
+
+
+async def test_a_spark_job_that_fails(fleet: Fleet, tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    (folder / "MLproject").write_text("name: demo\ndatabricks_spark_job:\n  python_file: job.py\n")
+    (folder / "job.py").write_text("raise SystemExit(7)\n")
+    run = await fleet.submit(str(folder), backend="databricks", backend_config=CLUSTER)
+    outcome = await run.outcome()
+    assert (outcome.status, outcome.exit_code, outcome.reason) == (RunStatus.FAILED, 7, "exit code 7")
+
+
+async def test_what_the_reference_checks_comes_before_anything_is_made(databricks: Databricks, tmp_path: Path) -> None:
+    plain = write_project(tmp_path / "plain", "true")
+    docker = write_project(tmp_path / "docker", "true", extra="docker_env:\n  image: python:3.12\n")
+    tracking = FakeTracking()
+    async with Fleet(tracking=tracking) as fleet:
+        with pytest.raises(UsageError, match="the tracking URI 'memory:' is on this machine"):
+            await fleet.submit(plain, backend="databricks", backend_config=CONFIG)
+    async with Fleet(tracking=reachable()) as fleet:
+        with pytest.raises(UsageError, match="docker_env cannot run on Databricks"):
+            await fleet.submit(docker, backend="databricks", backend_config=CONFIG)
+    assert tracking.runs == {}
+    assert databricks.requests == []
+
+
+# The emulator runs as many at a time as it has threads: six on two cores.
+@pytest.mark.timeout(280)
+async def test_200_runs_at_once(fleet: Fleet, databricks: Databricks, tmp_path: Path) -> None:
+    uri = write_project(tmp_path / "demo", "echo point {n}; exit $(( {n} % 2 ))", parameters="n: float")
+    runs = await asyncio.gather(
+        *(fleet.submit(uri, parameters={"n": n}, backend="databricks", backend_config=CONFIG) for n in range(200))
+    )
+    assert await asyncio.gather(*(run.wait() for run in runs)) == [True, False] * 100
+    for n, run in enumerate(runs):
+        assert await lines_of(run) == [f"point {n}"]
+    uploaded = [request.target for request in databricks.requests if "import-file" in request.target]
+    assert len([target for target in uploaded if ".tar.gz" in target]) == 1
+
+
+async def test_what_was_started_ends_with_its_script_killed_by_force(databricks: Databricks, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    run_id = uuid.uuid4().hex
+    async with DatabricksBackend() as backend:
+        config = backend.configure({**CONFIG, "secret_scope": SCOPE})
+        run = await backend.submit(
+            Job(
+                run_id=run_id,
+                experiment_id="0",
+                project_name="demo",
+                project_dir=project,
+                command="(sleep 600 & sleep 600) & echo ready; wait",
+                environ={MARK: run_id},
+                config=config,
+                output=tmp_path / "output.log",
+                cancel_grace=0.2,
+            )
+        )
+        async for line in run.logs():
+            assert line == "ready"
+            break
+        script = next(int(text.partition(":")[0]) for text in processes_of(run_id) if text.endswith("the script"))
+        os.kill(script, signal.SIGKILL)
+        outcome = await run.outcome()
+        assert outcome.status is RunStatus.FAILED
+        assert "-9" in (outcome.reason or "")
+        await anyio.to_thread.run_sync(_wait_until_gone, run_id)
+
+
+async def test_databricks_own_client_reads_what_was_submitted(
+    fleet: Fleet, databricks: Databricks, tmp_path: Path
+) -> None:
+    uri = write_project(tmp_path / "demo", "true")
+    run = await fleet.submit(uri, backend="databricks", backend_config=CONFIG)
+    assert await run.wait() is True
+    bodies = [json.loads(request.body) for request in databricks.requests if request.target.endswith("runs/submit")]
+    (task,) = bodies[0]["tasks"]
+    assert jobs.SubmitTask.from_dict(task).as_dict() == task
+
+
+def test_the_dry_run_prints_the_request(tmp_path: Path) -> None:
+    uri = write_project(tmp_path / "demo", "python train.py {alpha}", parameters="alpha: float")
+    arguments = ("run", uri, "-P", "alpha=0.5", "-b", "databricks", "-c", json.dumps(CONFIG), "--dry-run")
+    variables = {"MLFLOW_TRACKING_URI": "databricks", "DATABRICKS_HOST": "https://x", "DATABRICKS_TOKEN": "dapi-hush"}
+    done = mlfleet(*arguments, cwd=tmp_path, env=variables)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "dapi-hush" not in done.stdout
+    body = json.loads(done.stdout[done.stdout.index("\n{") :])
+    (task,) = body["tasks"]
+    assert task["new_cluster"] == CLUSTER
+    assert json.loads(task["spark_python_task"]["parameters"][0])["command"].strip() == "python train.py 0.5"
+    as_json = json.loads(mlfleet(*arguments, "--json", cwd=tmp_path, env=variables).stdout)
+    assert json.loads(as_json["request"])["tasks"] == body["tasks"]
+
+
+def test_the_command_line_tells_mistakes_before_anything_is_made(tmp_path: Path) -> None:
+    uri = write_project(tmp_path / "demo", "true")
+    done = mlfleet("run", uri, "-b", "databricks", "-c", '{"num_workers": 1}', cwd=tmp_path)
+    assert done.returncode == 2
+    assert "new_cluster has no spark_version" in done.stderr
+    done = mlfleet("run", uri, "-b", "databricks", "-c", '{"profile": "nowhere"}', cwd=tmp_path)
+    assert done.returncode == 2
+    assert "no profile 'nowhere'" in done.stderr
+
+
+def _wait_until_gone(run_id: str) -> None:
+    while processes_of(run_id):
+        time.sleep(0.05)

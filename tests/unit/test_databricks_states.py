@@ -1,0 +1,85 @@
+"""What each state of a Databricks run means; Databricks' own client says which states there are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from databricks.sdk.service import jobs
+
+from mlfleet.backends.databricks.states import Phase, read_state
+from mlfleet.runs import FailureKind, RunStatus
+
+LIVES = [each.value for each in jobs.RunLifeCycleState]
+RESULTS = [each.value for each in jobs.RunResultState]
+CODES = [each.value for each in jobs.TerminationCodeCode]
+ENDED = {"TERMINATED", "SKIPPED", "INTERNAL_ERROR"}
+CANCELLED = {"CANCELED", "UPSTREAM_CANCELED", "USER_CANCELED"}
+
+
+def expected(result: str | None) -> RunStatus:
+    if result == "SUCCESS":
+        return RunStatus.FINISHED
+    return RunStatus.KILLED if result in CANCELLED else RunStatus.FAILED
+
+
+@pytest.mark.parametrize("life", LIVES)
+@pytest.mark.parametrize("result", [None, *RESULTS])
+def test_every_pair_of_life_cycle_and_result(life: str, result: str | None) -> None:
+    state = read_state({"state": {"life_cycle_state": life, "result_state": result, "state_message": "so it is"}})
+    assert state.over == (life in ENDED)
+    if not state.over:
+        assert state.status is None
+        return
+    assert state.status is expected(result)
+    if state.status is not RunStatus.FINISHED:
+        assert "so it is" in (state.reason or "")
+        assert (result or (life if life != "TERMINATED" else "so it is")) in (state.reason or "")
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("legacy", [True, False])
+def test_every_termination_code(code: str, legacy: bool) -> None:
+    details = {"code": code, "type": "CLIENT_ERROR", "message": "so it is"}
+    run: dict[str, Any] = {"status": {"state": "TERMINATED", "termination_details": details}}
+    if legacy:
+        run["state"] = {"life_cycle_state": "TERMINATED", "result_state": None}
+    state = read_state(run)
+    assert state.phase is Phase.ENDED
+    assert state.status is expected(code)
+    assert state.reason == (None if code == "SUCCESS" else f"{code}: so it is")
+
+
+@pytest.mark.parametrize("state", [each.value for each in jobs.RunLifecycleStateV2State])
+def test_status_wins_over_the_older_state(state: str) -> None:
+    seen = read_state({"status": {"state": state}, "state": {"life_cycle_state": "RUNNING"}})
+    assert seen.over == (state == "TERMINATED")
+    assert (seen.phase is Phase.WAITING) == (state in ("BLOCKED", "PENDING", "QUEUED", "WAITING"))
+
+
+@pytest.mark.parametrize(
+    ("run", "cause"),
+    [
+        ({"state": {"life_cycle_state": "TERMINATED", "result_state": "TIMEDOUT"}}, FailureKind.TIMEOUT),
+        ({"state": {"life_cycle_state": "TERMINATED", "result_state": "FAILED"}}, None),
+        ({"state": {"life_cycle_state": "INTERNAL_ERROR", "result_state": "FAILED"}}, None),
+        ({"state": {"life_cycle_state": "INTERNAL_ERROR"}}, FailureKind.INFRASTRUCTURE),
+        ({"state": {"life_cycle_state": "SKIPPED"}}, FailureKind.INFRASTRUCTURE),
+        (
+            {"status": {"state": "TERMINATED", "termination_details": {"code": "X", "type": "CLOUD_FAILURE"}}},
+            FailureKind.INFRASTRUCTURE,
+        ),
+    ],
+)
+def test_what_kind_of_failure_it_was(run: dict[str, Any], cause: FailureKind | None) -> None:
+    assert read_state(run).cause is cause
+
+
+@pytest.mark.parametrize("run", [{}, {"state": None, "status": None}, {"state": {"life_cycle_state": "BRAND_NEW"}}])
+def test_what_is_not_known_goes_on(run: dict[str, Any]) -> None:
+    assert not read_state(run).over
+
+
+def test_the_output_is_asked_for_by_the_run_of_the_task() -> None:
+    state = read_state({"run_id": 1, "job_id": 3, "tasks": [{"run_id": 2}], "run_page_url": "https://x"})
+    assert (state.task_run_id, state.job_id, state.page_url) == (2, 3, "https://x")
