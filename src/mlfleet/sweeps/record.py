@@ -200,15 +200,15 @@ async def _earlier(
     info = found[0]
     if not settings.resume:
         raise UsageError(
-            f"there is a sweep {settings.name!r} already (run {info.run_id}): pass resume=True (--resume) to go on with "
-            "it, or take another name"
+            f"there is a sweep {settings.name!r} already (run {info.run_id}): pass resume=True (--resume) to go on "
+            "with it, or take another name"
         )
     before = info.tags.get(_CONTENT_TAG)
     if before != content and settings.resume != "changed":
         raise UsageError(
             f"the project has changed since the sweep {settings.name!r} began. If that is fine, pass resume='changed' "
-            "(--resume-changed): what has finished stays so. To run every point again, take another name. If it was the runs that wrote "
-            "into the project's folder, list those files in its .dockerignore"
+            "(--resume-changed): what has finished stays so. To run every point again, take another name. If it was "
+            "the runs that wrote into the project's folder, list those files in its .dockerignore"
         )
     record = SweepRecord(info, before)
     children = await tracking.search_runs(
