@@ -24,6 +24,7 @@ _log = logging.getLogger("mlfleet.kubernetes")
 _CONNECT = 10.0  # seconds
 _ANSWER = 60.0  # seconds for a whole answer
 _PATIENCE = 90.0  # seconds for which a request is tried again
+_LOGINS = 4  # tokens that are tried, each another
 _RETRIED = (408, 429, 500, 502, 503, 504)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.8, 30.0
 
@@ -188,13 +189,17 @@ class Api:
             ApiError: it was refused; also what breaks the connection inside of the block.
         """
         refused: str | None = None
+        tried: set[str] = set()
         data = None if body is None else json.dumps(body).encode()
         try:
             while True:
                 login = await self._credentials.login(refused=refused)
                 async with self._send(login, pool, method, path, params, data, timeout) as response:
-                    if response.status == 401 and refused is None:
-                        refused = login.authorization or ""
+                    shown = login.authorization or ""
+                    # Short-lived tokens may expire again while a new one is fetched on a busy machine.
+                    if response.status == 401 and shown not in tried and len(tried) < _LOGINS:
+                        refused = shown
+                        tried.add(shown)
                         continue
                     if response.status >= 400:
                         raise await _refusal(what, response)

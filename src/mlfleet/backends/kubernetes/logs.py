@@ -24,7 +24,7 @@ _writing = Threads("kubernetes output", 8)
 _GATHER = 0.01  # seconds in which more of a trickle is let come, so that it costs fewer turns
 _SMALL = 16 * 1024
 _LOOK = 2.0  # seconds between two looks for a free place
-_TRIES = 5  # without any output, of a container that has ended
+_TRIES = 10  # without any output, of a container that has ended
 # RFC 3339 with nanoseconds, in the time zone of the node.
 _STAMP = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?(?:Z|[+-]\d\d:\d\d)) ")
 _LONGEST_STAMP = 37
@@ -234,7 +234,8 @@ class Copier:
             if attempt > _TRIES and ended():
                 _log.warning("the output of the pod %s is not all there: the API server gives no more of it", pod)
                 break
-            with anyio.move_on_after(pause(attempt)):
+            # Never for long: the end of the run waits for its output.
+            with anyio.move_on_after(pause(min(attempt, 2))):
                 await until_ended()
         await self._write(stream.close())
 

@@ -27,7 +27,7 @@ __all__ = ["KubernetesRun", "Target"]
 
 _log = logging.getLogger("mlfleet.kubernetes")
 _files = Threads("kubernetes files", 4)
-_STALLED = 15.0  # seconds without output of a run that has ended
+_STALLED = 30.0  # seconds without output of a run that has ended
 _POD_COMES = 2.0  # seconds by which the pod's end may be seen later than the Job's
 _WARN_AFTER = 30.0  # seconds of waiting for a node
 _STUCK = 120.0  # seconds after the grace time, in which a node must confirm that a pod has ended
