@@ -235,7 +235,10 @@ class Copier:
                 _log.warning("the output of the pod %s is not all there: the API server gives no more of it", pod)
                 break
             # Never for long: the end of the run waits for its output.
-            with anyio.move_on_after(pause(min(attempt, 2))):
+            seconds = pause(min(attempt, 2))
+            if ended() and not complete:
+                await anyio.sleep(seconds)
+            with anyio.move_on_after(seconds):
                 await until_ended()
         await self._write(stream.close())
 
