@@ -17,9 +17,10 @@ from mlfleet.errors import BackendError, MlfleetError, RunLost, UsageError
 from mlfleet.fleet import Fleet
 from mlfleet.folders import runs_folder
 from mlfleet.request import SweepMember
-from mlfleet.runs import JobRef, RunStatus
+from mlfleet.runs import JobRef, Outcome, RunStatus
 from mlfleet.sweeps import NAME_TAG, SPACE_TAG, is_driven
 from mlfleet.tracking import RunInfo
+from mlfleet.tracking.ending import end_run
 
 __all__ = ["cancel_run", "cancel_sweep", "read_logs", "wait_for"]
 
@@ -147,8 +148,10 @@ async def read_logs(fleet: Fleet, run_id: str, *, follow: bool) -> AsyncGenerato
     kept = runs_folder() / run_id / "output.log"
     reference = read_reference(info) if JobRef.TAG in info.tags else None
     elsewhere = reference is not None and reference.backend != "local" and not info.status.is_terminal
+    handle: BackendRun | None = None
     if elsewhere and reference is not None:
-        lines = (await (await fleet.backend(reference.backend)).attach(reference)).logs(follow=follow)
+        handle = await (await fleet.backend(reference.backend)).attach(reference)
+        lines = handle.logs(follow=follow)
     else:
         if reference is not None and reference.data.get("output"):
             kept = Path(str(reference.data["output"]))
@@ -161,6 +164,17 @@ async def read_logs(fleet: Fleet, run_id: str, *, follow: bool) -> AsyncGenerato
         lines = follow_file(kept, ended)
     async for line in lines:
         yield line
+    if handle is not None and follow:
+        await _settle(fleet, run_id, await handle.outcome())
+
+
+async def _settle(fleet: Fleet, run_id: str, outcome: Outcome) -> None:
+    """Write how a run ended that was followed to its end, unless its own process does: its backend may forget it now."""
+    for _ in range(int(_DRIVER_PATIENCE / _SHORTEST_PAUSE)):
+        if (await fleet.tracking.get_run(run_id)).status.is_terminal:
+            return
+        await anyio.sleep(_SHORTEST_PAUSE)
+    await end_run(fleet.tracking, run_id, outcome.status, patience=fleet.tracking_patience)
 
 
 async def _over(fleet: Fleet, run_id: str) -> None:
