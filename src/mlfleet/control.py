@@ -169,7 +169,7 @@ async def read_logs(fleet: Fleet, run_id: str, *, follow: bool) -> AsyncGenerato
 
 
 async def _settle(fleet: Fleet, run_id: str, outcome: Outcome) -> None:
-    """Write how a run ended that was followed to its end, unless its own process does: its backend may forget it now."""
+    """Write how a run ended that was followed to its end, unless its own process does: its backend may forget it."""
     for _ in range(int(_DRIVER_PATIENCE / _SHORTEST_PAUSE)):
         if (await fleet.tracking.get_run(run_id)).status.is_terminal:
             return
