@@ -1,4 +1,4 @@
-"""A process that drives a sweep, for tests that kill it: ``python sweep_driver.py URI TRACKING_URI NAME COUNT JOBS``."""
+"""Drives a sweep in a process that tests kill: ``python sweep_driver.py URI TRACKING_URI NAME COUNT JOBS``."""
 
 from __future__ import annotations
 
