@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shlex
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlfleet.backends.base import Job
-from mlfleet.backends.databricks import DatabricksBackend
+from mlfleet.backends.databricks import DatabricksBackend, bootstrap
 from mlfleet.backends.databricks.config import parse_config
 from mlfleet.backends.databricks.request import Places, bootstrap_argument, request_body
 from mlfleet.errors import SubmitError
@@ -173,3 +174,8 @@ def test_requirements_of_this_machine_are_refused(tmp_path: Path) -> None:
     file = EnvironmentFile(EnvironmentFileKind.PYTHON_ENV, tmp_path / "python_env.yaml")
     with pytest.raises(SubmitError, match="which Databricks cannot install: name packages of an index"):
         DatabricksBackend().preview(make_job(tmp_path, environment_file=file))
+
+
+def test_the_bootstrap_script_is_understood_by_old_runtimes() -> None:
+    source = Path(bootstrap.__file__).read_text()
+    ast.parse(source, feature_version=(3, 8))

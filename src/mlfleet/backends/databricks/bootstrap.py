@@ -161,6 +161,8 @@ def run_command(spec: Mapping[str, Any], project: str, variables: Mapping[str, s
             guard.stdin.close()
             output.copy(guard.stdout)
         code = guard.wait()
+        for pipe in (guard.stdin, guard.stdout):
+            pipe.close()
         output.end(code, stopped)
     return code
 
