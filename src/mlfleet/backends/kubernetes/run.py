@@ -219,7 +219,7 @@ class KubernetesRun:
             pod = seen.last_pod
             return pod is not None and (pod.main.terminated or pod.ended)
 
-        if told(seen) or (seen.job is not None and (seen.job.complete or seen.job.unseen)):
+        if told(seen) or (seen.job is not None and seen.job.deleted):
             return seen
         with anyio.move_on_after(_POD_COMES):
             return await self._cell.until(told)
@@ -254,6 +254,9 @@ class KubernetesRun:
         while True:
             seen = await self._cell.until(lambda seen: seen.ended or _next_log(seen, done) is not None)
             found = _next_log(seen, done)
+            if found is None and not self._cut:
+                # The watch of pods may be behind, or away, when that of Jobs tells the end.
+                found = _next_log(await self._with_pods(seen), done)
             if found is None:
                 break
             pod, container = found
