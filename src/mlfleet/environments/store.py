@@ -22,11 +22,11 @@ import secrets
 import shutil
 import time
 import weakref
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from mlfleet.concurrency.in_use import unused
 from mlfleet.folders import environments_folder
 
 __all__ = ["Published", "Store", "StoredEnvironment", "list_environments", "prune"]
@@ -209,7 +209,7 @@ def _describe(folder: Path) -> StoredEnvironment:
         used: datetime | None = datetime.fromtimestamp((folder / _IN_USE).stat().st_mtime, UTC)
     except OSError:
         used = None
-    with _exclusive(folder / _IN_USE) as free:
+    with unused(folder / _IN_USE) as free:
         in_use = not free
     return StoredEnvironment(
         name=folder.name,
@@ -252,28 +252,6 @@ def _open_mark(path: Path) -> int | None:
     return None
 
 
-@contextlib.contextmanager
-def _exclusive(path: Path) -> Iterator[bool]:
-    """Whether no process uses the environment; none begins to while this is held."""
-    try:
-        mark = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        yield True
-        return
-    except OSError:
-        yield False
-        return
-    try:
-        try:
-            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        yield True
-    finally:
-        os.close(mark)
-
-
 def _is_same(mark: int, path: Path) -> bool:
     """Whether an open file is still the one of that name."""
     try:
@@ -284,7 +262,7 @@ def _is_same(mark: int, path: Path) -> bool:
 
 def _remove_unused(folder: Path) -> bool:
     """Remove a whole environment, unless a process uses it."""
-    with _exclusive(folder / _IN_USE) as free:
+    with unused(folder / _IN_USE) as free:
         if not free:
             return False
         # First what makes it an environment: from here on nobody takes it.
