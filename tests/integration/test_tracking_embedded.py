@@ -77,13 +77,15 @@ async def test_mlflow_keeps_its_messages_and_its_global_uri_to_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    import mlflow  # sets the level of alembic's logger, once for this process
+
+    alembic = logging.getLogger("alembic")
+    monkeypatch.setattr(alembic, "level", logging.DEBUG)
     async with EmbeddedTracking(f"sqlite:///{tmp_path}/new.db") as tracking:
         run = await tracking.create_run(await tracking.experiment_id("e"), name=None, tags={})
         await tracking.update_run(run.run_id, RunStatus.FINISHED)
     assert capfd.readouterr() == ("", "")
-    assert logging.getLogger("alembic").level == logging.NOTSET
-    import mlflow
-
+    assert alembic.level == logging.DEBUG
     assert "new.db" not in mlflow.get_tracking_uri()
 
 
