@@ -1,11 +1,13 @@
 """mlfleet runs MLflow Projects from asyncio: one or hundreds at a time, on this machine or elsewhere.
 
-run = await mlfleet.run_async("examples/quickstart", parameters={"alpha": 0.5})
+One run, many, and blocking as ``mlflow.projects.run``::
 
-async with mlfleet.Fleet(max_concurrent=8) as fleet:
-runs = [await fleet.submit(uri, parameters={"alpha": alpha}) for alpha in (0.1, 0.2, 0.5)]
+    run = await mlfleet.run_async("examples/quickstart", parameters={"alpha": 0.5})
 
-mlfleet.run(uri)  # blocking, as mlflow.projects.run
+    async with mlfleet.Fleet(max_concurrent=8) as fleet:
+        runs = [await fleet.submit(uri, parameters={"alpha": alpha}) for alpha in (0.1, 0.2, 0.5)]
+
+    mlfleet.run(uri)
 """
 
 from mlfleet._version import __version__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import logging
 import os
 import re
@@ -96,7 +97,7 @@ def resolve(entry_point: EntryPoint, given: Mapping[str, object] | None) -> Reso
     _raise_faults(entry_point, missing, faults, extra)
     hints = _misspelt([name for name in declared if name not in texts], extra)
     if hints:
-        _log.info("entry point %r: %s", entry_point.name, hints)
+        _warn_misspelt(entry_point.name, hints)
     return ResolvedParameters(logged | extra, declared, extra, tuple(downloads))
 
 
@@ -176,6 +177,14 @@ def _raise_faults(entry_point: EntryPoint, missing: list[str], faults: Mapping[s
             f"the parameters of the entry point {entry_point.name!r} are wrong: {'; '.join(parts)}",
             names=[*missing, *faults],
         )
+
+
+@functools.lru_cache(maxsize=1024)
+def _warn_misspelt(entry_point: str, hints: str) -> None:
+    """Once, not for each of a thousand runs."""
+    _log.warning(
+        "%s The entry point %r does not declare it: it goes to the command as one more option", hints, entry_point
+    )
 
 
 def _misspelt(declared: list[str], extra: Iterable[str]) -> str:
