@@ -75,7 +75,7 @@ def test_places_are_those_of_the_file() -> None:
         (b"? [a, b]\n: c\n", (1, 3), "expected a key, found a list"),
         (b"<<: 3\n", (1, 5), "to merge, found the number 3"),
         (b"a: " + b"9" * 5000, (1, 4), "a number of more than"),
-        (b"[" * 200_000, (1, 65), "nested more than 64 levels"),
+        (b"[" * 500, (1, 65), "nested more than 64 levels"),
         (b"- " * 200_000, (1, 129), "nested more than 64 levels"),
     ],
 )
@@ -86,6 +86,14 @@ def test_what_is_refused_and_where(data: bytes, place: tuple[int, int], message:
     assert (caught.value.line, caught.value.column) == place
     assert str(caught.value).startswith(f"MLproject, line {place[0]}, column {place[1]}: ")
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_brackets_without_end_are_refused() -> None:
+    # Newer versions of libyaml have a limit of their own, which they reach before the first bracket is reported.
+    with pytest.raises(
+        SpecError, match="MLproject, line 1, column .*(nested more than|exceeded maximum nesting depth)"
+    ):
+        parse_yaml(b"[" * 200_000, "MLproject")
 
 
 def test_an_alias_bomb_is_refused_without_expanding_it() -> None:
