@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 import platformdirs
 
-__all__ = ["cache_folder", "environments_folder", "runs_folder", "sweeps_folder"]
+__all__ = ["cache_folder", "environments_folder", "runs_folder", "size_on_disk", "sweeps_folder"]
 
 
 def cache_folder() -> Path:
@@ -28,6 +29,16 @@ def runs_folder() -> Path:
 def sweeps_folder() -> Path:
     """The locks of named sweeps, next to `runs_folder`."""
     return runs_folder().with_name("sweeps")
+
+
+def size_on_disk(folder: Path) -> int:
+    """The bytes that a folder takes with all that is in it. Blocking."""
+    total = 0
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(parent, name)).st_blocks * 512  # noqa: PTH118 - many files
+    return total
 
 
 def _folder(variable: str, default: Path) -> Path:

@@ -20,11 +20,11 @@ class Marks:
     this object is gone.
     """
 
-    def __init__(self, idle: int = 64) -> None:
+    def __init__(self, idle: int | None = 64) -> None:
         """Make an empty set of marks.
 
         Args:
-            idle: how many marks to hold beyond the pinned ones; the longest unused is given up first.
+            idle: how many marks to hold beyond the pinned ones; the longest unused is given up first. None: all.
         """
         self._idle = idle
         self._held: dict[Path, int] = {}
@@ -62,12 +62,20 @@ class Marks:
                 del self._pins[path]
             self._trim(self._idle)
 
+    def drop(self, path: Path) -> None:
+        """Give up the mark on `path`, if there is one and nobody pinned it."""
+        with self._lock:
+            if path not in self._pins and (mark := self._held.pop(path, None)) is not None:
+                os.close(mark)
+
     def close(self) -> None:
         """Give up all marks that nobody pinned. They may be taken again."""
         with self._lock:
             self._trim(0)
 
-    def _trim(self, limit: int) -> None:
+    def _trim(self, limit: int | None) -> None:
+        if limit is None:
+            return
         idle = [path for path in self._held if path not in self._pins]
         for path in idle[: max(0, len(idle) - limit)]:
             os.close(self._held.pop(path))
@@ -97,7 +105,8 @@ def unused(path: Path) -> Iterator[bool]:
 
 def _hold(path: Path) -> int | None:
     try:
-        mark = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        # For reading only: the folder may be one that an administrator filled.
+        mark = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:

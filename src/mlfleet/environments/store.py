@@ -13,7 +13,6 @@ attempt, since processes of the killed build may still be writing into theirs.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -21,13 +20,12 @@ import re
 import secrets
 import shutil
 import time
-import weakref
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from mlfleet.concurrency.in_use import unused
-from mlfleet.folders import environments_folder
+from mlfleet.concurrency.in_use import Marks, unused
+from mlfleet.folders import environments_folder, size_on_disk
 
 __all__ = ["Published", "Store", "StoredEnvironment", "list_environments", "prune"]
 
@@ -97,8 +95,7 @@ class Store:
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = root or environments_folder()
-        self._marks: dict[str, int] = {}
-        weakref.finalize(self, _close_all, self._marks)
+        self._marks = Marks(idle=None)
 
     def lock_path(self, name: str) -> Path:
         """The lock file to hold while building; its folder is made."""
@@ -109,25 +106,18 @@ class Store:
     def take(self, name: str) -> tuple[Path, Published] | None:
         """The complete environment of that name, marked as in use from now on; None if there is none to use."""
         folder = self.root / name
-        mark = self._marks.get(name)
-        if mark is None or not _is_same(mark, folder / _IN_USE):
-            self._release(name)
-            mark = _open_mark(folder / _IN_USE)
-            if mark is None:
-                return None
-            self._marks[name] = mark
+        if not self._marks.take(folder / _IN_USE):
+            return None
         published = _read(folder)
         if published is None or not all((folder / published.attempt / each).exists() for each in published.must_exist):
-            self._release(name)
+            self._marks.drop(folder / _IN_USE)
             return None
-        with contextlib.suppress(OSError):
-            os.utime(mark)
         return folder / published.attempt, published
 
     def begin(self, name: str) -> Path:
         """A path for a new attempt, after leftovers were removed. The lock must be held."""
-        self._release(name)
         folder = self.root / name
+        self._marks.drop(folder / _IN_USE)
         if (folder / _FACTS).exists():
             _log.info("the environment %s lost its interpreter and is built again", folder)
             (folder / _FACTS).unlink()
@@ -140,7 +130,7 @@ class Store:
     ) -> None:
         """Make a finished attempt the environment of that name. The lock must be held."""
         folder = self.root / name
-        facts = Published(attempt.name, python, source, time.time(), _size(attempt), must_exist)
+        facts = Published(attempt.name, python, source, time.time(), size_on_disk(attempt), must_exist)
         (folder / _IN_USE).touch()
         unfinished = folder / f"{attempt.name}.json"
         with unfinished.open("w", encoding="utf-8") as file:
@@ -154,10 +144,6 @@ class Store:
         _remove(attempt)
         if not (self.root / name / _FACTS).exists():
             _remove_unused(self.root / name)
-
-    def _release(self, name: str) -> None:
-        if (mark := self._marks.pop(name, None)) is not None:
-            os.close(mark)
 
 
 def list_environments(root: Path | None = None) -> list[StoredEnvironment]:
@@ -218,7 +204,7 @@ def _describe(folder: Path) -> StoredEnvironment:
         complete=published is not None,
         python=published.python if published else None,
         source=published.source if published else None,
-        size=published.size if published else _size(folder),
+        size=published.size if published else size_on_disk(folder),
         created=datetime.fromtimestamp(published.created, UTC) if published else None,
         last_used=used,
         in_use=in_use,
@@ -231,33 +217,6 @@ def _read(folder: Path) -> Published | None:
         return Published(**{**raw, "must_exist": tuple(raw["must_exist"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
-
-
-def _open_mark(path: Path) -> int | None:
-    """Mark an environment as in use; None if there is none, or it is being removed."""
-    try:
-        # For reading only: the folder may be one that an administrator filled.
-        mark = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        # Waits for a `prune` that is removing it, or a list that is looking whether it is used.
-        fcntl.flock(mark, fcntl.LOCK_SH)
-    except OSError:
-        # A file system without locks: nothing protects the environment from `prune`, but it can be used.
-        return mark
-    if _is_same(mark, path):
-        return mark
-    os.close(mark)
-    return None
-
-
-def _is_same(mark: int, path: Path) -> bool:
-    """Whether an open file is still the one of that name."""
-    try:
-        return os.path.samestat(os.fstat(mark), path.stat())
-    except OSError:
-        return False
 
 
 def _remove_unused(folder: Path) -> bool:
@@ -274,18 +233,3 @@ def _remove_unused(folder: Path) -> bool:
 def _remove(folder: Path) -> None:
     """Remove a folder. Processes of a killed build may be writing into it: what they add now is left to `prune`."""
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _size(folder: Path) -> int:
-    total = 0
-    for parent, _, files in os.walk(folder):
-        for name in files:
-            with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(parent, name)).st_blocks * 512  # noqa: PTH118 - many files
-    return total
-
-
-def _close_all(marks: dict[str, int]) -> None:
-    for mark in marks.values():
-        os.close(mark)
-    marks.clear()

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from mlfleet.concurrency.in_use import Marks, unused
-from mlfleet.folders import cache_folder, runs_folder
+from mlfleet.folders import cache_folder, runs_folder, size_on_disk
 
 __all__ = ["CacheEntry", "Shelf", "list_entries", "list_runs", "prune", "prune_runs", "remove_tree"]
 
@@ -244,7 +244,7 @@ def _on_shelf(shelf: Path) -> list[CacheEntry]:
     if (shelf / "mirror").is_dir():
         found.append(("mirror", None, shelf / "mirror", _time(shelf / "mirror")))
     return [
-        CacheEntry(kind, uri, version, path, _size(path), used, in_use=_is_used(path / _IN_USE))
+        CacheEntry(kind, uri, version, path, size_on_disk(path), used, in_use=_is_used(path / _IN_USE))
         for kind, version, path, used in found
     ]
 
@@ -252,9 +252,9 @@ def _on_shelf(shelf: Path) -> list[CacheEntry]:
 def _run_entry(folder: Path, *, in_use: bool | None = None) -> CacheEntry:
     output = folder / "output.log"
     used = max(_time(folder), _time(output))
-    return CacheEntry(
-        "run", folder.name, None, folder, _size(folder), used, in_use=_is_used(output) if in_use is None else in_use
-    )
+    if in_use is None:
+        in_use = _is_used(output)
+    return CacheEntry("run", folder.name, None, folder, size_on_disk(folder), used, in_use=in_use)
 
 
 def _shelves(root: Path | None) -> list[Path]:
@@ -293,15 +293,6 @@ def _time(path: Path) -> datetime:
         return datetime.fromtimestamp(path.stat().st_mtime, UTC)
     except OSError:
         return datetime.fromtimestamp(0, UTC)
-
-
-def _size(folder: Path) -> int:
-    total = 0
-    for parent, _, files in os.walk(folder):
-        for name in files:
-            with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(parent, name)).st_blocks * 512  # noqa: PTH118 - many files
-    return total
 
 
 def _read(path: Path) -> dict[str, Any] | None:
