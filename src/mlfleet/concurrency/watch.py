@@ -24,47 +24,67 @@ V = TypeVar("V")
 
 
 class Cell(Generic[V]):
-    """The latest state of one thing. Waiters see states, not changes: what comes in between may be skipped.
+    """The latest state of one thing. Waiters see states, not changes.
+
+    Whether a state is the one that a waiter wants is decided when it comes, so that hundreds of states which nobody
+    waits for wake nobody.
 
     Attributes:
         value: the latest state; None before the first one is known.
     """
 
-    __slots__ = ("_changed", "_error", "_users", "born", "value")
+    __slots__ = ("_error", "_users", "_waiters", "born", "value")
 
     def __init__(self, born: int) -> None:
         self.born = born
         self.value: V | None = None
         self._users = 0
         self._error: MlfleetError | None = None
-        self._changed = anyio.Event()
+        self._waiters: dict[asyncio.Future[V], Callable[[V], bool]] = {}
 
     async def until(self, accept: Callable[[V], bool]) -> V:
         """Wait for a state that `accept` takes, and return it; at once if it is there. Any number of waiters.
 
+        Args:
+            accept: is asked by whoever has a new state; must be quick.
+
         Raises:
             MlfleetError: the watcher has ended, so that no state will come any more.
         """
-        while True:
-            if self.value is not None and accept(self.value):
-                return self.value
-            if self._error is not None:
-                raise copy.copy(self._error) from self._error
-            await self._changed.wait()
+        if self.value is not None and accept(self.value):
+            return self.value
+        if self._error is not None:
+            raise copy.copy(self._error) from self._error
+        waiter: asyncio.Future[V] = asyncio.get_running_loop().create_future()
+        self._waiters[waiter] = accept
+        try:
+            return await waiter
+        finally:
+            self._waiters.pop(waiter, None)
+            if waiter.done() and not waiter.cancelled():
+                waiter.exception()  # asked for, so that nobody is told of it whose waiter was cancelled meanwhile
 
     def put(self, value: V) -> None:
-        """Set the state and wake the waiters."""
+        """Set the state and wake those who wait for it."""
         self.value = value
-        self._wake()
+        for waiter, accept in tuple(self._waiters.items()):
+            if not waiter.done():
+                try:
+                    wanted = accept(value)
+                except Exception as error:  # the waiter's own fault, not that of whoever has the news
+                    waiter.set_exception(error)
+                else:
+                    if wanted:
+                        waiter.set_result(value)
 
     def fail(self, error: MlfleetError) -> None:
         """Tell the waiters that no further state will come."""
         self._error = error
-        self._wake()
-
-    def _wake(self) -> None:
-        changed, self._changed = self._changed, anyio.Event()
-        changed.set()
+        for waiter in self._waiters:
+            if not waiter.done():
+                told = copy.copy(error)
+                told.__cause__ = error
+                waiter.set_exception(told)
 
 
 class Watch(Generic[V]):

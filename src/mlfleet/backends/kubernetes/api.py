@@ -107,13 +107,13 @@ class Api:
         self._sessions: dict[Pool, aiohttp.ClientSession] = {}
 
     async def __aenter__(self) -> Self:
-        login = await self._credentials.login()
+        await self._credentials.login()
         for pool in Pool:
-            connector = aiohttp.TCPConnector(
-                limit=50 if pool is Pool.CONTROL else 0, ssl=login.tls if login.tls is not None else True
-            )
+            connector = aiohttp.TCPConnector(limit=50 if pool is Pool.CONTROL else 0)
+            # No trust_env: it would look for a password in ~/.netrc, in a thread, for each request. The proxy of the
+            # environment is part of the login.
             self._sessions[pool] = aiohttp.ClientSession(
-                connector=connector, trust_env=not login.direct, headers={"User-Agent": "mlfleet"}
+                connector=connector, cookie_jar=aiohttp.DummyCookieJar(), headers={"User-Agent": "mlfleet"}
             )
         return self
 
@@ -188,7 +188,7 @@ class Api:
         Raises:
             ApiError: it was refused; also what breaks the connection inside of the block.
         """
-        refused: str | None = None
+        refused: Login | None = None
         tried: set[str] = set()
         data = None if body is None else json.dumps(body).encode()
         try:
@@ -198,7 +198,7 @@ class Api:
                     shown = login.authorization or ""
                     # Short-lived tokens may expire again while a new one is fetched on a busy machine.
                     if response.status == 401 and shown not in tried and len(tried) < _LOGINS:
-                        refused = shown
+                        refused = login
                         tried.add(shown)
                         continue
                     if response.status >= 400:
@@ -235,6 +235,8 @@ class Api:
             headers=headers,
             timeout=timeout,
             proxy=login.proxy,
+            # Here, not in the connector: a renewed certificate makes new connections.
+            ssl=login.tls if login.tls is not None else True,
             server_hostname=login.server_name,
             allow_redirects=False,
         )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import ipaddress
 import logging
 import os
 import ssl
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import anyio
 from kubernetes_asyncio.client.configuration import Configuration
@@ -23,7 +26,7 @@ from mlfleet.concurrency.threads import Threads
 from mlfleet.errors import BackendError
 from mlfleet.masking import mask
 
-__all__ = ["Credentials", "Login"]
+__all__ = ["Credentials", "Login", "proxy_for"]
 
 _log = logging.getLogger("mlfleet.kubernetes")
 _loading = Threads("kubernetes credentials", 4)
@@ -38,19 +41,19 @@ class Login:
     Attributes:
         host: ``https://address:port``.
         authorization: the header; None where a client certificate says it all.
-        tls: for https.
+        tls: for https; the same object for as long as its certificates stay the same.
+        tls_key: tells certificates apart.
         server_name: that the certificate must have, if not the address.
-        proxy: of the kubeconfig.
-        direct: do not look for a proxy in the environment: Python knows no CIDRs in NO_PROXY.
+        proxy: of the kubeconfig, else of the environment; never from within the cluster.
         renew_at: on the monotonic clock; None: only when the server refuses it.
     """
 
     host: str
     authorization: str | None = field(default=None, repr=False)
     tls: ssl.SSLContext | None = field(default=None, repr=False)
+    tls_key: str = field(default="", repr=False)
     server_name: str | None = None
     proxy: str | None = field(default=None, repr=False)
-    direct: bool = False
     renew_at: float | None = None
 
 
@@ -63,22 +66,21 @@ class Credentials:
         self._login: Login | None = None
         self._lock = asyncio.Lock()
 
-    async def login(self, *, refused: str | None = None) -> Login:
+    async def login(self, *, refused: Login | None = None) -> Login:
         """What to show now.
 
         Args:
-            refused: the header that the server has just refused: then another one is fetched, unless that was done
-                meanwhile.
+            refused: what the server has just refused: then another one is fetched, unless that was done meanwhile.
 
         Raises:
             BackendError: it cannot be had; the text says why.
         """
         login = self._login
-        if login is not None and refused is None and not _is_due(login):
+        if login is not None and login is not refused and not _is_due(login):
             return login
         async with self._lock:
             login = self._login
-            if login is None or (refused is not None and login.authorization == refused) or _is_due(login):
+            if login is None or login is refused or _is_due(login):
                 login = await self._load(login)
                 self._login = login
             return login
@@ -127,9 +129,10 @@ def _load(cluster: Cluster, plugin: PluginLogin | None, old: Login | None) -> Lo
     configuration = Configuration()
     _drive(loader.load_and_set(configuration), waits="auth-provider" in user)
     host = str(configuration.host).rstrip("/")
-    tls = None
+    tls, tls_key = None, ""
     if host.startswith("https"):
-        tls = old.tls if old is not None and old.tls is not None else _tls(configuration)
+        tls_key = _tls_key(configuration)
+        tls = old.tls if old is not None and old.tls_key == tls_key else _tls(configuration)
     renew_at = plugin.renew_at if plugin is not None else None
     if "tokenFile" in user and "token" not in user:
         renew_at = time.monotonic() + _REREAD
@@ -137,10 +140,55 @@ def _load(cluster: Cluster, plugin: PluginLogin | None, old: Login | None) -> Lo
         host=host,
         authorization=configuration.api_key.get("BearerToken"),
         tls=tls,
+        tls_key=tls_key,
         server_name=configuration.tls_server_name,
-        proxy=configuration.proxy,
+        proxy=configuration.proxy or proxy_for(host, os.environ),
         renew_at=renew_at,
     )
+
+
+def proxy_for(host: str, environ: Mapping[str, str]) -> str | None:
+    """The proxy of the environment for an address, as kubectl chooses it: ``NO_PROXY`` may have CIDRs, too.
+
+    Args:
+        host: ``scheme://address:port``.
+        environ: ``HTTPS_PROXY``, ``HTTP_PROXY`` and ``NO_PROXY``, or the same in small letters.
+    """
+    parts = urlsplit(host)
+    name = parts.hostname or ""
+    proxy = _variable(environ, f"{parts.scheme}_proxy")
+    if not proxy or name == "localhost":
+        return None
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        address = None
+    if address is not None and address.is_loopback:
+        return None
+    given = [each.strip().lower() for each in _variable(environ, "no_proxy").split(",")]
+    return None if any(_spares(each, name, parts.port, address) for each in given if each) else proxy
+
+
+def _variable(environ: Mapping[str, str], name: str) -> str:
+    return environ.get(name) or environ.get(name.upper()) or ""
+
+
+def _spares(
+    pattern: str, host: str, port: int | None, address: ipaddress.IPv4Address | ipaddress.IPv6Address | None
+) -> bool:
+    """Whether one part of ``NO_PROXY`` means this host."""
+    if pattern == "*":
+        return True
+    if address is not None:
+        try:
+            return address in ipaddress.ip_network(pattern, strict=False)
+        except ValueError:
+            pass
+    name, _, wanted = pattern.rpartition(":") if pattern.count(":") == 1 else (pattern, "", "")
+    if wanted and wanted != str(port):
+        return False
+    name = name.removeprefix("*").removeprefix(".")
+    return host == name or (address is None and host.endswith(f".{name}"))
 
 
 def _drive(work: Coroutine[Any, Any, None], *, waits: bool) -> None:
@@ -159,10 +207,16 @@ def _drive(work: Coroutine[Any, Any, None], *, waits: bool) -> None:
     asyncio.run(bounded())
 
 
+def _tls_key(configuration: Any) -> str:
+    """Of the certificates, not of their files: they are renewed in place."""
+    digest = hashlib.sha256(repr(configuration.verify_ssl).encode())
+    for path in (configuration.ssl_ca_cert, configuration.cert_file, configuration.key_file):
+        digest.update(hashlib.sha256(Path(path).read_bytes() if path else b"").digest())
+    return digest.hexdigest()
+
+
 def _tls(configuration: Any) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=configuration.ssl_ca_cert)
-    # Python 3.13 asks for extensions that the authorities of many clusters lack.
-    context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
+    context = _trusting(configuration.ssl_ca_cert)
     if configuration.cert_file:
         context.load_cert_chain(configuration.cert_file, keyfile=configuration.key_file)
     if not configuration.verify_ssl:
@@ -171,18 +225,24 @@ def _tls(configuration: Any) -> ssl.SSLContext:
     return context
 
 
+def _trusting(authority: str | None) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=authority)
+    # Python 3.13 asks for extensions that the authorities of many clusters lack.
+    context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
+    return context
+
+
 def _around_us(account: Path, old: Login | None) -> Login:
     """The service account of the pod that this process is in. Blocking."""
     address, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ.get("KUBERNETES_SERVICE_PORT", "443")
     token = (account / "token").read_text().strip()
-    tls = old.tls if old is not None else ssl.create_default_context(cafile=str(account / "ca.crt"))
-    if tls is not None:
-        tls.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
+    authority = account / "ca.crt"
+    tls_key = hashlib.sha256(authority.read_bytes()).hexdigest()
     host = f"[{address}]" if ":" in address else address
     return Login(
         host=f"https://{host}:{port}",
         authorization=f"Bearer {token}",
-        tls=tls,
-        direct=True,
+        tls=old.tls if old is not None and old.tls_key == tls_key else _trusting(str(authority)),
+        tls_key=tls_key,
         renew_at=time.monotonic() + _REREAD,
     )

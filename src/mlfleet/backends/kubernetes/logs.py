@@ -16,6 +16,7 @@ import anyio
 
 from mlfleet.backends.kubernetes.api import Api, ApiError, Pool, pause
 from mlfleet.concurrency.threads import Threads
+from mlfleet.errors import SubmitError
 
 __all__ = ["Copier", "LogStream", "Streams"]
 
@@ -196,6 +197,7 @@ class Copier:
         self._namespace = namespace
         self._path = path
         self._last_byte = b"\n"
+        self._begun = False
         self.copied = 0
 
     async def copy(
@@ -247,15 +249,6 @@ class Copier:
         if self._last_byte != b"\n":
             await self._write(b"\n")
 
-    async def begin(self) -> None:
-        """Make the file, empty.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        if self._path is not None:
-            await _writing(partial(_create, self._path))
-
     async def _follow(self, pod: str, container: str, stream: LogStream, *, follow: bool) -> None:
         stream.resume()
         params = {"container": container, "timestamps": "true"}
@@ -279,24 +272,26 @@ class Copier:
     async def _write(self, data: bytes) -> None:
         if not data:
             return
+        first, self._begun = not self._begun, True
         self._last_byte = data[-1:]
         self.copied += len(data)
         try:
-            await _writing(partial(_append, self._path, data))
+            await _writing(partial(_append, self._path, data, first=first))
         except OSError as error:
+            if first:
+                text = f"the output of the run cannot be written to {self._path}: {error.strerror}"
+                raise SubmitError(text, backend="kubernetes") from error
             _log.warning("output of a run is lost: %s", error)
 
 
-def _create(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
-
-
-def _append(path: Path | None, data: bytes) -> None:
+def _append(path: Path | None, data: bytes, *, first: bool) -> None:
     if path is None:
         file, opened = 1, False
     else:
-        file, opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600), True
+        if first:  # over what an earlier process has copied of the same
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        how = os.O_TRUNC if first else os.O_APPEND
+        file, opened = os.open(path, os.O_WRONLY | os.O_CREAT | how | os.O_CLOEXEC, 0o600), True
     try:
         view = memoryview(data)
         while view:

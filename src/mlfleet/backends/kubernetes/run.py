@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import anyio
+from anyio.abc import TaskGroup
 
 from mlfleet.backends.kubernetes.api import Api, ApiError
 from mlfleet.backends.kubernetes.config import StartTimeouts
@@ -72,11 +73,12 @@ class KubernetesRun:
         self._watch = watch
         self._cell = watch.track(job)
         self._copier = Copier(api, streams, target.namespace, target.output)
-        self._started = anyio.Event()
-        self._done = anyio.Event()
+        self._started = asyncio.Event()
+        self._done = asyncio.Event()
         self._outcome: Outcome | None = None
         self._grace: float | None = None
-        self._stop_changed = anyio.Event()
+        self._stop_changed = asyncio.Event()
+        self._living: TaskGroup | None = None
         self._cut = False  # by us, before it had ended
         self._detaching = anyio.CancelScope()
 
@@ -109,10 +111,12 @@ class KubernetesRun:
 
     def _begin_stop(self, grace: float | None) -> None:
         seconds = self.target.grace if grace is None else grace
+        first = self._grace is None
         if self._grace is None or seconds < self._grace:
             self._grace = seconds
-            changed, self._stop_changed = self._stop_changed, anyio.Event()
-            changed.set()
+            self._stop_changed.set()
+            if first and self._living is not None:
+                self._living.start_soon(self._stop)
 
     async def get_status(self) -> RunStatus:
         """SCHEDULED until a container runs; how it ended once its output is complete."""
@@ -154,15 +158,13 @@ class KubernetesRun:
         if self._outcome is None:
             lost = RunLost("this process does not look after the Job any more", backend="kubernetes")
             self._outcome = Outcome(RunStatus.FAILED, reason=str(lost), error=lost)
-        tidying = asyncio.ensure_future(self._tidy())
-        await outlast(tidying)
+        if not self.target.keep and not self._cut and self.submitted:
+            await outlast(asyncio.ensure_future(self._tidy()))
         self._watch.untrack(self.target.uid)
         self._started.set()
         self._done.set()
 
     async def _tidy(self) -> None:
-        if self.target.keep or self._cut or not self.submitted:
-            return
         try:
             await delete_job(self._api, self.target.namespace, self.target.name, self.target.uid)
         except MlfleetError as error:
@@ -181,15 +183,19 @@ class KubernetesRun:
         failed: BaseException | None = None
         try:
             async with anyio.create_task_group() as group:
-                copied = anyio.Event()
+                self._living = group
+                copied = asyncio.Event()
                 group.start_soon(self._copy, copied)
-                group.start_soon(self._notice_start)
                 group.start_soon(self._mind_start)
-                group.start_soon(self._stop_when_asked)
-                seen = await self._cell.until(self._is_over)
-                if not self._cut:
-                    seen = await self._with_pods(seen)
-                await self._drain(copied)
+                if self._grace is not None:
+                    group.start_soon(self._stop)
+                try:
+                    seen = await self._cell.until(self._is_over)
+                    if not self._cut:
+                        seen = await self._with_pods(seen)
+                    await self._drain(copied)
+                finally:
+                    self._living = None
                 group.cancel_scope.cancel()
         except* MlfleetError as errors:
             failed = errors
@@ -237,19 +243,10 @@ class KubernetesRun:
         pods = [read_pod(raw) for raw in answer.get("items") or () if job_of_pod(raw) == self.target.uid]
         return Seen(seen.job, tuple(sorted(pods, key=lambda pod: (pod.created, pod.name)))) if pods else seen
 
-    async def _notice_start(self) -> None:
-        await self._cell.until(lambda seen: seen.started)
-        self._started.set()
-
     # ---- output -----------------------------------------------------------------------------------------------------
 
-    async def _copy(self, copied: anyio.Event) -> None:
-        """Pod after pod, as the Job tries again."""
-        try:
-            await self._copier.begin()
-        except OSError as error:
-            text = f"the output of the run cannot be written to {self.target.output}: {error.strerror}"
-            raise SubmitError(text, backend="kubernetes") from error
+    async def _copy(self, copied: asyncio.Event) -> None:
+        """Pod after pod, as the Job tries again. What can be copied has started."""
         done: set[str] = set()
         while True:
             seen = await self._cell.until(lambda seen: seen.ended or _next_log(seen, done) is not None)
@@ -260,6 +257,8 @@ class KubernetesRun:
             if found is None:
                 break
             pod, container = found
+            if pod.main.started:
+                self._started.set()
             await self._copier.finish_line()
             done.add(pod.uid)
             ended = partial(_has_ended, pod.uid, container)
@@ -272,7 +271,7 @@ class KubernetesRun:
     async def _until(self, accept: Callable[[Seen], bool]) -> None:
         await self._cell.until(accept)
 
-    async def _drain(self, copied: anyio.Event) -> None:
+    async def _drain(self, copied: asyncio.Event) -> None:
         """Wait for the rest of the output, as long as some comes."""
         seen = -1
         while not copied.is_set() and seen != self._copier.copied:
@@ -323,16 +322,16 @@ class KubernetesRun:
 
     # ---- cancellation -----------------------------------------------------------------------------------------------
 
-    async def _stop_when_asked(self) -> None:
+    async def _stop(self) -> None:
         """Delete the Job and see its pods end; ends with the group when the Job is gone."""
-        while self._grace is None:
-            await self._stop_changed.wait()
+        assert self._grace is not None  # noqa: S101 - that is why it was started
         if self._cell.value is not None and self._cell.value.ended:
             return
         target, sent = self.target, self.target.grace
         self._cut = await delete_job(self._api, target.namespace, target.name, target.uid)
         stuck_at = anyio.current_time() + self._grace + _STUCK
         while True:
+            self._stop_changed.clear()
             if self._grace < sent:
                 # A Job's pods get their own grace time, whatever its deletion says; a shorter one they are told.
                 sent = self._grace

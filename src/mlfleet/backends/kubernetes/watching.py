@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import random
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,7 +15,6 @@ from typing import Any, Self
 
 import aiohttp
 import anyio
-import anyio.lowlevel
 
 from mlfleet.backends.kubernetes.api import Api, ApiError, Pool, pause
 from mlfleet.backends.kubernetes.state import MANAGED_BY, JobState, PodState, Seen, job_of_pod, read_job, read_pod
@@ -29,7 +30,7 @@ _IDLE = 75.0  # seconds without a byte; bookmarks come once a minute
 _SHORT = 1.0  # seconds; a watch that ends sooner without an event is not tried again at once
 _AWAY = 3600.0  # seconds without any answer, after which the cluster is given up
 _REFUSED = 300.0  # seconds for which credentials that cannot be had are asked for again
-_TURN = 32  # events that are handled in one turn of the event loop
+_TURN = 0.001  # seconds of events that are handled in one turn of the event loop; those who wait for them come next
 _REMEMBERED = 4096  # deleted Jobs
 
 
@@ -250,13 +251,13 @@ class _Follower:
             BackendError: it is not allowed, or the cluster has not answered for too long.
         """
         self._version = None
-        self._good_at = anyio.current_time()
+        self._good_at = time.monotonic()
         while True:
             try:
                 if self._version is None:
                     await self._list()
-                began = anyio.current_time()
-                if not await self._watch() and anyio.current_time() - began < _SHORT:
+                began = time.monotonic()
+                if not await self._watch() and time.monotonic() - began < _SHORT:
                     await self._rest(None)
             except ApiError as error:
                 if error.status == 410:
@@ -277,13 +278,13 @@ class _Follower:
         await anyio.sleep(seconds)
 
     def _check_patience(self, error: BackendError, seconds: float) -> None:
-        if not self.listed or anyio.current_time() - self._good_at > seconds:
+        if not self.listed or time.monotonic() - self._good_at > seconds:
             # Before the first list nothing is under way: who submits is told at once.
             raise error
 
     def _good(self) -> None:
         self._attempt = 0
-        self._good_at = anyio.current_time()
+        self._good_at = time.monotonic()
 
     async def _list(self) -> None:
         """A consistent read: no resourceVersion is given, since "0" may be older than the Job just made."""
@@ -330,17 +331,18 @@ class _Follower:
                     continue
                 *lines, rest = pending.split(b"\n")
                 pending = bytearray(rest)  # of an event that is cut off, if this was the last of it
-                for line in lines:
-                    if line.strip():
-                        self._event(bytes(line))
-                        count += 1
-                        if count % _TURN == 0:
-                            await anyio.lowlevel.checkpoint()
+                turn = time.monotonic()
+                for line in filter(bytearray.strip, lines):
+                    self._event(line)
+                    count += 1
+                    if time.monotonic() - turn > _TURN:
+                        await asyncio.sleep(0)
+                        turn = time.monotonic()
         return count > 0
 
-    def _event(self, line: bytes) -> None:
+    def _event(self, line: bytearray) -> None:
         try:
-            event = json.loads(line)
+            event = json.loads(line.decode())  # faster than to let it guess the encoding
             kind, raw = event["type"], event["object"]
             if kind != "ERROR":
                 version = str(raw["metadata"]["resourceVersion"])
