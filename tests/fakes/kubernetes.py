@@ -11,6 +11,7 @@ import copy
 import json
 import random
 import re
+import ssl
 import string
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -99,6 +100,8 @@ class KubernetesApi:
         self.bodies: list[Any] = []
         self.faults: list[Fault] = []
         self.tokens: set[str] = set()  # that are taken; none: everybody may
+        self.certificates: set[str] = set()  # serial numbers of clients' that are taken; none: everybody may
+        self.shown: list[str] = []  # the Authorization of each request
         self.forbidden: set[str] = set()  # plurals
         self.bookmark_every = 60.0
         self.page = 10**9
@@ -131,10 +134,17 @@ class KubernetesApi:
         for transport in tuple(self._streams):
             transport.abort()
 
-    def kubeconfig(self, path: Path, *, namespace: str = "default", user: Mapping[str, Any] | None = None) -> Path:
+    def kubeconfig(
+        self,
+        path: Path,
+        *,
+        namespace: str = "default",
+        user: Mapping[str, Any] | None = None,
+        cluster: Mapping[str, Any] | None = None,
+    ) -> Path:
         config = {
             "apiVersion": "v1", "kind": "Config", "current-context": "fake",
-            "clusters": [{"name": "fake", "cluster": {"server": self.url}}],
+            "clusters": [{"name": "fake", "cluster": {"server": self.url, **(cluster or {})}}],
             "users": [{"name": "me", "user": dict(user or {})}],
             "contexts": [{"name": "fake", "context": {"cluster": "fake", "user": "me", "namespace": namespace}}],
         }  # fmt: skip
@@ -217,9 +227,7 @@ class KubernetesApi:
                 answer = fault(request)
                 if answer is not None:
                     return answer
-            header = request.headers.get("Authorization", "")
-            if self.tokens and header.removeprefix("Bearer ") not in self.tokens:
-                raise ApiFailure(401, "Unauthorized", "Unauthorized")
+            self._authenticate(request)
             plural = request.match_info.get("plural", "")
             if plural in self.forbidden:
                 raise ApiFailure(
@@ -229,6 +237,14 @@ class KubernetesApi:
             return await handler(request)
         except ApiFailure as failure:
             return failure.response()
+
+    def _authenticate(self, request: web.Request) -> None:
+        header = request.headers.get("Authorization", "")
+        self.shown.append(header)
+        peer = request.get_extra_info("peercert") or {}
+        known = not self.certificates or peer.get("serialNumber") in self.certificates
+        if not known or (self.tokens and header.removeprefix("Bearer ") not in self.tokens):
+            raise ApiFailure(401, "Unauthorized", "Unauthorized")
 
     async def _post(self, request: web.Request) -> web.StreamResponse:
         made = self.create(request.match_info["plural"], request.match_info["namespace"], await request.json())
@@ -427,13 +443,13 @@ class _Streaming:
 
 
 @asynccontextmanager
-async def serving(api: KubernetesApi, port: int = 0) -> AsyncIterator[KubernetesApi]:
+async def serving(api: KubernetesApi, port: int = 0, tls: ssl.SSLContext | None = None) -> AsyncIterator[KubernetesApi]:
     """Serve it on loopback for the time of the block."""
     runner = web.AppRunner(api.application(), handler_cancellation=True, shutdown_timeout=0.1, access_log=None)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", port, backlog=4096)
+    site = web.TCPSite(runner, "127.0.0.1", port, backlog=4096, ssl_context=tls)
     await site.start()
-    api.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    api.url = f"{'https' if tls else 'http'}://127.0.0.1:{runner.addresses[0][1]}"
     try:
         yield api
     finally:

@@ -25,6 +25,7 @@ _CONNECT = 10.0  # seconds
 _ANSWER = 60.0  # seconds for a whole answer
 _PATIENCE = 90.0  # seconds for which a request is tried again
 _LOGINS = 4  # tokens that are tried, each another
+_UNTRUSTED = "Untrusted"
 _RETRIED = (408, 429, 500, 502, 503, 504)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.8, 30.0
 
@@ -83,7 +84,7 @@ class ApiError(BackendError):
     @property
     def is_passing(self) -> bool:
         """Whether the same request may well succeed later."""
-        return self.status is None or self.status in _RETRIED
+        return self.status in _RETRIED or (self.status is None and self.reason != _UNTRUSTED)
 
 
 def pause(attempt: int, asked: float | None = None) -> float:
@@ -205,6 +206,10 @@ class Api:
                         raise await _refusal(what, response)
                     yield response
                     return
+        except aiohttp.ClientConnectorCertificateError as error:
+            text = f"the certificate of {self.cluster.context} is not trusted: {error.certificate_error}"
+            hint = "; see certificate-authority and tls-server-name in the kubeconfig"
+            raise ApiError.about(what, text + hint, reason=_UNTRUSTED) from error
         except aiohttp.ClientResponseError as error:
             raise ApiError.about(what, f"{error.message} in the answer") from error
         except (TimeoutError, aiohttp.ClientError, OSError, EOFError) as error:

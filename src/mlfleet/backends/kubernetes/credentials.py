@@ -31,7 +31,7 @@ __all__ = ["Credentials", "Login", "proxy_for"]
 _log = logging.getLogger("mlfleet.kubernetes")
 _loading = Threads("kubernetes credentials", 4)
 _PROVIDER_TIME = 60.0  # seconds
-_REREAD = 60.0  # seconds after which a token file is read again: the kubelet renews it in place
+_REREAD = 60.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +58,18 @@ class Login:
 
 
 class Credentials:
-    """The current `Login` of one cluster. Hundreds of requests share one renewal."""
+    """The current `Login` of one cluster. Hundreds of requests share one renewal.
 
-    def __init__(self, cluster: Cluster, account: Path = SERVICE_ACCOUNT) -> None:
+    Args:
+        cluster: to log in to.
+        account: the folder of the pod's service account.
+        reread: seconds after which a token file is read again: the kubelet, for one, renews it in place.
+    """
+
+    def __init__(self, cluster: Cluster, account: Path = SERVICE_ACCOUNT, *, reread: float = _REREAD) -> None:
         self._cluster = cluster
         self._account = account
+        self._reread = reread
         self._login: Login | None = None
         self._lock = asyncio.Lock()
 
@@ -88,12 +95,12 @@ class Credentials:
     async def _load(self, old: Login | None) -> Login:
         try:
             if self._cluster.context == IN_CLUSTER:
-                return await _loading(partial(_around_us, self._account, old))
+                return await _loading(partial(_around_us, self._account, old, self._reread))
             plugin = None
             command = await _loading(partial(exec_of, self._cluster))
             if command is not None:
                 plugin = await ask_plugin(command, self._cluster.context)
-            return await _loading(partial(_load, self._cluster, plugin, old))
+            return await _loading(partial(_load, self._cluster, plugin, old, self._reread))
         except BackendError:
             raise
         except Exception as error:
@@ -107,13 +114,14 @@ def _is_due(login: Login) -> bool:
     return login.renew_at is not None and time.monotonic() >= login.renew_at
 
 
-def _load(cluster: Cluster, plugin: PluginLogin | None, old: Login | None) -> Login:
+def _load(cluster: Cluster, plugin: PluginLogin | None, old: Login | None, reread: float) -> Login:
     """From the kubeconfig. Blocking.
 
     Args:
         cluster: names its context.
         plugin: what the context's credential plugin has said, if it has one.
         old: the login before.
+        reread: seconds after which a token file is read again.
     """
     merger = KubeConfigMerger(cluster.paths)
     loader = KubeConfigLoader(
@@ -135,10 +143,12 @@ def _load(cluster: Cluster, plugin: PluginLogin | None, old: Login | None) -> Lo
         tls = old.tls if old is not None and old.tls_key == tls_key else _tls(configuration)
     renew_at = plugin.renew_at if plugin is not None else None
     if "tokenFile" in user and "token" not in user:
-        renew_at = time.monotonic() + _REREAD
+        renew_at = time.monotonic() + reread
+    authorization = configuration.api_key.get("BearerToken")
     return Login(
         host=host,
-        authorization=configuration.api_key.get("BearerToken"),
+        # Files end with a newline, which no header may have.
+        authorization=authorization.strip() if authorization else None,
         tls=tls,
         tls_key=tls_key,
         server_name=configuration.tls_server_name,
@@ -232,7 +242,7 @@ def _trusting(authority: str | None) -> ssl.SSLContext:
     return context
 
 
-def _around_us(account: Path, old: Login | None) -> Login:
+def _around_us(account: Path, old: Login | None, reread: float) -> Login:
     """The service account of the pod that this process is in. Blocking."""
     address, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ.get("KUBERNETES_SERVICE_PORT", "443")
     token = (account / "token").read_text().strip()
@@ -244,5 +254,5 @@ def _around_us(account: Path, old: Login | None) -> Login:
         authorization=f"Bearer {token}",
         tls=old.tls if old is not None and old.tls_key == tls_key else _trusting(str(authority)),
         tls_key=tls_key,
-        renew_at=time.monotonic() + _REREAD,
+        renew_at=time.monotonic() + reread,
     )

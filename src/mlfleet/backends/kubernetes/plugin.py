@@ -25,7 +25,8 @@ from mlfleet.errors import BackendError
 __all__ = ["Plugin", "PluginLogin", "ask_plugin", "exec_of"]
 
 _TIME = 120.0  # seconds; a plugin may ask a person to log in with a browser
-_SHORTEST = 5.0  # seconds between two calls that an expiry asks for
+_SHORTEST = 1.0  # seconds between two calls that an expiry asks for
+_CLUSTER_INFO = ("server", "tls-server-name", "insecure-skip-tls-verify", "certificate-authority-data", "proxy-url")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class Plugin:
         environ: more variables for it.
         version: of the protocol.
         folder: of the kubeconfig, which a program with a relative path is looked for in.
+        cluster: what it wants to know of the cluster.
         hint: how to install it.
     """
 
@@ -44,6 +46,7 @@ class Plugin:
     environ: Mapping[str, str] = field(repr=False)
     version: str
     folder: Path
+    cluster: Mapping[str, Any] | None = None
     hint: str = ""
 
 
@@ -69,7 +72,7 @@ def exec_of(cluster: Cluster) -> Plugin | None:
     given = node.value.get("exec") if node is not None else None
     if not given:
         return None
-    folder = Path(node.path).expanduser().absolute().parent
+    folder = _folder_of(node)
     program = str(given["command"])
     if "/" in program:
         program = str(folder / program)
@@ -78,8 +81,27 @@ def exec_of(cluster: Cluster) -> Plugin | None:
         environ={str(each["name"]): str(each["value"]) for each in given.get("env") or ()},
         version=str(given["apiVersion"]),
         folder=folder,
+        cluster=_told(loader._cluster) if given.get("provideClusterInfo") and loader._cluster else None,
         hint=str(given.get("installHint") or ""),
     )
+
+
+def _folder_of(node: Any) -> Path:
+    """Of the kubeconfig that has it: several files may be merged."""
+    return Path(node.path).expanduser().absolute().parent
+
+
+def _told(node: Any) -> dict[str, Any]:
+    """What ``provideClusterInfo`` asks for."""
+    cluster: Mapping[str, Any] = node.value
+    told = {name: cluster[name] for name in _CLUSTER_INFO if name in cluster}
+    authority = cluster.get("certificate-authority")
+    if authority and "certificate-authority-data" not in told:
+        told["certificate-authority-data"] = base64.b64encode((_folder_of(node) / authority).read_bytes()).decode()
+    for each in cluster.get("extensions") or ():
+        if each.get("name") == "client.authentication.k8s.io/exec":
+            told["config"] = each.get("extension")
+    return told
 
 
 async def ask_plugin(plugin: Plugin, context: str) -> PluginLogin:
@@ -92,7 +114,10 @@ async def ask_plugin(plugin: Plugin, context: str) -> PluginLogin:
     Raises:
         BackendError: it is not there, failed, or said nothing that can be used.
     """
-    info = {"apiVersion": plugin.version, "kind": "ExecCredential", "spec": {"interactive": False}}
+    spec: dict[str, Any] = {"interactive": False}
+    if plugin.cluster is not None:
+        spec["cluster"] = plugin.cluster
+    info = {"apiVersion": plugin.version, "kind": "ExecCredential", "spec": spec}
     environ = {**os.environ, **plugin.environ, "KUBERNETES_EXEC_INFO": json.dumps(info)}
     name = f"the credential plugin {plugin.argv[0]!r} of the context {context!r}"
     try:

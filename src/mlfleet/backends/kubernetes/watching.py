@@ -28,6 +28,8 @@ _PAGE = "100"  # objects of a list at once: thousands would be decoded in one pi
 _LASTS = (120, 180)  # seconds of one watch, not the same for all who watch
 _IDLE = 75.0  # seconds without a byte; bookmarks come once a minute
 _SHORT = 1.0  # seconds; a watch that ends sooner without an event is not tried again at once
+_FIRST = 20.0  # seconds for the first answer: who submits to a cluster that is not there is told soon
+_PATIENCE = 90.0  # seconds for a later one
 _AWAY = 3600.0  # seconds without any answer, after which the cluster is given up
 _REFUSED = 300.0  # seconds for which credentials that cannot be had are asked for again
 _TURN = (0.001, 0.008)  # seconds of events that are handled in one turn of the event loop
@@ -317,7 +319,9 @@ class _Follower:
             items: list[Mapping[str, Any]] = []
             params = {**self._selector, "limit": _PAGE}
             while True:
-                answer = await self._api.call(self._what, "GET", self._path, params=params)
+                answer = await self._api.call(
+                    self._what, "GET", self._path, params=params, patience=_PATIENCE if self.listed else _FIRST
+                )
                 items += answer.get("items") or ()
                 meta = answer.get("metadata") or {}
                 if not meta.get("continue"):
