@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from mlfleet.backends.base import Job
@@ -18,6 +19,7 @@ from mlfleet.backends.kubernetes.manifest import Code
 from mlfleet.backends.kubernetes.registry import Registries, parse_reference
 from mlfleet.backends.kubernetes.source import GitSource, git_source
 from mlfleet.concurrency.once import Once
+from mlfleet.project.checkout import Checkouts
 from mlfleet.project.content import content_hash
 
 __all__ = ["Deliveries", "previewed"]
@@ -28,6 +30,8 @@ class Deliveries:
 
     def __init__(self) -> None:
         self._configmaps = ConfigMaps()
+        self._sources: Once[Path, GitSource] = Once()  # looked at anew for who comes later: files change
+        self._checkouts = Checkouts()
         self._pushes: Once[tuple[str, ...], str] = Once(keep=True)
 
     async def deliver(self, api: Api, job: Job, config: KubernetesConfig, image: str) -> Code:
@@ -48,7 +52,8 @@ class Deliveries:
             case CodeDelivery.CONFIGMAP:
                 return configmap_code(image, await self._configmaps.put(api, job, config.namespace))
             case CodeDelivery.GIT:
-                return _git(image, config, await git_source(job.project_dir))
+                folder = job.project_dir
+                return _git(image, config, await self._sources(folder, partial(git_source, self._checkouts, folder)))
             case CodeDelivery.IMAGE:
                 return Code(image=await self._push(job, config, image))
 

@@ -34,18 +34,22 @@ _UNPACK = f"tar -xzf {_ARCHIVE}/project.tar.gz -C {FOLDER}"
 _CLONE = f"""\
 set -e
 export GIT_TERMINAL_PROMPT=0
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
 if [ -f /mlflow/git/ssh-privatekey ]; then
-  cp /mlflow/git/ssh-privatekey /tmp/key && chmod 600 /tmp/key
-  export GIT_SSH_COMMAND="ssh -i /tmp/key -o IdentitiesOnly=yes -o StrictHostKeyChecking=accept-new"
+  cp /mlflow/git/ssh-privatekey "$work/key" && chmod 600 "$work/key"
+  export GIT_SSH_COMMAND="ssh -i $work/key -o IdentitiesOnly=yes -o StrictHostKeyChecking=accept-new"
 fi
 helper='!f() {{ [ "$1" = get ] || exit 0; echo "username=$(cat /mlflow/git/username)"; \
 echo "password=$(cat /mlflow/git/password)"; }}; f'
-git init -q /tmp/clone
-cd /tmp/clone
+git init -q "$work/clone"
+cd "$work/clone"
 [ ! -f /mlflow/git/password ] || git config credential.helper "$helper"
-git fetch -q --depth 1 -- "$MLFLEET_GIT_URL" "$MLFLEET_GIT_COMMIT" || git fetch -q -- "$MLFLEET_GIT_URL"
-git checkout -q --detach "$MLFLEET_GIT_COMMIT"
-cp -a "/tmp/clone/$MLFLEET_GIT_FOLDER/." {FOLDER}/
+git fetch -q --depth 1 -- "$MLFLEET_GIT_URL" "$MLFLEET_GIT_COMMIT" ||
+  git fetch -q -- "$MLFLEET_GIT_URL" '+refs/heads/*:refs/remotes/origin/*' '+refs/tags/*:refs/tags/*'
+git -c advice.detachedHead=false checkout -q --detach "$MLFLEET_GIT_COMMIT"
+git config --unset credential.helper || true
+cp -a "./$MLFLEET_GIT_FOLDER/." {FOLDER}/
 """
 
 
@@ -87,7 +91,7 @@ def git_code(image: str, config: KubernetesConfig, *, url: str, commit: str, fol
     volumes: list[dict[str, Any]] = [{"name": _VOLUME, "emptyDir": {}}]
     if config.git_secret is not None:
         clone["volumeMounts"].append({"name": _GIT_VOLUME, "mountPath": "/mlflow/git", "readOnly": True})
-        volumes.append({"name": _GIT_VOLUME, "secret": {"secretName": config.git_secret, "defaultMode": 0o400}})
+        volumes.append({"name": _GIT_VOLUME, "secret": {"secretName": config.git_secret}})
     return Code(image=image, init=[clone], volumes=volumes, mounts=[code_mount], folder=FOLDER)
 
 

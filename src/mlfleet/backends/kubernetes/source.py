@@ -29,13 +29,17 @@ class GitSource:
     inside: str
 
 
-async def git_source(folder: Path) -> GitSource:
+async def git_source(checkouts: Checkouts, folder: Path) -> GitSource:
     """Where a pod can clone a project from.
+
+    Args:
+        checkouts: remembers the commits of folders.
+        folder: of the project.
 
     Raises:
         SubmitError: it is in no repository with a remote, or differs from its commit.
     """
-    found = await Checkouts().find(folder)
+    found = await checkouts.find(folder)
     if found is None or found.commit is None or found.repo_url is None:
         lacks = "in no Git repository" if found is None or found.commit is None else "in a repository without a remote"
         text = f"code-delivery is 'git', and the project is {lacks}: give a Git URI, or code-delivery: 'configmap'"
