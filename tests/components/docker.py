@@ -26,7 +26,7 @@ import pytest
 
 from components import missing
 
-__all__ = ["DockerEngine", "docker_engine", "python_image", "shell_image"]
+__all__ = ["DockerEngine", "docker_engine", "python_image", "shell_files", "shell_image", "tar"]
 
 _APPLETS = (
     "cat", "chmod", "cp", "date", "dd", "echo", "env", "false", "head", "id", "kill", "ls", "mkdir", "mv", "printf",
@@ -132,7 +132,7 @@ def docker_engine() -> DockerEngine:
 def shell_image(docker_engine: DockerEngine) -> Iterator[str]:
     """An image with busybox's sh and bash."""
     name = f"mlfleet-test/shell:{uuid.uuid4().hex[:8]}"
-    docker_engine.import_image(name, _tar(_shell_files()), "ENV PATH=/usr/local/bin:/usr/bin:/bin")
+    docker_engine.import_image(name, tar(shell_files()), "ENV PATH=/usr/local/bin:/usr/bin:/bin")
     yield name
     docker_engine.remove_with_children(name)
 
@@ -141,7 +141,7 @@ def shell_image(docker_engine: DockerEngine) -> Iterator[str]:
 def python_image(docker_engine: DockerEngine) -> Iterator[str]:
     """An image with this Python's standard library and bash."""
     name = f"mlfleet-test/python:{uuid.uuid4().hex[:8]}"
-    content = _tar([*_shell_files(), *_python_files()])
+    content = tar([*shell_files(), *_python_files()])
     docker_engine.import_image(name, content, "ENV PATH=/usr/local/bin:/usr/bin:/bin")
     yield name
     docker_engine.remove_with_children(name)
@@ -150,7 +150,7 @@ def python_image(docker_engine: DockerEngine) -> Iterator[str]:
 _File = tuple[str, "Path | str"]  # the path in the image, and a file here or the target of a link
 
 
-def _shell_files() -> Iterator[_File]:
+def shell_files() -> Iterator[_File]:
     busybox = shutil.which("busybox")
     if busybox is None or "statically linked" not in _file_kind(busybox):
         missing("a static busybox", "apt-get install busybox-static")
@@ -196,7 +196,7 @@ def _libraries(programs: Iterable[Path]) -> Iterator[_File]:
                 yield word[1:], Path(word).resolve()
 
 
-def _tar(files: Iterable[_File]) -> bytes:
+def tar(files: Iterable[_File]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name, mode in (("tmp", 0o1777), ("root", 0o700), ("etc", 0o755)):

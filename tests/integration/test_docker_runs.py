@@ -11,6 +11,7 @@ import shutil
 import socket
 import sys
 import tarfile
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
@@ -333,19 +334,35 @@ async def test_an_engine_that_is_named_wrongly(
     assert "DOCKER_HOST is 'ssh://me@there': unix:///path and tcp://host:port are understood" in text
 
 
-async def test_no_permission_is_one_clear_failure(tmp_path: Path) -> None:
-    program = [sys.executable, "-c", _REASON, docker_project(tmp_path / "demo", "team/image", "true")]
-    if os.getuid() == 0:
-        if shutil.which("setpriv") is None:
-            missing("setpriv", "apt-get install util-linux")
-        program = ["setpriv", "--bounding-set=-dac_override", *program]
-    with socket.socket(socket.AF_UNIX) as locked:
-        locked.bind(str(tmp_path / "locked.sock"))
+async def test_no_permission_is_one_clear_failure() -> None:
+    # Not in pytest's folders, where only their owner comes in.
+    with tempfile.TemporaryDirectory(dir="/tmp") as name, socket.socket(socket.AF_UNIX) as locked:
+        folder = Path(name)
+        folder.chmod(0o777)
+        locked.bind(f"{folder}/locked.sock")
         locked.listen()
-        (tmp_path / "locked.sock").chmod(0)
-        environ = {**os.environ, "DOCKER_HOST": f"unix://{tmp_path}/locked.sock"}
-        done = await anyio.run_process(program, env=environ, check=False)
-    assert f"there is no permission to use the Docker engine at unix://{tmp_path}/locked.sock" in done.stdout.decode()
+        (folder / "locked.sock").chmod(0o600 if os.getuid() == 0 else 0)
+        uri = docker_project(folder / "demo", "team/image", "true")
+        environ = {
+            **os.environ,
+            "DOCKER_HOST": f"unix://{folder}/locked.sock",
+            "MLFLEET_CACHE_DIR": f"{folder}/cache",
+            "MLFLEET_STATE_DIR": f"{folder}/state",
+        }
+        done = await anyio.run_process([*_somebody_else(), sys.executable, "-c", _REASON, uri], env=environ)
+    assert done.stdout.decode().strip() == (
+        f"there is no permission to use the Docker engine at unix://{folder}/locked.sock: add this user to the group of"
+        " the socket (usually 'docker') and log in again, or set DOCKER_HOST to an engine of this user's own"
+    )
+
+
+def _somebody_else() -> list[str]:
+    """Root may use every socket; nobody may not. It only has to be able to read the Python of the tests."""
+    if os.getuid() != 0:
+        return []
+    program = shutil.which("setpriv") or missing("setpriv", "apt-get install util-linux")
+    reading = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+    return [program, "--reuid=65534", "--regid=65534", "--clear-groups", *reading]
 
 
 _REASON = """\

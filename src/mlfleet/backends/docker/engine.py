@@ -233,6 +233,8 @@ def _unreachable(url: str, error: BaseException | None) -> EngineError:
         )
     elif number in (errno.ENOENT, errno.ECONNREFUSED):
         text = f"there is no Docker engine at {url}: start it, or set DOCKER_HOST to where it is"
+    elif isinstance(error, aiohttp.ClientPayloadError | aiohttp.ServerDisconnectedError | asyncio.IncompleteReadError):
+        text = f"the connection to the Docker engine at {url} broke off"
     else:
         text = f"the Docker engine at {url} cannot be reached: {_short(str(error))}"
     return EngineError(text, message=text)

@@ -58,12 +58,14 @@ class State:
         exit_code: once it has exited, if that was seen.
         oom: whether something in it was ended for want of memory.
         unseen: whether it ended while the engine could not be reached.
+        signal: the last one that the engine sent to it, whoever asked for that.
     """
 
     phase: Phase
     exit_code: int | None = None
     oom: bool = False
     unseen: bool = False
+    signal: int | None = None
 
     @property
     def ended(self) -> bool:
@@ -139,8 +141,10 @@ class Containers(Watch[State]):
                 state = replace(state, phase=Phase.RUNNING)
             case "oom":
                 state = replace(state, oom=True)
+            case "kill":
+                state = replace(state, signal=_number(actor, "signal"))
             case "die":
-                state = replace(state, phase=Phase.EXITED, exit_code=_exit_code(actor))
+                state = replace(state, phase=Phase.EXITED, exit_code=_number(actor, "exitCode"))
             case "destroy":
                 state = _gone(state)
             case _:
@@ -150,7 +154,7 @@ class Containers(Watch[State]):
 
 def _events() -> dict[str, Any]:
     return {
-        "filters": {"type": ["container"], "label": [RUN_LABEL], "event": ["start", "oom", "die", "destroy"]},
+        "filters": {"type": ["container"], "label": [RUN_LABEL], "event": ["start", "oom", "kill", "die", "destroy"]},
     }
 
 
@@ -169,8 +173,8 @@ def _phase(text: str) -> Phase:
             return Phase.RUNNING
 
 
-def _exit_code(actor: Mapping[str, Any]) -> int | None:
+def _number(actor: Mapping[str, Any], name: str) -> int | None:
     try:
-        return int(actor["Attributes"]["exitCode"])
+        return int(actor["Attributes"][name])
     except (KeyError, TypeError, ValueError):
         return None

@@ -19,7 +19,7 @@ from mlfleet.backends.docker.output import Copier, Custody
 from mlfleet.concurrency.lines import follow_file, last_lines
 from mlfleet.concurrency.threads import Threads, outlast
 from mlfleet.errors import MlfleetError, RunLost
-from mlfleet.runs import Outcome, RunStatus
+from mlfleet.runs import FailureKind, Outcome, RunStatus
 
 __all__ = ["Container", "DockerRun", "remove_container"]
 
@@ -29,6 +29,8 @@ _STALLED = 10.0  # seconds without output of a container that has ended
 _AGAIN = 0.5  # seconds between attempts to reach an engine that is away
 _LOST = 15.0  # seconds for which an engine that is away is asked to end a container
 _CLEANUP = 60.0  # seconds to remove a container
+_SIGNALLED = 128  # exit codes above it are signals
+_ENDING = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGKILL, signal.SIGTERM}  # what is sent to end programs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,8 +267,8 @@ class DockerRun:
                 return
 
     async def _remove(self) -> None:
-        with anyio.move_on_after(_CLEANUP):
-            await remove_container(self._engine, self._container.id)
+        # An engine that is being stopped ends its containers first, and is away when they should be removed.
+        await remove_container(self._engine, self._container.id, patience=_CLEANUP)
 
     async def _last_lines(self) -> tuple[str, ...]:
         output = self._container.output
@@ -275,14 +277,16 @@ class DockerRun:
     # ---- how it ended -----------------------------------------------------------------------------------------------
 
     async def _ended(self, state: State) -> Outcome:
-        code, oom, away, text = state.exit_code, state.oom, state.unseen, ""
+        text = ""
         try:
             inspected = (await self._inspect())["State"]
-            code, text = int(inspected["ExitCode"]), str(inspected.get("Error") or "")
-            oom = oom or bool(inspected.get("OOMKilled"))
+            text = str(inspected.get("Error") or "")
+            oom = state.oom or bool(inspected.get("OOMKilled"))
+            state = replace(state, exit_code=int(inspected["ExitCode"]), oom=oom)
         except EngineError as error:
             if error.status != 404:
                 raise
+        code = state.exit_code
         if self._stop_at is not None:
             return Outcome(RunStatus.KILLED, code, "cancelled")
         if code is None:
@@ -290,7 +294,7 @@ class DockerRun:
             raise RunLost(text, backend="docker")
         if code == 0:
             return Outcome(RunStatus.FINISHED, 0)
-        return Outcome(RunStatus.FAILED, code, self._reason(code, oom=oom, away=away, text=text))
+        return Outcome(RunStatus.FAILED, code, self._reason(code, state, text), cause=_cause(state))
 
     async def _inspect(self) -> dict[str, Any]:
         given_up_at = anyio.current_time() + PATIENCE
@@ -308,25 +312,46 @@ class DockerRun:
             else:
                 return answer
 
-    def _reason(self, code: int, *, oom: bool, away: bool, text: str) -> str:
-        if oom:
+    def _reason(self, code: int, state: State, text: str) -> str:
+        if state.oom:
             limit = f" (its limit is {self._container.memory // 2**20} MiB)" if self._container.memory else ""
             return f"out of memory{limit}"
         reason = f"exit code {code}"
-        if code > 128 and code - 128 in set(signal.Signals):
-            reason += f" ({signal.Signals(code - 128).name})"
-        if away:
+        if code - _SIGNALLED in set(signal.Signals):
+            reason += f" ({signal.Signals(code - _SIGNALLED).name})"
+        if state.unseen:
             reason += ": the Docker engine was stopped or restarted while the run was in it"
+        elif state.signal in _ENDING:
+            sent = signal.Signals(state.signal).name
+            reason += f": the Docker engine sent it {sent}, since it was stopped itself, or was asked to (docker stop)"
         return f"{reason}: {text}" if text else reason
 
 
-async def remove_container(engine: Engine, container: str) -> None:
-    """Remove a container, running or not. That it is gone already is fine; another failure is only logged."""
-    try:
-        params = {"force": True, "v": True}
-        await engine.call("asked to remove a container", "DELETE", f"containers/{container}", params=params)
-    except EngineError as error:
-        if error.status == 409:  # somebody else is removing it
-            return
-        if error.status != 404:
-            _log.warning("the container %s is left behind: %s ('mlfleet prune' removes it)", container[:12], error)
+def _cause(state: State) -> FailureKind | None:
+    if state.oom:
+        return FailureKind.OOM
+    # What ended by itself while nobody saw it has an exit code of its own.
+    taken_down = state.signal in _ENDING or (state.unseen and (state.exit_code or 0) >= _SIGNALLED)
+    return FailureKind.INFRASTRUCTURE if taken_down else None
+
+
+async def remove_container(engine: Engine, container: str, *, patience: float = 0.0) -> None:
+    """Remove a container, running or not. That it is gone already is fine; another failure is only logged.
+
+    Args:
+        engine: that has it.
+        container: its id.
+        patience: seconds to wait for an engine that is away.
+    """
+    given_up_at = anyio.current_time() + patience
+    while True:
+        try:
+            params = {"force": True, "v": True}
+            await engine.call("asked to remove a container", "DELETE", f"containers/{container}", params=params)
+        except EngineError as error:
+            if error.unreachable and anyio.current_time() < given_up_at:
+                await anyio.sleep(_AGAIN)
+                continue
+            if error.status not in (404, 409):  # 409: somebody else is removing it
+                _log.warning("the container %s is left behind: %s ('mlfleet prune' removes it)", container[:12], error)
+        return
