@@ -13,7 +13,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ import pytest
 from components import missing
 from components.docker import DockerEngine, shell_files, tar
 
-__all__ = ["OwnEngine", "own_engine"]
+__all__ = ["OwnEngine", "own_engine", "start_engine"]
 
 STARTS_WITHIN = 60.0  # seconds, on a busy machine
 STOPS_WITHIN = 60.0
@@ -116,27 +116,31 @@ def _unmount_below(folder: Path) -> None:
             subprocess.run(["umount", "--lazy", point], check=False)
 
 
-@pytest.fixture
-def own_engine() -> Iterator[Callable[..., OwnEngine]]:
-    """Starts an engine with these flags of dockerd, for the time of the test; `size` puts its data on a small disk."""
+@contextmanager
+def start_engine(*flags: str, size: str | None = None) -> Iterator[OwnEngine]:
+    """Start an engine with these flags of dockerd; `size` puts its data on a small disk."""
     if os.getuid() != 0:
         missing("the right to start a Docker engine", "run as root")
+    # pytest's folders are too long for a socket.
+    folder = Path(os.path.realpath("/tmp"), f"mlfleet-engine-{uuid.uuid4().hex[:8]}")
+    folder.mkdir(mode=0o700)
+    engine = OwnEngine(folder, *flags)
+    try:
+        if size is not None:
+            (folder / "data").mkdir()
+            command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "mlfleet-test", str(folder / "data")]
+            if subprocess.run(command, check=False).returncode != 0:
+                missing("the right to mount", "run as root, outside of a container")
+        engine.start()
+        engine.add_image()
+        yield engine
+    finally:
+        engine.close()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def own_engine() -> Iterator[Callable[..., OwnEngine]]:
+    """`start_engine`, for the time of the test."""
     with ExitStack() as stack:
-
-        def start(*flags: str, size: str | None = None) -> OwnEngine:
-            # pytest's folders are too long for a socket.
-            folder = Path(os.path.realpath("/tmp"), f"mlfleet-engine-{uuid.uuid4().hex[:8]}")
-            folder.mkdir(mode=0o700)
-            stack.callback(shutil.rmtree, folder)
-            engine = OwnEngine(folder, *flags)
-            stack.callback(engine.close)
-            if size is not None:
-                (folder / "data").mkdir()
-                command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "mlfleet-test", str(folder / "data")]
-                if subprocess.run(command, check=False).returncode != 0:
-                    missing("the right to mount", "run as root, outside of a container")
-            engine.start()
-            engine.add_image()
-            return engine
-
-        yield start
+        yield lambda *flags, **options: stack.enter_context(start_engine(*flags, **options))

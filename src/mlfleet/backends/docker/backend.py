@@ -16,6 +16,7 @@ from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job
 from mlfleet.backends.docker import auth
 from mlfleet.backends.docker.arguments import ContainerOptions, parse_arguments
 from mlfleet.backends.docker.container import container_body, container_name
+from mlfleet.backends.docker.endpoint import Endpoint
 from mlfleet.backends.docker.engine import Engine, EngineError
 from mlfleet.backends.docker.events import DRIVER_LABEL, OUTPUT_LABEL, RUN_LABEL, Containers
 from mlfleet.backends.docker.handle import Container, DockerRun, remove_container
@@ -99,8 +100,7 @@ class DockerBackend(Backend):
         if docker is None:
             raise SubmitError("the job brings no docker_env", backend=self.name)
         endpoint = await self._engine.located()
-        local = endpoint.socket is not None
-        prepared = await _preparing(partial(_prepare, job, docker, endpoint.url, local=local))
+        prepared = await _preparing(partial(_prepare, job, docker, endpoint))
         image = await self._images.base(
             docker.env.image,
             pull=prepared.options.pull,
@@ -219,12 +219,18 @@ class _Prepared:
     reach: Reach
 
 
-def _prepare(job: Job, docker: DockerRequest, engine: str, *, local: bool) -> _Prepared:
+def _prepare(job: Job, docker: DockerRequest, engine: Endpoint) -> _Prepared:
     """All that needs this machine's files. Blocking."""
     options = _options(docker, job.project_dir)
     environ = {**job.environ, **job.secrets}
     reached = reach(
-        environ, job.artifact_uri, paths=job.paths, here=dict(os.environ), home=Path.home(), engine=engine, local=local
+        environ,
+        job.artifact_uri,
+        paths=job.paths,
+        here=dict(os.environ),
+        home=Path.home(),
+        engine=engine.url,
+        local=engine.local,
     )
     for folder in reached.folders:
         try:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import json
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from mlfleet.errors import BackendError
 
-__all__ = ["Endpoint", "config_folder", "find_endpoint", "read_config"]
+__all__ = ["Endpoint", "config_folder", "find_endpoint", "is_loopback", "read_config"]
 
 _DEFAULT = "unix:///var/run/docker.sock"
 
@@ -24,15 +26,22 @@ class Endpoint:
     Attributes:
         url: ``unix:///path`` or ``tcp://host:port``.
         tls: for a ``tcp`` engine that asks for it.
+        certificates: the folder that they are from.
     """
 
     url: str
     tls: ssl.SSLContext | None = field(default=None, repr=False, compare=False)
+    certificates: Path | None = None
 
     @property
     def socket(self) -> str | None:
         """The path of its Unix socket; None if it is reached over the network."""
         return self.url.removeprefix("unix://") if self.url.startswith("unix://") else None
+
+    @property
+    def local(self) -> bool:
+        """Whether it is on this machine, as far as its address tells."""
+        return self.socket is not None or is_loopback(self.url)
 
 
 def find_endpoint(environ: Mapping[str, str]) -> Endpoint:
@@ -43,15 +52,23 @@ def find_endpoint(environ: Mapping[str, str]) -> Endpoint:
     """
     url = environ.get("DOCKER_HOST")
     if url:
-        folder = environ.get("DOCKER_CERT_PATH")
-        tls = None
-        if environ.get("DOCKER_TLS_VERIFY"):
-            tls = _tls(Path(folder) if folder else config_folder(environ), verify=True)
-        return _endpoint(url, tls, "DOCKER_HOST")
+        folder = Path(environ.get("DOCKER_CERT_PATH") or config_folder(environ))
+        verify = bool(environ.get("DOCKER_TLS_VERIFY"))
+        wanted = verify or bool(environ.get("DOCKER_TLS"))
+        return _endpoint(url, folder if wanted else None, "DOCKER_HOST", verify=verify)
     name = environ.get("DOCKER_CONTEXT") or read_config(environ).get("currentContext")
     if name and name != "default":
         return _context(str(name), config_folder(environ))
     return Endpoint(_DEFAULT)
+
+
+def is_loopback(url: str) -> bool:
+    """Whether a URL names this machine, by an address or a name that nobody else has."""
+    try:
+        host = urlsplit(url).hostname or ""
+        return host == "localhost" or host.endswith(".localhost") or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def config_folder(environ: Mapping[str, str]) -> Path:
@@ -89,28 +106,35 @@ def _context(name: str, folder: Path) -> Endpoint:
         text = f"the Docker context {name!r} cannot be read from {path}: choose another with 'docker context use'"
         raise BackendError(text, backend="docker") from error
     certificates = folder / "contexts" / "tls" / key / "docker"
-    tls = _tls(certificates, verify=verify) if certificates.is_dir() else None
-    return _endpoint(url, tls, f"the Docker context {name!r}")
+    given = certificates if certificates.is_dir() else None
+    return _endpoint(url, given, f"the Docker context {name!r}", verify=verify)
 
 
-def _endpoint(url: str, tls: ssl.SSLContext | None, source: str) -> Endpoint:
+def _endpoint(url: str, certificates: Path | None, source: str, *, verify: bool) -> Endpoint:
     if not url.startswith(("unix://", "tcp://", "http://", "https://")):
         hint = "; for a machine behind ssh, forward its socket: ssh -L /tmp/docker.sock:/var/run/docker.sock HOST"
         text = f"{source} is {url!r}: unix:///path and tcp://host:port are understood{hint}"
         raise BackendError(text, backend="docker")
-    return Endpoint(url, tls)
+    # A socket of this machine has no use for them, whatever else is set.
+    if certificates is None or url.startswith("unix://"):
+        return Endpoint(url)
+    return Endpoint(url, _tls(certificates, verify=verify), certificates)
 
 
 def _tls(folder: Path, *, verify: bool) -> ssl.SSLContext:
+    files = folder / "ca.pem", folder / "cert.pem", folder / "key.pem"
     try:
-        authority = folder / "ca.pem"
-        context = ssl.create_default_context(cafile=str(authority) if authority.exists() else None)
+        authority, certificate, key = (path if path.exists() else None for path in files)
+        context = ssl.create_default_context(cafile=authority)
         if not verify:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
-        if (folder / "cert.pem").exists():
-            context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+        if certificate is not None and key is not None:
+            context.load_cert_chain(certificate, key)
     except (OSError, ssl.SSLError) as error:
         text = f"the certificates for the Docker engine in {folder} cannot be used: {error}"
         raise BackendError(text, backend="docker") from error
+    if (certificate is None) != (key is None):
+        text = f"the certificates for the Docker engine in {folder} need both, cert.pem and key.pem"
+        raise BackendError(text, backend="docker")
     return context

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import json
 import os
+import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from types import TracebackType
@@ -28,6 +29,7 @@ _CONNECT, _ANSWER = 10.0, 300.0
 _UNREACHABLE = 900  # aiodocker's status for it
 _LONGEST_MESSAGE = 1000
 _LONGEST_LINE = 2**22  # of a stream of JSON lines
+_CERTIFICATES = "DOCKER_CERT_PATH to the folder with ca.pem, cert.pem and key.pem that it takes"
 _reading = Threads("docker configuration", 2)
 
 
@@ -195,25 +197,26 @@ class Engine:
 
     @contextmanager
     def _explained(self, doing: str, endpoint: Endpoint | None = None) -> Iterator[None]:
-        endpoint = endpoint or self.endpoint
-        url = endpoint.url if endpoint is not None else "(unknown)"
+        endpoint = endpoint or self.endpoint or Endpoint("(unknown)")
         try:
             yield
         except DockerError as error:
             if error.status == _UNREACHABLE:
-                raise _unreachable(url, error.__context__) from error
+                raise _unreachable(endpoint, error.__context__) from error
             message = _short(_plain(error.message))
             if "no space left on device" in message:
                 message += " (the engine's disk is full: 'docker system df' tells of what)"
             text = f"the Docker engine was {doing}, and refused: {message}"
+            if "to an HTTPS server" in message:
+                text = f"the Docker engine at {endpoint.url} asks for TLS: set DOCKER_TLS_VERIFY=1, and {_CERTIFICATES}"
             raise EngineError(text, status=error.status, message=message) from error
         except TimeoutError as error:
-            text = f"the Docker engine at {url} was {doing}, and gave no answer in time"
+            text = f"the Docker engine at {endpoint.url} was {doing}, and gave no answer in time"
             raise EngineError(text, message=text) from error
         except (aiohttp.ClientError, asyncio.IncompleteReadError, OSError) as error:
-            raise _unreachable(url, error) from error
+            raise _unreachable(endpoint, error) from error
         except ValueError as error:
-            text = f"the Docker engine at {url} was {doing}, and its answer makes no sense: {error}"
+            text = f"the Docker engine at {endpoint.url} was {doing}, and its answer makes no sense: {error}"
             raise EngineError(text, status=500, message=text) from error
 
 
@@ -223,10 +226,21 @@ def _query(params: Mapping[str, Any] | None) -> dict[str, str]:
     return {name: json.dumps(value) if isinstance(value, dict | bool) else str(value) for name, value in given.items()}
 
 
-def _unreachable(url: str, error: BaseException | None) -> EngineError:
-    system = getattr(error, "os_error", error)
+def _unreachable(endpoint: Endpoint, error: BaseException | None) -> EngineError:
+    url, folder = endpoint.url, endpoint.certificates
+    system = getattr(error, "certificate_error", None) or getattr(error, "os_error", error)
+    if isinstance(system, OSError) and isinstance(system.__cause__, ssl.SSLError):
+        system = system.__cause__
     number = system.errno if isinstance(system, OSError) else None
-    if number in (errno.EACCES, errno.EPERM):
+    if isinstance(system, ssl.SSLCertVerificationError):
+        text = (
+            f"the certificate of the Docker engine at {url} is not trusted ({system.verify_message}): is"
+            f" {folder}/ca.pem that of its authority, and the address the one that it is for?"
+        )
+    elif isinstance(system, ssl.SSLError):
+        refusal = f"the Docker engine at {url} does not take the certificate in {folder}"
+        text = f"{refusal} ({system.reason}): set {_CERTIFICATES}"
+    elif number in (errno.EACCES, errno.EPERM):
         text = (
             f"there is no permission to use the Docker engine at {url}: add this user to the group of the socket"
             " (usually 'docker') and log in again, or set DOCKER_HOST to an engine of this user's own"

@@ -233,7 +233,7 @@ def _cannot_pull(name: str, error: EngineError, *, with_credentials: bool) -> Su
             else f"log in with 'docker login {registry}', or give docker_auth with username, password and registry"
         )
         hint = f"{todo}; or there is no such image"
-    elif any(text in message for text in ("not found", "manifest unknown", "no such")):
+    elif any(text in message for text in ("not found", "manifest unknown", "no such image")):
         hint = "check its name and tag"
     else:
         hint = "" if "no space left" in message else "is the registry reachable from the engine?"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import posixpath
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from mlfleet.backends.docker.endpoint import is_loopback
 from mlfleet.errors import SubmitError
 
 __all__ = ["Reach", "reach"]
@@ -92,9 +92,9 @@ def reach(
         made.binds.append(f"{artifacts}:{artifacts}")
     _forward(made, urlsplit(artifact_uri).scheme, here, home)
     urls = [uri if store is None else "", made.environ.get("MLFLOW_S3_ENDPOINT_URL", "")]
-    made.host_network = any(_is_loopback(url) for url in urls)
+    made.host_network = any(is_loopback(url) for url in urls)
     if made.host_network:
-        _check_local(f"the server {next(url for url in urls if _is_loopback(url))}", engine, local=local)
+        _check_local(f"the server {next(url for url in urls if is_loopback(url))}", engine, local=local)
     return made
 
 
@@ -142,14 +142,6 @@ def _forward(made: Reach, scheme: str, here: Mapping[str, str], home: Path) -> N
             if cache:
                 made.binds.append(f"{cache}:{cache}:ro")
     made.environ.update({name: here[name] for name in names if name in here})
-
-
-def _is_loopback(url: str) -> bool:
-    try:
-        host = urlsplit(url).hostname or ""
-        return host == "localhost" or host.endswith(".localhost") or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _check_local(what: str, engine: str, *, local: bool) -> None:
