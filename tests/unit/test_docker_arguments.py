@@ -68,12 +68,17 @@ def test_host_settings(args: dict[str, Any], expected: dict[str, Any] | None) ->
 
 @pytest.mark.parametrize(
     ("value", "count", "ids"),
-    [("all", -1, []), (2, 2, []), ("device=0,1", 0, ["0", "1"]), ('"device=0,2",capabilities=utility', 0, ["0", "2"])],
+    [
+        ("all", -1, None),
+        (2, 2, None),
+        ("device=0,1", 0, ["0", "1"]),
+        ('"device=0,2",capabilities=utility', 0, ["0", "2"]),
+    ],
 )
-def test_gpus(value: object, count: int, ids: list[str]) -> None:
+def test_gpus(value: object, count: int, ids: list[str] | None) -> None:
     (request,) = parse(gpus=value).host["DeviceRequests"]
     assert (request["Count"], request["DeviceIDs"]) == (count, ids)
-    assert request["Capabilities"][0][0] == "gpu"
+    assert "gpu" in request["Capabilities"][0]
 
 
 def test_published_ports() -> None:

@@ -237,14 +237,14 @@ def _security(options: ContainerOptions, text: str, context: _Context) -> None:
     options.host.setdefault("SecurityOpt", []).append(text)
 
 
-def _throttle(name: str, read: Callable[[str], object]) -> _Flag:
+def _throttle(name: str, read: Callable[[str], object], key: str = "Rate") -> _Flag:
     """A limit for one device: ``/dev/sda:1mb``."""
 
     def apply(options: ContainerOptions, text: str, context: _Context) -> None:
-        path, _, rate = text.rpartition(":")
+        path, _, limit = text.rpartition(":")
         if not path.startswith("/"):
-            raise Wrong(f"{text!r} should be DEVICE:RATE")
-        options.host.setdefault(name, []).append({"Path": path, "Rate": read(rate)})
+            raise Wrong(f"{text!r} should be DEVICE:{key.upper()}")
+        options.host.setdefault(name, []).append({"Path": path, key: read(limit)})
 
     return _Flag(apply)
 
@@ -268,6 +268,10 @@ def _address(key: str) -> _Flag:
     return _Flag(apply)
 
 
+def _link_local(options: ContainerOptions, text: str, context: _Context) -> None:
+    options.endpoint.setdefault("IPAMConfig", {}).setdefault("LinkLocalIPs", []).append(text)
+
+
 def _log_driver(options: ContainerOptions, text: str, context: _Context) -> None:
     options.host.setdefault("LogConfig", {})["Type"] = text
 
@@ -283,6 +287,7 @@ _FLAGS: dict[str, _Flag] = {
     "add-host": _add("host", "ExtraHosts", values.extra_host),
     "annotation": _map("host", "Annotations"),
     "blkio-weight": _set("host", "BlkioWeight", values.whole),
+    "blkio-weight-device": _throttle("BlkioWeightDevice", values.whole, "Weight"),
     "cap-add": _add("host", "CapAdd"),
     "cap-drop": _add("host", "CapDrop"),
     "cgroup-parent": _set("host", "CgroupParent"),
@@ -307,7 +312,7 @@ _FLAGS: dict[str, _Flag] = {
     "dns-option": _add("host", "DnsOptions"),
     "dns-search": _add("host", "DnsSearch"),
     "domainname": _set("config", "Domainname"),
-    "entrypoint": _set("config", "Entrypoint", lambda text: [text] if text else []),
+    "entrypoint": _set("config", "Entrypoint", lambda text: [text]),
     "env": _Flag(_env),
     "env-file": _Flag(_env_file),
     "expose": _Flag(_expose),
@@ -329,6 +334,7 @@ _FLAGS: dict[str, _Flag] = {
     "label": _map("config", "Labels"),
     "label-file": _Flag(_label_file),
     "link": _add("host", "Links"),
+    "link-local-ip": _Flag(_link_local),
     "log-driver": _Flag(_log_driver),
     "log-opt": _Flag(_log_option),
     "mac-address": _set("config", "MacAddress"),

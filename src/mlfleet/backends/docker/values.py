@@ -104,7 +104,7 @@ def extra_host(text: str) -> str:
 
 def gpus(text: str) -> dict[str, object]:
     """``all``, a number, or ``"device=0,1",capabilities=utility`` (https://docs.docker.com/engine/containers/gpu/)."""
-    request: dict[str, Any] = {"Driver": "", "Count": 0, "DeviceIDs": [], "Capabilities": [["gpu"]], "Options": {}}
+    request: dict[str, Any] = {"Driver": "", "Count": 0, "DeviceIDs": None, "Capabilities": [["gpu"]], "Options": {}}
     # Shells eat the outer quotes that docker's documentation has; a bare device=0,1 is what people write here.
     fields = [text] if re.fullmatch(r"device=[^=]*", text) else _fields(text)
     for item in fields:
@@ -118,7 +118,8 @@ def gpus(text: str) -> dict[str, object]:
         elif name == "driver":
             request["Driver"] = value
         elif name == "capabilities":
-            request["Capabilities"] = [["gpu", *(part for part in value.split(",") if part != "gpu")]]
+            parts = value.split(",")
+            request["Capabilities"] = [parts if "gpu" in parts else [*parts, "gpu"]]
         elif name == "options":
             request["Options"] = dict(part.partition("=")[::2] for part in value.split(","))
         else:
@@ -191,7 +192,14 @@ def mount(text: str, *, folder: Path) -> dict[str, Any]:
             raise Wrong(f"{name!r} is not known of mounts")
         group, key, read = found
         into = made.setdefault(group, {}) if group else made
-        into[key] = read(value if given else "true")
+        *outer, key = key.split(".")
+        for part in outer:
+            into = into.setdefault(part, {})
+        if read is None:
+            name, _, value = value.partition("=")
+            into.setdefault(key, {})[name] = value
+        else:
+            into[key] = read(value if given else "true")
     if not str(made.get("Target", "")).startswith("/"):
         raise Wrong(f"{text!r} needs target=/an/absolute/path")
     if made["Type"] == "bind":
@@ -201,7 +209,8 @@ def mount(text: str, *, folder: Path) -> dict[str, Any]:
     return made
 
 
-_MOUNT: dict[str, tuple[str, str, Callable[[str], object]]] = {
+# Where it goes, and how its value is read; None: it is a NAME=VALUE of a mapping.
+_MOUNT: dict[str, tuple[str, str, Callable[[str], object] | None]] = {
     "type": ("", "Type", str),
     "source": ("", "Source", str),
     "src": ("", "Source", str),
@@ -212,7 +221,11 @@ _MOUNT: dict[str, tuple[str, str, Callable[[str], object]]] = {
     "ro": ("", "ReadOnly", boolean),
     "consistency": ("", "Consistency", str),
     "bind-propagation": ("BindOptions", "Propagation", str),
+    "bind-nonrecursive": ("BindOptions", "NonRecursive", boolean),
     "volume-nocopy": ("VolumeOptions", "NoCopy", boolean),
+    "volume-label": ("VolumeOptions", "Labels", None),
+    "volume-driver": ("VolumeOptions", "DriverConfig.Name", str),
+    "volume-opt": ("VolumeOptions", "DriverConfig.Options", None),
     "tmpfs-size": ("TmpfsOptions", "SizeBytes", size),
     "tmpfs-mode": ("TmpfsOptions", "Mode", lambda text: _octal(text)),
 }
