@@ -91,7 +91,7 @@ def test_what_is_refused_and_where(data: bytes, place: tuple[int, int], message:
 def test_brackets_without_end_are_refused() -> None:
     # Newer versions of libyaml have a limit of their own, which they reach before the first bracket is reported.
     with pytest.raises(
-        SpecError, match="MLproject, line 1, column .*(nested more than|exceeded maximum nesting depth)"
+        SpecError, match=r"MLproject, line 1, column .*(nested more than|exceeded maximum nesting depth)"
     ):
         parse_yaml(b"[" * 200_000, "MLproject")
 
