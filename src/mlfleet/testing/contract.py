@@ -1,8 +1,10 @@
 """What every backend does alike. A backend's tests subclass `BackendContract` and give it a harness.
 
-class TestMine(BackendContract):
-@pytest.fixture
-def harness(self, tmp_path: Path) -> Harness: ...
+So::
+
+    class TestMine(BackendContract):
+        @pytest.fixture
+        def harness(self, tmp_path: Path) -> Harness: ...
 """
 
 from __future__ import annotations
