@@ -7,8 +7,8 @@ It keeps to what a real 1.36.2 said (tests/data/kubernetes-1.36). What becomes o
 from __future__ import annotations
 
 import asyncio
-import copy
 import json
+import marshal
 import random
 import re
 import ssl
@@ -102,6 +102,7 @@ class KubernetesApi:
         self.tokens: set[str] = set()  # that are taken; none: everybody may
         self.certificates: set[str] = set()  # serial numbers of clients' that are taken; none: everybody may
         self.shown: list[str] = []  # the Authorization of each request
+        self.served = 0  # requests whose credentials were taken
         self.forbidden: set[str] = set()  # plurals
         self.bookmark_every = 60.0
         self.page = 10**9
@@ -155,7 +156,7 @@ class KubernetesApi:
     # ---- objects ----------------------------------------------------------------------------------------------------
 
     def create(self, plural: str, namespace: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        made = copy.deepcopy(dict(given))
+        made = _copied(dict(given))
         meta = made.setdefault("metadata", {})
         if "generateName" in meta and not meta.get("name"):
             meta["name"] = meta["generateName"] + "".join(random.choices(string.ascii_lowercase + string.digits, k=5))
@@ -176,18 +177,16 @@ class KubernetesApi:
         found = self.objects.get(key)
         if found is None:
             return
-        before = json.dumps(found, sort_keys=True)
-        labels = dict(found["metadata"].get("labels") or {})
-        changed = copy.deepcopy(found)
+        changed = _copied(found)
         change(changed)
-        if json.dumps(changed, sort_keys=True) != before:
+        if changed != found:
             self.objects[key] = changed
-            self._emit("MODIFIED", key, changed, labels)
+            self._emit("MODIFIED", key, changed, found["metadata"].get("labels"))
 
     def remove(self, key: Key) -> None:
         found = self.objects.pop(key, None)
         if found is not None:
-            self._emit("DELETED", key, copy.deepcopy(found))
+            self._emit("DELETED", key, _copied(found))
 
     def _emit(self, kind: str, key: Key, value: dict[str, Any], before: Mapping[str, str] | None = None) -> None:
         self.version += 1
@@ -245,6 +244,7 @@ class KubernetesApi:
         known = not self.certificates or peer.get("serialNumber") in self.certificates
         if not known or (self.tokens and header.removeprefix("Bearer ") not in self.tokens):
             raise ApiFailure(401, "Unauthorized", "Unauthorized")
+        self.served += 1
 
     async def _post(self, request: web.Request) -> web.StreamResponse:
         made = self.create(request.match_info["plural"], request.match_info["namespace"], await request.json())
@@ -455,6 +455,12 @@ async def serving(api: KubernetesApi, port: int = 0, tls: ssl.SSLContext | None 
     finally:
         api.drop_streams()
         await runner.cleanup()
+
+
+def _copied(value: dict[str, Any]) -> dict[str, Any]:
+    """What ``copy.deepcopy`` takes ten times as long for."""
+    copied: dict[str, Any] = marshal.loads(marshal.dumps(value))
+    return copied
 
 
 def _key(request: web.Request) -> Key:

@@ -62,24 +62,33 @@ async def test_thousand_runs_in_chaos(fake_cluster: FakeCluster, tmp_path: Path)
     (tmp_path / "token").write_text("first")
     api.tokens = {"first"}
 
+    async def renew_token() -> None:
+        token = uuid.uuid4().hex
+        await asyncio.to_thread((tmp_path / "token").write_text, token)
+        api.tokens = {token}
+
     async def upset() -> None:
-        """Connections break, history is compacted, tokens expire; Jobs are deleted behind everybody's back."""
-        number = 0
+        """Connections break, history is compacted, tokens expire; Jobs are deleted behind everybody's back.
+
+        In steps of what has happened, not of time, so that a slow machine sees no more of it than a fast one.
+        """
+        step = served = 0
         while True:
-            await asyncio.sleep(0.25)
-            number += 1
-            if number % 2:
-                api.drop_streams()
-            if number % 3 == 0:
-                api.compact()
-            if number % 4 == 0:
-                token = uuid.uuid4().hex
-                await asyncio.to_thread((tmp_path / "token").write_text, token)
-                api.tokens = {token}
+            await asyncio.sleep(0.02)
             for job in api.of_kind("jobs"):
                 meta = job["metadata"]
                 if meta["labels"]["mlfleet.run-id"] in deleted & known and "startTime" in job["status"]:
                     api.delete_job(("jobs", "default", meta["name"]), chance.choice(["Background", "Foreground"]))
+            if api.version < 1000 + 250 * (step + 1):
+                continue
+            step += 1
+            if step % 2:
+                api.drop_streams()
+            if step % 3 == 0:
+                api.compact()
+            if api.served > served + 100:
+                served = api.served
+                await renew_token()
 
     config = await fake_cluster.config(ttl_seconds=20)
     fake_cluster.play = play
