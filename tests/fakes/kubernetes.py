@@ -29,6 +29,11 @@ Key = tuple[str, str, str]  # plural, namespace, name
 Fault = Callable[[web.Request], "web.StreamResponse | None"]
 
 _KINDS = {"jobs": "Job", "pods": "Pod", "secrets": "Secret", "configmaps": "ConfigMap", "events": "Event"}
+_JOB_FIELDS = {
+    "activeDeadlineSeconds", "backoffLimit", "backoffLimitPerIndex", "completionMode", "completions", "managedBy",
+    "manualSelector", "maxFailedIndexes", "parallelism", "podFailurePolicy", "podReplacementPolicy", "selector",
+    "successPolicy", "suspend", "template", "ttlSecondsAfterFinished",
+}  # fmt: skip
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _LABEL = re.compile(r"([A-Za-z0-9][-A-Za-z0-9_.]{0,61})?[A-Za-z0-9]")
 
@@ -248,7 +253,9 @@ class KubernetesApi:
 
     async def _post(self, request: web.Request) -> web.StreamResponse:
         made = self.create(request.match_info["plural"], request.match_info["namespace"], await request.json())
-        return web.json_response(made, status=201)
+        unknown = sorted(set(made.get("spec") or {}) - _JOB_FIELDS) if made["kind"] == "Job" else []
+        headers = [("Warning", f'299 - "unknown field \\"spec.{name}\\""') for name in unknown]
+        return web.json_response(made, status=201, headers=headers)
 
     async def _get(self, request: web.Request) -> web.StreamResponse:
         return web.json_response(self._found(_key(request)))

@@ -14,7 +14,11 @@ from components.fake_kubernetes import FakeCluster
 from fakes.kubernetes import ApiFailure
 from fakes.kubernetes_node import Acting
 from mlfleet.backends.kubernetes import KubernetesBackend
+from mlfleet.backends.kubernetes.api import Api
+from mlfleet.backends.kubernetes.manifest import Code, job_manifest
 from mlfleet.backends.kubernetes.run import KubernetesRun
+from mlfleet.backends.kubernetes.state import read_job
+from mlfleet.backends.kubernetes.watching import NamespaceWatch
 from mlfleet.errors import BackendError, RunLost, SubmitError, UsageError
 from mlfleet.runs import FailureKind, JobRef, RunStatus
 
@@ -358,3 +362,38 @@ async def test_plugin_that_fails_is_quoted(fake_cluster: FakeCluster, tmp_path: 
     async with KubernetesBackend() as backend:
         with pytest.raises(BackendError, match="plugin 'no-such-plugin' of the context 'fake' cannot be started"):
             await backend.submit(fake_cluster.job(config))
+
+
+async def test_cluster_that_was_restored_from_a_backup(fake_cluster: FakeCluster) -> None:
+    """A watch from a version that it has not come to yet says nothing at all, not even that it is too old."""
+    api = fake_cluster.api
+    config = await fake_cluster.config()
+    made = api.create(
+        "jobs",
+        "default",
+        job_manifest(fake_cluster.job(config), config, Code(image="x:1"), {}, secrets=(), submission=""),
+    )
+    api.version += 100_000
+    cluster = config.cluster
+    async with Api(cluster) as opened, NamespaceWatch(opened, "default", idle=0.3) as watch:
+        cell = watch.track(read_job(made))
+        api.version = 2000
+        api.history.clear()
+        ended = {"conditions": [{"type": "Complete", "status": "True"}]}
+        api.objects[("jobs", "default", made["metadata"]["name"])]["status"] = ended
+        api.drop_streams()
+        assert (await cell.until(lambda seen: seen.ended)).status is RunStatus.FINISHED
+        watch.untrack(made["metadata"]["uid"])
+
+
+async def test_warnings_of_the_cluster_are_told_once(
+    fake_cluster: FakeCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as of a field of the template that the cluster does not know, and leaves out."""
+    template = {"spec": {"nosuch": 1, "template": {"spec": {"containers": [{"name": "main"}]}}}}
+    config = await fake_cluster.config(job_template=template)
+    async with KubernetesBackend() as backend:
+        runs = [await backend.submit(fake_cluster.job(config)) for _ in range(3)]
+        assert all([await run.wait() for run in runs])
+    told = [record.message for record in caplog.records if "the cluster warns" in record.message]
+    assert told == ['the cluster warns (creating a Job): unknown field "spec.nosuch"']

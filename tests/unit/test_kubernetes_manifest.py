@@ -18,6 +18,7 @@ from fakes.kubernetes_node import expand
 from mlfleet.backends.base import DockerRequest, Job
 from mlfleet.backends.kubernetes import KubernetesBackend
 from mlfleet.backends.kubernetes.config import KubernetesConfig, parse_config
+from mlfleet.backends.kubernetes.delivery import configmap_code
 from mlfleet.backends.kubernetes.launch import launch
 from mlfleet.backends.kubernetes.manifest import Code, job_manifest
 from mlfleet.backends.kubernetes.names import NAME, container_name, job_name
@@ -193,6 +194,18 @@ def test_template_must_not_set_what_the_run_sets(environ: dict[str, str]) -> Non
         config = config_of(environ, job_template=template)
         with pytest.raises(UsageError, match=told):
             manifest(config, secrets=("TOKEN",), code=Code(image="x", folder="/code"))
+
+
+def test_containers_that_bring_the_code_are_as_restricted_as_the_run(environ: dict[str, str]) -> None:
+    """Namespaces with Pod Security or a ResourceQuota refuse pods with a container that is not."""
+    restricted = {"runAsNonRoot": True, "allowPrivilegeEscalation": False}
+    limits = {"cpu": "2", "memory": "1Gi", "nvidia.com/gpu": "1"}
+    container = {"name": "main", "securityContext": restricted, "resources": {"limits": limits}}
+    config = config_of(environ, job_template={"spec": {"template": {"spec": {"containers": [container]}}}})
+    made = pod(manifest(config, code=configmap_code("x:1", "code")))
+    (init,) = made["initContainers"]
+    assert init["securityContext"] == restricted
+    assert init["resources"] == {"limits": {"cpu": "2", "memory": "1Gi"}}, "a device for the run alone"
 
 
 def test_grace_of_the_pods_is_that_of_the_run(environ: dict[str, str]) -> None:

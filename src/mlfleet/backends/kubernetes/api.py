@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import random
@@ -160,6 +161,8 @@ class Api:
                     what, path, method=method, params=params, body=body, timeout=timeout
                 ) as response:
                     data = await response.read()
+                    for warning in response.headers.getall("Warning", ()):
+                        _warn(what, warning)
                 answer = json.loads(data)
                 return answer if isinstance(answer, dict) else {}
             except ApiError as error:
@@ -245,6 +248,16 @@ class Api:
             server_hostname=login.server_name,
             allow_redirects=False,
         )
+
+
+@functools.lru_cache(maxsize=256)
+def _warn(what: str, header: str) -> None:
+    """Once, not for each of hundreds of runs: a field of the template that is not known, or is deprecated.
+
+    https://www.rfc-editor.org/rfc/rfc7234#section-5.5
+    """
+    text = header.partition('"')[2].rpartition('"')[0] or header
+    _log.warning("the cluster warns (%s): %s", what, text.replace('\\"', '"'))
 
 
 async def _refusal(what: str, response: aiohttp.ClientResponse) -> ApiError:

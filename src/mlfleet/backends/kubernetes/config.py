@@ -144,7 +144,7 @@ def parse_config(config: Mapping[str, Any], environ: Mapping[str, str]) -> Kuber
         tracking_uri=read.text("tracking-uri") or environ.get("KUBE_MLFLOW_TRACKING_URI") or None,
         resources=_resources(read.mapping("resources")),
         service_account=read.text("service-account"),
-        node_selector={str(key): str(value) for key, value in read.mapping("node-selector").items()},
+        node_selector={str(key): _as_text(value) for key, value in read.mapping("node-selector").items()},
         tolerations=[_mapping("tolerations", each) for each in read.sequence("tolerations")],
         image_pull_secrets=[str(each) for each in read.sequence("image-pull-secrets")],
         ttl=read.whole("ttl-seconds", _DAY),
@@ -201,6 +201,11 @@ class _Reader:
 
     def wrong(self, key: str, expected: str) -> UsageError:
         return UsageError(f"backend_config: {key} is {self._config[key]!r}: give {expected}")
+
+
+def _as_text(value: Any) -> str:
+    """A label's value; YAML and JSON have true where Python writes True."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _mapping(key: str, value: Any) -> Mapping[str, Any]:

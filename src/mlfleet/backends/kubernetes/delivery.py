@@ -49,7 +49,7 @@ git fetch -q --depth 1 -- "$MLFLEET_GIT_URL" "$MLFLEET_GIT_COMMIT" ||
   git fetch -q -- "$MLFLEET_GIT_URL" '+refs/heads/*:refs/remotes/origin/*' '+refs/tags/*:refs/tags/*'
 git -c advice.detachedHead=false checkout -q --detach "$MLFLEET_GIT_COMMIT"
 git config --unset credential.helper || true
-cp -a "./$MLFLEET_GIT_FOLDER/." {FOLDER}/
+cp -RP "./$MLFLEET_GIT_FOLDER/." {FOLDER}/
 """
 
 

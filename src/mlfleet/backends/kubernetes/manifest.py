@@ -80,9 +80,9 @@ def job_manifest(
     container["command"] = launch(job.command)
     container.pop("args", None)
     _set_environ(container, plain, secrets, name)
+    _set_resources(container, job, config)
     _set_code(draft, code)
     _set_volumes(draft, job)
-    _set_resources(container, job, config)
     _set_pod(draft.pod, job, config)
     return draft.manifest
 
@@ -237,9 +237,25 @@ def _set_code(draft: _Draft, code: Code) -> None:
             raise UsageError("the Job's template sets workingDir, which is the project's folder: remove it there")
         container["workingDir"] = code.folder
     if code.init:
-        pod["initContainers"] = [*(dict(each) for each in code.init), *(pod.get("initContainers") or ())]
+        ours = [{**each, **_inherited(container)} for each in code.init]
+        pod["initContainers"] = [*ours, *(pod.get("initContainers") or ())]
     _add(pod, "volumes", code.volumes, "name")
     _add(container, "volumeMounts", code.mounts, "mountPath")
+
+
+def _inherited(container: Mapping[str, Any]) -> dict[str, Any]:
+    """What a namespace may ask of every container: that it is restricted, and that it has limits. No devices."""
+    made: dict[str, Any] = {}
+    if "securityContext" in container:
+        made["securityContext"] = copy.deepcopy(container["securityContext"])
+    given = container.get("resources") or {}
+    resources = {
+        kind: {name: amount for name, amount in (given.get(kind) or {}).items() if name in ("cpu", "memory")}
+        for kind in ("requests", "limits")
+    }
+    if any(resources.values()):
+        made["resources"] = {kind: amounts for kind, amounts in resources.items() if amounts}
+    return made
 
 
 def _set_volumes(draft: _Draft, job: Job) -> None:

@@ -26,7 +26,7 @@ __all__ = ["NamespaceWatch"]
 _log = logging.getLogger("mlfleet.kubernetes")
 _PAGE = "100"  # objects of a list at once: thousands would be decoded in one piece, and hold up the event loop
 _LASTS = (120, 180)  # seconds of one watch, not the same for all who watch
-_IDLE = 75.0  # seconds without a byte; bookmarks come once a minute
+_IDLE = 75.0  # seconds
 _SHORT = 1.0  # seconds; a watch that ends sooner without an event is not tried again at once
 _FIRST = 20.0  # seconds for the first answer: who submits to a cluster that is not there is told soon
 _PATIENCE = 90.0  # seconds for a later one
@@ -42,16 +42,17 @@ class NamespaceWatch:
     Args:
         api: of the cluster.
         namespace: in it.
+        idle: seconds without a byte, after which a connection is taken for dead; bookmarks come once a minute.
     """
 
-    def __init__(self, api: Api, namespace: str) -> None:
+    def __init__(self, api: Api, namespace: str, *, idle: float = _IDLE) -> None:
         self._store = _Store()
         self._watch: Watch[Seen] = Watch(self._feed, name=f"the watch of the namespace {namespace}")
         jobs, pods = f"/apis/batch/v1/namespaces/{namespace}/jobs", f"/api/v1/namespaces/{namespace}/pods"
         labels, now = {"labelSelector": f"{MANAGED_BY}=mlfleet"}, self._watch.now
         self._followers = (
-            _Follower(api, jobs, labels, self._take_job, self._take_jobs, now),
-            _Follower(api, pods, labels, self._take_pod, self._take_pods, now),
+            _Follower(api, jobs, labels, self._take_job, self._take_jobs, now, idle),
+            _Follower(api, pods, labels, self._take_pod, self._take_pods, now, idle),
         )
         self._synced = anyio.Event()
         self.failed: MlfleetError | None = None
@@ -256,8 +257,10 @@ class _Follower:
         take: Callable[[str, Mapping[str, Any]], None],
         take_all: Callable[[list[Mapping[str, Any]], int], bool],
         now: Callable[[], int],
+        idle: float,
     ) -> None:
         self._api = api
+        self._idle = idle
         self._now = now
         self._path = path
         self._selector = selector
@@ -284,7 +287,9 @@ class _Follower:
                 began = time.monotonic()
                 if not await self._watch() and time.monotonic() - began < _SHORT:
                     await self._rest(None)
+                self._doubt_silence()
             except ApiError as error:
+                self._doubt_silence()
                 if error.status == 410:
                     self._version = None
                 elif not error.is_passing and error.status != 401:
@@ -306,6 +311,14 @@ class _Follower:
         if not self.listed or time.monotonic() - self._good_at > seconds:
             # Before the first list nothing is under way: who submits is told at once.
             raise error
+
+    def _doubt_silence(self) -> None:
+        """List again after a long silence: bookmarks at least should have come.
+
+        From a version that the server does not know yet, as after it was restored from a backup, nothing ever comes.
+        """
+        if time.monotonic() - self._good_at > self._idle:
+            self._version = None
 
     def _good(self) -> None:
         self._attempt = 0
@@ -346,7 +359,7 @@ class _Follower:
             "timeoutSeconds": str(seconds),
             "resourceVersion": self._version or "",
         }
-        timeout = aiohttp.ClientTimeout(total=seconds + 30, sock_connect=10, sock_read=_IDLE)
+        timeout = aiohttp.ClientTimeout(total=seconds + 30, sock_connect=10, sock_read=self._idle)
         count = 0
         stream = self._api.stream(self._what, self._path, pool=Pool.WATCH, params=params, timeout=timeout)
         async with stream as response:
