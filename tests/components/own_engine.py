@@ -1,14 +1,19 @@
 """A Docker engine of a test's own, beside the one that is there: to be stopped, killed, filled up or locked.
 
-It keeps everything in a folder of its own, makes no bridge and touches no firewall rules; so its containers have
-the network of the host or none.
+It keeps everything in a folder of its own and touches no firewall rules. It has a bridge of its own, since an engine
+without one (``--bridge=none``) deletes that of all others, ``docker0``. Containers get the network of the host or none.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import random
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import time
 import uuid
@@ -31,16 +36,17 @@ class OwnEngine(DockerEngine):
     """An engine that can be stopped and started again; see `own_engine`.
 
     Attributes:
-        socket: its Unix socket.
+        folder: that has all of it.
+        bridge: a network interface of its own.
         image: busybox's sh and bash, once `add_image` was called.
     """
 
     image = "mlfleet-test/shell:own"
 
     def __init__(self, folder: Path, *flags: str) -> None:
-        self.socket = folder / "engine.sock"
-        super().__init__(f"unix://{self.socket}")
+        super().__init__(f"unix://{folder}/engine.sock")
         self.folder = folder
+        self.bridge = f"mlf-{folder.name[-8:]}"
         self._flags = flags
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -49,8 +55,8 @@ class OwnEngine(DockerEngine):
         command = [
             program, f"--host={self.url}", f"--pidfile={self.folder}/pid", f"--data-root={self.folder}/data",
             f"--exec-root={self.folder}/exec", f"--containerd-namespace={self.folder.name}",
-            f"--containerd-plugins-namespace={self.folder.name}-plugins", "--bridge=none", "--iptables=false",
-            "--ip-forward=false", *self._flags,
+            f"--containerd-plugins-namespace={self.folder.name}-plugins", f"--bridge={self.bridge}",
+            "--iptables=false", "--ip-forward=false", *self._flags,
         ]  # fmt: skip
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -89,6 +95,7 @@ class OwnEngine(DockerEngine):
             self.stop()
         _end_what_is_left(self.folder)
         _unmount_below(self.folder)
+        _remove_bridge(self.bridge)
 
 
 def _end_what_is_left(folder: Path) -> None:
@@ -106,6 +113,23 @@ def _processes() -> Iterator[tuple[int, list[bytes]]]:
             yield int(entry), Path("/proc", entry, "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
+
+
+def _make_bridge(name: str) -> None:
+    """Make a network bridge with an address (linux/sockios.h, netdevice(7)); Debian's minimal systems have no ip(8)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        fcntl.ioctl(control, 0x89A0, name.encode() + b"\0")  # SIOCBRADDBR
+        # Of the network for tests of devices (RFC 2544), which nobody routes.
+        address = socket.inet_aton(f"198.18.{random.randrange(256)}.1")
+        for request, value in ((0x8916, address), (0x891C, b"\xff\xff\xff\0")):  # SIOCSIFADDR, SIOCSIFNETMASK
+            fcntl.ioctl(control, request, struct.pack("16sHxx4s8x", name.encode(), socket.AF_INET, value))
+        fcntl.ioctl(control, 0x8914, struct.pack("16sH14x", name.encode(), 1))  # SIOCSIFFLAGS, IFF_UP
+
+
+def _remove_bridge(name: str) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control, contextlib.suppress(OSError):
+        fcntl.ioctl(control, 0x8914, struct.pack("16sH14x", name.encode(), 0))  # SIOCSIFFLAGS
+        fcntl.ioctl(control, 0x89A1, name.encode() + b"\0")  # SIOCBRDELBR
 
 
 def _unmount_below(folder: Path) -> None:
@@ -131,6 +155,10 @@ def start_engine(*flags: str, size: str | None = None) -> Iterator[OwnEngine]:
             command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "mlfleet-test", str(folder / "data")]
             if subprocess.run(command, check=False).returncode != 0:
                 missing("the right to mount", "run as root, outside of a container")
+        try:
+            _make_bridge(engine.bridge)
+        except OSError as error:
+            missing("the right to make a network bridge", f"run as root, outside of a container ({error})")
         engine.start()
         engine.add_image()
         yield engine
