@@ -19,6 +19,7 @@ pytest_plugins: list[str] = [
     "components.minilake",
     "components.mlflow_server",
     "components.mlflow_store",
+    "components.nginx",
     "components.own_engine",
     "components.plugins",
     "components.registry",

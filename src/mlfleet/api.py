@@ -202,18 +202,20 @@ async def finish_or_cancel(run: FleetRun) -> None:
 
 
 class _Fleets:
-    """The default Fleets of one event loop, one for each tracking URI."""
+    """The default Fleets of one event loop, one for each tracking URI and workspace."""
 
     def __init__(self) -> None:
-        self._fleets: dict[str, asyncio.Future[Fleet]] = {}
+        self._fleets: dict[tuple[str, str], asyncio.Future[Fleet]] = {}
         self._closing = asyncio.Event()
         self._keepers = TaskOwner()
 
     async def get(self, uri: str) -> Fleet:
-        opened = self._fleets.get(uri)
+        # `mlflow.set_workspace` sets the variable, too.
+        key = (uri, os.environ.get("MLFLOW_WORKSPACE", ""))
+        opened = self._fleets.get(key)
         if opened is None:
-            opened = self._fleets[uri] = asyncio.get_running_loop().create_future()
-            self._keepers.start(self._keep(uri, opened), name="mlfleet default fleet")
+            opened = self._fleets[key] = asyncio.get_running_loop().create_future()
+            self._keepers.start(self._keep(key, opened), name="mlfleet default fleet")
         return await asyncio.shield(opened)
 
     async def join(self) -> None:
@@ -226,17 +228,17 @@ class _Fleets:
         self._closing.set()
         await self._keepers.join()
 
-    async def _keep(self, uri: str, opened: asyncio.Future[Fleet]) -> None:
+    async def _keep(self, key: tuple[str, str], opened: asyncio.Future[Fleet]) -> None:
         """Hold the Fleet open until it is closed, or until the loop ends (``asyncio.run`` then cancels this task)."""
         try:
             # As in the reference, runs that nobody put into a Fleet start at once.
-            async with Fleet(tracking_uri=uri, max_concurrent=_UNLIMITED) as fleet:
+            async with Fleet(tracking_uri=key[0], max_concurrent=_UNLIMITED) as fleet:
                 opened.set_result(fleet)
                 await self._closing.wait()
         except Exception as error:
             opened.set_exception(error)
         finally:
-            del self._fleets[uri]
+            del self._fleets[key]
 
 
 _UNLIMITED = 2**31

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import secrets
 import signal
@@ -24,6 +25,12 @@ from components import free_port, missing
 STARTS_WITHIN = 120.0
 """Seconds; a server takes about 10 on an idle machine."""
 
+OLDEST = (
+    *("mlflow-skinny==2.0.1", "flask<3", "sqlalchemy<2", "alembic<2", "gunicorn<21", "querystring-parser<2"),
+    "setuptools<81",
+)
+"""The first release of MLflow 2, and what its server needs of that time."""
+
 
 @dataclass(frozen=True, slots=True)
 class MlflowServer:
@@ -34,12 +41,27 @@ class MlflowServer:
         folder: with its database ``mlflow.db`` and its artifacts.
         username: of its administrator, where it asks for one.
         password: likewise.
+        workspace: what is used of it, if it has workspaces.
+        python: an interpreter with the client of its version.
     """
 
     url: str
     folder: Path
     username: str = ""
     password: str = ""
+    workspace: str = ""
+    python: str = sys.executable
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """The variables by which users name it, and themselves."""
+        variables = {
+            "MLFLOW_TRACKING_URI": self.url,
+            "MLFLOW_TRACKING_USERNAME": self.username,
+            "MLFLOW_TRACKING_PASSWORD": self.password,
+            "MLFLOW_WORKSPACE": self.workspace,
+        }
+        return {name: text for name, text in variables.items() if text}
 
 
 @pytest.fixture(scope="session")
@@ -79,15 +101,56 @@ def mlflow_server_with_prefix(tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield MlflowServer(f"{url}/some/prefix", folder)
 
 
+@pytest.fixture(scope="session")
+def mlflow_server_with_workspaces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """A server with a workspace ``team-a`` beside its default one."""
+    folder = tmp_path_factory.mktemp("mlflow-server-with-workspaces")
+    with serve(folder, "--enable-workspaces") as url:
+        request = urllib.request.Request(
+            f"{url}/api/3.0/mlflow/workspaces",
+            json.dumps({"name": "team-a"}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30):
+            pass
+        yield MlflowServer(url, folder, workspace="team-a")
+
+
+@pytest.fixture(scope="session")
+def oldest_mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """The first server of MLflow 2, with as few packages as it can do with."""
+    folder = tmp_path_factory.mktemp("oldest-mlflow-server")
+    python = _install(folder / "environment", OLDEST)
+    with serve(folder, python=python) as url:
+        yield MlflowServer(url, folder, python=python)
+
+
+def _install(folder: Path, requirements: Sequence[str]) -> str:
+    """The interpreter of a new environment with these packages; uv keeps them for the next time."""
+    python = str(folder / "bin" / "python")
+    uv = [sys.executable, "-m", "uv"]
+    environ = {name: text for name, text in os.environ.items() if not name.startswith(("UV_", "PYTHON", "VIRTUAL_ENV"))}
+    for argv in (
+        [*uv, "venv", "--quiet", "--python", sys.executable, str(folder)],
+        [*uv, "pip", "install", "--quiet", "--python", python, *requirements],
+    ):
+        done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
+        if done.returncode:
+            missing(" ".join(requirements), f"pip install uv; PyPI must be reachable\n{done.stderr[-2000:]}")
+    return python
+
+
 @contextmanager
-def serve(folder: Path, *options: str, environ: Mapping[str, str] | None = None) -> Iterator[str]:
+def serve(
+    folder: Path, *options: str, environ: Mapping[str, str] | None = None, python: str = sys.executable
+) -> Iterator[str]:
     """Run ``mlflow server`` for the time of the block; gives its address."""
     # mlflow-skinny has no server. Looking for mlflow.server would import mlflow into the process of the tests.
-    if not list(importlib.metadata.Distribution.discover(name="mlflow")):
+    if python == sys.executable and not list(importlib.metadata.Distribution.discover(name="mlflow")):
         missing("the MLflow server", "pip install mlflow")
     port = free_port()
     argv = [
-        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+        python, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
         "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts"),
         *options,
     ]  # fmt: skip
@@ -103,7 +166,13 @@ def serve(folder: Path, *options: str, environ: Mapping[str, str] | None = None)
 def _start(argv: Sequence[str], folder: Path, output: int, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "PYTHON"))}
     # Without this it starts eight more processes for jobs that no test has.
-    variables = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", **environ}
+    variables = {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        # Where older ones look for gunicorn.
+        "PATH": os.pathsep.join((str(Path(argv[0]).parent), os.environ.get("PATH", os.defpath))),
+        **environ,
+    }
     return subprocess.Popen(
         argv,
         cwd=folder,

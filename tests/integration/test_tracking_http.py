@@ -43,11 +43,16 @@ def answer_with(answer: Answer) -> Rule:
 async def test_headers_of_every_kind_are_sent(server: FlakyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "a-token")
     monkeypatch.setenv("MLFLOW_WORKSPACE", "team")
-    server.rule = answer_with(run_answer())
+
+    async def rule(request: Request, forward: Forward) -> Answer | None:
+        about = Answer(200, b'{"workspaces_enabled": true}')
+        return about if request.target.endswith("/server-info") else run_answer()
+
+    server.rule = rule
     async with RestTracking(server.url, headers={"X-Route": "blue"}) as tracking:
         await tracking.get_run("r1")
         plain, secret = await tracking.environ()
-    headers = server.requests[0].headers
+    headers = server.requests[-1].headers
     assert headers["authorization"] == "Bearer a-token"
     assert (headers["x-mlflow-workspace"], headers["x-route"]) == ("team", "blue")
     assert headers["user-agent"].startswith("mlfleet/")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from urllib.parse import quote
+
 __all__ = ["run_url"]
 
 
 def run_url(tracking: str, experiment_id: str, run_id: str) -> str | None:
-    """The page of a run on its server; None for a store without one.
+    """The page of a run on its server, in the workspace of ``MLFLOW_WORKSPACE``; None for a store without a server.
 
     Args:
         tracking: the tracking URI, without credentials.
@@ -15,4 +18,6 @@ def run_url(tracking: str, experiment_id: str, run_id: str) -> str | None:
     """
     if not tracking.startswith(("http://", "https://")):
         return None
-    return f"{tracking.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+    workspace = os.environ.get("MLFLOW_WORKSPACE", "").strip()
+    query = f"?workspace={quote(workspace, safe='')}" if workspace else ""
+    return f"{tracking.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}{query}"

@@ -105,6 +105,8 @@ class Failures:
             return f"; {self._login.hint}"
         if status == 404 and code is None:
             return "; is this an MLflow server, and is the path of the tracking URI right?"
+        if status == 413 and code is None:
+            return "; what stands before the server takes no such large files (nginx: client_max_body_size)"
         return ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import logging
+import os
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
+
+import anyio
 
 from mlfleet.concurrency.once import Once
 from mlfleet.concurrency.threads import Threads
@@ -26,6 +29,7 @@ from mlfleet.tracking.databricks import DatabricksLogin, is_databricks
 from mlfleet.tracking.entities import SUBMISSION_TAG, Lengths, batches, deleted_experiment, pairs, run_info, shortened
 from mlfleet.tracking.retry import RETRY_FOR
 from mlfleet.tracking.transport import Transport
+from mlfleet.tracking.workspace import check_workspace
 
 __all__ = ["MAX_IN_FLIGHT", "RestTracking"]
 
@@ -51,6 +55,7 @@ class RestTracking(Tracking):
         max_in_flight: requests at the same time; the others wait their turn.
         timeout: seconds without an answer after which a request counts as lost; None: ``MLFLOW_HTTP_REQUEST_TIMEOUT``,
             else 120.
+        workspace: of a server that has them; empty: its default one; None: ``MLFLOW_WORKSPACE``.
 
     Raises:
         UsageError: the URI or a number makes no sense.
@@ -65,6 +70,7 @@ class RestTracking(Tracking):
         retry_for: float = RETRY_FOR,
         max_in_flight: int = MAX_IN_FLIGHT,
         timeout: float | None = None,
+        workspace: str | None = None,
     ) -> None:
         self.uri = mask_uri(uri)
         login = DatabricksLogin(uri) if is_databricks(uri) else ServerLogin(uri, credentials)
@@ -77,6 +83,8 @@ class RestTracking(Tracking):
             retry_for=retry_for,
             max_in_flight=max_in_flight,
             timeout=timeout,
+            # Databricks has workspaces of another kind.
+            workspace="" if is_databricks(uri) else workspace,
         )
         self._artifacts = Artifacts(self._transport)
         self._experiments: Once[str, str] = Once(keep=True)
@@ -84,6 +92,12 @@ class RestTracking(Tracking):
 
     async def __aenter__(self) -> Self:
         await self._transport.open()
+        try:
+            await check_workspace(self._transport)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._transport.close()
+            raise
         self._user = await _threads(_user)
         return self
 
@@ -94,7 +108,7 @@ class RestTracking(Tracking):
 
     async def environ(self) -> tuple[dict[str, str], dict[str, str]]:  # noqa: D102 - told by Tracking
         plain, secret = self._transport.login.environ()
-        if workspace := self._transport.workspace:
+        if (workspace := self._transport.workspace) or os.environ.get("MLFLOW_WORKSPACE"):
             plain["MLFLOW_WORKSPACE"] = workspace
         return plain, secret
 

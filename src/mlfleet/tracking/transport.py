@@ -58,6 +58,7 @@ class Transport:
         max_in_flight: requests at the same time.
         retry_for: seconds for which a call keeps trying.
         timeout: seconds without any byte of an answer after which a request counts as lost.
+        workspace: of the server; None: ``MLFLOW_WORKSPACE``.
         files_in_flight: files at the same time.
 
     Attributes:
@@ -75,6 +76,7 @@ class Transport:
         max_in_flight: int,
         retry_for: float,
         timeout: float | None,
+        workspace: str | None = None,
         files_in_flight: int = _FILES_IN_FLIGHT,
     ) -> None:
         if max_in_flight < 1:
@@ -82,7 +84,7 @@ class Transport:
         self.login = login
         self.policy = _policy(retry_for)
         self._uri = uri
-        self.workspace = os.environ.get("MLFLOW_WORKSPACE", "").strip()
+        self.workspace = (os.environ.get("MLFLOW_WORKSPACE", "") if workspace is None else workspace).strip()
         named = {"X-MLFLOW-WORKSPACE": self.workspace} if self.workspace else {}
         self._headers = {"User-Agent": f"mlfleet/{__version__}", **named, **headers}
         self._timeout = timeout if timeout is not None else _number("MLFLOW_HTTP_REQUEST_TIMEOUT", 120.0)
