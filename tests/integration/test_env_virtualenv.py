@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,8 +56,18 @@ async def other_python() -> Interpreter:
     """An interpreter that is not the current one's version, and new enough for virtualenv and pip."""
     current = short(platform.python_version())
     others = [each for each in await installed() if short(each) != current and int(each.split(".")[1]) >= 9]
-    found = await find(others[0]) if others else None
-    return found or missing("a second Python", "install one with pyenv, or put it on PATH")
+    found = await find(others[0]) if others else _pypy()
+    return found or missing("a second Python", "apt-get install pypy3, or install one with pyenv")
+
+
+def _pypy() -> Interpreter | None:
+    """What Debian has as a second Python: PyPy, which implements another version."""
+    program = shutil.which("pypy3")
+    if program is None:
+        return None
+    argv = [program, "-c", "import platform; print(platform.python_version())"]
+    version = subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
+    return Interpreter(Path(program), version)
 
 
 async def test_the_command_gets_the_python_and_the_packages(package: Package) -> None:
