@@ -75,6 +75,14 @@ class Login(ABC):
     async def headers(self) -> Mapping[str, str]:
         """The headers for the next request."""
 
+    def may_have_expired(self, error: TrackingError) -> bool:
+        """Whether a refusal may be due to what proves who we are, and `renew` may help."""
+        return False
+
+    async def renew(self, refused: Mapping[str, str]) -> bool:
+        """Log in again; whether the next request has other headers than `refused`."""
+        return False
+
     @abstractmethod
     def environ(self) -> tuple[dict[str, str], dict[str, str]]:
         """The variables by which a run finds the server: plain ones, and secret ones."""

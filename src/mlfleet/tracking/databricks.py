@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,9 @@ _threads = Threads("databricks login", 1)
 
 _HEADERS_LAST = 30.0
 """Seconds for which headers are used again. The SDK renews a token 40 s or more before it expires."""
+
+# An expired personal access token is told by 403, as a missing permission is.
+_EXPIRED = re.compile(r"(invalid|expired)\b.*\btoken|token\b.*\b(invalid|expired)", re.I)
 
 
 def is_databricks(uri: str) -> bool:
@@ -60,6 +64,7 @@ class DatabricksLogin(Login):
         self._settings: Mapping[str, str] = {}
         self._sdk: Any = None
         self._headers: dict[str, str] = {}
+        self._former = ""
         self._until = 0.0
         self._lock = anyio.Lock()
 
@@ -84,6 +89,25 @@ class DatabricksLogin(Login):
                     self._until = time.monotonic() + _HEADERS_LAST
         return self._headers
 
+    def may_have_expired(self, error: TrackingError) -> bool:  # noqa: D102
+        return error.status == 401 or (error.status == 403 and _EXPIRED.search(str(error)) is not None)
+
+    async def renew(self, refused: Mapping[str, str]) -> bool:
+        """Log in from the beginning: the token in ``~/.databrickscfg`` may be another by now."""
+        async with self._lock:
+            if refused.get("Authorization") != self._headers.get("Authorization"):
+                return True  # somebody else was here before
+            fresh = DatabricksLogin(self._uri)
+            await _threads(fresh.prepare)
+            headers = dict(await fresh.headers())
+            # What is for another workspace by now must not be shown to this one.
+            if fresh.url != self.url or headers == self._headers:
+                return False
+            self._former = _bearer(self._headers)
+            self._settings, self._sdk = fresh._settings, fresh._sdk
+            self._headers, self._until = headers, fresh._until
+        return True
+
     def environ(self) -> tuple[dict[str, str], dict[str, str]]:
         """Host and token, so that a run elsewhere needs no ``~/.databrickscfg``; without a token, the URI itself."""
         token = self._settings.get("token")
@@ -97,8 +121,8 @@ class DatabricksLogin(Login):
 
     def secrets(self) -> tuple[str, ...]:  # noqa: D102
         from_sdk = (self._sdk.token, self._sdk.client_secret, self._sdk.password) if self._sdk is not None else ()
-        bearer = self._headers.get("Authorization", "").partition(" ")[2]
-        return tuple(text for text in (self._settings.get("token"), bearer, *from_sdk) if text)
+        ours = (self._settings.get("token"), _bearer(self._headers), self._former)
+        return tuple(text for text in (*ours, *from_sdk) if text)
 
     def _authenticate(self) -> dict[str, str]:
         try:
@@ -123,6 +147,10 @@ def profile_of(uri: str) -> str | None:
             "use databricks://<profile> with a profile of ~/.databrickscfg"
         )
     return name or None
+
+
+def _bearer(headers: Mapping[str, str]) -> str:
+    return headers.get("Authorization", "").partition(" ")[2]
 
 
 def _environment_settings() -> dict[str, str]:

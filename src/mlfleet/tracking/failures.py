@@ -30,19 +30,23 @@ class Failures:
         uri: the tracking URI as the caller gave it.
         url: of the server.
         login: what it is, and what to do if it refuses or is not there.
-        secrets: what must not be seen.
+        secrets: what must not be seen, besides those of the login.
     """
 
     def __init__(self, *, uri: str, url: str, login: Login, secrets: Sequence[str]) -> None:
-        self._url = mask(url, secrets)
-        self._uri = mask(uri, secrets)
         self._login = login
-        self._server = f"{login.noun} {self._url}"
         self._secrets = secrets
+        self._url = self._masked(url)
+        self._uri = self._masked(uri)
+        self._server = f"{login.noun} {self._url}"
 
     def error(self, text: str, *, status: int | None = None, code: str | None = None) -> TrackingError:
         """An error about this server, with nothing secret in it."""
-        return TrackingError(mask(text, self._secrets), uri=self._uri, status=status, code=code)
+        return TrackingError(self._masked(text), uri=self._uri, status=status, code=code)
+
+    def _masked(self, text: str) -> str:
+        # The login is asked each time: its tokens may change.
+        return mask(text, (*self._login.secrets(), *self._secrets))
 
     def of_answer(self, what: str, answer: httpx.Response) -> Transient | TrackingError:
         """What an answer that is no success means.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -39,16 +39,24 @@ class Transient(Exception):
         connected: whether a connection to the server was made at all.
         executed: whether the server may have done what it was asked.
         retry_after: seconds that the server asked us to wait.
+        renew: logs in again where the login may have expired, and tells whether that is worth one more try.
     """
 
     def __init__(
-        self, error: TrackingError, *, connected: bool = True, executed: bool = True, retry_after: float | None = None
+        self,
+        error: TrackingError,
+        *,
+        connected: bool = True,
+        executed: bool = True,
+        retry_after: float | None = None,
+        renew: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
         super().__init__(str(error))
         self.error = error
         self.connected = connected
         self.executed = executed
         self.retry_after = retry_after
+        self.renew = renew
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +94,13 @@ class Patience:
         self._answered = answered
         self._begin = time.monotonic()
         self._tries = 0
+        self._renewed = False
 
     async def wait(self, failure: Transient) -> bool:
         """Wait before the next try; False if there should be none."""
+        if failure.renew is not None:
+            first, self._renewed = not self._renewed, True
+            return first and await failure.renew()
         self._tries += 1
         delay = self._delay(failure)
         if delay is None:

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlencode
 
@@ -169,13 +170,14 @@ class Transport:
         """Ask the API once, at once, by one of the `connections`."""
         content = json.dumps(body, separators=(",", ":")).encode() if body is not None else None
         kind = {"Content-Type": "application/json"} if content is not None else {}
-        answer = await self._small_answer(line, method, path, content, kind, params)
+        sent = {**self._headers, **kind, **await self.login.headers()}
+        answer = await self._small_answer(line, method, path, content, sent, params)
         if answer.is_redirect:
             # Nothing was done yet; httpx knows where to go.
             async with self._answer(line.client, method, path, content, kind, params) as answer:
                 await answer.aread()
         elif not answer.is_success:
-            raise self.failures.of_answer(path, answer)
+            raise self._failure(path, answer, sent)
         try:
             told = json.loads(answer.content or b"{}")
         except ValueError:
@@ -197,9 +199,8 @@ class Transport:
         import httpx
 
         url = self._place(path) + (f"?{urlencode(params)}" if params else "")
-        sent = {**self._headers, **headers, **await self.login.headers()}
         try:
-            answer = await line.wire.exchange(method, url, headers=sent, content=content)
+            answer = await line.wire.exchange(method, url, headers=headers, content=content)
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeEncodeError) as problem:
             raise self.failures.of_exception(path, problem) from problem
         self._answered = True
@@ -243,7 +244,7 @@ class Transport:
             self._answered = True
             if not answer.is_success:
                 await answer.aread()
-                raise self.failures.of_answer(path, answer)
+                raise self._failure(path, answer, sent)
             yield answer
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeEncodeError) as problem:
             raise self.failures.of_exception(path, problem) from problem
@@ -251,6 +252,13 @@ class Transport:
             if answer is not None:
                 with anyio.CancelScope(shield=True):
                     await answer.aclose()
+
+    def _failure(self, path: str, answer: httpx.Response, sent: Mapping[str, str]) -> Transient | TrackingError:
+        """What a refusal means, after a look at whether the login has just expired."""
+        error = self.failures.of_answer(path, answer)
+        if isinstance(error, TrackingError) and self.login.may_have_expired(error):
+            return Transient(error, executed=False, renew=partial(self.login.renew, sent))
+        return error
 
     async def _follow(self, client: httpx.AsyncClient, what: str, request: httpx.Request) -> httpx.Response:
         """Send a request, and follow redirects that stay on the server and do not change what is asked."""
@@ -280,7 +288,7 @@ class Transport:
         from mlfleet.tracking.wire import AiohttpTransport
 
         self.login.prepare()
-        secrets = (*self.login.secrets(), *self._headers_that_are_secret())
+        secrets = tuple(self._headers_that_are_secret())
         self._failures = Failures(uri=self._uri, url=self.login.url, login=self.login, secrets=secrets)
         _warn_of_header_plugins()
         tls = Tls.from_environ().context()
