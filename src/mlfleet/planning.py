@@ -215,13 +215,20 @@ def _tags(
         "mlflow.source.git.repoURL": project.repo_url,
         "mlflow.source.git.branch": project.branch,
         "mlflow.parentRunId": request.parent_run_id,
-        "mlflow.project.env": "docker" if docker else environment.manager if environment else None,
+        "mlflow.project.env": _environment_tag(environment, docker),
     }
     tags.update({name: value for name, value in optional.items() if value})
     tags.update({str(name): str(value) for name, value in (request.tags or {}).items()})
     if request.member is not None:
         tags.update(request.member.tags())
     return tags
+
+
+def _environment_tag(environment: EnvironmentPlan | None, docker: DockerRequest | None) -> str | None:
+    """What was made for the run; the reference has no word for the caller's own environment."""
+    if docker is not None:
+        return "docker"
+    return None if environment is None or environment.manager == "local" else environment.manager
 
 
 @cache
