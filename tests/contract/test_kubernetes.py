@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import anyio
 import pytest
 
+from components import missing
 from fakes.kubernetes import KubernetesApi, serving
 from fakes.kubernetes_node import Cluster, Processes, living_in
 from mlfleet.backends.base import Job
@@ -18,12 +22,17 @@ from mlfleet.testing import BackendContract, Harness
 
 class TestKubernetes(BackendContract):
     @pytest.fixture
-    async def harness(self, tmp_path: Path) -> AsyncIterator[Harness]:
+    def programs(self, tmp_path: Path) -> str:
+        """The PATH of the image."""
+        return os.environ["PATH"]
+
+    @pytest.fixture
+    async def harness(self, tmp_path: Path, programs: str) -> AsyncIterator[Harness]:
         project = tmp_path / "project"
         project.mkdir()
         (project / "project.txt").write_text("of the project\n")
         api = KubernetesApi()
-        node = Processes(api, tmp_path / "node")
+        node = Processes(api, tmp_path / "node", programs)
         cluster = Cluster(api, node, pace=0.001)
         async with serving(api):
             environ = {"KUBECONFIG": str(api.kubeconfig(tmp_path / "kubeconfig"))}
@@ -59,3 +68,17 @@ class TestKubernetes(BackendContract):
                 patch.setenv("KUBECONFIG", environ["KUBECONFIG"])
                 yield Harness(open=KubernetesBackend, job=job, leftovers=leftovers)
             await cluster.close()
+
+
+class TestKubernetesBusybox(TestKubernetes):
+    """The same with an image that has nothing but busybox: no bash."""
+
+    @pytest.fixture
+    def programs(self, tmp_path: Path) -> str:
+        busybox = shutil.which("busybox")
+        if busybox is None:
+            missing("busybox", "install busybox-static")
+        folder = tmp_path / "programs"
+        folder.mkdir()
+        subprocess.run([busybox, "--install", "-s", str(folder)], check=True)
+        return str(folder)

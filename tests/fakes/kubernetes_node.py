@@ -102,18 +102,19 @@ class _ActedContainer:
 
 class Processes:
     """Runs containers as processes here. They have no file system of their own: where the manifest names the folder
-    that a volume is mounted at, they get the volume's real one."""
+    that a volume is mounted at, they get the volume's real one. `path` is where they find programs."""
 
-    def __init__(self, api: KubernetesApi, folder: Path) -> None:
+    def __init__(self, api: KubernetesApi, folder: Path, path: str = os.environ["PATH"]) -> None:
         self._api = api
         self._folder = folder
+        self._path = path
         self.sessions: dict[str, list[int]] = {}
 
     async def start(self, pod: Mapping[str, Any], container: Mapping[str, Any], log: Log) -> Container:
         meta = pod["metadata"]
         root = self._folder / meta["uid"]
         mounts = self._mounts(pod, container, root)
-        environ = {"PATH": os.environ["PATH"], "HOSTNAME": meta["name"], **self._environ(pod, container)}
+        environ = {"PATH": self._path, "HOSTNAME": meta["name"], **self._environ(pod, container)}
         real = {name: text for name, text in environ.items() if name not in ("PATH",)}
 
         def placed(text: str) -> str:
