@@ -66,8 +66,8 @@ class TestKubernetesCluster(BackendContract):
             await api.call("making a namespace", "POST", "/api/v1/namespaces", body=body)
             await _service_account(api, namespace)
             try:
-                # A node needs about a second to tell that a pod has ended.
-                yield Harness(open=KubernetesBackend, job=job, leftovers=leftovers, cancel_grace=1.0)
+                # A node needs a second or two to tell that a pod runs, and that it has ended.
+                yield Harness(open=KubernetesBackend, job=job, leftovers=leftovers, cancel_grace=1.0, lag=3.0)
             finally:
                 with anyio.CancelScope(shield=True):
                     await api.call("removing a namespace", "DELETE", f"/api/v1/namespaces/{namespace}")

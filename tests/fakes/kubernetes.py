@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,7 @@ class KubernetesApi:
         if key in self.objects:
             raise ApiFailure(409, "AlreadyExists", f'{plural} "{key[2]}" already exists')
         meta.update(namespace=namespace, uid=str(uuid.uuid4()), creationTimestamp=now(), generation=1)
-        made.update(apiVersion="batch/v1" if plural == "jobs" else "v1", kind=_KINDS[plural])
+        made.update(apiVersion=_version_of(plural), kind=_KINDS[plural])
         if plural == "jobs":
             _default_job(made)
         self.objects[key] = made
@@ -209,6 +210,8 @@ class KubernetesApi:
     def application(self) -> web.Application:
         application = web.Application(middlewares=[self._gate], client_max_size=2**22)
         route = application.router
+        for path, answer in _DISCOVERY.items():
+            route.add_get(path, partial(_tell, answer))
         for base in ("/apis/batch/v1", "/api/v1"):
             objects = base + "/namespaces/{namespace}/{plural}"
             route.add_get(objects, self._get_all)
@@ -370,7 +373,10 @@ class KubernetesApi:
         if len(rest) > size:
             meta["continue"] = uuid.uuid4().hex
             self._lists[meta["continue"]] = (at, rest[size:])
-        return web.json_response({"kind": f"{_KINDS[plural]}List", "metadata": meta, "items": rest[:size]})
+        listed: dict[str, Any] = {"kind": f"{_KINDS[plural]}List", "apiVersion": _version_of(plural), "metadata": meta}
+        # Items of a list do not say what they are.
+        listed["items"] = [{k: v for k, v in each.items() if k not in ("kind", "apiVersion")} for each in rest[:size]]
+        return web.json_response(listed)
 
     async def _watch(self, request: web.Request, plural: str, namespace: str) -> web.StreamResponse:
         query, wanted = request.query, _selects(request.query)
@@ -436,6 +442,33 @@ class KubernetesApi:
                 await changed.wait()
 
 
+async def _tell(answer: Any, request: web.Request) -> web.Response:
+    return web.json_response(answer)
+
+
+def _resources(version: str, kinds: Mapping[str, str]) -> dict[str, Any]:
+    verbs = ["create", "delete", "get", "list", "patch", "watch"]
+    found = [{"name": name, "kind": kind, "namespaced": True, "verbs": verbs} for name, kind in kinds.items()]
+    if version == "v1":
+        found.append({"name": "pods/log", "kind": "Pod", "namespaced": True, "verbs": ["get"]})
+    return {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": version, "resources": found}
+
+
+_BATCH = {"groupVersion": "batch/v1", "version": "v1"}
+# What kubectl asks first.
+_DISCOVERY: dict[str, Any] = {
+    "/version": {"major": "1", "minor": "36", "gitVersion": "v1.36.2"},
+    "/api": {"kind": "APIVersions", "versions": ["v1"]},
+    "/apis": {
+        "kind": "APIGroupList",
+        "apiVersion": "v1",
+        "groups": [{"name": "batch", "versions": [_BATCH], "preferredVersion": _BATCH}],
+    },
+    "/api/v1": _resources("v1", {name: kind for name, kind in _KINDS.items() if name != "jobs"}),
+    "/apis/batch/v1": _resources("batch/v1", {"jobs": "Job"}),
+}
+
+
 class _Streaming:
     def __init__(self, streams: set[asyncio.Transport], request: web.Request) -> None:
         self._streams = streams
@@ -462,6 +495,10 @@ async def serving(api: KubernetesApi, port: int = 0, tls: ssl.SSLContext | None 
     finally:
         api.drop_streams()
         await runner.cleanup()
+
+
+def _version_of(plural: str) -> str:
+    return "batch/v1" if plural == "jobs" else "v1"
 
 
 def _copied(value: dict[str, Any]) -> dict[str, Any]:
