@@ -6,6 +6,7 @@ import base64
 import hashlib
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -36,6 +37,13 @@ class FileServer:
 @pytest.fixture
 def http_files() -> Iterator[FileServer]:
     """A file server on loopback."""
+    with serve_files() as server:
+        yield server
+
+
+@contextmanager
+def serve_files() -> Iterator[FileServer]:
+    """Serve files for the time of the block."""
     server = FileServer()
 
     class Handler(_Handler):

@@ -1,0 +1,48 @@
+"""Holds two observations of one case side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from parity.observing import Observed
+
+__all__ = ["Pair", "differing"]
+
+_ALWAYS = ("outcome", "runs", "project files", "temporary files", "backend_config")
+_TRACKED = ("status", "end time", "experiment", "parameters ", "tags ")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What mlflow did, and what mlfleet did."""
+
+    theirs: Observed
+    ours: Observed
+
+    def describe(self, aspects: Iterable[str]) -> str:
+        """Those aspects on both sides, for a person to read."""
+        lines = []
+        for aspect in aspects:
+            lines += [aspect, f"    mlflow:  {self.theirs.aspects.get(aspect)!r}"]
+            lines += [f"    mlfleet: {self.ours.aspects.get(aspect)!r}"]
+        for name, side in (("mlflow", self.theirs), ("mlfleet", self.ours)):
+            if side.error:
+                lines.append(f"{name} raised {side.classes[0]}: {side.error}")
+        return "\n".join(lines)
+
+
+def differing(pair: Pair) -> list[str]:
+    """The aspects that differ, of those that can be compared.
+
+    Where only one side got to a run or to a command, that is the difference; what the other has of it is none.
+    """
+    theirs, ours = pair.theirs.aspects, pair.ours.aspects
+    names = theirs.keys() | ours.keys()
+    if theirs["outcome"] != ours["outcome"]:
+        names = set(_ALWAYS)
+    if "status" not in theirs or "status" not in ours:
+        names = {name for name in names if not name.startswith(_TRACKED)}
+    if ("command" in theirs) != ("command" in ours):
+        names = {name for name in names if not name.startswith(("variables ", "folder", "exit code"))}
+    return sorted(name for name in names if theirs.get(name) != ours.get(name))
