@@ -231,3 +231,45 @@ def _write_index(folder: Path, records: Mapping[str, dict[str, Any]]) -> None:
         (folder / subdir).mkdir(exist_ok=True)
         (folder / subdir / "repodata.json").write_bytes(data)
         (folder / subdir / "repodata.json.bz2").write_bytes(bz2.compress(data))
+
+
+_STAND_IN = """\
+#!/bin/bash
+# {name}, as far as its command line goes: it refuses what {name} refuses, and lets conda do the rest.
+printf '%s\\n' "$*" >> {log}
+{translate}
+exec {conda} "$@"
+"""
+# https://mamba.readthedocs.io: mamba's command line is conda's; micromamba has no `env create` before version 2, but a
+# `create` that takes files.
+_TRANSLATE = {
+    "mamba": "",
+    "micromamba": """\
+if [ "$1" != create ]; then echo "The following argument was not expected: $1" >&2; exit 109; fi
+shift
+arguments=()
+for argument in "$@"; do [ "$argument" = --yes ] || arguments+=("$argument"); done
+set -- env create "${arguments[@]}\"""",
+}
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """A program that passes for mamba or micromamba.
+
+    Attributes:
+        path: of the program.
+        log: the command lines that it got, one each.
+    """
+
+    path: Path
+    log: Path
+
+
+def make_stand_in(name: str, folder: Path, conda: Path) -> StandIn:
+    """mamba or micromamba are in none of PyPI, Debian and npm: a stand-in that has the real conda do the work."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = StandIn(folder / name, folder / f"{name}.log")
+    made.path.write_text(_STAND_IN.format(name=name, log=made.log, conda=conda, translate=_TRANSLATE[name]))
+    made.path.chmod(0o755)
+    return made

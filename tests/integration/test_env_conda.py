@@ -11,7 +11,7 @@ import pytest
 from anyio import to_thread
 
 from components import missing
-from components.conda import Channel
+from components.conda import Channel, make_stand_in
 from components.packages import make_package
 from mlfleet.environments import manager
 from mlfleet.environments.base import PreparedEnvironment
@@ -22,9 +22,9 @@ from mlfleet.project.spec import EnvironmentFile, EnvironmentFileKind
 pytestmark = pytest.mark.timeout(240)  # the first test also makes a conda, from PyPI
 
 
-@pytest.fixture(params=["conda", "py-rattler"])
-def tool(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The program that builds: conda, or none, so that py-rattler does."""
+@pytest.fixture
+def without_conda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No conda of this machine is found."""
     for name in ("CONDA_EXE", "MAMBA_EXE", "CONDA_PREFIX"):
         monkeypatch.delenv(name, raising=False)
     programs = ("conda", "mamba", "micromamba")
@@ -32,6 +32,11 @@ def tool(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
         each for each in os.environ["PATH"].split(":") if not any(Path(each, name).exists() for name in programs)
     ]
     monkeypatch.setenv("PATH", ":".join(folders))
+
+
+@pytest.fixture(params=["conda", "py-rattler"])
+def tool(without_conda: None, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The program that builds: conda, or none, so that py-rattler does."""
     if request.param == "conda":
         # So that conda's package cache is not the user's own.
         monkeypatch.setenv("CONDA_PKGS_DIRS", str(tmp_path / "pkgs"))
@@ -118,3 +123,43 @@ async def test_a_script_of_a_package_that_fails(tool: str, conda_channel: Channe
         EnvironmentSetupError, match=r"activate.d failed with exit code 3\n  the licence server is gone"
     ):
         await prepare(tmp_path / "project", text)
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "begins"),
+    [
+        ("mamba", "PATH", "env create --quiet --prefix "),
+        ("mamba", "MLFLOW_CONDA_CREATE_ENV_CMD", "env create --quiet --prefix "),
+        ("micromamba", "PATH", "create --yes --prefix "),
+        ("micromamba", "MAMBA_EXE", "create --yes --prefix "),
+    ],
+)
+async def test_mamba_and_micromamba_where_there_is_no_conda(
+    name: str,
+    how: str,
+    begins: str,
+    without_conda: None,
+    conda_program: Path,
+    conda_channel: Channel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CONDA_PKGS_DIRS", str(tmp_path / "pkgs"))
+    program = make_stand_in(name, tmp_path / "bin", conda_program)
+    if how == "PATH":
+        monkeypatch.setenv("PATH", f"{program.path.parent}:{os.environ['PATH']}")
+    elif how == "MAMBA_EXE":
+        monkeypatch.setenv("MAMBA_EXE", str(program.path))
+    else:
+        # Beside a conda that is not asked.
+        monkeypatch.setenv("CONDA_EXE", str(make_stand_in("micromamba", tmp_path / "bin", conda_program).path))
+        monkeypatch.setenv(how, name)
+    text = f"channels: [{conda_channel.url}]\ndependencies: [hello-tool=1.0]\n"
+    environment = await prepare(tmp_path / "project", text)
+    assert run(environment, "hello-tool") == f"hello 1.0 {environment.root}\n"
+    (line,) = program.log.read_text().splitlines()
+    assert line.startswith(begins)
+    with pytest.raises(EnvironmentSetupError) as caught:
+        await prepare(tmp_path / "project", text.replace("hello-tool=1.0", "no-such-package"))
+    assert f"{program.path} {begins.partition(' --')[0]}" in str(caught.value)
+    assert "no-such-package" in "\n".join(caught.value.output)
