@@ -11,6 +11,7 @@ import pytest
 
 from components.git_repository import Repository, git, make_repository
 from mlfleet.errors import FetchError
+from mlfleet.project.checkout import ignored_by_git
 from mlfleet.project.fetch import ProjectFetcher
 
 
@@ -80,6 +81,24 @@ async def test_folder_without_commit_and_folder_that_git_ignores(tmp_path: Path,
     (repository.work / ".gitignore").write_text("build/\n")
     (repository.work / "build").mkdir()
     assert (await fetcher.fetch(f"{repository.work}#build")).commit is None
+
+
+async def test_what_git_ignores_of_a_folder(tmp_path: Path, repository: Repository) -> None:
+    work = repository.work
+    (work / ".gitignore").write_text("*.log\nbuild/\n!kept.log\n")
+    (work / "steps" / ".gitignore").write_text("/cache\n")
+    (work / ".git" / "info" / "exclude").write_text("mine.txt\n")
+    for name in ("a.log", "kept.log", "mine.txt", "new.py", "build/x/y", "steps/cache/z", "steps/b.log", "tracked.log"):
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_text("x")
+    git(work, "add", "--force", "tracked.log")
+    expected = {"a.log", "mine.txt", "build", "steps/cache", "steps/b.log"}
+    assert await ignored_by_git(work) == expected
+    assert await ignored_by_git(work / "steps") == {"cache", "b.log"}
+    assert await ignored_by_git(work / "build" / "x") == frozenset()  # all of it is ignored: that says nothing
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / ".gitignore").write_text("*\n")
+    assert await ignored_by_git(tmp_path / "plain") == frozenset()
 
 
 async def test_linked_worktree_is_a_checkout_too(tmp_path: Path, repository: Repository) -> None:

@@ -40,6 +40,15 @@ async def test_the_tar_keeps_modes_and_links(project: Path) -> None:
     assert (members["project/link"].issym(), members["project/link"].linkname) == (True, "src/a.py")
 
 
+async def test_what_is_left_out_comes_back_by_an_exception(project: Path) -> None:
+    left_out = frozenset({"src", "run.sh"})
+    (project / ".dockerignore").write_text("!src/a.py\n")
+    packed = await pack(project, left_out=left_out)
+    with packed.file, tarfile.open(fileobj=packed.file) as archive:
+        assert archive.getnames() == [".dockerignore", "empty", "link", "src/a.py"]
+    assert packed.digest == await content_hash(project, left_out=left_out) != await content_hash(project)
+
+
 async def test_the_same_content_has_the_same_hash_and_tar(project: Path, tmp_path: Path) -> None:
     before, first = await content_hash(project), await pack(project)
     for path in project.rglob("*"):

@@ -13,7 +13,7 @@ from mlfleet.project.blocking import in_thread
 from mlfleet.project.git import clean_environ
 from mlfleet.project.uri import without_credentials
 
-__all__ = ["Checkout", "Checkouts"]
+__all__ = ["Checkout", "Checkouts", "ignored_by_git"]
 
 _log = logging.getLogger("mlfleet.project")
 
@@ -96,6 +96,30 @@ class Checkouts:
             while len(self._known) > _REMEMBERED:
                 self._known.pop(next(iter(self._known)))
         return checkout
+
+
+async def ignored_by_git(folder: Path) -> frozenset[str]:
+    """What Git leaves out of a folder: ``.gitignore`` files and the user's own excludes, but nothing that is tracked.
+
+    Returns:
+        Files and whole folders, relative with ``/``. Empty if the folder is in no Git working tree, or if Git ignores
+        the folder itself, so that it has nothing to say about what is in it.
+    """
+    if not await in_thread(lambda: _may_be_inside(folder)):
+        return frozenset()
+    wanted = ("ls-files", "--others", "--ignored", "--exclude-standard", "--directory", "-z")
+    try:
+        listed = await _git(folder, *wanted)
+        if listed.returncode == 0 and (await _git(folder, "check-ignore", "--quiet", ".")).returncode == 0:
+            return frozenset()
+    except OSError as error:
+        _log.warning("git cannot be started, so that .gitignore in %s does not count: %s", folder, error)
+        return frozenset()
+    if listed.returncode:
+        reason = os.fsdecode(listed.stderr).strip()[-500:]
+        _log.warning("git does not tell what it ignores in %s, so that .gitignore does not count: %s", folder, reason)
+        return frozenset()
+    return frozenset(name.rstrip("/") for name in os.fsdecode(listed.stdout).split("\0") if name)
 
 
 async def _remote(folder: Path) -> str | None:

@@ -13,8 +13,9 @@ import stat
 import tarfile
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -50,31 +51,43 @@ class Packed:
     size: int
 
 
-async def content_hash(folder: Path) -> str:
+async def content_hash(folder: Path, *, left_out: Collection[str] = frozenset()) -> str:
     """SHA-256 of the content of a project, in hex. Reads every file, in a thread.
+
+    Args:
+        folder: of the project.
+        left_out: files and folders in it that do not count, unless ``.dockerignore`` takes them back.
 
     Raises:
         FetchError: a file cannot be read, or changes meanwhile.
         SpecError: ``.dockerignore`` is wrong.
     """
-    return await stoppable(lambda stop: _hash(folder, stop))
+    return await stoppable(lambda stop: _hash(folder, left_out, stop))
 
 
-async def pack(folder: Path, *, prefix: str = "", extra: tuple[tuple[str, bytes], ...] = ()) -> Packed:
+async def pack(
+    folder: Path,
+    *,
+    prefix: str = "",
+    extra: tuple[tuple[str, bytes], ...] = (),
+    left_out: Collection[str] = frozenset(),
+) -> Packed:
     """Pack a project, in a thread.
 
     Args:
         folder: of the project.
         prefix: the folder inside the tar for its files; empty is the root.
         extra: name and content of further files at the root. They do not count for the hash.
+        left_out: see `content_hash`.
 
     Raises:
         FetchError: a file cannot be read, or changes meanwhile.
         SpecError: ``.dockerignore`` is wrong.
     """
     made: list[Packed] = []
+    read = partial(read_ignore, folder, left_out)
     try:
-        await stoppable(lambda stop: made.append(_pack(folder, prefix, extra, stop)))
+        await stoppable(lambda stop: made.append(_pack(folder, read, prefix, extra, stop)))
     except BaseException:
         for packed in made:  # for a caller that does not want it any more
             packed.file.close()
@@ -82,15 +95,21 @@ async def pack(folder: Path, *, prefix: str = "", extra: tuple[tuple[str, bytes]
     return made[0]
 
 
-def _hash(folder: Path, stop: threading.Event) -> str:
+def _hash(folder: Path, left_out: Collection[str], stop: threading.Event) -> str:
     digest = hashlib.sha256()
-    for path, name in _files(folder, read_ignore(folder)):
+    for path, name in _files(folder, read_ignore(folder, left_out)):
         _check(stop)
         _add(path, name, digest, None)
     return digest.hexdigest()
 
 
-def _pack(folder: Path, prefix: str, extra: tuple[tuple[str, bytes], ...], stop: threading.Event) -> Packed:
+def _pack(
+    folder: Path,
+    read: Callable[[], Ignore],
+    prefix: str,
+    extra: tuple[tuple[str, bytes], ...],
+    stop: threading.Event,
+) -> Packed:
     digest = hashlib.sha256()
     file: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 - the caller closes it
     try:
@@ -101,7 +120,7 @@ def _pack(folder: Path, prefix: str, extra: tuple[tuple[str, bytes], ...], stop:
                 info = _info(prefix.rstrip("/"), 0o755)
                 info.type = tarfile.DIRTYPE
                 archive.addfile(info)
-            for path, name in _files(folder, read_ignore(folder)):
+            for path, name in _files(folder, read()):
                 _check(stop)
                 _add(path, name, digest, (archive, prefix))
         size = file.tell()

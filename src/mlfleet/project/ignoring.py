@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,9 +42,11 @@ class Ignore:
 
     Args:
         lines: of a ``.dockerignore``; ``!`` begins an exception.
+        left_out: files and folders that are left out unless an exception takes them back.
     """
 
-    def __init__(self, lines: Iterable[str]) -> None:
+    def __init__(self, lines: Iterable[str], left_out: Collection[str] = frozenset()) -> None:
+        self._left_out = left_out
         self._patterns = [pattern for line in lines if (pattern := _pattern(line)) is not None]
         self._has_exceptions = any(pattern.exception for pattern in self._patterns)
 
@@ -52,7 +54,7 @@ class Ignore:
         """Whether the file or folder `path` (relative, with ``/``) is left out."""
         parts = path.split("/")
         prefixes = ["/".join(parts[:end]) for end in range(1, len(parts) + 1)]
-        ignored = False
+        ignored = any(prefix in self._left_out for prefix in prefixes)
         for pattern in self._patterns:
             if pattern.exception == ignored and any(pattern.expression.fullmatch(prefix) for prefix in prefixes):
                 ignored = not pattern.exception
@@ -63,8 +65,12 @@ class Ignore:
         return not self._has_exceptions and self(folder)
 
 
-def read_ignore(folder: Path) -> Ignore:
+def read_ignore(folder: Path, left_out: Collection[str] = frozenset()) -> Ignore:
     """The patterns for a project: the defaults, then its ``.dockerignore``, which may take them back. Blocking.
+
+    Args:
+        folder: of the project.
+        left_out: see `Ignore`.
 
     Raises:
         SpecError: the file cannot be read, or a pattern is none.
@@ -84,7 +90,7 @@ def read_ignore(folder: Path) -> Ignore:
             _pattern(line)
         except re.error as error:
             raise SpecError(f"{line!r} is no pattern: {error}", path=path, line=number) from error
-    return Ignore([*DEFAULTS, *lines])
+    return Ignore([*DEFAULTS, *lines], left_out)
 
 
 def _pattern(line: str) -> _Pattern | None:
