@@ -115,7 +115,7 @@ class Planner:
 
     def _vary(self, like: Plan, request: RunRequest) -> Plan:
         """Blocking only if there are parameters of the type ``path``."""
-        parameters = _parameters(like.entry_point, request, self._backend(find(like.backend)))
+        parameters = _parameters(like.entry_point, request, self._backend(find(like.backend)), like.spec.folder)
         return replace(
             like,
             request=request,
@@ -134,7 +134,7 @@ class Planner:
         backend = self._backend(find(_backend_name(request, spec)))
         config = backend.configure(request.read_backend_config())
         entry_point = spec.entry_point(request.entry_point)
-        parameters = _parameters(entry_point, request, backend)
+        parameters = _parameters(entry_point, request, backend, spec.folder)
         environment = None
         docker = None
         if spec.docker is not None:
@@ -173,9 +173,8 @@ class Planner:
         return spec
 
 
-def _parameters(entry_point: EntryPoint, request: RunRequest, backend: Backend) -> ResolvedParameters:
-    parameters = resolve(entry_point, request.parameters)
-    return replace(parameters, downloads=()) if backend.reads_project else parameters
+def _parameters(entry_point: EntryPoint, request: RunRequest, backend: Backend, folder: Path) -> ResolvedParameters:
+    return resolve(entry_point, request.parameters, lambda path, index: backend.place(path, index, folder))
 
 
 def _provisional_command(entry_point: EntryPoint, parameters: ResolvedParameters) -> str:

@@ -81,6 +81,7 @@ async def draft(plan: Plan, info: RunInfo, tracking: Tracking, *, output: Path |
         artifact_uri=info.artifact_uri,
         resources=plan.request.resources,
         durable=plan.request.member is not None and plan.request.member.durable,
+        placed=plan.parameters.placed,
         call=_call(plan),
     )
 
@@ -147,8 +148,8 @@ def _call(plan: Plan) -> ProjectCall:
 
 def _paths(plan: Plan, downloaded: Mapping[str, str]) -> tuple[Path, ...]:
     values = {**plan.parameters.declared, **downloaded}
-    declared = plan.entry_point.parameters.values()
-    return tuple(Path(values[parameter.name]) for parameter in declared if parameter.type == "path")
+    named = [values[each.name] for each in plan.entry_point.parameters.values() if each.type == "path"]
+    return tuple(Path(text) for text in named if text not in plan.parameters.placed)
 
 
 async def _storage(plan: Plan, stack: AsyncExitStack) -> Path:

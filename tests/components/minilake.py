@@ -1,5 +1,6 @@
 """minilake, an emulator of a Databricks workspace on loopback that really runs the Python files submitted to it.
 
+It knows no shell commands: `Databricks` in front of it makes a Python task of them.
 Its files are seen where Databricks shows them to code, below /Workspace, /Volumes and /dbfs; those links need a machine
 of whose root folder one may write. Its cancel kills nothing; `Databricks` in front of it does.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import posixpath
 import signal
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import time
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import filelock
@@ -28,6 +30,7 @@ from fakes.flaky_proxy import Answer, FlakyProxy, Forward, Request, Rule
 __all__ = ["MARK", "SCOPE", "Databricks", "Minilake", "processes_of"]
 
 _STARTS_WITHIN = 60.0
+_SHELL = "/Workspace/Shared/shell_command.py"
 MARK = "MLFLEET_TEST_RUN"
 SCOPE = "mlfleet-tests"
 
@@ -94,6 +97,7 @@ def _serve(folder: Path) -> Iterator[Minilake]:
             url = f"http://127.0.0.1:{port}"
             _wait_until_healthy(url, process, folder / "server.log")
             _make_scope(url)
+            _put_shell(url)
             yield Minilake(url, folder)
         finally:
             process.terminate()
@@ -112,6 +116,18 @@ def _make_scope(url: str) -> None:
     )
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request):
         pass
+
+
+def _put_shell(url: str) -> None:
+    """Bring in what runs a shell command as Databricks does."""
+    code = "import subprocess, sys\nsys.exit(subprocess.run(sys.argv[1:]).returncode)\n"
+    for path, content in (
+        ("/api/2.0/workspace/mkdirs", json.dumps({"path": posixpath.dirname(_SHELL)}).encode()),
+        (f"/api/2.0/workspace-files/import-file{_SHELL}?overwrite=true", code.encode()),
+    ):
+        request = urllib.request.Request(url + path, data=content, headers={"Content-Type": "application/json"})
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request):
+            pass
 
 
 def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -141,6 +157,8 @@ class Databricks(FlakyProxy):
 
     async def _decide_about(self, request: Request, forward: Forward) -> Answer | None:
         async def onward() -> Answer:
+            if request.target == "/api/2.0/jobs/runs/submit":
+                return await self._forward(_as_python(request))
             answer = await forward()
             if request.target.endswith("/jobs/runs/cancel") and answer.status == 200:
                 self._end(int(json.loads(request.body)["run_id"]))
@@ -156,6 +174,17 @@ class Databricks(FlakyProxy):
         run_id = name.rpartition("(")[2].rstrip(")")
         for pid in _scripts_of(run_id):
             os.kill(pid, signal.SIGTERM)
+
+
+def _as_python(request: Request) -> Request:
+    """The submission of a shell command as that of a Python file that runs it."""
+    body = json.loads(request.body)
+    command = body.pop("shell_command_task")["command"]
+    del body["new_cluster"], body["libraries"]
+    task = {"task_key": "shell", "spark_python_task": {"python_file": _SHELL, "parameters": command}}
+    content = json.dumps({**body, "tasks": [task]}).encode()
+    headers = {**request.headers, "content-length": str(len(content))}
+    return replace(request, target="/api/2.2/jobs/runs/submit", headers=headers, body=content)
 
 
 @pytest.fixture

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import anyio
 import anyio.to_thread
 import pytest
 
+from components.fake_databricks import QUICK
 from components.minilake import MARK, SCOPE, Databricks, processes_of
 from mlfleet.backends.base import Job
 from mlfleet.backends.databricks import DatabricksBackend
 from mlfleet.testing import BackendContract, Harness
 
 
-# States are polled every 1.5 s, and the emulator runs six at a time.
+# The emulator runs six at a time.
 @pytest.mark.timeout(120)
 class TestDatabricks(BackendContract):
     @pytest.fixture
@@ -44,4 +46,4 @@ class TestDatabricks(BackendContract):
         async def leftovers(run_id: str) -> Sequence[str]:
             return await anyio.to_thread.run_sync(processes_of, run_id)
 
-        return Harness(open=DatabricksBackend, job=job, leftovers=leftovers, lag=4.0)
+        return Harness(open=partial(DatabricksBackend, timing=QUICK), job=job, leftovers=leftovers, lag=4.0)

@@ -5,6 +5,7 @@ What it answers follows https://docs.databricks.com/api/workspace/jobs; what bec
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import time
@@ -16,7 +17,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from fakes.flaky_proxy import Answer, FlakyProxy, Forward, Request, Rule
 
-__all__ = ["FakeRun", "FakeWorkspace"]
+__all__ = ["FakeRun", "FakeWorkspace", "error", "not_found", "unknown_value"]
 
 USER = "me@example.com"
 TOKEN = "dapi-not-to-be-seen"
@@ -33,6 +34,7 @@ class FakeRun:
         start_time: milliseconds since the epoch.
         state: in the form of version 2.1.
         status: in the form of version 2.2; None: it tells only the older one.
+        tells_state: whether it tells the older one.
         output: the answer of ``runs/get-output``.
         cancelled: how often that was asked.
         ended_at: when it did, by ``time.monotonic``.
@@ -43,6 +45,7 @@ class FakeRun:
     start_time: int
     state: dict[str, Any] = field(default_factory=lambda: {"life_cycle_state": "PENDING", "result_state": None})
     status: dict[str, Any] | None = None
+    tells_state: bool = True
     output: dict[str, Any] = field(default_factory=dict)
     cancelled: int = 0
     ended_at: float = 0.0
@@ -58,7 +61,8 @@ class FakeRun:
         return self.state["life_cycle_state"] not in _ENDED
 
     def become(self, life: str, result: str | None = None, message: str = "") -> None:
-        """Be in that state from now on."""
+        """Be in that state from now on, and tell it in the older form."""
+        self.status, self.tells_state = None, True
         self.state = {"life_cycle_state": life, "result_state": result, "state_message": message}
         if not self.active:
             self.ended_at = time.monotonic()
@@ -70,7 +74,7 @@ class FakeRun:
             "job_id": self.number + 10**6,
             "run_name": self.body.get("run_name"),
             "start_time": self.start_time,
-            "state": self.state,
+            "state": self.state if self.tells_state else None,
             "status": self.status,
             "run_page_url": f"{url}/jobs/{self.number + 10**6}/runs/{self.number}",
             "tasks": [{"run_id": self.number + 10**9, "task_key": "mlfleet"}],
@@ -89,7 +93,11 @@ class FakeWorkspace(FlakyProxy):
         on_submit: is called with each new run.
         on_cancel: is called with each run that is to be cancelled; None: it is TERMINATED and CANCELED at once.
         token: that opens it.
+        logins: how often a service principal got a token.
         dbfs: whether there is a DBFS root.
+        unknown: the answer about a run that there is not, in either of two ways; takes its number.
+        submissions: how many it takes in a second.
+        cancels_ended: whether it takes a cancellation of what has ended.
     """
 
     def __init__(self) -> None:
@@ -104,7 +112,14 @@ class FakeWorkspace(FlakyProxy):
         self.on_submit: Callable[[FakeRun], None] = lambda run: None
         self.on_cancel: Callable[[FakeRun], None] | None = None
         self.token = TOKEN
+        self.logins = 0
         self.dbfs = True
+        self.unknown: Callable[[object], Answer] = unknown_value
+        self.submissions = 35
+        self.cancels_ended = False
+        self._answers: dict[str, int] = {}
+        self._answered = asyncio.Event()
+        self._moments: list[float] = []
         self._handles: dict[int, tuple[str, bytearray]] = {}
 
     @property
@@ -129,13 +144,29 @@ class FakeWorkspace(FlakyProxy):
         async def onward() -> Answer:
             return self.answer(request)
 
-        return await (self.fault(request, onward) if self.fault is not None else onward())
+        answer = await (self.fault(request, onward) if self.fault is not None else onward())
+        kind = urlsplit(request.target).path.split("/", 3)[-1]
+        self._answers[kind] = self._answers.get(kind, 0) + 1
+        answered, self._answered = self._answered, asyncio.Event()
+        answered.set()
+        return answer
+
+    async def answers(self, kind: str, count: int) -> None:
+        """Wait until so many more requests of a kind, such as ``runs/get``, have been answered."""
+        kind = f"jobs/{kind}"
+        wanted = self._answers.get(kind, 0) + count
+        while self._answers.get(kind, 0) < wanted:
+            await self._answered.wait()
 
     def answer(self, request: Request) -> Answer:
         """The answer of a workspace in good health."""
-        if request.headers.get("authorization") != f"Bearer {self.token}":
-            return error(403, "403", "Invalid access token.")
         parts = urlsplit(request.target)
+        if parts.path.startswith(("/.well-known/", "/oidc/")):
+            return self._login(parts.path)
+        if request.headers.get("authorization") != f"Bearer {self.token}":
+            if self.logins:
+                return error(401, "401", "The token is expired.")
+            return error(403, "403", "Invalid access token.")
         query = {name: values[0] for name, values in parse_qs(parts.query).items()}
         path = unquote(parts.path)
         for prefix, answer in (
@@ -150,9 +181,22 @@ class FakeWorkspace(FlakyProxy):
         handler = getattr(self, "_" + what.replace("/", "_").replace("-", "_"), None)
         return handler(body) if handler is not None else error(404, "ENDPOINT_NOT_FOUND", path)
 
+    def _login(self, path: str) -> Answer:
+        """Tells a service principal where tokens are issued, and issues one."""
+        if path == "/oidc/token":
+            self.logins += 1
+            self.token = f"issued-{self.logins}"
+            return found({"access_token": self.token, "token_type": "Bearer", "expires_in": 3600})
+        endpoints = {"authorization_endpoint": f"{self.url}/oidc/a", "token_endpoint": f"{self.url}/oidc/token"}
+        return found({"oidc_endpoint": f"{self.url}/oidc", **endpoints})
+
     # ---- jobs -------------------------------------------------------------------------------------------------------
 
     def _jobs_runs_submit(self, body: dict[str, Any]) -> Answer:
+        now = time.monotonic()
+        self._moments = [*(moment for moment in self._moments if moment > now - 1.0), now]
+        if len(self._moments) > self.submissions:
+            return error(429, "RESOURCE_EXHAUSTED", f"That were more than {self.submissions} submissions in a second.")
         token = body["idempotency_token"]
         if token not in self.tokens:
             number = len(self.runs) + 1
@@ -163,7 +207,7 @@ class FakeWorkspace(FlakyProxy):
 
     def _jobs_runs_get(self, body: dict[str, Any]) -> Answer:
         run = self.runs.get(int(body["run_id"]))
-        return found(run.told(self.url)) if run is not None else _no_run(body)
+        return found(run.told(self.url)) if run is not None else self.unknown(body["run_id"])
 
     def _jobs_runs_list(self, body: dict[str, Any]) -> Answer:
         limit, offset = int(body.get("limit", 20)), int(body.get("page_token", 0))
@@ -180,9 +224,11 @@ class FakeWorkspace(FlakyProxy):
     def _jobs_runs_cancel(self, body: dict[str, Any]) -> Answer:
         run = self.runs.get(int(body["run_id"]))
         if run is None:
-            return _no_run(body)
+            return self.unknown(body["run_id"])
         run.cancelled += 1
         if not run.active:
+            if self.cancels_ended:
+                return found({})
             return error(400, "INVALID_STATE", "The run has ended.")
         if self.on_cancel is not None:
             self.on_cancel(run)
@@ -200,6 +246,10 @@ class FakeWorkspace(FlakyProxy):
 
     def _volume(self, request: Request, path: str) -> Answer:
         if request.method == "PUT":
+            if path.rpartition("/")[0] not in self.folders:
+                return error(404, "NOT_FOUND", "The parent directory does not exist.")
+            if path in self.files and "overwrite=true" not in request.target:
+                return error(409, "ALREADY_EXISTS", "The file exists.")
             self.files[path] = request.body
             return Answer(204)
         content = self.files.get(path)
@@ -216,6 +266,8 @@ class FakeWorkspace(FlakyProxy):
     def _import_file(self, request: Request, path: str) -> Answer:
         if path.rpartition("/")[0] not in self.folders:
             return error(404, "RESOURCE_DOES_NOT_EXIST", "The parent folder does not exist.")
+        if path in self.files and "overwrite=true" not in request.target:
+            return error(409, "RESOURCE_ALREADY_EXISTS", "The file exists.")
         self.files[path] = request.body
         return found({})
 
@@ -293,8 +345,14 @@ def error(status: int, code: str, message: str) -> Answer:
     return Answer(status, body, {"content-type": "application/json"})
 
 
-def _no_run(body: Mapping[str, Any]) -> Answer:
-    return error(400, "INVALID_PARAMETER_VALUE", f"Run {body['run_id']} does not exist.")
+def unknown_value(number: object) -> Answer:
+    """What is said of a run that there is not."""
+    return error(400, "INVALID_PARAMETER_VALUE", f"Run {number} does not exist.")
+
+
+def not_found(number: object) -> Answer:
+    """The other thing that is said of it."""
+    return error(404, "RESOURCE_DOES_NOT_EXIST", f"Run {number} was not found.")
 
 
 def _no_dbfs() -> Answer:

@@ -1,77 +1,50 @@
-"""The Databricks backend against a scripted workspace: states, paging, faults of the network, refusals."""
+"""The Databricks backend against a scripted workspace: states, cancelling, paging, attaching, what is sent."""
 
 from __future__ import annotations
 
 import asyncio
+import io
+import itertools
 import json
 import logging
-import uuid
-from collections.abc import AsyncIterator, Callable
+import tarfile
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import pytest
+from databricks.sdk import WorkspaceClient
+from databricks.sdk.service import jobs
 
-from fakes.databricks import FakeRun, FakeWorkspace, error
+from components.fake_databricks import QUICK, JobMaker, lines_of, make_jobs, open_workspace, succeed
+from components.git_repository import git, make_repository
+from fakes.databricks import FakeRun, FakeWorkspace, not_found, unknown_value
 from fakes.flaky_proxy import Answer, Forward, Request
-from mlfleet.backends.base import Job
 from mlfleet.backends.databricks import DatabricksBackend
-from mlfleet.backends.databricks.workspace import WorkspaceError
-from mlfleet.errors import MlfleetError, RunLost, SubmitError
+from mlfleet.backends.databricks.paths import ROOT
+from mlfleet.backends.databricks.states import read_state
+from mlfleet.errors import RunLost, SubmitError
 from mlfleet.runs import FailureKind, JobRef, RunStatus
-
-JobMaker = Callable[..., Job]
 
 
 @pytest.fixture
 async def workspace(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeWorkspace]:
-    async with FakeWorkspace().open() as fake:
-        monkeypatch.setenv("DATABRICKS_HOST", fake.url)
-        monkeypatch.setenv("DATABRICKS_TOKEN", fake.token)
-        monkeypatch.setenv("DATABRICKS_CONFIG_FILE", "/dev/null")
+    async with open_workspace(monkeypatch) as fake:
         yield fake
 
 
 @pytest.fixture
 async def backend(workspace: FakeWorkspace) -> AsyncIterator[DatabricksBackend]:
-    async with DatabricksBackend() as backend:
+    async with DatabricksBackend(timing=QUICK) as backend:
         yield backend
 
 
 @pytest.fixture
 def make_job(tmp_path: Path) -> JobMaker:
-    project = tmp_path / "project"
-    project.mkdir()
-    (project / "train.py").write_text("print('hello')\n")
-
-    def make(config: dict[str, Any] | None = None, **options: Any) -> Job:
-        run_id = options.pop("run_id", uuid.uuid4().hex)
-        return Job(
-            run_id=run_id,
-            experiment_id="0",
-            project_name="demo",
-            project_dir=options.pop("project_dir", project),
-            command="python train.py",
-            tracking_uri=options.pop("tracking_uri", "databricks"),
-            output=tmp_path / run_id / "output.log",
-            config=DatabricksBackend().configure(config or {}),
-            **options,
-        )
-
-    return make
-
-
-def succeed(workspace: FakeWorkspace) -> Callable[[FakeRun], None]:
-    def end(run: FakeRun) -> None:
-        workspace.put_output(run, b"done\n")
-        run.become("TERMINATED", "SUCCESS")
-
-    return end
-
-
-async def lines_of(run: Any) -> list[str]:
-    return [line async for line in run.logs()]
+    return make_jobs(tmp_path)
 
 
 # ---- how runs end
@@ -130,33 +103,86 @@ async def test_a_run_that_does_not(
 async def test_all_states_on_the_way(backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker) -> None:
     run = await backend.submit(make_job())
     assert await run.get_status() is RunStatus.SCHEDULED
+    started = asyncio.create_task(run.started())
     for life in ("QUEUED", "BLOCKED", "WAITING_FOR_RETRY"):
         workspace.only.become(life)
-        with anyio.move_on_after(2.0) as still_waiting:
-            await run.started()
-        assert still_waiting.cancelled_caught
+        await workspace.answers("runs/get", 2)
+        assert not started.done()
     workspace.only.become("RUNNING")
-    await run.started()
+    await started
     assert await run.get_status() is RunStatus.RUNNING
     workspace.put_output(workspace.only, b"done\n")
     workspace.only.become("TERMINATING")
-    with anyio.move_on_after(2.0) as still_ending:
-        await run.wait()
-    assert still_ending.cancelled_caught
+    ended = asyncio.create_task(run.wait())
+    await workspace.answers("runs/get", 2)
+    assert not ended.done()
     workspace.only.become("TERMINATED", "SUCCESS")
-    assert await run.wait() is True
+    assert await ended is True
 
 
-async def test_a_run_that_vanished(
-    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mlfleet.backends.databricks.poller._NOT_YET", 0.0)
-    run = await backend.submit(make_job())
-    workspace.runs.clear()
-    outcome = await run.outcome()
+LIVES = [each.value for each in jobs.RunLifeCycleState]
+RESULTS = [None, *(each.value for each in jobs.RunResultState)]
+ENDED = ("TERMINATED", "SKIPPED", "INTERNAL_ERROR")
+
+
+@pytest.mark.parametrize("form", ["status", "both"])
+async def test_every_pair_of_states(workspace: FakeWorkspace, make_job: JobMaker, form: str) -> None:
+    """`test_databricks_states.py` says what each means; here it is told by listings and single answers."""
+    pairs = list(itertools.product(LIVES, RESULTS))
+    workspace.submissions = len(pairs)
+    async with DatabricksBackend(timing=replace(QUICK, paces={})) as backend:
+        runs = await asyncio.gather(*(backend.submit(make_job()) for _ in pairs))
+        by_id = {run.run_id: run for run in runs}
+        expected: dict[str, RunStatus | None] = {}
+        for fake, (life, result) in zip(workspace.runs.values(), pairs, strict=True):
+            fake.become(life, result, "so it is")
+            fake.tells_state = form != "status"
+            if form != "state":
+                details = {"code": result or "RUN_EXECUTION_ERROR", "type": "CLIENT_ERROR", "message": "so it is"}
+                fake.status = {
+                    "state": "TERMINATED" if life in ENDED else "RUNNING",
+                    "termination_details": details if life in ENDED else None,
+                }
+            expected[fake.spec["run"]] = read_state(fake.told(workspace.url)).status
+        done = {id_: status for id_, status in expected.items() if status is not None}
+        assert {id_: (await by_id[id_].outcome()).status for id_ in done} == done
+        await workspace.answers("runs/list", 2)
+        going = [by_id[id_] for id_ in expected.keys() - done.keys()]
+        assert {await run.get_status() for run in going} <= {RunStatus.SCHEDULED, RunStatus.RUNNING}
+    assert len(done) == 3 * len(RESULTS)
+
+
+@pytest.mark.parametrize("answer", [unknown_value, not_found])
+async def test_a_run_that_vanished(workspace: FakeWorkspace, make_job: JobMaker, answer: Any) -> None:
+    workspace.unknown = answer
+    async with DatabricksBackend(timing=replace(QUICK, not_yet=0.0)) as backend:
+        run = await backend.submit(make_job())
+        workspace.runs.clear()
+        outcome = await run.outcome()
+        await run.cancel()
     assert isinstance(outcome.error, RunLost)
     assert "Databricks does not know the run 1" in str(outcome.error)
     assert outcome.kind is FailureKind.INFRASTRUCTURE
+
+
+async def test_cancel_of_what_vanished(workspace: FakeWorkspace, make_job: JobMaker) -> None:
+    async with DatabricksBackend(timing=replace(QUICK, not_yet=0.5)) as backend:
+        run = await backend.submit(make_job())
+        workspace.runs.clear()
+        await run.cancel()
+        assert isinstance((await run.outcome()).error, RunLost)
+
+
+async def test_a_new_run_that_is_not_known_everywhere_yet(
+    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
+) -> None:
+    hidden: dict[int, FakeRun] = {}
+    workspace.on_submit = lambda run: hidden.update({run.number: workspace.runs.pop(run.number)})
+    run = await backend.submit(make_job())
+    await workspace.answers("runs/get", 3)
+    workspace.runs = hidden
+    succeed(workspace)(workspace.only)
+    assert await run.wait() is True
 
 
 # ---- cancelling
@@ -169,9 +195,8 @@ async def test_cancel_waits_for_the_end(
     workspace.on_cancel = lambda run: run.become("TERMINATING")
     run = await backend.submit(make_job())
     cancelling = asyncio.create_task(run.cancel())
-    with anyio.move_on_after(3.0) as still_ending:
-        await run.wait()
-    assert still_ending.cancelled_caught
+    await workspace.answers("runs/cancel", 1)
+    await workspace.answers("runs/get", 2)
     assert not cancelling.done()
     workspace.only.become("TERMINATED", "CANCELED")
     await cancelling
@@ -179,12 +204,14 @@ async def test_cancel_waits_for_the_end(
     assert workspace.only.cancelled == 1
 
 
+@pytest.mark.parametrize("taken", [True, False])
 async def test_cancel_of_what_has_just_ended(
-    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
+    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker, taken: bool
 ) -> None:
+    workspace.cancels_ended = taken  # else the answer is 400 INVALID_STATE
     run = await backend.submit(make_job())
     succeed(workspace)(workspace.only)
-    await run.cancel()  # answered with INVALID_STATE
+    await run.cancel()
     assert await run.get_status() is RunStatus.FINISHED
 
 
@@ -212,196 +239,10 @@ async def test_a_submit_that_is_cancelled_cancels_the_run(
 
 
 async def test_leaving_the_backend_cancels_its_runs(workspace: FakeWorkspace, make_job: JobMaker) -> None:
-    async with DatabricksBackend() as backend:
+    async with DatabricksBackend(timing=QUICK) as backend:
         runs = [await backend.submit(make_job()) for _ in range(3)]
     assert [await run.get_status() for run in runs] == [RunStatus.KILLED] * 3
     assert [run.cancelled for run in workspace.runs.values()] == [1, 1, 1]
-
-
-# ---- faults
-
-
-def once_each(fault: Callable[[Request, Forward], Any]) -> Callable[[Request, Forward], Any]:
-    """Do it to the first request of each kind, and pass the next ones on."""
-    seen: set[str] = set()
-
-    async def rule(request: Request, forward: Forward) -> Answer | None:
-        kind = f"{request.method} {request.target.split('?')[0]}"
-        if kind in seen:
-            return await forward()
-        seen.add(kind)
-        answer: Answer | None = await fault(request, forward)
-        return answer
-
-    return rule
-
-
-async def busy(request: Request, forward: Forward) -> Answer | None:
-    return Answer(429, b'{"error_code": "RESOURCE_EXHAUSTED", "message": "too many"}')
-
-
-async def busy_for_a_second(request: Request, forward: Forward) -> Answer | None:
-    return Answer(429, b"", {"retry-after": "1"})
-
-
-async def broken(request: Request, forward: Forward) -> Answer | None:
-    return Answer(500, b"oops")
-
-
-async def away(request: Request, forward: Forward) -> Answer | None:
-    return Answer(503, b'{"error_code": "TEMPORARILY_UNAVAILABLE", "message": "soon"}')
-
-
-async def locked(request: Request, forward: Forward) -> Answer | None:
-    return await forward() if request.method == "HEAD" else error(400, "COULD_NOT_ACQUIRE_LOCK", "try again")
-
-
-async def torn(request: Request, forward: Forward) -> Answer | None:
-    answer = await forward()
-    return Answer(answer.status, answer.body + b" " * 100, answer.headers, sent=3)
-
-
-async def lost_answer(request: Request, forward: Forward) -> Answer | None:
-    await forward()
-    return None
-
-
-async def lost_request(request: Request, forward: Forward) -> Answer | None:
-    return None
-
-
-async def slow(request: Request, forward: Forward) -> Answer | None:
-    await asyncio.sleep(0.3)
-    return await forward()
-
-
-VOLUME, DBFS = {"upload_path": "/Volumes/a/b/c"}, {"upload": "dbfs"}
-FAULTS = [
-    *(({}, fault) for fault in (busy, busy_for_a_second, broken, away, locked, torn, lost_answer, lost_request, slow)),
-    *((config, fault) for config in (VOLUME, DBFS) for fault in (torn, lost_answer, lost_request)),
-]
-
-
-# Each kind of request fails once and is tried again after half a second or a whole one.
-@pytest.mark.timeout(40)
-@pytest.mark.parametrize(("config", "fault"), FAULTS, ids=lambda part: getattr(part, "__name__", str(part)))
-async def test_a_fault_at_every_call_costs_time_and_nothing_else(
-    backend: DatabricksBackend,
-    workspace: FakeWorkspace,
-    make_job: JobMaker,
-    fault: Callable[[Request, Forward], Any],
-    config: dict[str, Any],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    workspace.fault = once_each(fault)
-    workspace.on_submit = succeed(workspace)
-    config = {**config, "secret_scope": "ours"}
-    job = make_job(config, tracking_uri="https://mlflow", secrets={"MLFLOW_TRACKING_TOKEN": "hush-hush"})
-    run = await backend.submit(job)
-    assert await run.wait() is True
-    assert await lines_of(run) == ["done"]
-    assert len(workspace.runs) == 1
-    assert workspace.secrets == {}
-    assert not {"hush-hush", workspace.token} & set(caplog.text.split())
-
-
-async def test_a_bad_poll_fails_no_run(
-    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker, caplog: pytest.LogCaptureFixture
-) -> None:
-    run = await backend.submit(make_job())
-    refused = asyncio.Event()
-
-    async def refuse(request: Request, forward: Forward) -> Answer | None:
-        if "runs/get?" in request.target and not refused.is_set():
-            refused.set()
-            return error(403, "PERMISSION_DENIED", "not now")
-        return await forward()
-
-    workspace.fault = refuse
-    with caplog.at_level(logging.WARNING):
-        await refused.wait()
-        succeed(workspace)(workspace.only)
-        assert await run.wait() is True
-    assert "the states of 1 Databricks runs are not known" in caplog.text
-
-
-# ---- refusals
-
-
-async def test_an_expired_token(backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker) -> None:
-    workspace.token = "another"
-    with pytest.raises(
-        MlfleetError, match=r"403.*Invalid access token.*; check DATABRICKS_HOST and DATABRICKS_TOKEN"
-    ) as caught:
-        await backend.submit(make_job())
-    assert "dapi-not" not in str(caught.value)
-
-
-async def test_a_bad_cluster_spec(backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker) -> None:
-    async def refuse(request: Request, forward: Forward) -> Answer | None:
-        if request.target.endswith("runs/submit"):
-            return error(400, "INVALID_PARAMETER_VALUE", "Invalid spark version 1.2.3.")
-        return await forward()
-
-    workspace.fault = refuse
-    config = {"new_cluster": {"spark_version": "1.2.3", "num_workers": 0}, "secret_scope": "ours"}
-    job = make_job(config, tracking_uri="https://mlflow", secrets={"MLFLOW_TRACKING_TOKEN": "hush"})
-    with pytest.raises(SubmitError, match=r"Databricks does not take the run.*400.*Invalid spark version 1\.2\.3"):
-        await backend.submit(job)
-    assert workspace.secrets == {}
-
-
-async def test_a_disabled_dbfs_root(backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker) -> None:
-    workspace.dbfs = False
-    with pytest.raises(SubmitError, match=r"the DBFS root is disabled.*'upload_path': '/Volumes/<catalog>") as caught:
-        await backend.submit(make_job({"upload": "dbfs"}))
-    assert "DATABRICKS_TOKEN" not in str(caught.value)
-    assert workspace.runs == {}
-
-
-async def test_a_workspace_that_is_not_there(make_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DATABRICKS_HOST", "http://127.0.0.1:9")
-    monkeypatch.setenv("DATABRICKS_TOKEN", "dapi-not-to-be-seen")
-    async with DatabricksBackend() as backend:
-        with pytest.raises(WorkspaceError, match=r"cannot be reached: connection refused; check DATABRICKS_HOST"):
-            await backend.submit(make_job())
-
-
-async def test_no_way_to_log_in(make_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("DATABRICKS_HOST", "DATABRICKS_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DATABRICKS_CONFIG_FILE", "/dev/null")
-    async with DatabricksBackend() as backend:
-        with pytest.raises(WorkspaceError, match="no way to log in to Databricks was found"):
-            await backend.submit(make_job())
-
-
-async def test_secrets_without_a_scope(
-    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
-) -> None:
-    secrets = {"MLFLOW_TRACKING_PASSWORD": "hush"}
-    with pytest.raises(SubmitError, match=r"\(MLFLOW_TRACKING_PASSWORD\).*name one in backend_config {'secret_scope'"):
-        await backend.submit(make_job(tracking_uri="https://mlflow", secrets=secrets))
-    job = make_job({"secret_scope": "theirs"}, tracking_uri="https://mlflow", secrets=secrets)
-    with pytest.raises(SubmitError, match=r"cannot be put into the secret scope 'theirs'.*does not exist"):
-        await backend.submit(job)
-    assert workspace.files.keys() <= {path for path in workspace.files if "runs/submit" not in path}
-    assert workspace.runs == {}
-
-
-async def test_a_project_that_is_too_large_for_the_workspace(
-    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker, tmp_path: Path
-) -> None:
-    import random
-
-    folder = tmp_path / "large"
-    folder.mkdir()
-    (folder / "data.bin").write_bytes(random.Random(1).randbytes(11 * 2**20))
-    with pytest.raises(SubmitError, match=r"11\.0 MiB, and the workspace takes files of up to 10 MB.*\.dockerignore"):
-        await backend.submit(make_job(project_dir=folder))
-    workspace.on_submit = succeed(workspace)
-    run = await backend.submit(make_job({"upload_path": "/Volumes/a/b/c"}, project_dir=folder))
-    assert await run.wait() is True
 
 
 # ---- many runs
@@ -414,14 +255,14 @@ async def test_the_same_content_is_uploaded_once(
     runs = await asyncio.gather(*(backend.submit(make_job({"upload_path": "/Volumes/a/b/c"})) for _ in range(20)))
     assert all(await asyncio.gather(*(run.wait() for run in runs)))
     uploads = [request.target for request in workspace.requests if request.method == "PUT"]
-    assert len(uploads) == 1
-    assert workspace.count("import-file") <= 2  # the bootstrap script; its folder was missing at first
+    assert len([target for target in uploads if "fs/files" in target]) == 2  # the folder was missing at first
+    assert workspace.count("import-file") <= 2  # the bootstrap script; likewise
 
 
 async def test_another_process_uploads_nothing_again(workspace: FakeWorkspace, make_job: JobMaker) -> None:
     workspace.on_submit = succeed(workspace)
     for _ in range(2):
-        async with DatabricksBackend() as backend:
+        async with DatabricksBackend(timing=QUICK) as backend:
             assert await (await backend.submit(make_job())).wait()
     assert len([path for path in workspace.files if path.endswith(".tar.gz")]) == 1
     first, second = (run.body["tasks"] for run in workspace.runs.values())
@@ -430,31 +271,41 @@ async def test_another_process_uploads_nothing_again(workspace: FakeWorkspace, m
     assert len([target for target in written if ".tar.gz" in target]) <= 2
 
 
-# Submitting is paced to 30 a second.
-@pytest.mark.timeout(120)
-async def test_500_runs_are_listed_in_pages(
-    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
+async def test_submissions_stay_within_the_limit(
+    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker, caplog: pytest.LogCaptureFixture
 ) -> None:
-    job = make_job()
+    workspace.submissions = 60  # of 75 that would come at once; more than 35, for the clock of a busy machine
+    workspace.on_submit = succeed(workspace)
+    with caplog.at_level(logging.WARNING):
+        runs = await asyncio.gather(*(backend.submit(make_job()) for _ in range(75)))
+        assert all(await asyncio.gather(*(run.wait() for run in runs)))
+    assert "submissions in a second" not in caplog.text
+
+
+# Their submissions and outputs are some thousand requests.
+@pytest.mark.timeout(120)
+async def test_500_runs_are_listed_in_pages(workspace: FakeWorkspace, make_job: JobMaker) -> None:
+    workspace.submissions = 500
     workspace.on_submit = lambda run: run.become("RUNNING")
-    runs = await asyncio.gather(*(backend.submit(make_job(project_dir=job.project_dir)) for _ in range(500)))
-    waiting = asyncio.gather(*(run.wait() for run in runs))
-    before = workspace.count("runs/get?")
-    listed_twice = asyncio.Event()
+    async with DatabricksBackend(timing=replace(QUICK, fast=0.5, paces={})) as backend:
+        runs = await asyncio.gather(*(backend.submit(make_job()) for _ in range(500)))
+        waiting = asyncio.gather(*(run.wait() for run in runs))
+        before = workspace.count("runs/get?")
+        listed_twice = asyncio.Event()
 
-    async def watch(request: Request, forward: Forward) -> Answer | None:
-        if workspace.count("page_token=475") >= 2:
-            listed_twice.set()
-        return await forward()
+        async def watch(request: Request, forward: Forward) -> Answer | None:
+            if workspace.count("page_token=475") >= 2:
+                listed_twice.set()
+            return await forward()
 
-    workspace.fault = watch
-    await listed_twice.wait()
-    assert workspace.count("runs/get?") == before  # those that are active need no more than the list
-    for run in workspace.runs.values():
-        workspace.put_output(run, b"done\n", run.number % 2)
-        run.become("TERMINATED", "FAILED" if run.number % 2 else "SUCCESS")
-    assert sorted(await waiting) == [False] * 250 + [True] * 250
-    assert workspace.count("runs/get?") - before == 500
+        workspace.fault = watch
+        await listed_twice.wait()
+        assert workspace.count("runs/get?") == before  # those that are active need no more than the list
+        for run in workspace.runs.values():
+            workspace.put_output(run, b"done\n", run.number % 2)
+            run.become("TERMINATED", "FAILED" if run.number % 2 else "SUCCESS")
+        assert sorted(await waiting) == [False] * 250 + [True] * 250
+        assert workspace.count("runs/get?") - before == 500
 
 
 # ---- finding runs again
@@ -462,11 +313,10 @@ async def test_500_runs_are_listed_in_pages(
 
 async def test_attach_finds_runs_by_one_listing(workspace: FakeWorkspace, make_job: JobMaker) -> None:
     jobs = [make_job() for _ in range(60)]
-    async with DatabricksBackend() as first:
+    async with DatabricksBackend(timing=QUICK) as first:
         references = [JobRef.from_json(first.reference(job).to_json()) for job in jobs]
-        for job in jobs:
-            await first.submit(job)
-        async with DatabricksBackend() as second:
+        await asyncio.gather(*(first.submit(job) for job in jobs))
+        async with DatabricksBackend(timing=QUICK) as second:
             again = await asyncio.gather(*(second.attach(reference) for reference in references))
             assert workspace.count("runs/list") - workspace.count("active_only") == 3
             for run in workspace.runs.values():
@@ -479,10 +329,10 @@ async def test_attach_finds_runs_by_one_listing(workspace: FakeWorkspace, make_j
 
 async def test_leaving_the_backend_leaves_attached_runs_alone(workspace: FakeWorkspace, make_job: JobMaker) -> None:
     job = make_job()
-    async with DatabricksBackend() as first:
+    async with DatabricksBackend(timing=QUICK) as first:
         reference = first.reference(job)
         await first.submit(job)
-        async with DatabricksBackend() as second:
+        async with DatabricksBackend(timing=QUICK) as second:
             run = await second.attach(reference)
         assert workspace.only.cancelled == 0
         assert isinstance((await run.outcome()).error, RunLost)
@@ -508,6 +358,29 @@ async def test_a_run_again_of_the_same_mlflow_run_is_another_run(
 # ---- what goes there
 
 
+async def test_what_git_ignores_stays_here(
+    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker, tmp_path: Path
+) -> None:
+    project = make_repository(tmp_path).work
+    (project / ".gitignore").write_text("*.log\ndata/\n")
+    (project / "kept.log").write_text("is tracked\n")
+    git(project, "add", "--force", "kept.log")
+    for name in ("left.log", "data/secret.csv", "data/wanted.csv", "new.py"):
+        (project / name).parent.mkdir(exist_ok=True)
+        (project / name).write_text("x\n")
+    (project / ".dockerignore").write_text("!data/wanted.csv\nsteps\n")
+    workspace.on_submit = succeed(workspace)
+    await (await backend.submit(make_job(project_dir=project))).wait()
+    (content,) = (content for path, content in workspace.files.items() if path.endswith(".tar.gz"))
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        names = set(archive.getnames()) - {".gitignore", ".dockerignore"}
+    assert names == {"MLproject", "run.sh", "link", "kept.log", "data/wanted.csv", "new.py"}
+    with pytest.raises(
+        SubmitError, match=r"'data/secret\.csv' of the project, which \.gitignore or \.dockerignore leaves"
+    ):
+        await backend.submit(make_job(project_dir=project, placed={f"{ROOT}/project/data/secret.csv": "x"}))
+
+
 async def test_a_long_command_goes_by_a_file(
     backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
 ) -> None:
@@ -528,3 +401,51 @@ async def test_secrets_are_there_for_the_time_of_the_run(
     assert "hush" not in json.dumps(workspace.only.body)
     await run.cancel()
     assert workspace.secrets == {}
+
+
+# ---- Databricks' own client as a second opinion
+
+
+async def test_databricks_own_client_sends_the_same_and_reads_the_same(
+    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
+) -> None:
+    config = {
+        "dependencies": ["xgboost"],
+        "timeout_seconds": 600,
+        "queue": {"enabled": True},
+        "run_as": {"user_name": "robot@example.com"},
+        "access_control_list": [{"user_name": "me@example.com", "permission_level": "CAN_VIEW"}],
+        "git_source": {"git_url": "https://git.example.com/x", "git_provider": "gitHub", "git_branch": "main"},
+    }
+    run = await backend.submit(make_job(config))
+    ours = workspace.only
+
+    def ask() -> tuple[jobs.Run, jobs.Run, list[jobs.BaseRun]]:
+        client = WorkspaceClient(host=workspace.url, token=workspace.token)
+        body: dict[str, Any] = dict(ours.body)
+        submitted = client.jobs.submit(
+            tasks=[jobs.SubmitTask.from_dict(task) for task in body["tasks"]],
+            environments=[jobs.JobEnvironment.from_dict(each) for each in body["environments"]],
+            run_name=body["run_name"],
+            idempotency_token="of-the-client",
+            timeout_seconds=body["timeout_seconds"],
+            queue=jobs.QueueSettings.from_dict(body["queue"]),
+            run_as=jobs.JobRunAs.from_dict(body["run_as"]),
+            access_control_list=[jobs.JobAccessControlRequest.from_dict(each) for each in body["access_control_list"]],
+            git_source=jobs.GitSource.from_dict(body["git_source"]),
+        )
+        active = client.jobs.get_run(ours.number)
+        client.jobs.cancel_run(submitted.response.run_id)
+        listed = list(client.jobs.list_runs(active_only=True))
+        succeed(workspace)(ours)
+        return active, client.jobs.get_run(ours.number), listed
+
+    active, ended, listed = await anyio.to_thread.run_sync(ask)
+    assert {**workspace.runs[2].body, "idempotency_token": None} == {**ours.body, "idempotency_token": None}
+    assert active.state is not None
+    assert active.state.life_cycle_state is jobs.RunLifeCycleState.PENDING
+    assert ended.state is not None
+    assert ended.state.result_state is jobs.RunResultState.SUCCESS
+    assert [each.run_id for each in listed] == [1]
+    assert read_state(ended.as_dict()) == read_state(ours.told(workspace.url))
+    assert await run.wait() is True

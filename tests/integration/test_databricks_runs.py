@@ -10,19 +10,21 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
 from databricks.sdk.service import jobs
 
 from components.command_line import mlfleet
-from components.minilake import MARK, SCOPE, Databricks, processes_of
+from components.http_files import FileServer
+from components.minilake import MARK, SCOPE, Databricks, Minilake, processes_of
 from components.mlflow_server import MlflowServer
 from components.projects import write_project
 from mlfleet import Fleet, FleetRun, RunStatus
 from mlfleet.backends.base import Job
 from mlfleet.backends.databricks import DatabricksBackend
-from mlfleet.errors import ExecutionException, UsageError
+from mlfleet.errors import ExecutionException, ParameterError, UsageError
 from mlfleet.testing import FakeTracking
 
 CLUSTER = {"spark_version": "15.4.x-scala2.12", "num_workers": 0}
@@ -56,14 +58,24 @@ async def test_a_project_with_parameters_on_a_real_mlflow_server(
         "import sys, mlflow\n"
         "with mlflow.start_run():\n"
         "    mlflow.log_metric('score', float(sys.argv[1]) * 2)\n"
+        "    mlflow.log_artifact('train.py')\n"
         "print('trained with', sys.argv[1])\n"
     )
-    (tmp_path / "demo" / "big.txt").write_text("kept out\n")
-    (tmp_path / "demo" / ".dockerignore").write_text("big.txt\n")
+    with (tmp_path / "demo" / "MLproject").open("a") as file:
+        file.write("  show:\n    parameters: {code: path}\n    command: cat {code}\n")
     async with Fleet(tracking_uri=mlflow_server.url) as fleet:
         run = await fleet.submit(uri, parameters={"alpha": 0.5}, backend="databricks", backend_config=CONFIG)
         await run.check()
         info = await fleet.tracking.get_run(run.run_id)
+        again = await fleet.submit(
+            uri,
+            "show",
+            parameters={"code": f"runs:/{run.run_id}/train.py"},
+            backend="databricks",
+            backend_config=CONFIG,
+        )
+        await again.check()
+        assert await lines_of(again) == (tmp_path / "demo" / "train.py").read_text().splitlines()
     assert info.status is RunStatus.FINISHED
     assert info.metrics == {"score": 1.0}
     assert info.params == {"alpha": "0.5"}
@@ -95,6 +107,59 @@ async def test_every_place_for_projects(fleet: Fleet, tmp_path: Path, where: dic
     run = await fleet.submit(uri, backend="databricks", backend_config={**CONFIG, **where})
     assert await run.wait() is True
     assert await lines_of(run) == [(tmp_path / "demo" / "data.txt").read_text().strip(), str(3 * 2**20)]
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"existing_cluster_id": "0923-164208-meows279"}, {**CLUSTER, "task": "shell_command"}], ids=str
+)
+async def test_every_way_to_run(fleet: Fleet, tmp_path: Path, config: dict[str, Any]) -> None:
+    uri = write_project(tmp_path / "demo", 'echo "{what} in $PWD"; exit 3', parameters="what: string")
+    run = await fleet.submit(uri, parameters={"what": "it's"}, backend="databricks", backend_config=config)
+    outcome = await run.outcome()
+    assert (outcome.status, outcome.exit_code, outcome.reason) == (RunStatus.FAILED, 3, "exit code 3")
+    (line,) = await lines_of(run)
+    assert line.startswith("it's in /")
+    assert line.endswith("/project")
+
+
+async def test_path_parameters_name_files_of_every_place(
+    fleet: Fleet, minilake: Minilake, http_files: FileServer, tmp_path: Path
+) -> None:
+    uri = write_project(
+        tmp_path / "demo",
+        'cd / && cat {ours} "{remote}" {there} && echo {remote}',
+        parameters="ours: path\nremote: path\nthere: path",
+    )
+    (tmp_path / "demo" / "it's ours.txt").write_text("of the project\n")
+    http_files.files["/data/remote.csv"] = b"from elsewhere\n"
+    volume = minilake.folder / "dbfs" / "Volumes" / "main" / "default" / "data"
+    volume.mkdir(parents=True)
+    (volume / "there.txt").write_text("of a volume\n")
+    parameters = {
+        "ours": tmp_path / "demo" / "it's ours.txt",
+        "remote": f"{http_files.url}/data/remote.csv",
+        "there": "/Volumes/main/default/data/there.txt",
+    }
+    run = await fleet.submit(uri, parameters=parameters, backend="databricks", backend_config=CONFIG)
+    assert await run.wait() is True
+    *lines, place = await lines_of(run)
+    assert lines == ["of the project", "from elsewhere", "of a volume"]
+    assert place.endswith("/param_1/remote.csv")
+    assert not Path(place).exists()  # it is gone with the run
+    with pytest.raises(ParameterError, match=r"'ours': '/etc/hostname' is on this machine, where Databricks cannot"):
+        await fleet.submit(
+            uri, parameters={**parameters, "ours": "/etc/hostname"}, backend="databricks", backend_config=CONFIG
+        )
+
+
+async def test_a_path_parameter_that_cannot_be_downloaded(fleet: Fleet, http_files: FileServer, tmp_path: Path) -> None:
+    uri = write_project(tmp_path / "demo", "cat {data}", parameters="data: path")
+    parameters = {"data": f"{http_files.url}/nothing?signature=hush"}
+    run = await fleet.submit(uri, parameters=parameters, backend="databricks", backend_config=CONFIG)
+    outcome = await run.outcome()
+    told = " ".join([outcome.reason or "", *outcome.output])
+    assert f"a path parameter: {http_files.url}/nothing cannot be downloaded: HTTPError: HTTP Error 404" in told
+    assert "hush" not in told
 
 
 async def test_output_of_some_size_comes_back_whole(fleet: Fleet, tmp_path: Path) -> None:
@@ -142,6 +207,12 @@ async def test_what_the_reference_checks_comes_before_anything_is_made(databrick
     async with Fleet(tracking=reachable()) as fleet:
         with pytest.raises(UsageError, match="docker_env cannot run on Databricks"):
             await fleet.submit(docker, backend="databricks", backend_config=CONFIG)
+        for config, message in (
+            ({"num_workers": 1}, "new_cluster has no spark_version"),
+            ({"profile": "nowhere"}, "no profile 'nowhere'"),
+        ):
+            with pytest.raises(UsageError, match=message):
+                await fleet.submit(plain, backend="databricks", backend_config=config)
     assert tracking.runs == {}
     assert databricks.requests == []
 
@@ -218,9 +289,6 @@ def test_the_dry_run_prints_the_request(tmp_path: Path) -> None:
 
 def test_the_command_line_tells_mistakes_before_anything_is_made(tmp_path: Path) -> None:
     uri = write_project(tmp_path / "demo", "true")
-    done = mlfleet("run", uri, "-b", "databricks", "-c", '{"num_workers": 1}', cwd=tmp_path)
-    assert done.returncode == 2
-    assert "new_cluster has no spark_version" in done.stderr
     done = mlfleet("run", uri, "-b", "databricks", "-c", '{"profile": "nowhere"}', cwd=tmp_path)
     assert done.returncode == 2
     assert "no profile 'nowhere'" in done.stderr

@@ -66,6 +66,7 @@ def test_where_projects_go(config: dict[str, Any], kind: UploadKind, path: str) 
         ),
         ({"new_cluster": {"num_workers": 1}}, "no spark_version: give a Databricks Runtime such as"),
         ({"num_workers": 1}, "no spark_version"),
+        ({"job_clusters": []}, "job_clusters belong to jobs, and a project is a one-time run: give new_cluster"),
         ({**CLUSTER, "num_workers": "two"}, "num_workers is 'two': give a whole number"),
         ({**CLUSTER, "num_workers": -1}, "num_workers is -1"),
         ({**CLUSTER, "autoscale": {"min_workers": 1}}, "both num_workers and autoscale"),

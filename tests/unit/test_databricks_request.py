@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from mlfleet.backends.base import Job
 from mlfleet.backends.databricks import DatabricksBackend, bootstrap
 from mlfleet.backends.databricks.config import parse_config
-from mlfleet.backends.databricks.request import Places, bootstrap_argument, request_body
+from mlfleet.backends.databricks.paths import ROOT
+from mlfleet.backends.databricks.request import Places, bootstrap_argument, masked, request_body
 from mlfleet.errors import SubmitError
 from mlfleet.project.spec import EnvironmentFile, EnvironmentFileKind
 
@@ -148,12 +149,81 @@ def test_a_spark_job_that_is_no_python_file_is_refused(command: str, message: st
         body_of(CLUSTER, command=command, spark_job={"python_libraries": []})
 
 
-def test_files_of_the_project_are_named_as_they_are_there() -> None:
-    path = Path("/project/data/train.csv")
-    spec = spec_of(body_of({}, command=f"python train.py {path}", paths=(path,)))
-    assert spec["command"] == "python train.py data/train.csv"
-    with pytest.raises(SubmitError, match=r"'/home/me/train\.csv' is on this machine, where Databricks cannot read it"):
-        body_of({}, command="python train.py /home/me/train.csv", paths=(Path("/home/me/train.csv"),))
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("/Volumes/main/default/data/train.csv", "/Volumes/main/default/data/train.csv"),
+        ("dbfs:/Volumes/main/default/data/train.csv", "/Volumes/main/default/data/train.csv"),
+        ("/dbfs/train.csv", "/dbfs/train.csv"),
+        ("/Workspace/Shared/train.csv", "/Workspace/Shared/train.csv"),
+        ("s3://bucket/data/train.csv", f"{ROOT}/param_3/train.csv"),
+        ("dbfs:/data/", f"{ROOT}/param_3/data"),
+        ("https://x/a%20'b'.parquet?sig=1", f"{ROOT}/param_3/a__b_.parquet"),
+        ("runs:/0123/model", f"{ROOT}/param_3/model"),
+        ("s3://bucket", f"{ROOT}/param_3/data"),
+    ],
+)
+def test_where_a_command_finds_what_a_path_parameter_names(value: str, expected: str) -> None:
+    assert DatabricksBackend().place(value, 3, Path("/project")) == expected
+
+
+def test_files_of_this_machine_must_be_in_the_project(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    (project / "data").mkdir(parents=True)
+    (project / "data" / "train.csv").write_text("a\n")
+    (tmp_path / "beside.csv").write_text("b\n")
+    place = DatabricksBackend().place
+    assert place(str(project / "data" / "train.csv"), 0, project) == f"{ROOT}/project/data/train.csv"
+    assert place(str(project), 0, project) == f"{ROOT}/project"
+    assert place(str(project / "nothing.csv"), 0, project) is None
+    with pytest.raises(
+        ValueError, match=r"beside\.csv' is on this machine, where Databricks cannot read it: put it into"
+    ):
+        place(str(tmp_path / "beside.csv"), 0, project)
+
+
+def test_the_script_is_told_what_to_download() -> None:
+    placed = {f"{ROOT}/param_0/a.csv": "s3://b/a.csv", "/Volumes/a/b/c": "/Volumes/a/b/c", f"{ROOT}/project/d": "d"}
+    spec = spec_of(body_of({}, placed=placed))
+    assert (spec["root"], spec["downloads"]) == (ROOT, {"param_0/a.csv": "s3://b/a.csv"})
+    assert "downloads" not in spec_of(body_of({}))
+
+
+def test_what_is_shown_holds_no_secrets() -> None:
+    cluster = {
+        **CLUSTER,
+        "docker_image": {"url": "registry.example.com/x", "basic_auth": {"username": "me", "password": "hush"}},
+        "spark_env_vars": {"API_TOKEN": "hush", "OTHER": "{{secrets/ours/key}}", "TOKEN_OF": "{{secrets/ours/key}}"},
+        "spark_conf": {"spark.hadoop.fs.azure.account.key.x": "hush", "spark.master": "local[*]"},
+    }
+    libraries = [{"pypi": {"package": "x", "repo": "https://me:hush@index.example.com/simple"}}]
+    shown = masked(body_of({"new_cluster": cluster, "libraries": libraries}))
+    assert "hush" not in json.dumps(shown)
+    (task,) = shown["tasks"]
+    assert task["new_cluster"]["spark_env_vars"]["TOKEN_OF"] == "{{secrets/ours/key}}"
+    assert task["new_cluster"]["spark_conf"]["spark.master"] == "local[*]"
+    assert task["libraries"][0]["pypi"]["repo"] == "https://***@index.example.com/simple"
+    assert shown["idempotency_token"] == "t"
+    assert spec_of(shown) == spec_of(body_of({"new_cluster": cluster}))
+
+
+def test_what_goes_into_the_request_as_it_is() -> None:
+    passed = {
+        "access_control_list": [{"user_name": "me@example.com", "permission_level": "CAN_VIEW"}],
+        "budget_policy_id": "b",
+        "email_notifications": {"on_failure": ["me@example.com"]},
+        "git_source": {"git_url": "https://git.example.com/x", "git_provider": "gitHub", "git_branch": "main"},
+        "health": {"rules": []},
+        "notification_settings": {"no_alert_for_skipped_runs": True},
+        "performance_target": "STANDARD",
+        "queue": {"enabled": True},
+        "run_as": {"user_name": "robot@example.com"},
+        "timeout_seconds": 600,
+        "usage_policy_id": "u",
+        "webhook_notifications": {"on_failure": [{"id": "w"}]},
+    }
+    body = body_of(passed)
+    assert {key: body[key] for key in passed} == passed
 
 
 def test_the_preview_has_what_the_project_needs(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ class DockerRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProjectCall:
-    """The call as it was made, for backends that read the project themselves (`Backend.reads_project`).
+    """The call as it was made, for backends that read the project themselves.
 
     Attributes:
         uri: of a Git project elsewhere; None: `Job.project_dir` is the project.
@@ -84,6 +84,7 @@ class Job:
         durable: whether the run must go on, and be found again by `Backend.attach`, if this process dies. For runs on
             this machine; those elsewhere do so anyway.
         paths: what the command's ``path`` parameters name on this machine: files and folders, absolute.
+        placed: text in the command → value, of those to which `Backend.place` gave a place.
         environment_file: of the project, for backends that bring their own environment.
         spark_job: the project's ``databricks_spark_job``.
         tracking_uri: of the tracking server or store, without credentials.
@@ -108,6 +109,7 @@ class Job:
     resources: Resources | None = None
     durable: bool = False
     paths: tuple[Path, ...] = ()
+    placed: Mapping[str, str] = field(default_factory=dict)
     environment_file: EnvironmentFile | None = None
     spark_job: Mapping[str, Any] | None = None
     tracking_uri: str = ""
@@ -143,12 +145,10 @@ class Backend(ABC):
     Attributes:
         name: by which it is asked for.
         needs_environment: whether the Fleet prepares the project's Python environment on this machine for it.
-        reads_project: whether it goes by `Job.call` and downloads what ``path`` parameters name by itself.
     """
 
     name: ClassVar[str]
     needs_environment: ClassVar[bool] = False
-    reads_project: ClassVar[bool] = False
 
     async def __aenter__(self) -> Self:
         """Open clients; start what is shared by all runs."""
@@ -183,6 +183,22 @@ class Backend(ABC):
         Raises:
             UsageError: the backend cannot run it.
         """
+
+    def place(self, path: str, index: int, folder: Path) -> str | None:
+        """Where the command finds what a ``path`` parameter names, if not on this machine. Blocking.
+
+        Args:
+            path: a URI, or the absolute path of what may or may not exist.
+            index: of the parameter, for a name of its own.
+            folder: of the project.
+
+        Returns:
+            The text for the command. None: a file of this machine is meant, to which URIs are downloaded.
+
+        Raises:
+            ValueError: the command would not find it; the text says why and what to do.
+        """
+        return None
 
     def check_tracking(self, uri: str, config: object = None) -> None:  # noqa: B027 - most need not look
         """Check whether runs can reach their tracking server or store. Called before anything exists.

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -63,13 +64,16 @@ class PluginBackend(Backend):
     """
 
     name: ClassVar[str]
-    reads_project: ClassVar[bool] = True
     builder: ClassVar[staticmethod[[], Any]]
 
     @classmethod
     def named(cls, name: str, builder: Callable[[], Any]) -> type[PluginBackend]:
         """The backend of one plugin."""
         return type(cls.__name__, (cls,), {"name": name, "builder": staticmethod(builder), "__doc__": cls.__doc__})
+
+    def place(self, path: str, index: int, folder: Path) -> str | None:
+        """URIs are downloaded by the plugin, which goes by `Job.call`."""
+        return None if path.startswith("/") else path
 
     def __init__(self) -> None:
         self._tasks = TaskOwner()
@@ -144,7 +148,7 @@ class PluginBackend(Backend):
     def _submit(self, job: Job) -> BlockingHandle:
         """Blocking."""
         call, prepared = job.call, job.config
-        assert call is not None  # noqa: S101 - `reads_project` asks for it
+        assert call is not None  # noqa: S101 - the Fleet gives it to every job
         assert isinstance(prepared, _Prepared)  # noqa: S101 - what `configure` gave
         try:
             handle = prepared.plugin.run(

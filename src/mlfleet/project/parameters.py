@@ -7,8 +7,8 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from numbers import Number
 from pathlib import Path, PurePath
 from urllib.parse import unquote, urlsplit
@@ -56,19 +56,31 @@ class ResolvedParameters:
         declared: name → text for the command. Those in `downloads` still hold their URI.
         extra: not declared; appended to the command as ``--name value``, in this order.
         downloads: what must be downloaded before the command can be rendered.
+        placed: text for the command → value, of the ``path`` parameters whose files are elsewhere.
     """
 
     logged: Mapping[str, str]
     declared: Mapping[str, str]
     extra: Mapping[str, str]
     downloads: tuple[Download, ...] = ()
+    placed: Mapping[str, str] = field(default_factory=dict)
 
 
-def resolve(entry_point: EntryPoint, given: Mapping[str, object] | None) -> ResolvedParameters:
+def resolve(
+    entry_point: EntryPoint,
+    given: Mapping[str, object] | None,
+    place: Callable[[str, int], str | None] = lambda path, index: None,
+) -> ResolvedParameters:
     """Check `given` against what the entry point declares. Reads the disk only to see that local paths exist.
 
     Values are texts, numbers, booleans and paths, which count as what ``str()`` makes of them. A relative path is
     relative to the caller's working directory, as in the reference.
+
+    Args:
+        entry_point: what it declares.
+        given: name → value.
+        place: takes the URI or absolute path of a ``path`` parameter and its index, and gives the text for the command
+            if the command finds the file elsewhere than on this machine. Its ValueError says why it cannot.
 
     Raises:
         ParameterError: names every missing or wrong parameter in one text.
@@ -79,6 +91,7 @@ def resolve(entry_point: EntryPoint, given: Mapping[str, object] | None) -> Reso
     logged: dict[str, str] = {}
     declared: dict[str, str] = {}
     downloads: list[Download] = []
+    placed: dict[str, str] = {}
     missing: list[str] = []
     for index, parameter in enumerate(entry_point.parameters.values()):
         text = texts.get(parameter.name, parameter.default)
@@ -88,17 +101,21 @@ def resolve(entry_point: EntryPoint, given: Mapping[str, object] | None) -> Reso
             missing.append(parameter.name)
             continue
         logged[parameter.name] = text
-        if parameter.type == "path" and _is_remote(text):
-            downloads.append(Download(parameter.name, text, index))
         try:
-            declared[parameter.name] = _checked(parameter, text)
+            there = place(_uri_or_path(text), index) if parameter.type == "path" else None
+            declared[parameter.name] = _checked(parameter, text) if there is None else there
         except ValueError as error:
             faults[parameter.name] = str(error)
+            continue
+        if there is not None:
+            placed[there] = text
+        elif parameter.type == "path" and _is_remote(text):
+            downloads.append(Download(parameter.name, text, index))
     _raise_faults(entry_point, missing, faults, extra)
     hints = _misspelt([name for name in declared if name not in texts], extra)
     if hints:
         _warn_misspelt(entry_point.name, hints)
-    return ResolvedParameters(logged | extra, declared, extra, tuple(downloads))
+    return ResolvedParameters(logged | extra, declared, extra, tuple(downloads), placed)
 
 
 def _texts(given: Mapping[str, object], faults: dict[str, str]) -> dict[str, str]:
@@ -129,11 +146,17 @@ def _checked(parameter: Parameter, text: str) -> str:
             if not _SCHEME.match(text):
                 raise ValueError(f"a URI such as s3://bucket/key was expected, got {_shown(text)}")
         case "path" if not _is_remote(text):
-            return _local(text)
+            path = _uri_or_path(text)
+            if not _exists(path):
+                raise ValueError(f"there is no file or folder {path!r}")
+            return path
     return text
 
 
-def _local(text: str) -> str:
+def _uri_or_path(text: str) -> str:
+    """A URI as it is; of anything else the absolute path."""
+    if _is_remote(text):
+        return text
     path = text
     if text[:5].lower() == "file:":
         parts = urlsplit(text)
@@ -142,10 +165,7 @@ def _local(text: str) -> str:
         path = unquote(parts.path)
     if not path:
         raise ValueError("a file or folder was expected, got an empty text")
-    path = os.path.abspath(path)  # noqa: PTH100 - as the reference: without the dots, links kept
-    if not _exists(path):
-        raise ValueError(f"there is no file or folder {path!r}")
-    return path
+    return os.path.abspath(path)  # noqa: PTH100 - as the reference: without the dots, links kept
 
 
 def _exists(path: str) -> bool:

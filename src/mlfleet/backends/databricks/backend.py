@@ -17,13 +17,14 @@ from typing import Any, ClassVar
 import anyio
 
 from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job
-from mlfleet.backends.databricks import request
+from mlfleet.backends.databricks import paths, request
 from mlfleet.backends.databricks.config import DatabricksConfig, TaskKind, Upload, UploadKind, parse_config
 from mlfleet.backends.databricks.handle import DatabricksRun, RemoteRun, remove_secret
 from mlfleet.backends.databricks.poller import Poller
 from mlfleet.backends.databricks.search import RecentRuns
 from mlfleet.backends.databricks.states import Phase, State, read_state
 from mlfleet.backends.databricks.storage import HOME, Storage, storage_of
+from mlfleet.backends.databricks.timing import Timing
 from mlfleet.backends.databricks.upload import Uploads
 from mlfleet.backends.databricks.workspace import Workspace, WorkspaceError
 from mlfleet.concurrency.once import Once
@@ -46,9 +47,9 @@ _GRACE = 60.0  # seconds to take back a run whose submission is cancelled
 class _Site:
     """One workspace, and what all runs in it share."""
 
-    def __init__(self, workspace: Workspace) -> None:
+    def __init__(self, workspace: Workspace, timing: Timing) -> None:
         self.workspace = workspace
-        self.poller = Poller(workspace)
+        self.poller = Poller(workspace, timing)
         self.uploads = Uploads()
         self.recent = RecentRuns(workspace)
 
@@ -96,7 +97,6 @@ class _Submission:
             output=self.job.output,
             tags=tags,
             secret=secret,
-            version=self.config.api_version,
         )
 
 
@@ -104,13 +104,17 @@ class DatabricksBackend(Backend):
     """Runs jobs as one-time runs (``runs/submit``) in Databricks workspaces: that of the tracking URI, or of a profile.
 
     Leaving the backend cancels the runs that it submitted, and leaves those that it attached to alone.
+
+    Args:
+        timing: how often to ask; None: as suits Databricks.
     """
 
     name: ClassVar[str] = "databricks"
 
-    def __init__(self) -> None:
+    def __init__(self, *, timing: Timing | None = None) -> None:
+        self._timing = timing or Timing()
         self._stack = AsyncExitStack()
-        self._sites: Once[str, _Site] = Once(keep=True)
+        self._sites: Once[tuple[str | None, str], _Site] = Once(keep=True)
         self._tasks = TaskOwner()
         self._runs: set[DatabricksRun] = set()
         self._attempts: dict[str, str] = {}
@@ -147,6 +151,10 @@ class DatabricksBackend(Backend):
                 " or give the project a python_env"
             )
 
+    def place(self, path: str, index: int, folder: Path) -> str | None:
+        """Volumes, workspace files and DBFS are there; files of the project are unpacked, and URIs downloaded there."""
+        return paths.place(path, index, folder)
+
     def check_tracking(self, uri: str, config: object = None) -> None:
         """Refuse what only this machine can reach; see `Backend.check_tracking`."""
         if not (is_databricks(uri) or uri.startswith(("http://", "https://"))):
@@ -161,6 +169,7 @@ class DatabricksBackend(Backend):
         attempt = self._attempts.setdefault(job.run_id, _new_attempt())
         upload = config.upload
         data = {"profile": _profile(job, config), "attempt": attempt, "upload": str(upload.kind), "path": upload.path}
+        data["api_version"] = str(config.api_version)
         if request.public_variables(job, config)[1]:
             data["secret_scope"] = config.secret_scope
         return JobRef(self.name, job.run_id, data)
@@ -181,7 +190,7 @@ class DatabricksBackend(Backend):
         body = request.request_body(
             job, config, places, token=f"{job.run_id}-<attempt>", requirements=_requirements(job)
         )
-        return json.dumps(body, indent=2, ensure_ascii=False)
+        return json.dumps(request.masked(body), indent=2, ensure_ascii=False)
 
     async def submit(self, job: Job) -> DatabricksRun:
         """Upload the project if it is not there yet, and submit the run.
@@ -195,7 +204,7 @@ class DatabricksBackend(Backend):
         if secret and config.secret_scope is None:
             raise SubmitError(_needs_scope(secret), backend=self.name)
         requirements = await _preparing(partial(_requirements, job))
-        site = await self._site(_profile(job, config))
+        site = await self._site(_profile(job, config), config.api_version)
         storage = await storage_of(site.workspace, config.upload)
         attempt = self._attempts.pop(job.run_id, None) or _new_attempt()
         submission = _Submission(job, config, site, storage, attempt)
@@ -223,7 +232,8 @@ class DatabricksBackend(Backend):
             WorkspaceError: the workspace cannot be reached.
         """
         profile = ref.data.get("profile")
-        site = await self._site(str(profile) if profile else None)
+        version = str(ref.data.get("api_version") or DatabricksConfig().api_version)
+        site = await self._site(str(profile) if profile else None, version)
         found = await site.recent.find(ref.run_id)
         if found is None:
             text = f"the workspace {site.workspace.url} has no run of the MLflow run {ref.run_id}, or none any more"
@@ -239,16 +249,16 @@ class DatabricksBackend(Backend):
 
     # ---- one run ----------------------------------------------------------------------------------------------------
 
-    async def _site(self, profile: str | None) -> _Site:
+    async def _site(self, profile: str | None, version: str) -> _Site:
         async def enter() -> _Site:
-            workspace = Workspace(profile)
+            workspace = Workspace(profile, self._timing, version=version)
             await workspace.open()
-            site = _Site(workspace)
+            site = _Site(workspace, self._timing)
             self._stack.push_async_callback(workspace.close)
             await self._stack.enter_async_context(site.poller)
             return site
 
-        return await self._sites(profile or "", enter)
+        return await self._sites((profile, version), enter)
 
     async def _deliver(
         self, submission: _Submission, secret: Mapping[str, str], requirements: tuple[str, ...]
@@ -256,7 +266,8 @@ class DatabricksBackend(Backend):
         """Bring to the workspace what the run needs there; the request for it."""
         job, config, site, storage = submission.job, submission.config, submission.site, submission.storage
         home = await storage_of(site.workspace, Upload())
-        archive = await site.uploads.project(storage, job.project_dir, job.on_progress)
+        needs = paths.files_of_project(job.placed)
+        archive = await site.uploads.project(storage, job.project_dir, job.on_progress, needs=needs)
         places = request.Places(
             script=await site.uploads.script(home),
             archive=archive.path,
@@ -275,7 +286,7 @@ class DatabricksBackend(Backend):
 
     async def _launch(self, submission: _Submission, body: Mapping[str, Any]) -> DatabricksRun:
         config, site = submission.config, submission.site
-        version = "2.0" if config.task is TaskKind.SHELL_COMMAND else config.api_version
+        version = "2.0" if config.task is TaskKind.SHELL_COMMAND else None
         made: list[str] = []
 
         async def submit() -> None:
@@ -285,7 +296,7 @@ class DatabricksBackend(Backend):
         try:
             # Cut off in the middle, nobody would know whether there is a run: an answer is waited for.
             await finish(submit, within=_GRACE)
-            state = await _first_state(site.workspace, made[0], config.api_version)
+            state = await _first_state(site.workspace, made[0])
         except BaseException:
             if made:
                 with anyio.move_on_after(_GRACE, shield=True):
@@ -350,10 +361,10 @@ def _new_attempt() -> str:
     return uuid.uuid4().hex[:12]
 
 
-async def _first_state(workspace: Workspace, number: str, version: str) -> State:
+async def _first_state(workspace: Workspace, number: str) -> State:
     """What a new run looks like; if that cannot be had now, the poller will tell later."""
     try:
-        return read_state(await workspace.jobs("GET", "runs/get", params={"run_id": number}, version=version))
+        return read_state(await workspace.jobs("GET", "runs/get", params={"run_id": number}))
     except WorkspaceError as error:
         _log.info("nothing is told of the new run %s yet: %s", number, error)
         return State(phase=Phase.WAITING)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import runpy
 import select
 import shlex
@@ -47,6 +48,23 @@ kill(signal.SIGKILL)
 os._exit(code if code >= 0 else 128 - code)
 """
 
+# Downloads what `path` parameters name, as mlflow does it, and gives each the name by which the command knows it.
+DOWNLOAD = """
+import json, os, sys, urllib.request
+for target, uri in json.load(sys.stdin).items():
+    folder = target + ".files"
+    os.makedirs(folder)
+    try:
+        if uri.lower().startswith(("http://", "https://")):
+            found = urllib.request.urlretrieve(uri, os.path.join(folder, "file"))[0]
+        else:
+            from mlflow.artifacts import download_artifacts
+            found = download_artifacts(artifact_uri=uri, dst_path=folder)
+    except Exception as error:
+        sys.exit("%s cannot be downloaded: %s: %s" % (uri.split("?")[0], type(error).__name__, error))
+    os.symlink(os.path.abspath(found), target)
+"""
+
 
 def main() -> None:
     """Do what the argument says."""
@@ -56,10 +74,12 @@ def main() -> None:
             spec = json.load(file)
     signal_as_exception()
     keep_only_recent(spec["output"])
-    folder = tempfile.mkdtemp(prefix="mlfleet-")
+    folder = new_folder()
     try:
         project = unpack(spec, folder)
         variables = {**spec["environ"], **secrets(spec), **identity(spec)}
+        spec["command"] = spec["command"].replace(spec["root"], folder)
+        download(spec, folder, variables)
         code = (run_here if spec["mode"] == "python" else run_command)(spec, project, variables)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -77,6 +97,15 @@ def signal_as_exception() -> None:
         signal.signal(signal.SIGTERM, stop)
     except ValueError:  # not in the main thread; then nobody sends signals
         pass
+
+
+def new_folder() -> str:
+    """A folder on the disk of this machine, whose name a shell takes as it is wherever it stands."""
+    folder = tempfile.mkdtemp(prefix="mlfleet-")
+    if re.search(r"[^A-Za-z0-9_@%+=:,./-]", folder):
+        os.rmdir(folder)
+        folder = tempfile.mkdtemp(prefix="mlfleet-", dir="/tmp")
+    return folder
 
 
 def unpack(spec: Mapping[str, Any], folder: str) -> str:
@@ -136,6 +165,25 @@ def environment(variables: Mapping[str, str]) -> Dict[str, str]:
         own = [path for path in sys.path if "-packages" in path and not path.startswith(sys.prefix)]
         environ["PYTHONPATH"] = os.pathsep.join([*own, *filter(None, [environ.get("PYTHONPATH")])])
     return environ
+
+
+def download(spec: Mapping[str, Any], folder: str, variables: Mapping[str, str]) -> None:
+    """Download what `path` parameters name, in a process that is to MLflow what the command is."""
+    wanted = {os.path.join(folder, name): uri for name, uri in spec.get("downloads", {}).items()}
+    if not wanted:
+        return
+    for target in wanted:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-c", DOWNLOAD],
+        env=environment(variables),
+        input=json.dumps(wanted).encode(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    if done.returncode:
+        told = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no reason is told"]
+        raise SystemExit("mlfleet: a path parameter: %s" % told[-1])
 
 
 def run_command(spec: Mapping[str, Any], project: str, variables: Mapping[str, str]) -> int:

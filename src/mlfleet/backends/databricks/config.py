@@ -138,6 +138,11 @@ def parse_config(config: Mapping[str, Any]) -> DatabricksConfig:
     given = copy.deepcopy(dict(config))
     if _CLUSTER_KEYS & given.keys():
         given = _as_new_cluster(given)
+    if "job_clusters" in given:
+        raise UsageError(
+            "backend_config: job_clusters belong to jobs, and a project is a one-time run: give new_cluster,"
+            " existing_cluster_id, or neither for serverless compute"
+        )
     for key in given:
         if key not in KEYS:
             raise UsageError(

@@ -43,7 +43,6 @@ class RemoteRun:
         output: the file for the copy of its output; None: that of this process.
         tags: for the MLflow run.
         secret: scope and key of what was put there for it, and goes with its end.
-        version: of the Jobs API.
     """
 
     run_id: str
@@ -52,7 +51,6 @@ class RemoteRun:
     output: Path | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
     secret: tuple[str, str] | None = None
-    version: str = "2.2"
 
 
 class DatabricksRun:
@@ -187,9 +185,7 @@ class DatabricksRun:
         """Ask once, and hurry until the group ends with the run."""
         await self._cancelling.wait()
         try:
-            await self._workspace.jobs(
-                "POST", "runs/cancel", body={"run_id": int(self._run.id)}, version=self._run.version
-            )
+            await self._workspace.jobs("POST", "runs/cancel", body={"run_id": int(self._run.id)})
         except WorkspaceError as error:
             # It has ended, or is gone: the poll will tell.
             if not error.missing and error.code not in ("INVALID_STATE", "INVALID_PARAMETER_VALUE"):
@@ -226,7 +222,7 @@ class DatabricksRun:
         """What the run's page in Databricks has: error, trace and the last 5 MB of what the task printed."""
         params = {"run_id": str(state.task_run_id or self._run.id)}
         try:
-            return await self._workspace.jobs("GET", "runs/get-output", params=params, version=self._run.version)
+            return await self._workspace.jobs("GET", "runs/get-output", params=params)
         except WorkspaceError as error:
             _log.info("Databricks has no output of the run %s: %s", self.run_id, error)
             return {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Awaitable, Callable
@@ -59,11 +60,11 @@ class OutputCopy:
         """Whether nothing was copied yet."""
         return self._offset == 0
 
-    async def advance(self) -> bool:
-        """Copy the parts that are there by now; whether there were any."""
+    async def advance(self, parts: float = math.inf) -> bool:
+        """Copy the parts that are there by now, of so many; whether there were any."""
         async with self._one:
             before = self._parts
-            while (part := await self._whole(f"{self._parts:06}")) is not None:
+            while self._parts < parts and (part := await self._whole(f"{self._parts:06}")) is not None:
                 await self._append(part)
                 self._parts += 1
             return self._parts > before
@@ -75,9 +76,9 @@ class OutputCopy:
             await self.advance()
             return None
         raw = json.loads(told)
-        parts = raw["parts"]
+        parts: int | None = raw["parts"]
         for _ in range(_TRIES):
-            await self.advance()
+            await self.advance(parts or 0)
             if self._parts >= (parts or 0):
                 break
             await anyio.sleep(_AGAIN)

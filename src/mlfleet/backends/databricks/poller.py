@@ -14,6 +14,7 @@ from typing import Any
 import anyio
 
 from mlfleet.backends.databricks.states import LOST, State, read_state
+from mlfleet.backends.databricks.timing import Timing
 from mlfleet.backends.databricks.workspace import PATIENCE, Workspace, WorkspaceError
 from mlfleet.concurrency.watch import Cell, Watch
 from mlfleet.errors import BackendError
@@ -25,12 +26,8 @@ _log = logging.getLogger("mlfleet.databricks")
 _FEW = 10  # runs that are asked for one by one
 _PAGE = 25  # runs that runs/list gives at once
 _AT_ONCE = 8
-_YOUNG = 60.0  # seconds
-_FAST, _SLOW = 1.5, 30.0  # seconds between polls of young runs, and at most
 _PER_RUN_SECOND = 30  # a run of 300 s is asked for every 10 s
 _A_MINUTE = 50  # requests that polls of runs which are not young cost
-_NOT_YET = 30.0  # seconds within which a new run may not be known everywhere
-_AFTER_FAILURE = 10.0
 
 
 @dataclass(slots=True)
@@ -46,14 +43,15 @@ class Poller(Watch[State]):
 
     Args:
         workspace: whose runs they are.
-        version: of the Jobs API.
+        timing: how often to ask.
     """
 
-    def __init__(self, workspace: Workspace, *, version: str = "2.2") -> None:
+    def __init__(self, workspace: Workspace, timing: Timing) -> None:
         super().__init__(self._follow, name="mlfleet Databricks poll")
         self._workspace = workspace
-        self._version = version
+        self._timing = timing
         self._timings: dict[str, _Timing] = {}
+        self._count = 0  # of the runs that had not ended when the last poll began
         self._changed = anyio.Event()
 
     def track(self, key: str) -> Cell[State]:
@@ -71,7 +69,7 @@ class Poller(Watch[State]):
     def hurry(self, key: str) -> None:
         """Treat a run as a young one from now on: somebody waits for its end, or something was done to it."""
         now = time.monotonic()
-        self._timings[key] = _Timing(now, now + _FAST / 2)
+        self._timings[key] = _Timing(now, now + self._timing.fast / 2)
         changed, self._changed = self._changed, anyio.Event()
         changed.set()
 
@@ -90,7 +88,7 @@ class Poller(Watch[State]):
                 if now - failing_since > PATIENCE:
                     text = f"the states of Databricks runs could not be read for {now - failing_since:.0f} s: {error}"
                     raise BackendError(text, backend="databricks") from error
-                await anyio.sleep(_AFTER_FAILURE)
+                await anyio.sleep(self._timing.after_failure)
 
     def _live(self) -> list[str]:
         return [key for key in self.keys if (state := self.get(key)) is None or not state.over]
@@ -100,31 +98,31 @@ class Poller(Watch[State]):
         while True:
             changed = self._changed
             live = self._live()
+            self._count = len(live)
             now = time.monotonic()
             first = min((self._timings[key].due for key in live), default=math.inf)
             if first <= now:
-                return [key for key in live if self._timings[key].due <= now + 0.3 * self._interval(key, len(live))]
+                return [key for key in live if self._timings[key].due <= now + 0.3 * self._interval(key)]
             with anyio.move_on_after(first - now):
                 await changed.wait()
 
-    def _interval(self, key: str, live: int) -> float:
+    def _interval(self, key: str) -> float:
         """Seconds until the next poll for a run; all those that are not young share a number of requests a minute."""
         age = time.monotonic() - self._timings[key].since
-        if age < _YOUNG:
-            return _FAST
-        requests = live if live <= _FEW else math.ceil(live / _PAGE)
-        return max(min(age / _PER_RUN_SECOND, _SLOW), requests * 60 / _A_MINUTE)
+        if age < self._timing.young:
+            return self._timing.fast
+        requests = self._count if self._count <= _FEW else math.ceil(self._count / _PAGE)
+        return max(min(age / _PER_RUN_SECOND, self._timing.slow), requests * 60 / _A_MINUTE)
 
     def _put(self, key: str, state: State) -> None:
         timing = self._timings.get(key)
         if timing is not None:
-            interval = self._interval(key, len(self._live()))
-            timing.due = time.monotonic() + interval * random.uniform(0.9, 1.1)  # noqa: S311
+            timing.due = time.monotonic() + self._interval(key) * random.uniform(0.9, 1.1)  # noqa: S311
         self.put(key, state)
 
     async def _poll(self, due: Collection[str]) -> None:
         missing = set(due)
-        if len(self._live()) > _FEW:
+        if self._count > _FEW:
             missing -= await self._list(missing)
         errors: list[WorkspaceError] = []
         room = anyio.CapacityLimiter(_AT_ONCE)
@@ -138,15 +136,15 @@ class Poller(Watch[State]):
         """Ask for one run."""
         async with room:
             try:
-                run = await self._workspace.jobs("GET", "runs/get", params={"run_id": key}, version=self._version)
+                run = await self._workspace.jobs("GET", "runs/get", params={"run_id": key})
             except WorkspaceError as error:
                 timing = self._timings.get(key)
                 if not error.missing:
                     errors.append(error)
-                elif timing is not None and time.monotonic() - timing.since > _NOT_YET:
+                elif timing is not None and time.monotonic() - timing.since > self._timing.not_yet:
                     self._put(key, LOST)
                 elif timing is not None:
-                    timing.due = time.monotonic() + _FAST
+                    timing.due = time.monotonic() + self._timing.fast
                 return
         self._put(key, read_state(run))
 
@@ -154,7 +152,7 @@ class Poller(Watch[State]):
         """List the active runs, newest first, as far as needed; those of ours that were in the list."""
         left, seen = set(wanted), set[str]()
         oldest = min((state.start_time for key in wanted if (state := self.get(key)) is not None), default=0)
-        ask = partial(self._workspace.jobs, "GET", "runs/list", version=self._version)
+        ask = partial(self._workspace.jobs, "GET", "runs/list")
         params = {"active_only": "true", "run_type": "SUBMIT_RUN", "limit": str(_PAGE), "expand_tasks": "false"}
         while True:
             page = await ask(params=params)

@@ -10,14 +10,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlfleet.backends.base import Job
+from mlfleet.backends.databricks import paths
 from mlfleet.backends.databricks.config import DatabricksConfig, TaskKind
 from mlfleet.errors import SubmitError
+from mlfleet.masking import MASK, is_secret_name, mask_uri
 
 __all__ = [
     "TASK_KEY",
     "Places",
     "bootstrap_argument",
     "bootstrap_spec",
+    "masked",
     "public_variables",
     "request_body",
     "run_name",
@@ -83,13 +86,16 @@ def bootstrap_spec(job: Job, config: DatabricksConfig, places: Places) -> dict[s
         "run": job.run_id,
         "archive": places.archive,
         "sha256": places.sha256,
-        "name": "project",
+        "root": paths.ROOT,
+        "name": paths.PROJECT,
         "mode": "python" if job.spark_job is not None else "command",
-        "command": _python_command(job) if job.spark_job is not None else _portable(job),
+        "command": _python_command(job) if job.spark_job is not None else job.command,
         "environ": public_variables(job, config)[0],
         "output": places.output,
         "grace": job.cancel_grace,
     }
+    if downloads := paths.downloads(job.placed):
+        spec["downloads"] = downloads
     if places.secret is not None:
         spec["secrets"] = {"scope": config.secret_scope, "key": places.secret}
     if _own_identity(job, config):
@@ -144,6 +150,20 @@ def request_body(
     return body | {"tasks": [task]}
 
 
+def masked(told: Any, name: str = "") -> Any:
+    """A request for people to see: what its keys call a secret, and credentials in URIs, replaced."""
+    if isinstance(told, Mapping):
+        return {key: masked(value, str(key)) for key, value in told.items()}
+    if isinstance(told, list):
+        return [masked(value) for value in told]
+    if not isinstance(told, str):
+        return told
+    # By a reference like {{secrets/scope/key}} Databricks names a secret without telling it.
+    if is_secret_name(name.replace(".", "_")) and name != "idempotency_token" and not told.startswith("{{secrets/"):
+        return MASK
+    return mask_uri(told)
+
+
 def with_argument(places: Places, path: str) -> Places:
     """The same places, with the bootstrap's argument in a file."""
     return replace(places, argument=path)
@@ -196,7 +216,7 @@ def _with_mlflow(requirements: tuple[str, ...], *others: str) -> tuple[str, ...]
 
 
 def _python_command(job: Job) -> str:
-    words = _portable(job)
+    words = job.command
     try:
         first, file, *_ = shlex.split(words)
     except ValueError:
@@ -210,17 +230,3 @@ def _python_command(job: Job) -> str:
             f"the Python file {file!r} of the databricks_spark_job is outside the project", backend="databricks"
         )
     return words
-
-
-def _portable(job: Job) -> str:
-    """The command with the project's own files named relative to its folder, where it runs."""
-    command = job.command
-    for path in sorted(job.paths, key=lambda path: len(str(path)), reverse=True):
-        if not path.is_relative_to(job.project_dir):
-            text = (
-                f"the path parameter {str(path)!r} is on this machine, where Databricks cannot read it: put the file"
-                " into the project, or declare the parameter as a string and give a path such as /Volumes/…"
-            )
-            raise SubmitError(text, backend="databricks")
-        command = command.replace(str(path), str(path.relative_to(job.project_dir)))
-    return command

@@ -66,12 +66,17 @@ class Volume(Storage):
 
     async def write(self, name: str, file: IO[bytes], size: int) -> None:
         _check_size(size, _LARGEST_VOLUME_FILE, "a volume takes files of up to 5 GiB")
-        send = partial(self._workspace.send_file, "PUT", self._url(name) + "?overwrite=true", file, size)
+
+        async def send() -> None:
+            try:
+                await self._workspace.send_file("PUT", self._url(name) + "?overwrite=true", file, size)
+            except WorkspaceError as error:
+                if error.status != 409:  # somebody else was faster with the same content
+                    raise
+
         try:
             await send()
         except WorkspaceError as error:
-            if error.status == 409:  # somebody else was faster with the same content
-                return
             if not error.missing:
                 raise
             folder = quote(posixpath.dirname(self.path(name)))

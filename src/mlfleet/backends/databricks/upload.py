@@ -17,7 +17,10 @@ from typing import IO
 from mlfleet.backends.databricks.storage import Storage
 from mlfleet.concurrency.once import Once
 from mlfleet.concurrency.threads import Threads
+from mlfleet.errors import SubmitError
+from mlfleet.project.checkout import ignored_by_git
 from mlfleet.project.content import content_hash, pack
+from mlfleet.project.ignoring import read_ignore
 
 __all__ = ["Archive", "Uploads"]
 
@@ -43,18 +46,29 @@ class Uploads:
     """What this process has brought into one workspace."""
 
     def __init__(self) -> None:
-        self._hashes: Once[Path, str] = Once()
+        self._contents: Once[Path, tuple[frozenset[str], str]] = Once()
         self._archives: Once[tuple[str, str], Archive] = Once(keep=True)
         self._scripts: Once[str, str] = Once(keep=True)
 
-    async def project(self, storage: Storage, folder: Path, on_progress: Callable[[str], None]) -> Archive:
+    async def project(
+        self, storage: Storage, folder: Path, on_progress: Callable[[str], None], *, needs: tuple[str, ...] = ()
+    ) -> Archive:
         """The packed project, which is uploaded if it is not there.
 
+        Args:
+            storage: where to.
+            folder: of the project.
+            on_progress: takes a line for people.
+            needs: files in it that the run reads.
+
         Raises:
-            MlfleetError: a file cannot be read, or the workspace does not take it.
+            MlfleetError: a file cannot be read, or is left out though it is needed, or the workspace does not take it.
         """
-        digest = await self._hashes(folder, partial(content_hash, folder))
-        return await self._archives((storage.root, digest), partial(self._project, storage, folder, on_progress))
+        left_out, digest = await self._contents(folder, partial(_content, folder))
+        if needs:
+            await _packing(partial(_check_needs, folder, left_out, needs))
+        bring = partial(self._project, storage, folder, left_out, on_progress)
+        return await self._archives((storage.root, digest), bring)
 
     async def script(self, storage: Storage) -> str:
         """The path of the bootstrap script, which is uploaded if it is not there."""
@@ -66,13 +80,32 @@ class Uploads:
 
         return await self._scripts(storage.root, bring)
 
-    async def _project(self, storage: Storage, folder: Path, on_progress: Callable[[str], None]) -> Archive:
-        packed = await pack(folder)
+    async def _project(
+        self, storage: Storage, folder: Path, left_out: frozenset[str], on_progress: Callable[[str], None]
+    ) -> Archive:
+        packed = await pack(folder, left_out=left_out)
         with packed.file:
             file, digest, size = await _packing(partial(_compress, packed.file))
         with file:
             on_progress(f"the project ({size / 2**20:.1f} MiB) goes to {storage.root}")
             return Archive(await _bring(storage, f"projects/{digest}.tar.gz", file, size), digest)
+
+
+async def _content(folder: Path) -> tuple[frozenset[str], str]:
+    """What Git would not take along either, and the hash of the rest."""
+    left_out = await ignored_by_git(folder)
+    return left_out, await content_hash(folder, left_out=left_out)
+
+
+def _check_needs(folder: Path, left_out: frozenset[str], needs: tuple[str, ...]) -> None:
+    ignore = read_ignore(folder, left_out)
+    for name in needs:
+        if ignore(name):
+            text = (
+                f"a path parameter names {name!r} of the project, which .gitignore or .dockerignore leaves out: take it"
+                f" back with the line '!{name}' in the project's .dockerignore, or give a path such as /Volumes/…"
+            )
+            raise SubmitError(text, backend="databricks")
 
 
 async def _bring(storage: Storage, name: str, file: IO[bytes], size: int) -> str:

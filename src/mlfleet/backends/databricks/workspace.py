@@ -10,6 +10,7 @@ from typing import IO, Any, TypeVar
 
 import anyio
 
+from mlfleet.backends.databricks.timing import Timing
 from mlfleet.concurrency.once import Once
 from mlfleet.concurrency.threads import Threads
 from mlfleet.errors import BackendError, TrackingError
@@ -25,8 +26,6 @@ PATIENCE = 300.0
 _IN_FLIGHT = 16
 _ANSWER = 60.0  # seconds without any byte of an answer
 _CHUNK = 2**18
-# Requests per second; a workspace takes 35, 100 and 100: https://docs.databricks.com/aws/en/resources/limits
-_PACES = {"runs/submit": 30.0, "runs/get": 80.0, "runs/get-output": 80.0, "runs/list": 20.0}
 _reading = Threads("databricks files", 4)
 
 T = TypeVar("T")
@@ -56,9 +55,12 @@ class Workspace:
 
     Args:
         profile: of ``~/.databrickscfg``; None: the environment's variables, or the default profile.
+        timing: how often to ask.
+        version: of the Jobs API.
     """
 
-    def __init__(self, profile: str | None) -> None:
+    def __init__(self, profile: str | None, timing: Timing, *, version: str = "2.2") -> None:
+        self._version = version
         uri = f"databricks://{profile}" if profile else "databricks"
         self._login = DatabricksLogin(uri)
         self._transport = Transport(
@@ -72,7 +74,7 @@ class Workspace:
         )
         self._opening: Once[str, None] = Once(keep=True)
         self._users: Once[str, str] = Once(keep=True)
-        self._paces = {name: _Pace(per_second) for name, per_second in _PACES.items()}
+        self._paces = {name: _Pace(per_second) for name, per_second in timing.paces.items()}
 
     async def open(self) -> None:
         """Find out where it is and who we are.
@@ -107,7 +109,7 @@ class Workspace:
         *,
         body: Mapping[str, Any] | None = None,
         params: Mapping[str, str] | None = None,
-        version: str = "2.2",
+        version: str | None = None,
     ) -> dict[str, Any]:
         """Ask the Jobs API.
 
@@ -116,10 +118,10 @@ class Workspace:
             what: the path below ``jobs/``, such as ``runs/get``.
             body: to be sent as JSON.
             params: of the query.
-            version: of the API.
+            version: of the API; None: as this workspace was opened for.
         """
         pace = self._paces.get(what)
-        path = f"/api/{version}/jobs/{what}"
+        path = f"/api/{version or self._version}/jobs/{what}"
         return await self.call(method, path, body=body, params=params, pace=pace)
 
     async def call(
