@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
+import weakref
 from collections.abc import Awaitable, Callable
-from typing import Generic, TypeVar
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
 
 import anyio
-import anyio.to_thread
-from anyio.lowlevel import RunVar
 
 __all__ = ["Threads", "outlast"]
 
 V = TypeVar("V")
-_unlimited: RunVar[anyio.CapacityLimiter] = RunVar("mlfleet unlimited")
 
 
 async def outlast(future: asyncio.Future[V]) -> asyncio.CancelledError | None:
@@ -37,11 +35,16 @@ async def outlast(future: asyncio.Future[V]) -> asyncio.CancelledError | None:
 
 
 class Threads:
-    """Up to `count` threads of each event loop for one kind of blocking work, so that no other kind can starve it."""
+    """Up to `count` threads of each event loop for one kind of blocking work, so that no other kind can starve it.
+
+    They are threads of its own rather than anyio's or the loop's: a fan-out of hundreds of runs goes through here for
+    each of them, and a limiter, a copied context and a second message to the loop would cost it several times as much.
+    """
 
     def __init__(self, name: str, count: int) -> None:
+        self._name = name
         self._count = count
-        self._slots: RunVar[asyncio.Semaphore] = RunVar(f"mlfleet {name}")
+        self._crews: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Crew] = weakref.WeakKeyDictionary()
 
     async def __call__(self, function: Callable[[], V], *, undo: Callable[[V], Awaitable[None]] | None = None) -> V:
         """Call `function` in a thread.
@@ -53,50 +56,106 @@ class Threads:
             function: the blocking work.
             undo: takes back a result that nobody will get any more. Must not be torn by a cancellation itself.
         """
-        slots = self._slots.get(None)
-        if slots is None:
-            slots = asyncio.Semaphore(self._count)
-            self._slots.set(slots)
-        # Not anyio's limiter: of 500 calls at the same time, waiting there would cost each ten times as much.
-        async with slots:
-            return await _in_thread(_Call(function, asyncio.get_running_loop()), undo)
+        loop = asyncio.get_running_loop()
+        crew = self._crews.get(loop)
+        if crew is None:
+            crew = self._crews[loop] = _Crew(self._name, self._count)
+        call = _Call(function, loop, crew)
+        crew.take(call)
+        try:
+            return await call.done
+        except asyncio.CancelledError:
+            if not call.withdraw():
+                result = call.outcome()
+                await outlast(result)
+                if result.exception() is None and undo is not None:
+                    await undo(result.result())
+            raise
 
 
-async def _in_thread(call: _Call[V], undo: Callable[[V], Awaitable[None]] | None) -> V:
-    unlimited = _unlimited.get(None)
-    if unlimited is None:
-        unlimited = anyio.CapacityLimiter(math.inf)
-        _unlimited.set(unlimited)
-    try:
-        await anyio.to_thread.run_sync(call.run, limiter=unlimited)
-    except asyncio.CancelledError:
-        if not call.withdraw():
-            await outlast(call.done)
-            if call.done.exception() is None and undo is not None:
-                await undo(call.done.result())
-        raise
-    return call.done.result()
+class _Crew:
+    """The threads of one event loop; all but their work itself happens in that loop.
+
+    They end when the loop is gone.
+    """
+
+    def __init__(self, name: str, count: int) -> None:
+        self._name = name
+        self._count = count
+        self._threads = 0
+        self._queue: SimpleQueue[_Call[Any] | None] = SimpleQueue()
+        self.under_way = 0
+
+    def take(self, call: _Call[Any]) -> None:
+        """Have the call made, in its turn."""
+        if self._threads <= self.under_way and self._threads < self._count:
+            self._grow()
+        self.under_way += 1
+        self._queue.put(call)
+
+    def _grow(self) -> None:
+        thread = threading.Thread(target=_work, args=(self._queue,), name=f"mlfleet {self._name}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the limit is reached: those that are there do it
+            if self._threads == 0:
+                raise
+            return
+        self._threads += 1
+        weakref.finalize(self, self._queue.put, None).atexit = False
+
+
+def _work(queue: SimpleQueue[_Call[Any] | None]) -> None:
+    while (call := queue.get()) is not None:
+        call.run()
+        del call  # which knows the loop
 
 
 class _Call(Generic[V]):
     """A call for a thread that can be withdrawn until the thread takes it."""
 
-    def __init__(self, function: Callable[[], V], loop: asyncio.AbstractEventLoop) -> None:
+    __slots__ = ("_crew", "_error", "_function", "_has_ended", "_loop", "_result", "_taken", "done")
+
+    def __init__(self, function: Callable[[], V], loop: asyncio.AbstractEventLoop, crew: _Crew) -> None:
         self._function = function
         self._loop = loop
+        self._crew = crew
         self._taken = threading.Lock()
+        self._has_ended = False
+        self._result: V | None = None
+        self._error: BaseException | None = None
         self.done: asyncio.Future[V] = loop.create_future()
 
     def run(self) -> None:
-        if not self._taken.acquire(blocking=False):
-            return
+        if self._taken.acquire(blocking=False):
+            try:
+                self._result = self._function()
+            except BaseException as error:
+                self._error = error
         try:
-            result = self._function()
-        except BaseException as error:
-            self._loop.call_soon_threadsafe(self.done.set_exception, error)
-        else:
-            self._loop.call_soon_threadsafe(self.done.set_result, result)
+            self._loop.call_soon_threadsafe(self._end)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            return
 
     def withdraw(self) -> bool:
         """Keep any thread from taking the call. False: one has taken it."""
         return self._taken.acquire(blocking=False)
+
+    def outcome(self) -> asyncio.Future[V]:
+        """What becomes of it after all, for one whose wait for `done` was cancelled."""
+        self.done = self._loop.create_future()
+        if self._has_ended:
+            self._tell()
+        return self.done
+
+    def _end(self) -> None:
+        self._has_ended = True
+        self._crew.under_way -= 1
+        if not self.done.done():
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._error is not None:
+            self.done.set_exception(self._error)
+        else:
+            self.done.set_result(self._result)  # type: ignore[arg-type]
