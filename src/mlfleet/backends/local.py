@@ -5,7 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from mlfleet.backends import durable
 from mlfleet.backends.base import Backend, BackendRun, Job
 from mlfleet.concurrency.adopted import AdoptedProcess
 from mlfleet.concurrency.lines import follow_file, last_lines
-from mlfleet.concurrency.process import Process, start_process
+from mlfleet.concurrency.process import Command, Process, start
 from mlfleet.concurrency.threads import Threads
 from mlfleet.errors import BackendError, RunLost, SubmitError
 from mlfleet.runs import DEFAULT_CANCEL_GRACE, JobRef, Outcome, RunStatus
@@ -61,15 +62,10 @@ class LocalBackend(Backend):
         Raises:
             SubmitError: there is no bash, no such folder, the output cannot be written, or the system has no room.
         """
-        environ, output = await _files(partial(_prepare, job), undo=_discard)
-        argv = durable.argv(job) if durable.applies(job) else ("bash", "-c", job.command)
         try:
-            process = await start_process(argv, cwd=job.project_dir, env=environ, output=output)
+            process = await start(partial(_command, job))
         except (OSError, ValueError) as error:
             raise SubmitError(_refusal(job, error), backend=self.name) from error
-        finally:
-            if output is not None:
-                os.close(output)
         # Not the job itself: hundreds of handles would keep its environment and secrets.
         conclude = partial(durable.conclude, durable.run_folder(job.run_id)) if durable.applies(job) else None
         run = _LocalRun(job.run_id, job.output, job.cancel_grace, process, conclude)
@@ -213,16 +209,27 @@ async def _let_go(found: durable.Living | durable.Ended | None) -> None:
         os.close(found.pidfd)
 
 
-def _prepare(job: Job) -> tuple[dict[str, str], int | None]:
-    """The variables of the command, and the file descriptor of its output. Blocking."""
+@contextmanager
+def _command(job: Job) -> Iterator[Command]:
+    """What to start for a job, while its output is open. Blocking."""
+    argv: tuple[str, ...] = ("bash", "-c", job.command)
+    if durable.applies(job):
+        argv = durable.argv(job)
+        durable.run_folder(job.run_id).mkdir(parents=True, exist_ok=True, mode=0o700)
+    output = None if job.output is None else _open_output(job.output)
+    try:
+        yield Command(argv, job.project_dir, _environ(job), output, output)
+    finally:
+        if output is not None:
+            os.close(output)
+
+
+def _environ(job: Job) -> dict[str, str]:
     # Another thread may change os.environ meanwhile, so a plain copy could fail.
     environ = {name: value for name in list(os.environ) if (value := os.environ.get(name)) is not None}
-    environ |= {**job.environ, **job.secrets}
-    if job.environment is not None:
-        environ = job.environment.apply(environ)
-    if durable.applies(job):
-        durable.run_folder(job.run_id).mkdir(parents=True, exist_ok=True, mode=0o700)
-    return environ, None if job.output is None else _open_output(job.output)
+    environ.update(job.environ)
+    environ.update(job.secrets)
+    return environ if job.environment is None else job.environment.apply(environ)
 
 
 def _open_output(path: Path) -> int:
@@ -237,11 +244,6 @@ def _open_output(path: Path) -> int:
         raise SubmitError(
             f"the output of the run cannot be written to {path}: {error.strerror}", backend=LocalBackend.name
         ) from error
-
-
-async def _discard(prepared: tuple[dict[str, str], int | None]) -> None:
-    if prepared[1] is not None:
-        os.close(prepared[1])
 
 
 def _refusal(job: Job, error: OSError | ValueError) -> str:

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from mlfleet.concurrency.sessions import SessionWatch
 from mlfleet.concurrency.streams import Stream
 from mlfleet.concurrency.threads import Threads, outlast
 
-__all__ = ["Completed", "Process", "run_process", "start_process"]
+__all__ = ["Command", "Completed", "Process", "run_process", "start", "start_process"]
 
 _log = logging.getLogger("mlfleet.process")
 _starting = Threads("start", 2)
@@ -36,6 +36,25 @@ _HINTS = {
     errno.ENOMEM: "the machine is out of memory",
     errno.E2BIG: "the command with its environment variables is longer than the system allows",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What is to be started, with stdin from /dev/null.
+
+    Attributes:
+        argv: the program and its arguments. Everybody on the machine can read them: never a secret.
+        cwd: its working directory.
+        env: all its variables; None: this process's.
+        stdout: a file descriptor; None: it is inherited.
+        stderr: likewise.
+    """
+
+    argv: Sequence[str]
+    cwd: Path | None = None
+    env: Mapping[str, str] | None = None
+    stdout: int | None = None
+    stderr: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +95,6 @@ class Process:
         "_pidfd",
         "_reaped",
         "_told",
-        "_watch",
         "pid",
         "stopped",
     )
@@ -92,7 +110,6 @@ class Process:
         self._kill: asyncio.TimerHandle | None = None
         self._told: set[int] = set()
         self._forced = False
-        self._watch = SessionWatch.of_running_loop()
         if pidfd is None:
             threading.Thread(target=self._block, name=f"mlfleet wait {pid}", daemon=True).start()
         else:
@@ -115,9 +132,9 @@ class Process:
 
         Once `stop` was called this means the end of its whole group.
         """
-        code = await asyncio.shield(self._ended)
-        await asyncio.shield(self._gone)
-        return code
+        if not self._gone.done():
+            await asyncio.shield(self._gone)
+        return self._ended.result()
 
     async def stop(self, grace: float) -> None:
         """SIGTERM to the whole group, up to `grace` seconds, SIGKILL to what is left; returns once all of it is gone.
@@ -139,20 +156,21 @@ class Process:
         if self._gone.done():
             return
         deadline = self._loop.time() + grace
+        watch = SessionWatch.of_running_loop()
         if self._kill is None:
-            self._watch.in_turn(self._terminate)
+            watch.in_turn(self._terminate)
         elif self._kill.when() <= deadline:
             return
         else:
             self._kill.cancel()
-        self._kill = self._loop.call_at(deadline, self._watch.in_turn, self._force)
+        self._kill = self._loop.call_at(deadline, watch.in_turn, self._force)
 
     def _terminate(self) -> None:
         self._poll()
         if not self._ended.done():
             self.stopped = True
             self._ask(self.pid)
-            self._watch.add(self.pid, self._look)
+            SessionWatch.of_running_loop().add(self.pid, self._look)
 
     def _ask(self, group: int) -> None:
         self._told.add(group)
@@ -185,14 +203,28 @@ class Process:
         if self._ended.done() or self._pidfd is None:
             return
         try:
-            state = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            code = self._look_at() if self._kill is not None else self._reap()
         except ChildProcessError:
             self._reaped = True
             _log.warning("the exit status of process %d was taken by another part of this program", self.pid)
-            self._end(_UNKNOWN)
-            return
-        if state is not None:
-            self._end(state.si_status if state.si_code == os.CLD_EXITED else -state.si_status)
+            code = _UNKNOWN
+        if code is not None:
+            self._end(code)
+
+    def _look_at(self) -> int | None:
+        """The exit code, if there is one; the process stays a zombie."""
+        state = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if state is None:
+            return None
+        return state.si_status if state.si_code == os.CLD_EXITED else -state.si_status
+
+    def _reap(self) -> int | None:
+        """The exit code, if there is one; then the process is no more."""
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        if pid == 0:
+            return None
+        self._reaped = True
+        return os.waitstatus_to_exitcode(status)
 
     def _end(self, code: int) -> None:
         if self._pidfd is not None:
@@ -201,7 +233,7 @@ class Process:
             self._pidfd = None
         self._ended.set_result(code)
         if self.stopped:
-            self._watch.hurry()
+            SessionWatch.of_running_loop().hurry()
         else:
             self._finish()
 
@@ -212,7 +244,7 @@ class Process:
                 os.waitpid(self.pid, os.WNOHANG)
         if self._kill is not None:
             self._kill.cancel()
-            self._watch.remove(self.pid)
+            SessionWatch.of_running_loop().remove(self.pid)
         self._gone.set_result(None)
 
     def _block(self) -> None:
@@ -231,23 +263,39 @@ def _signal(group: int, number: int) -> None:
         os.killpg(group, number)
 
 
-async def start_process(
-    argv: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None, output: int | None = None
-) -> Process:
-    """Start a long-running command, with stdin from /dev/null. A cancelled call leaves nothing running.
+async def start(make: Callable[[], AbstractContextManager[Command]]) -> Process:
+    """Start a long-running command that takes blocking work to make. A cancelled call leaves nothing running.
 
     Args:
-        argv: the program and its arguments. Everybody on the machine can read them: never a secret.
-        cwd: its working directory.
-        env: all its variables; None: this process's.
-        output: a file descriptor for stdout and stderr; None: they are inherited.
+        make: is called in a thread, and left there as soon as the process runs or cannot be started: so all that a
+            start needs costs one turn in a thread.
 
     Raises:
         OSError: the program (``filename`` is its name) or the folder (``filename`` is ``str(cwd)``) is not there, or
             the system has no room for another process.
         ValueError: a NUL character in the arguments or the variables.
     """
-    return await _start(argv, cwd=cwd, env=env, stdout=output, stderr=output)
+
+    def spawn() -> tuple[int, int | None]:
+        with make() as command:
+            return _spawn(command)
+
+    return Process(*await _starting(spawn, undo=_take_back))
+
+
+async def start_process(
+    argv: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None, output: int | None = None
+) -> Process:
+    """Start a long-running command, as `start` does.
+
+    Args:
+        argv: the program and its arguments. Everybody on the machine can read them: never a secret.
+        cwd: its working directory.
+        env: all its variables; None: this process's.
+        output: a file descriptor for stdout and stderr; None: they are inherited.
+    """
+    command = Command(list(argv), cwd, env, output, output)
+    return await start(lambda: nullcontext(command))
 
 
 async def run_process(
@@ -276,7 +324,8 @@ async def run_process(
     """
     with ExitStack() as stack:
         streams = [stack.enter_context(Stream(limit, on_line)) for _ in range(1 if merge else 2)]
-        process = await _start(argv, cwd=cwd, env=env, stdout=streams[0].writer, stderr=streams[-1].writer)
+        command = Command(list(argv), cwd, env, streams[0].writer, streams[-1].writer)
+        process = await start(lambda: nullcontext(command))
         try:
             for stream in streams:
                 stream.read(lambda: process.begin_stop(_CANCEL_GRACE))
@@ -291,30 +340,22 @@ async def run_process(
         return Completed(code, streams[0].content(), streams[-1].content())
 
 
-async def _start(
-    argv: Sequence[str], *, cwd: Path | None, env: Mapping[str, str] | None, stdout: int | None, stderr: int | None
-) -> Process:
-    arguments = list(argv)
-    variables = None if env is None else dict(env)
-
-    def spawn() -> tuple[int, int | None]:
-        return _spawn(arguments, cwd, variables, stdout, stderr)
-
-    async def undo(spawned: tuple[int, int | None]) -> None:
-        await Process(*spawned).stop(0)
-
-    return Process(*await _starting(spawn, undo=undo))
+async def _take_back(spawned: tuple[int, int | None]) -> None:
+    await Process(*spawned).stop(0)
 
 
-def _spawn(
-    argv: list[str], cwd: Path | None, env: dict[str, str] | None, stdout: int | None, stderr: int | None
-) -> tuple[int, int | None]:
+def _spawn(command: Command) -> tuple[int, int | None]:
     """Start the process; its pid, and a pidfd where the system has them. Blocking."""
-    folder = None if cwd is None else str(cwd)
     try:
         # Never preexec_fn: without it Popen uses vfork, whose cost does not grow with this process's memory.
         popen = subprocess.Popen(
-            argv, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
+            command.argv,
+            cwd=None if command.cwd is None else str(command.cwd),
+            env=command.env,
+            stdin=subprocess.DEVNULL,
+            stdout=command.stdout,
+            stderr=command.stderr,
+            start_new_session=True,
         )
     except OSError as error:
         raise _explained(error) from error

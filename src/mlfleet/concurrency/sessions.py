@@ -12,10 +12,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-
-from anyio.lowlevel import RunVar
+from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 __all__ = ["SessionWatch", "living_groups"]
 
@@ -75,10 +76,9 @@ class SessionWatch:
     event loop, so there is no lock that the two could contend for.
     """
 
-    _of_loop: RunVar[SessionWatch] = RunVar("mlfleet sessions")
+    _of_loops: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, SessionWatch]] = WeakKeyDictionary()
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self) -> None:
         self._tell: dict[int, Callable[[set[int]], None]] = {}
         self._pause = _SHORTEST_PAUSE
         self._next: asyncio.TimerHandle | None = None
@@ -89,10 +89,10 @@ class SessionWatch:
     @classmethod
     def of_running_loop(cls) -> SessionWatch:
         """The one of the running event loop."""
-        watch = cls._of_loop.get(None)
+        loop = asyncio.get_running_loop()
+        watch = cls._of_loops.get(loop)
         if watch is None:
-            watch = cls(asyncio.get_running_loop())
-            cls._of_loop.set(watch)
+            watch = cls._of_loops[loop] = cls()
         return watch
 
     def add(self, session: int, tell: Callable[[set[int]], None]) -> None:
@@ -116,7 +116,7 @@ class SessionWatch:
         A signal lets its process run at once, in this one's place: half a millisecond each on a busy machine.
         """
         if not self._turns:
-            self._loop.call_soon(self._take_turns)
+            asyncio.get_running_loop().call_soon(self._take_turns)
         self._turns.append(signal)
 
     def _take_turns(self) -> None:
@@ -124,15 +124,16 @@ class SessionWatch:
         while self._turns and time.monotonic() < until:
             self._turns.popleft()()
         if self._turns:
-            self._loop.call_soon(self._take_turns)
+            asyncio.get_running_loop().call_soon(self._take_turns)
 
     def _look_in(self, pause: float) -> None:
-        when = self._loop.time() + pause
+        loop = asyncio.get_running_loop()
+        when = loop.time() + pause
         if self._next is not None:
             if self._next.when() <= when:
                 return
             self._next.cancel()
-        self._next = self._loop.call_at(when, self._look)
+        self._next = loop.call_at(when, self._look)
 
     def _look(self) -> None:
         self._next = None
@@ -142,7 +143,7 @@ class SessionWatch:
             return
         self._looking = True
         if self._thread is None:
-            self._thread = _start_thread(self._in_thread)
+            self._thread = _start_thread(partial(self._in_thread, asyncio.get_running_loop()))
         if self._thread is None:
             # Processes must be ended all the more, even if each look holds up the event loop for some milliseconds.
             self._pause = _LONGEST_PAUSE
@@ -164,12 +165,12 @@ class SessionWatch:
             self._thread.put([])
             self._thread = None
 
-    def _in_thread(self, asked: SimpleQueue[list[int]]) -> None:
+    def _in_thread(self, loop: asyncio.AbstractEventLoop, asked: SimpleQueue[list[int]]) -> None:
         while sessions := asked.get():
             begun = time.monotonic()
             found = living_groups(sessions)
             try:
-                self._loop.call_soon_threadsafe(self._report, found, time.monotonic() - begun)
+                loop.call_soon_threadsafe(self._report, found, time.monotonic() - begun)
             except RuntimeError:  # the loop is closed
                 return
 
