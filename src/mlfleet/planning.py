@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import getpass
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-import anyio
-
 from mlfleet.backends.base import Backend, DockerRequest
 from mlfleet.backends.registry import find
+from mlfleet.concurrency.once import Rounds
+from mlfleet.concurrency.threads import Threads
 from mlfleet.environments import choose, manager
 from mlfleet.environments.base import EnvironmentPlan
 from mlfleet.project.command import render
@@ -20,36 +21,47 @@ from mlfleet.project.parameters import ResolvedParameters, resolve
 from mlfleet.project.spec import EntryPoint, ProjectSpec, read_project
 from mlfleet.request import RunRequest
 
-__all__ = ["Plan", "Planner"]
+__all__ = ["Ground", "Plan", "Planner"]
+
+_threads = Threads("planning", 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """A run that can be made.
+class Ground:
+    """What plans that differ in nothing but parameters, tags and their place have in common.
 
     Attributes:
-        request: what was asked for.
         project: where its code is.
         spec: what the project says of itself.
         entry_point: what is to be run.
-        parameters: resolved for it.
         backend: the name of the backend that will run it; a local project with ``docker_env`` runs on ``docker``.
         config: what that backend made of ``backend_config``.
         environment: what to build on this machine; None where the backend brings its own.
         docker: what a project with ``docker_env`` asks for.
+    """
+
+    project: Project
+    spec: ProjectSpec
+    entry_point: EntryPoint
+    backend: str
+    config: object = None
+    environment: EnvironmentPlan | None = None
+    docker: DockerRequest | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan(Ground):
+    """A run that can be made.
+
+    Attributes:
+        request: what was asked for.
+        parameters: resolved for it.
         tags: of the MLflow run.
         provisional_command: the command, with the URIs of the parameters that must be downloaded.
     """
 
     request: RunRequest
-    project: Project
-    spec: ProjectSpec
-    entry_point: EntryPoint
     parameters: ResolvedParameters
-    backend: str
-    config: object = None
-    environment: EnvironmentPlan | None = None
-    docker: DockerRequest | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
     provisional_command: str = ""
 
@@ -82,10 +94,10 @@ class Planner:
         self._backend = backend
         self._specs: dict[Path, tuple[object, ProjectSpec]] = {}
         self._known_names: set[tuple[str, str | None]] = set()
-        self._threads = anyio.CapacityLimiter(2)
+        self._rounds: Rounds[object, Ground] = Rounds()
 
     async def plan(
-        self, request: RunRequest, *, like: Plan | None = None, on_progress: Callable[[str], None] | None = None
+        self, request: RunRequest, *, like: Ground | None = None, on_progress: Callable[[str], None] | None = None
     ) -> Plan:
         """Fetch and check all that `request` names. Nothing is left behind but the cache of projects.
 
@@ -98,43 +110,53 @@ class Planner:
         Raises:
             MlfleetError: the mistake, whatever it is.
         """
-        if like is not None:
-            if any(parameter.type == "path" for parameter in like.entry_point.parameters.values()):
-                return await anyio.to_thread.run_sync(self._vary, like, request, limiter=self._threads)
-            return self._vary(like, request)
+        if like is None:
+            # Hundreds of runs of one project that are asked for at the same time are looked at together.
+            like = await self._rounds(_key(request), lambda: self._ground(request, on_progress))
+        if any(parameter.type == "path" for parameter in like.entry_point.parameters.values()):
+            return await _threads(lambda: self._plan(like, request))
+        return self._plan(like, request)
+
+    async def _ground(self, request: RunRequest, on_progress: Callable[[str], None] | None) -> Ground:
         # What needs no project comes first: nobody wants to wait for a clone to hear of a mistyped backend.
         names = request.backend, request.env_manager
         if names not in self._known_names:
-            await anyio.to_thread.run_sync(_check_names, *names, limiter=self._threads)
+            await _threads(lambda: _check_names(*names))
             self._known_names.add(names)
-        plan = await anyio.to_thread.run_sync(self._plan_at_once, request, limiter=self._threads)
-        if plan is not None:
-            return plan
+        ground = await _threads(lambda: self._ground_at_once(request))
+        if ground is not None:
+            return ground
         project = await self._fetcher.fetch(request.uri, request.version, on_progress=on_progress)
-        return await anyio.to_thread.run_sync(self._plan, request, project, limiter=self._threads)
+        return await _threads(lambda: self._ground_of(request, project))
 
-    def _vary(self, like: Plan, request: RunRequest) -> Plan:
+    def _plan(self, ground: Ground, request: RunRequest) -> Plan:
         """Blocking only if there are parameters of the type ``path``."""
-        parameters = _parameters(like.entry_point, request, self._backend(find(like.backend)), like.spec.folder)
-        return replace(
-            like,
+        backend = self._backend(find(ground.backend))
+        parameters = _parameters(ground.entry_point, request, backend, ground.spec.folder)
+        return Plan(
             request=request,
+            project=ground.project,
+            spec=ground.spec,
+            entry_point=ground.entry_point,
             parameters=parameters,
-            tags=_tags(request, like.project, like.environment, like.docker),
-            provisional_command=_provisional_command(like.entry_point, parameters),
+            backend=ground.backend,
+            config=ground.config,
+            environment=ground.environment,
+            docker=ground.docker,
+            tags=_tags(request, ground),
+            provisional_command=_provisional_command(ground.entry_point, parameters),
         )
 
-    def _plan_at_once(self, request: RunRequest) -> Plan | None:
-        """The plan, if nothing need be fetched: one turn in a thread rather than two."""
+    def _ground_at_once(self, request: RunRequest) -> Ground | None:
+        """If nothing need be fetched: one turn in a thread rather than two."""
         project = self._fetcher.look(request.uri, request.version)
-        return None if project is None else self._plan(request, project)
+        return None if project is None else self._ground_of(request, project)
 
-    def _plan(self, request: RunRequest, project: Project) -> Plan:
+    def _ground_of(self, request: RunRequest, project: Project) -> Ground:
         spec = self._read(project.folder)
         backend = self._backend(find(_backend_name(request, spec)))
         config = backend.configure(request.read_backend_config())
         entry_point = spec.entry_point(request.entry_point)
-        parameters = _parameters(entry_point, request, backend, spec.folder)
         environment = None
         docker = None
         if spec.docker is not None:
@@ -148,18 +170,15 @@ class Planner:
         if docker is None and backend.needs_environment:
             name = choose.choose(request.env_manager, spec.environment)
             environment = manager(name).plan(spec.folder, spec.environment)
-        return Plan(
-            request=request,
+        _user()  # which may have to read files: the event loop shall find it known
+        return Ground(
             project=project,
             spec=spec,
             entry_point=entry_point,
-            parameters=parameters,
             backend=backend.name,
             config=config,
             environment=environment,
             docker=docker,
-            tags=_tags(request, project, environment, docker),
-            provisional_command=_provisional_command(entry_point, parameters),
         )
 
     def _read(self, folder: Path) -> ProjectSpec:
@@ -171,6 +190,22 @@ class Planner:
         spec = read_project(folder)
         self._specs[folder] = (signature, spec)
         return spec
+
+
+def _key(request: RunRequest) -> object:
+    """The same for requests whose plans have the same ground."""
+    config = request.backend_config
+    if request.docker_args or request.docker_auth or not (config is None or isinstance(config, str | os.PathLike)):
+        return object()  # it could hold anything: this one is planned by itself
+    return (
+        request.uri,
+        request.version,
+        request.entry_point,
+        request.backend,
+        config,
+        request.env_manager,
+        request.build_image,
+    )
 
 
 def _parameters(entry_point: EntryPoint, request: RunRequest, backend: Backend, folder: Path) -> ResolvedParameters:
@@ -198,10 +233,9 @@ def _backend_name(request: RunRequest, spec: ProjectSpec) -> str:
     return "docker" if request.backend == "local" and spec.docker is not None else request.backend
 
 
-def _tags(
-    request: RunRequest, project: Project, environment: EnvironmentPlan | None, docker: DockerRequest | None
-) -> dict[str, str]:
+def _tags(request: RunRequest, ground: Ground) -> dict[str, str]:
     """The tags that the reference sets (mlflow/utils/mlflow_tags.py), and the caller's."""
+    project, environment = ground.project, ground.environment
     tags = {
         "mlflow.user": _user(),
         "mlflow.source.name": project.source_name,
@@ -214,7 +248,7 @@ def _tags(
         "mlflow.source.git.repoURL": project.repo_url,
         "mlflow.source.git.branch": project.branch,
         "mlflow.parentRunId": request.parent_run_id,
-        "mlflow.project.env": _environment_tag(environment, docker),
+        "mlflow.project.env": _environment_tag(environment, ground.docker),
     }
     tags.update({name: value for name, value in optional.items() if value})
     tags.update({str(name): str(value) for name, value in (request.tags or {}).items()})

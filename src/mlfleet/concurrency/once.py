@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
+from weakref import WeakValueDictionary
 
 from mlfleet.concurrency.threads import outlast
 
-__all__ = ["Once"]
+__all__ = ["Once", "Rounds"]
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -51,6 +52,10 @@ class Once(Generic[K, V]):
             flight.callers -= 1
         return _result(flight.task)
 
+    def release(self, key: K) -> None:
+        """Let those who come from now on start work of their own."""
+        self._flights.pop(key, None)
+
     def _landed(self, key: K, flight: _Flight[V]) -> None:
         failed = flight.task.cancelled() or flight.task.exception() is not None
         if failed or not self._keep:
@@ -59,6 +64,28 @@ class Once(Generic[K, V]):
     def _forget(self, key: K, flight: _Flight[V]) -> None:
         if self._flights.get(key) is flight:
             del self._flights[key]
+
+
+class Rounds(Generic[K, V]):
+    """Like `Once`, but no answer is older than its question: who asks while work is under way waits for the next round.
+
+    So hundreds who ask at the same time cost a few pieces of work, and each sees what was true when it asked.
+    """
+
+    def __init__(self) -> None:
+        self._next: Once[K, V] = Once()
+        self._locks: WeakValueDictionary[K, asyncio.Lock] = WeakValueDictionary()
+
+    async def __call__(self, key: K, work: Callable[[], Awaitable[V]]) -> V:
+        """The result of work of that key that begins after this call."""
+        lock = self._locks.setdefault(key, asyncio.Lock())
+
+        async def in_turn() -> V:
+            async with lock:
+                self._next.release(key)
+                return await work()
+
+        return await self._next(key, in_turn)
 
 
 class _Flight(Generic[V]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from functools import lru_cache
 
 from mlfleet.errors import ParameterError, SpecError
 from mlfleet.project.parameters import ResolvedParameters
@@ -46,13 +47,23 @@ def render(entry_point: EntryPoint, parameters: ResolvedParameters, downloaded: 
     if parameters.extra:
         # The reference appends behind the newline that a block of YAML ends with, where it is another command.
         template = re.sub(r"(?<!\\)\n+\Z", "", template)
-    text, names = _with_holes(template, values)
-    *places, end = contexts(text)
+    text, names, places, end = _read(template, frozenset(values))
     pieces = iter(
         _placed(entry_point, name, values[name], context) for name, context in zip(names, places, strict=True)
     )
     command = re.sub(HOLE, lambda _: next(pieces), text)
     return " ".join([command, *_appended(entry_point, parameters.extra, end)])
+
+
+@lru_cache(maxsize=256)
+def _read(template: str, declared: frozenset[str]) -> tuple[str, tuple[str, ...], tuple[Context, ...], Context]:
+    """The command with a hole for each placeholder, their names, where they stand, and where its end stands.
+
+    It is the same for all runs of an entry point.
+    """
+    text, names = _with_holes(template, declared)
+    *places, end = contexts(text)
+    return text, tuple(names), tuple(places), end
 
 
 def _placed(entry_point: EntryPoint, name: str, value: str, context: Context) -> str:
