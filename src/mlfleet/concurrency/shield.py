@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-import anyio
+from mlfleet.concurrency.threads import outlast
 
 __all__ = ["finish"]
 
@@ -21,27 +22,14 @@ async def finish(work: Callable[[], Awaitable[T]], *, within: float) -> T:
         work: what is to be done.
         within: seconds that it has from the cancellation on.
     """
-    scope = anyio.CancelScope(shield=True)
-    ended = anyio.Event()
-    results: list[T] = []
-    errors: list[Exception] = []
-
-    async def shielded() -> None:
-        try:
-            with scope:
-                results.append(await work())
-        except Exception as error:
-            errors.append(error)  # raised below, rather than in a group
-        finally:
-            ended.set()
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(shielded)
-        try:
-            await ended.wait()
-        except anyio.get_cancelled_exc_class():
-            scope.deadline = anyio.current_time() + within
-            raise
-    if errors:
-        raise errors[0]
-    return results[0]
+    task = asyncio.ensure_future(work())
+    try:
+        await asyncio.wait([task])
+    except asyncio.CancelledError:
+        timer = asyncio.get_running_loop().call_later(within, task.cancel)
+        await outlast(task)
+        timer.cancel()
+        if not task.cancelled():
+            task.exception()  # looked at: asyncio shall not complain that nobody did
+        raise
+    return task.result()
