@@ -13,7 +13,7 @@ from mlfleet.project.fetch import Project
 from mlfleet.project.parameters import ResolvedParameters
 from mlfleet.project.spec import EntryPoint, ProjectSpec
 from mlfleet.request import RunRequest, SweepMember
-from mlfleet.runs import JobRef, Outcome, Stage, Timeouts
+from mlfleet.runs import JobRef, Outcome, Timeouts
 from mlfleet.supervision import FleetRun
 from mlfleet.tracking.base import RunInfo
 
@@ -53,10 +53,7 @@ class AttachedRun(FleetRun):
             self._handle = self._found
             stack.push_async_callback(self._settle, self._handle)
             await self._handle.started()
-            self._tell(Stage.STARTED)
-            self._started.set()
-            with self._within("run", self._timeouts.run):
-                return await self._handle.outcome()
+            return await self._await_end(self._handle)
 
 
 def read_reference(info: RunInfo) -> JobRef:

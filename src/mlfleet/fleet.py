@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
+import sys
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -23,6 +23,7 @@ from mlfleet.concurrency.services import ServiceOwner
 from mlfleet.concurrency.tasks import TaskOwner
 from mlfleet.environments import EnvironmentManager, manager
 from mlfleet.errors import UsageError
+from mlfleet.folders import runs_folder
 from mlfleet.planning import Plan, Planner
 from mlfleet.project.fetch import ProjectFetcher
 from mlfleet.request import RunOptions, RunRequest
@@ -75,8 +76,10 @@ class Fleet:
         self.tracking = tracking if tracking is not None else open_tracking(tracking_uri)
         self.timeouts = timeouts or Timeouts()
         self.tracking_patience = tracking_patience
+        self.runs_folder = runs_folder()
         self._max_concurrent = max_concurrent
-        self._count = anyio.CapacityLimiter(math.inf if max_concurrent is None else max_concurrent)
+        # Not anyio's limiter: it costs each run ten times as much.
+        self._count = asyncio.Semaphore(sys.maxsize if max_concurrent is None else max_concurrent)
         self._resources = resources
         self._machine = MachineSlots(Machine(cpus=0))
         self._events: Broadcast[RunEvent] = Broadcast(_with_lost)
@@ -274,7 +277,7 @@ class Fleet:
         """
         if self._state != "open":
             raise UsageError("this Fleet is not open: use it inside of 'async with Fleet() as fleet:'")
-        if like is None:
+        if like is None and self.is_followed:
             self.tell(RunEvent(Stage.FETCHING, request.uri))
         plan = await self._planner.plan(
             request,
@@ -357,10 +360,12 @@ class Fleet:
     async def slot(self, plan: Plan) -> AsyncIterator[Mapping[str, str]]:
         """Waits until such a run may go on, and holds its place; gives variables for it."""
         needed = self._needed(plan)
-        async with AsyncExitStack() as stack:
-            share = {} if needed is None else await stack.enter_async_context(self._machine.share(needed))
-            await stack.enter_async_context(self._count)
-            yield share
+        if needed is None:
+            async with self._count:
+                yield {}
+        else:
+            async with self._machine.share(needed) as share, self._count:
+                yield share
 
     def room(self, plan: Plan) -> int | None:
         """How many such runs can go on at once; None is no limit."""
@@ -376,6 +381,11 @@ class Fleet:
         if plan.request.resources is None and self._max_concurrent is None:
             return Resources(cpus=1)
         return plan.request.resources
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether anybody hears what `tell` tells."""
+        return self._on_event is not None or self._events.has_readers
 
     def tell(self, event: RunEvent) -> None:
         """Pass an event on to ``on_event``, and to those who read `events`."""

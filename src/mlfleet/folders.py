@@ -13,17 +13,17 @@ __all__ = ["cache_folder", "environments_folder", "runs_folder", "size_on_disk",
 
 def cache_folder() -> Path:
     """Fetched projects: ``MLFLEET_CACHE_DIR``, else the user's cache folder. May be deleted when nothing runs."""
-    return _folder("MLFLEET_CACHE_DIR", platformdirs.user_cache_path("mlfleet"))
+    return _folder("MLFLEET_CACHE_DIR") or platformdirs.user_cache_path("mlfleet")
 
 
 def environments_folder() -> Path:
     """Built environments: ``MLFLOW_ENV_ROOT`` (the reference's name), else ``envs`` in the cache folder."""
-    return _folder("MLFLOW_ENV_ROOT", cache_folder() / "envs")
+    return _folder("MLFLOW_ENV_ROOT") or cache_folder() / "envs"
 
 
 def runs_folder() -> Path:
     """One folder for each run, with its captured output: ``MLFLEET_STATE_DIR``, else the user's state folder."""
-    return _folder("MLFLEET_STATE_DIR", platformdirs.user_state_path("mlfleet")) / "runs"
+    return (_folder("MLFLEET_STATE_DIR") or platformdirs.user_state_path("mlfleet")) / "runs"
 
 
 def sweeps_folder() -> Path:
@@ -41,6 +41,6 @@ def size_on_disk(folder: Path) -> int:
     return total
 
 
-def _folder(variable: str, default: Path) -> Path:
+def _folder(variable: str) -> Path | None:
     given = os.environ.get(variable)
-    return Path(given).expanduser().absolute() if given else default
+    return Path(given).expanduser().absolute() if given else None

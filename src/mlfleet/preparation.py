@@ -32,6 +32,7 @@ class Services(Protocol):
     tracking: Tracking
     tracking_patience: float
     timeouts: Timeouts
+    runs_folder: Path
 
     @property
     def fetcher(self) -> ProjectFetcher:
@@ -52,6 +53,11 @@ class Services(Protocol):
 
     def slot(self, plan: Plan) -> AbstractAsyncContextManager[Mapping[str, str]]:
         """Waits until such a run may go on, and holds its place; gives variables for it."""
+        ...
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether anybody follows the Fleet."""
         ...
 
     def tell(self, event: RunEvent) -> None:
@@ -105,7 +111,9 @@ async def prepare(
         share: variables that tell the run which part of the machine is its own.
         on_progress: is called with lines of the environment's build.
     """
-    folder = await stack.enter_async_context(services.fetcher.working_copy(plan.project))
+    folder = plan.project.folder
+    if plan.project.cached:
+        folder = await stack.enter_async_context(services.fetcher.working_copy(plan.project))
     if job.output is not None and plan.request.run_id is not None:
         # An existing MLflow run that runs again starts with an empty output file.
         await anyio.to_thread.run_sync(partial(job.output.unlink, missing_ok=True))
@@ -120,7 +128,7 @@ async def prepare(
     return replace(
         job,
         project_dir=folder,
-        environ={**job.environ, **share},
+        environ={**job.environ, **share} if share else job.environ,
         command=plan.command(downloaded),
         environment=environment,
         paths=_paths(plan, downloaded),

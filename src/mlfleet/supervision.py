@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
@@ -14,7 +15,6 @@ import anyio
 
 from mlfleet.backends.base import Backend, BackendRun, Job
 from mlfleet.errors import MlfleetError, RunCancelled, RunLost, RunTimeout, TrackingError, UsageError
-from mlfleet.folders import runs_folder
 from mlfleet.planning import Plan
 from mlfleet.preparation import Services, draft, prepare
 from mlfleet.runs import STARTED_TAG, Outcome, RunEvent, RunStatus, Stage, failure
@@ -53,9 +53,9 @@ class FleetRun:
         self._output: Path | None = None
         self._second_run: str | None = None
         self._creation_error: Exception | None = None
-        self._created = anyio.Event()
-        self._started = anyio.Event()
-        self._done = anyio.Event()
+        self._created = asyncio.Event()
+        self._started = asyncio.Event()
+        self._done = asyncio.Event()
 
     def __repr__(self) -> str:
         state = self._outcome.status if self._outcome else self._stage
@@ -96,7 +96,7 @@ class FleetRun:
         if self.plan.request.output == "inherit":
             return None
         if self._output is None:
-            self._output = runs_folder() / self.run_id / "output.log"
+            self._output = self._services.runs_folder.joinpath(self.run_id, "output.log")
         return self._output
 
     async def wait(self) -> bool:
@@ -215,6 +215,7 @@ class FleetRun:
             await tracking.update_run(self._info.run_id, RunStatus.RUNNING)
 
     async def _stages(self) -> Outcome:
+        backend = await self._services.backend(self.plan.backend)
         job = await draft(
             self.plan,
             self.info,
@@ -222,7 +223,6 @@ class FleetRun:
             output=self.output_path,
             cancel_grace=self._timeouts.cancel_grace,
         )
-        backend = await self._services.backend(self.plan.backend)
         await self._log(backend, job)
         async with AsyncExitStack() as stack:
             with self._within("queue", self._timeouts.queue):
@@ -237,13 +237,19 @@ class FleetRun:
                 stack.push_async_callback(self._settle, self._handle)
                 await self._log_submitted(backend, self._handle)
                 await self._handle.started()
-            self._tell(Stage.STARTED)
-            self._started.set()
-            with self._within("run", self._timeouts.run):
-                return await self._handle.outcome()
+            return await self._await_end(self._handle)
+
+    async def _await_end(self, handle: BackendRun) -> Outcome:
+        self._tell(Stage.STARTED)
+        self._started.set()
+        with self._within("run", self._timeouts.run):
+            self._settled = outcome = await handle.outcome()
+        return outcome
 
     async def _settle(self, handle: BackendRun) -> None:
         """Leave nothing running, whichever way the stages were left; what the backend saw last is the truth."""
+        if self._settled is not None:
+            return
         with anyio.CancelScope(shield=True):
             await handle.cancel(grace=self._grace)
             self._settled = await handle.outcome()
@@ -333,6 +339,8 @@ class FleetRun:
         self._stage = stage
         now = time.time()
         self._times.setdefault(stage, now)
+        if not self._services.is_followed:
+            return
         member = self.plan.request.member
         self._services.tell(
             RunEvent(

@@ -82,6 +82,11 @@ class Broadcast(Generic[T]):
         self._readers.add(reader)
         return reader
 
+    @property
+    def has_readers(self) -> bool:
+        """Whether anybody gets what is published now."""
+        return bool(self._readers)
+
     def publish(self, item: T) -> None:
         """Give an item to all readers; never waits for them."""
         for reader in self._readers:

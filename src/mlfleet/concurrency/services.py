@@ -37,7 +37,10 @@ class ServiceOwner:
             opened = self._opened[id(service)] = asyncio.get_running_loop().create_future()
             # Cancelling it is nothing to a future that is done.
             self._tasks.start(self._hold(service, opened), name=f"mlfleet {type(service).__name__}", then=opened.cancel)
-        await asyncio.shield(opened)
+        if opened.done():
+            opened.result()
+        else:
+            await asyncio.shield(opened)
 
     async def close(self) -> None:
         """Leave all of them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 import uuid
@@ -10,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-import anyio
 import anyio.to_thread
 
 from mlfleet.errors import TrackingError, UsageError
@@ -184,7 +184,7 @@ class FakeTracking(Tracking):
 
     async def _request(self, method: str) -> None:
         self.requests[method] += 1
-        await anyio.sleep(self.latency)
+        await asyncio.sleep(self.latency)
         if self.fail is not None and (error := self.fail(method)) is not None:
             raise error
 
