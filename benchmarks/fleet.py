@@ -3,7 +3,8 @@
 Runs one no-op project many times through one Fleet, and compares with bare ``asyncio.create_subprocess_exec`` of the
 same command, the same number at a time. Tracking is a fake in memory, or with --server a real MLflow server on loopback
 (which is then the bottleneck: what counts is the CPU time of the driver itself for each run). The limit there is the
-same four requests by aiohttp around the same process, with nothing else: no retries, no logs, no status that is true.
+same four requests by aiohttp around the same process, with nothing else: no retries, no logs, no status that is true;
+and beside it each of the two alone, to see what the machine takes for a process and for four requests.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 from mlfleet import Fleet, RunStatus
 from mlfleet.testing import FakeTracking
 from mlfleet.tracking import Tracking, open_tracking
-from processes import bare, percentile, resident, tick
+from processes import bare, beside, resident, tick, ticker_figures
 
 Row = tuple[float, float, list[float]]
 PROJECT = "name: noop\nentry_points:\n  main:\n    parameters: {n: {type: float, default: 0}}\n    command: ':'\n"
@@ -57,7 +58,7 @@ async def bare_processes(count: int, concurrency: int, folder: Path) -> None:
     await asyncio.gather(*(one() for _ in range(count)))
 
 
-async def bare_tracked_processes(uri: str, count: int, concurrency: int, folder: Path) -> None:
+async def bare_tracked_processes(uri: str, count: int, concurrency: int, folder: Path, *, start: bool = True) -> None:
     import aiohttp
 
     slots = asyncio.Semaphore(concurrency)
@@ -74,7 +75,8 @@ async def bare_tracked_processes(uri: str, count: int, concurrency: int, folder:
                 made = await ask("POST", "create", json={"experiment_id": "0", "tags": [{"key": "a", "value": "b"}]})
                 run_id = made["run"]["info"]["run_id"]
                 await ask("POST", "log-batch", json={"run_id": run_id, "params": [{"key": "n", "value": str(n)}]})
-                await bare(":", folder)
+                if start:
+                    await bare(":", folder)
                 await ask("GET", "get", params={"run_id": run_id})
                 await ask("POST", "update", json={"run_id": run_id, "status": "FINISHED"})
 
@@ -123,31 +125,45 @@ def mlflow_server(folder: Path) -> Iterator[str]:
         server.wait()
 
 
+def works(args: argparse.Namespace, uri: str | None, folder: Path) -> dict[str, Callable[[], Awaitable[None]]]:
+    """What is measured besides the Fleet."""
+    count = args.count, args.concurrency, folder
+    if uri is None:
+        return {"bare asyncio": partial(bare_processes, *count)}
+    return {
+        "bare asyncio": partial(bare_tracked_processes, uri, *count),
+        "its processes": partial(bare_processes, *count),
+        "its requests": partial(bare_tracked_processes, uri, *count, start=False),
+    }
+
+
 async def measure(args: argparse.Namespace, uri: str | None, folder: Path) -> dict[str, object]:
-    rows: dict[str, list[Row]] = {"bare asyncio": [], "Fleet": []}
+    others = works(args, uri, folder)
+    rows: dict[str, list[Row]] = {label: [] for label in (*others, "Fleet")}
+    control: list[list[float]] = []
 
     def open_() -> Tracking:
         return FakeTracking() if uri is None else open_tracking(uri)
-
-    async def bare_runs() -> None:
-        if uri is None:
-            await bare_processes(args.count, args.concurrency, folder)
-        else:
-            await bare_tracked_processes(uri, args.count, args.concurrency, folder)
 
     memory = await memory_per_run(args.count, folder) if sys.platform == "linux" and not args.server else None
     (folder / "MLproject").write_text(PROJECT)
     for n in range(args.repeat + 1):
         async with Fleet(tracking=open_(), max_concurrent=args.concurrency) as fleet:
             await fleet_runs(fleet, 5, folder)  # what is opened and imported at the first use
-            limit = await timed(bare_runs, ticking=uri is None)
-            ours = await timed(partial(fleet_runs, fleet, args.count, folder), ticking=uri is None)
+            everything: dict[str, Callable[[], Awaitable[None]]] = {
+                **others,
+                "Fleet": partial(fleet_runs, fleet, args.count, folder),
+            }
+            found = {label: await timed(work, ticking=uri is None) for label, work in everything.items()}
         if n:  # the first round warms up
-            rows["bare asyncio"].append(limit)
-            rows["Fleet"].append(ours)
+            for label, row in found.items():
+                rows[label].append(row)
+            if uri is None:
+                control.append(await beside(args.count))
     result: dict[str, object] = {
         "python": platform.python_version(),
         "processors": os.cpu_count(),
+        "load": os.getloadavg()[0],
         "runs": args.count,
         "concurrency": args.concurrency,
         "repeat": args.repeat,
@@ -158,25 +174,33 @@ async def measure(args: argparse.Namespace, uri: str | None, folder: Path) -> di
         result[label] = {
             "wall_s": statistics.median(wall for wall, _, _ in runs),
             "driver_cpu_ms_per_run": statistics.median(cpu for _, cpu, _ in runs) / args.count * 1000,
-            "ticker_p99_ms": statistics.median(percentile(stalls, 0.99) for _, _, stalls in runs) * 1000,
-            "ticker_max_ms": statistics.median(max(stalls) for _, _, stalls in runs) * 1000,
+            **(ticker_figures([stalls for _, _, stalls in runs]) if uri is None else {}),
         }
-    pairs = zip(rows["Fleet"], rows["bare asyncio"], strict=True)
-    result["ratio"] = statistics.median(ours[0] / limit[0] for ours, limit in pairs)
+    if control:
+        result["idle beside"] = ticker_figures(control)
+    # Of each pair that was measured one right after the other; the machine may do something else in the next.
+    for figure, column in (("ratio", 0), ("cpu_ratio", 1)):
+        pairs = zip(rows["Fleet"], rows["bare asyncio"], strict=True)
+        ratios = [ours[:2][column] / limit[:2][column] for ours, limit in pairs]
+        result[figure] = statistics.median(ratios)
+        result[f"{figure}s"] = ratios
     return result
 
 
 def show(result: dict[str, object]) -> None:
-    columns = ("wall_s", "driver_cpu_ms_per_run", "ticker_p99_ms", "ticker_max_ms")
+    columns = ("wall_s", "driver_cpu_ms_per_run", "ticker_p99_ms", "ticker_max_ms", "ticker_worst_ms")
     print(f"{'':14}" + "".join(f"{column:>24}" for column in columns))
-    for label in ("bare asyncio", "Fleet"):
-        row = result[label]
-        assert isinstance(row, dict)
-        print(f"{label:14}" + "".join(f"{row[column]:24.2f}" for column in columns))
+    for label, row in result.items():
+        if isinstance(row, dict):
+            cells = (f"{row[column]:24.2f}" if column in row else f"{'-':>24}" for column in columns)
+            print(f"{label:14}" + "".join(cells))
+    spread = {name: f"{min(result[name]):.2f} to {max(result[name]):.2f}" for name in ("ratios", "cpu_ratios")}  # type: ignore[call-overload]
+    print(f"\ndriver CPU, Fleet / bare: {result['cpu_ratio']:.2f} ({spread['cpu_ratios']})")
     if result["tracking"] == "server":
-        print("\ndriver CPU for each run, to reach: 3 ms")
+        print("driver CPU for each run, to reach: 3 ms")
         return
-    print(f"\nwall time, Fleet / bare: {result['ratio']:.2f} (to reach: 1.5)")
+    print("idle beside: the ticker of an idle loop while another program starts as many processes, two at a time")
+    print(f"wall time, Fleet / bare: {result['ratio']:.2f} ({spread['ratios']}; to reach: 1.5)")
     if result["memory_per_run_kib"] is not None:
         print(f"driver memory per run in flight: {result['memory_per_run_kib']:.1f} KiB (to reach: 200)")
 

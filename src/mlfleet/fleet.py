@@ -21,6 +21,7 @@ from mlfleet.concurrency.broadcast import Broadcast, Subscription
 from mlfleet.concurrency.once import Once
 from mlfleet.concurrency.services import ServiceOwner
 from mlfleet.concurrency.tasks import TaskOwner
+from mlfleet.concurrency.turns import Turns
 from mlfleet.environments import EnvironmentManager, manager
 from mlfleet.errors import UsageError
 from mlfleet.folders import runs_folder
@@ -89,6 +90,7 @@ class Fleet:
         self._backends: dict[str, Backend] = {}
         self._managers: dict[str, EnvironmentManager] = {}
         self._experiments: Once[str, str] = Once(keep=True)
+        self._turns = Turns()
         self._tasks = TaskOwner()
         self._services = ServiceOwner(self._tasks)
         self._runs: set[FleetRun] = set()
@@ -143,6 +145,8 @@ class Fleet:
             MlfleetError: the request, the project or the parameters are wrong, or there is no tracking server; then
                 nothing was made.
         """
+        # First of all: hundreds of calls at the same time shall not stop everything else that the event loop does.
+        await self._turns.take()
         request = RunRequest.of(uri, entry_point, version, parameters, **options)
         return await self.start(request)
 

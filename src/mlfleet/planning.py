@@ -13,6 +13,7 @@ from mlfleet.backends.base import Backend, DockerRequest
 from mlfleet.backends.registry import find
 from mlfleet.concurrency.once import Rounds
 from mlfleet.concurrency.threads import Threads
+from mlfleet.concurrency.turns import Turns
 from mlfleet.environments import choose, manager
 from mlfleet.environments.base import EnvironmentPlan
 from mlfleet.project.command import render
@@ -95,6 +96,7 @@ class Planner:
         self._specs: dict[Path, tuple[object, ProjectSpec]] = {}
         self._known_names: set[tuple[str, str | None]] = set()
         self._rounds: Rounds[object, Ground] = Rounds()
+        self._turns = Turns()
 
     async def plan(
         self, request: RunRequest, *, like: Ground | None = None, on_progress: Callable[[str], None] | None = None
@@ -113,6 +115,7 @@ class Planner:
         if like is None:
             # Hundreds of runs of one project that are asked for at the same time are looked at together.
             like = await self._rounds(_key(request), lambda: self._ground(request, on_progress))
+            await self._turns.take()
         if any(parameter.type == "path" for parameter in like.entry_point.parameters.values()):
             return await _threads(lambda: self._plan(like, request))
         return self._plan(like, request)

@@ -5,7 +5,8 @@ import asyncio
 import anyio
 import pytest
 
-from mlfleet.concurrency.once import Once
+from mlfleet.concurrency.once import Once, Rounds
+from mlfleet.concurrency.turns import Turns
 
 
 class Work:
@@ -144,3 +145,63 @@ async def test_work_that_is_cancelled_from_outside_is_an_error_and_no_cancellati
 
     with pytest.raises(RuntimeError, match="cancelled from outside"):
         await once("key", give_up)
+
+
+async def test_no_answer_of_a_round_is_older_than_its_question() -> None:
+    rounds: Rounds[str, int] = Rounds()
+    now = 0
+    begun: list[int] = []
+    has_begun, may_end = asyncio.Event(), asyncio.Event()
+
+    async def look() -> int:
+        begun.append(now)
+        has_begun.set()
+        seen = now
+        await may_end.wait()
+        return seen
+
+    first = [asyncio.create_task(rounds("key", look)) for _ in range(3)]
+    await has_begun.wait()
+    now = 1
+    second = [asyncio.create_task(rounds("key", look)) for _ in range(3)]
+    await asyncio.sleep(0)
+    may_end.set()
+    assert await asyncio.gather(*first, *second) == [0, 0, 0, 1, 1, 1]
+    assert begun == [0, 1]
+
+
+async def test_a_round_that_nobody_waits_for_any_more_does_not_hold_up_the_next() -> None:
+    rounds: Rounds[str, str] = Rounds()
+    old, new = Work("old"), Work("new")
+    new.may_end.set()
+    caller = asyncio.create_task(rounds("key", old))
+    await old.has_begun.wait()
+    waiting = asyncio.create_task(rounds("key", new))
+    caller.cancel()
+    assert await waiting == "new"
+    await asyncio.wait([caller])
+    assert caller.cancelled()
+    assert old.cancelled == 1
+
+
+async def test_turns_let_others_in_between_and_keep_the_order() -> None:
+    turns = Turns()
+    seen: list[object] = []
+
+    async def one(n: int) -> None:
+        await turns.take()
+        seen.append(n)
+
+    async def other() -> None:
+        while len(seen) < 120:
+            seen.append("other")
+            await asyncio.sleep(0)
+
+    tasks = [asyncio.create_task(one(n)) for n in range(100)]
+    watching = asyncio.create_task(other())
+    tasks[7].cancel()
+    await asyncio.wait(tasks)
+    watching.cancel()
+    taken = [each for each in seen if each != "other"]
+    assert taken == [n for n in range(100) if n != 7]
+    assert seen.count("other") > 20
