@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-
-import anyio
 
 from mlfleet.errors import UsageError
 from mlfleet.resources import Machine, Resources
@@ -22,7 +21,7 @@ class _Request:
     cpus: int
     memory: int
     gpus: int
-    granted: anyio.Event = field(default_factory=anyio.Event)
+    granted: asyncio.Event = field(default_factory=asyncio.Event)
     devices: tuple[str, ...] = ()
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Callable
 from typing import Generic, Self, TypeVar
 from weakref import WeakSet
-
-import anyio
 
 __all__ = ["Broadcast", "Subscription"]
 
@@ -26,7 +25,7 @@ class Subscription(Generic[T]):
         self._items: deque[T] = deque()
         self._lost = 0
         self._closed = False
-        self._changed = anyio.Event()
+        self._changed = asyncio.Event()
 
     def __aiter__(self) -> Self:
         return self
@@ -54,7 +53,7 @@ class Subscription(Generic[T]):
         self._wake()
 
     def _wake(self) -> None:
-        changed, self._changed = self._changed, anyio.Event()
+        changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
 

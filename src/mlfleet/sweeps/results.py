@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
-
-import anyio
 
 from mlfleet.errors import ExecutionException, UsageError
 from mlfleet.runs import FailureKind, RunStatus
@@ -186,7 +185,7 @@ class ResultBuffer:
         self._items: deque[PointResult] = deque()
         self._taken = False
         self._closed = False
-        self._changed = anyio.Event()
+        self._changed = asyncio.Event()
 
     async def put(self, result: PointResult) -> None:
         """Add a result as soon as there is room."""
@@ -224,7 +223,7 @@ class ResultBuffer:
         self._wake()
 
     def _wake(self) -> None:
-        changed, self._changed = self._changed, anyio.Event()
+        changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
 
