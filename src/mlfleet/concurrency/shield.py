@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 from mlfleet.concurrency.threads import outlast
 
@@ -13,7 +13,7 @@ __all__ = ["finish"]
 T = TypeVar("T")
 
 
-async def finish(work: Callable[[], Awaitable[T]], *, within: float) -> T:
+async def finish(work: Callable[[], Coroutine[Any, Any, T]], *, within: float) -> T:
     """Await `work`; if the caller is cancelled meanwhile, `work` still gets some time to end.
 
     A cancelled caller that wants the result lets `work` keep it somewhere: the cancellation is raised all the same.
@@ -26,10 +26,10 @@ async def finish(work: Callable[[], Awaitable[T]], *, within: float) -> T:
     try:
         await asyncio.wait([task])
     except asyncio.CancelledError:
-        timer = asyncio.get_running_loop().call_later(within, task.cancel)
+        late = asyncio.get_running_loop().call_later(within, task.cancel)
         await outlast(task)
-        timer.cancel()
+        late.cancel()
         if not task.cancelled():
-            task.exception()  # looked at: asyncio shall not complain that nobody did
+            task.exception()  # its error gives way to the cancellation
         raise
     return task.result()

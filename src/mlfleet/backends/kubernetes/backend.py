@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import uuid
@@ -51,8 +52,8 @@ class KubernetesBackend(Backend):
         self._streams = Streams()
         self._tasks = TaskOwner()
         self._runs: set[KubernetesRun] = set()
-        self._preparing = anyio.Semaphore(_AT_ONCE)
-        self._creating = anyio.Semaphore(_AT_ONCE)
+        self._preparing = asyncio.Semaphore(_AT_ONCE)
+        self._creating = asyncio.Semaphore(_AT_ONCE)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

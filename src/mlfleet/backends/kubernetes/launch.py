@@ -25,7 +25,7 @@ _CHOOSE = 'if command -v bash >/dev/null 2>&1; then exec bash -c "$1" "$0" bash;
 
 def launch(command: str) -> list[str]:
     """``command`` of a container, for the project's command."""
-    return ["sh", "-c", escape(_CHOOSE), escape(command), escape(_SUPERVISE)]
+    return ["sh", "-c", _ESCAPED[0], escape(command), _ESCAPED[1]]
 
 
 def escape(text: str) -> str:
@@ -34,3 +34,6 @@ def escape(text: str) -> str:
     https://kubernetes.io/docs/tasks/inject-data-application/define-interdependent-environment-variables/
     """
     return text.replace("$", "$$")
+
+
+_ESCAPED = escape(_CHOOSE), escape(_SUPERVISE)

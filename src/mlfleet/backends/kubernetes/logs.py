@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import re
@@ -144,9 +145,9 @@ class Streams:
 
     def __init__(self) -> None:
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._following = anyio.Semaphore(max(16, min(2000, files // 4)))
-        self._reading = anyio.Semaphore(50)
-        self.opening = anyio.Semaphore(8)
+        self._following = max(16, min(2000, files // 4))  # places that are free
+        self._reading = asyncio.Semaphore(50)
+        self.opening = asyncio.Semaphore(8)
 
     @asynccontextmanager
     async def place(self, ended: Callable[[], bool], until_ended: Callable[[], Awaitable[None]]) -> AsyncIterator[bool]:
@@ -164,20 +165,18 @@ class Streams:
             try:
                 yield True
             finally:
-                self._following.release()
+                self._following += 1
         else:
             async with self._reading:
                 yield False
 
     async def _place_to_follow(self, ended: Callable[[], bool], until_ended: Callable[[], Awaitable[None]]) -> bool:
         while not ended():
-            try:
-                self._following.acquire_nowait()
-            except anyio.WouldBlock:
-                with anyio.move_on_after(_LOOK):
-                    await until_ended()
-            else:
+            if self._following > 0:
+                self._following -= 1
                 return True
+            with anyio.move_on_after(_LOOK):
+                await until_ended()
         return False
 
 
