@@ -89,6 +89,7 @@ async def draft(plan: Plan, info: RunInfo, tracking: Tracking, *, output: Path |
         durable=plan.request.member is not None and plan.request.member.durable,
         placed=plan.parameters.placed,
         call=_call(plan),
+        sweep_id=plan.request.member.sweep_id if plan.request.member is not None else None,
     )
 
 

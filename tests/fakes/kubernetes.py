@@ -114,6 +114,7 @@ class KubernetesApi:
         self.page = 10**9
         self.url = ""
         self.on_change: list[Callable[[str, Key, dict[str, Any]], None]] = []
+        self.on_sent: list[Callable[[Key, dict[str, Any]], None]] = []  # to a watch
         self._changed = asyncio.Event()
         self._streams: set[asyncio.Transport] = set()
         self._lists: dict[str, tuple[int, list[dict[str, Any]]]] = {}
@@ -129,6 +130,11 @@ class KubernetesApi:
             for made, path, query in self.requests
             if made == method and path.endswith(ending) and (watch is None or ("watch" in query) == watch)
         )
+
+    @property
+    def streams(self) -> int:
+        """How many watches and logs are being read now."""
+        return len(self._streams)
 
     def compact(self) -> None:
         """Forget the past: who watches from an older version than now is told 410."""
@@ -401,6 +407,8 @@ class KubernetesApi:
                     line = _line_for(event, plural, namespace, wanted)
                     if line:
                         await response.write(line)
+                        for listener in self.on_sent:
+                            listener(event.key, event.object)
                 at = max(at, self.version)
                 if loop.time() >= bookmark:
                     bookmark = loop.time() + self.bookmark_every

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from components.fake_kubernetes import FakeCluster
 from fakes.kubernetes_node import Acting
-from mlfleet import Fleet, RunStatus
+from mlfleet import Fleet, RunStatus, grid
 from mlfleet.cli.program import _cli as cli
 from mlfleet.testing import FakeTracking
 
@@ -69,3 +69,15 @@ def test_dry_run_prints_the_manifest(tmp_path: Path) -> None:
     assert job["kind"] == "Job"
     assert job["metadata"]["namespace"] == "team"
     assert "python train.py 0.5" in job["spec"]["template"]["spec"]["containers"][0]["command"]
+
+
+async def test_jobs_of_a_sweep_are_found_by_its_label(fake_cluster: FakeCluster, tmp_path: Path) -> None:
+    folder = await anyio.to_thread.run_sync(project, tmp_path)
+    tracking = FakeTracking()
+    config = {"code-delivery": "configmap", "tracking-uri": "http://mlflow:5000"}
+    async with Fleet(tracking=tracking) as fleet:
+        space = grid(alpha=[0.1, 0.2])
+        async with fleet.sweep(str(folder), space, backend="kubernetes", backend_config=config) as sweep:
+            assert [result.status async for result in sweep] == [RunStatus.FINISHED] * 2
+            labels = [job["metadata"]["labels"]["mlfleet.sweep-id"] for job in fake_cluster.api.of_kind("jobs")]
+            assert labels == [sweep.run_id] * 2

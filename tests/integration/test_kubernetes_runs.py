@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from aiohttp import web
 
@@ -397,3 +398,46 @@ async def test_warnings_of_the_cluster_are_told_once(
         assert all([await run.wait() for run in runs])
     told = [record.message for record in caplog.records if "the cluster warns" in record.message]
     assert told == ['the cluster warns (creating a Job): unknown field "spec.nosuch"']
+
+
+async def test_the_last_run_of_a_namespace_ends_its_watches(fake_cluster: FakeCluster) -> None:
+    api, config = fake_cluster.api, await fake_cluster.config()
+    async with KubernetesBackend() as backend:
+        for opened in (1, 2):
+            runs = [await backend.submit(fake_cluster.job(config)) for _ in range(3)]
+            assert [await run.wait() for run in runs] == [True] * 3
+            with anyio.fail_after(10):
+                while api.streams:  # noqa: ASYNC110 - the server sees the end of a connection a little later
+                    await anyio.sleep(0.01)
+            assert api.counted("GET", "/jobs", watch=True) == api.counted("GET", "/pods", watch=True) == opened
+
+
+async def test_output_comes_once_although_its_connection_breaks(fake_cluster: FakeCluster) -> None:
+    api, config, wanted = fake_cluster.api, await fake_cluster.config(), [f"line {number}" for number in range(60)]
+    fake_cluster.play = lambda pod: FOREVER
+    async with KubernetesBackend() as backend:
+        run = await backend.submit(fake_cluster.job(config))
+        await run.started()
+        (log,) = api.logs.values()
+        followed = run.logs()
+        assert await anext(followed) == "begun"
+        for line in wanted:
+            log.add(f"{line}\n".encode())
+            if line.endswith(("3", "7")):
+                api.drop_streams()
+            assert await anext(followed) == line
+        await followed.aclose()  # type: ignore[attr-defined]
+        await run.cancel()
+        assert [line async for line in run.logs()] == ["begun", *wanted]
+
+
+async def test_a_hundred_log_streams_do_not_hold_up_a_cancellation(fake_cluster: FakeCluster) -> None:
+    fake_cluster.play = lambda pod: FOREVER
+    config = await fake_cluster.config()
+    async with KubernetesBackend() as backend:
+        runs = await asyncio.gather(*(backend.submit(fake_cluster.job(config)) for _ in range(120)))
+        for run in runs:
+            await anext(run.logs())
+        assert fake_cluster.api.streams == 122
+        await runs[0].cancel()
+        assert key(runs[0]) not in fake_cluster.api.objects

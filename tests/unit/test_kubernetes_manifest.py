@@ -208,6 +208,17 @@ def test_containers_that_bring_the_code_are_as_restricted_as_the_run(environ: di
     assert init["resources"] == {"limits": {"cpu": "2", "memory": "1Gi"}}, "a device for the run alone"
 
 
+def test_labels_by_which_runs_and_sweeps_are_found(environ: dict[str, str]) -> None:
+    made = manifest(config_of(environ), job(sweep_id="fedcba98765432100123456789abcdef"))
+    expected = {
+        "app.kubernetes.io/managed-by": "mlfleet",
+        "mlfleet.run-id": RUN_ID,
+        "mlfleet.sweep-id": "fedcba98765432100123456789abcdef",
+    }
+    assert made["metadata"]["labels"] == made["spec"]["template"]["metadata"]["labels"] == expected
+    assert "mlfleet.sweep-id" not in manifest(config_of(environ))["metadata"]["labels"]
+
+
 def test_grace_of_the_pods_is_that_of_the_run(environ: dict[str, str]) -> None:
     assert pod(manifest(config_of(environ), job(cancel_grace=2.5)))["terminationGracePeriodSeconds"] == 3
     # 0 would take pods off the API server while their processes still run.

@@ -91,6 +91,7 @@ class Job:
         artifact_uri: where the artifacts of the MLflow run are; empty if that is not known.
         on_progress: takes one line on what `Backend.submit` is at, such as how far an image is pulled.
         call: what the caller asked for, for backends that read the project themselves.
+        sweep_id: the MLflow run of the sweep that the run belongs to.
     """
 
     run_id: str
@@ -116,6 +117,7 @@ class Job:
     artifact_uri: str = ""
     on_progress: Callable[[str], None] = field(default=lambda line: None, repr=False, compare=False)
     call: ProjectCall | None = field(default=None, repr=False)
+    sweep_id: str | None = None
 
 
 class BackendRun(SubmittedRun, Protocol):

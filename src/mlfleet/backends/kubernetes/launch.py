@@ -6,14 +6,15 @@ __all__ = ["escape", "launch"]
 
 # Process 1 of a container ignores every signal that it has no handler for, so that a Python program there would not
 # end by SIGTERM. This shell is process 1 instead: it has a handler, and passes the signal to the command's group.
-# stderr goes where stdout does: the runtime reads the two apart, and would lose their order. A shell that has reaped
+# stderr goes where stdout does: the runtime reads the two apart, and would lose their order. What this shell itself has
+# to say ("Killed") is for nobody. A shell that has reaped
 # its child by itself tells the child's end only to the next `wait`; 127 is also "no such child".
 _SUPERVISE = """\
+exec 2>/dev/null
 [ -n "$BASH_VERSION" ] && set -m
 "$1" -c "$0" </dev/null 2>&1 &
 p=$!
 trap 'kill -TERM -$p || kill -TERM $p' TERM INT QUIT
-exec 2>/dev/null
 while :; do wait $p; c=$?; kill -0 $p || break; done
 wait $p; d=$?
 [ $d = 127 ] || c=$d

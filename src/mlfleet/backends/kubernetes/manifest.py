@@ -14,7 +14,7 @@ from mlfleet.backends.base import Job
 from mlfleet.backends.kubernetes.config import KubernetesConfig
 from mlfleet.backends.kubernetes.launch import escape, launch
 from mlfleet.backends.kubernetes.names import container_name, job_name, label_value
-from mlfleet.backends.kubernetes.state import CONTAINER_ANNOTATION, MANAGED_BY, RUN_LABEL
+from mlfleet.backends.kubernetes.state import CONTAINER_ANNOTATION, MANAGED_BY, RUN_LABEL, SWEEP_LABEL
 from mlfleet.errors import UsageError
 
 __all__ = ["SUBMISSION", "Code", "grace_of", "host_volumes", "image_of", "job_manifest", "labels_of", "secret_manifest"]
@@ -95,7 +95,7 @@ def secret_manifest(job: Job, values: Mapping[str, str], owner: Mapping[str, Any
         values: its secret variables.
         owner: the Job as the API server has it; None: it is not there yet.
     """
-    metadata: dict[str, Any] = {"name": job_name(job.project_name, job.run_id), "labels": labels_of(job.run_id)}
+    metadata: dict[str, Any] = {"name": job_name(job.project_name, job.run_id), "labels": labels_of(job)}
     if owner is not None:
         meta = owner["metadata"]
         reference = {"apiVersion": "batch/v1", "kind": "Job", "name": meta["name"], "uid": meta["uid"]}
@@ -109,9 +109,10 @@ def secret_manifest(job: Job, values: Mapping[str, str], owner: Mapping[str, Any
     }
 
 
-def labels_of(run_id: str) -> dict[str, str]:
-    """By which what belongs to a run is found."""
-    return {MANAGED_BY: "mlfleet", RUN_LABEL: label_value(run_id)}
+def labels_of(job: Job) -> dict[str, str]:
+    """By which what belongs to a run, or to a sweep, is found."""
+    labels = {MANAGED_BY: "mlfleet", RUN_LABEL: label_value(job.run_id)}
+    return labels if job.sweep_id is None else {**labels, SWEEP_LABEL: label_value(job.sweep_id)}
 
 
 def image_of(job: Job, config: KubernetesConfig) -> str:
@@ -194,7 +195,7 @@ def _identify(draft: _Draft, job: Job, config: KubernetesConfig, name: str, subm
     meta = manifest["metadata"] = {**(manifest.get("metadata") or {}), "name": name, "namespace": config.namespace}
     meta.pop("generateName", None)
     for holder in (manifest, manifest["spec"]["template"]):
-        _metadata(holder, "labels").update(labels_of(job.run_id))
+        _metadata(holder, "labels").update(labels_of(job))
     _metadata(manifest, "annotations").update({SUBMISSION: submission, PROJECT: job.project_name})
     spec = manifest["spec"]
     spec.setdefault("backoffLimit", 0)

@@ -12,6 +12,7 @@ __all__ = [
     "CONTAINER_ANNOTATION",
     "MANAGED_BY",
     "RUN_LABEL",
+    "SWEEP_LABEL",
     "Condition",
     "ContainerState",
     "JobState",
@@ -24,6 +25,7 @@ __all__ = [
 
 MANAGED_BY = "app.kubernetes.io/managed-by"
 RUN_LABEL = "mlfleet.run-id"
+SWEEP_LABEL = "mlfleet.sweep-id"
 CONTAINER_ANNOTATION = "kubectl.kubernetes.io/default-container"
 """Which container is the run's: the annotation that kubectl has for the same purpose."""
 
