@@ -6,7 +6,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -46,19 +46,22 @@ def ground(
 
 
 @pytest.fixture(scope="module")
-def all_sides(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Side]]:
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Path]]]:
+    """The Pythons of the environments with mlflow, which are made while the tracking server starts."""
+    folder = tmp_path_factory.mktemp("environments")
+    with ThreadPoolExecutor() as pool:
+        yield {name: pool.submit(sides.install, name, folder / name) for name in sides.REFERENCES}
+
+
+@pytest.fixture(scope="module")
+def all_sides(installed: dict[str, Future[Path]], ground: Ground) -> Iterator[dict[str, Side]]:
     """``mlfleet``, and mlflow by its version, as in ``sides.REFERENCES``."""
-    environments = tmp_path_factory.mktemp("environments")
-    with ThreadPoolExecutor() as pool, ExitStack() as stack:
-        made = {name: pool.submit(sides.install, name, environments / name) for name in sides.REFERENCES}
-        found = {
-            "mlfleet": stack.enter_context(
-                sides.start("mlfleet", Path(sys.executable), ground, ground.root / "mlfleet")
-            )
+    with ExitStack() as stack:
+        pythons = {"mlfleet": Path(sys.executable), **{name: python.result() for name, python in installed.items()}}
+        yield {
+            name: stack.enter_context(sides.start(name, python, ground, ground.root / name))
+            for name, python in pythons.items()
         }
-        for name, python in made.items():
-            found[name] = stack.enter_context(sides.start(name, python.result(), ground, ground.root / name))
-        yield found
 
 
 @pytest.fixture(scope="module")
