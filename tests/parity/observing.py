@@ -84,13 +84,14 @@ class _Record:
 
     @classmethod
     def read(cls, folder: Path) -> _Record:
-        # The shim is a script: its own path follows that of its interpreter.
-        argv = (folder / "argv").read_text().split("\0")[2:-1]
+        argv, environ, where = ((folder / name).read_text() for name in ("cmdline", "environ", "folder"))
         code = folder / "code"
         return cls(
-            argv, _variables((folder / "environ").read_text().split("\0")), (folder / "folder").read_text(),
+            argv.split("\0")[2:-1],  # the shim is a script: its own path follows that of its interpreter
+            _variables(environ.split("\0")),
+            where.removesuffix("\n"),
             code.read_text().strip() if code.exists() else "",
-        )  # fmt: skip
+        )
 
     @property
     def is_command(self) -> bool:

@@ -33,10 +33,10 @@ _DRIVER = Path(__file__).with_name("driver.py")
 _SHIM = """\
 #!{bash}
 if [ -z "$PARITY_RECORD" ]; then exec {bash} "$@"; fi
-here=$(mktemp -d "$PARITY_RECORD/$(date +%s%N).XXXX")
-cat /proc/$$/cmdline > "$here/argv"
-cat /proc/$$/environ > "$here/environ"
-readlink -n /proc/$$/cwd > "$here/folder"
+here="$PARITY_RECORD/$EPOCHREALTIME.$$"
+mkdir "$here"
+cp /proc/$$/cmdline /proc/$$/environ "$here"
+pwd -P > "$here/folder"
 {bash} "$@"
 code=$?
 echo $code > "$here/code"
