@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import threading
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from mlfleet.tracking import open_tracking
 DRIVER = Path(__file__).parent.parent / "components" / "sweep_driver.py"
 POINTS = 24
 JOBS = 4
+KILLS = 6
 
 
 def start(uri: str, server: MlflowServer, name: str, log: Path) -> subprocess.Popen[bytes]:
@@ -47,7 +50,17 @@ def living(mark: str) -> list[str]:
     return found
 
 
-@pytest.mark.timeout(240)  # an MLflow server starts, and a dozen drivers after one another
+def kill_in_the_middle(driver: subprocess.Popen[bytes], reached: Callable[[], bool], later: float) -> int:
+    """Kill a driver some seconds after it has come so far; its exit code."""
+    while not reached() and driver.poll() is None:
+        time.sleep(0.01)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return driver.wait(later)
+    driver.kill()
+    return driver.wait()
+
+
+@pytest.mark.timeout(240)  # an MLflow server starts, and a handful of drivers after one another
 @pytest.mark.parametrize("seed", [0, 1])
 async def test_each_point_once_however_often_the_driver_dies(
     mlflow_server: MlflowServer, tmp_path: Path, seed: int
@@ -55,23 +68,26 @@ async def test_each_point_once_however_often_the_driver_dies(
     project = tmp_path / f"killed-{seed}"
     # A run appends a line when it is through: two lines of one point would be two successful runs of it.
     done = tmp_path / "done"
+    done.touch()
     uri = write_project(
         project, f"sleep 0.$((RANDOM % 10)); echo {{n}} $MLFLOW_RUN_ID >> {done}", parameters="n: float"
     )
     moments = random.Random(seed)
     log = tmp_path / "driver.log"
-    kills = 0
-    for _ in range(40):
+    log.touch()
+    # How many runs are through when the driver is killed. Those that it leaves behind go on, so a goal may be reached
+    # already when the next driver begins; half of the points are left for the last kill in any case.
+    goals = sorted(moments.sample(range(POINTS // 2), KILLS))
+    for sessions, goal in enumerate(goals):
+        # One is killed while it starts; the others have taken over what the one before has left.
+        wanted = 0 if sessions == KILLS // 2 else log.read_text().count("entered") + 1
+
+        def reached(goal: int = goal, wanted: int = wanted) -> bool:
+            return log.read_text().count("entered") >= wanted and done.read_text().count("\n") >= goal
+
         driver = start(uri, mlflow_server, project.name, log)
-        killer = threading.Timer(moments.uniform(0.7, 3.0), os.kill, (driver.pid, signal.SIGKILL))
-        killer.start()
-        code = driver.wait()
-        killer.cancel()
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL, log.read_text()
-        kills += 1
-    assert kills >= 2
+        assert kill_in_the_middle(driver, reached, moments.uniform(0, 0.3)) == -signal.SIGKILL, log.read_text()
+    code = start(uri, mlflow_server, project.name, log).wait()
     assert code == 0, log.read_text()
     lines = done.read_text().split("\n")[:-1]
     assert Counter(line.split()[0] for line in lines) == {str(n): 1 for n in range(POINTS)}, log.read_text()

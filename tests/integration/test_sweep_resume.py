@@ -15,7 +15,7 @@ import pytest
 
 from components.mlflow_server import MlflowServer
 from components.projects import pid_is_gone, write_project
-from mlfleet import Fleet, Retry, RunStatus, SweepResult, Timeouts, grid
+from mlfleet import Fleet, RunStatus, SweepResult, Timeouts, grid
 from mlfleet.errors import UsageError
 from mlfleet.runs import JobRef
 from mlfleet.testing import FakeTracking
@@ -208,22 +208,17 @@ async def test_what_was_taken_back_can_be_cancelled(
 
 
 @pytest.mark.timeout(120)  # the MLflow server may have to start
+@pytest.mark.parametrize("retry_failed", [True, False])
 async def test_what_died_with_the_driver_is_lost_and_runs_again(
-    killed_driver: tuple[str, list[int]], mlflow_server: MlflowServer, tmp_path: Path
+    killed_driver: tuple[str, list[int]], mlflow_server: MlflowServer, tmp_path: Path, retry_failed: bool
 ) -> None:
     uri, pids = killed_driver
     for pid in pids:
         os.killpg(os.getpgid(pid), signal.SIGKILL)
+    options: dict[str, Any] = {"name": tmp_path.name, "resume": True, "retry_failed": retry_failed}
     async with (
         Fleet(tracking_uri=mlflow_server.url) as fleet,
-        fleet.sweep(
-            uri,
-            grid(n=range(4)),
-            name=tmp_path.name,
-            resume=True,
-            env_manager="local",
-            retry=Retry(attempts=2, backoff=0),
-        ) as sweep,
+        fleet.sweep(uri, grid(n=range(4)), env_manager="local", **options) as sweep,
     ):
         (tmp_path / "out" / "go").touch()
         result = await sweep.result()

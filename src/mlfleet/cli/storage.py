@@ -14,6 +14,7 @@ from mlfleet.environments.store import StoredEnvironment, list_environments
 from mlfleet.environments.store import prune as prune_environments
 from mlfleet.project.cache import CacheEntry, list_entries, list_runs, prune_runs
 from mlfleet.project.cache import prune as prune_entries
+from mlfleet.project.copies import list_copies, prune_copies
 
 __all__ = ["cache", "envs"]
 
@@ -40,7 +41,8 @@ def cache() -> None:
 @debug_option
 def list_cache(*, outputs: bool, as_json: bool) -> None:
     """List them, the last used first."""
-    _print([_cached(entry) for entry in (list_runs() if outputs else list_entries())], as_json=as_json)
+    entries = list_runs() if outputs else [*list_entries(), *list_copies()]
+    _print([_cached(entry) for entry in entries], as_json=as_json)
 
 
 @cache.command("prune")
@@ -50,8 +52,10 @@ def list_cache(*, outputs: bool, as_json: bool) -> None:
 @debug_option
 def prune_cache(*, older_than: float | None, outputs: bool, as_json: bool) -> None:
     """Remove those that nobody uses."""
-    prune = prune_runs if outputs else prune_entries
-    _removed([_cached(entry) for entry in prune(_age(older_than))], as_json=as_json)
+    age = _age(older_than)
+    # Copies first: their runs are what uses the projects.
+    removed = prune_runs(age) if outputs else [*prune_copies(age), *prune_entries(age)]
+    _removed([_cached(entry) for entry in removed], as_json=as_json)
 
 
 @click.group(no_args_is_help=False)

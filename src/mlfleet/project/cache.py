@@ -11,6 +11,7 @@
                 <name>/                the pristine files
             tmp-…/                     being made, or left by a process that was killed
         zip-<hash of the content>/     likewise, with one tree and no mirror
+        copies/                        where the working copies of runs are: see copies.py
         downloads/                     what is known of URLs of zips: state for asking whether they changed
 
 A tree is made in ``tmp-…`` and renamed when it is complete: what is below ``trees`` is whole, whatever was killed.
@@ -33,7 +34,18 @@ from typing import Any
 from mlfleet.concurrency.in_use import Marks, unused
 from mlfleet.folders import cache_folder, runs_folder, size_on_disk
 
-__all__ = ["CacheEntry", "Shelf", "list_entries", "list_runs", "prune", "prune_runs", "remove_tree"]
+__all__ = [
+    "CacheEntry",
+    "Shelf",
+    "is_older",
+    "list_entries",
+    "list_runs",
+    "projects_folder",
+    "prune",
+    "prune_runs",
+    "remove_tree",
+    "time_of",
+]
 
 _IN_USE = "in-use"
 _TMP = "tmp-"
@@ -44,8 +56,9 @@ class CacheEntry:
     """Something on disk that `prune` or `prune_runs` may remove.
 
     Attributes:
-        kind: ``git``, ``zip``, ``mirror`` (the history of a Git repository), ``leftover`` or ``run``.
-        uri: of the project, without credentials; the run's id for a run.
+        kind: ``git``, ``zip``, ``mirror`` (the history of a Git repository), ``copy`` (for one run to work in),
+            ``leftover`` or ``run``.
+        uri: of the project, without credentials; the run's id for a run; the path of a copy.
         version: the commit, or the hash of a zip's content; None for what has none.
         path: its folder.
         size: bytes on disk.
@@ -181,7 +194,7 @@ def prune_runs(older_than: timedelta | None = None, root: Path | None = None) ->
     for folder in _folders(root or runs_folder()):
         with unused(folder / "output.log") as free:
             entry = _run_entry(folder, in_use=not free)
-            if free and _is_older(entry.last_used, older_than):
+            if free and is_older(entry.last_used, older_than):
                 remove_tree(folder)
                 removed.append(entry)
     return removed
@@ -211,9 +224,9 @@ def remove_tree(folder: Path) -> None:
 def _prune_shelf(shelf: Path, older_than: timedelta | None) -> list[CacheEntry]:
     removed = []
     for entry in _on_shelf(shelf):
-        if entry.version is not None and not _is_older(entry.last_used, older_than):
+        if entry.version is not None and not is_older(entry.last_used, older_than):
             continue
-        if entry.kind == "mirror" and (_folders(shelf / "trees") or not _is_older(entry.last_used, older_than)):
+        if entry.kind == "mirror" and (_folders(shelf / "trees") or not is_older(entry.last_used, older_than)):
             continue  # working copies read the history that is in the mirror
         with unused(entry.path / _IN_USE) as free:
             if free:
@@ -228,7 +241,7 @@ def _prune_shelf(shelf: Path, older_than: timedelta | None) -> list[CacheEntry]:
 def _prune_downloads(folder: Path, older_than: timedelta | None) -> None:
     with contextlib.suppress(FileNotFoundError):
         for path in sorted(folder.iterdir()):
-            if path.suffix != ".lock" and _is_older(_time(path), older_than):
+            if path.suffix != ".lock" and is_older(time_of(path), older_than):
                 with _free_lock(path.with_suffix(".lock")) as free:
                     if free:
                         path.unlink(missing_ok=True)
@@ -238,11 +251,11 @@ def _on_shelf(shelf: Path) -> list[CacheEntry]:
     uri = str((_read(shelf / "shelf.json") or {}).get("uri", shelf.name))
     kind = shelf.name.partition("-")[0]
     found: list[tuple[str, str | None, Path, datetime]] = [
-        (kind, tree.name, tree, _time(tree / _IN_USE)) for tree in _folders(shelf / "trees")
+        (kind, tree.name, tree, time_of(tree / _IN_USE)) for tree in _folders(shelf / "trees")
     ]
-    found += [("leftover", None, folder, _time(folder)) for folder in _folders(shelf) if folder.name.startswith(_TMP)]
+    found += [("leftover", None, folder, time_of(folder)) for folder in _folders(shelf) if folder.name.startswith(_TMP)]
     if (shelf / "mirror").is_dir():
-        found.append(("mirror", None, shelf / "mirror", _time(shelf / "mirror")))
+        found.append(("mirror", None, shelf / "mirror", time_of(shelf / "mirror")))
     return [
         CacheEntry(kind, uri, version, path, size_on_disk(path), used, in_use=_is_used(path / _IN_USE))
         for kind, version, path, used in found
@@ -251,7 +264,7 @@ def _on_shelf(shelf: Path) -> list[CacheEntry]:
 
 def _run_entry(folder: Path, *, in_use: bool | None = None) -> CacheEntry:
     output = folder / "output.log"
-    used = max(_time(folder), _time(output))
+    used = max(time_of(folder), time_of(output))
     if in_use is None:
         in_use = _is_used(output)
     return CacheEntry("run", folder.name, None, folder, size_on_disk(folder), used, in_use=in_use)
@@ -284,11 +297,13 @@ def _is_used(mark: Path) -> bool:
         return not free
 
 
-def _is_older(used: datetime, older_than: timedelta | None) -> bool:
+def is_older(used: datetime, older_than: timedelta | None) -> bool:
+    """Whether something was last used before that time; None: always."""
     return older_than is None or used < datetime.now(UTC) - older_than
 
 
-def _time(path: Path) -> datetime:
+def time_of(path: Path) -> datetime:
+    """When something was written to. Blocking."""
     try:
         return datetime.fromtimestamp(path.stat().st_mtime, UTC)
     except OSError:

@@ -7,7 +7,6 @@ import math
 import os
 import re
 import stat
-import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -25,6 +24,7 @@ from mlfleet.project.archive import ArchiveLimits, unpack
 from mlfleet.project.blocking import clean_up, in_thread, stoppable
 from mlfleet.project.cache import Shelf, projects_folder, remove_tree
 from mlfleet.project.checkout import Checkout, Checkouts
+from mlfleet.project.copies import WorkingCopies
 from mlfleet.project.copying import copy_tree
 from mlfleet.project.git import Git
 from mlfleet.project.hashing import FileHashes
@@ -98,6 +98,7 @@ class ProjectFetcher:
         self._answers: dict[_Key, tuple[float, Project]] = {}
         self._checkouts = Checkouts()
         self._hashes = FileHashes()
+        self._copies = WorkingCopies(self._root)
 
     async def fetch(
         self, uri: str, version: str | None = None, *, on_progress: Callable[[str], None] | None = None
@@ -152,7 +153,8 @@ class ProjectFetcher:
         """The folder for one run to work in, a private one if the project is cached; it is removed at the end.
 
         A private one is a copy, in the folder for temporary files (``TMPDIR``), of all that the repository or zip
-        holds. That of a Git project has a small ``.git``, at the commit, which finds the history in the cache.
+        holds. That of a Git project has a small ``.git``, at the commit, which finds the history in the cache. If this
+        process is killed, a later one that makes copies removes it, once nothing runs in it any more.
 
         Args:
             project: that this fetcher fetched.
@@ -169,11 +171,27 @@ class ProjectFetcher:
         if not await in_thread(lambda: self._marks.take(mark, pin=True)):
             raise FetchError(f"{project.uri} was removed from the cache in the meantime: submit again", uri=project.uri)
         try:
-            async with _temporary_folder() as folder:
+            async with self._temporary_folder() as folder:
                 await stoppable(lambda stop: copy_tree(source, folder / source.name, stop))
                 yield folder.joinpath(*inside[3:])
         finally:
             self._marks.unpin(mark)
+
+    @asynccontextmanager
+    async def _temporary_folder(self) -> AsyncIterator[Path]:
+        """An empty folder that is gone afterwards, however the block ends."""
+
+        async def remove(folder: Path) -> None:
+            await clean_up(lambda: self._copies.end(folder))
+
+        try:
+            folder = await in_thread(self._copies.begin, undo=remove)
+        except OSError as error:
+            raise FetchError(f"no folder for a working copy can be made: {error}") from error
+        try:
+            yield folder
+        finally:
+            await remove(folder)
 
     def close(self) -> None:
         """Let ``mlfleet cache prune`` remove what was fetched here, as it may when this object is gone."""
@@ -345,20 +363,3 @@ def _unpack_into(shelf: Shelf, digest: str, uri: ProjectUri, path: Path, stop: t
 
 def _cache_failure(uri: ProjectUri, error: OSError) -> FetchError:
     return FetchError(f"{uri.text} cannot be put into the cache: {error}", uri=uri.text)
-
-
-@asynccontextmanager
-async def _temporary_folder() -> AsyncIterator[Path]:
-    """An empty folder that is gone afterwards, however the block ends."""
-
-    async def remove(folder: Path) -> None:
-        await clean_up(lambda: remove_tree(folder))
-
-    try:
-        folder = await in_thread(lambda: Path(tempfile.mkdtemp(prefix="mlfleet-")), undo=remove)
-    except OSError as error:
-        raise FetchError(f"no folder for a working copy can be made: {error}") from error
-    try:
-        yield folder
-    finally:
-        await remove(folder)

@@ -129,8 +129,10 @@ class Attempts:
     def _settled(self, blank: PointResult, history: History) -> PointResult | None:
         """The result of a point that needs no further attempt."""
         done = history.finished
-        if done is None and not self._settings.retry_failed and not history.open:
-            done = history.latest if history.latest and history.latest.status is RunStatus.FAILED else None
+        latest = history.latest
+        if done is None and latest is not None and not self._settings.retry_failed and not history.open:
+            # What was lost with its driver did not fail.
+            done = latest if latest.status is RunStatus.FAILED and LOST_TAG not in latest.tags else None
         if done is None:
             return None
         reason = None if done.status is RunStatus.FINISHED else "failed before the sweep was resumed"
@@ -146,6 +148,7 @@ class Attempts:
         reason = "it did not finish before the sweep was resumed" if history.runs else None
         while True:
             run: FleetRun | None = None
+            taken_back = bool(left)
             try:
                 if left:
                     run = await self._find(left.pop())
@@ -159,6 +162,9 @@ class Attempts:
                 outcome = await self._outcome(run)
             except (TrackingError, BackendError, ParameterError, SpecError) as error:
                 outcome = Outcome(RunStatus.FAILED, reason=_first_line(error), error=error)
+            if taken_back and isinstance(outcome.error, RunLost):
+                reason = outcome.reason  # no attempt of this session: it died with its driver
+                continue
             tries += 1
             result = _result(blank, run, outcome, attempt)
             if not self._again(outcome, tries):
