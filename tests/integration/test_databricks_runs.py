@@ -289,7 +289,9 @@ def test_the_dry_run_prints_the_request(tmp_path: Path) -> None:
 
 def test_the_command_line_tells_mistakes_before_anything_is_made(tmp_path: Path) -> None:
     uri = write_project(tmp_path / "demo", "true")
-    done = mlfleet("run", uri, "-b", "databricks", "-c", '{"profile": "nowhere"}', cwd=tmp_path)
+    # So that no database is made for the default tracking.
+    variables = {"MLFLOW_TRACKING_URI": "databricks", "DATABRICKS_HOST": "https://x", "DATABRICKS_TOKEN": "dapi-hush"}
+    done = mlfleet("run", uri, "-b", "databricks", "-c", '{"profile": "nowhere"}', cwd=tmp_path, env=variables)
     assert done.returncode == 2
     assert "no profile 'nowhere'" in done.stderr
 
