@@ -204,17 +204,18 @@ class Workspace:
 
 
 class _Pace:
-    """Keeps requests of one kind within a rate."""
+    """Keeps requests of one kind within a rate, also after the event loop was held up."""
 
     def __init__(self, per_second: float) -> None:
         self._gap = 1.0 / per_second
         self._next = 0.0
+        self._lock = anyio.Lock()
 
     async def turn(self) -> None:
-        now = time.monotonic()
-        at = self._next = max(now, self._next + self._gap)
-        if at > now:
-            await anyio.sleep(at - now)
+        async with self._lock:
+            if (left := self._next - time.monotonic()) > 0:
+                await anyio.sleep(left)
+            self._next = time.monotonic() + self._gap
 
 
 @contextmanager
