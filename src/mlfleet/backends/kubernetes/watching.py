@@ -182,7 +182,8 @@ class _Store:
         self._pods: dict[str, dict[str, PodState]] = {}
 
     def seen(self, uid: str, job: JobState | None = None) -> Seen:
-        pods = sorted(self._pods.get(uid, {}).values(), key=lambda pod: (pod.created, pod.name))
+        # Times of creation are whole seconds: of pods that are alike in that, the watch told the older one first.
+        pods = sorted(self._pods.get(uid, {}).values(), key=lambda pod: pod.created)
         return Seen(self._jobs.get(uid) or self._deleted.get(uid) or job, tuple(pods))
 
     def put_job(self, job: JobState) -> None:
