@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
+
+if TYPE_CHECKING:
+    from xdist.remote import Producer
+    from xdist.scheduler import LoadScopeScheduling
 
 pytest_plugins: list[str] = [
     "components.browser",
@@ -44,3 +49,16 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
             monkeypatch.delenv(name)
     monkeypatch.setenv("MLFLEET_CACHE_DIR", str(home / "cache"))
     monkeypatch.setenv("MLFLEET_STATE_DIR", str(home / "state"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    """With ``-n``, a file's tests stay together: they share servers. So do all that need what a machine has one of."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByComponent(LoadScopeScheduling):  # type: ignore[misc] # untyped
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return next((name for name in ("databricks", "docker") if name in file), file)
+
+    return ByComponent(config, log)
