@@ -114,11 +114,13 @@ def mlflow_server(folder: Path) -> Iterator[str]:
     with open(folder / "server.log", "wb") as log:
         server = subprocess.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True)
     try:
-        for _ in range(600):
+        for _ in range(3000):
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
                 break
             time.sleep(0.1)
+        else:
+            raise SystemExit("the MLflow server did not start")
         yield f"http://127.0.0.1:{port}"
     finally:
         os.killpg(server.pid, 15)
