@@ -115,6 +115,8 @@ class KubernetesApi:
         self.url = ""
         self.on_change: list[Callable[[str, Key, dict[str, Any]], None]] = []
         self.on_sent: list[Callable[[Key, dict[str, Any]], None]] = []  # to a watch
+        self._owned: dict[str, dict[Key, None]] = {}  # by the uid of the owner
+        self._leaving: set[Key] = set()
         self._changed = asyncio.Event()
         self._streams: set[asyncio.Transport] = set()
         self._lists: dict[str, tuple[int, list[dict[str, Any]]]] = {}
@@ -181,6 +183,8 @@ class KubernetesApi:
         if plural == "jobs":
             _default_job(made)
         self.objects[key] = made
+        for owner in meta.get("ownerReferences") or ():
+            self._owned.setdefault(owner["uid"], {})[key] = None
         self._emit("ADDED", key, made)
         return made
 
@@ -197,8 +201,14 @@ class KubernetesApi:
 
     def remove(self, key: Key) -> None:
         found = self.objects.pop(key, None)
-        if found is not None:
-            self._emit("DELETED", key, _copied(found))
+        if found is None:
+            return
+        for owner in found["metadata"].get("ownerReferences") or ():
+            self._owned.get(owner["uid"], {}).pop(key, None)
+        self._emit("DELETED", key, _copied(found))
+        for child in self._owned.pop(found["metadata"]["uid"], {}):
+            if child[0] == "secrets":
+                self.remove(child)
 
     def _emit(self, kind: str, key: Key, value: dict[str, Any], before: Mapping[str, str] | None = None) -> None:
         self.version += 1
@@ -301,6 +311,7 @@ class KubernetesApi:
         job = self.objects[key]
         if policy == "Foreground":
             self.change(key, lambda found: _mark_deleted(found, 0, "foregroundDeletion"))
+            self._leaving.add(key)
             for pod in self.pods_of(job):
                 self.delete_pod(pod, None)
             self.collect()
@@ -332,24 +343,17 @@ class KubernetesApi:
         uid = job["metadata"]["uid"]
         return [
             key
-            for key, pod in self.objects.items()
-            if key[0] == "pods" and any(each["uid"] == uid for each in pod["metadata"].get("ownerReferences") or ())
+            for key in self._owned.get(uid, ())
+            if key[0] == "pods"
+            and any(each["uid"] == uid for each in self.objects[key]["metadata"].get("ownerReferences") or ())
         ]
 
     def collect(self) -> None:
-        """Remove what waits for its pods to go, and what belonged to what is gone."""
-        owners = {
-            each["uid"] for key, pod in self.objects.items() if key[0] == "pods"
-            for each in pod["metadata"].get("ownerReferences") or ()
-        }  # fmt: skip
-        for key, value in tuple(self.objects.items()):
-            meta = value["metadata"]
-            if key[0] == "jobs" and "foregroundDeletion" in meta.get("finalizers", ()) and meta["uid"] not in owners:
-                self.remove(key)
-        living = {value["metadata"]["uid"] for value in self.objects.values()}
-        for key, value in tuple(self.objects.items()):
-            owned = value["metadata"].get("ownerReferences") or ()
-            if key[0] == "secrets" and owned and not any(each["uid"] in living for each in owned):
+        """Remove the Jobs that waited for their pods to go."""
+        for key in tuple(self._leaving):
+            job = self.objects.get(key)
+            if job is None or not self.pods_of(job):
+                self._leaving.discard(key)
                 self.remove(key)
 
     # ---- lists and watches ------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ async def test_thousand_runs_in_chaos(fake_cluster: FakeCluster, tmp_path: Path)
     api.page = 100
     expected: dict[str, int] = {}
     deleted: set[str] = set()
-    known: set[str] = set()  # to their submitter
+    to_delete: set[str] = set()  # names of Jobs that their submitter knows
 
     def play(pod: Mapping[str, Any]) -> Acting:
         run_id = pod["metadata"]["labels"]["mlfleet.run-id"]
@@ -75,10 +75,10 @@ async def test_thousand_runs_in_chaos(fake_cluster: FakeCluster, tmp_path: Path)
         step = served = 0
         while True:
             await asyncio.sleep(0.02)
-            for job in api.of_kind("jobs"):
-                meta = job["metadata"]
-                if meta["labels"]["mlfleet.run-id"] in deleted & known and "startTime" in job["status"]:
-                    api.delete_job(("jobs", "default", meta["name"]), chance.choice(["Background", "Foreground"]))
+            for name in tuple(to_delete):
+                if "startTime" in api.objects[("jobs", "default", name)]["status"]:
+                    api.delete_job(("jobs", "default", name), chance.choice(["Background", "Foreground"]))
+                    to_delete.discard(name)
             if api.version < 1000 + 250 * (step + 1):
                 continue
             step += 1
@@ -102,7 +102,8 @@ async def test_thousand_runs_in_chaos(fake_cluster: FakeCluster, tmp_path: Path)
             if number % 20 == 0:
                 deleted.add(job.run_id)
             run = await backend.submit(job)
-            known.add(job.run_id)
+            if job.run_id in deleted:
+                to_delete.add(run.target.name)
             outcome = await run.outcome()
             return job.run_id, outcome.status, outcome.exit_code, outcome.reason
 
