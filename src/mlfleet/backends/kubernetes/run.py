@@ -296,10 +296,15 @@ class KubernetesRun:
             if warn_after is not None and (limit is None or limit > warn_after):
                 if await self._passes(found.kind, warn_after):
                     continue
-                _log.warning("the run %s does not start yet: %s", self.run_id, self._now_hindered(found).text)
+                await self._warn(self._now_hindered(found))
                 limit = None if limit is None else limit - warn_after
             if not await self._passes(found.kind, limit):
                 raise _NeverStarts(self._now_hindered(found), self.target.timeouts.of(found.kind) or 0.0)
+
+    async def _warn(self, found: Hindrance) -> None:
+        # Why there is no pod, such as a quota, only the Job's events tell; a pod says by itself why it waits.
+        said = () if found.pod else await warnings_of(self._api, self.target.namespace, self.target.name)
+        _log.warning("the run %s does not start yet: %s", self.run_id, "; ".join((found.text, *said[-1:])))
 
     async def _passes(self, kind: Kind, seconds: float | None) -> bool:
         with anyio.move_on_after(seconds):
