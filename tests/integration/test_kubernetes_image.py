@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from components.docker import DockerEngine
 from components.registry import Registry
@@ -273,3 +274,36 @@ def test_names_of_images(text: str, expected: Reference) -> None:
 def test_no_names_of_images(text: str) -> None:
     with pytest.raises(UsageError, match="is no name of an image"):
         parse_reference(text)
+
+
+async def test_registry_that_asks_for_a_bearer_token(tmp_path: Path) -> None:
+    """As Docker Hub, ghcr.io and most others do; the password goes to the realm alone."""
+    asked: list[tuple[str, list[str], str]] = []
+    kind = "application/vnd.oci.image.manifest.v1+json"
+
+    async def token(request: web.Request) -> web.Response:
+        query = request.query
+        asked.append((query["service"], query.getall("scope"), request.headers.get("Authorization", "")))
+        return web.json_response({"token": "for-a-while"})
+
+    async def manifest(request: web.Request) -> web.Response:
+        if request.headers.get("Authorization") != "Bearer for-a-while":
+            realm = f'Bearer realm="http://{request.host}/token",service="registry.test"'
+            return web.json_response({}, status=401, headers={"WWW-Authenticate": realm})
+        return web.json_response({"layers": []}, content_type=kind)
+
+    application = web.Application()
+    application.router.add_get("/token", token)
+    application.router.add_get("/v2/team/image/manifests/1", manifest)
+    runner = web.AppRunner(application)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    host = f"127.0.0.1:{runner.addresses[0][1]}"
+    try:
+        async with Registries({"username": "me", "password": "hush", "registry": host}) as registries:
+            for _ in range(2):
+                data, headers = await registries.read(parse_reference(f"{host}/team/image:1"), "manifests/1")
+                assert (json.loads(data), headers["Content-Type"].partition(";")[0]) == ({"layers": []}, kind)
+    finally:
+        await runner.cleanup()
+    assert asked == [("registry.test", ["repository:team/image:pull"], "Basic bWU6aHVzaA==")], "asked for once"
