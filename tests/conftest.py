@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
 pytest_plugins: list[str] = [
     "components.browser",
+    "components.certificates",
     "components.conda",
     "components.docker",
     "components.fake_kubernetes",
+    "components.gcs",
     "components.git_http",
     "components.http_files",
     "components.minilake",

@@ -90,7 +90,8 @@ class FlakyProxy:
             pass
         except asyncio.CancelledError:
             # Ours, at the end of `listen`; asyncio's streams would report it as an error.
-            pass
+            # A TLS connection that is only closed waits for the other side's goodbye.
+            writer.transport.abort()
         finally:
             self._handlers.discard(task)
             writer.close()

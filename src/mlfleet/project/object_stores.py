@@ -23,6 +23,8 @@ DRIVERS: Mapping[str, str] = {
     "gcs": "gcsfs",
     "abfs": "adlfs",
     "abfss": "adlfs",
+    "wasb": "adlfs",
+    "wasbs": "adlfs",
     "az": "adlfs",
     "hdfs": "pyarrow",
     "webhdfs": "requests",
@@ -31,6 +33,9 @@ DRIVERS: Mapping[str, str] = {
     "ftp": "",
 }
 """Scheme → the package that fsspec needs for it. Others of fsspec's (``file``, ``memory``, chains) are refused."""
+
+_NAMES: Mapping[str, str] = {"wasb": "abfs", "wasbs": "abfs", "abfss": "abfs", "s3a": "s3"}
+"""What fsspec calls a scheme, where it has another name for it. Azure's host is the same account by any of them."""
 
 _CHUNK = 2**20
 _AT_ONCE = 4
@@ -86,18 +91,25 @@ def _open_store(download: Download) -> tuple[Any, str]:
         import fsspec
 
         # A driver that is missing is an ImportError, or a protocol that is not known.
-        fsspec.get_filesystem_class(scheme)
+        fsspec.get_filesystem_class(_NAMES.get(scheme, scheme))
     except (ImportError, ValueError) as error:
         driver = f" {DRIVERS[scheme]}" if DRIVERS[scheme] else ""
         reason = f"a driver is missing; run: pip install 'mlfleet[remote]'{driver}"
         raise download.failed(reason) from error
     try:
-        store, path = fsspec.core.url_to_fs(download.uri, **_options(download, scheme))
+        rest = download.uri[len(scheme) + 1 :]
+        # Without the slashes fsspec would take dbfs:/data for a file of this machine.
+        uri = f"{_NAMES.get(scheme, scheme)}:{rest if rest.startswith('//') else f'//{rest}'}"
+        store, path = fsspec.core.url_to_fs(uri, **_options(download, scheme))
         # Instances are shared, and what they listed earlier may have changed.
         store.invalidate_cache()
     except FetchError:
         raise
     except Exception as error:
+        if scheme == "hdfs":
+            # pyarrow's own words are a list of all places where it has looked.
+            reason = str(error).partition("\n")[0]
+            raise download.failed(f"{reason}; hdfs: needs Java and Hadoop's client here, webhdfs: does not") from error
         raise download.failed(error) from error
     return store, str(path)
 
@@ -109,6 +121,11 @@ def _options(download: Download, scheme: str) -> dict[str, Any]:
         if not host or not token:
             raise download.failed("set DATABRICKS_HOST and DATABRICKS_TOKEN")
         return {"instance": host.removeprefix("https://").rstrip("/"), "token": token}
+    if DRIVERS[scheme] == "adlfs":
+        # The first is MLflow's name. adlfs reads the second itself, but would share an instance that was made before it
+        # changed.
+        names = {"account_key": "AZURE_STORAGE_ACCESS_KEY", "connection_string": "AZURE_STORAGE_CONNECTION_STRING"}
+        return {option: os.environ[name] for option, name in names.items() if os.environ.get(name)}
     endpoint = os.environ.get("MLFLOW_S3_ENDPOINT_URL")
     if scheme in ("s3", "s3a") and endpoint:
         return {"client_kwargs": {"endpoint_url": endpoint}}

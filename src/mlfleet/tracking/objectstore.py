@@ -19,10 +19,15 @@ _DRIVERS = {
     "gcs": "gcsfs",
     "abfs": "adlfs",
     "abfss": "adlfs",
+    "wasb": "adlfs",
     "wasbs": "adlfs",
+    "az": "adlfs",
     "hdfs": "pyarrow",
     "sftp": "paramiko",
 }
+_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_ACCESS_KEY")
+# What fsspec calls a scheme, where it has another name for it.
+_NAMES = {"wasb": "abfs", "wasbs": "abfs", "abfss": "abfs", "s3a": "s3"}
 
 
 def upload(path: Path, uri: str) -> None:
@@ -82,7 +87,10 @@ def _open(uri: str) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs
 
-        store, key = url_to_fs(uri, **_options(scheme))
+        rest = uri[len(scheme) + 1 :]
+        # Without the slashes fsspec would take hdfs:/runs for a folder of this machine.
+        place = f"{_NAMES.get(scheme, scheme)}:{rest if rest.startswith('//') else f'//{rest}'}"
+        store, key = url_to_fs(place, **_options(scheme))
     except ImportError as error:
         text = f"artifacts at {scheme}: URIs need fsspec and {driver}: pip install 'mlfleet[remote]' {driver}"
         raise TrackingError(text) from error
@@ -95,10 +103,13 @@ def _options(scheme: str) -> dict[str, Any]:
     endpoint = os.environ.get("MLFLOW_S3_ENDPOINT_URL")
     # A cached listing would hide what was stored meanwhile.
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+    if _DRIVERS[scheme] == "adlfs" and (account_key := os.environ.get("AZURE_STORAGE_ACCESS_KEY")):
+        # MLflow's name for it.
+        return {**options, "account_key": account_key}
     return {**options, "endpoint_url": endpoint} if endpoint and scheme in ("s3", "s3a") else options
 
 
 def _failed(what: str, uri: str, error: Exception) -> TrackingError:
-    secrets = [os.environ.get(name, "") for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")]
+    secrets = [os.environ.get(name, "") for name in _SECRETS]
     reason = mask(" ".join(str(error).split())[:500] or type(error).__name__, secrets)
     return TrackingError(f"the artifact cannot be {what} {mask_uri(uri)}: {reason}")
