@@ -87,6 +87,13 @@ async def test_a_login_page_is_recognised(server: FlakyProxy) -> None:
             await tracking.get_run("r1")
 
 
+async def test_a_plain_text_that_is_called_html_is_shown(server: FlakyProxy) -> None:
+    server.rule = answer_with(Answer(403, b"Permission denied", {"content-type": "text/html; charset=utf-8"}))
+    async with RestTracking(server.url) as tracking:
+        with pytest.raises(TrackingError, match=r"403: Permission denied; .*check that this user may do it"):
+            await tracking.get_run("r1")
+
+
 async def test_something_else_that_speaks_json(server: FlakyProxy) -> None:
     async with RestTracking(server.url) as tracking:
         for body in (b"[]", b'{"run": 5}', b'{"run": {"info": {}}}', b'"x"', b"{}"):

@@ -134,9 +134,9 @@ def _cut(text: str) -> str:
 
 
 def _is_page(answer: httpx.Response) -> bool:
-    return "html" in answer.headers.get("content-type", "") or answer.content[:64].lstrip().lower().startswith(
-        b"<!doctype"
-    )
+    # Servers in Flask say "Permission denied" in a text that they call HTML.
+    begin = answer.content[:64].lstrip().lower()
+    return begin.startswith(b"<!doctype") or ("html" in answer.headers.get("content-type", "") and begin[:1] == b"<")
 
 
 def _page_title(answer: httpx.Response) -> str:
