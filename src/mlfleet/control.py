@@ -19,6 +19,7 @@ from mlfleet.folders import runs_folder
 from mlfleet.request import SweepMember
 from mlfleet.runs import JobRef, Outcome, RunStatus
 from mlfleet.sweeps import NAME_TAG, SPACE_TAG, is_driven
+from mlfleet.sweeps.notes import forget, lock_path
 from mlfleet.tracking import RunInfo
 from mlfleet.tracking.ending import end_run
 
@@ -107,6 +108,9 @@ async def cancel_sweep(fleet: Fleet, info: RunInfo, *, grace: float | None = Non
         ExceptionGroup: of the errors of runs that could not be cancelled.
         MlfleetError: tracking cannot be reached.
     """
+    name = info.tags.get(NAME_TAG)
+    if name is not None and not await is_driven(fleet.tracking, info):
+        await _looking(partial(forget, lock_path(fleet.tracking, info.experiment_id, name)))
     if info.status.is_terminal:
         return info
     await fleet.tracking.update_run(info.run_id, RunStatus.KILLED)

@@ -45,6 +45,11 @@ def listed() -> dict[str, dict[str, Any]]:
     return {row["run_id"]: row for row in rows if row["backend"] == "local"}
 
 
+def sweeps() -> list[tuple[str, str, str, bool]]:
+    rows = [row for row in json.loads(mlfleet("ps", "--json").stdout) if row["backend"] == "sweep"]
+    return [(row["run_id"], row["sweep"], row["state"], row["supervised"]) for row in rows]
+
+
 def end_of(driver: Started) -> dict[str, Any]:
     end: dict[str, Any] = json.loads([line for line in driver.plain.splitlines() if '"event": "end"' in line][-1])
     return end
@@ -54,14 +59,17 @@ def pids(folder: Path) -> list[int]:
     return [int(line) for line in (folder / "pids").read_text().split()]
 
 
+@pytest.mark.timeout(90)  # eight programs after one another, on a machine that may be busy
 def test_a_cancelled_run_is_killed_for_its_driver_too_and_not_tried_again(server: MlflowServer, tmp_path: Path) -> None:
-    with sweeping(tmp_path / "single", "-P", "x=1,2", "--retries", "3") as (driver, _, (one, other)):
+    with sweeping(tmp_path / "single", "-P", "x=1,2", "--retries", "3") as (driver, sweep, (one, other)):
         assert {name: row["supervised"] for name, row in listed().items()} == {one: True, other: True}
+        assert sweeps() == [(sweep, "single", "running", True)]
         done = mlfleet("cancel", one)
         assert (done.returncode, done.stdout) == (0, f"{one} KILLED\n")
         assert set(listed()) == {other}
         (tmp_path / "go").touch()
         assert driver.finish() == 1
+    assert sweeps() == []
     end = end_of(driver)
     assert (end["finished"], end["killed"], end["failed"], end["retries"]) == (1, 1, 0, 0)
     assert run_on(server, one)["info"]["status"] == "KILLED"
@@ -87,7 +95,9 @@ def test_runs_whose_driver_was_killed_are_seen_waited_for_and_cancelled(server: 
         driver.process.kill()
         driver.finish()
         assert {name: row["supervised"] for name, row in listed().items()} == {one: False, other: False}
+        assert sweeps() == [(sweep, "orphans", "left", False)]
         shown = mlfleet("ps").stdout
+        assert re.search(rf"{sweep}  sweep   left .*  orphans  \S+/orphans  \(nobody looks after it\)", shown)
         assert len(re.findall(r"begun \d  \(nobody looks after it\)", shown)) == 2
         assert mlfleet("cancel", one).returncode == 0
         assert run_on(server, one)["info"]["status"] == "KILLED"
@@ -101,6 +111,7 @@ def test_runs_whose_driver_was_killed_are_seen_waited_for_and_cancelled(server: 
     assert lost.returncode == 2
     assert "no process drives the sweep 'orphans'" in lost.stderr
     assert mlfleet("cancel", "--sweep", sweep).stdout == f"{sweep} KILLED\n"
+    assert sweeps() == []
     assert len(pids(tmp_path / "orphans")) == 2
 
 

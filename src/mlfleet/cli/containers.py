@@ -16,23 +16,40 @@ from mlfleet.cli.sweep_lines import plain_line, short
 from mlfleet.cli.terminal import complain
 from mlfleet.concurrency.lines import last_lines
 from mlfleet.errors import BackendError, BackendNotFound
+from mlfleet.sweeps.notes import SweepEntry, list_sweeps
 
 __all__ = ["prune", "ps"]
 
 _log = logging.getLogger("mlfleet.cli")
 _json = json_option("Print a JSON list.")
+_BLANK = dict.fromkeys(
+    (
+        "run_id",
+        "backend",
+        "state",
+        "supervised",
+        "created",
+        "project",
+        "image",
+        "container",
+        "pid",
+        "last_line",
+        "sweep",
+    )
+)
 
 
 @click.command()
 @_json
 @debug_option
 def ps(*, as_json: bool) -> None:
-    """List the runs that go on without needing their process, the newest first: those here and Docker containers.
+    """List what goes on without needing its process, the newest first: sweeps with a name, their runs, containers.
 
-    Of runs here these are those of sweeps with a name. One that nobody looks after was left by a process that died:
-    mlfleet sweep --resume or mlfleet.attach(RUN_ID) picks it up; mlfleet logs, wait and cancel work on all.
+    What nobody looks after was left by a process that died: mlfleet sweep --resume or mlfleet.attach(RUN_ID) picks it
+    up; mlfleet logs, wait and cancel work on all.
     """
-    rows = [_local_row(entry) for entry in list_local()]
+    rows = [_sweep_row(entry) for entry in list_sweeps()]
+    rows += [_local_row(entry) for entry in list_local()]
     try:
         rows += [_container_row(entry) for entry in anyio.run(_inventory().list_containers)]
     except BackendNotFound:
@@ -62,23 +79,36 @@ def _inventory() -> Any:
     return inventory
 
 
-def _local_row(entry: LocalEntry) -> dict[str, Any]:
+def _sweep_row(entry: SweepEntry) -> dict[str, Any]:
     return {
+        **_BLANK,
+        "run_id": entry.run_id,
+        "backend": "sweep",
+        "state": "running" if entry.driven else "left",
+        "supervised": entry.driven,
+        "created": entry.began,
+        "project": entry.project,
+        "sweep": entry.name,
+    }
+
+
+def _local_row(entry: LocalEntry) -> dict[str, Any]:
+    lines = reversed(last_lines(entry.output, 3))
+    return {
+        **_BLANK,
         "run_id": entry.run_id,
         "backend": "local",
         "state": "running",
         "supervised": entry.supervised,
         "created": entry.created,
-        "project": None,
-        "image": None,
-        "container": None,
         "pid": entry.pid,
-        "last_line": next((clean for line in reversed(last_lines(entry.output, 3)) if (clean := plain_line(line))), ""),
+        "last_line": next((clean for line in lines if (clean := plain_line(line))), ""),
     }
 
 
 def _container_row(entry: Any) -> dict[str, Any]:
     return {
+        **_BLANK,
         "run_id": entry.run_id,
         "backend": "docker",
         "state": entry.state,
@@ -87,8 +117,6 @@ def _container_row(entry: Any) -> dict[str, Any]:
         "project": entry.project,
         "image": entry.image,
         "container": entry.name,
-        "pid": None,
-        "last_line": None,
     }
 
 
@@ -101,5 +129,8 @@ def _print(rows: list[dict[str, Any]], *, as_json: bool, none: str) -> None:
     for row in rows:
         after = "" if row["supervised"] else "  (nobody looks after it)"
         created = row["created"].astimezone().strftime("%Y-%m-%d %H:%M")
-        what = f"pid {row['pid']}  {short(row['last_line'])}" if row["pid"] else f"{row['project']}  {row['image']}"
+        if row["sweep"]:
+            what = f"{row['sweep']}  {row['project']}"
+        else:
+            what = f"pid {row['pid']}  {short(row['last_line'])}" if row["pid"] else f"{row['project']}  {row['image']}"
         click.echo(f"{row['run_id']}  {row['backend']:6}  {row['state']:8}  {created}  {what.rstrip()}{after}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,12 +16,13 @@ import anyio
 
 from mlfleet.concurrency.locks import file_lock
 from mlfleet.concurrency.shield import finish
+from mlfleet.concurrency.threads import Threads
 from mlfleet.errors import TrackingError, UsageError
-from mlfleet.folders import sweeps_folder
 from mlfleet.planning import Plan
 from mlfleet.project.content import content_hash
 from mlfleet.request import SweepMember
 from mlfleet.runs import RunStatus
+from mlfleet.sweeps.notes import forget, lock_path, write_note
 from mlfleet.sweeps.results import SweepCounts
 from mlfleet.sweeps.settings import SweepSettings
 from mlfleet.tracking.base import RunInfo, Tracking
@@ -38,6 +39,7 @@ _COUNTS_TAG = "mlfleet.sweep.counts"
 STOPPED_TAG = "mlfleet.sweep.stopped"
 _CREATE_GRACE = 15.0  # seconds that a request which creates a run gets to end when it is cancelled
 _LOCK_WAIT = 1.0  # seconds
+_noting = Threads("sweep notes", 1)
 _MOST_CHILDREN = 50_000  # what mlflow's own stores give at most
 
 
@@ -142,8 +144,10 @@ async def open_record(
         MlfleetError: the project cannot be read; tracking cannot be reached.
     """
     async with AsyncExitStack() as stack:
+        lock: Path | None = None
         if settings.name is not None:
-            await _lock(stack, tracking, experiment_id, settings.name)
+            lock = lock_path(tracking, experiment_id, settings.name)
+            await _lock(stack, lock, settings.name)
         content = None if settings.name is None else await _content(plan)
         tags = {**plan.tags, SPACE_TAG: json.dumps(space)}
         record = await _earlier(tracking, settings, experiment_id, content)
@@ -152,23 +156,23 @@ async def open_record(
         else:
             await _reopen(tracking, record, tags)
         try:
+            if lock is not None and settings.name is not None:
+                uri = plan.project.uri
+                await _noting(partial(write_note, lock, tracking, record.info, settings.name, uri))
             yield record
         finally:
             with anyio.CancelScope(shield=True):
                 await _close(tracking, record, patience)
+                if lock is not None:
+                    await _noting(partial(forget, lock))
 
 
-async def _lock(stack: AsyncExitStack, tracking: Tracking, experiment_id: str, name: str) -> None:
+async def _lock(stack: AsyncExitStack, path: Path, name: str) -> None:
     """Two drivers of one sweep would run each point twice. They are noticed if they share this machine."""
     with anyio.move_on_after(_LOCK_WAIT):
-        await stack.enter_async_context(file_lock(_lock_path(tracking, experiment_id, name)))
+        await stack.enter_async_context(file_lock(path))
         return
     raise UsageError(f"another process drives the sweep {name!r} right now: wait for it, or end it first")
-
-
-def _lock_path(tracking: Tracking, experiment_id: str, name: str) -> Path:
-    digest = hashlib.sha256(json.dumps([tracking.uri, experiment_id, name]).encode()).hexdigest()[:32]
-    return sweeps_folder() / f"{digest}.lock"
 
 
 async def is_driven(tracking: Tracking, info: RunInfo) -> bool:
@@ -177,7 +181,7 @@ async def is_driven(tracking: Tracking, info: RunInfo) -> bool:
     if name is None:
         return False
     with anyio.move_on_after(_LOCK_WAIT):
-        async with file_lock(_lock_path(tracking, info.experiment_id, name)):
+        async with file_lock(lock_path(tracking, info.experiment_id, name)):
             return False
     return True
 
