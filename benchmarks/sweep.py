@@ -27,6 +27,9 @@ from mlfleet.runs import RunStatus as Status
 from mlfleet.testing import FakeTracking
 from processes import bare, resident
 
+# The other scripts in this folder have names of packages that mlflow looks for (docker, databricks, …).
+sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
+
 PROJECT = "name: noop\nentry_points:\n  main:\n    parameters: {n: {type: float, default: 0}}\n    command: '%s'\n"
 
 
@@ -111,7 +114,7 @@ print(time.perf_counter() - begun)
 def rival(folder: Path, count: int, jobs: int, store: str) -> float:
     """Seconds that joblib with mlflow.projects takes, without its imports in this process."""
     argv = [sys.executable, "-W", "ignore", "-c", RIVAL, str(folder), str(count), store, str(jobs)]
-    done = subprocess.run(argv, capture_output=True, text=True)
+    done = subprocess.run(argv, cwd=folder, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"the rival failed:\n{done.stderr[-3000:]}")
     return float(done.stdout.split()[-1])
