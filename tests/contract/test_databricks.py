@@ -46,4 +46,4 @@ class TestDatabricks(BackendContract):
         async def leftovers(run_id: str) -> Sequence[str]:
             return await anyio.to_thread.run_sync(processes_of, run_id)
 
-        return Harness(open=partial(DatabricksBackend, timing=QUICK), job=job, leftovers=leftovers, lag=4.0)
+        return Harness(open=partial(DatabricksBackend, timing=QUICK), job=job, leftovers=leftovers, lag=2.0)
