@@ -102,6 +102,17 @@ def test_local_paths_become_absolute_and_are_logged_as_given(tmp_path: Path, mon
     assert "is on another machine" in fault(parameter, "file://server/share")
 
 
+def test_what_the_backend_has_a_place_for_is_neither_looked_for_nor_downloaded() -> None:
+    point = entry_point(Parameter("a", "path"), Parameter("b", "path"), Parameter("c"), Parameter("d", "path"))
+    given = {"a": "/not/here", "b": "s3://bucket/f", "c": "s3://bucket/g", "d": "s3://bucket/h"}
+    places = {("/not/here", 0): "/there", ("s3://bucket/f", 1): "/b"}
+    resolved = resolve(point, given, lambda path, index: places.get((path, index)))
+    assert resolved.declared == {"a": "/there", "b": "/b", "c": "s3://bucket/g", "d": "s3://bucket/h"}
+    assert resolved.placed == {"/there": "/not/here", "/b": "s3://bucket/f"}
+    assert resolved.downloads == (Download("d", "s3://bucket/h", 3),)
+    assert resolved.logged == given
+
+
 def test_remote_paths_are_downloads() -> None:
     point = entry_point(Parameter("a"), Parameter("b", "path"), Parameter("c", "path", "runs:/1/model"))
     resolved = resolve(point, {"a": "s3://not/a/path", "b": "https://host/f?sig=s"})
