@@ -35,6 +35,10 @@ pytest_plugins: list[str] = [
 ]
 
 
+# Names in files of tests, and what those need that a machine has one of.
+_ONE_OF_A_MACHINE = {"databricks": "minilake", "object_stores": "minilake", "docker": "a Docker engine"}
+
+
 @pytest.fixture(autouse=True)
 def blockbuster() -> Iterator[BlockBuster]:
     """A call of mlfleet that blocks the event loop fails the test."""
@@ -61,6 +65,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadSco
     class ByComponent(LoadScopeScheduling):  # type: ignore[misc] # untyped
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return next((name for name in ("databricks", "docker") if name in file), file)
+            return next((what for name, what in _ONE_OF_A_MACHINE.items() if name in file), file)
 
     return ByComponent(config, log)
