@@ -11,14 +11,16 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from anyio import to_thread
 
 from components.mlflow_server import MlflowServer
 from components.projects import pid_is_gone, write_project
 from mlfleet import ExecutionException, Fleet, RunStatus, Timeouts, TrackingError, grid, run_async
+from mlfleet.reporting import run_url
 from mlfleet.runs import JobRef
-from mlfleet.tracking import RestTracking, open_tracking
+from mlfleet.tracking import Credentials, RestTracking, open_tracking
 
 pytestmark = pytest.mark.timeout(180)  # the server may have to be installed and started
 
@@ -210,3 +212,23 @@ async def test_a_server_without_workspaces_does_not_get_the_runs_of_one(
     with pytest.raises(TrackingError, match=r"the workspace 'team-a' cannot be used: .* unset MLFLOW_WORKSPACE"):
         async with RestTracking(url):
             pass
+
+
+def test_links_to_runs_lead_into_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_url("http://host/team/", "1", "r") == "http://host/team/#/experiments/1/runs/r"
+    monkeypatch.setenv("MLFLOW_WORKSPACE", "team-a")
+    assert run_url("http://host/team/", "1", "r") == "http://host/team/#/experiments/1/runs/r?workspace=team-a"
+
+
+async def test_a_user_who_may_only_read_is_told_so(mlflow_server_with_auth: MlflowServer, tmp_path: Path) -> None:
+    server = mlflow_server_with_auth
+    name, password = f"reader-{uuid.uuid4().hex[:8]}", f"only to read {uuid.uuid4().hex}"
+    async with httpx.AsyncClient(auth=(server.username, server.password), trust_env=False, timeout=60) as admin:
+        body = {"username": name, "password": password}
+        (await admin.post(f"{server.url}/api/2.0/mlflow/users/create", json=body)).raise_for_status()
+    tracking = RestTracking(server.url, credentials=Credentials(name, password))
+    async with Fleet(tracking=tracking) as fleet:
+        with pytest.raises(TrackingError, match=r"403: Permission denied.*check that this user may do it") as caught:
+            await fleet.submit(write_project(tmp_path / "demo", "true"), env_manager="local")
+        assert await fleet.tracking.search_runs(["0"]) is not None
+    assert password not in str(caught.value)
