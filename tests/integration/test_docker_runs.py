@@ -25,7 +25,7 @@ from components import missing
 from components.docker import DockerEngine
 from components.mlflow_server import MlflowServer
 from components.projects import write_project
-from mlfleet import Fleet, FleetRun, RunStatus, Timeouts
+from mlfleet import FailureKind, Fleet, FleetRun, RunStatus, Timeouts
 from mlfleet.errors import ExecutionException, MlfleetError, RunTimeout, UsageError
 from mlfleet.testing import FakeTracking
 from mlfleet.tracking import RunInfo, open_tracking
@@ -196,12 +196,16 @@ def _command_lines() -> str:
     return "\n".join(lines)
 
 
-async def test_out_of_memory_is_told(fleet: Fleet, shell_image: str, tmp_path: Path) -> None:
-    uri = docker_project(tmp_path / "demo", shell_image, "x=$(yes | head -c 500000000); echo ${{#x}}")
-    run = await fleet.submit(uri, docker_args={"memory": "32m", "memory-swap": "32m"})
+@pytest.mark.parametrize(("after", "code"), [("", 137), (" || exit 5", 5)])
+async def test_out_of_memory_is_told(fleet: Fleet, shell_image: str, tmp_path: Path, after: str, code: int) -> None:
+    command = f"bash -c 'x=$(yes | head -c 500000000); echo ${{{{#x}}}}'{after}"
+    run = await fleet.submit(
+        docker_project(tmp_path / "demo", shell_image, command), docker_args={"memory": "32m", "memory-swap": "32m"}
+    )
     with pytest.raises(ExecutionException, match=r"out of memory \(its limit is 32 MiB\)"):
         await run.check()
-    assert (await run.outcome()).exit_code == 137
+    outcome = await run.outcome()
+    assert (outcome.exit_code, outcome.kind) == (code, FailureKind.OOM)
 
 
 async def test_a_timeout_ends_the_container(
