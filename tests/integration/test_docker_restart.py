@@ -16,6 +16,9 @@ from components.docker import DockerEngine
 from components.own_engine import OwnEngine
 from components.projects import write_project
 from mlfleet import FailureKind, Fleet, FleetRun, RunStatus
+from mlfleet.backends.docker.engine import Engine
+from mlfleet.backends.docker.events import Containers, Phase
+from mlfleet.errors import RunLost
 from mlfleet.testing import FakeTracking
 
 pytestmark = pytest.mark.timeout(120)  # engines start and stop, on a busy machine
@@ -124,3 +127,21 @@ async def test_a_container_that_somebody_stops_has_failed_and_says_so(
         "exit code 143 (SIGTERM): the Docker engine sent it SIGTERM, since it was stopped itself, or was asked to"
         " (docker stop)"
     )
+
+
+async def test_an_engine_that_stays_away_is_given_up(
+    own_engine: Callable[..., OwnEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = await anyio.to_thread.run_sync(own_engine, "--live-restore")
+    monkeypatch.setenv("DOCKER_HOST", engine.url)
+    body = {"Image": OwnEngine.image, "Cmd": ["sleep", "600"], "Labels": {"mlfleet.run-id": "r1"}}
+    body["HostConfig"] = {"NetworkMode": "none"}
+    made = await anyio.to_thread.run_sync(engine.call, "POST", "/containers/create", body)
+    await anyio.to_thread.run_sync(engine.call, "POST", f"/containers/{made['Id']}/start")
+    async with Engine() as client, Containers(client, patience=0.5) as containers:
+        cell = containers.track(made["Id"])
+        await cell.until(lambda state: state.phase is Phase.RUNNING)
+        await anyio.to_thread.run_sync(engine.stop)
+        with pytest.raises(RunLost, match=r"the Docker engine was away for 0\.5 s: there is no Docker engine at"):
+            await cell.until(lambda state: state.ended)
+    await anyio.to_thread.run_sync(engine.start)
