@@ -126,7 +126,7 @@ ARGUMENTS: list[dict[str, Any]] = [
     {"device": ["/dev/fuse", "/dev/null:/dev/other", "/dev/zero:/dev/zero:r", "/dev/full:rw"]},
     {"device-cgroup-rule": "c 1:3 mr", "cap-add": ["CAP_NET_ADMIN", "CAP_SYS_PTRACE"], "cap-drop": "ALL", "init": True},
     {"tmpfs": ["/run", "/x:size=64m,mode=1777"], "runtime": "nvidia", "group-add": ["audio", "100"]},
-    {"add-host": ["db:10.0.0.1", "v6=::1", "me:host-gateway"], "dns": "1.1.1.1", "dns-search": "example.com"},
+    {"add-host": ["db:10.0.0.1", "v6:::1", "me:host-gateway"], "dns": "1.1.1.1", "dns-search": "example.com"},
     {"security-opt": ["no-new-privileges", "label=disable", "apparmor=unconfined", "seccomp=unconfined"]},
     {"sysctl": "net.core.somaxconn=1024", "log-driver": "local", "log-opt": ["max-size=1m", "max-file=2"]},
     {"health-cmd": "true", "health-interval": "1m30s", "health-timeout": "5s", "health-retries": 3},
