@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -195,12 +196,29 @@ async def test_unknown_schemes_list_the_known_ones(tmp_path: Path, uri: str) -> 
     assert "is unknown, give a local path or one of abfs, abfss" in str(await failure(uri, tmp_path))
 
 
-async def test_a_missing_driver_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gcsfs", None)
-    error = await failure("gs://bucket/key", tmp_path)
-    assert "a driver is missing; run: pip install 'mlfleet[remote]' gcsfs" in str(error)
-    monkeypatch.setitem(sys.modules, "fsspec", None)
-    assert "pip install 'mlfleet[remote]' s3fs" in str(await failure("s3://bucket/key", tmp_path))
+@pytest.mark.parametrize(
+    ("module", "uri", "advice"),
+    [
+        ("gcsfs", "gs://bucket/key", "a driver is missing; run: pip install 'mlfleet[remote]' gcsfs"),
+        ("fsspec", "s3://bucket/key", "pip install 'mlfleet[remote]' s3fs"),
+    ],
+)
+def test_a_missing_driver_says_what_to_install(module: str, uri: str, advice: str, tmp_path: Path) -> None:
+    # In a process of its own: fsspec remembers the drivers that an earlier test has loaded.
+    script = (
+        "import asyncio, sys\n"
+        "from pathlib import Path\n"
+        "from mlfleet.project.downloads import download_all\n"
+        "from mlfleet.project.parameters import Download\n"
+        f"sys.modules[{module!r}] = None\n"
+        f"asyncio.run(download_all([Download('data', {uri!r}, 2)], Path({str(tmp_path)!r}), None))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("mlfleet.errors.FetchError: ")
+    assert "of the parameter 'data'" in error
+    assert advice in error
+    assert list(tmp_path.iterdir()) == []
 
 
 async def test_dbfs_without_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

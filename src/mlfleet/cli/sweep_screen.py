@@ -177,7 +177,10 @@ class SweepScreen:
         try:
             live = self._live or self._start()
             for style, line in picture.lines:
-                live.console.print(line, style=style or None, markup=False, highlight=False, emoji=False)
+                # Wrapped by the terminal alone, so that ids and addresses can be copied whole.
+                live.console.print(
+                    line, style=style or None, markup=False, highlight=False, emoji=False, soft_wrap=True
+                )
             live.update(self._region(picture, live.console.width), refresh=True)
         except OSError:
             return  # the terminal is gone, which is not the sweep's concern
