@@ -85,10 +85,13 @@ def flat(value: object, prefix: str = "") -> dict[str, object]:
         found = {name: item for part in parts for name, item in part.items()}
         return found if found or prefix in _NEEDLESS else {prefix: {}}
     if isinstance(value, list):
-        return {prefix: [_without_nothing(item) for item in value]}
+        items = [_without_nothing(item) for item in value]
+        return {prefix: sorted(items, key=str) if prefix in _IN_ANY_ORDER else items}
     return {} if prefix.startswith("/NetworkingConfig") and not value else {prefix: value}
 
 
+# Docker's own command takes these out of a map, whose order is another one each time.
+_IN_ANY_ORDER = ("/Env", "/HostConfig/Binds")
 _NEEDLESS = ("", "/HostConfig", "/NetworkingConfig", "/NetworkingConfig/EndpointsConfig")
 
 
