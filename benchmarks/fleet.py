@@ -112,7 +112,6 @@ def mlflow_server(folder: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}", "--artifacts-destination", str(folder)]
     with open(folder / "server.log", "wb") as log:
-        # Elsewhere than here: other scripts beside this one have names of packages that mlflow looks for.
         server = subprocess.Popen(command, cwd=folder, env=environ, stdout=log, stderr=log, start_new_session=True)
     try:
         for _ in range(3000):
