@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import IO, Any, Generic, Literal, TypeVar
 
 import anyio
 
@@ -71,6 +73,27 @@ class Threads:
                 if result.exception() is None and undo is not None:
                     await undo(result.result())
             raise
+
+    async def clean_up(self, work: Callable[[], None]) -> None:
+        """Call `work` in a thread and wait for its end, although the caller is cancelled."""
+        task = asyncio.ensure_future(self(work))
+        cancelled = await outlast(task)
+        task.result()
+        if cancelled is not None:
+            raise cancelled
+
+    @asynccontextmanager
+    async def opened(self, path: Path, mode: Literal["rb", "wb"]) -> AsyncIterator[IO[bytes]]:
+        """Open a file in a thread, and close it there; a caller that is cancelled leaves none open."""
+
+        async def undo(file: IO[bytes]) -> None:
+            await self.clean_up(file.close)
+
+        file: IO[bytes] = await self(lambda: path.open(mode), undo=undo)
+        try:
+            yield file
+        finally:
+            await self.clean_up(file.close)
 
 
 class _Crew:

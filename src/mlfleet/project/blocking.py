@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from mlfleet.concurrency.threads import Threads, outlast
 
-__all__ = ["Stopped", "clean_up", "in_thread", "stoppable"]
+__all__ = ["Stopped", "in_thread", "stoppable"]
 
 V = TypeVar("V")
 
@@ -37,12 +37,3 @@ async def stoppable(work: Callable[[threading.Event], V]) -> V:
             task.exception()  # looked at: asyncio shall not complain that nobody did
         raise
     return task.result()
-
-
-async def clean_up(work: Callable[[], None]) -> None:
-    """Call `work` in a thread and wait for its end, although the caller is cancelled."""
-    task = asyncio.ensure_future(in_thread(work))
-    cancelled = await outlast(task)
-    task.result()
-    if cancelled is not None:
-        raise cancelled

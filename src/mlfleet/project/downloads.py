@@ -10,7 +10,7 @@ from pathlib import Path
 import anyio
 
 from mlfleet.errors import MlfleetError
-from mlfleet.project.blocking import clean_up, in_thread
+from mlfleet.project.blocking import in_thread
 from mlfleet.project.object_stores import DRIVERS, download_objects
 from mlfleet.project.parameters import Download
 
@@ -60,7 +60,7 @@ async def download_all(downloads: Sequence[Download], storage: Path, artifacts: 
             raise failed[0]
     except BaseException:
         folders = [_folder(download, storage) for download in downloads]
-        await clean_up(lambda: _remove(folders))
+        await in_thread.clean_up(lambda: _remove(folders))
         raise
     return paths
 

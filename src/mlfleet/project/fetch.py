@@ -21,7 +21,7 @@ from mlfleet.concurrency.locks import file_lock
 from mlfleet.concurrency.once import Once
 from mlfleet.errors import FetchError
 from mlfleet.project.archive import ArchiveLimits, unpack
-from mlfleet.project.blocking import clean_up, in_thread, stoppable
+from mlfleet.project.blocking import in_thread, stoppable
 from mlfleet.project.cache import Shelf, projects_folder, remove_tree
 from mlfleet.project.checkout import Checkout, Checkouts
 from mlfleet.project.copies import WorkingCopies
@@ -182,7 +182,7 @@ class ProjectFetcher:
         """An empty folder that is gone afterwards, however the block ends."""
 
         async def remove(folder: Path) -> None:
-            await clean_up(lambda: self._copies.end(folder))
+            await in_thread.clean_up(lambda: self._copies.end(folder))
 
         try:
             folder = await in_thread(self._copies.begin, undo=remove)

@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING
 from mlfleet.errors import FetchError
 from mlfleet.masking import mask
 from mlfleet.project.archive import ArchiveLimits
-from mlfleet.project.blocking import clean_up, in_thread
+from mlfleet.project.blocking import in_thread
 from mlfleet.project.uri import ProjectUri
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class HttpArchive:
         try:
             yield await self._ask(headers, known)
         finally:
-            await clean_up(lambda: self._part.unlink(missing_ok=True))
+            await in_thread.clean_up(lambda: self._part.unlink(missing_ok=True))
 
     async def _ask(self, headers: dict[str, str], known: str | None) -> tuple[str, Path | None]:
         import httpx
@@ -115,15 +115,12 @@ class HttpArchive:
 
     async def _save(self, answer: httpx.Response) -> str:
         digest, size = hashlib.sha256(), 0
-        part = await in_thread(lambda: self._part.open("wb"))
-        try:
+        async with in_thread.opened(self._part, "wb") as part:
             async for data in answer.aiter_bytes(_CHUNK):
                 size += len(data)
                 if size > self._limits.size:
                     raise self._failure(f"it is larger than {self._limits.size} bytes (MLFLEET_MAX_ARCHIVE_BYTES)")
                 await in_thread(partial(_append, part, digest, data))
-        finally:
-            await clean_up(part.close)
         state = {name: answer.headers[name] for name in _VALIDATORS if name in answer.headers}
         if state:
             state["sha256"] = digest.hexdigest()

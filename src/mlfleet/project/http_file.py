@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 import anyio
 import httpx
 
-from mlfleet.project.blocking import clean_up, in_thread
+from mlfleet.project.blocking import in_thread
 from mlfleet.project.parameters import Download
 
 __all__ = ["download_file"]
@@ -64,12 +64,9 @@ async def download_file(download: Download, folder: Path) -> Path:
 
 
 async def _store(response: httpx.Response, path: Path) -> Path:
-    file = await in_thread(lambda: path.open("wb"))
-    try:
+    async with in_thread.opened(path, "wb") as file:
         async for chunk in response.aiter_bytes(_CHUNK):
             await in_thread(partial(file.write, chunk))
-    finally:
-        await clean_up(file.close)
     return path
 
 

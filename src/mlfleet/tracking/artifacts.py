@@ -6,10 +6,9 @@ import os
 import shutil
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal, TypeVar
+from typing import IO, Any, TypeVar
 from urllib.parse import quote
 
 import anyio
@@ -169,7 +168,7 @@ class Artifacts:
 
     async def _put(self, url: str, path: Path) -> None:
         try:
-            async with _opened(path, "rb") as file:
+            async with _threads.opened(path, "rb") as file:
                 size = (await self._in_thread(partial(os.fstat, file.fileno()))).st_size
                 content = self._chunks(file, size)
                 async with self._transport.file("PUT", url, content=content, size=size) as answer:
@@ -188,7 +187,7 @@ class Artifacts:
 
     async def _get(self, url: str, target: Path) -> None:
         try:
-            async with _opened(target, "wb") as file, self._transport.file("GET", url) as answer:
+            async with _threads.opened(target, "wb") as file, self._transport.file("GET", url) as answer:
                 async for chunk in answer.aiter_bytes(_CHUNK):
                     await self._in_thread(partial(file.write, chunk))
         except OSError as error:
@@ -202,19 +201,6 @@ class Artifacts:
         except TrackingError as error:
             error.uri = error.uri or self._transport.login.url
             raise
-
-
-@asynccontextmanager
-async def _opened(path: Path, mode: Literal["rb", "wb"]) -> AsyncIterator[IO[bytes]]:
-    async def close(file: IO[bytes]) -> None:
-        file.close()
-
-    file: IO[bytes] = await _threads(lambda: path.open(mode), undo=close)
-    try:
-        yield file
-    finally:
-        # Chunks are larger than its buffer: there is next to nothing left to write.
-        file.close()
 
 
 def _url(path: str) -> str:
