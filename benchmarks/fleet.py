@@ -29,6 +29,7 @@ from typing import Any
 from mlfleet import Fleet, RunStatus
 from mlfleet.testing import FakeTracking
 from mlfleet.tracking import Tracking, open_tracking
+from mlfleet.tracking.rest import MAX_IN_FLIGHT
 from processes import bare, beside, resident, tick, ticker_figures
 
 Row = tuple[float, float, list[float]]
@@ -61,12 +62,12 @@ async def bare_processes(count: int, concurrency: int, folder: Path) -> None:
 async def bare_tracked_processes(uri: str, count: int, concurrency: int, folder: Path, *, start: bool = True) -> None:
     import aiohttp
 
-    slots = asyncio.Semaphore(concurrency)
+    slots, turns = asyncio.Semaphore(concurrency), asyncio.Semaphore(MAX_IN_FLIGHT)
     api = f"{uri}/api/2.0/mlflow/runs"
     async with aiohttp.ClientSession() as session:
 
         async def ask(method: str, what: str, **arguments: Any) -> Any:
-            async with session.request(method, f"{api}/{what}", **arguments) as answer:
+            async with turns, session.request(method, f"{api}/{what}", **arguments) as answer:
                 answer.raise_for_status()
                 return await answer.json()
 

@@ -116,7 +116,7 @@ async def test_hundreds_of_runs_at_once_do_not_flood_the_server(through_proxy: R
     runs = await asyncio.gather(*(through_proxy.create_run(experiment, name=f"r{n}", tags={}) for n in range(300)))
     assert len({run.run_id for run in runs}) == 300
     assert len(proxy.requests) - before == 300
-    assert proxy.peak == 16
+    assert proxy.peak <= 7
 
 
 async def test_an_experiment_is_asked_for_once_for_all_runs(through_proxy: RestTracking, proxy: FlakyProxy) -> None:
@@ -247,6 +247,33 @@ async def test_creations_that_still_wait_for_their_turn_are_not_made_after_a_can
         await asyncio.wait(tasks)
     assert all(task.cancelled() for task in tasks)
     assert proxy.count("runs/create") <= 2
+
+
+async def test_a_server_with_the_usual_pool_of_connections_stands_a_fan_out(
+    mlflow_server: MlflowServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with RestTracking(mlflow_server.url) as tracking:
+        runs = await asyncio.gather(*(tracking.create_run("0", name=None, tags={}) for _ in range(60)))
+        await asyncio.gather(*(tracking.log(run.run_id, params={"n": "1"}) for run in runs))
+    assert not caplog.records, "the server has refused some"
+
+
+async def test_a_server_whose_database_has_no_connection_left_is_asked_again(
+    through_proxy: RestTracking, proxy: FlakyProxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Recorded from MLflow 3.17, asked 20 times at once.
+    told = b"QueuePool limit of size 5 overflow 10 reached, connection timed out, timeout 30.00"
+
+    async def starve_once(request: Request, forward: Forward) -> Answer | None:
+        if "runs/create" in request.target and proxy.count("runs/create") == 1:
+            return Answer(400, b'{"error_code": "BAD_REQUEST", "message": "' + told + b'"}')
+        return await forward()
+
+    experiment = await through_proxy.experiment_id(new_name())
+    proxy.rule = starve_once
+    run = await through_proxy.create_run(experiment, name=None, tags={})
+    assert [info.run_id for info in await through_proxy.search_runs([experiment])] == [run.run_id]
+    assert "or lower max_in_flight" in caplog.text
 
 
 async def test_updates_survive_a_server_that_stumbles(through_proxy: RestTracking, proxy: FlakyProxy) -> None:

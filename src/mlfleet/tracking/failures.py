@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 __all__ = ["Failures"]
 
 _LIMIT = 500
+# What SQLAlchemy tells the server when the pool of its database has none left. Servers answer it with 400, as if the
+# request were at fault.
+_NO_CONNECTION = "QueuePool limit"
+_POOL_ADVICE = (
+    "; it gets more requests than it has connections to its database: give it more "
+    "(MLFLOW_SQLALCHEMYSTORE_POOL_SIZE), or lower max_in_flight of RestTracking"
+)
 _TITLE = re.compile(r"<title>\s*(.*?)\s*</title>", re.I | re.S)
 
 
@@ -62,9 +69,10 @@ class Failures:
             text += ": " + " ".join(part for part in (code, message) if part)
         elif _is_page(answer):
             text += f" and a web page{_page_title(answer)}"
-        text += self._advice(status, code)
+        starved = _NO_CONNECTION in message
+        text += _POOL_ADVICE if starved else self._advice(status, code)
         error = self.error(text, status=status, code=code)
-        if status not in RETRIED:
+        if status not in RETRIED and not starved:
             return error
         return Transient(error, executed=status != 429, retry_after=retry_after(answer.headers))
 

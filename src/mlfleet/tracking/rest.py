@@ -35,7 +35,9 @@ __all__ = ["MAX_IN_FLIGHT", "RestTracking"]
 
 log = logging.getLogger("mlfleet.tracking")
 
-MAX_IN_FLIGHT = 16
+# MLflow's server takes up to three connections to its database for one request, of the 15 that its pool has unless told
+# otherwise. Eight requests that hold two each would wait for a third until they are refused, half a minute later.
+MAX_IN_FLIGHT = 7
 _threads = Threads("tracking", 2)
 # The longest values of parameters and tags that servers take: of MLflow 2.9 and newer, 1.28, and before that.
 _LENGTHS: tuple[Lengths, ...] = ((6000, 8000), (500, 5000), (250, 250))
@@ -45,14 +47,15 @@ class RestTracking(Tracking):
     """An MLflow server (``http``, ``https``) or a Databricks workspace (``databricks``, ``databricks://profile``).
 
     Use it inside ``async with``. Requests are tried again when the connection breaks and on the statuses 408, 429, 500,
-    502, 503 and 504.
+    502, 503 and 504, and when the server's database had no connection left for them.
 
     Args:
         uri: of the server; ``user:password@`` in it is taken out and never shown.
         credentials: what proves who we are; None: the ``MLFLOW_TRACKING_*`` variables and ``~/.mlflow/credentials``.
         headers: to send with every request. Plugins of mlflow for headers or authentication are not used.
         retry_for: seconds for which a call keeps trying. A server that never answered yet is given up after 5 seconds.
-        max_in_flight: requests at the same time; the others wait their turn.
+        max_in_flight: requests at the same time; the others wait their turn. More than the database of the server has
+            connections for make it wait for itself: see "How many requests at once" in docs/tracking.md.
         timeout: seconds without an answer after which a request counts as lost; None: ``MLFLOW_HTTP_REQUEST_TIMEOUT``,
             else 120.
         workspace: of a server that has them; empty: its default one; None: ``MLFLOW_WORKSPACE``.
