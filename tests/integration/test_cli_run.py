@@ -117,6 +117,14 @@ def test_mistakes_exit_with_2_and_make_no_run(
     assert "run " + "(" not in done.stderr
 
 
+def test_a_mistake_leaves_no_new_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    uri, here = write_project(tmp_path / "demo", "echo never"), tmp_path / "here"
+    here.mkdir()
+    done = mlfleet("run", uri, *LOCAL, "-e", "mian", cwd=here)
+    assert (done.returncode, list(here.iterdir())) == (2, []), done.stderr
+
+
 def test_a_project_that_is_not_there_is_a_mistake_in_json_too(server: MlflowServer, tmp_path: Path) -> None:
     done = mlfleet("run", str(tmp_path / "nowhere"), "--json")
     result = json.loads(done.stdout)

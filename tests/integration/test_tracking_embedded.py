@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import anyio
 import pytest
 
 from components import missing
@@ -123,6 +124,23 @@ async def test_a_cancelled_creation_leaves_no_run_that_seems_to_run(tracking: Em
     assert {run.status for run in runs if run.run_id not in returned} <= {RunStatus.KILLED}
 
 
+async def test_a_cancelled_scope_leaves_no_run_that_seems_to_run(tracking: EmbeddedTracking) -> None:
+    # Unlike a task's `cancel`, a scope cancels whatever its tasks still wait for, also what they clean up with.
+    experiment = await tracking.experiment_id("cancelled")
+    returned = []
+
+    async def create(scope: anyio.CancelScope) -> None:
+        returned.append((await tracking.create_run(experiment, name=None, tags={})).run_id)
+        scope.cancel()
+
+    async with anyio.create_task_group() as group:
+        for _ in range(20):
+            group.start_soon(create, group.cancel_scope)
+    runs = await tracking.search_runs([experiment])
+    assert {run.run_id for run in runs if run.status is RunStatus.RUNNING} == set(returned)
+    assert {run.status for run in runs if run.run_id not in returned} <= {RunStatus.KILLED}
+
+
 async def test_a_deleted_experiment_says_how_to_restore_it(tracking: EmbeddedTracking, tmp_path: Path) -> None:
     experiment = await tracking.experiment_id("gone")
     script = f"import mlflow; mlflow.MlflowClient('sqlite:///{tmp_path}/runs.db').delete_experiment('{experiment}')"
@@ -135,8 +153,8 @@ async def test_a_deleted_experiment_says_how_to_restore_it(tracking: EmbeddedTra
 
 async def test_a_folder_says_what_mlflow_wants_for_it(tmp_path: Path) -> None:
     with pytest.raises(TrackingError, match="set MLFLOW_ALLOW_FILE_STORE=true, or use a database"):
-        async with open_tracking(str(tmp_path / "mlruns")):
-            pass
+        async with open_tracking(str(tmp_path / "mlruns")) as tracking:
+            await tracking.experiment_id("any")
 
 
 async def test_a_folder_works_if_it_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +175,8 @@ async def test_without_any_setting_it_is_a_database_in_the_working_directory(
     monkeypatch.chdir(tmp_path)
     async with open_tracking() as tracking:
         assert tracking.uri == f"sqlite:///{tmp_path}/mlflow.db"
+        assert not (tmp_path / "mlflow.db").exists(), "nothing needed it yet"
+        await tracking.experiment_id("first")
     assert (tmp_path / "mlflow.db").exists()
 
 
@@ -170,6 +190,6 @@ async def test_without_any_setting_it_is_a_database_in_the_working_directory(
 )
 async def test_a_store_that_cannot_be_opened_is_one_clear_error(uri: str, text: str) -> None:
     with pytest.raises(TrackingError, match=text) as caught:
-        async with open_tracking(uri):
-            pass
+        async with open_tracking(uri) as tracking:
+            await tracking.experiment_id("any")
     assert "secret-word" not in str(caught.value)

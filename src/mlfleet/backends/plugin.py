@@ -9,7 +9,6 @@ of their own; then there are two, and the Fleet puts theirs below ours (`Backend
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import sys
 from collections.abc import Callable, Mapping
@@ -24,7 +23,7 @@ import anyio
 from mlfleet.backends.base import Backend, BackendRun, Job, ProjectCall
 from mlfleet.backends.plugin_run import BlockingHandle, PluginRun
 from mlfleet.concurrency.tasks import TaskOwner
-from mlfleet.concurrency.threads import Threads, outlast
+from mlfleet.concurrency.threads import Threads
 from mlfleet.errors import BackendError, SubmitError, UsageError
 from mlfleet.masking import is_secret_name, mask
 from mlfleet.runs import DEFAULT_CANCEL_GRACE
@@ -175,7 +174,7 @@ class PluginBackend(Backend):
     async def _take_back(self, handle: BlockingHandle) -> None:
         """End what nobody will get any more."""
         run = PluginRun("", handle, self.name, DEFAULT_CANCEL_GRACE, self._tasks)
-        await outlast(asyncio.ensure_future(run.cancel()))
+        await run.cancel()
 
 
 def _config(given: Mapping[str, Any], call: ProjectCall, run_id: str) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Threads:
 
         Args:
             function: the blocking work.
-            undo: takes back a result that nobody will get any more. Must not be torn by a cancellation itself.
+            undo: takes back a result that nobody will get any more. No cancellation tears it.
         """
         loop = asyncio.get_running_loop()
         crew = self._crews.get(loop)
@@ -71,7 +71,9 @@ class Threads:
                 result = call.outcome()
                 await outlast(result)
                 if result.exception() is None and undo is not None:
-                    await undo(result.result())
+                    undone = asyncio.ensure_future(undo(result.result()))
+                    await outlast(undone)
+                    undone.result()
             raise
 
     async def clean_up(self, work: Callable[[], None]) -> None:
@@ -87,7 +89,7 @@ class Threads:
         """Open a file in a thread, and close it there; a caller that is cancelled leaves none open."""
 
         async def undo(file: IO[bytes]) -> None:
-            await self.clean_up(file.close)
+            await self(file.close)
 
         file: IO[bytes] = await self(lambda: path.open(mode), undo=undo)
         try:

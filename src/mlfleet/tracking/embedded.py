@@ -54,9 +54,9 @@ def default_uri() -> str:
 class EmbeddedTracking(Tracking):
     """A store that mlflow opens in this process: ``sqlite:///…``, another database, a folder, or a plugin's URI.
 
-    Needs the extra ``mlfleet[mlflow]``. Use it inside ``async with``: a relative path is settled there, and mlflow is
-    imported and its tables are made (some seconds the first time), in a thread. The process-wide tracking URI of mlflow
-    is neither used nor changed.
+    Needs the extra ``mlfleet[mlflow]``. Use it inside ``async with``: a relative path is settled there. The first call
+    imports mlflow and makes the tables (some seconds the first time), in a thread: whoever makes a mistake before it
+    hears of it at once, and finds no new database. The process-wide tracking URI of mlflow is neither used nor changed.
 
     Args:
         uri: of the store; None: `default_uri`.
@@ -68,7 +68,8 @@ class EmbeddedTracking(Tracking):
         self._given = uri
         self._real = uri or ""
         self._policy = RetryPolicy(seconds=retry_for)
-        self._client: Any = None
+        self._lock: Path | None = None
+        self._opening: Once[str, Any] = Once(keep=True)
         self._experiments: Once[str, str] = Once(keep=True)
 
     async def __aenter__(self) -> Self:
@@ -77,12 +78,16 @@ class EmbeddedTracking(Tracking):
             name = hashlib.sha256(uri.encode()).hexdigest()[:16]
             return uri, cache_folder() / "locks" / f"store-{name}.lock"
 
-        self._real, lock = await _threads(settle)
+        self._real, self._lock = await _threads(settle)
         self.uri = mask_uri(self._real)
-        # Two processes that make the tables of one database at the same time fail.
-        async with file_lock(lock):
-            self._client = await self._again(partial(_open_store, self._real))
         return self
+
+    async def _open(self) -> Any:
+        if self._lock is None:
+            raise TrackingError("the tracking store is not open: use it inside `async with`", uri=self.uri)
+        # Two processes that make the tables of one database at the same time fail.
+        async with file_lock(self._lock):
+            return await self._again(partial(_open_store, self._real))
 
     async def environ(self) -> tuple[dict[str, str], dict[str, str]]:  # noqa: D102 - told by Tracking
         variables = {"MLFLOW_TRACKING_URI": self._real}
@@ -108,8 +113,8 @@ class EmbeddedTracking(Tracking):
                     return _run_info(made[0])
             return _run_info(client.create_run(experiment_id, start_time=start_time, tags=all_tags, run_name=name))
 
-        async def undo(run: RunInfo) -> None:
-            await _threads(lambda: self._client.set_terminated(run.run_id, RunStatus.KILLED.value))
+        def undo(client: Any, run: RunInfo) -> None:
+            client.set_terminated(run.run_id, RunStatus.KILLED.value)
 
         return await self._call(create, undo=undo)
 
@@ -163,11 +168,15 @@ class EmbeddedTracking(Tracking):
         work: Callable[[Any], T],
         *,
         retry_for: float | None = None,
-        undo: Callable[[T], Awaitable[None]] | None = None,
+        undo: Callable[[Any, T], None] | None = None,
     ) -> T:
-        if self._client is None:
-            raise TrackingError("the tracking store is not open: use it inside `async with`", uri=self.uri)
-        return await self._again(partial(work, self._client), retry_for=retry_for, undo=undo)
+        client = await self._opening("", self._open)
+
+        async def take_back(result: T) -> None:
+            if undo is not None:
+                await _threads(partial(undo, client, result))
+
+        return await self._again(partial(work, client), retry_for=retry_for, undo=take_back)
 
     async def _again(
         self,
