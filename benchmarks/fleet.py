@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import platform
@@ -32,21 +33,45 @@ from mlfleet.tracking import Tracking, open_tracking
 from mlfleet.tracking.rest import MAX_IN_FLIGHT
 from processes import bare, beside, resident, tick, ticker_figures
 
-Row = tuple[float, float, list[float]]
+Row = tuple[float, float, list[float], float]
 PROJECT = "name: noop\nentry_points:\n  main:\n    parameters: {n: {type: float, default: 0}}\n    command: ':'\n"
 
 
 async def timed(work: Callable[[], Awaitable[None]], *, ticking: bool = True) -> Row:
-    """Wall seconds, CPU seconds of this process, and the ticker's delays (whose own CPU time counts, too)."""
+    """Wall seconds, CPU seconds of this process, the ticker's delays, and the longest garbage collection.
+
+    The ticker's own CPU time counts, too.
+    """
     stalls: list[float] = [0.0]
     ticker = asyncio.create_task(tick(stalls) if ticking else asyncio.sleep(0))
     await asyncio.sleep(0.05)
     del stalls[1:]
-    wall, cpu = time.perf_counter(), time.process_time()
-    await work()
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    with collections_timed() as pauses:
+        wall, cpu = time.perf_counter(), time.process_time()
+        await work()
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     ticker.cancel()
-    return wall, cpu, stalls
+    return wall, cpu, stalls, max(pauses, default=0.0)
+
+
+@contextlib.contextmanager
+def collections_timed() -> Iterator[list[float]]:
+    """How long Python's garbage collector held up everything, each time: a matter of all that the process has."""
+    pauses: list[float] = []
+    began = 0.0
+
+    def note(phase: str, info: object) -> None:
+        nonlocal began
+        if phase == "start":
+            began = time.perf_counter()
+        else:
+            pauses.append(time.perf_counter() - began)
+
+    gc.callbacks.append(note)
+    try:
+        yield pauses
+    finally:
+        gc.callbacks.remove(note)
 
 
 async def bare_processes(count: int, concurrency: int, folder: Path) -> None:
@@ -175,9 +200,10 @@ async def measure(args: argparse.Namespace, uri: str | None, folder: Path) -> di
     }
     for label, runs in rows.items():
         result[label] = {
-            "wall_s": statistics.median(wall for wall, _, _ in runs),
-            "driver_cpu_ms_per_run": statistics.median(cpu for _, cpu, _ in runs) / args.count * 1000,
-            **(ticker_figures([stalls for _, _, stalls in runs]) if uri is None else {}),
+            "wall_s": statistics.median(wall for wall, _, _, _ in runs),
+            "driver_cpu_ms_per_run": statistics.median(cpu for _, cpu, _, _ in runs) / args.count * 1000,
+            **(ticker_figures([stalls for _, _, stalls, _ in runs]) if uri is None else {}),
+            "gc_max_ms": statistics.median(pause for _, _, _, pause in runs) * 1000,
         }
     if control:
         result["idle beside"] = ticker_figures(control)
@@ -191,7 +217,7 @@ async def measure(args: argparse.Namespace, uri: str | None, folder: Path) -> di
 
 
 def show(result: dict[str, object]) -> None:
-    columns = ("wall_s", "driver_cpu_ms_per_run", "ticker_p99_ms", "ticker_max_ms", "ticker_worst_ms")
+    columns = ("wall_s", "driver_cpu_ms_per_run", "ticker_p99_ms", "ticker_max_ms", "ticker_worst_ms", "gc_max_ms")
     print(f"{'':14}" + "".join(f"{column:>24}" for column in columns))
     for label, row in result.items():
         if isinstance(row, dict):
@@ -202,6 +228,9 @@ def show(result: dict[str, object]) -> None:
     if result["tracking"] == "server":
         print("driver CPU for each run, to reach: 3 ms")
         return
+    print(
+        "gc_max: of the delays, the longest that was a garbage collection of Python's; goals for Fleet: p99 5, max 20"
+    )
     print("idle beside: the ticker of an idle loop while another program starts as many processes, two at a time")
     print(f"wall time, Fleet / bare: {result['ratio']:.2f} ({spread['ratios']}; to reach: 1.5)")
     if result["memory_per_run_kib"] is not None:
