@@ -63,7 +63,9 @@ async def test_a_run_goes_on_over_a_restart_where_the_engine_lets_it(
         assert await run.get_status() is RunStatus.RUNNING
         (gate / "open").touch()
         outcome = await run.outcome()
-    assert (outcome.exit_code, outcome.reason, outcome.output) == (4, "exit code 4", ("one", "two"))
+    assert (outcome.exit_code, outcome.output) == (4, ("one", "two"))
+    # And that the engine was away, if we were not yet back ourselves to see the end.
+    assert str(outcome.reason).startswith("exit code 4")
     assert await left(engine) == []
 
 

@@ -65,7 +65,7 @@ async def test_end_wakes_followers_at_once(tmp_path: Path) -> None:
 
 async def test_what_outlives_the_writer_is_not_followed_for_ever(tmp_path: Path) -> None:
     path = tmp_path / "output"
-    writer = await write(path, "yes & echo $! > " + str(tmp_path / "pid") + "; exit 0")
+    writer = await write(path, "while :; do echo y; done & echo $! > " + str(tmp_path / "pid") + "; exit 0")
     try:
         assert set(await read_until(path, writer)) <= {"y", ""}
     finally:

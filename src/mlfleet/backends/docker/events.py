@@ -82,12 +82,16 @@ class Containers(Watch[State]):
     Args:
         engine: whose events they are.
         patience: seconds that it may be away.
+
+    Attributes:
+        breaks: how often the stream has broken off.
     """
 
     def __init__(self, engine: Engine, *, patience: float = PATIENCE) -> None:
         super().__init__(self._follow, name="mlfleet Docker events")
         self._engine = engine
         self._patience = patience
+        self.breaks = 0
 
     async def _follow(self, watch: Watch[State]) -> None:
         await watch.wanted()  # an engine that no run asks for need not be there
@@ -95,16 +99,21 @@ class Containers(Watch[State]):
         delay = _FIRST_DELAY
         while True:
             problem: EngineError | None = None
+            refresh = anyio.CancelScope()
             try:
                 async with self._engine.stream("asked for its events", "GET", "events", params=_events()) as content:
-                    await self._list()
+                    await self._list(away=broken_since is not None)
                     broken_since, delay = None, _FIRST_DELAY
                     # A connection can die without a word (a laptop that slept): look anew from time to time.
-                    with anyio.move_on_after(_REFRESH):
+                    refresh.deadline = anyio.current_time() + _REFRESH
+                    with refresh:
                         async for line in content:
                             self._apply(line)
             except EngineError as error:
                 problem = error
+            if refresh.cancelled_caught:
+                continue
+            self.breaks += 1
             if broken_since is None:
                 broken_since = time.monotonic()
             elif problem is not None and time.monotonic() - broken_since > self._patience:
@@ -115,7 +124,8 @@ class Containers(Watch[State]):
             await anyio.sleep(delay)
             delay = min(delay * 2, _LAST_DELAY)
 
-    async def _list(self) -> None:
+    async def _list(self, *, away: bool) -> None:
+        """Take the list for the truth; `away`: it is the first one since the engine could not be reached."""
         asked_at = self.now()
         params = {"all": True, "filters": {"label": [RUN_LABEL]}}
         listed = await self._engine.call("asked for its containers", "GET", "containers/json", params=params)
@@ -128,7 +138,7 @@ class Containers(Watch[State]):
             elif known.ended:
                 states[key] = known
             else:
-                states[key] = replace(known, phase=phase, unseen=phase is Phase.EXITED)
+                states[key] = replace(known, phase=phase, unseen=away and phase is Phase.EXITED)
         self.replace(states, asked_at=asked_at, gone=_gone)
 
     def _apply(self, line: bytes) -> None:

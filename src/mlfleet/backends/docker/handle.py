@@ -210,11 +210,14 @@ class DockerRun:
         complete = False
         await self._copier.open()
         if self.submitted and not self._attached.is_set():
+            breaks = self._containers.breaks
             await self._copier.attach(self._attached.set)
             self._attached.set()  # also when the engine refused: the container may start without it
             # This connection has no end of its own: when it breaks, it looks as if the container had ended.
             with anyio.move_on_after(_AGAIN):
-                complete = not (await self._cell.until(lambda state: state.ended)).unseen
+                await self._cell.until(lambda state: state.ended)
+                # An engine that was away since tells of the end, but this connection missed what came before it.
+                complete = self._containers.breaks == breaks
         while not complete:
             state = self._cell.value
             ended = state is not None and state.ended
