@@ -1,27 +1,51 @@
 """What a run in a container costs, against ``docker run --rm`` of the same image by the docker command.
 
-Needs an engine, the docker command, and an image that the engine has (``--image``).
+Needs an engine and the docker command. Without ``--image`` it makes an image of its own from this machine's static
+busybox (Debian's busybox-static), and removes it at the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import io
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
+import tarfile
 import tempfile
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 from mlfleet.backends.base import DockerRequest, Job
 from mlfleet.backends.docker import DockerBackend
 from mlfleet.project.spec import DockerEnv
 from mlfleet.runs import RunStatus
+
+
+@contextlib.contextmanager
+def own_image() -> Iterator[str]:
+    """An image with nothing but busybox and its sh."""
+    busybox = shutil.which("busybox")
+    if busybox is None:
+        raise SystemExit("there is no busybox to make an image of: install busybox-static, or give --image")
+    name, content = f"mlfleet-benchmark:{uuid.uuid4().hex[:8]}", io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        tar.add(busybox, "bin/busybox")
+        link = tarfile.TarInfo("bin/sh")
+        link.type, link.linkname = tarfile.SYMTYPE, "busybox"
+        tar.addfile(link)
+    subprocess.run(["docker", "import", "--change", "ENV PATH=/bin", "-", name], input=content.getvalue(), check=True)
+    try:
+        yield name
+    finally:
+        subprocess.run(["docker", "rmi", name], stdout=subprocess.DEVNULL, check=False)
 
 
 def by_command(image: str) -> Callable[[], Awaitable[None]]:
@@ -118,14 +142,15 @@ def show(result: dict[str, object]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--image", default="busybox", help="an image with sh (default: busybox)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image", help="an image with sh that the engine has (default: one made for this)")
     parser.add_argument("--count", type=int, default=50, help="runs (default: 50)")
     parser.add_argument("--concurrency", type=int, default=8, help="of them in flight (default: 8)")
     parser.add_argument("--repeat", type=int, default=3, help="measurements; medians are shown (default: 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     args = parser.parse_args()
-    result = asyncio.run(measure(args))
+    with contextlib.nullcontext(args.image) if args.image else own_image() as args.image:
+        result = asyncio.run(measure(args))
     show(result)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
