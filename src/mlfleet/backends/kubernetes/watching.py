@@ -32,7 +32,7 @@ _FIRST = 20.0  # seconds for the first answer: who submits to a cluster that is 
 _PATIENCE = 90.0  # seconds for a later one
 _AWAY = 3600.0  # seconds without any answer, after which the cluster is given up
 _REFUSED = 300.0  # seconds for which credentials that cannot be had are asked for again
-_TURN = (0.001, 0.008)  # seconds of events that are handled in one turn of the event loop
+_TURN = (0.001, 0.002)  # seconds of events that are handled in one turn of the event loop
 _REMEMBERED = 4096  # deleted Jobs
 
 
