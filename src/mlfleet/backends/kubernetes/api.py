@@ -25,7 +25,7 @@ __all__ = ["Api", "ApiError", "Pool", "pause"]
 _log = logging.getLogger("mlfleet.kubernetes")
 _TIMEOUT = aiohttp.ClientTimeout(total=60, sock_connect=10)
 _PATIENCE = 90.0  # seconds for which a request is tried again
-_OPENING = 8  # logs at the same time
+_OPENING = 4  # logs at the same time: each is a connection of its own
 _LOGINS = 4  # tokens that are tried, each another
 _UNTRUSTED = "Untrusted"
 _RETRIED = (408, 429, 500, 502, 503, 504)

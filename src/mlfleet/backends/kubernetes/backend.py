@@ -35,7 +35,7 @@ from mlfleet.runs import JobRef
 
 __all__ = ["KubernetesBackend"]
 
-_AT_ONCE = 20  # Jobs that are created at the same time: the API server has others to serve, too
+_AT_ONCE = 10  # Jobs that are created at the same time: the API server, and the event loop, have others to serve, too
 _GRACE = 60.0  # seconds to take back a Job whose submission is cancelled
 
 
