@@ -173,6 +173,10 @@ class KubernetesRun:
                     raise
                 # asyncio.run cancels every task at its end: then the Job has to end, too.
                 self._begin_stop(None)
+                # Taken note of: else a task group that fails later would cancel this task again (Python 3.13).
+                task = asyncio.current_task()
+                while task is not None and task.uncancel():
+                    pass
 
     async def _tidy(self) -> None:
         try:
