@@ -122,6 +122,35 @@ async def test_renewed_client_certificate_is_shown(secured: Secured) -> None:
         await api.call("looking", "GET", PODS)
 
 
+async def test_files_of_a_kubeconfig_are_merged(secured: Secured) -> None:
+    """Paths start from the folder of the file that has them; of what two files have the first counts."""
+    secured.api.certificates = {client(secured, secured.folder)}
+    one, two = secured.folder / "one", secured.folder / "two"
+    for folder, names in ((one, ("ca.pem",)), (two, ("client.pem", "client.key"))):
+        folder.mkdir()
+        for name in names:
+            (secured.folder / name).rename(folder / name)
+    entry = {"server": secured.api.url, "certificate-authority": "ca.pem"}
+    context = {"cluster": "mine", "user": "me", "namespace": "team"}
+    first = {
+        "current-context": "",
+        "clusters": [{"name": "mine", "cluster": entry}],
+        "contexts": [{"name": "here", "context": context}],
+        "users": None,
+    }
+    second = {
+        "current-context": "here",
+        "clusters": [{"name": "mine", "cluster": {"server": "https://another.test"}}],
+        "users": [{"name": "me", "user": {"client-certificate": "client.pem", "client-key": "client.key"}}],
+    }
+    (one / "config").write_text(json.dumps(first))
+    (two / "config").write_text(json.dumps(second))
+    paths = f"{one / 'config'}:{secured.folder / 'none'}:{two / 'config'}"
+    cluster = await anyio.to_thread.run_sync(find_cluster, None, {"KUBECONFIG": paths})
+    assert (cluster.context, cluster.namespace) == ("here", "team")
+    await look(cluster)
+
+
 async def test_strange_authority_is_told_at_once(secured: Secured) -> None:
     """It is no failure that passes: nobody shall wait for it."""
     trustme.CA().cert_pem.write_to_path(secured.folder / "ca.pem")
@@ -149,6 +178,20 @@ async def test_static_token(secured: Secured) -> None:
         await look(await secured.cluster({"token": "hush-hush"}))
     assert "hush-hush" not in str(caught.value)
     assert secured.api.shown == ["Bearer given", "Bearer hush-hush", "Bearer hush-hush"], "asked for once more, no more"
+
+
+async def test_username_and_password(secured: Secured) -> None:
+    await look(await secured.cluster({"username": "me", "password": "hush"}))
+    assert secured.api.shown == ["Basic bWU6aHVzaA=="]
+
+
+async def test_token_of_an_openid_provider(secured: Secured) -> None:
+    token = f"e30.{base64.b64encode(b'{}').decode()}.signed"
+    provider = {"name": "oidc", "config": {"id-token": token}}
+    await look(await secured.cluster({"auth-provider": provider}))
+    assert secured.api.shown == [f"Bearer {token}"]
+    with pytest.raises(BackendError, match="auth-provider 'azure' is not known: use the credential plugin"):
+        await look(await secured.cluster({"auth-provider": {"name": "azure"}}))
 
 
 async def test_token_file_is_read_again(secured: Secured) -> None:

@@ -33,13 +33,9 @@ class TaskOwner:
         """
         task = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
-
-        def ended(task: asyncio.Task[None]) -> None:
-            self._tasks.discard(task)
-            if then is not None:
-                then()
-
-        task.add_done_callback(ended)
+        task.add_done_callback(self._tasks.discard)
+        if then is not None:
+            task.add_done_callback(lambda _: then())
 
     async def join(self) -> None:
         """Wait until every task has ended, also those that are started meanwhile. The tasks are not cancelled."""

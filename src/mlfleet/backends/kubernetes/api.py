@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import logging
 import random
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Coroutine, Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
 from enum import StrEnum
 from types import TracebackType
 from typing import Any, Self
@@ -22,9 +23,9 @@ from mlfleet.errors import BackendError
 __all__ = ["Api", "ApiError", "Pool", "pause"]
 
 _log = logging.getLogger("mlfleet.kubernetes")
-_CONNECT = 10.0  # seconds
-_ANSWER = 60.0  # seconds for a whole answer
+_TIMEOUT = aiohttp.ClientTimeout(total=60, sock_connect=10)
 _PATIENCE = 90.0  # seconds for which a request is tried again
+_OPENING = 4  # logs at the same time: each is a connection of its own
 _LOGINS = 4  # tokens that are tried, each another
 _UNTRUSTED = "Untrusted"
 _RETRIED = (408, 429, 500, 502, 503, 504)
@@ -107,6 +108,7 @@ class Api:
         self.cluster = cluster
         self._credentials = credentials or Credentials(cluster)
         self._sessions: dict[Pool, aiohttp.ClientSession] = {}
+        self._opening_logs = asyncio.Semaphore(_OPENING)
 
     async def __aenter__(self) -> Self:
         await self._credentials.login()
@@ -156,9 +158,8 @@ class Api:
         attempt = 0
         while True:
             try:
-                timeout = aiohttp.ClientTimeout(total=_ANSWER, sock_connect=_CONNECT)
                 async with self.stream(
-                    what, path, method=method, params=params, body=body, timeout=timeout
+                    what, path, method=method, params=params, body=body, timeout=_TIMEOUT
                 ) as response:
                     data = await response.read()
                     for warning in response.headers.getall("Warning", ()):
@@ -175,8 +176,7 @@ class Api:
             await anyio.sleep(seconds)
             attempt += 1
 
-    @asynccontextmanager
-    async def stream(
+    def stream(
         self,
         what: str,
         path: str,
@@ -186,40 +186,43 @@ class Api:
         params: Mapping[str, str] | None = None,
         body: Mapping[str, Any] | None = None,
         timeout: aiohttp.ClientTimeout,
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         """A request, and its answer as it comes. A token that the server refuses is renewed once.
 
         Raises:
             ApiError: it was refused; also what breaks the connection inside of the block.
         """
+        data = None if body is None else json.dumps(body).encode()
+        return _Stream(self._open(what, pool, method, path, params, data, timeout), what, self.cluster)
+
+    async def _open(
+        self,
+        what: str,
+        pool: Pool,
+        method: str,
+        path: str,
+        params: Mapping[str, str] | None,
+        data: bytes | None,
+        timeout: aiohttp.ClientTimeout,
+    ) -> aiohttp.ClientResponse:
         refused: Login | None = None
         tried: set[str] = set()
-        data = None if body is None else json.dumps(body).encode()
-        try:
+        # A thousand pods may begin at once; the event loop has others to serve meanwhile.
+        async with self._opening_logs if pool is Pool.LOGS else nullcontext():
             while True:
                 login = await self._credentials.login(refused=refused)
-                async with self._send(login, pool, method, path, params, data, timeout) as response:
+                response = await self._send(login, pool, method, path, params, data, timeout)
+                if response.status < 400:
+                    return response
+                async with response:
                     shown = login.authorization or ""
                     # Short-lived tokens may expire again while a new one is fetched on a busy machine.
-                    if response.status == 401 and shown not in tried and len(tried) < _LOGINS:
-                        refused = login
-                        tried.add(shown)
-                        continue
-                    if response.status >= 400:
+                    if response.status != 401 or shown in tried or len(tried) >= _LOGINS:
                         raise await _refusal(what, response)
-                    yield response
-                    return
-        except aiohttp.ClientConnectorCertificateError as error:
-            text = f"the certificate of {self.cluster.context} is not trusted: {error.certificate_error}"
-            hint = "; see certificate-authority and tls-server-name in the kubeconfig"
-            raise ApiError.about(what, text + hint, reason=_UNTRUSTED) from error
-        except aiohttp.ClientResponseError as error:
-            raise ApiError.about(what, f"{error.message} in the answer") from error
-        except (TimeoutError, aiohttp.ClientError, OSError, EOFError) as error:
-            text = str(error) or type(error).__name__
-            raise ApiError.about(what, f"no answer from {self.cluster.context}: {text}") from error
+                    refused = login
+                    tried.add(shown)
 
-    def _send(
+    async def _send(
         self,
         login: Login,
         pool: Pool,
@@ -228,14 +231,14 @@ class Api:
         params: Mapping[str, str] | None,
         data: bytes | None,
         timeout: aiohttp.ClientTimeout,
-    ) -> Any:
+    ) -> aiohttp.ClientResponse:
         headers = {"Accept": "application/json, */*"}
         if login.authorization is not None:
             headers["Authorization"] = login.authorization
         if data is not None:
             kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
             headers["Content-Type"] = kind
-        return self._sessions[pool].request(
+        return await self._sessions[pool].request(
             method,
             login.host + path,
             params=dict(params or {}),
@@ -248,6 +251,47 @@ class Api:
             server_hostname=login.server_name,
             allow_redirects=False,
         )
+
+
+class _Stream:
+    """What `Api.stream` gives. No generator: each log that is followed keeps it for the life of its container."""
+
+    __slots__ = ("_cluster", "_opening", "_response", "_what")
+
+    def __init__(self, opening: Coroutine[Any, Any, aiohttp.ClientResponse], what: str, cluster: Cluster) -> None:
+        self._opening = opening
+        self._what = what
+        self._cluster = cluster
+
+    async def __aenter__(self) -> aiohttp.ClientResponse:
+        try:
+            self._response = await self._opening
+        except Exception as error:
+            self._tell(error)
+            raise
+        finally:
+            del self._opening
+        return self._response
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._response.__aexit__(kind, error, trace)
+        self._tell(error)
+
+    def _tell(self, error: BaseException | None) -> None:
+        """Raise what the connection's error means, if it is one."""
+        name = self._cluster.context
+        match error:
+            case aiohttp.ClientConnectorCertificateError():
+                text = f"the certificate of {name} is not trusted: {error.certificate_error}"
+                hint = "; see certificate-authority and tls-server-name in the kubeconfig"
+                raise ApiError.about(self._what, text + hint, reason=_UNTRUSTED) from error
+            case aiohttp.ClientResponseError():
+                raise ApiError.about(self._what, f"{error.message} in the answer") from error
+            case TimeoutError() | aiohttp.ClientError() | OSError() | EOFError():
+                text = str(error) or type(error).__name__
+                raise ApiError.about(self._what, f"no answer from {name}: {text}") from error
 
 
 @functools.lru_cache(maxsize=256)

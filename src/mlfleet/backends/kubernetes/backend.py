@@ -27,6 +27,7 @@ from mlfleet.backends.kubernetes.state import read_job
 from mlfleet.backends.kubernetes.submission import create_job, create_secret, find_job
 from mlfleet.concurrency.shield import finish
 from mlfleet.concurrency.tasks import TaskOwner
+from mlfleet.concurrency.turns import Turns
 from mlfleet.errors import MlfleetError, SubmitError, UsageError
 from mlfleet.folders import runs_folder
 from mlfleet.masking import MASK
@@ -34,7 +35,7 @@ from mlfleet.runs import JobRef
 
 __all__ = ["KubernetesBackend"]
 
-_AT_ONCE = 20  # Jobs that are created at the same time: the API server has others to serve, too
+_AT_ONCE = 10  # Jobs that are created at the same time: the API server, and the event loop, have others to serve, too
 _GRACE = 60.0  # seconds to take back a Job whose submission is cancelled
 
 
@@ -52,7 +53,7 @@ class KubernetesBackend(Backend):
         self._streams = Streams()
         self._tasks = TaskOwner()
         self._runs: set[KubernetesRun] = set()
-        self._preparing = asyncio.Semaphore(_AT_ONCE)
+        self._turns = Turns()
         self._creating = asyncio.Semaphore(_AT_ONCE)
 
     async def __aexit__(
@@ -121,10 +122,10 @@ class KubernetesBackend(Backend):
             ApiError: the cluster cannot be reached.
         """
         config = _config(job)
-        # Some at a time, so that a thousand submissions at once do not hold up the event loop.
-        async with self._preparing:
-            plain, secret = variables(job, config.tracking_uri, os.environ)
-            image = image_of(job, config)
+        # A thousand submissions at once shall not hold up the event loop.
+        await self._turns.take()
+        plain, secret = variables(job, config.tracking_uri, os.environ)
+        image = image_of(job, config)
         api = await self._connections.api(config.cluster)
         code = await self._deliveries.deliver(api, job, config, image)
         shared = await self._connections.watch(config.cluster, config.namespace)

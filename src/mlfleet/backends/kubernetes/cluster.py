@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-from kubernetes_asyncio.config.kube_config import KubeConfigMerger
+from mlfleet.backends.kubernetes.kubeconfig import Kubeconfig, kubeconfig_files, read_kubeconfig
+from mlfleet.errors import UsageError
 
-from mlfleet.errors import BackendError, UsageError
-
-__all__ = ["IN_CLUSTER", "SERVICE_ACCOUNT", "Cluster", "find_cluster", "kubeconfig"]
+__all__ = ["IN_CLUSTER", "SERVICE_ACCOUNT", "Cluster", "find_cluster"]
 
 IN_CLUSTER = "(in-cluster)"
 """Stands for the name of a context where the pod's own service account is used."""
@@ -49,47 +46,23 @@ def find_cluster(context: str | None, environ: Mapping[str, str], account: Path 
         BackendError: the kubeconfig cannot be read.
     """
     paths = environ.get("KUBECONFIG") or str(Path.home() / ".kube" / "config")
-    config = kubeconfig(paths)
-    if context is None and not config:
+    files = kubeconfig_files(paths)
+    if context is None and not files:
         return _around_us(environ, account, paths)
-    contexts = {str(each["name"]): each.get("context") or {} for each in config.get("contexts") or ()}
-    name = context or config.get("current-context") or ""
-    if name not in contexts:
-        known = f"it has {', '.join(sorted(contexts))}" if contexts else "it has none"
+    config = _read(paths, tuple(file.stat().st_mtime_ns for file in files))
+    name = context or config.current
+    if name not in config.contexts:
+        known = f"it has {', '.join(sorted(config.contexts))}" if config.contexts else "it has none"
         subject = f"no context {name!r}" if name else "no current context"
         hint = "give one as kube-context" if not name else "kube-context must be one of them"
         raise UsageError(f"the kubeconfig ({paths}) has {subject}; {known}: {hint}")
-    return Cluster(name, str(contexts[name].get("namespace") or "default"), paths)
-
-
-def kubeconfig(paths: str) -> Mapping[str, Any]:
-    """The files of a kubeconfig merged, as kubectl does; empty if there are none. Blocking."""
-    versions: list[tuple[str, int]] = []
-    for path in paths.split(os.pathsep):
-        try:
-            versions.append((path, Path(path).expanduser().stat().st_mtime_ns))
-        except OSError:
-            continue
-    return _merged(tuple(versions)) if versions else {}
+    return Cluster(name, str(config.contexts[name].value.get("namespace") or "default"), paths)
 
 
 @lru_cache(maxsize=8)
-def _merged(versions: tuple[tuple[str, int], ...]) -> Mapping[str, Any]:
-    paths = os.pathsep.join(path for path, _ in versions)
-    try:
-        merged = KubeConfigMerger(paths).config
-        contexts = [_plain(each) for each in merged.value.get("contexts") or ()]
-        current = merged.value.get("current-context")
-    except Exception as error:
-        # Whatever a damaged file makes the library stumble over.
-        text = f"the kubeconfig {paths} cannot be read: {type(error).__name__}: {error}"
-        raise BackendError(text, backend="kubernetes") from error
-    return {"contexts": contexts, "current-context": current}
-
-
-def _plain(node: Any) -> Mapping[str, Any]:
-    value: Mapping[str, Any] = getattr(node, "value", node)
-    return value
+def _read(paths: str, changed: tuple[int, ...]) -> Kubeconfig:
+    """Once, not for each of hundreds of runs; again when a file has changed."""
+    return read_kubeconfig(paths)
 
 
 def _around_us(environ: Mapping[str, str], account: Path, paths: str) -> Cluster:

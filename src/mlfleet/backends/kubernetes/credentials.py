@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import ipaddress
 import logging
 import os
 import ssl
+import tempfile
 import time
-from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
-import anyio
-from kubernetes_asyncio.client.configuration import Configuration
-from kubernetes_asyncio.config.kube_config import KubeConfigLoader, KubeConfigMerger
-
 from mlfleet.backends.kubernetes.cluster import IN_CLUSTER, SERVICE_ACCOUNT, Cluster
+from mlfleet.backends.kubernetes.kubeconfig import Entry, read_kubeconfig
 from mlfleet.backends.kubernetes.plugin import PluginLogin, ask_plugin, exec_of
+from mlfleet.backends.kubernetes.provider import ask_provider
 from mlfleet.concurrency.threads import Threads
 from mlfleet.errors import BackendError
 from mlfleet.masking import mask
@@ -30,7 +29,6 @@ __all__ = ["Credentials", "Login", "proxy_for"]
 
 _log = logging.getLogger("mlfleet.kubernetes")
 _loading = Threads("kubernetes credentials", 4)
-_PROVIDER_TIME = 60.0  # seconds
 _REREAD = 60.0  # seconds
 
 
@@ -96,11 +94,11 @@ class Credentials:
         try:
             if self._cluster.context == IN_CLUSTER:
                 return await _loading(partial(_around_us, self._account, old, self._reread))
-            plugin = None
-            command = await _loading(partial(exec_of, self._cluster))
-            if command is not None:
-                plugin = await ask_plugin(command, self._cluster.context)
-            return await _loading(partial(_load, self._cluster, plugin, old, self._reread))
+            config = await _loading(partial(read_kubeconfig, self._cluster.paths))
+            server, user = config.of_context(self._cluster.context)
+            command = await _loading(partial(exec_of, server, user))
+            plugin = await ask_plugin(command, self._cluster.context) if command is not None else None
+            return await _loading(partial(_load, self._cluster, server, user, plugin, old, self._reread))
         except BackendError:
             raise
         except Exception as error:
@@ -114,47 +112,52 @@ def _is_due(login: Login) -> bool:
     return login.renew_at is not None and time.monotonic() >= login.renew_at
 
 
-def _load(cluster: Cluster, plugin: PluginLogin | None, old: Login | None, reread: float) -> Login:
+def _load(
+    cluster: Cluster, server: Entry, user: Entry, plugin: PluginLogin | None, old: Login | None, reread: float
+) -> Login:
     """From the kubeconfig. Blocking.
 
     Args:
-        cluster: names its context.
-        plugin: what the context's credential plugin has said, if it has one.
+        cluster: to log in to.
+        server: its entry in the kubeconfig.
+        user: likewise.
+        plugin: what the user's credential plugin has said, if it has one.
         old: the login before.
         reread: seconds after which a token file is read again.
     """
-    merger = KubeConfigMerger(cluster.paths)
-    loader = KubeConfigLoader(
-        config_dict=merger.config,
-        active_context=cluster.context,
-        config_base_path=None,
-        config_persister=merger.save_changes,  # OpenID providers give each refresh token once
-    )
-    user = loader._user.value if loader._user is not None else {}
+    renew_at = None
     if plugin is not None:
-        user.pop("exec")
-        user.update(plugin.user)
-    configuration = Configuration()
-    _drive(loader.load_and_set(configuration), waits="auth-provider" in user)
-    host = str(configuration.host).rstrip("/")
-    tls, tls_key = None, ""
-    if host.startswith("https"):
-        tls_key = _tls_key(configuration)
-        tls = old.tls if old is not None and old.tls_key == tls_key else _tls(configuration)
-    renew_at = plugin.renew_at if plugin is not None else None
-    if "tokenFile" in user and "token" not in user:
+        user, renew_at = replace(user, value={**user.value, **plugin.user}), plugin.renew_at
+    elif "tokenFile" in user.value and not user.value.get("token"):
         renew_at = time.monotonic() + reread
-    authorization = configuration.api_key.get("BearerToken")
+    host = str(server.value.get("server") or "").rstrip("/")
+    if not host:
+        raise BackendError(f"the cluster of the context {cluster.context!r} has no server", backend="kubernetes")
+    tls, tls_key = _tls(server, user, old) if host.startswith("https") else (None, "")
     return Login(
         host=host,
-        # Files end with a newline, which no header may have.
-        authorization=authorization.strip() if authorization else None,
+        authorization=_authorization(cluster, user),
         tls=tls,
         tls_key=tls_key,
-        server_name=configuration.tls_server_name,
-        proxy=configuration.proxy or proxy_for(host, os.environ),
+        server_name=server.value.get("tls-server-name"),
+        proxy=server.value.get("proxy-url") or proxy_for(host, os.environ),
         renew_at=renew_at,
     )
+
+
+def _authorization(cluster: Cluster, user: Entry) -> str | None:
+    value = user.value
+    if "auth-provider" in value:
+        return ask_provider(cluster, str(value["auth-provider"].get("name")))
+    token = value.get("token")
+    if not token and "tokenFile" in value:
+        token = (user.folder / value["tokenFile"]).read_text()
+    if token:
+        # Files end with a newline, which no header may have.
+        return f"Bearer {str(token).strip()}"
+    if "username" in value and "password" in value:
+        return "Basic " + base64.b64encode(f"{value['username']}:{value['password']}".encode()).decode()
+    return None
 
 
 def proxy_for(host: str, environ: Mapping[str, str]) -> str | None:
@@ -201,42 +204,33 @@ def _spares(
     return host == name or (address is None and host.endswith(f".{name}"))
 
 
-def _drive(work: Coroutine[Any, Any, None], *, waits: bool) -> None:
-    """Run what the library has as a coroutine although it only reads files, unless it asks a provider (`waits`)."""
-    if not waits:
-        try:
-            work.send(None)
-        except StopIteration:
-            return
-        raise BackendError("the kubeconfig asks for something that takes a provider", backend="kubernetes")
+def _tls(server: Entry, user: Entry, old: Login | None) -> tuple[ssl.SSLContext, str]:
+    """For that cluster and user, with its key: the old one if the certificates are the same.
 
-    async def bounded() -> None:
-        with anyio.fail_after(_PROVIDER_TIME):
-            await work
-
-    asyncio.run(bounded())
-
-
-def _tls_key(configuration: Any) -> str:
-    """Of the certificates, not of their files: they are renewed in place."""
-    digest = hashlib.sha256(repr(configuration.verify_ssl).encode())
-    for path in (configuration.ssl_ca_cert, configuration.cert_file, configuration.key_file):
-        digest.update(hashlib.sha256(Path(path).read_bytes() if path else b"").digest())
-    return digest.hexdigest()
-
-
-def _tls(configuration: Any) -> ssl.SSLContext:
-    context = _trusting(configuration.ssl_ca_cert)
-    if configuration.cert_file:
-        context.load_cert_chain(configuration.cert_file, keyfile=configuration.key_file)
-    if not configuration.verify_ssl:
+    Not if their files are the same: those are renewed in place.
+    """
+    authority = server.content("certificate-authority")
+    certificate, key = user.content("client-certificate"), user.content("client-key")
+    verified = not server.value.get("insecure-skip-tls-verify")
+    tls_key = hashlib.sha256(repr((authority, certificate, key, verified)).encode()).hexdigest()
+    if old is not None and old.tls is not None and old.tls_key == tls_key:
+        return old.tls, tls_key
+    context = _trusting(authority)
+    if certificate is not None:
+        # OpenSSL takes these from a file only. It is for nobody else, and gone at once.
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(b"\n".join((certificate, key or b"")))
+            file.flush()
+            context.load_cert_chain(file.name)
+    if not verified:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-    return context
+    return context, tls_key
 
 
-def _trusting(authority: str | None) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=authority)
+def _trusting(authority: bytes | None) -> ssl.SSLContext:
+    # Not ASCII may only be the remarks between the certificates.
+    context = ssl.create_default_context(cadata=authority.decode("ascii", "ignore") if authority is not None else None)
     # Python 3.13 asks for extensions that the authorities of many clusters lack.
     context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
     return context
@@ -246,13 +240,13 @@ def _around_us(account: Path, old: Login | None, reread: float) -> Login:
     """The service account of the pod that this process is in. Blocking."""
     address, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ.get("KUBERNETES_SERVICE_PORT", "443")
     token = (account / "token").read_text().strip()
-    authority = account / "ca.crt"
-    tls_key = hashlib.sha256(authority.read_bytes()).hexdigest()
+    authority = (account / "ca.crt").read_bytes()
+    tls_key = hashlib.sha256(authority).hexdigest()
     host = f"[{address}]" if ":" in address else address
     return Login(
         host=f"https://{host}:{port}",
         authorization=f"Bearer {token}",
-        tls=old.tls if old is not None and old.tls_key == tls_key else _trusting(str(authority)),
+        tls=old.tls if old is not None and old.tls_key == tls_key else _trusting(authority),
         tls_key=tls_key,
         renew_at=time.monotonic() + reread,
     )

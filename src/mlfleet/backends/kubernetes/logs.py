@@ -7,10 +7,9 @@ import logging
 import os
 import re
 import resource
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import aiohttp
 import anyio
@@ -19,10 +18,12 @@ from mlfleet.backends.kubernetes.api import Api, ApiError, Pool, pause
 from mlfleet.concurrency.threads import Threads
 from mlfleet.errors import SubmitError
 
-__all__ = ["Copier", "LogStream", "Streams"]
+__all__ = ["Copier", "End", "LogStream", "Streams"]
 
 _log = logging.getLogger("mlfleet.kubernetes")
 _writing = Threads("kubernetes output", 8)
+_FOLLOW = aiohttp.ClientTimeout(total=None, sock_connect=10)
+_READ = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)
 _GATHER = 0.01  # seconds in which more of a trickle is let come, so that it costs fewer turns
 _SMALL = 16 * 1024
 _LOOK = 2.0  # seconds between two looks for a free place
@@ -136,6 +137,17 @@ class LogStream:
         self._in_line = False
 
 
+class End(Protocol):
+    """The end of a container."""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it has ended, or is gone."""
+
+    async def wait(self) -> None:
+        """Wait for that."""
+
+
 class Streams:
     """How many logs are read at once: each that is followed holds a connection for the life of its container.
 
@@ -147,37 +159,32 @@ class Streams:
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._following = max(16, min(2000, files // 4))  # places that are free
         self._reading = asyncio.Semaphore(50)
-        self.opening = asyncio.Semaphore(8)
 
-    @asynccontextmanager
-    async def place(self, ended: Callable[[], bool], until_ended: Callable[[], Awaitable[None]]) -> AsyncIterator[bool]:
-        """A place to read one log.
-
-        Args:
-            ended: whether the container has ended.
-            until_ended: waits for that.
+    async def take(self, end: End) -> bool:
+        """Wait for a place to read the log of a container, to be given back by `give_back`.
 
         Returns:
             Whether it is one to follow the log.
         """
-        follow = not ended() and await self._place_to_follow(ended, until_ended)
-        if follow:
-            try:
-                yield True
-            finally:
-                self._following += 1
-        else:
-            async with self._reading:
-                yield False
-
-    async def _place_to_follow(self, ended: Callable[[], bool], until_ended: Callable[[], Awaitable[None]]) -> bool:
-        while not ended():
+        while not end.is_there:
             if self._following > 0:
                 self._following -= 1
                 return True
             with anyio.move_on_after(_LOOK):
-                await until_ended()
+                await end.wait()
+        await self._reading.acquire()
         return False
+
+    def give_back(self, *, follow: bool) -> None:
+        """Free a place.
+
+        Args:
+            follow: what `take` said.
+        """
+        if follow:
+            self._following += 1
+        else:
+            self._reading.release()
 
 
 class Copier:
@@ -199,16 +206,13 @@ class Copier:
         self._begun = False
         self.copied = 0
 
-    async def copy(
-        self, pod: str, container: str, ended: Callable[[], bool], until_ended: Callable[[], Awaitable[None]]
-    ) -> None:
+    async def copy(self, pod: str, container: str, end: End) -> None:
         """Copy the log of one container to its end.
 
         Args:
             pod: its name.
             container: its name.
-            ended: whether the container has ended, or is gone.
-            until_ended: waits for that.
+            end: of the container.
         """
         stream = LogStream()
         attempt = 0
@@ -216,9 +220,12 @@ class Copier:
         while True:
             before = self.copied
             try:
-                async with self._streams.place(ended, until_ended) as follow:
-                    had_ended = not follow
+                follow = await self._streams.take(end)
+                had_ended = not follow
+                try:
                     await self._follow(pod, container, stream, follow=follow)
+                finally:
+                    self._streams.give_back(follow=follow)
                 complete = True
             except ApiError as error:
                 complete = False
@@ -229,18 +236,18 @@ class Copier:
                 _log.debug("%s", error)
             # The stream ends when the container does, but a proxy may end it sooner: only what ends after the
             # container is complete.
-            if complete and (had_ended or ended()):
+            if complete and (had_ended or end.is_there):
                 break
             attempt = 0 if self.copied > before else attempt + 1
-            if attempt > _TRIES and ended():
+            if attempt > _TRIES and end.is_there:
                 _log.warning("the output of the pod %s is not all there: the API server gives no more of it", pod)
                 break
             # Never for long: the end of the run waits for its output.
             seconds = pause(min(attempt, 2))
-            if ended() and not complete:
+            if end.is_there and not complete:
                 await anyio.sleep(seconds)
             with anyio.move_on_after(seconds):
-                await until_ended()
+                await end.wait()
         await self._write(stream.close())
 
     async def finish_line(self) -> None:
@@ -256,13 +263,8 @@ class Copier:
         if stream.since is not None:
             params["sinceTime"] = stream.since
         path = f"/api/v1/namespaces/{self._namespace}/pods/{pod}/log"
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=None if follow else 60)
-        async with AsyncExitStack() as stack:
-            # A thousand pods may begin at once; the event loop has others to serve meanwhile.
-            async with self._streams.opening:
-                response = await stack.enter_async_context(
-                    self._api.stream("reading a log", path, pool=Pool.LOGS, params=params, timeout=timeout)
-                )
+        timeout = _FOLLOW if follow else _READ
+        async with self._api.stream("reading a log", path, pool=Pool.LOGS, params=params, timeout=timeout) as response:
             while data := await response.content.readany():
                 await self._write(stream.feed(data))
                 if len(data) < _SMALL and not response.content.at_eof():

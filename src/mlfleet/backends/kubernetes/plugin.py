@@ -12,13 +12,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import anyio
-from kubernetes_asyncio.config.kube_config import KubeConfigLoader, KubeConfigMerger
 
-from mlfleet.backends.kubernetes.cluster import Cluster
+from mlfleet.backends.kubernetes.kubeconfig import Entry
 from mlfleet.concurrency.process import run_process
 from mlfleet.errors import BackendError
 
@@ -37,7 +35,6 @@ class Plugin:
         argv: the program and its arguments.
         environ: more variables for it.
         version: of the protocol.
-        folder: of the kubeconfig, which a program with a relative path is looked for in.
         cluster: what it wants to know of the cluster.
         hint: how to install it.
     """
@@ -45,7 +42,6 @@ class Plugin:
     argv: tuple[str, ...]
     environ: Mapping[str, str] = field(repr=False)
     version: str
-    folder: Path
     cluster: Mapping[str, Any] | None = None
     hint: str = ""
 
@@ -63,42 +59,30 @@ class PluginLogin:
     renew_at: float | None = None
 
 
-def exec_of(cluster: Cluster) -> Plugin | None:
-    """The plugin of a context; None if it has none. Blocking."""
-    loader = KubeConfigLoader(
-        config_dict=KubeConfigMerger(cluster.paths).config, active_context=cluster.context, config_base_path=None
-    )
-    node = loader._user
-    given = node.value.get("exec") if node is not None else None
+def exec_of(cluster: Entry, user: Entry) -> Plugin | None:
+    """The plugin of a user of the kubeconfig; None if there is none. Blocking."""
+    given = user.value.get("exec")
     if not given:
         return None
-    folder = _folder_of(node)
     program = str(given["command"])
     if "/" in program:
-        program = str(folder / program)
+        program = str(user.folder / program)
     return Plugin(
         argv=(program, *(str(each) for each in given.get("args") or ())),
         environ={str(each["name"]): str(each["value"]) for each in given.get("env") or ()},
         version=str(given["apiVersion"]),
-        folder=folder,
-        cluster=_told(loader._cluster) if given.get("provideClusterInfo") and loader._cluster else None,
+        cluster=_told(cluster) if given.get("provideClusterInfo") else None,
         hint=str(given.get("installHint") or ""),
     )
 
 
-def _folder_of(node: Any) -> Path:
-    """Of the kubeconfig that has it: several files may be merged."""
-    return Path(node.path).expanduser().absolute().parent
-
-
-def _told(node: Any) -> dict[str, Any]:
+def _told(cluster: Entry) -> dict[str, Any]:
     """What ``provideClusterInfo`` asks for."""
-    cluster: Mapping[str, Any] = node.value
-    told = {name: cluster[name] for name in _CLUSTER_INFO if name in cluster}
-    authority = cluster.get("certificate-authority")
-    if authority and "certificate-authority-data" not in told:
-        told["certificate-authority-data"] = base64.b64encode((_folder_of(node) / authority).read_bytes()).decode()
-    for each in cluster.get("extensions") or ():
+    told = {name: cluster.value[name] for name in _CLUSTER_INFO if name in cluster.value}
+    authority = cluster.content("certificate-authority")
+    if authority is not None:
+        told["certificate-authority-data"] = base64.b64encode(authority).decode()
+    for each in cluster.value.get("extensions") or ():
         if each.get("name") == "client.authentication.k8s.io/exec":
             told["config"] = each.get("extension")
     return told

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import anyio
-from anyio.abc import TaskGroup
 
 from mlfleet.backends.kubernetes.api import Api, ApiError
 from mlfleet.backends.kubernetes.config import StartTimeouts
@@ -21,6 +20,7 @@ from mlfleet.backends.kubernetes.state import JobState, PodState, Seen, job_of_p
 from mlfleet.backends.kubernetes.watching import NamespaceWatch
 from mlfleet.concurrency.lines import follow_file, last_lines
 from mlfleet.concurrency.threads import Threads, outlast
+from mlfleet.concurrency.watch import Cell
 from mlfleet.errors import MlfleetError, RunLost, SubmitError
 from mlfleet.runs import FailureKind, Outcome, RunStatus
 
@@ -78,9 +78,10 @@ class KubernetesRun:
         self._outcome: Outcome | None = None
         self._grace: float | None = None
         self._stop_changed = asyncio.Event()
-        self._living: TaskGroup | None = None
+        self._living: asyncio.TaskGroup | None = None
+        self._stopping: asyncio.Task[None] | None = None
         self._cut = False  # by us, before it had ended
-        self._detaching = anyio.CancelScope()
+        self._detaching = None if submitted else anyio.CancelScope()
 
     # ---- the handle -------------------------------------------------------------------------------------------------
 
@@ -95,7 +96,9 @@ class KubernetesRun:
 
     async def wait(self) -> bool:
         """Wait for the end of the Job; True if it finished well."""
-        return (await self.outcome()).status is RunStatus.FINISHED
+        await self._done.wait()
+        assert self._outcome is not None  # noqa: S101 - set before the event
+        return self._outcome.status is RunStatus.FINISHED
 
     async def outcome(self) -> Outcome:
         """Wait like `wait`, and tell how it ended."""
@@ -116,7 +119,7 @@ class KubernetesRun:
             self._grace = seconds
             self._stop_changed.set()
             if first and self._living is not None:
-                self._living.start_soon(self._stop)
+                self._stopping = self._living.create_task(self._stop())
 
     async def get_status(self) -> RunStatus:
         """SCHEDULED until a container runs; how it ended once its output is complete."""
@@ -137,24 +140,17 @@ class KubernetesRun:
     # ---- its task ---------------------------------------------------------------------------------------------------
 
     def detach(self) -> None:
-        """Leave the Job alone from now on; who waits is told that its end is not known."""
+        """Leave a Job that was not submitted here alone from now on; who waits is told that its end is not known."""
+        assert self._detaching is not None  # noqa: S101 - it was not submitted here
         self._detaching.cancel()
 
     async def supervise(self) -> None:
         """See the Job to its end."""
-        with self._detaching:
-            while self._outcome is None:
-                try:
-                    self._outcome = await self._live()
-                except MlfleetError as error:
-                    await self._abandon()
-                    seen = await self._last_lines()
-                    self._outcome = Outcome(RunStatus.FAILED, reason=str(error), error=error, output=seen)
-                except asyncio.CancelledError:
-                    if self._detaching.cancel_called:
-                        raise
-                    # asyncio.run cancels every task at its end: then the Job has to end, too.
-                    self._begin_stop(None)
+        if self._detaching is None:
+            await self._settle()
+        else:
+            with self._detaching:
+                await self._settle()
         if self._outcome is None:
             lost = RunLost("this process does not look after the Job any more", backend="kubernetes")
             self._outcome = Outcome(RunStatus.FAILED, reason=str(lost), error=lost)
@@ -163,6 +159,24 @@ class KubernetesRun:
         self._watch.untrack(self.target.uid)
         self._started.set()
         self._done.set()
+
+    async def _settle(self) -> None:
+        while self._outcome is None:
+            try:
+                self._outcome = await self._live()
+            except MlfleetError as error:
+                await self._abandon()
+                seen = await self._last_lines()
+                self._outcome = Outcome(RunStatus.FAILED, reason=str(error), error=error, output=seen)
+            except asyncio.CancelledError:
+                if self._detaching is not None and self._detaching.cancel_called:
+                    raise
+                # asyncio.run cancels every task at its end: then the Job has to end, too.
+                self._begin_stop(None)
+                # Taken note of: else a task group that fails later would cancel this task again (Python 3.13).
+                task = asyncio.current_task()
+                while task is not None and task.uncancel():
+                    pass
 
     async def _tidy(self) -> None:
         try:
@@ -182,21 +196,21 @@ class KubernetesRun:
     async def _live(self) -> Outcome:
         failed: BaseException | None = None
         try:
-            async with anyio.create_task_group() as group:
+            # Not anyio's: hundreds of runs live at the same time, and its groups and tasks are twice as large.
+            async with asyncio.TaskGroup() as group:
+                copying = group.create_task(self._copy())
+                self._stopping = group.create_task(self._stop()) if self._grace is not None else None
                 self._living = group
-                copied = asyncio.Event()
-                group.start_soon(self._copy, copied)
-                group.start_soon(self._mind_start)
-                if self._grace is not None:
-                    group.start_soon(self._stop)
                 try:
-                    seen = await self._cell.until(self._is_over)
+                    seen = await self._until_over()
                     if not self._cut:
                         seen = await self._with_pods(seen)
-                    await self._drain(copied)
+                    await self._drain(copying)
                 finally:
                     self._living = None
-                group.cancel_scope.cancel()
+                for task in (copying, self._stopping):
+                    if task is not None:
+                        task.cancel()
         except* MlfleetError as errors:
             failed = errors
         while isinstance(failed, BaseExceptionGroup):
@@ -245,7 +259,7 @@ class KubernetesRun:
 
     # ---- output -----------------------------------------------------------------------------------------------------
 
-    async def _copy(self, copied: asyncio.Event) -> None:
+    async def _copy(self) -> None:
         """Pod after pod, as the Job tries again. What can be copied has started."""
         done: set[str] = set()
         while True:
@@ -261,23 +275,14 @@ class KubernetesRun:
                 self._started.set()
             await self._copier.finish_line()
             done.add(pod.uid)
-            ended = partial(_has_ended, pod.uid, container)
-            await self._copier.copy(pod.name, container, partial(self._has, ended), partial(self._until, ended))
-        copied.set()
+            await self._copier.copy(pod.name, container, _ContainerEnd(self._cell, pod.uid, container))
 
-    def _has(self, accept: Callable[[Seen], bool]) -> bool:
-        return self._cell.value is not None and accept(self._cell.value)
-
-    async def _until(self, accept: Callable[[Seen], bool]) -> None:
-        await self._cell.until(accept)
-
-    async def _drain(self, copied: asyncio.Event) -> None:
+    async def _drain(self, copying: asyncio.Task[None]) -> None:
         """Wait for the rest of the output, as long as some comes."""
         seen = -1
-        while not copied.is_set() and seen != self._copier.copied:
+        while not copying.done() and seen != self._copier.copied:
             seen = self._copier.copied
-            with anyio.move_on_after(_STALLED):
-                await copied.wait()
+            await asyncio.wait([copying], timeout=_STALLED)
 
     async def _last_lines(self) -> tuple[str, ...]:
         output = self.target.output
@@ -285,21 +290,29 @@ class KubernetesRun:
 
     # ---- what never starts ------------------------------------------------------------------------------------------
 
-    async def _mind_start(self) -> None:
-        """Give up a run that is kept from its start for too long."""
-        while True:
-            seen = await self._cell.until(lambda seen: hindrance(seen) is not None)
-            found = hindrance(seen)
-            assert found is not None  # noqa: S101 - just seen
-            limit = self.target.timeouts.of(found.kind)
-            warn_after = _WARN_AFTER if found.kind is Kind.UNSCHEDULABLE else None
-            if warn_after is not None and (limit is None or limit > warn_after):
-                if await self._passes(found.kind, warn_after):
-                    continue
-                await self._warn(self._now_hindered(found))
-                limit = None if limit is None else limit - warn_after
-            if not await self._passes(found.kind, limit):
-                raise _NeverStarts(self._now_hindered(found), self.target.timeouts.of(found.kind) or 0.0)
+    async def _until_over(self) -> Seen:
+        """Wait for the Job's end; give up one that is kept from its start for too long."""
+        while not self._is_over(seen := await self._cell.until(self._is_over_or_hindered)):
+            await self._mind(hindrance(seen))
+            del seen  # not kept for as long as the run lives
+        return seen
+
+    def _is_over_or_hindered(self, seen: Seen) -> bool:
+        return self._is_over(seen) or hindrance(seen) is not None
+
+    async def _mind(self, found: Hindrance | None) -> None:
+        """Wait until nothing, or something else, keeps the run from its start; for a while."""
+        if found is None:
+            return
+        limit = self.target.timeouts.of(found.kind)
+        warn_after = _WARN_AFTER if found.kind is Kind.UNSCHEDULABLE else None
+        if warn_after is not None and (limit is None or limit > warn_after):
+            if await self._passes(found.kind, warn_after):
+                return
+            await self._warn(self._now_hindered(found))
+            limit = None if limit is None else limit - warn_after
+        if not await self._passes(found.kind, limit):
+            raise _NeverStarts(self._now_hindered(found), self.target.timeouts.of(found.kind) or 0.0)
 
     async def _warn(self, found: Hindrance) -> None:
         # Why there is no pod, such as a quota, only the Job's events tell; a pod says by itself why it waits.
@@ -375,11 +388,26 @@ class _NeverStarts(MlfleetError):
         self.seconds = seconds
 
 
-def _has_ended(uid: str, container: str, seen: Seen) -> bool:
-    pod = next((pod for pod in seen.pods if pod.uid == uid), None)
-    if pod is None or pod.ended:
-        return True
-    return any(each.terminated for each in (pod.main, *pod.init) if each.name == container)
+@dataclass(frozen=True, slots=True)
+class _ContainerEnd:
+    """The end of a container, as `Copier.copy` wants to know it."""
+
+    cell: Cell[Seen]
+    pod: str
+    container: str
+
+    @property
+    def is_there(self) -> bool:
+        return self.cell.value is not None and self._in(self.cell.value)
+
+    async def wait(self) -> None:
+        await self.cell.until(self._in)
+
+    def _in(self, seen: Seen) -> bool:
+        pod = next((pod for pod in seen.pods if pod.uid == self.pod), None)
+        if pod is None or pod.ended:
+            return True
+        return any(each.terminated for each in (pod.main, *pod.init) if each.name == self.container)
 
 
 def _next_log(seen: Seen, done: set[str]) -> tuple[PodState, str] | None:

@@ -222,14 +222,14 @@ class _Store:
 
 
 class _Turn:
-    """A share of the event loop's time: as much as all others took the last time.
+    """A share of the event loop's time: as much as all others took the last time, and little at first.
 
-    So a watch neither holds them up nor falls behind. Counted by this thread's own time: that a machine is busy is no
-    reason to do less.
+    So a watch neither holds them up nor falls behind: it gets up to twice as much each time that was not enough.
+    Counted by this thread's own time: that a machine is busy is no reason to do less.
     """
 
     def __init__(self) -> None:
-        self._share = _TURN[0]
+        self._share = self._most = _TURN[0]
         self._began = time.thread_time()
 
     @property
@@ -241,7 +241,8 @@ class _Turn:
         left = time.thread_time()
         await asyncio.sleep(0)
         self._began = time.thread_time()
-        self._share = min(max(self._began - left, _TURN[0]), _TURN[1])
+        self._most = min(2 * self._most, _TURN[1])
+        self._share = min(max(self._began - left, _TURN[0]), self._most)
 
 
 class _Follower:
