@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 import anyio
@@ -31,7 +30,7 @@ class Line:
 
 
 class Connections:
-    """Up to `count` requests at a time.
+    """Up to `count` requests at a time: ``async with connections as line`` waits for a turn, and holds it for one.
 
     Attributes:
         count: of connections.
@@ -39,20 +38,24 @@ class Connections:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._turns = anyio.Semaphore(count)
+        self._turns = anyio.Semaphore(count, fast_acquire=True)
         self._line: Line | None = None
 
     def prepare(self, line: Line) -> None:
         """Take the way to send requests by. Nothing is connected yet."""
         self._line = line
 
-    @asynccontextmanager
-    async def one(self) -> AsyncIterator[Line]:
-        """Wait for our turn, and hold it for one request."""
-        async with self._turns:
-            if self._line is None:
-                raise RuntimeError("the connections are closed")
-            yield self._line
+    async def __aenter__(self) -> Line:
+        await self._turns.acquire()
+        if self._line is None:
+            self._turns.release()
+            raise RuntimeError("the connections are closed")
+        return self._line
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._turns.release()
 
     async def close(self) -> None:
         """Close those that are connected."""

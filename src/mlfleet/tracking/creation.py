@@ -81,7 +81,7 @@ class Creation:
                 return run
 
     async def _attempt(self) -> RunInfo:
-        async with self._transport.connections.one() as line:
+        async with self._transport.connections as line:
             exchange = partial(self._transport.exchange, line, "POST", "runs/create", body=self._body)
             self._sent = True
             # A server goes on with a request whose client is gone: the answer tells when it is done.

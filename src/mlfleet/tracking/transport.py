@@ -21,11 +21,13 @@ from mlfleet.errors import TrackingError, UsageError
 from mlfleet.tracking.auth import Login, Tls
 from mlfleet.tracking.connections import Connections, Line
 from mlfleet.tracking.failures import Failures
+from mlfleet.tracking.locations import split_uri
 from mlfleet.tracking.retry import BACKOFF, Patience, RetryPolicy, Transient
 
 if TYPE_CHECKING:
     import httpx
-from mlfleet.tracking.locations import split_uri
+
+    from mlfleet.tracking.wire import Answer
 
 __all__ = ["API", "ARTIFACTS", "Transport"]
 
@@ -155,7 +157,7 @@ class Transport:
             TrackingError: it will not.
         """
         self.failures  # noqa: B018 - raises if this is not open
-        async with self.connections.one() as line:
+        async with self.connections as line:
             return await self.exchange(line, method, path, body=body, params=params)
 
     async def exchange(
@@ -171,19 +173,24 @@ class Transport:
         content = json.dumps(body, separators=(",", ":")).encode() if body is not None else None
         kind = {"Content-Type": "application/json"} if content is not None else {}
         sent = {**self._headers, **kind, **await self.login.headers()}
-        answer = await self._small_answer(line, method, path, content, sent, params)
-        if answer.is_redirect:
-            # Nothing was done yet; httpx knows where to go.
-            async with self._answer(line.client, method, path, content, kind, params) as answer:
-                await answer.aread()
-        elif not answer.is_success:
-            raise self._failure(path, answer, sent)
+        first = await self._small_answer(line, method, path, content, sent, params)
+        if first.is_success:
+            return self._told(path, first.body, first.to_httpx)
+        response = first.to_httpx()
+        if not response.is_redirect:
+            raise self._failure(path, response, sent)
+        # Nothing was done yet; httpx knows where to go.
+        async with self._answer(line.client, method, path, content, kind, params) as answer:
+            return self._told(path, await answer.aread(), lambda: answer)
+
+    def _told(self, path: str, body: bytes, answer: Callable[[], httpx.Response]) -> dict[str, Any]:
+        """What the body of a success says."""
         try:
-            told = json.loads(answer.content or b"{}")
+            told = json.loads(body or b"{}")
         except ValueError:
-            raise self.failures.of_no_json(path, answer) from None
+            told = None
         if not isinstance(told, dict):
-            raise self.failures.of_no_json(path, answer)
+            raise self.failures.of_no_json(path, answer())
         return told
 
     async def _small_answer(
@@ -194,7 +201,7 @@ class Transport:
         content: bytes | None,
         headers: Mapping[str, str],
         params: Mapping[str, str] | None,
-    ) -> httpx.Response:
+    ) -> Answer:
         """What the server answers at first; a fan-out of hundreds of runs spends its time here."""
         import httpx
 
@@ -219,7 +226,7 @@ class Transport:
         headers = {"Content-Length": str(size), "Content-Type": "application/octet-stream"} if size is not None else {}
         self.failures  # noqa: B018 - raises if this is not open
         async with (
-            self._file_connections.one() as line,
+            self._file_connections as line,
             self._answer(line.client, method, path, content, headers, None) as answer,
         ):
             yield answer

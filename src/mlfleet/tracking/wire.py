@@ -9,13 +9,14 @@ from __future__ import annotations
 import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import aiohttp
 import httpx
 from multidict import CIMultiDict
 from yarl import URL
 
-__all__ = ["AiohttpTransport"]
+__all__ = ["AiohttpTransport", "Answer"]
 
 _CHUNK = 64 * 1024
 _NO_DEFAULTS = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
@@ -33,6 +34,30 @@ _MEANINGS: tuple[tuple[type[Exception], type[httpx.TransportError]], ...] = (
     (aiohttp.ClientError, httpx.ReadError),
     (OSError, httpx.ReadError),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A small answer, read to its end.
+
+    Attributes:
+        status: of HTTP.
+        headers: names and values.
+        body: its content.
+    """
+
+    status: int
+    headers: tuple[tuple[bytes, bytes], ...]
+    body: bytes
+
+    @property
+    def is_success(self) -> bool:
+        """Whether the server did what it was asked."""
+        return 200 <= self.status < 300
+
+    def to_httpx(self) -> httpx.Response:
+        """For all who look closer, which takes some time."""
+        return httpx.Response(self.status, headers=self.headers, content=self.body)
 
 
 class AiohttpTransport(httpx.AsyncBaseTransport):
@@ -75,9 +100,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
             extensions={"http_version": b"HTTP/1.1", "reason_phrase": (answer.reason or "").encode()},
         )
 
-    async def exchange(
-        self, method: str, url: str, *, headers: Mapping[str, str], content: bytes | None
-    ) -> httpx.Response:
+    async def exchange(self, method: str, url: str, *, headers: Mapping[str, str], content: bytes | None) -> Answer:
         """Send a request with a small answer, without what httpx itself does around it: half the time again.
 
         Args:
@@ -95,7 +118,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
                 allow_redirects=False,
             ) as answer:
                 body = await answer.read()
-        return httpx.Response(answer.status, headers=answer.raw_headers, content=body)
+        return Answer(answer.status, answer.raw_headers, body)
 
     async def aclose(self) -> None:
         """Close all connections."""
