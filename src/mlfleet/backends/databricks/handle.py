@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from mlfleet.backends.databricks.poller import Poller
 from mlfleet.backends.databricks.states import Phase, State
 from mlfleet.backends.databricks.storage import Storage
 from mlfleet.backends.databricks.workspace import Workspace, WorkspaceError
-from mlfleet.concurrency.lines import follow_file, last_lines
+from mlfleet.backends.supervised import SupervisedRun
 from mlfleet.concurrency.threads import Threads, outlast
 from mlfleet.errors import BackendError, MlfleetError, RunLost
 from mlfleet.runs import FailureKind, Outcome, RunStatus
@@ -53,30 +52,25 @@ class RemoteRun:
     secret: tuple[str, str] | None = None
 
 
-class DatabricksRun:
-    """The handle. `supervise` is started once by the backend, which owns its task."""
+class DatabricksRun(SupervisedRun):
+    """The handle. What ends it is Databricks, with the grace that the job was submitted with."""
+
+    backend = "databricks"
+    noun = "run"
 
     def __init__(
         self, run: RemoteRun, workspace: Workspace, storage: Storage, poller: Poller, *, submitted: bool
     ) -> None:
+        super().__init__(run.run_id, run.output, submitted=submitted)
         self._run = run
         self._workspace = workspace
         self._poller = poller
         self._cell = poller.track(run.id)
         self._copy = OutputCopy(lambda name: storage.read(f"{run.folder}/{name}"), run.output)
-        self.submitted = submitted
-        self._detaching = anyio.CancelScope()
         self._cancelling = anyio.Event()
         self._followed = anyio.Event()
-        self._done = anyio.Event()
-        self._outcome: Outcome | None = None
 
     # ---- the handle -------------------------------------------------------------------------------------------------
-
-    @property
-    def run_id(self) -> str:
-        """The id of the MLflow run."""
-        return self._run.run_id
 
     @property
     def tags(self) -> Mapping[str, str]:
@@ -94,21 +88,8 @@ class DatabricksRun:
         except MlfleetError:
             return  # its outcome tells
 
-    async def wait(self) -> bool:
-        """Wait until it has ended and its output is here; True if it finished well."""
-        return (await self.outcome()).status is RunStatus.FINISHED
-
-    async def outcome(self) -> Outcome:
-        """Wait like `wait`, and tell how it ended."""
-        await self._done.wait()
-        assert self._outcome is not None  # noqa: S101 - set before the event
-        return self._outcome
-
-    async def cancel(self, *, grace: float | None = None) -> None:
-        """Have Databricks end it, and wait until it says that it has. `grace` is what the job was submitted with."""
-        # The run's own task does the work, so that it is done although this caller is cancelled.
+    def _begin_stop(self, grace: float | None) -> None:
         self._cancelling.set()
-        await self._done.wait()
 
     async def get_status(self) -> RunStatus:
         """As the latest poll told it."""
@@ -119,42 +100,19 @@ class DatabricksRun:
 
     async def logs(self, *, follow: bool = True) -> AsyncIterator[str]:
         """The lines of its output; none if it goes to the output of this process."""
-        if self._run.output is None:
-            return
         if follow:
             self._followed.set()
-        elif self._outcome is None:
+        elif self._outcome is None and self._output is not None:
             await self._copy.advance()
-        async for line in follow_file(self._run.output, self._done.wait if follow else None):
+        async for line in super().logs(follow=follow):
             yield line
 
     # ---- its task ---------------------------------------------------------------------------------------------------
 
-    def detach(self) -> None:
-        """Leave the run alone from now on; who waits is told that its end is not known."""
-        self._detaching.cancel()
-
-    async def supervise(self) -> None:
-        """See the run to its end."""
-        with self._detaching:
-            while self._outcome is None:
-                try:
-                    self._outcome = await self._live()
-                except MlfleetError as error:
-                    seen = await self._last_lines()
-                    self._outcome = Outcome(RunStatus.FAILED, reason=str(error), error=error, output=seen)
-                except asyncio.CancelledError:
-                    if self._detaching.cancel_called:
-                        raise
-                    # asyncio.run cancels every task at its end: then the run has to end, too.
-                    self._cancelling.set()
-        if self._outcome is None:
-            lost = RunLost("this process does not look after the run any more", backend="databricks")
-            self._outcome = Outcome(RunStatus.FAILED, reason=str(lost), error=lost)
+    async def _tidy(self) -> None:
         self._poller.untrack(self._run.id)
-        if self._run.secret is not None and not self._detaching.cancel_called:
+        if self._run.secret is not None and not self._detached:
             await outlast(asyncio.ensure_future(remove_secret(self._workspace, *self._run.secret)))
-        self._done.set()
 
     async def _live(self) -> Outcome:
         try:
@@ -241,10 +199,6 @@ class DatabricksRun:
         error = " ".join(str(page.get("error") or "").split())
         reason = f"{state.reason}: {error}" if error and error not in (state.reason or "") else state.reason
         return Outcome(RunStatus.FAILED, code, reason or "failed in Databricks", cause=state.cause)
-
-    async def _last_lines(self) -> tuple[str, ...]:
-        output = self._run.output
-        return () if output is None else await _files(partial(last_lines, output))
 
 
 def _with_trace(lines: tuple[str, ...], page: Mapping[str, Any]) -> tuple[str, ...]:

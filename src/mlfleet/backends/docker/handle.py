@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import anyio
 from mlfleet.backends.docker.engine import Engine, EngineError
 from mlfleet.backends.docker.events import PATIENCE, Containers, Phase, State
 from mlfleet.backends.docker.output import Copier, Custody
-from mlfleet.concurrency.lines import follow_file, last_lines
+from mlfleet.backends.supervised import SupervisedRun
 from mlfleet.concurrency.threads import Threads, outlast
 from mlfleet.errors import MlfleetError, RunLost
 from mlfleet.runs import FailureKind, Outcome, RunStatus
@@ -60,32 +59,27 @@ class Container:
     stop_signal: str = "SIGTERM"
 
 
-class DockerRun:
-    """The handle. `supervise` is started once by the backend, which owns its task."""
+class DockerRun(SupervisedRun):
+    """The handle: SIGTERM, the grace and SIGKILL end it, and it has ended when its container is removed."""
+
+    backend = "docker"
+    noun = "container"
 
     def __init__(
         self, container: Container, engine: Engine, containers: Containers, custody: Custody, *, submitted: bool
     ) -> None:
+        super().__init__(container.run_id, container.output, submitted=submitted)
         self._container = container
         self._engine = engine
         self._containers = containers
         self._cell = containers.track(container.id)
         self._custody = custody
         self._copier = Copier(engine, container.id, container.output, tty=container.tty)
-        self.submitted = submitted
-        self._detaching = anyio.CancelScope()
         self._attached = anyio.Event()
         self._stop_at: float | None = None
         self._stop_changed = anyio.Event()
-        self._done = anyio.Event()
-        self._outcome: Outcome | None = None
 
     # ---- the handle -------------------------------------------------------------------------------------------------
-
-    @property
-    def run_id(self) -> str:
-        """The id of the MLflow run."""
-        return self._container.run_id
 
     @property
     def tags(self) -> Mapping[str, str]:
@@ -94,22 +88,6 @@ class DockerRun:
 
     async def started(self) -> None:
         """A container runs when its start was answered."""
-
-    async def wait(self) -> bool:
-        """Wait until the container has ended and is removed; True if it finished well."""
-        return (await self.outcome()).status is RunStatus.FINISHED
-
-    async def outcome(self) -> Outcome:
-        """Wait like `wait`, and tell how it ended."""
-        await self._done.wait()
-        assert self._outcome is not None  # noqa: S101 - set before the event
-        return self._outcome
-
-    async def cancel(self, *, grace: float | None = None) -> None:
-        """SIGTERM, up to `grace` seconds, SIGKILL; returns when the container is removed."""
-        # The run's own task does the work, so that it is done although this caller is cancelled.
-        self._begin_stop(grace)
-        await self._done.wait()
 
     def _begin_stop(self, grace: float | None) -> None:
         deadline = anyio.current_time() + (self._container.grace if grace is None else grace)
@@ -121,13 +99,6 @@ class DockerRun:
     async def get_status(self) -> RunStatus:
         """RUNNING until the container is removed, then how it ended."""
         return RunStatus.RUNNING if self._outcome is None else self._outcome.status
-
-    async def logs(self, *, follow: bool = True) -> AsyncIterator[str]:
-        """The lines of its output; none if it goes to the output of this process."""
-        if self._container.output is None:
-            return
-        async for line in follow_file(self._container.output, self._done.wait if follow else None):
-            yield line
 
     # ---- its task ---------------------------------------------------------------------------------------------------
 
@@ -141,34 +112,12 @@ class DockerRun:
         if self._outcome is not None and self._outcome.error is not None:
             raise self._outcome.error
 
-    def detach(self) -> None:
-        """Leave the container alone from now on; who waits is told that its end is not known."""
-        self._detaching.cancel()
-
-    async def supervise(self) -> None:
-        """See the container to its end and remove it."""
-        with self._detaching:
-            while self._outcome is None:
-                try:
-                    self._outcome = await self._live()
-                except MlfleetError as error:
-                    seen = await self._last_lines()
-                    self._outcome = Outcome(RunStatus.FAILED, reason=str(error), error=error, output=seen)
-                except asyncio.CancelledError:
-                    if self._detaching.cancel_called:
-                        raise
-                    # asyncio.run cancels every task at its end: then the container has to end, too.
-                    self._begin_stop(None)
-        if self._outcome is None:
-            lost = RunLost("this process does not look after the container any more", backend="docker")
-            self._outcome = Outcome(RunStatus.FAILED, reason=str(lost), error=lost)
-        tidying = asyncio.ensure_future(self._tidy())
-        await outlast(tidying)
+    async def _tidy(self) -> None:
+        await outlast(asyncio.ensure_future(self._let_go()))
         self._containers.untrack(self._container.id)
         self._attached.set()
-        self._done.set()
 
-    async def _tidy(self) -> None:
+    async def _let_go(self) -> None:
         await self._copier.close()
         await _files(self._custody.release)
 
@@ -272,10 +221,6 @@ class DockerRun:
     async def _remove(self) -> None:
         # An engine that is being stopped ends its containers first, and is away when they should be removed.
         await remove_container(self._engine, self._container.id, patience=_CLEANUP)
-
-    async def _last_lines(self) -> tuple[str, ...]:
-        output = self._container.output
-        return () if output is None else await _files(partial(last_lines, output))
 
     # ---- how it ended -----------------------------------------------------------------------------------------------
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import anyio
@@ -18,7 +17,7 @@ from mlfleet.backends.kubernetes.diagnosis import Hindrance, Kind, hindrance, ou
 from mlfleet.backends.kubernetes.logs import Copier, Streams
 from mlfleet.backends.kubernetes.state import JobState, PodState, Seen, job_of_pod, read_pod
 from mlfleet.backends.kubernetes.watching import NamespaceWatch
-from mlfleet.concurrency.lines import follow_file, last_lines
+from mlfleet.backends.supervised import SupervisedRun
 from mlfleet.concurrency.threads import Threads, outlast
 from mlfleet.concurrency.watch import Cell
 from mlfleet.errors import MlfleetError, RunLost, SubmitError
@@ -61,56 +60,33 @@ class Target:
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
-class KubernetesRun:
-    """The handle. `supervise` is started once by the backend, which owns its task."""
+class KubernetesRun(SupervisedRun):
+    """The handle. A cancelled run has ended when its Job and its pods are gone."""
+
+    backend = "kubernetes"
+    noun = "Job"
 
     def __init__(
         self, target: Target, job: JobState, api: Api, streams: Streams, watch: NamespaceWatch, *, submitted: bool
     ) -> None:
+        super().__init__(target.run_id, target.output, submitted=submitted)
         self.target = target
-        self.submitted = submitted
         self._api = api
         self._watch = watch
         self._cell = watch.track(job)
         self._copier = Copier(api, streams, target.namespace, target.output)
         self._started = asyncio.Event()
-        self._done = asyncio.Event()
-        self._outcome: Outcome | None = None
         self._grace: float | None = None
         self._stop_changed = asyncio.Event()
         self._living: asyncio.TaskGroup | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._cut = False  # by us, before it had ended
-        self._detaching = None if submitted else anyio.CancelScope()
 
     # ---- the handle -------------------------------------------------------------------------------------------------
-
-    @property
-    def run_id(self) -> str:
-        """The id of the MLflow run."""
-        return self.target.run_id
 
     async def started(self) -> None:
         """Wait until the container runs, has run, or never will."""
         await self._started.wait()
-
-    async def wait(self) -> bool:
-        """Wait for the end of the Job; True if it finished well."""
-        await self._done.wait()
-        assert self._outcome is not None  # noqa: S101 - set before the event
-        return self._outcome.status is RunStatus.FINISHED
-
-    async def outcome(self) -> Outcome:
-        """Wait like `wait`, and tell how it ended."""
-        await self._done.wait()
-        assert self._outcome is not None  # noqa: S101 - set before the event
-        return self._outcome
-
-    async def cancel(self, *, grace: float | None = None) -> None:
-        """Delete the Job; returns when it and its pods are gone."""
-        # The run's own task does the work, so that it is done although this caller is cancelled.
-        self._begin_stop(grace)
-        await self._done.wait()
 
     def _begin_stop(self, grace: float | None) -> None:
         seconds = self.target.grace if grace is None else grace
@@ -130,55 +106,15 @@ class KubernetesRun:
             return RunStatus.SCHEDULED
         return RunStatus.RUNNING if seen.status.is_terminal else seen.status
 
-    async def logs(self, *, follow: bool = True) -> AsyncIterator[str]:
-        """The lines of its output; none if it goes to the output of this process."""
-        if self.target.output is None:
-            return
-        async for line in follow_file(self.target.output, self._done.wait if follow else None):
-            yield line
-
     # ---- its task ---------------------------------------------------------------------------------------------------
 
-    def detach(self) -> None:
-        """Leave a Job that was not submitted here alone from now on; who waits is told that its end is not known."""
-        assert self._detaching is not None  # noqa: S101 - it was not submitted here
-        self._detaching.cancel()
-
-    async def supervise(self) -> None:
-        """See the Job to its end."""
-        if self._detaching is None:
-            await self._settle()
-        else:
-            with self._detaching:
-                await self._settle()
-        if self._outcome is None:
-            lost = RunLost("this process does not look after the Job any more", backend="kubernetes")
-            self._outcome = Outcome(RunStatus.FAILED, reason=str(lost), error=lost)
+    async def _tidy(self) -> None:
         if not self.target.keep and not self._cut and self.submitted:
-            await outlast(asyncio.ensure_future(self._tidy()))
+            await outlast(asyncio.ensure_future(self._remove()))
         self._watch.untrack(self.target.uid)
         self._started.set()
-        self._done.set()
 
-    async def _settle(self) -> None:
-        while self._outcome is None:
-            try:
-                self._outcome = await self._live()
-            except MlfleetError as error:
-                await self._abandon()
-                seen = await self._last_lines()
-                self._outcome = Outcome(RunStatus.FAILED, reason=str(error), error=error, output=seen)
-            except asyncio.CancelledError:
-                if self._detaching is not None and self._detaching.cancel_called:
-                    raise
-                # asyncio.run cancels every task at its end: then the Job has to end, too.
-                self._begin_stop(None)
-                # Taken note of: else a task group that fails later would cancel this task again (Python 3.13).
-                task = asyncio.current_task()
-                while task is not None and task.uncancel():
-                    pass
-
-    async def _tidy(self) -> None:
+    async def _remove(self) -> None:
         try:
             await delete_job(self._api, self.target.namespace, self.target.name, self.target.uid)
         except MlfleetError as error:
@@ -283,10 +219,6 @@ class KubernetesRun:
         while not copying.done() and seen != self._copier.copied:
             seen = self._copier.copied
             await asyncio.wait([copying], timeout=_STALLED)
-
-    async def _last_lines(self) -> tuple[str, ...]:
-        output = self.target.output
-        return () if output is None else await _files(partial(last_lines, output))
 
     # ---- what never starts ------------------------------------------------------------------------------------------
 

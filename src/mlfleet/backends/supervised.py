@@ -1,0 +1,136 @@
+"""What handles of runs elsewhere have in common: one task sees a run to its end, and anybody may wait for that."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+from mlfleet.concurrency.lines import follow_file, last_lines
+from mlfleet.concurrency.threads import Threads, outlast
+from mlfleet.errors import MlfleetError, RunLost
+from mlfleet.runs import Outcome, RunStatus
+
+__all__ = ["SupervisedRun"]
+
+_files = Threads("output files", 4)
+
+
+class SupervisedRun(ABC):
+    """A handle. `supervise` is started once by the backend, which owns its task.
+
+    Args:
+        run_id: of the MLflow run.
+        output: the file for the run's output; None: it goes to the output of this process.
+        submitted: whether it was submitted here: then it does not outlive its backend.
+
+    Attributes:
+        submitted: likewise.
+    """
+
+    backend: ClassVar[str]
+    """The name of the backend."""
+
+    noun: ClassVar[str]
+    """What the run is there."""
+
+    def __init__(self, run_id: str, output: Path | None, *, submitted: bool) -> None:
+        self.submitted = submitted
+        self._run_id = run_id
+        self._output = output
+        self._task: asyncio.Task[None] | None = None
+        self._detached = False
+        # Neither these nor anything else here are anyio's: hundreds of runs wait at the same time.
+        self._done = asyncio.Event()
+        self._outcome: Outcome | None = None
+
+    # ---- the handle -------------------------------------------------------------------------------------------------
+
+    @property
+    def run_id(self) -> str:
+        """The id of the MLflow run."""
+        return self._run_id
+
+    async def wait(self) -> bool:
+        """Wait until it has ended and its output is here; True if it finished well."""
+        return (await self.outcome()).status is RunStatus.FINISHED
+
+    async def outcome(self) -> Outcome:
+        """Wait like `wait`, and tell how it ended."""
+        await self._done.wait()
+        assert self._outcome is not None  # noqa: S101 - set before the event
+        return self._outcome
+
+    async def cancel(self, *, grace: float | None = None) -> None:
+        """Have it ended, and wait for that. A cancelled call has begun it all the same.
+
+        Args:
+            grace: seconds between the request and the end by force; None: as the run was submitted with.
+        """
+        # The run's own task does the work.
+        self._begin_stop(grace)
+        await self._done.wait()
+
+    async def logs(self, *, follow: bool = True) -> AsyncIterator[str]:
+        """The lines of its output; none if it goes to the output of this process."""
+        if self._output is None:
+            return
+        async for line in follow_file(self._output, self._done.wait if follow else None):
+            yield line
+
+    # ---- its task ---------------------------------------------------------------------------------------------------
+
+    def detach(self) -> None:
+        """Leave the run alone from now on; who waits is told that its end is not known."""
+        self._detached = True
+        if self._task is not None and self._outcome is None:
+            self._task.cancel()
+
+    async def supervise(self) -> None:
+        """See the run to its end."""
+        self._task = task = asyncio.current_task()
+        while self._outcome is None and not self._detached:
+            try:
+                self._outcome = await self._live()
+            except MlfleetError as error:
+                failing = asyncio.ensure_future(self._fail(error))
+                await outlast(failing)
+                failing.result()
+            except asyncio.CancelledError:
+                if not self._detached:
+                    # asyncio.run cancels every task at its end: then the run has to end, too.
+                    self._begin_stop(None)
+                # Taken note of: else a task group that fails later would cancel this task again (Python 3.13).
+                while task is not None and task.uncancel():
+                    pass
+        if self._outcome is None:
+            lost = RunLost(f"this process does not look after the {self.noun} any more", backend=self.backend)
+            self._outcome = Outcome(RunStatus.FAILED, reason=str(lost), error=lost)
+        await self._tidy()
+        self._done.set()
+
+    async def _fail(self, error: MlfleetError) -> None:
+        await self._abandon()
+        seen = await self._last_lines()
+        self._outcome = Outcome(RunStatus.FAILED, reason=str(error), error=error, output=seen)
+
+    async def _last_lines(self) -> tuple[str, ...]:
+        return () if self._output is None else await _files(partial(last_lines, self._output))
+
+    @abstractmethod
+    def _begin_stop(self, grace: float | None) -> None:
+        """Have the task end the run, in `grace` seconds; of several calls the shortest counts."""
+
+    @abstractmethod
+    async def _live(self) -> Outcome:
+        """All of the run's life, or the rest of it after a cancellation of the task."""
+
+    async def _abandon(self) -> None:  # noqa: B027 - most have nothing to do
+        """Nobody looks any more, for an error: see to it that the run does not go on unseen."""
+
+    @abstractmethod
+    async def _tidy(self) -> None:
+        """Give back what the run holds here. Must not be torn by a cancellation."""
