@@ -4,19 +4,60 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+import anyio
+
 from mlfleet.concurrency.lines import follow_file, last_lines
+from mlfleet.concurrency.tasks import TaskOwner
 from mlfleet.concurrency.threads import Threads, outlast
 from mlfleet.errors import MlfleetError, RunLost
 from mlfleet.runs import Outcome, RunStatus
 
-__all__ = ["SupervisedRun"]
+__all__ = ["SupervisedRun", "SupervisedRuns"]
 
 _files = Threads("output files", 4)
+
+
+class SupervisedRuns:
+    """The runs of a backend that have not ended, and their tasks."""
+
+    def __init__(self) -> None:
+        self._runs: set[SupervisedRun] = set()
+        self._tasks = TaskOwner()
+
+    def start(self, run: SupervisedRun, *, name: str, then: Callable[[], Awaitable[None]] | None = None) -> None:
+        """See a run to its end in a task of its own.
+
+        Args:
+            run: the handle.
+            name: of the task.
+            then: what is to be done after its end.
+        """
+        self._runs.add(run)
+        self._tasks.start(self._look_after(run, then), name=name)
+
+    async def _look_after(self, run: SupervisedRun, then: Callable[[], Awaitable[None]] | None) -> None:
+        try:
+            await run.supervise()
+        finally:
+            self._runs.discard(run)
+            if then is not None:
+                await then()
+
+    async def close(self) -> None:
+        """Cancel the runs that were submitted here and leave the others alone; returns when no task is left."""
+        with anyio.CancelScope(shield=True):
+            async with anyio.create_task_group() as group:
+                for run in tuple(self._runs):
+                    if run.submitted:
+                        group.start_soon(run.cancel)
+                    else:
+                        run.detach()
+            await self._tasks.join()
 
 
 class SupervisedRun(ABC):

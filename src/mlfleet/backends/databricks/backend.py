@@ -27,9 +27,9 @@ from mlfleet.backends.databricks.storage import HOME, Storage, storage_of
 from mlfleet.backends.databricks.timing import Timing
 from mlfleet.backends.databricks.upload import Uploads
 from mlfleet.backends.databricks.workspace import Workspace, WorkspaceError
+from mlfleet.backends.supervised import SupervisedRuns
 from mlfleet.concurrency.once import Once
 from mlfleet.concurrency.shield import finish
-from mlfleet.concurrency.tasks import TaskOwner
 from mlfleet.concurrency.threads import Threads
 from mlfleet.environments.needs import read_python_needs
 from mlfleet.errors import RunLost, SubmitError, UsageError
@@ -115,21 +115,14 @@ class DatabricksBackend(Backend):
         self._timing = timing or Timing()
         self._stack = AsyncExitStack()
         self._sites: Once[tuple[str | None, str], _Site] = Once(keep=True)
-        self._tasks = TaskOwner()
-        self._runs: set[DatabricksRun] = set()
+        self._runs = SupervisedRuns()
         self._attempts: dict[str, str] = {}
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with anyio.CancelScope(shield=True):
-            async with anyio.create_task_group() as group:
-                for run in tuple(self._runs):
-                    if run.submitted:
-                        group.start_soon(run.cancel)
-                    else:
-                        run.detach()
-            await self._tasks.join()
+            await self._runs.close()
             await self._stack.aclose()
 
     def configure(self, config: Mapping[str, Any]) -> DatabricksConfig:
@@ -311,15 +304,8 @@ class DatabricksBackend(Backend):
         run = DatabricksRun(remote, site.workspace, storage, site.poller, submitted=submitted)
         if state is not None:
             run.told(state)
-        self._runs.add(run)
-        self._tasks.start(self._look_after(run), name=f"mlfleet Databricks run {remote.id}")
+        self._runs.start(run, name=f"mlfleet Databricks run {remote.id}")
         return run
-
-    async def _look_after(self, run: DatabricksRun) -> None:
-        try:
-            await run.supervise()
-        finally:
-            self._runs.discard(run)
 
 
 def _config(job: Job) -> DatabricksConfig:

@@ -24,8 +24,8 @@ from mlfleet.backends.docker.image import Image, Images, check_reference
 from mlfleet.backends.docker.output import Custody
 from mlfleet.backends.docker.tracking import Reach, reach
 from mlfleet.backends.docker.values import Wrong, add_volume
+from mlfleet.backends.supervised import SupervisedRuns
 from mlfleet.concurrency.shield import finish
-from mlfleet.concurrency.tasks import TaskOwner
 from mlfleet.concurrency.threads import Threads
 from mlfleet.errors import RunLost, SubmitError, UsageError
 from mlfleet.folders import runs_folder
@@ -50,8 +50,7 @@ class DockerBackend(Backend):
         self._engine = Engine()
         self._images = Images(self._engine)
         self._containers = Containers(self._engine)
-        self._tasks = TaskOwner()
-        self._runs: set[DockerRun] = set()
+        self._runs = SupervisedRuns()
         self._starting = anyio.CapacityLimiter(_AT_ONCE)
 
     async def __aenter__(self) -> Self:
@@ -63,13 +62,7 @@ class DockerBackend(Backend):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with anyio.CancelScope(shield=True):
-            async with anyio.create_task_group() as group:
-                for run in tuple(self._runs):
-                    if run.submitted:
-                        group.start_soon(run.cancel)
-                    else:
-                        run.detach()
-            await self._tasks.join()
+            await self._runs.close()
             await self._containers.__aexit__(None, None, None)
             await self._engine.__aexit__(None, None, None)
 
@@ -202,15 +195,8 @@ class DockerBackend(Backend):
 
     def _supervise(self, container: Container, custody: Custody, *, submitted: bool) -> DockerRun:
         run = DockerRun(container, self._engine, self._containers, custody, submitted=submitted)
-        self._runs.add(run)
-        self._tasks.start(self._look_after(run), name=f"mlfleet container {container.name}")
+        self._runs.start(run, name=f"mlfleet container {container.name}")
         return run
-
-    async def _look_after(self, run: DockerRun) -> None:
-        try:
-            await run.supervise()
-        finally:
-            self._runs.discard(run)
 
 
 @dataclass(frozen=True, slots=True)

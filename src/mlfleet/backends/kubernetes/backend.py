@@ -7,6 +7,7 @@ import os
 import socket
 import uuid
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
@@ -25,8 +26,8 @@ from mlfleet.backends.kubernetes.names import job_name
 from mlfleet.backends.kubernetes.run import KubernetesRun, Target
 from mlfleet.backends.kubernetes.state import read_job
 from mlfleet.backends.kubernetes.submission import create_job, create_secret, find_job
+from mlfleet.backends.supervised import SupervisedRuns
 from mlfleet.concurrency.shield import finish
-from mlfleet.concurrency.tasks import TaskOwner
 from mlfleet.concurrency.turns import Turns
 from mlfleet.errors import MlfleetError, SubmitError, UsageError
 from mlfleet.folders import runs_folder
@@ -51,8 +52,7 @@ class KubernetesBackend(Backend):
         self._connections = Connections()
         self._deliveries = Deliveries()
         self._streams = Streams()
-        self._tasks = TaskOwner()
-        self._runs: set[KubernetesRun] = set()
+        self._runs = SupervisedRuns()
         self._turns = Turns()
         self._creating = asyncio.Semaphore(_AT_ONCE)
 
@@ -60,13 +60,7 @@ class KubernetesBackend(Backend):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with anyio.CancelScope(shield=True):
-            async with anyio.create_task_group() as group:
-                for run in tuple(self._runs):
-                    if run.submitted:
-                        group.start_soon(run.cancel)
-                    else:
-                        run.detach()
-            await self._tasks.join()
+            await self._runs.close()
             await self._connections.close()
 
     def configure(self, config: Mapping[str, Any]) -> KubernetesConfig:
@@ -227,16 +221,8 @@ class KubernetesBackend(Backend):
 
     def _supervise(self, shared: Shared, made: dict[str, Any], target: Target, *, submitted: bool) -> KubernetesRun:
         run = KubernetesRun(target, read_job(made), shared.api, self._streams, shared.watch, submitted=submitted)
-        self._runs.add(run)
-        self._tasks.start(self._look_after(run, shared), name=f"mlfleet Job {target.name}")
+        self._runs.start(run, name=f"mlfleet Job {target.name}", then=partial(self._connections.release, shared))
         return run
-
-    async def _look_after(self, run: KubernetesRun, shared: Shared) -> None:
-        try:
-            await run.supervise()
-        finally:
-            self._runs.discard(run)
-            await self._connections.release(shared)
 
 
 def _attached_config(context: str, namespace: str) -> KubernetesConfig:
