@@ -33,7 +33,6 @@ def sweeping(folder: Path, *arguments: str, command: str = PATIENT) -> Iterator[
     uri = write_project(folder, command, parameters="x: string")
     with started("sweep", uri, *LOCAL, "--jobs", "2", "--json", "--name", folder.name, *arguments) as driver:
         while driver.plain.count('"event": "started"') < 2:
-            driver.read_until('"started"')
             assert driver._read(), driver.plain
         events = [json.loads(line) for line in driver.plain.splitlines() if '"event"' in line and line.endswith("}")]
         sweep = next(event["run_id"] for event in events if event["event"] == "sweep")

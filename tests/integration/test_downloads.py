@@ -38,7 +38,12 @@ async def http(answers: Mapping[str, Answer | list[Answer]]) -> AsyncIterator[st
     """A server that gives these answers: path → answer, or one after the other."""
     waiting = {path: list(given) if isinstance(given, list) else [given] for path, given in answers.items()}
 
+    handlers: set[asyncio.Task[None]] = set()
+
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        handlers.add(task)
         try:
             path = (await reader.readuntil(b"\r\n\r\n")).split()[1].decode().partition("?")[0]
             left = waiting.get(path, [plain(b"", status="404 Not Found")])
@@ -50,7 +55,13 @@ async def http(answers: Mapping[str, Answer | list[Answer]]) -> AsyncIterator[st
             writer.close()
 
     async with await asyncio.start_server(handle, "127.0.0.1", 0) as server:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        try:
+            yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        finally:
+            # Newer Pythons wait for them.
+            for handler in handlers:
+                handler.cancel()
+            await asyncio.gather(*handlers, return_exceptions=True)
 
 
 async def download(uri: str, storage: Path) -> Path:
