@@ -94,9 +94,12 @@ class Spool(AbstractBackend):
         run_id = backend_config["_mlflow_local_backend_run_id"] if mode != "own run" else None
         run = get_or_create_run(run_id, project_uri, experiment_id, work_dir, version, entry_point, params)
         (command,) = get_entry_point_command(load_project(work_dir), entry_point, params, backend_config["STORAGE_DIR"])
+        hold = backend_config.get("hold")
         backend_config.clear()
         environ = {**os.environ, **get_run_env_vars(run.info.run_id, experiment_id)}
         process = subprocess.Popen(["bash", "-c", command], cwd=work_dir, env=environ, start_new_session=True)
+        if hold:
+            Path(hold).read_text()
         return Spooled(run.info.run_id, process, mode)
 '''
 

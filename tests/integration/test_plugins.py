@@ -230,6 +230,32 @@ print(run.get_status())
     assert "RuntimeError: the spool is locked" in done.stderr
 
 
+def test_what_a_plugin_gives_too_late_and_cannot_cancel_is_not_said_to_be_gone(place: Workplace) -> None:
+    project = write_project(place.tmp_path / "long", "echo $$ > pid; echo > begun; exec sleep 600 >/dev/null 2>&1")
+    os.mkfifo(Path(project, "begun"))
+    os.mkfifo(place.tmp_path / "hold")
+    done = place.script(f"""
+import anyio
+hold = {str(place.tmp_path / "hold")!r}
+async def main():
+    async with mlfleet.Fleet(timeouts=mlfleet.Timeouts(cancel_grace=0)) as fleet:
+        config = {{"mode": "cannot cancel", "hold": hold}}
+        run = await fleet.submit({project!r}, backend="spool", backend_config=config, experiment_id=EXPERIMENT)
+        await anyio.Path({project!r} + "/begun").read_text()
+        async with anyio.create_task_group() as group:
+            group.start_soon(run.cancel)
+            await anyio.lowlevel.checkpoint()
+            await anyio.Path(hold).write_text("the plugin's run may return")
+        print(await run.get_status(), (await run.outcome()).reason)
+anyio.run(main)
+""")
+    os.kill(int(Path(project, "pid").read_text()), 9)
+    assert done.stdout.startswith("FAILED the run may still go on at the plugin 'spool': cancelling failed"), (
+        done.stderr
+    )
+    assert [run["info"]["status"] for run in place.runs] == ["FAILED"]
+
+
 def test_leaving_a_fleet_ends_its_plugins_runs(place: Workplace) -> None:
     project = write_project(place.tmp_path / "long", "echo $$ > pid; echo > begun; exec sleep 600")
     os.mkfifo(Path(project, "begun"))

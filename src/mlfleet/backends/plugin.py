@@ -26,7 +26,6 @@ from mlfleet.concurrency.tasks import TaskOwner
 from mlfleet.concurrency.threads import Threads
 from mlfleet.errors import BackendError, SubmitError, UsageError
 from mlfleet.masking import is_secret_name, mask
-from mlfleet.runs import DEFAULT_CANCEL_GRACE
 from mlfleet.tracking import open_tracking
 from mlfleet.tracking.locations import absolute_uri
 
@@ -130,8 +129,9 @@ class PluginBackend(Backend):
 
         Raises:
             SubmitError: the plugin failed.
+            BackendError: the call was cancelled, and the plugin cannot cancel what it gave.
         """
-        handle = await _submits(partial(self._submit, job), undo=self._take_back)
+        handle = await _submits(partial(self._submit, job), undo=partial(self._take_back, job))
         run = PluginRun(job.run_id, handle, self.name, job.cancel_grace, self._tasks)
         self._runs.add(run)
         run.add_done_callback(partial(self._runs.discard, run))
@@ -171,10 +171,12 @@ class PluginBackend(Backend):
             )
         return handle  # type: ignore[no-any-return]
 
-    async def _take_back(self, handle: BlockingHandle) -> None:
+    async def _take_back(self, job: Job, handle: BlockingHandle) -> None:
         """End what nobody will get any more."""
-        run = PluginRun("", handle, self.name, DEFAULT_CANCEL_GRACE, self._tasks)
+        run = PluginRun(job.run_id, handle, self.name, job.cancel_grace, self._tasks)
         await run.cancel()
+        if error := (await run.outcome()).error:
+            raise error  # it may still go on: then it is not said to be cancelled
 
 
 def _config(given: Mapping[str, Any], call: ProjectCall, run_id: str) -> dict[str, Any]:

@@ -56,7 +56,8 @@ class Threads:
 
         Args:
             function: the blocking work.
-            undo: takes back a result that nobody will get any more. No cancellation tears it.
+            undo: takes back a result that nobody will get any more. No cancellation tears it; its error is raised
+                rather than the cancellation.
         """
         loop = asyncio.get_running_loop()
         crew = self._crews.get(loop)
