@@ -49,15 +49,17 @@ class SupervisedRuns:
                 await then()
 
     async def close(self) -> None:
-        """Cancel the runs that were submitted here and leave the others alone; returns when no task is left."""
-        with anyio.CancelScope(shield=True):
-            async with anyio.create_task_group() as group:
-                for run in tuple(self._runs):
-                    if run.submitted:
-                        group.start_soon(run.cancel)
-                    else:
-                        run.detach()
-            await self._tasks.join()
+        """Cancel the runs that were submitted here and leave the others alone; returns when no task is left.
+
+        To be shielded by the caller.
+        """
+        async with anyio.create_task_group() as group:
+            for run in tuple(self._runs):
+                if run.submitted:
+                    group.start_soon(run.cancel)
+                else:
+                    run.detach()
+        await self._tasks.join()
 
 
 class SupervisedRun(ABC):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from weakref import WeakValueDictionary
 import anyio
 from anyio.lowlevel import RunVar
 
-from mlfleet.concurrency.threads import Threads, outlast
+from mlfleet.concurrency.threads import Threads
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -85,8 +84,4 @@ async def _acquire(lock: FileLock) -> None:
 
 
 async def _release(lock: FileLock) -> None:
-    released = asyncio.ensure_future(_locking(lock.release))
-    cancelled = await outlast(released)
-    released.result()
-    if cancelled is not None:
-        raise cancelled
+    await _locking.clean_up(lock.release)

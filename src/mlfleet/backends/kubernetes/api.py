@@ -211,7 +211,19 @@ class Api:
         async with self._opening_logs if pool is Pool.LOGS else nullcontext():
             while True:
                 login = await self._credentials.login(refused=refused)
-                response = await self._send(login, pool, method, path, params, data, timeout)
+                response = await self._sessions[pool].request(
+                    method,
+                    login.host + path,
+                    params=dict(params or {}),
+                    data=data,
+                    headers=_headers(login, method, data),
+                    timeout=timeout,
+                    proxy=login.proxy,
+                    # Here, not in the connector: a renewed certificate makes new connections.
+                    ssl=login.tls if login.tls is not None else True,
+                    server_hostname=login.server_name,
+                    allow_redirects=False,
+                )
                 if response.status < 400:
                     return response
                 async with response:
@@ -222,35 +234,15 @@ class Api:
                     refused = login
                     tried.add(shown)
 
-    async def _send(
-        self,
-        login: Login,
-        pool: Pool,
-        method: str,
-        path: str,
-        params: Mapping[str, str] | None,
-        data: bytes | None,
-        timeout: aiohttp.ClientTimeout,
-    ) -> aiohttp.ClientResponse:
-        headers = {"Accept": "application/json, */*"}
-        if login.authorization is not None:
-            headers["Authorization"] = login.authorization
-        if data is not None:
-            kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
-            headers["Content-Type"] = kind
-        return await self._sessions[pool].request(
-            method,
-            login.host + path,
-            params=dict(params or {}),
-            data=data,
-            headers=headers,
-            timeout=timeout,
-            proxy=login.proxy,
-            # Here, not in the connector: a renewed certificate makes new connections.
-            ssl=login.tls if login.tls is not None else True,
-            server_hostname=login.server_name,
-            allow_redirects=False,
-        )
+
+def _headers(login: Login, method: str, data: bytes | None) -> dict[str, str]:
+    headers = {"Accept": "application/json, */*"}
+    if login.authorization is not None:
+        headers["Authorization"] = login.authorization
+    if data is not None:
+        kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
+        headers["Content-Type"] = kind
+    return headers
 
 
 class _Stream:
