@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import anyio
 
+from mlfleet.backends.supervised import AwaitedRun
 from mlfleet.concurrency.tasks import TaskOwner
 from mlfleet.concurrency.threads import Threads
 from mlfleet.errors import BackendError
@@ -64,8 +65,10 @@ class _Answer:
     error: BaseException | None = None
 
 
-class PluginRun:
+class PluginRun(AwaitedRun):
     """Waits for the plugin's handle in a thread of the run's own, for a wait that is queued would see no end.
+
+    Plugins give no exit code.
 
     Args:
         run_id: of the Fleet's MLflow run.
@@ -76,23 +79,16 @@ class PluginRun:
     """
 
     def __init__(self, run_id: str, handle: BlockingHandle, plugin: str, grace: float, tasks: TaskOwner) -> None:
-        self._run_id = run_id
+        super().__init__(run_id)
         self._handle = handle
         self._plugin = plugin
         self._grace = grace
         self._tasks = tasks
         self._stopping = False
         self._patience = anyio.CancelScope(deadline=math.inf)
-        self._done = anyio.Event()
-        self._outcome: Outcome | None = None
         self._callbacks: list[Callable[[], None]] = []
         self._ended = self._in_own_thread(handle.wait)
         self._ended.add_done_callback(self._when_ended)
-
-    @property
-    def run_id(self) -> str:
-        """The id of the Fleet's MLflow run."""
-        return self._run_id
 
     @property
     def second_run(self) -> str | None:
@@ -106,16 +102,6 @@ class PluginRun:
 
     async def started(self) -> None:
         """Plugins do not tell when the command begins: what they took counts as started."""
-
-    async def wait(self) -> bool:
-        """Wait until the plugin says that the run has ended; True if it finished well."""
-        return (await self.outcome()).status is RunStatus.FINISHED
-
-    async def outcome(self) -> Outcome:
-        """Wait like `wait`, and tell how it ended; plugins give no exit code."""
-        await self._done.wait()
-        assert self._outcome is not None  # noqa: S101 - set before the event
-        return self._outcome
 
     async def cancel(self, *, grace: float | None = None) -> None:
         """Have the plugin cancel the run, and wait for what its ``wait`` says.

@@ -17,7 +17,7 @@ from mlfleet.concurrency.threads import Threads, outlast
 from mlfleet.errors import MlfleetError, RunLost
 from mlfleet.runs import Outcome, RunStatus
 
-__all__ = ["SupervisedRun", "SupervisedRuns"]
+__all__ = ["AwaitedRun", "SupervisedRun", "SupervisedRuns"]
 
 _files = Threads("output files", 4)
 
@@ -62,7 +62,36 @@ class SupervisedRuns:
         await self._tasks.join()
 
 
-class SupervisedRun(ABC):
+class AwaitedRun:
+    """A handle that any number of tasks may wait for: `_outcome` is set, and then `_done`.
+
+    Args:
+        run_id: of the MLflow run.
+    """
+
+    def __init__(self, run_id: str) -> None:
+        self._run_id = run_id
+        # Not anyio's: hundreds of runs wait at the same time.
+        self._done = asyncio.Event()
+        self._outcome: Outcome | None = None
+
+    @property
+    def run_id(self) -> str:
+        """The id of the MLflow run."""
+        return self._run_id
+
+    async def wait(self) -> bool:
+        """Wait until it has ended and its output is here; True if it finished well."""
+        return (await self.outcome()).status is RunStatus.FINISHED
+
+    async def outcome(self) -> Outcome:
+        """Wait like `wait`, and tell how it ended."""
+        await self._done.wait()
+        assert self._outcome is not None  # noqa: S101 - set before the event
+        return self._outcome
+
+
+class SupervisedRun(AwaitedRun, ABC):
     """A handle. `supervise` is started once by the backend, which owns its task.
 
     Args:
@@ -81,31 +110,13 @@ class SupervisedRun(ABC):
     """What the run is there."""
 
     def __init__(self, run_id: str, output: Path | None, *, submitted: bool) -> None:
+        super().__init__(run_id)
         self.submitted = submitted
-        self._run_id = run_id
         self._output = output
         self._task: asyncio.Task[None] | None = None
         self._detached = False
-        # Neither these nor anything else here are anyio's: hundreds of runs wait at the same time.
-        self._done = asyncio.Event()
-        self._outcome: Outcome | None = None
 
     # ---- the handle -------------------------------------------------------------------------------------------------
-
-    @property
-    def run_id(self) -> str:
-        """The id of the MLflow run."""
-        return self._run_id
-
-    async def wait(self) -> bool:
-        """Wait until it has ended and its output is here; True if it finished well."""
-        return (await self.outcome()).status is RunStatus.FINISHED
-
-    async def outcome(self) -> Outcome:
-        """Wait like `wait`, and tell how it ended."""
-        await self._done.wait()
-        assert self._outcome is not None  # noqa: S101 - set before the event
-        return self._outcome
 
     async def cancel(self, *, grace: float | None = None) -> None:
         """Have it ended, and wait for that. A cancelled call has begun it all the same.
@@ -171,7 +182,7 @@ class SupervisedRun(ABC):
     async def _live(self) -> Outcome:
         """All of the run's life, or the rest of it after a cancellation of the task."""
 
-    async def _abandon(self) -> None:  # noqa: B027 - most have nothing to do
+    async def _abandon(self) -> None:
         """Nobody looks any more, for an error: see to it that the run does not go on unseen."""
 
     @abstractmethod
