@@ -11,7 +11,7 @@ import anyio
 if TYPE_CHECKING:
     import httpx
 
-    from mlfleet.tracking.wire import AiohttpTransport
+    from mlfleet.tracking.wire import Wire
 
 __all__ = ["Connections", "Line"]
 
@@ -25,7 +25,7 @@ class Line:
         client: over the same wire, for all else.
     """
 
-    wire: AiohttpTransport
+    wire: Wire
     client: httpx.AsyncClient
 
 

@@ -292,7 +292,7 @@ class Transport:
     def _prepare(self) -> None:
         import httpx
 
-        from mlfleet.tracking.wire import AiohttpTransport
+        from mlfleet.tracking.wire import Wire
 
         self.login.prepare()
         secrets = tuple(self._headers_that_are_secret())
@@ -300,12 +300,11 @@ class Transport:
         _warn_of_header_plugins()
         tls = Tls.from_environ().context()
         for connections in (self.connections, self._file_connections):
-            wire = AiohttpTransport(
+            wire = Wire(
                 tls=tls,
-                connections=connections.count,
                 keepalive=_KEEPALIVE_SECONDS,
                 connect=min(self._timeout, _CONNECT_SECONDS),
-                read=self._timeout,
+                silence=self._timeout,
                 # Proxies are for the way out of this machine.
                 trust_env=not _is_loopback(self.login.url),
             )

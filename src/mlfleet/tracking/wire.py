@@ -1,38 +1,31 @@
-"""aiohttp under httpx: its connections cost a third of the time that httpx's own take.
+"""Our own connections under httpx: they cost a fifth of the time that httpx's own take.
 
 A fan-out of hundreds of runs spends most of its driver's time on requests, and most of that in httpx's HTTP/1.1 in pure
-Python. aiohttp speaks it in C. Everything above the wire stays httpx's.
+Python. Everything above the wire stays httpx's.
 """
 
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import aiohttp
 import httpx
-from multidict import CIMultiDict
-from yarl import URL
 
-__all__ = ["AiohttpTransport", "Answer"]
+from mlfleet.http1.client import Client
+from mlfleet.http1.connection import Connection
+from mlfleet.http1.errors import BrokenAnswer, CannotConnect, SilentServer
+from mlfleet.http1.origin import Origin, environment_proxy
 
-_CHUNK = 64 * 1024
-_NO_DEFAULTS = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
+__all__ = ["Answer", "Wire"]
 
-# From the particular to the general; what says whether a request may have reached the server must not be mixed up.
+# What says whether a request may have reached the server must not be mixed up.
 _MEANINGS: tuple[tuple[type[Exception], type[httpx.TransportError]], ...] = (
-    (aiohttp.ClientProxyConnectionError, httpx.ProxyError),
-    (aiohttp.ClientHttpProxyError, httpx.ProxyError),
-    (aiohttp.ConnectionTimeoutError, httpx.ConnectTimeout),
-    (aiohttp.ClientConnectorError, httpx.ConnectError),
-    (aiohttp.InvalidURL, httpx.UnsupportedProtocol),
-    (TimeoutError, httpx.ReadTimeout),
-    (aiohttp.ServerDisconnectedError, httpx.RemoteProtocolError),
-    (aiohttp.ClientResponseError, httpx.RemoteProtocolError),
-    (aiohttp.ClientError, httpx.ReadError),
-    (OSError, httpx.ReadError),
+    (CannotConnect, httpx.ConnectError),
+    (SilentServer, httpx.ReadTimeout),
+    (BrokenAnswer, httpx.RemoteProtocolError),
+    (ValueError, httpx.LocalProtocolError),
 )
 
 
@@ -60,44 +53,51 @@ class Answer:
         return httpx.Response(self.status, headers=self.headers, content=self.body)
 
 
-class AiohttpTransport(httpx.AsyncBaseTransport):
-    """Sends httpx's requests by aiohttp. Made anywhere; connects in the event loop that first uses it.
+class Wire(httpx.AsyncBaseTransport):
+    """Sends httpx's requests. Made anywhere; connects in the event loop that first uses it.
 
     Args:
         tls: for https.
-        connections: at the same time.
         keepalive: seconds that an idle connection is kept.
         connect: seconds to connect.
-        read: seconds without a byte of an answer.
+        silence: seconds without a byte of an answer.
         trust_env: take proxies from the environment.
     """
 
     def __init__(
-        self, *, tls: ssl.SSLContext, connections: int, keepalive: float, connect: float, read: float, trust_env: bool
+        self, *, tls: ssl.SSLContext, keepalive: float, connect: float, silence: float, trust_env: bool
     ) -> None:
-        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect, sock_read=read)
+        self._client = Client(keepalive=keepalive, connect=connect)
         self._tls = tls
-        self._connections = connections
-        self._keepalive = keepalive
+        self._silence = silence
         self._trust_env = trust_env
-        self._session: aiohttp.ClientSession | None = None
+        self._origins: dict[str, Origin] = {}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request; the answer's body is read as it is asked for."""
-        stream = request.stream
+        stream, url = request.stream, request.url
+        content: bytes | AsyncIterable[bytes] | None
+        ours: tuple[bytes, ...] = (b"host",)
+        if isinstance(stream, httpx.ByteStream):
+            content = b"".join(stream) or None
+            ours += (b"content-length",)
+        else:
+            assert isinstance(stream, httpx.AsyncByteStream)  # noqa: S101 - what an AsyncClient sends
+            content = stream
         with _translated():
-            answer = await self._opened().request(
+            connection = await self._client.request(
+                self._origin(f"{url.scheme}://{url.netloc.decode('ascii')}"),
                 request.method,
-                URL(str(request.url), encoded=True),
-                headers=CIMultiDict(request.headers.multi_items()),
-                data=(b"".join(stream) or None) if isinstance(stream, httpx.ByteStream) else stream,
-                allow_redirects=False,
+                url.raw_path.decode("ascii"),
+                [(name.decode(), value.decode()) for name, value in request.headers.raw if name.lower() not in ours],
+                content,
+                silence=self._silence,
             )
         return httpx.Response(
-            answer.status,
-            headers=answer.raw_headers,
-            stream=_Body(answer),
-            extensions={"http_version": b"HTTP/1.1", "reason_phrase": (answer.reason or "").encode()},
+            connection.status,
+            headers=connection.raw_headers,
+            stream=_Body(self._client, connection),
+            extensions={"http_version": b"HTTP/1.1", "reason_phrase": connection.reason.encode()},
         )
 
     async def exchange(self, method: str, url: str, *, headers: Mapping[str, str], content: bytes | None) -> Answer:
@@ -109,56 +109,47 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
             headers: all of them.
             content: the body.
         """
+        scheme, _, rest = url.partition("://")
+        authority, slash, target = rest.partition("/")
+        client = self._client
         with _translated():
-            async with self._opened().request(
-                method,
-                URL(url, encoded=True),
-                headers=headers,
-                data=content,
-                allow_redirects=False,
-            ) as answer:
-                body = await answer.read()
-        return Answer(answer.status, answer.raw_headers, body)
+            connection = await client.request(
+                self._origin(f"{scheme}://{authority}"), method, slash + target, headers.items(), content,
+                silence=self._silence, whole=True,
+            )  # fmt: skip
+            answer = Answer(connection.status, connection.raw_headers, await connection.chunk())
+            client.release(connection)
+        return answer
 
     async def aclose(self) -> None:
         """Close all connections."""
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+        await self._client.close()
 
-    def _opened(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            self._session = self._open()
-        return self._session
-
-    def _open(self) -> aiohttp.ClientSession:
-        connector = aiohttp.TCPConnector(
-            ssl=self._tls, limit=self._connections, keepalive_timeout=self._keepalive, use_dns_cache=True
-        )
-        return aiohttp.ClientSession(
-            connector=connector,
-            auto_decompress=False,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            skip_auto_headers=_NO_DEFAULTS,
-            timeout=self._timeout,
-            trust_env=self._trust_env,
-        )
+    def _origin(self, place: str) -> Origin:
+        origin = self._origins.get(place)
+        if origin is None:
+            scheme, _, authority = place.partition("://")
+            proxy = environment_proxy(place) if self._trust_env else None
+            origin = self._origins[place] = Origin(scheme, authority, self._tls, proxy=proxy)
+        return origin
 
 
 class _Body(httpx.AsyncByteStream):
     """The body of an answer."""
 
-    def __init__(self, answer: aiohttp.ClientResponse) -> None:
-        self._answer = answer
+    def __init__(self, client: Client, connection: Connection) -> None:
+        self._client = client
+        self._connection: Connection | None = connection
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         with _translated():
-            async for chunk in self._answer.content.iter_chunked(_CHUNK):
+            while self._connection is not None and (chunk := await self._connection.chunk()):
                 yield chunk
 
     async def aclose(self) -> None:
-        # A connection whose answer was read to its end is back in the pool already; any other is of no more use.
-        self._answer.close()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self._client.release(connection)
 
 
 @contextmanager
