@@ -26,7 +26,8 @@ from mlfleet.tracking.auth import Credentials, ServerLogin
 from mlfleet.tracking.base import RunInfo, Tracking
 from mlfleet.tracking.creation import Creation, search_runs
 from mlfleet.tracking.databricks import DatabricksLogin, is_databricks
-from mlfleet.tracking.entities import SUBMISSION_TAG, Lengths, batches, deleted_experiment, pairs, run_info, shortened
+from mlfleet.tracking.entities import SUBMISSION_TAG, Lengths, batches, deleted_experiment, pairs, shortened
+from mlfleet.tracking.reads import Reads
 from mlfleet.tracking.retry import RETRY_FOR
 from mlfleet.tracking.transport import Transport
 from mlfleet.tracking.workspace import check_workspace
@@ -89,6 +90,8 @@ class RestTracking(Tracking):
             # Databricks has workspaces of another kind.
             workspace="" if is_databricks(uri) else workspace,
         )
+        # A search of Databricks may not know yet what has just been written.
+        self._reads = Reads(self._transport, together=not is_databricks(uri))
         self._artifacts = Artifacts(self._transport)
         self._experiments: Once[str, str] = Once(keep=True)
         self._user = ""
@@ -130,11 +133,12 @@ class RestTracking(Tracking):
         }
         if name is not None:
             body["run_name"] = name
-        return await Creation(self._transport, body, submission).run()
+        run = await Creation(self._transport, body, submission).run()
+        self._reads.note(run)
+        return run
 
     async def get_run(self, run_id: str, *, retry_for: float | None = None) -> RunInfo:  # noqa: D102
-        answer = await self._transport.call("GET", "runs/get", params={"run_id": run_id}, retry_for=retry_for)
-        return run_info(answer.get("run", {}))
+        return await self._reads.get(run_id, retry_for=retry_for)
 
     async def search_runs(  # noqa: D102
         self, experiment_ids: Sequence[str], filter_string: str = "", *, max_results: int = 1000
@@ -154,6 +158,8 @@ class RestTracking(Tracking):
         if status.is_terminal:
             body["end_time"] = _now() if end_time is None else end_time
         await self._transport.call("POST", "runs/update", body=body, retry_for=retry_for)
+        if status.is_terminal:
+            self._reads.forget(run_id)
 
     async def log_artifact(self, run: RunInfo, path: Path, artifact_path: str | None = None) -> None:  # noqa: D102
         await self._artifacts.upload(run.artifact_uri, path, artifact_path)
