@@ -269,6 +269,37 @@ async def test_who_may_not_search_reads_all_the_same(tracking: RestTracking, pro
     check(ids, await read(tracking, ids))
 
 
+async def test_a_server_that_searches_slowly_is_asked_for_each_run(tracking: RestTracking, proxy: FlakyProxy) -> None:
+    ids = await create(tracking, 10)
+
+    async def look_through_all_runs(request: Request, forward: Forward) -> Answer | None:
+        if "runs/search" in request.target:
+            await asyncio.sleep(3)  # as one does that keeps thousands of runs in files
+        return await forward()
+
+    proxy.rule = look_through_all_runs
+    for _ in range(3):
+        check(ids, await read(tracking, ids))
+    assert (proxy.count("runs/get?"), proxy.count("runs/search")) == (21, 1)
+
+
+async def test_a_server_that_searched_slowly_once_gets_another_chance(
+    tracking: RestTracking, proxy: FlakyProxy
+) -> None:
+    ids = await create(tracking, 10)
+
+    async def stumble(request: Request, forward: Forward) -> Answer | None:
+        if proxy.count("runs/search") == 0:
+            await asyncio.sleep(0.1)  # far away at first
+        elif "runs/search" in request.target and proxy.count("runs/search") == 1:
+            await asyncio.sleep(2)
+        return await forward()
+
+    proxy.rule = stumble
+    while proxy.count("runs/search") < 2:
+        check(ids, await read(tracking, ids))
+
+
 @pytest.mark.timeout(180)  # the server may have to be installed and started
 @pytest.mark.parametrize(
     ("name", "requests"),

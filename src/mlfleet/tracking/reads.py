@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
@@ -20,6 +23,9 @@ log = logging.getLogger("mlfleet.tracking")
 
 _TOGETHER = 100
 _KNOWN = 10_000
+_NEWEST = 0.2  # of the time of a read, the part that the newest one has
+_NOISE = 1.5  # times the time of as many reads, which a search may take
+_WON_BACK = 10  # reads for the time of each that was lost
 # Servers whose search does not know what it is asked answer so, always.
 _REFUSALS = frozenset({400, 501})
 
@@ -38,6 +44,7 @@ class Reads:
     def __init__(self, transport: Transport, *, together: bool) -> None:
         self._transport = transport
         self._together = together
+        self._worth = _Worth()
         self._experiments: dict[str, str] = {}
         self._waiting: dict[_Reader, None] = {}
 
@@ -83,11 +90,13 @@ class Reads:
 
     async def _ask(self, reader: _Reader) -> RunInfo:
         """Ask, in our turn, for us and for those who wait."""
-        others = self._take() if self._sociable(reader) else []
+        others = self._take() if self._sociable(reader) and self._worth else []
         if others and (found := await self._ask_for_all(reader, others)):
             return found
+        begin = time.monotonic()
         line = self._transport.connections.line
         answer = await self._transport.exchange(line, "GET", "runs/get", params={"run_id": reader.run_id})
+        self._worth.read_one(time.monotonic() - begin)
         return run_info(answer.get("run", {}))
 
     def _take(self) -> list[_Reader]:
@@ -104,7 +113,9 @@ class Reads:
         found: Mapping[str, RunInfo] = {}
         alone = False
         try:
-            found = await self._search((reader, *others))
+            with self._worth.trial() as trial:
+                found = await self._search((reader, *others))
+                trial.read = len(found)
             alone = True  # who was not found
         except Transient as failure:
             # It may be the search that the server cannot do: nobody is to wait for it twice.
@@ -149,6 +160,61 @@ class Reads:
             if self._sociable(reader):
                 self._waiting[reader] = None
             self._transport.connections.queue(reader.turn, first=True)
+
+
+class _Worth:
+    """Whether a search is worth it: a server that keeps runs in files looks through all of an experiment for it.
+
+    What a search has lost, compared with reads of one run, is won back by many of those before the next search. Until a
+    search has won, there is one at a time.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._won = False
+        self._trials = 0
+        self._debt = 0.0
+
+    def __bool__(self) -> bool:
+        return self._seconds > 0 and self._debt <= 0 and (self._won or not self._trials)
+
+    def read_one(self, seconds: float) -> None:
+        """A run was read alone."""
+        self._seconds += (seconds - self._seconds) * (_NEWEST if self._seconds else 1)
+        self._debt = max(0.0, self._debt - 1)
+
+    @contextmanager
+    def trial(self) -> Iterator[_Trial]:
+        """Judge the search of the block, unless it is cancelled."""
+        trial = _Trial()
+        begin = time.monotonic()
+        self._trials += 1
+        try:
+            yield trial
+        except Exception:
+            self._judge(trial, time.monotonic() - begin)
+            raise
+        else:
+            self._judge(trial, time.monotonic() - begin)
+        finally:
+            self._trials -= 1
+
+    def _judge(self, trial: _Trial, seconds: float) -> None:
+        reads = seconds / self._seconds
+        self._won = reads <= trial.read * _NOISE
+        if not self._won:
+            self._debt += reads * _WON_BACK
+
+
+@dataclass(slots=True)
+class _Trial:
+    """One search.
+
+    Attributes:
+        read: how many runs it gave.
+    """
+
+    read: int = 0
 
 
 class _Reader:
