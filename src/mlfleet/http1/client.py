@@ -19,7 +19,9 @@ __all__ = ["Client"]
 
 _SECOND_ADDRESS = 0.25  # seconds after which another address of the host is tried, too (RFC 8305, 5)
 _KNOWN_FOR = 10.0  # seconds for which the addresses of a host are believed
-_REPEATABLE = frozenset({"GET", "PUT", "DELETE", "OPTIONS"})  # https://www.rfc-editor.org/rfc/rfc9110#section-9.2.2
+_REPEATABLE = frozenset(
+    {"GET", "HEAD", "PUT", "DELETE", "OPTIONS"}
+)  # https://www.rfc-editor.org/rfc/rfc9110#section-9.2.2
 
 
 class Client:
@@ -55,7 +57,7 @@ class Client:
 
         Args:
             origin: the server.
-            method: of HTTP; not HEAD or CONNECT.
+            method: of HTTP; not CONNECT.
             target: path and query, escaped.
             headers: besides Host and Content-Length.
             content: in one piece; or in many, whose length a header must tell.
@@ -77,14 +79,14 @@ class Client:
         connection = self._idle_one(origin)
         if connection is not None:
             try:
-                await connection.ask(head, body, silence=silence, whole=whole)
+                await connection.ask(head, body, silence=silence, whole=whole, head=method == "HEAD")
                 return connection
             except BrokenAnswer:
                 # The server may have been closing it already.
                 if not connection.is_unanswered or method not in _REPEATABLE or body is not None:
                     raise
         connection = await self._connect(origin)
-        await connection.ask(head, body, silence=silence, whole=whole)
+        await connection.ask(head, body, silence=silence, whole=whole, head=method == "HEAD")
         return connection
 
     def release(self, connection: Connection) -> None:

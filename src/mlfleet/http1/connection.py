@@ -37,7 +37,7 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_body", "_failure", "_headers", "_heard", "_heard_at", "_is_complete", "_is_half_sent", "_is_lost",
+        "_body", "_failure", "_headers", "_heard", "_heard_at", "_is_complete", "_is_half_sent", "_is_head", "_is_lost",
         "_is_paused", "_is_whole", "_is_writable", "_keep", "_on_lost", "_parser", "_silence", "_timer", "_waiter",
         "idle_since", "origin", "raw_headers", "status", "transport",
     )  # fmt: skip
@@ -54,15 +54,16 @@ class Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._heard_at = 0.0
         self._body = bytearray()
-        self._begin(None, whole=False)
+        self._begin(None, whole=False, head=False)
         self._is_complete = True
 
-    def _begin(self, silence: float | None, *, whole: bool) -> None:
+    def _begin(self, silence: float | None, *, whole: bool, head: bool) -> None:
         """Nothing is left of the request before."""
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
         self._headers: list[tuple[bytes, bytes]] | None = []
         self._silence = silence
         self._is_whole = whole
+        self._is_head = head
         self._is_complete = self._is_half_sent = self._is_paused = self._keep = False
         self._heard = 0
         self._body.clear()
@@ -109,7 +110,13 @@ class Connection(asyncio.Protocol):
         return [value.decode("latin-1") for each, value in self.raw_headers if each.lower() == wanted]
 
     async def ask(
-        self, request: bytes, content: AsyncIterable[bytes] | None = None, *, silence: float | None, whole: bool = False
+        self,
+        request: bytes,
+        content: AsyncIterable[bytes] | None = None,
+        *,
+        silence: float | None,
+        whole: bool = False,
+        head: bool = False,
     ) -> None:
         """Send a request and wait for the head of its answer. Whatever interrupts it closes the connection.
 
@@ -118,12 +125,13 @@ class Connection(asyncio.Protocol):
             content: the rest of it.
             silence: seconds without a byte of an answer, after which it is given up; None: never.
             whole: wait for the end of the answer.
+            head: the answer ends with its head, whatever that says of its content.
 
         Raises:
             BrokenAnswer: the connection broke, or what came is no HTTP.
             SilentServer: nothing came for too long.
         """
-        self._begin(silence, whole=whole)
+        self._begin(silence, whole=whole, head=head)
         try:
             assert self.transport is not None  # noqa: S101 - it is connected
             self.transport.write(request)
@@ -293,7 +301,9 @@ class Connection(asyncio.Protocol):
             self._headers.clear()
             return
         self.status, self.raw_headers, self._headers = status, tuple(self._headers or ()), None
-        if not self._is_whole:
+        if self._is_head:
+            self.on_message_complete()
+        elif not self._is_whole:
             self._wake()
 
     def on_body(self, data: bytes) -> None:
