@@ -56,10 +56,12 @@ class Connection(asyncio.Protocol):
         self._body = bytearray()
         self._begin(None, whole=False, head=False)
         self._is_complete = True
+        # The parser holds this, too: none for one that never gets connected.
+        self._parser: httptools.HttpResponseParser | None = None
 
     def _begin(self, silence: float | None, *, whole: bool, head: bool) -> None:
         """Nothing is left of the request before."""
-        self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
+        self._parser = httptools.HttpResponseParser(self)
         self._headers: list[tuple[bytes, bytes]] | None = []
         self._silence = silence
         self._is_whole = whole
@@ -107,7 +109,7 @@ class Connection(asyncio.Protocol):
             name: in small letters.
         """
         wanted = name.encode()
-        return [value.decode("latin-1") for each, value in self.raw_headers if each.lower() == wanted]
+        return [value.decode("latin-1").rstrip(" \t") for each, value in self.raw_headers if each.lower() == wanted]
 
     async def ask(
         self,
@@ -133,12 +135,11 @@ class Connection(asyncio.Protocol):
         """
         self._begin(silence, whole=whole, head=head)
         try:
-            assert self.transport is not None  # noqa: S101 - it is connected
-            self.transport.write(request)
+            self._write(request)
             if content is not None:
                 await self._send(content)
             while not (self._is_complete if whole else self.status):
-                await self._wait()
+                await self._change()
         except BaseException:
             self.close()
             raise
@@ -151,12 +152,10 @@ class Connection(asyncio.Protocol):
             SilentServer: nothing came for too long.
         """
         while not self._body and not self._is_complete:
-            await self._wait()
+            await self._change()
         chunk = bytes(self._body)
         self._body.clear()
-        if self._is_paused and self.transport is not None:
-            self._is_paused = False
-            self.transport.resume_reading()
+        self._resume_reading()
         return chunk
 
     async def read(self, limit: int | None = None) -> bytes:
@@ -165,10 +164,10 @@ class Connection(asyncio.Protocol):
         Args:
             limit: of bytes, after which the rest is left where it is.
         """
-        content = await self.chunk()
+        content = bytearray(await self.chunk())
         while not self._is_complete and (limit is None or len(content) < limit):
             content += await self.chunk()
-        return (content + bytes(self._body))[:limit]
+        return bytes(content[:limit])
 
     def close(self) -> None:
         """Close it, now."""
@@ -178,29 +177,38 @@ class Connection(asyncio.Protocol):
     # ---- sending and waiting ----------------------------------------------------------------------------------------
 
     async def _send(self, content: AsyncIterable[bytes]) -> None:
-        assert self.transport is not None  # noqa: S101
         async for chunk in content:
             while not (self._is_writable or self.status):
-                await self._wait()
+                await self._change()
             if self.status:
                 # An answer that comes before all was sent is a refusal: nobody wants the rest.
                 self._is_half_sent = True
                 return
-            self.transport.write(chunk)
+            self._write(chunk)
 
-    async def _wait(self) -> None:
-        """Wait until something changes."""
+    def _write(self, data: bytes) -> None:
+        if self._failure is not None:  # perhaps while the source of the content was waited for
+            raise self._error()
+        assert self.transport is not None  # noqa: S101 - it is connected
+        self.transport.write(data)
+
+    def _error(self) -> Exception:
+        """A new one each time: what is raised holds the frames that it passed, and they hold the connection."""
+        assert self._failure is not None  # noqa: S101
+        error = type(self._failure)(*self._failure.args)
+        error.__cause__ = self._failure.__cause__
+        return error
+
+    def _change(self) -> asyncio.Future[None]:
+        """To be awaited until something changes. No coroutine of its own, which a thousand followed logs would keep."""
         if self._failure is not None:
-            raise self._failure
+            raise self._error()
         loop = asyncio.get_running_loop()
         if self._silence is not None:
             self._heard_at = loop.time()
             self._listen(loop, self._heard_at + self._silence)
         self._waiter = loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        return self._waiter
 
     def _listen(self, loop: asyncio.AbstractEventLoop, until: float) -> None:
         """Have the silence checked. The timer is not set anew for each byte: it looks when the last one came."""
@@ -212,7 +220,7 @@ class Connection(asyncio.Protocol):
 
     def _check_silence(self) -> None:
         self._timer = None
-        if self._waiter is None or self._silence is None:
+        if self._waiter is None or self._waiter.done() or self._silence is None:
             return
         loop = asyncio.get_running_loop()
         until = self._heard_at + self._silence
@@ -222,15 +230,24 @@ class Connection(asyncio.Protocol):
             self._fail(SilentServer(f"nothing came for {self._silence:g} s"))
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     def _fail(self, error: Exception) -> None:
         if self._failure is None:
             self._failure = error
-        self.close()
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_exception(error)
+        self._wake()
+        self._close_soon()
+
+    def _close_soon(self) -> None:
+        """Not within what the transport calls: asyncio's TLS fails if it is closed while it takes in the last bytes."""
+        asyncio.get_running_loop().call_soon(self.close)
+
+    def _resume_reading(self) -> None:
+        if self._is_paused and self.transport is not None:
+            self._is_paused = False
+            self.transport.resume_reading()
 
     # ---- what the transport calls -----------------------------------------------------------------------------------
 
@@ -241,7 +258,7 @@ class Connection(asyncio.Protocol):
         if self._parser is None or self._is_complete:
             # Nobody has asked: it is no answer to the next request either.
             self._keep = False
-            self.close()
+            self._close_soon()
             return
         self._heard += len(data)
         if self._silence is not None:
@@ -262,17 +279,28 @@ class Connection(asyncio.Protocol):
         self._is_writable = True
         self._wake()
 
+    def eof_received(self) -> None:
+        """The server sends nothing more. Only this ends an answer: a connection may be lost by our own closing, too.
+
+        uvloop does not call it if TLS did not end properly; such an answer may have been cut by anybody
+        (https://www.rfc-editor.org/rfc/rfc9112#section-9.8).
+        """
+        self._keep = False
+        if self._is_complete or self._failure is not None:
+            return
+        if self.status and self._ends_with_connection():
+            self._is_complete = True
+        else:
+            self._failure = BrokenAnswer("the server closed the connection before the end of its answer")
+        self._wake()
+
     def connection_lost(self, error: Exception | None) -> None:  # noqa: D102
         self._is_lost = True
         if self._timer is not None:
             self._timer.cancel()
-        if not self._is_complete:
-            if error is None and self.status and self._ends_with_connection():
-                self._is_complete = True
-            else:
-                failure = BrokenAnswer(str(error or "the server closed the connection before the end of its answer"))
-                failure.__cause__ = error
-                self._fail(failure)
+        if not self._is_complete and self._failure is None:
+            self._failure = BrokenAnswer(str(error or "") or "the connection was closed before the end of the answer")
+            self._failure.__cause__ = error
         self._wake()
         self._on_lost(self)
         # No garbage collection shall be needed.
@@ -284,6 +312,11 @@ class Connection(asyncio.Protocol):
 
     # ---- what the parser calls --------------------------------------------------------------------------------------
 
+    def on_message_begin(self) -> None:
+        """The first byte of an answer."""
+        if self.status:
+            self._is_half_sent = True  # a second answer to one request: nothing of this server is to be trusted
+
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header, before the content or, of no interest, after it."""
         if self._headers is not None:
@@ -294,9 +327,10 @@ class Connection(asyncio.Protocol):
         assert self._parser is not None  # noqa: S101
         assert self._headers is not None or self.status  # noqa: S101
         if self.status:
-            self._is_half_sent = True  # a second answer to one request: nothing of this server is to be trusted
             return
         status = self._parser.get_status_code()
+        if status < 100:
+            raise ValueError("there is no such status")
         if 100 <= status < 200 and self._headers is not None:  # the true answer follows
             self._headers.clear()
             return
@@ -325,4 +359,5 @@ class Connection(asyncio.Protocol):
         self._is_complete = True
         self._keep = self._parser.should_keep_alive()
         self.idle_since = asyncio.get_running_loop().time()
+        self._resume_reading()  # who does not want the content releases the connection without having taken it
         self._wake()
