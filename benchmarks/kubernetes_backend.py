@@ -24,20 +24,23 @@ import uuid
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from aiohttp import web
+from typing import TYPE_CHECKING, Any
 
 from mlfleet.backends.base import Job
 from mlfleet.backends.kubernetes import KubernetesBackend
 from mlfleet.backends.kubernetes.config import KubernetesConfig, parse_config
 from processes import percentile
 
+if TYPE_CHECKING:
+    from aiohttp import web
+
 TESTS = Path(__file__).parent.parent / "tests"
 
 
 async def serve(folder: Path) -> None:
     """The fake, and what it has counted at /stats; until stdin ends."""
+    from aiohttp import web
+
     sys.path.insert(0, str(TESTS))
     from fakes.kubernetes import KubernetesApi, serving
     from fakes.kubernetes_node import Acted, Acting, Cluster

@@ -20,7 +20,8 @@ from mlfleet.backends.kubernetes.config import KubernetesConfig
 from mlfleet.backends.kubernetes.delivering import Deliveries
 from mlfleet.backends.kubernetes.delivery import FOLDER
 from mlfleet.backends.kubernetes.image import push_project
-from mlfleet.backends.kubernetes.registry import Reference, Registries, RegistryError, parse_reference
+from mlfleet.backends.kubernetes.reference import Reference, parse_reference
+from mlfleet.backends.kubernetes.registry import Registries, RegistryError
 from mlfleet.errors import SubmitError, UsageError
 from mlfleet.project.spec import DockerEnv
 

@@ -7,6 +7,7 @@ import json
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -74,6 +75,40 @@ async def test_the_credentials_file_of_mlflow(
         async with RestTracking(server.url):
             pass
     assert "secret-word" not in str(caught.value)
+
+
+async def test_netrc_is_the_last_resort(server: FlakyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / ".netrc"
+    file.write_text("machine 127.0.0.1 login ada password secret-word\n")
+    file.chmod(0o600)
+    server.rule = answer_with(run_answer())
+
+    async def shown(**how: Any) -> str:
+        async with RestTracking(server.url, **how) as tracking:
+            await tracking.get_run("r1")
+        return server.requests[-1].headers["authorization"]
+
+    assert await shown() == httpx.BasicAuth("ada", "secret-word")._auth_header
+    assert await shown(headers={"authorization": "Digest x"}) == "Digest x"
+    assert await shown(credentials=Credentials(token="a-token")) == "Bearer a-token"
+    monkeypatch.setenv("NETRC", str(tmp_path / "other"))
+    (tmp_path / "other").write_text("machine\n")
+    async with RestTracking(server.url) as tracking:
+        await tracking.get_run("r1")
+    assert "authorization" not in server.requests[-1].headers
+
+
+async def test_a_proxy_of_the_environment_is_used_for_servers_elsewhere(
+    server: FlakyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", server.url.replace("://", "://me:secret@"))
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    server.rule = answer_with(run_answer())
+    async with RestTracking("http://tracking.invalid:5000") as tracking:
+        assert (await tracking.get_run("r1")).run_id == "r1"
+    assert server.requests[0].target.startswith("http://tracking.invalid:5000/api/2.0/mlflow/runs/get?")
+    assert server.requests[0].headers["proxy-authorization"] == httpx.BasicAuth("me", "secret")._auth_header
 
 
 async def test_a_login_page_is_recognised(server: FlakyProxy) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import re
 import socket
 import ssl
 from collections.abc import AsyncIterable, Iterable
 from functools import cached_property
+from urllib.parse import urlsplit
 
 from aiohappyeyeballs import AddrInfoType, start_connection
 
@@ -19,7 +21,12 @@ __all__ = ["Client"]
 
 _SECOND_ADDRESS = 0.25  # seconds after which another address of the host is tried, too (RFC 8305, 5)
 _KNOWN_FOR = 10.0  # seconds for which the addresses of a host are believed
-_REPEATABLE = frozenset({"GET", "PUT", "DELETE", "OPTIONS"})  # https://www.rfc-editor.org/rfc/rfc9110#section-9.2.2
+# https://www.rfc-editor.org/rfc/rfc9110#section-9.2.2
+_REPEATABLE = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})
+_METHODS = _REPEATABLE | {"POST", "PATCH"}  # an answer to CONNECT ends elsewhere
+_WITH_CONTENT = frozenset({"POST", "PUT", "PATCH"})
+_is_target = re.compile(r"/[^\x00-\x20\x7f]*").fullmatch
+_is_name = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch  # https://www.rfc-editor.org/rfc/rfc9110#section-5.6.2
 
 
 class Client:
@@ -36,6 +43,7 @@ class Client:
         self._keepalive = keepalive
         self._connect_for = connect
         self._open: set[Connection] = set()
+        self._forget = self._open.discard
         self._idle: dict[Origin, list[Connection]] = {}
         self._sweep: asyncio.TimerHandle | None = None
         self._addresses: dict[tuple[str, int], tuple[float, list[AddrInfoType]]] = {}
@@ -55,7 +63,7 @@ class Client:
 
         Args:
             origin: the server.
-            method: of HTTP; not HEAD or CONNECT.
+            method: of HTTP; not CONNECT.
             target: path and query, escaped.
             headers: besides Host and Content-Length.
             content: in one piece; or in many, whose length a header must tell.
@@ -77,14 +85,14 @@ class Client:
         connection = self._idle_one(origin)
         if connection is not None:
             try:
-                await connection.ask(head, body, silence=silence, whole=whole)
+                await connection.ask(head, body, silence=silence, whole=whole, head=method == "HEAD")
                 return connection
             except BrokenAnswer:
                 # The server may have been closing it already.
                 if not connection.is_unanswered or method not in _REPEATABLE or body is not None:
                     raise
         connection = await self._connect(origin)
-        await connection.ask(head, body, silence=silence, whole=whole)
+        await connection.ask(head, body, silence=silence, whole=whole, head=method == "HEAD")
         return connection
 
     def release(self, connection: Connection) -> None:
@@ -154,11 +162,11 @@ class Client:
     async def _connected(self, origin: Origin) -> Connection:
         loop = asyncio.get_running_loop()
         proxied = origin.proxy_address is not None
-        is_encrypted = origin.scheme == "https" if not proxied else (origin.proxy or "").startswith("https:")
+        is_encrypted = (urlsplit(origin.proxy).scheme if proxied else origin.scheme) == "https"
         host, port = origin.proxy_address or origin.address
         name = host if proxied else origin.server_name or host
         raw = await start_connection(await self._resolved(host, port), happy_eyeballs_delay=_SECOND_ADDRESS)
-        connection = Connection(origin, self._open.discard)
+        connection = Connection(origin, self._forget)
         try:
             tls = (None if proxied else origin.tls) or self._usual_tls if is_encrypted else None
             await loop.create_connection(
@@ -168,27 +176,33 @@ class Client:
             raw.close()
             raise
         self._open.add(connection)
-        if proxied and origin.scheme == "https":
-            try:
+        try:
+            if proxied and origin.scheme == "https":
                 await self._tunnel(connection, origin)
-            except BaseException:
-                connection.close()
-                raise
+            if not connection.is_open:
+                raise CannotConnect("the connection was closed at once")
+        except BaseException:
+            connection.close()
+            # asyncio does not tell it when it is lost in the middle of a handshake.
+            connection.connection_lost(None)
+            raise
         return connection
 
     async def _tunnel(self, connection: Connection, origin: Origin) -> None:
         """Through the proxy, to the server itself (https://www.rfc-editor.org/rfc/rfc9110#section-9.3.6)."""
-        host, port = origin.address
-        place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        place = origin.host_and_port
         login = f"Proxy-Authorization: {origin.proxy_authorization}\r\n" if origin.proxy_authorization else ""
         request = f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\n{login}\r\n"
         await connection.ask(request.encode("ascii"), silence=self._connect_for)
         if not 200 <= connection.status < 300:
             raise CannotConnect(f"the proxy refuses to connect to it: {connection.status} {connection.reason}")
-        assert connection.transport is not None  # noqa: S101
-        tls = origin.tls or self._usual_tls
+        if connection.transport is None:
+            return
         connection.transport = await asyncio.get_running_loop().start_tls(
-            connection.transport, connection, tls, server_hostname=origin.server_name or host
+            connection.transport,
+            connection,
+            origin.tls or self._usual_tls,
+            server_hostname=origin.server_name or origin.address[0],
         )
 
     @cached_property
@@ -212,18 +226,29 @@ class Client:
 
 
 def _head(origin: Origin, method: str, target: str, headers: Iterable[tuple[str, str]], content: object) -> bytes:
+    if method not in _METHODS:
+        raise ValueError(f"requests with the method {method!r} cannot be sent")
+    if not _is_target(target):
+        raise ValueError("the URL has no path, or a space, a line break or the like in it")
     lines = [f"Host: {origin.host_header}"]
-    lines += [f"{name}: {value}" for name, value in headers]
+    is_long = False
+    for name, value in headers:
+        if not _is_name(name):
+            raise ValueError(f"this is no name of a header: {name!r}")
+        lines.append(f"{name}: {value}")
+        is_long = is_long or name.lower() == "content-length"
     if isinstance(content, bytes):
         lines.append(f"Content-Length: {len(content)}")
+    elif content is not None and not is_long:
+        raise ValueError("no header tells the length of the content")
+    elif content is None and method in _WITH_CONTENT:
+        lines.append("Content-Length: 0")  # some servers refuse to guess: 411
     if origin.proxy_address is not None and origin.scheme == "http":
         target = f"http://{origin.host_header}{target}"
         if origin.proxy_authorization is not None:
             lines.append(f"Proxy-Authorization: {origin.proxy_authorization}")
-    if " " in target:
-        raise ValueError("the URL has a space in it")
     head = "\r\n".join([f"{method} {target} HTTP/1.1", *lines, "", ""])
     # What is given must not add a header, or a request, of its own.
     if head.count("\n") != len(lines) + 2 or head.count("\r") != len(lines) + 2 or "\0" in head:
-        raise ValueError("a header or the URL has a line break in it")
+        raise ValueError("a header has a line break in it")
     return head.encode()

@@ -37,7 +37,7 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_body", "_failure", "_headers", "_heard", "_heard_at", "_is_complete", "_is_half_sent", "_is_lost",
+        "_body", "_failure", "_headers", "_heard", "_heard_at", "_is_complete", "_is_half_sent", "_is_head", "_is_lost",
         "_is_paused", "_is_whole", "_is_writable", "_keep", "_on_lost", "_parser", "_silence", "_timer", "_waiter",
         "idle_since", "origin", "raw_headers", "status", "transport",
     )  # fmt: skip
@@ -54,15 +54,18 @@ class Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._heard_at = 0.0
         self._body = bytearray()
-        self._begin(None, whole=False)
+        self._begin(None, whole=False, head=False)
         self._is_complete = True
+        # The parser holds this, too: none for one that never gets connected.
+        self._parser: httptools.HttpResponseParser | None = None
 
-    def _begin(self, silence: float | None, *, whole: bool) -> None:
+    def _begin(self, silence: float | None, *, whole: bool, head: bool) -> None:
         """Nothing is left of the request before."""
-        self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
+        self._parser = httptools.HttpResponseParser(self)
         self._headers: list[tuple[bytes, bytes]] | None = []
         self._silence = silence
         self._is_whole = whole
+        self._is_head = head
         self._is_complete = self._is_half_sent = self._is_paused = self._keep = False
         self._heard = 0
         self._body.clear()
@@ -106,10 +109,16 @@ class Connection(asyncio.Protocol):
             name: in small letters.
         """
         wanted = name.encode()
-        return [value.decode("latin-1") for each, value in self.raw_headers if each.lower() == wanted]
+        return [value.decode("latin-1").rstrip(" \t") for each, value in self.raw_headers if each.lower() == wanted]
 
     async def ask(
-        self, request: bytes, content: AsyncIterable[bytes] | None = None, *, silence: float | None, whole: bool = False
+        self,
+        request: bytes,
+        content: AsyncIterable[bytes] | None = None,
+        *,
+        silence: float | None,
+        whole: bool = False,
+        head: bool = False,
     ) -> None:
         """Send a request and wait for the head of its answer. Whatever interrupts it closes the connection.
 
@@ -118,19 +127,19 @@ class Connection(asyncio.Protocol):
             content: the rest of it.
             silence: seconds without a byte of an answer, after which it is given up; None: never.
             whole: wait for the end of the answer.
+            head: the answer ends with its head, whatever that says of its content.
 
         Raises:
             BrokenAnswer: the connection broke, or what came is no HTTP.
             SilentServer: nothing came for too long.
         """
-        self._begin(silence, whole=whole)
+        self._begin(silence, whole=whole, head=head)
         try:
-            assert self.transport is not None  # noqa: S101 - it is connected
-            self.transport.write(request)
+            self._write(request)
             if content is not None:
                 await self._send(content)
             while not (self._is_complete if whole else self.status):
-                await self._wait()
+                await self._change()
         except BaseException:
             self.close()
             raise
@@ -143,12 +152,10 @@ class Connection(asyncio.Protocol):
             SilentServer: nothing came for too long.
         """
         while not self._body and not self._is_complete:
-            await self._wait()
+            await self._change()
         chunk = bytes(self._body)
         self._body.clear()
-        if self._is_paused and self.transport is not None:
-            self._is_paused = False
-            self.transport.resume_reading()
+        self._resume_reading()
         return chunk
 
     async def read(self, limit: int | None = None) -> bytes:
@@ -157,10 +164,10 @@ class Connection(asyncio.Protocol):
         Args:
             limit: of bytes, after which the rest is left where it is.
         """
-        content = await self.chunk()
+        content = bytearray(await self.chunk())
         while not self._is_complete and (limit is None or len(content) < limit):
             content += await self.chunk()
-        return (content + bytes(self._body))[:limit]
+        return bytes(content[:limit])
 
     def close(self) -> None:
         """Close it, now."""
@@ -170,29 +177,38 @@ class Connection(asyncio.Protocol):
     # ---- sending and waiting ----------------------------------------------------------------------------------------
 
     async def _send(self, content: AsyncIterable[bytes]) -> None:
-        assert self.transport is not None  # noqa: S101
         async for chunk in content:
             while not (self._is_writable or self.status):
-                await self._wait()
+                await self._change()
             if self.status:
                 # An answer that comes before all was sent is a refusal: nobody wants the rest.
                 self._is_half_sent = True
                 return
-            self.transport.write(chunk)
+            self._write(chunk)
 
-    async def _wait(self) -> None:
-        """Wait until something changes."""
+    def _write(self, data: bytes) -> None:
+        if self._failure is not None:  # perhaps while the source of the content was waited for
+            raise self._error()
+        assert self.transport is not None  # noqa: S101 - it is connected
+        self.transport.write(data)
+
+    def _error(self) -> Exception:
+        """A new one each time: what is raised holds the frames that it passed, and they hold the connection."""
+        assert self._failure is not None  # noqa: S101
+        error = type(self._failure)(*self._failure.args)
+        error.__cause__ = self._failure.__cause__
+        return error
+
+    def _change(self) -> asyncio.Future[None]:
+        """To be awaited until something changes. No coroutine of its own, which a thousand followed logs would keep."""
         if self._failure is not None:
-            raise self._failure
+            raise self._error()
         loop = asyncio.get_running_loop()
         if self._silence is not None:
             self._heard_at = loop.time()
             self._listen(loop, self._heard_at + self._silence)
         self._waiter = loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        return self._waiter
 
     def _listen(self, loop: asyncio.AbstractEventLoop, until: float) -> None:
         """Have the silence checked. The timer is not set anew for each byte: it looks when the last one came."""
@@ -204,7 +220,7 @@ class Connection(asyncio.Protocol):
 
     def _check_silence(self) -> None:
         self._timer = None
-        if self._waiter is None or self._silence is None:
+        if self._waiter is None or self._waiter.done() or self._silence is None:
             return
         loop = asyncio.get_running_loop()
         until = self._heard_at + self._silence
@@ -214,15 +230,24 @@ class Connection(asyncio.Protocol):
             self._fail(SilentServer(f"nothing came for {self._silence:g} s"))
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     def _fail(self, error: Exception) -> None:
         if self._failure is None:
             self._failure = error
-        self.close()
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_exception(error)
+        self._wake()
+        self._close_soon()
+
+    def _close_soon(self) -> None:
+        """Not within what the transport calls: asyncio's TLS fails if it is closed while it takes in the last bytes."""
+        asyncio.get_running_loop().call_soon(self.close)
+
+    def _resume_reading(self) -> None:
+        if self._is_paused and self.transport is not None:
+            self._is_paused = False
+            self.transport.resume_reading()
 
     # ---- what the transport calls -----------------------------------------------------------------------------------
 
@@ -233,7 +258,7 @@ class Connection(asyncio.Protocol):
         if self._parser is None or self._is_complete:
             # Nobody has asked: it is no answer to the next request either.
             self._keep = False
-            self.close()
+            self._close_soon()
             return
         self._heard += len(data)
         if self._silence is not None:
@@ -254,17 +279,28 @@ class Connection(asyncio.Protocol):
         self._is_writable = True
         self._wake()
 
+    def eof_received(self) -> None:
+        """The server sends nothing more. Only this ends an answer: a connection may be lost by our own closing, too.
+
+        uvloop does not call it if TLS did not end properly; such an answer may have been cut by anybody
+        (https://www.rfc-editor.org/rfc/rfc9112#section-9.8).
+        """
+        self._keep = False
+        if self._is_complete or self._failure is not None:
+            return
+        if self.status and self._ends_with_connection():
+            self._is_complete = True
+        else:
+            self._failure = BrokenAnswer("the server closed the connection before the end of its answer")
+        self._wake()
+
     def connection_lost(self, error: Exception | None) -> None:  # noqa: D102
         self._is_lost = True
         if self._timer is not None:
             self._timer.cancel()
-        if not self._is_complete:
-            if error is None and self.status and self._ends_with_connection():
-                self._is_complete = True
-            else:
-                failure = BrokenAnswer(str(error or "the server closed the connection before the end of its answer"))
-                failure.__cause__ = error
-                self._fail(failure)
+        if not self._is_complete and self._failure is None:
+            self._failure = BrokenAnswer(str(error or "") or "the connection was closed before the end of the answer")
+            self._failure.__cause__ = error
         self._wake()
         self._on_lost(self)
         # No garbage collection shall be needed.
@@ -276,6 +312,11 @@ class Connection(asyncio.Protocol):
 
     # ---- what the parser calls --------------------------------------------------------------------------------------
 
+    def on_message_begin(self) -> None:
+        """The first byte of an answer."""
+        if self.status:
+            self._is_half_sent = True  # a second answer to one request: nothing of this server is to be trusted
+
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header, before the content or, of no interest, after it."""
         if self._headers is not None:
@@ -286,14 +327,17 @@ class Connection(asyncio.Protocol):
         assert self._parser is not None  # noqa: S101
         assert self._headers is not None or self.status  # noqa: S101
         if self.status:
-            self._is_half_sent = True  # a second answer to one request: nothing of this server is to be trusted
             return
         status = self._parser.get_status_code()
+        if status < 100:
+            raise ValueError("there is no such status")
         if 100 <= status < 200 and self._headers is not None:  # the true answer follows
             self._headers.clear()
             return
         self.status, self.raw_headers, self._headers = status, tuple(self._headers or ()), None
-        if not self._is_whole:
+        if self._is_head:
+            self.on_message_complete()
+        elif not self._is_whole:
             self._wake()
 
     def on_body(self, data: bytes) -> None:
@@ -315,4 +359,5 @@ class Connection(asyncio.Protocol):
         self._is_complete = True
         self._keep = self._parser.should_keep_alive()
         self.idle_since = asyncio.get_running_loop().time()
+        self._resume_reading()  # who does not want the content releases the connection without having taken it
         self._wake()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import ssl
 import urllib.request
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 __all__ = ["Origin", "environment_proxy"]
 
 _PORTS = {"http": 80, "https": 443}
+_not_in_urls = re.compile(r"[\x00-\x20\x7f]").search  # urlsplit takes some of these out, and leaves others
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class Origin:
     server_name: str | None = None
     proxy: str | None = field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scheme", self.scheme.lower())
+
     @cached_property
     def address(self) -> tuple[str, int]:
         """Host and port.
@@ -44,9 +49,14 @@ class Origin:
     @cached_property
     def host_header(self) -> str:
         """What the server is called in requests."""
+        name, _, port = self.host_and_port.rpartition(":")
+        return name if int(port) == _PORTS[self.scheme] else self.host_and_port
+
+    @cached_property
+    def host_and_port(self) -> str:
+        """What a proxy is asked for."""
         host, port = self.address
-        name = f"[{host}]" if ":" in host else host.encode("idna").decode()
-        return name if port == _PORTS[self.scheme] else f"{name}:{port}"
+        return f"[{host}]:{port}" if ":" in host else f"{host.encode('idna').decode()}:{port}"
 
     @cached_property
     def proxy_address(self) -> tuple[str, int] | None:
@@ -75,13 +85,15 @@ def environment_proxy(url: str) -> str | None:
     """
     parts = urlsplit(url)
     proxy = urllib.request.getproxies().get(parts.scheme)
-    return None if not proxy or urllib.request.proxy_bypass(parts.netloc) else proxy
+    if not proxy or urllib.request.proxy_bypass(parts.netloc.rpartition("@")[2]):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
 
 
 def _address(url: str) -> tuple[str, int]:
     parts = urlsplit(url)
     if parts.scheme not in _PORTS:
         raise ValueError(f"this is no address of http:// or https://: {parts.scheme}://…")
-    if not parts.hostname:
+    if not parts.hostname or _not_in_urls(url):
         raise ValueError("the URL names no host")
     return parts.hostname, parts.port or _PORTS[parts.scheme]

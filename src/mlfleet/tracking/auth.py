@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import configparser
+import netrc
 import os
 import ssl
 from abc import ABC, abstractmethod
@@ -96,7 +97,13 @@ class ServerLogin(Login):
     """An MLflow server at an ``http(s)`` URL.
 
     The credentials are the first of: those in the URL, `credentials`, ``MLFLOW_TRACKING_USERNAME`` and
-    ``MLFLOW_TRACKING_PASSWORD`` (or the ``[mlflow]`` section of ``~/.mlflow/credentials``), ``MLFLOW_TRACKING_TOKEN``.
+    ``MLFLOW_TRACKING_PASSWORD`` (or the ``[mlflow]`` section of ``~/.mlflow/credentials``), ``MLFLOW_TRACKING_TOKEN``,
+    ``~/.netrc`` (or the file that ``NETRC`` names).
+
+    Args:
+        uri: of the server.
+        credentials: instead of those around.
+        read_netrc: as the last resort; not where the caller's own headers prove who we are.
     """
 
     hint = (
@@ -104,8 +111,9 @@ class ServerLogin(Login):
         "and check that this user may do it"
     )
 
-    def __init__(self, uri: str, credentials: Credentials | None = None) -> None:
+    def __init__(self, uri: str, credentials: Credentials | None = None, *, read_netrc: bool = True) -> None:
         self.url, in_uri = split_userinfo(uri)
+        self._read_netrc = read_netrc
         self._credentials = in_uri or credentials or Credentials()
         self._headers: dict[str, str] = {}
 
@@ -113,6 +121,8 @@ class ServerLogin(Login):
         refuse_plugins()
         if not self._credentials:
             self._credentials = _credentials_around()
+        if not self._credentials and self._read_netrc:
+            self._credentials = _in_netrc(split_uri(self.url).hostname or "")
         self._headers = self._credentials.headers()
 
     async def headers(self) -> Mapping[str, str]:  # noqa: D102
@@ -223,6 +233,15 @@ def _credentials_around() -> Credentials:
         password=os.environ.get("MLFLOW_TRACKING_PASSWORD") or in_file.get("mlflow_tracking_password"),
         token=os.environ.get("MLFLOW_TRACKING_TOKEN"),
     )
+
+
+def _in_netrc(host: str) -> Credentials:
+    """Those of a file that curl and mlflow's own client read, too; one that makes no sense is none, as for them."""
+    try:
+        found = netrc.netrc(os.environ.get("NETRC") or Path("~/.netrc").expanduser()).authenticators(host)
+    except (netrc.NetrcParseError, OSError, UnicodeDecodeError):
+        return Credentials()
+    return Credentials(username=found[0] or found[1], password=found[2]) if found else Credentials()
 
 
 def _credentials_file(path: Path) -> Mapping[str, str]:

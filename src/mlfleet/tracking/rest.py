@@ -52,7 +52,8 @@ class RestTracking(Tracking):
 
     Args:
         uri: of the server; ``user:password@`` in it is taken out and never shown.
-        credentials: what proves who we are; None: the ``MLFLOW_TRACKING_*`` variables and ``~/.mlflow/credentials``.
+        credentials: what proves who we are; None: the ``MLFLOW_TRACKING_*`` variables, ``~/.mlflow/credentials``, and
+            ``~/.netrc``.
         headers: to send with every request. Plugins of mlflow for headers or authentication are not used.
         retry_for: seconds for which a call keeps trying. A server that never answered yet is given up after 5 seconds.
         max_in_flight: requests at the same time; the others wait their turn. More than the database of the server has
@@ -77,7 +78,8 @@ class RestTracking(Tracking):
         workspace: str | None = None,
     ) -> None:
         self.uri = mask_uri(uri)
-        login = DatabricksLogin(uri) if is_databricks(uri) else ServerLogin(uri, credentials)
+        shown = any(name.lower() == "authorization" for name in headers or ())
+        login = DatabricksLogin(uri) if is_databricks(uri) else ServerLogin(uri, credentials, read_netrc=not shown)
         if isinstance(login, ServerLogin):
             self.uri = login.url
         self._transport = Transport(

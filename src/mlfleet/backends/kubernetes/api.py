@@ -1,4 +1,4 @@
-"""Requests to the API server: three pools of connections, one kind of error, patience where it helps."""
+"""Requests to the API server: three kinds with limits of their own, one kind of error, patience where it helps."""
 
 from __future__ import annotations
 
@@ -7,24 +7,31 @@ import functools
 import json
 import logging
 import random
+import ssl
 from collections.abc import Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 from enum import StrEnum
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlencode, urlsplit
 
-import aiohttp
 import anyio
 
 from mlfleet.backends.kubernetes.cluster import Cluster
 from mlfleet.backends.kubernetes.credentials import Credentials, Login
 from mlfleet.errors import BackendError
+from mlfleet.http1.client import Client
+from mlfleet.http1.connection import Connection
+from mlfleet.http1.origin import Origin
 
 __all__ = ["Api", "ApiError", "Pool", "pause"]
 
 _log = logging.getLogger("mlfleet.kubernetes")
-_TIMEOUT = aiohttp.ClientTimeout(total=60, sock_connect=10)
+_CONNECT = 10.0  # seconds
+_SILENCE = 60.0  # seconds without a byte of an answer
+_KEEPALIVE = 15.0  # seconds for which an idle connection is kept
 _PATIENCE = 90.0  # seconds for which a request is tried again
+_CONTROLS = 50  # requests at the same time, besides watches and logs
 _OPENING = 4  # logs at the same time: each is a connection of its own
 _LOGINS = 4  # tokens that are tried, each another
 _UNTRUSTED = "Untrusted"
@@ -33,7 +40,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.8, 30.0
 
 
 class Pool(StrEnum):
-    """A pool of connections of its own for each, so that a hundred log streams do not keep a cancel from being sent."""
+    """Limits of its own for each, so that a hundred log streams do not keep a cancel from being sent."""
 
     CONTROL = "control"
     WATCH = "watch"
@@ -107,26 +114,20 @@ class Api:
     def __init__(self, cluster: Cluster, credentials: Credentials | None = None) -> None:
         self.cluster = cluster
         self._credentials = credentials or Credentials(cluster)
-        self._sessions: dict[Pool, aiohttp.ClientSession] = {}
+        self._client = Client(keepalive=_KEEPALIVE, connect=_CONNECT)
+        self._place: tuple[Login, Origin, str] | None = None
+        self._controls = asyncio.Semaphore(_CONTROLS)
         self._opening_logs = asyncio.Semaphore(_OPENING)
 
     async def __aenter__(self) -> Self:
         await self._credentials.login()
-        for pool in Pool:
-            connector = aiohttp.TCPConnector(limit=50 if pool is Pool.CONTROL else 0)
-            # No trust_env: it would look for a password in ~/.netrc, in a thread, for each request. The proxy of the
-            # environment is part of the login.
-            self._sessions[pool] = aiohttp.ClientSession(
-                connector=connector, cookie_jar=aiohttp.DummyCookieJar(), headers={"User-Agent": "mlfleet"}
-            )
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with anyio.CancelScope(shield=True):
-            for session in self._sessions.values():
-                await session.close()
+            await self._client.close()
 
     async def call(
         self,
@@ -158,11 +159,12 @@ class Api:
         attempt = 0
         while True:
             try:
-                async with self.stream(
-                    what, path, method=method, params=params, body=body, timeout=_TIMEOUT
-                ) as response:
-                    data = await response.read()
-                    for warning in response.headers.getall("Warning", ()):
+                async with (
+                    self._controls,
+                    self.stream(what, path, method=method, params=params, body=body, silence=_SILENCE) as answered,
+                ):
+                    data = await answered.read()
+                    for warning in answered.headers("warning"):
                         _warn(what, warning)
                 answer = json.loads(data)
                 return answer if isinstance(answer, dict) else {}
@@ -185,105 +187,117 @@ class Api:
         method: str = "GET",
         params: Mapping[str, str] | None = None,
         body: Mapping[str, Any] | None = None,
-        timeout: aiohttp.ClientTimeout,
-    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        silence: float | None,
+    ) -> AbstractAsyncContextManager[Connection]:
         """A request, and its answer as it comes. A token that the server refuses is renewed once.
+
+        Args:
+            what: is being done, for the error.
+            path: from the root.
+            pool: whose limits count.
+            method: of HTTP.
+            params: of the query.
+            body: JSON.
+            silence: seconds without a byte, after which the connection is taken for dead; None: never.
 
         Raises:
             ApiError: it was refused; also what breaks the connection inside of the block.
         """
         data = None if body is None else json.dumps(body).encode()
-        return _Stream(self._open(what, pool, method, path, params, data, timeout), what, self.cluster)
+        target = f"{path}?{urlencode(params)}" if params else path
+        return _Stream(self, self._open(what, pool, method, target, data, silence), what)
 
     async def _open(
-        self,
-        what: str,
-        pool: Pool,
-        method: str,
-        path: str,
-        params: Mapping[str, str] | None,
-        data: bytes | None,
-        timeout: aiohttp.ClientTimeout,
-    ) -> aiohttp.ClientResponse:
+        self, what: str, pool: Pool, method: str, target: str, data: bytes | None, silence: float | None
+    ) -> Connection:
         refused: Login | None = None
         tried: set[str] = set()
         # A thousand pods may begin at once; the event loop has others to serve meanwhile.
         async with self._opening_logs if pool is Pool.LOGS else nullcontext():
             while True:
                 login = await self._credentials.login(refused=refused)
-                response = await self._sessions[pool].request(
-                    method,
-                    login.host + path,
-                    params=dict(params or {}),
-                    data=data,
-                    headers=_headers(login, method, data),
-                    timeout=timeout,
-                    proxy=login.proxy,
-                    # Here, not in the connector: a renewed certificate makes new connections.
-                    ssl=login.tls if login.tls is not None else True,
-                    server_hostname=login.server_name,
-                    allow_redirects=False,
-                )
-                if response.status < 400:
-                    return response
-                async with response:
+                origin, prefix = self._way(login)
+                headers = _headers(login, method, data)
+                answer = await self._client.request(origin, method, prefix + target, headers, data, silence=silence)
+                if answer.status < 400:
+                    return answer
+                try:
                     shown = login.authorization or ""
                     # Short-lived tokens may expire again while a new one is fetched on a busy machine.
-                    if response.status != 401 or shown in tried or len(tried) >= _LOGINS:
-                        raise await _refusal(what, response)
+                    if answer.status != 401 or shown in tried or len(tried) >= _LOGINS:
+                        raise await _refusal(what, answer)
+                    await answer.read()
                     refused = login
                     tried.add(shown)
+                finally:
+                    self.release(answer)
+
+    def release(self, answer: Connection) -> None:
+        """Give a connection back.
+
+        Args:
+            answer: that nobody reads any more.
+        """
+        self._client.release(answer)
+
+    def _way(self, login: Login) -> tuple[Origin, str]:
+        """Where a login leads: to the server, and what all its paths begin with."""
+        if self._place is None or self._place[0] is not login:
+            parts = urlsplit(login.host)
+            # A renewed certificate makes new connections.
+            origin = Origin(parts.scheme, parts.netloc, login.tls, login.server_name, login.proxy)
+            self._place = login, origin, parts.path
+        return self._place[1:]
 
 
-def _headers(login: Login, method: str, data: bytes | None) -> dict[str, str]:
-    headers = {"Accept": "application/json, */*"}
+def _headers(login: Login, method: str, data: bytes | None) -> list[tuple[str, str]]:
+    headers = [("User-Agent", "mlfleet"), ("Accept", "application/json, */*")]
     if login.authorization is not None:
-        headers["Authorization"] = login.authorization
+        headers.append(("Authorization", login.authorization))
     if data is not None:
         kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
-        headers["Content-Type"] = kind
+        headers.append(("Content-Type", kind))
     return headers
 
 
 class _Stream:
     """What `Api.stream` gives. No generator: each log that is followed keeps it for the life of its container."""
 
-    __slots__ = ("_cluster", "_opening", "_response", "_what")
+    __slots__ = ("_answer", "_api", "_opening", "_what")
 
-    def __init__(self, opening: Coroutine[Any, Any, aiohttp.ClientResponse], what: str, cluster: Cluster) -> None:
+    def __init__(self, api: Api, opening: Coroutine[Any, Any, Connection], what: str) -> None:
+        self._api = api
         self._opening = opening
         self._what = what
-        self._cluster = cluster
 
-    async def __aenter__(self) -> aiohttp.ClientResponse:
+    async def __aenter__(self) -> Connection:
         try:
-            self._response = await self._opening
+            self._answer = await self._opening
+        except ValueError as error:
+            raise ApiError.about(self._what, f"it cannot be sent: {error}", reason=_UNTRUSTED) from error
         except Exception as error:
             self._tell(error)
             raise
         finally:
             del self._opening
-        return self._response
+        return self._answer
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._response.__aexit__(kind, error, trace)
+        self._api.release(self._answer)
         self._tell(error)
 
     def _tell(self, error: BaseException | None) -> None:
         """Raise what the connection's error means, if it is one."""
-        name = self._cluster.context
-        match error:
-            case aiohttp.ClientConnectorCertificateError():
-                text = f"the certificate of {name} is not trusted: {error.certificate_error}"
-                hint = "; see certificate-authority and tls-server-name in the kubeconfig"
-                raise ApiError.about(self._what, text + hint, reason=_UNTRUSTED) from error
-            case aiohttp.ClientResponseError():
-                raise ApiError.about(self._what, f"{error.message} in the answer") from error
-            case TimeoutError() | aiohttp.ClientError() | OSError() | EOFError():
-                text = str(error) or type(error).__name__
-                raise ApiError.about(self._what, f"no answer from {name}: {text}") from error
+        if not isinstance(error, OSError | EOFError):
+            return
+        name = self._api.cluster.context
+        if isinstance(error.__cause__, ssl.SSLCertVerificationError):
+            text = f"the certificate of {name} is not trusted: {error.__cause__}"
+            hint = "; see certificate-authority and tls-server-name in the kubeconfig"
+            raise ApiError.about(self._what, text + hint, reason=_UNTRUSTED) from error
+        raise ApiError.about(self._what, f"no answer from {name}: {str(error) or type(error).__name__}") from error
 
 
 @functools.lru_cache(maxsize=256)
@@ -296,23 +310,23 @@ def _warn(what: str, header: str) -> None:
     _log.warning("the cluster warns (%s): %s", what, text.replace('\\"', '"'))
 
 
-async def _refusal(what: str, response: aiohttp.ClientResponse) -> ApiError:
-    text = (await response.content.read(2**16)).decode(errors="replace")
+async def _refusal(what: str, answer: Connection) -> ApiError:
+    text = (await answer.read(2**16)).decode(errors="replace")
     try:
         body = json.loads(text)
     except ValueError:
         body = {}
     if not isinstance(body, dict):
         body = {}
-    seconds = response.headers.get("Retry-After") or (body.get("details") or {}).get("retryAfterSeconds")
+    seconds = next(iter(answer.headers("retry-after")), None) or (body.get("details") or {}).get("retryAfterSeconds")
     try:
         retry_after = float(seconds) if seconds is not None else None
     except ValueError:  # a date
         retry_after = None
     return ApiError.about(
         what,
-        str(body.get("message") or " ".join(text.split())[:300] or response.reason),
-        status=response.status,
+        str(body.get("message") or " ".join(text.split())[:300] or answer.reason),
+        status=answer.status,
         reason=str(body.get("reason") or ""),
         retry_after=retry_after,
     )

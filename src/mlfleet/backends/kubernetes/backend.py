@@ -7,7 +7,6 @@ import os
 import socket
 import uuid
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
@@ -141,7 +140,7 @@ class KubernetesBackend(Backend):
             )
             return self._supervise(shared, made, target, submitted=True)
         except BaseException:
-            await self._connections.release(shared)
+            await shared.release()
             raise
 
     def tags(self, run: BackendRun) -> Mapping[str, str]:
@@ -175,7 +174,7 @@ class KubernetesBackend(Backend):
             )
             return self._supervise(shared, found, target, submitted=False)
         except BaseException:
-            await self._connections.release(shared)
+            await shared.release()
             raise
 
     # ---- one Job ----------------------------------------------------------------------------------------------------
@@ -221,7 +220,7 @@ class KubernetesBackend(Backend):
 
     def _supervise(self, shared: Shared, made: dict[str, Any], target: Target, *, submitted: bool) -> KubernetesRun:
         run = KubernetesRun(target, read_job(made), shared.api, self._streams, shared.watch, submitted=submitted)
-        self._runs.start(run, name=f"mlfleet Job {target.name}", then=partial(self._connections.release, shared))
+        self._runs.start(run, name=f"mlfleet Job {target.name}", then=shared.release)
         return run
 
 

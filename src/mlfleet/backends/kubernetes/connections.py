@@ -20,16 +20,22 @@ class Shared:
     """A watch, and how many use it.
 
     Attributes:
+        owner: of it.
         api: of its cluster.
         watch: of its namespace.
         key: by which it is shared.
         users: counted.
     """
 
+    owner: Connections
     api: Api
     watch: NamespaceWatch
     key: tuple[Cluster, str]
     users: int = 0
+
+    async def release(self) -> None:
+        """Give it back."""
+        await self.owner.release(self)
 
 
 class Connections:
@@ -56,7 +62,7 @@ class Connections:
         return self._apis[cluster]
 
     async def watch(self, cluster: Cluster, namespace: str) -> Shared:
-        """The watch of a namespace, to be given back by `release`.
+        """The watch of a namespace, to be given back by its `release`.
 
         Raises:
             BackendError: the cluster cannot be reached, or it is not allowed.
@@ -66,7 +72,7 @@ class Connections:
             shared = self._watches.get(key)
             if shared is None or shared.watch.failed is not None:
                 api = await self._api(cluster)
-                shared = Shared(api, await NamespaceWatch(api, namespace).__aenter__(), key)
+                shared = Shared(self, api, await NamespaceWatch(api, namespace).__aenter__(), key)
                 self._watches[key] = shared
             shared.users += 1
             return shared

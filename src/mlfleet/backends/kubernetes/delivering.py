@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+
+import anyio
 
 from mlfleet.backends.base import Job
-from mlfleet.backends.docker.engine import Engine
-from mlfleet.backends.docker.image import Images
 from mlfleet.backends.kubernetes.api import Api
 from mlfleet.backends.kubernetes.config import CodeDelivery, KubernetesConfig
 from mlfleet.backends.kubernetes.delivery import ConfigMaps, configmap_code, git_code
-from mlfleet.backends.kubernetes.engine_push import push_from_engine
-from mlfleet.backends.kubernetes.image import push_project
 from mlfleet.backends.kubernetes.manifest import Code
-from mlfleet.backends.kubernetes.registry import Registries, parse_reference
+from mlfleet.backends.kubernetes.reference import parse_reference
 from mlfleet.backends.kubernetes.source import GitSource, git_source
 from mlfleet.concurrency.once import Once
 from mlfleet.project.checkout import Checkouts
@@ -60,29 +57,15 @@ class Deliveries:
     async def _push(self, job: Job, config: KubernetesConfig, base: str) -> str:
         digest = await content_hash(job.project_dir)
         key = (config.builder, base, str(config.repository_uri), config.platform, digest)
-        return await self._pushes(key, partial(self._push_once, job, config, base))
+        push = await anyio.to_thread.run_sync(_imported)
+        return await self._pushes(key, partial(push, job, config, base))
 
-    async def _push_once(self, job: Job, config: KubernetesConfig, base: str) -> str:
-        auth: Mapping[str, Any] | None = job.docker.auth if job.docker is not None else None
-        repository = config.repository_uri or ""
-        if config.builder == "docker":
-            async with Engine() as engine:
-                await engine.located()
-                images = Images(engine)
-                found = await images.base(base, platform=config.platform, credentials=auth, on_progress=job.on_progress)
-                built = await images.built(
-                    found, job.project_dir, project=job.project_name, on_progress=job.on_progress
-                )
-                return await push_from_engine(engine, built, repository, auth, job.on_progress)
-        async with Registries(auth) as registries:
-            return await push_project(
-                registries,
-                parse_reference(base),
-                parse_reference(repository),
-                job.project_dir,
-                platform=config.platform,
-                on_progress=job.on_progress,
-            )
+
+def _imported() -> Callable[[Job, KubernetesConfig, str], Awaitable[str]]:
+    """Only where it is wanted: the clients of registries and of Docker are a good part of all that is in memory."""
+    from mlfleet.backends.kubernetes.pushing import push
+
+    return push
 
 
 def previewed(job: Job, config: KubernetesConfig, image: str) -> Code:

@@ -8,7 +8,7 @@ from typing import Any
 from mlfleet.backends.docker import auth
 from mlfleet.backends.docker.engine import Engine, EngineError
 from mlfleet.backends.docker.image import Image
-from mlfleet.backends.kubernetes.registry import parse_reference
+from mlfleet.backends.kubernetes.reference import parse_reference
 from mlfleet.errors import SubmitError
 
 __all__ = ["push_from_engine"]

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from mlfleet.backends.kubernetes.delivery import FOLDER
-from mlfleet.backends.kubernetes.registry import Reference, Registries, RegistryError
+from mlfleet.backends.kubernetes.reference import Reference
+from mlfleet.backends.kubernetes.registry import Registries, RegistryError
 from mlfleet.concurrency.threads import Threads
 from mlfleet.errors import SubmitError
 from mlfleet.project.content import content_hash, pack

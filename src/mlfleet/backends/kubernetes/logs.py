@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-import aiohttp
 import anyio
 
 from mlfleet.backends.kubernetes.api import Api, ApiError, Pool, pause
@@ -22,8 +21,7 @@ __all__ = ["Copier", "End", "LogStream", "Streams"]
 
 _log = logging.getLogger("mlfleet.kubernetes")
 _writing = Threads("kubernetes output", 8)
-_FOLLOW = aiohttp.ClientTimeout(total=None, sock_connect=10)
-_READ = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)
+_SILENCE = 60.0  # seconds without a byte of the log of a container that has ended
 _GATHER = 0.01  # seconds in which more of a trickle is let come, so that it costs fewer turns
 _SMALL = 16 * 1024
 _LOOK = 2.0  # seconds between two looks for a free place
@@ -263,11 +261,11 @@ class Copier:
         if stream.since is not None:
             params["sinceTime"] = stream.since
         path = f"/api/v1/namespaces/{self._namespace}/pods/{pod}/log"
-        timeout = _FOLLOW if follow else _READ
-        async with self._api.stream("reading a log", path, pool=Pool.LOGS, params=params, timeout=timeout) as response:
-            while data := await response.content.readany():
+        silence = None if follow else _SILENCE
+        async with self._api.stream("reading a log", path, pool=Pool.LOGS, params=params, silence=silence) as answer:
+            while data := await answer.chunk():
                 await self._write(stream.feed(data))
-                if len(data) < _SMALL and not response.content.at_eof():
+                if len(data) < _SMALL and not answer.is_complete:
                     await anyio.sleep(_GATHER)
 
     async def _write(self, data: bytes) -> None:

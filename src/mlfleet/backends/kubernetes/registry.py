@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
 from urllib.parse import urljoin, urlsplit
@@ -18,13 +17,11 @@ import anyio
 
 from mlfleet.backends.docker.auth import find_credentials
 from mlfleet.backends.kubernetes.api import pause
-from mlfleet.errors import BackendError, UsageError
+from mlfleet.backends.kubernetes.reference import HUB, Reference
+from mlfleet.errors import BackendError
 
-__all__ = ["Reference", "Registries", "RegistryError", "parse_reference"]
+__all__ = ["Registries", "RegistryError"]
 
-_HUB = "registry-1.docker.io"
-_NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*)*")
-_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(:\d+)?|\[[0-9a-fA-F:]+\](:\d+)?")
 _CHALLENGE = re.compile(r'(\w+)="([^"]*)"')
 _TRIES = 4
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=120)
@@ -45,57 +42,6 @@ class RegistryError(BackendError):
     def __init__(self, message: str, *, backend: str | None = "kubernetes", status: int | None = None) -> None:
         super().__init__(message, backend=backend)
         self.status = status
-
-
-@dataclass(frozen=True, slots=True)
-class Reference:
-    """The name of an image, in full.
-
-    Attributes:
-        host: of the registry, with its port.
-        repository: in the registry.
-        tag: or digest, of the image.
-    """
-
-    host: str
-    repository: str
-    tag: str = "latest"
-
-    @property
-    def name(self) -> str:
-        """Without the tag, as people write it."""
-        host = "docker.io" if self.host == _HUB else self.host
-        return f"{host}/{self.repository}"
-
-    def __str__(self) -> str:
-        return f"{self.name}{'@' if ':' in self.tag else ':'}{self.tag}"
-
-
-def parse_reference(text: str) -> Reference:
-    """An image's name as Docker reads it: without a host it is on Docker Hub.
-
-    Raises:
-        UsageError: it is none.
-    """
-    rest, _, digest = text.partition("@")
-    first, slash, path = rest.partition("/")
-    if slash and ("." in first or ":" in first or first == "localhost"):
-        host, rest = first, path
-    else:
-        host = "docker.io"
-    head, colon, tag = rest.rpartition(":")
-    repository = head if colon else rest
-    if host in ("docker.io", "index.docker.io"):
-        host = _HUB
-        repository = repository if "/" in repository else f"library/{repository}"
-    if (
-        not _HOST.fullmatch(host)
-        or not _NAME.fullmatch(repository)
-        or (colon and not re.fullmatch(r"\w[\w.-]{0,127}", tag))
-    ):
-        hint = "; it is written in small letters" if _NAME.fullmatch(repository.lower()) else ""
-        raise UsageError(f"{text!r} is no name of an image such as host:5000/team/image:tag{hint}")
-    return Reference(host, repository, digest or (tag if colon else "latest"))
 
 
 class Registries:
@@ -305,7 +251,7 @@ class Registries:
 
     async def _authorize(self, reference: Reference, challenge: str, *, push: bool, source: str) -> str:
         """What the registry asks for: https://distribution.github.io/distribution/spec/auth/token/."""
-        host = "docker.io" if reference.host == _HUB else reference.host
+        host = "docker.io" if reference.host == HUB else reference.host
         found = await find_credentials(f"{host}/{reference.repository}", self._given) or {}
         basic = ""
         if found.get("username"):
@@ -368,7 +314,7 @@ async def _refusal(method: str, reference: Reference, response: aiohttp.ClientRe
 
 
 def _no_login(reference: Reference) -> str:
-    host = "docker.io" if reference.host == _HUB else reference.host
+    host = "docker.io" if reference.host == HUB else reference.host
     return (
         f"the registry {host} does not let us use {reference.name}: do 'docker login {host}', or give docker_auth;"
         " or there is no such image"

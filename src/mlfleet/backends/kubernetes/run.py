@@ -77,7 +77,7 @@ class KubernetesRun(SupervisedRun):
         self._copier = Copier(api, streams, target.namespace, target.output)
         self._started = asyncio.Event()
         self._grace: float | None = None
-        self._stop_changed = asyncio.Event()
+        self._stop_changed: asyncio.Event | None = None  # hundreds of runs live at the same time, and few are stopped
         self._living: asyncio.TaskGroup | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._cut = False  # by us, before it had ended
@@ -93,6 +93,8 @@ class KubernetesRun(SupervisedRun):
         first = self._grace is None
         if self._grace is None or seconds < self._grace:
             self._grace = seconds
+            if self._stop_changed is None:
+                self._stop_changed = asyncio.Event()
             self._stop_changed.set()
             if first and self._living is not None:
                 self._stopping = self._living.create_task(self._stop())
@@ -274,7 +276,7 @@ class KubernetesRun(SupervisedRun):
 
     async def _stop(self) -> None:
         """Delete the Job and see its pods end; ends with the group when the Job is gone."""
-        assert self._grace is not None  # noqa: S101 - that is why it was started
+        assert self._grace is not None and self._stop_changed is not None  # noqa: S101, PT018 - why it was started
         if self._cell.value is not None and self._cell.value.ended:
             return
         target, sent = self.target, self.target.grace

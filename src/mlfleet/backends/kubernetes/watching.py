@@ -13,7 +13,6 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
-import aiohttp
 import anyio
 
 from mlfleet.backends.kubernetes.api import Api, ApiError, Pool, pause
@@ -361,12 +360,11 @@ class _Follower:
             "timeoutSeconds": str(seconds),
             "resourceVersion": self._version or "",
         }
-        timeout = aiohttp.ClientTimeout(total=seconds + 30, sock_connect=10, sock_read=self._idle)
         count = 0
-        stream = self._api.stream(self._what, self._path, pool=Pool.WATCH, params=params, timeout=timeout)
-        async with stream as response:
+        stream = self._api.stream(self._what, self._path, pool=Pool.WATCH, params=params, silence=self._idle)
+        async with stream as answer:
             pending = bytearray()
-            while data := await response.content.readany():
+            while data := await answer.chunk():
                 start = len(pending)
                 pending += data
                 if pending.find(b"\n", start) < 0:

@@ -1,0 +1,67 @@
+"""The names of images."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from mlfleet.errors import UsageError
+
+__all__ = ["HUB", "Reference", "parse_reference"]
+
+HUB = "registry-1.docker.io"
+"""Where Docker Hub's registry is."""
+
+_NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*)*")
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(:\d+)?|\[[0-9a-fA-F:]+\](:\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The name of an image, in full.
+
+    Attributes:
+        host: of the registry, with its port.
+        repository: in the registry.
+        tag: or digest, of the image.
+    """
+
+    host: str
+    repository: str
+    tag: str = "latest"
+
+    @property
+    def name(self) -> str:
+        """Without the tag, as people write it."""
+        host = "docker.io" if self.host == HUB else self.host
+        return f"{host}/{self.repository}"
+
+    def __str__(self) -> str:
+        return f"{self.name}{'@' if ':' in self.tag else ':'}{self.tag}"
+
+
+def parse_reference(text: str) -> Reference:
+    """An image's name as Docker reads it: without a host it is on Docker Hub.
+
+    Raises:
+        UsageError: it is none.
+    """
+    rest, _, digest = text.partition("@")
+    first, slash, path = rest.partition("/")
+    if slash and ("." in first or ":" in first or first == "localhost"):
+        host, rest = first, path
+    else:
+        host = "docker.io"
+    head, colon, tag = rest.rpartition(":")
+    repository = head if colon else rest
+    if host in ("docker.io", "index.docker.io"):
+        host = HUB
+        repository = repository if "/" in repository else f"library/{repository}"
+    if (
+        not _HOST.fullmatch(host)
+        or not _NAME.fullmatch(repository)
+        or (colon and not re.fullmatch(r"\w[\w.-]{0,127}", tag))
+    ):
+        hint = "; it is written in small letters" if _NAME.fullmatch(repository.lower()) else ""
+        raise UsageError(f"{text!r} is no name of an image such as host:5000/team/image:tag{hint}")
+    return Reference(host, repository, digest or (tag if colon else "latest"))
