@@ -3,8 +3,9 @@
 Counts the watches and the requests of each run; measures how long after a Job's last event was sent `wait` returns, and
 for how long the event loop of the driver stands still: by the CPU time of its thread, so that what else the machine
 does is no stall. A busy machine is slower all the same, which the first line of each table tells: a million turns of an
-empty loop take 15 to 25 ms on a quiet one. With --minute it also counts the requests for 100 runs of one minute,
-beside those of the reference, which asks for each run every few seconds (the interval is read from its source).
+empty loop take 15 to 25 ms on a quiet one. Each measurement has a process of its own; shown are the medians of several.
+With --minute it also counts the requests for 100 runs of one minute, beside those of the reference, which asks for each
+run every few seconds (the interval is read from its source).
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ import importlib.util
 import json
 import os
 import re
+import statistics
 import sys
 import tempfile
 import time
 import urllib.request
 import uuid
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,6 +172,21 @@ def stats(url: str) -> Any:
         return json.loads(answer.read())
 
 
+def measured(count: int, seconds: float) -> dict[str, float]:
+    return asyncio.run(measure(count, seconds))
+
+
+def processes_of_their_own() -> ProcessPoolExecutor:
+    """One for each measurement: what an earlier one has left is not to be collected in the next."""
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1)
+
+
+def in_the_middle(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The median of each figure, and the worst of the longest stalls."""
+    row = {name: statistics.median(each[name] for each in rows) for name in rows[0]}
+    return row | {"longest stall, worst, ms": max(each["longest stall, ms"] for each in rows)}
+
+
 def reference_requests(count: int, seconds: float) -> float:
     """Of the reference: one that creates each Job, and one poll of each for every interval."""
     # Not imported: it looks for packages by names that benchmarks beside this one have, too.
@@ -184,6 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, nargs="*", default=[500, 1000], help="how many at once")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each run")
+    parser.add_argument("--repeat", type=int, default=3, help="measurements of each (default: 3)")
     parser.add_argument("--minute", action="store_true", help="also 100 runs of one minute, beside the reference")
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
@@ -192,9 +212,13 @@ def main() -> None:
         asyncio.run(serve(options.serve))
         return
     os.environ.pop("KUBECONFIG", None)
-    rows = [asyncio.run(measure(count, options.seconds)) for count in options.runs]
+    with processes_of_their_own() as processes:
+        rows = [
+            in_the_middle([processes.submit(measured, count, options.seconds).result() for _ in range(options.repeat)])
+            for count in options.runs
+        ]
     if options.minute:
-        row = asyncio.run(measure(100, 60.0))
+        row = measured(100, 60.0)
         row["requests of the reference per request of ours"] = reference_requests(100, 60.0) / (
             row["requests per run"] * 100
         )
