@@ -196,22 +196,27 @@ class _Loop:
             tasks.append(self._loop.create_task(_await(work)))
             tasks[0].add_done_callback(partial(_copy, result))
 
+        def stop() -> None:
+            if tasks:
+                tasks[0].cancel()
+            else:  # it was interrupted before it had begun
+                result.set_exception(CancelledError())
+
         # Not anyio's portal: it waits for the loop before it gives a future, and an interrupt meanwhile would leave the
         # work to itself. Nor run_coroutine_threadsafe: its future is cancelled before the work has ended.
-        self._loop.call_soon_threadsafe(begin)
         try:
+            self._loop.call_soon_threadsafe(begin)
             return result.result()
         except BaseException:
             if not result.done():
-                self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+                self._loop.call_soon_threadsafe(stop)
                 wait([result])
             raise
 
     def _at_exit(self) -> None:
         """Wait for the runs, unless the interpreter exits because of an interrupt: then end them."""
-        interrupted = isinstance(getattr(sys, "last_value", None), KeyboardInterrupt)
         try:
-            if not interrupted:
+            if not _is_interrupt(getattr(sys, "last_value", None)):
                 self.call(api.join_default_fleets)
         except KeyboardInterrupt:
             logger.warning("interrupted: ending the runs that still go on")
@@ -225,6 +230,13 @@ class _Loop:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.call(api.close_default_fleets)
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether an interrupt led to `error`; cleaning up may have failed after it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 async def _await(work: Callable[[], Awaitable[T]]) -> T:

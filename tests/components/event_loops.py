@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
-import importlib.util
 import inspect
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 
 __all__ = ["LOOPS", "on_each_loop", "run_on"]
 
-LOOPS = ["asyncio", "uvloop"] if importlib.util.find_spec("uvloop") else ["asyncio"]
+LOOPS = ["asyncio", "uvloop"]
 
 
 def run_on(loop: str, main: Coroutine[Any, Any, None]) -> None:
@@ -38,7 +37,7 @@ async def _ending(main: Coroutine[Any, Any, None]) -> None:
 
 
 def on_each_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Make a test of a coroutine: one run on asyncio, one on uvloop where that is installed."""
+    """Make a test of a coroutine: one run on asyncio, one on uvloop."""
 
     @functools.wraps(test)
     def run(*, event_loop: str, **given: object) -> None:

@@ -11,6 +11,7 @@ import anyio
 import pytest
 
 import mlfleet
+from components.event_loops import on_each_loop
 from components.projects import pid_is_gone, write_project
 from mlfleet import Fleet, FleetRun, RunEvent, RunStatus, Stage, Timeouts
 from mlfleet.errors import (
@@ -427,3 +428,17 @@ def test_a_loop_that_ends_in_the_middle_leaves_nothing_running(tmp_path: Path) -
     asyncio.run(main())
     assert [pid.name for pid in pids.iterdir() if not pid_is_gone(int(pid.name))] == []
     assert {run.status for run in tracking.runs.values()} == {RunStatus.KILLED}
+
+
+@on_each_loop
+async def test_runs_end_and_are_cancelled_on_every_event_loop(tmp_path: Path) -> None:
+    uri = write_project(tmp_path / "demo", "echo $$; exec sleep {seconds}", parameters="seconds: float")
+    async with Fleet(tracking=FakeTracking()) as fleet:
+        short, long = [
+            await fleet.submit(uri, parameters={"seconds": seconds}, env_manager="local") for seconds in (0, 600)
+        ]
+        pid = int(await anext(long.logs()))
+        assert await short.wait()
+        await long.cancel()
+        assert await long.get_status() is RunStatus.KILLED
+        assert pid_is_gone(pid)

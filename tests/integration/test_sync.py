@@ -158,6 +158,35 @@ def test_an_interrupt_ends_every_run(
     assert script.statuses() == ["KILLED"]
 
 
+# Signals come between any two steps: in these two, before and after the loop was told of a call.
+@pytest.mark.parametrize("function", ["call_soon_threadsafe", "_write_to_self"])
+def test_an_interrupt_in_the_middle_of_a_call(start: Callable[[str], Script], tmp_path: Path, function: str) -> None:
+    write_project(tmp_path / "demo", "echo $$; exec sleep 1000")
+    script = start(
+        f"""
+        import mlfleet, sys
+
+        def interrupt(frame, event, argument):
+            if event == "call" and frame.f_code.co_name == "{function}":
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+        run = mlfleet.run("demo", env_manager="local", synchronous=False)
+        lines = run.logs()
+        print(next(lines), flush=True)
+        sys.setprofile(interrupt)
+        next(lines)
+        """
+    )
+    pid = int(script.line())
+    code, _, err = script.end()
+    assert code == -signal.SIGINT
+    assert "KeyboardInterrupt" in err
+    assert "RuntimeError" not in err
+    assert pid_is_gone(pid)
+    assert script.statuses() == ["KILLED"]
+
+
 def test_an_interrupt_while_the_exit_waits(start: Callable[[str], Script], tmp_path: Path) -> None:
     write_project(tmp_path / "demo", "echo $$ > pid.new; mv pid.new pid; sleep 1000")
     script = start(
