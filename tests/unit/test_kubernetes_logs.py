@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,7 +51,26 @@ def test_every_line_once_wherever_the_connection_breaks(
     assert out + stream.close() == b"\n".join(text for _, text in lines)
 
 
-def test_what_the_kubelet_says_itself_has_no_stamp() -> None:
+@pytest.mark.parametrize("cut", range(1, 60))
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"unable to retrieve container logs for containerd://0123456789",
+        b'failed to try resolving symlinks in path "/var/log/pods/a/0.log": lstat: no such file or directory',
+    ],
+)
+def test_what_the_kubelet_says_itself_is_no_output(said: bytes, cut: int) -> None:
     stream = LogStream()
-    said = b"unable to retrieve container logs for containerd://0123456789"
-    assert stream.feed(said[:20]) + stream.feed(said[20:]) + stream.close() == said
+    assert stream.feed(said[:cut]) + stream.feed(said[cut:]) + stream.close() == b""
+    assert stream.remark == said
+    stream.resume()
+    assert stream.remark == b""
+    assert stream.feed(b"2026-01-01T00:00:00.5Z one\n") == b"one\n"
+
+
+@pytest.mark.parametrize("cut", range(1, 20))
+def test_what_has_no_stamp_otherwise_is_output(cut: int) -> None:
+    stream = LogStream()
+    line = b"unable to do what was asked\n"
+    assert stream.feed(line[:cut]) + stream.feed(line[cut:]) + stream.close() == line
+    assert stream.remark == b""

@@ -29,6 +29,15 @@ _TRIES = 10  # without any output, of a container that has ended
 # RFC 3339 with nanoseconds, in the time zone of the node.
 _STAMP = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?(?:Z|[+-]\d\d:\d\d)) ")
 _LONGEST_STAMP = 37
+# https://github.com/kubernetes/kubernetes/blob/master/pkg/kubelet/kuberuntime/kuberuntime_container.go and
+# …/staging/src/k8s.io/cri-client/pkg/logs/logs.go: with the status 200, for the answer has begun already.
+_REMARKS = (
+    b"failed to try resolving symlinks in path ",
+    b"failed to open log file ",
+    b"unable to retrieve container logs for ",
+)
+_LONGEST_REMARK = 1000
+_BEGINNING = 48  # bytes of a line that tell what it is
 
 
 class LogStream:
@@ -37,10 +46,15 @@ class LogStream:
     The server starts again with the whole second of the last line (``sinceTime`` has no more): what is not after the
     last line that was taken is dropped. Of several lines with one stamp as many are dropped as were taken, and of one
     that was cut off its beginning.
+
+    Attributes:
+        last: the stamp of the last line.
+        remark: what the kubelet itself said on this connection in place of output: that there is no log.
     """
 
     def __init__(self) -> None:
-        self.last = b""  # the stamp of the last line
+        self.last = b""
+        self.remark = b""
         self._taken = 0  # complete lines with that stamp
         self._partial = 0  # bytes taken of a line that has not ended
         self._restart()
@@ -49,6 +63,8 @@ class LogStream:
         self._head = b""  # of a line whose stamp is not complete yet
         self._prefix = b""  # of a line without a stamp
         self._in_line = False
+        self._is_remark = False
+        self.remark = b""
         self._keep = True
         self._skip_bytes = 0
         self._to_skip = self._taken + (1 if self._partial else 0)
@@ -86,16 +102,19 @@ class LogStream:
 
     def _begin(self, data: bytes, at: int) -> int:
         """Take the stamp of a line; it may come in pieces."""
-        have = self._head + data[at : at + _LONGEST_STAMP]
+        have = self._head + data[at : at + _BEGINNING]
         match = _STAMP.match(have)
-        if match is None and len(have) < _LONGEST_STAMP and b"\n" not in have and b" " not in have:
-            self._head = have
-            return len(data)
+        if match is None and b"\n" not in have:
+            is_stamp = len(have) < _LONGEST_STAMP and b" " not in have
+            if is_stamp or any(len(have) < len(each) and each.startswith(have) for each in _REMARKS):
+                self._head = have
+                return len(data)
         held = len(self._head)
         self._head = b""
         self._in_line = True
+        self._is_remark = False
         if match is None:
-            # The kubelet itself speaks without a stamp: "unable to retrieve container logs".
+            self._is_remark = have.startswith(_REMARKS)
             self._keep, self._skip_bytes = True, 0
             self._prefix = have[:held]
             return at
@@ -119,6 +138,9 @@ class LogStream:
     def _body(self, piece: bytes, out: list[bytes]) -> None:
         if self._prefix:
             piece, self._prefix = self._prefix + piece, b""
+        if self._is_remark:
+            self.remark = (self.remark + piece)[:_LONGEST_REMARK]
+            return
         if not self._keep:
             return
         if self._skip_bytes:
@@ -129,7 +151,7 @@ class LogStream:
         out.append(piece)
 
     def _end(self) -> None:
-        if self._keep:
+        if self._keep and not self._is_remark:
             self._taken += 1
             self._partial = 0
         self._in_line = False
@@ -224,7 +246,8 @@ class Copier:
                     await self._follow(pod, container, stream, follow=follow)
                 finally:
                     self._streams.give_back(follow=follow)
-                complete = True
+                # Of a container that has just begun the kubelet may not find the log yet.
+                complete = had_ended or not stream.remark
             except ApiError as error:
                 complete = False
                 if error.status in (403, 404, 410) or (error.status == 400 and had_ended):
@@ -235,6 +258,9 @@ class Copier:
             # The stream ends when the container does, but a proxy may end it sooner: only what ends after the
             # container is complete.
             if complete and (had_ended or end.is_there):
+                if stream.remark:
+                    remark = stream.remark.decode(errors="replace").strip()
+                    _log.warning("the output of the pod %s is not all there: %s", pod, remark)
                 break
             attempt = 0 if self.copied > before else attempt + 1
             if attempt > _TRIES and end.is_there:
