@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from components import free_port, missing
+from fakes.flaky_proxy import FlakyProxy
 
 STARTS_WITHIN = 240.0
 """Seconds; a server takes about 10 on an idle machine, and minutes on one that others use, too."""
@@ -211,3 +212,10 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             continue
     process.wait()
+
+
+@pytest.fixture
+async def proxy(mlflow_server: MlflowServer) -> AsyncIterator[FlakyProxy]:
+    """Before the server: counts requests and has faults of a network."""
+    async with FlakyProxy(mlflow_server.url).listen() as listening:
+        yield listening

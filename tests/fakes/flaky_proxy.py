@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+from fakes.listening import listening
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -69,15 +71,9 @@ class FlakyProxy:
     @asynccontextmanager
     async def listen(self) -> AsyncIterator[FlakyProxy]:
         """Listen for the time of the block."""
-        server = await asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=self._tls)
-        self.url = f"{'https' if self._tls else 'http'}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        try:
+        async with listening(self._accept, self._handlers, "127.0.0.1", self._tls) as port:
+            self.url = f"{'https' if self._tls else 'http'}://127.0.0.1:{port}"
             yield self
-        finally:
-            server.close()
-            for handler in self._handlers:
-                handler.cancel()
-            await asyncio.gather(*self._handlers, return_exceptions=True)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from fakes.listening import listening
+
 __all__ = ["Peer", "Request", "Script", "ScriptedServer", "scripted"]
 
 
@@ -94,15 +96,8 @@ class ScriptedServer:
 
     @asynccontextmanager
     async def _listen(self, host: str, tls: ssl.SSLContext | None) -> AsyncIterator[ScriptedServer]:
-        server = await asyncio.start_server(self._accept, host, 0, ssl=tls)
-        self.port = server.sockets[0].getsockname()[1]
-        try:
+        async with listening(self._accept, self._handlers, host, tls) as self.port:
             yield self
-        finally:
-            server.close()
-            for handler in self._handlers:
-                handler.cancel()
-            await asyncio.gather(*self._handlers, return_exceptions=True)
         if self._errors:
             raise ExceptionGroup("scripts of the server failed", self._errors)
 

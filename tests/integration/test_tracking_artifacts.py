@@ -23,12 +23,6 @@ from mlfleet.tracking import RestTracking, RunInfo
 
 
 @pytest.fixture
-async def proxy(mlflow_server: MlflowServer) -> AsyncIterator[FlakyProxy]:
-    async with FlakyProxy(mlflow_server.url).listen() as listening:
-        yield listening
-
-
-@pytest.fixture
 async def tracking(proxy: FlakyProxy) -> AsyncIterator[RestTracking]:
     async with RestTracking(proxy.url) as opened:
         yield opened

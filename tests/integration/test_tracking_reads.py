@@ -19,12 +19,6 @@ from mlfleet.tracking.ending import end_run
 
 
 @pytest.fixture
-async def proxy(mlflow_server: MlflowServer) -> AsyncIterator[FlakyProxy]:
-    async with FlakyProxy(mlflow_server.url).listen() as listening:
-        yield listening
-
-
-@pytest.fixture
 async def tracking(proxy: FlakyProxy) -> AsyncIterator[RestTracking]:
     """One request at a time: of reads that begin together, the first goes alone and all others wait."""
     async with RestTracking(proxy.url, timeout=20, max_in_flight=1) as opened:
@@ -143,13 +137,19 @@ class Held:
         return await forward()
 
 
-async def test_when_the_one_who_asks_is_cancelled_the_others_get_their_answers(
-    tracking: RestTracking, proxy: FlakyProxy
-) -> None:
+async def held_reads(tracking: RestTracking, proxy: FlakyProxy) -> tuple[Held, list[str], list[asyncio.Task[RunInfo]]]:
+    """Ten reads that have begun: the first went alone, and the next asks for all others."""
     ids = await create(tracking, 10)
     held = Held(proxy)
     reads = [asyncio.create_task(tracking.get_run(run_id)) for run_id in ids]
     await held.arrived.wait()
+    return held, ids, reads
+
+
+async def test_when_the_one_who_asks_is_cancelled_the_others_get_their_answers(
+    tracking: RestTracking, proxy: FlakyProxy
+) -> None:
+    _, ids, reads = await held_reads(tracking, proxy)
     reads[1].cancel()  # the first went alone, and the next asks for all others
     seen = await asyncio.gather(*reads, return_exceptions=True)
     assert isinstance(seen.pop(1), asyncio.CancelledError)
@@ -160,10 +160,7 @@ async def test_when_the_one_who_asks_is_cancelled_the_others_get_their_answers(
 async def test_when_one_of_those_who_are_asked_for_is_cancelled_nobody_else_notices(
     tracking: RestTracking, proxy: FlakyProxy
 ) -> None:
-    ids = await create(tracking, 10)
-    held = Held(proxy)
-    reads = [asyncio.create_task(tracking.get_run(run_id)) for run_id in ids]
-    await held.arrived.wait()
+    held, ids, reads = await held_reads(tracking, proxy)
     reads[5].cancel()
     await asyncio.wait([reads[5]])  # at once, not with the answer
     held.go_on.set()
@@ -175,10 +172,7 @@ async def test_when_one_of_those_who_are_asked_for_is_cancelled_nobody_else_noti
 
 
 async def test_when_all_are_cancelled_nothing_is_left(tracking: RestTracking, proxy: FlakyProxy) -> None:
-    ids = await create(tracking, 10)
-    held = Held(proxy)
-    reads = [asyncio.create_task(tracking.get_run(run_id)) for run_id in ids]
-    await held.arrived.wait()
+    _, ids, reads = await held_reads(tracking, proxy)
     for task in reads[1:]:
         task.cancel()
     await asyncio.wait(reads)

@@ -29,12 +29,6 @@ async def tracking(mlflow_server: MlflowServer) -> AsyncIterator[RestTracking]:
 
 
 @pytest.fixture
-async def proxy(mlflow_server: MlflowServer) -> AsyncIterator[FlakyProxy]:
-    async with FlakyProxy(mlflow_server.url).listen() as listening:
-        yield listening
-
-
-@pytest.fixture
 async def through_proxy(proxy: FlakyProxy) -> AsyncIterator[RestTracking]:
     async with RestTracking(proxy.url, timeout=20) as opened:
         yield opened

@@ -324,17 +324,15 @@ class Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         """The head of an answer."""
-        assert self._parser is not None  # noqa: S101
-        assert self._headers is not None or self.status  # noqa: S101
-        if self.status:
+        if self._parser is None or self._headers is None:  # a second answer
             return
         status = self._parser.get_status_code()
         if status < 100:
             raise ValueError("there is no such status")
-        if 100 <= status < 200 and self._headers is not None:  # the true answer follows
+        if status < 200:  # the true answer follows
             self._headers.clear()
             return
-        self.status, self.raw_headers, self._headers = status, tuple(self._headers or ()), None
+        self.status, self.raw_headers, self._headers = status, tuple(self._headers), None
         if self._is_head:
             self.on_message_complete()
         elif not self._is_whole:

@@ -1,0 +1,28 @@
+"""What servers that are written for tests have in common."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import asynccontextmanager
+
+__all__ = ["listening"]
+
+
+@asynccontextmanager
+async def listening(
+    accept: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+    handlers: Collection[asyncio.Task[None]],
+    host: str,
+    tls: ssl.SSLContext | None,
+) -> AsyncIterator[int]:
+    """Listen for the time of the block, on the port that is given; what then still serves is ended."""
+    server = await asyncio.start_server(accept, host, 0, ssl=tls)
+    try:
+        yield int(server.sockets[0].getsockname()[1])
+    finally:
+        server.close()
+        for handler in handlers:
+            handler.cancel()
+        await asyncio.gather(*handlers, return_exceptions=True)
