@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
 from pathlib import Path
 
 from mlfleet.backends.base import Backend, BackendRun
@@ -49,11 +48,12 @@ class AttachedRun(FleetRun):
     async def _stages(self) -> Outcome:
         if isinstance(self._found, RunLost):
             raise self._found
-        async with AsyncExitStack() as stack:
-            self._handle = self._found
-            stack.push_async_callback(self._settle, self._handle)
+        self._handle = self._found
+        try:
             await self._handle.started()
             return await self._await_end(self._handle)
+        finally:
+            await self._settle()
 
 
 def read_reference(info: RunInfo) -> JobRef:

@@ -6,8 +6,7 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -30,7 +29,7 @@ from mlfleet.project.fetch import ProjectFetcher
 from mlfleet.request import RunOptions, RunRequest
 from mlfleet.resources import Machine, Resources, this_machine
 from mlfleet.runs import RunEvent, Stage, Timeouts
-from mlfleet.slots import MachineSlots
+from mlfleet.slots import MachineSlots, Slot
 from mlfleet.space import Points
 from mlfleet.supervision import FleetRun
 from mlfleet.sweeps import GIVE_UP_AFTER, OnFailure, Resume, Retry, Sweep, SweepSettings
@@ -360,16 +359,10 @@ class Fleet:
             return os.environ.get("MLFLOW_EXPERIMENT_ID") or "0"
         return await self._experiments(name, lambda: self.tracking.experiment_id(name))
 
-    @asynccontextmanager
-    async def slot(self, plan: Plan) -> AsyncIterator[Mapping[str, str]]:
-        """Waits until such a run may go on, and holds its place; gives variables for it."""
+    def slot(self, plan: Plan) -> Slot:
+        """The place of such a run."""
         needed = self._needed(plan)
-        if needed is None:
-            async with self._count:
-                yield {}
-        else:
-            async with self._machine.share(needed) as share, self._count:
-                yield share
+        return Slot(self._count, None if needed is None else self._machine.share(needed))
 
     def room(self, plan: Plan) -> int | None:
         """How many such runs can go on at once; None is no limit."""

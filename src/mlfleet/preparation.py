@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from mlfleet.project.downloads import download_all
 from mlfleet.project.fetch import ProjectFetcher
 from mlfleet.project.uri import UriKind, parse_uri
 from mlfleet.runs import RunEvent, Timeouts
+from mlfleet.slots import Slot
 from mlfleet.tracking.base import RunInfo, Tracking
 
 __all__ = ["Services", "draft", "prepare"]
@@ -51,8 +52,8 @@ class Services(Protocol):
         """The experiment that a run belongs to."""
         ...
 
-    def slot(self, plan: Plan) -> AbstractAsyncContextManager[Mapping[str, str]]:
-        """Waits until such a run may go on, and holds its place; gives variables for it."""
+    def slot(self, plan: Plan) -> Slot:
+        """The place of such a run."""
         ...
 
     @property
@@ -88,7 +89,7 @@ async def draft(plan: Plan, info: RunInfo, tracking: Tracking, *, output: Path |
         resources=plan.request.resources,
         durable=plan.request.member is not None and plan.request.member.durable,
         placed=plan.parameters.placed,
-        call=_call(plan),
+        call=partial(_call, plan),
         sweep_id=plan.request.member.sweep_id if plan.request.member is not None else None,
     )
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ logger = logging.getLogger("mlfleet.runs")
 
 _WAITED = 1.0  # seconds from which on it is worth a request to say that a run waited
 
+_UNBOUNDED = nullcontext()
 _SECOND_RUN_TAG = "mlfleet.second_run"
 
 
@@ -184,8 +185,8 @@ class FleetRun:
             with self._scope:
                 outcome = await self._live()
         finally:
-            with anyio.CancelScope(shield=True):
-                await self._end(outcome or self._settled or Outcome(RunStatus.KILLED, reason="cancelled"))
+            # The run's own scope is left, and around this task there is none.
+            await self._end(outcome or self._settled or Outcome(RunStatus.KILLED, reason="cancelled"))
 
     async def _live(self) -> Outcome:
         try:
@@ -224,9 +225,17 @@ class FleetRun:
             cancel_grace=self._timeouts.cancel_grace,
         )
         await self._log(backend, job)
-        async with AsyncExitStack() as stack:
-            with self._within("queue", self._timeouts.queue):
-                share = await stack.enter_async_context(self._services.slot(self.plan))
+        slot = self._services.slot(self.plan)
+        with self._within("queue", self._timeouts.queue):
+            share = await slot.take()
+        try:
+            async with AsyncExitStack() as stack:
+                return await self._run(backend, job, stack, share)
+        finally:
+            slot.release()
+
+    async def _run(self, backend: Backend, job: Job, stack: AsyncExitStack, share: Mapping[str, str]) -> Outcome:
+        try:
             with self._within("setup", self._timeouts.setup):
                 self._tell(Stage.PREPARING)
                 job = await prepare(
@@ -234,10 +243,11 @@ class FleetRun:
                 )
                 self._tell(Stage.STARTING)
                 self._handle = await backend.submit(job)
-                stack.push_async_callback(self._settle, self._handle)
                 await self._log_submitted(backend, self._handle)
                 await self._handle.started()
             return await self._await_end(self._handle)
+        finally:
+            await self._settle()
 
     async def _await_end(self, handle: BackendRun) -> Outcome:
         self._tell(Stage.STARTED)
@@ -246,13 +256,13 @@ class FleetRun:
             self._settled = outcome = await handle.outcome()
         return outcome
 
-    async def _settle(self, handle: BackendRun) -> None:
+    async def _settle(self) -> None:
         """Leave nothing running, whichever way the stages were left; what the backend saw last is the truth."""
-        if self._settled is not None:
+        if self._handle is None or self._settled is not None:
             return
         with anyio.CancelScope(shield=True):
-            await handle.cancel(grace=self._grace)
-            self._settled = await handle.outcome()
+            await self._handle.cancel(grace=self._grace)
+            self._settled = await self._handle.outcome()
 
     async def _log(self, backend: Backend, job: Job) -> None:
         """Parameters and the reference of the run, in one request; before anything is made that must be found again."""
@@ -357,12 +367,12 @@ class FleetRun:
             )
         )
 
-    @contextmanager
-    def _within(self, stage: str, seconds: float | None) -> Iterator[None]:
+    def _within(self, stage: str, seconds: float | None) -> AbstractContextManager[None]:
         """Bound a stage; running out of it raises `RunTimeout`."""
-        if seconds is None:
-            yield
-            return
+        return _UNBOUNDED if seconds is None else self._bounded(stage, seconds)
+
+    @contextmanager
+    def _bounded(self, stage: str, seconds: float) -> Iterator[None]:
         with anyio.move_on_after(seconds) as scope:
             yield
         if scope.cancelled_caught:

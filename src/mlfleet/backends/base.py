@@ -90,7 +90,7 @@ class Job:
         tracking_uri: of the tracking server or store, without credentials.
         artifact_uri: where the artifacts of the MLflow run are; empty if that is not known.
         on_progress: takes one line on what `Backend.submit` is at, such as how far an image is pulled.
-        call: what the caller asked for, for backends that read the project themselves.
+        call: gives what the caller asked for, for backends that read the project themselves.
         sweep_id: the MLflow run of the sweep that the run belongs to.
     """
 
@@ -116,7 +116,7 @@ class Job:
     tracking_uri: str = ""
     artifact_uri: str = ""
     on_progress: Callable[[str], None] = field(default=lambda line: None, repr=False, compare=False)
-    call: ProjectCall | None = field(default=None, repr=False)
+    call: Callable[[], ProjectCall] | None = field(default=None, repr=False, compare=False)
     sweep_id: str | None = None
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self
@@ -65,6 +66,7 @@ class LocalBackend(Backend):
         try:
             process = await start(partial(_command, job))
         except (OSError, ValueError) as error:
+            _program.cache_clear()
             raise SubmitError(_refusal(job, error), backend=self.name) from error
         # Not the job itself: hundreds of handles would keep its environment and secrets.
         conclude = partial(durable.conclude, durable.run_folder(job.run_id)) if durable.applies(job) else None
@@ -216,20 +218,36 @@ def _command(job: Job) -> Iterator[Command]:
     if durable.applies(job):
         argv = durable.argv(job)
         durable.run_folder(job.run_id).mkdir(parents=True, exist_ok=True, mode=0o700)
+    environ = _environ(job)
     output = None if job.output is None else _open_output(job.output)
     try:
-        yield Command(argv, job.project_dir, _environ(job), output, output)
+        yield Command(argv, job.project_dir, environ, output, output, _program(argv[0], environ.get("PATH", "")))
     finally:
         if output is not None:
             os.close(output)
 
 
 def _environ(job: Job) -> dict[str, str]:
-    # Another thread may change os.environ meanwhile, so a plain copy could fail.
-    environ = {name: value for name in list(os.environ) if (value := os.environ.get(name)) is not None}
+    environ = _own_environ()
     environ.update(job.environ)
     environ.update(job.secrets)
     return environ if job.environment is None else job.environment.apply(environ)
+
+
+@lru_cache(maxsize=16)
+def _program(name: str, path: str) -> str | None:
+    """Where it is: looking through all of PATH once more for each run takes longer than all else in its start.
+
+    None: that depends on the working directory, or there is none.
+    """
+    is_fixed = all(os.path.isabs(folder) for folder in path.split(os.pathsep))  # noqa: PTH117
+    return shutil.which(name, path=path) if is_fixed else None
+
+
+def _own_environ() -> dict[str, str]:
+    while True:
+        with suppress(KeyError):  # another thread has taken a variable out meanwhile
+            return os.environ.copy()
 
 
 def _open_output(path: Path) -> int:
@@ -249,7 +267,7 @@ def _open_output(path: Path) -> int:
 def _refusal(job: Job, error: OSError | ValueError) -> str:
     """Why the command could not be started; of the command's variables, only names may be told."""
     if isinstance(error, OSError):
-        if error.filename == "bash":
+        if error.filename is not None and os.path.basename(error.filename) == "bash":  # noqa: PTH119
             return f"bash cannot be run: {error.strerror}. Install it, or set PATH so that it is found"
         if error.filename == str(job.project_dir):
             return f"the folder of the project, {job.project_dir}, cannot be entered: {error.strerror}"

@@ -146,8 +146,8 @@ class PluginBackend(Backend):
 
     def _submit(self, job: Job) -> BlockingHandle:
         """Blocking."""
-        call, prepared = job.call, job.config
-        assert call is not None  # noqa: S101 - the Fleet gives it to every job
+        assert job.call is not None  # noqa: S101 - the Fleet gives it to every job
+        call, prepared = job.call(), job.config
         assert isinstance(prepared, _Prepared)  # noqa: S101 - what `configure` gave
         try:
             handle = prepared.plugin.run(

@@ -48,6 +48,7 @@ class Command:
         env: all its variables; None: this process's.
         stdout: a file descriptor; None: it is inherited.
         stderr: likewise.
+        program: the file to run, where it is known; None: it is looked for as ``argv[0]``.
     """
 
     argv: Sequence[str]
@@ -55,6 +56,7 @@ class Command:
     env: Mapping[str, str] | None = None
     stdout: int | None = None
     stderr: int | None = None
+    program: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,6 +352,7 @@ def _spawn(command: Command) -> tuple[int, int | None]:
         # Never preexec_fn: without it Popen uses vfork, whose cost does not grow with this process's memory.
         popen = subprocess.Popen(
             command.argv,
+            executable=command.program,
             cwd=None if command.cwd is None else str(command.cwd),
             env=command.env,
             stdin=subprocess.DEVNULL,

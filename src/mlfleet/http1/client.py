@@ -9,6 +9,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterable, Iterable
 from functools import cached_property
+from typing import NamedTuple, Self
 from urllib.parse import urlsplit
 
 from aiohappyeyeballs import AddrInfoType, start_connection
@@ -20,12 +21,14 @@ from mlfleet.http1.origin import Origin
 __all__ = ["Client"]
 
 _SECOND_ADDRESS = 0.25  # seconds after which another address of the host is tried, too (RFC 8305, 5)
+_LINES_KEPT = 16  # sets of headers that need not be checked and written out again
 _KNOWN_FOR = 10.0  # seconds for which the addresses of a host are believed
 # https://www.rfc-editor.org/rfc/rfc9110#section-9.2.2
 _REPEATABLE = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})
 _METHODS = _REPEATABLE | {"POST", "PATCH"}  # an answer to CONNECT ends elsewhere
 _WITH_CONTENT = frozenset({"POST", "PUT", "PATCH"})
 _is_target = re.compile(r"/[^\x00-\x20\x7f]*").fullmatch
+_is_value = re.compile(r"[^\x00\r\n]*").fullmatch
 _is_name = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch  # https://www.rfc-editor.org/rfc/rfc9110#section-5.6.2
 
 
@@ -46,6 +49,7 @@ class Client:
         self._forget = self._open.discard
         self._idle: dict[Origin, list[Connection]] = {}
         self._sweep: asyncio.TimerHandle | None = None
+        self._lines: dict[tuple[tuple[str, str], ...], _Lines] = {}
         self._addresses: dict[tuple[str, int], tuple[float, list[AddrInfoType]]] = {}
 
     async def request(
@@ -58,6 +62,7 @@ class Client:
         *,
         silence: float | None,
         whole: bool = False,
+        linger: float = 0.0,
     ) -> Connection:
         """Send a request; what comes back holds the answer, and is to be given to `release`.
 
@@ -69,6 +74,7 @@ class Client:
             content: in one piece; or in many, whose length a header must tell.
             silence: seconds without a byte of an answer, after which it is given up; None: never.
             whole: wait for the end of the answer, not only for its head.
+            linger: seconds for which a cancelled call still waits for the end of the answer.
 
         Raises:
             CannotConnect: nothing was sent.
@@ -76,24 +82,24 @@ class Client:
             SilentServer: nothing came for too long.
             ValueError: this is no request that can be sent.
         """
-        head = _head(origin, method, target, headers, content)
+        head = self._head(origin, method, target, headers, content)
         body = None
         if isinstance(content, bytes):
             head += content
         else:
             body = content
         connection = self._idle_one(origin)
-        if connection is not None:
+        while True:
+            is_new = connection is None
+            connection = connection or await self._connect(origin)
             try:
-                await connection.ask(head, body, silence=silence, whole=whole, head=method == "HEAD")
+                await connection.ask(head, body, silence=silence, whole=whole, head=method == "HEAD", linger=linger)
                 return connection
             except BrokenAnswer:
                 # The server may have been closing it already.
-                if not connection.is_unanswered or method not in _REPEATABLE or body is not None:
+                if is_new or not connection.is_unanswered or method not in _REPEATABLE or body is not None:
                     raise
-        connection = await self._connect(origin)
-        await connection.ask(head, body, silence=silence, whole=whole, head=method == "HEAD")
-        return connection
+            connection = None
 
     def release(self, connection: Connection) -> None:
         """Keep a connection for the next request, or close it if its answer has not come to its end."""
@@ -114,6 +120,32 @@ class Client:
             connection.close()
         while self._open:  # noqa: ASYNC110 - for two or three turns of the event loop
             await asyncio.sleep(0)
+
+    def _head(
+        self, origin: Origin, method: str, target: str, headers: Iterable[tuple[str, str]], content: object
+    ) -> bytes:
+        if method not in _METHODS:
+            raise ValueError(f"requests with the method {method!r} cannot be sent")
+        if not _is_target(target):
+            raise ValueError("the URL has no path, or a space, a line break or the like in it")
+        given = tuple(headers)
+        lines = self._lines.get(given)
+        if lines is None:
+            if len(self._lines) >= _LINES_KEPT:
+                self._lines.clear()
+            lines = self._lines[given] = _Lines.of(given)
+        more = ""
+        if isinstance(content, bytes):
+            more = f"Content-Length: {len(content)}\r\n"
+        elif content is not None and "content-length" not in lines.names:
+            raise ValueError("no header tells the length of the content")
+        elif content is None and method in _WITH_CONTENT:
+            more = "Content-Length: 0\r\n"  # some servers refuse to guess: 411
+        if origin.proxy_address is not None and origin.scheme == "http":
+            target = f"http://{origin.host_header}{target}"
+            if origin.proxy_authorization is not None:
+                more += f"Proxy-Authorization: {origin.proxy_authorization}\r\n"
+        return f"{method} {target} HTTP/1.1\r\nHost: {origin.host_header}\r\n{lines.text}{more}\r\n".encode()
 
     # ---- idle connections -------------------------------------------------------------------------------------------
 
@@ -225,30 +257,25 @@ class Client:
         return known[1]
 
 
-def _head(origin: Origin, method: str, target: str, headers: Iterable[tuple[str, str]], content: object) -> bytes:
-    if method not in _METHODS:
-        raise ValueError(f"requests with the method {method!r} cannot be sent")
-    if not _is_target(target):
-        raise ValueError("the URL has no path, or a space, a line break or the like in it")
-    lines = [f"Host: {origin.host_header}"]
-    is_long = False
-    for name, value in headers:
-        if not _is_name(name):
-            raise ValueError(f"this is no name of a header: {name!r}")
-        lines.append(f"{name}: {value}")
-        is_long = is_long or name.lower() == "content-length"
-    if isinstance(content, bytes):
-        lines.append(f"Content-Length: {len(content)}")
-    elif content is not None and not is_long:
-        raise ValueError("no header tells the length of the content")
-    elif content is None and method in _WITH_CONTENT:
-        lines.append("Content-Length: 0")  # some servers refuse to guess: 411
-    if origin.proxy_address is not None and origin.scheme == "http":
-        target = f"http://{origin.host_header}{target}"
-        if origin.proxy_authorization is not None:
-            lines.append(f"Proxy-Authorization: {origin.proxy_authorization}")
-    head = "\r\n".join([f"{method} {target} HTTP/1.1", *lines, "", ""])
-    # What is given must not add a header, or a request, of its own.
-    if head.count("\n") != len(lines) + 2 or head.count("\r") != len(lines) + 2 or "\0" in head:
-        raise ValueError("a header has a line break in it")
-    return head.encode()
+class _Lines(NamedTuple):
+    """Lines of a request, that may be sent.
+
+    Attributes:
+        text: of the lines, each with its end.
+        names: of the headers, in small letters.
+    """
+
+    text: str
+    names: frozenset[str]
+
+    @classmethod
+    def of(cls, headers: tuple[tuple[str, str], ...]) -> Self:
+        """Check the headers that a caller gave."""
+        for name, value in headers:
+            if not _is_name(name):
+                raise ValueError(f"this is no name of a header: {name!r}")
+            # What is given must not add a header, or a request, of its own.
+            if not _is_value(value):
+                raise ValueError(f"the header {name} has a line break or the like in it")
+        text = "".join(f"{name}: {value}\r\n" for name, value in headers)
+        return cls(text, frozenset(name.lower() for name, _ in headers))

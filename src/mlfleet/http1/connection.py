@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 import httptools
 
+from mlfleet.concurrency.threads import outlast
 from mlfleet.http1.errors import BrokenAnswer, SilentServer
 
 if TYPE_CHECKING:
@@ -54,14 +55,17 @@ class Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._heard_at = 0.0
         self._body = bytearray()
+        self._parser: httptools.HttpResponseParser | None = None
+        self._is_head = False
         self._begin(None, whole=False, head=False)
         self._is_complete = True
-        # The parser holds this, too: none for one that never gets connected.
-        self._parser: httptools.HttpResponseParser | None = None
+        self._parser = None  # it holds this, too: none for one that never gets connected
 
     def _begin(self, silence: float | None, *, whole: bool, head: bool) -> None:
         """Nothing is left of the request before."""
-        self._parser = httptools.HttpResponseParser(self)
+        if self._parser is None or self._is_head or not self._is_complete:
+            # It did not see the end of the answer before, or sees none where we do.
+            self._parser = httptools.HttpResponseParser(self)
         self._headers: list[tuple[bytes, bytes]] | None = []
         self._silence = silence
         self._is_whole = whole
@@ -119,6 +123,7 @@ class Connection(asyncio.Protocol):
         silence: float | None,
         whole: bool = False,
         head: bool = False,
+        linger: float = 0.0,
     ) -> None:
         """Send a request and wait for the head of its answer. Whatever interrupts it closes the connection.
 
@@ -128,6 +133,9 @@ class Connection(asyncio.Protocol):
             silence: seconds without a byte of an answer, after which it is given up; None: never.
             whole: wait for the end of the answer.
             head: the answer ends with its head, whatever that says of its content.
+            linger: seconds for which a cancelled call still waits for the end of the answer before it closes the
+                connection: a server may go on with a request whose client is gone, and only the answer tells when it is
+                done.
 
         Raises:
             BrokenAnswer: the connection broke, or what came is no HTTP.
@@ -138,8 +146,13 @@ class Connection(asyncio.Protocol):
             self._write(request)
             if content is not None:
                 await self._send(content)
-            while not (self._is_complete if whole else self.status):
-                await self._change()
+            try:
+                while not (self._is_complete if whole else self.status):
+                    await self._change()
+            except asyncio.CancelledError:
+                if linger:
+                    await self._linger(linger)
+                raise
         except BaseException:
             self.close()
             raise
@@ -173,6 +186,14 @@ class Connection(asyncio.Protocol):
         """Close it, now."""
         if self.transport is not None:
             self.transport.abort()
+
+    async def _linger(self, seconds: float) -> None:
+        rest = asyncio.ensure_future(self.read())
+        late = asyncio.get_running_loop().call_later(seconds, rest.cancel)
+        await outlast(rest)
+        late.cancel()
+        if not rest.cancelled():
+            rest.exception()  # gives way to the cancellation
 
     # ---- sending and waiting ----------------------------------------------------------------------------------------
 

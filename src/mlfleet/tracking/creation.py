@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import anyio
 
-from mlfleet.concurrency.shield import finish
 from mlfleet.errors import TrackingError
 from mlfleet.runs import RunStatus
 from mlfleet.tracking.base import RunInfo
@@ -82,10 +80,12 @@ class Creation:
 
     async def _attempt(self) -> RunInfo:
         async with self._transport.connections as line:
-            exchange = partial(self._transport.exchange, line, "POST", "runs/create", body=self._body)
             self._sent = True
             # A server goes on with a request whose client is gone: the answer tells when it is done.
-            return run_info((await finish(exchange, within=_CANCEL_SECONDS)).get("run", {}))
+            answer = await self._transport.exchange(
+                line, "POST", "runs/create", body=self._body, linger=_CANCEL_SECONDS
+            )
+            return run_info(answer.get("run", {}))
 
     async def _made(self) -> list[RunInfo]:
         wanted = f"tags.`{SUBMISSION_TAG}` = '{self._submission}'"

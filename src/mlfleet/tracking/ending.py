@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-
-import anyio
 
 from mlfleet.errors import TrackingError
 from mlfleet.runs import RunStatus
@@ -32,9 +31,11 @@ async def end_run(tracking: Tracking, run_id: str, status: RunStatus, *, patienc
         TrackingError: tracking could not be told in time.
     """
     end_time = int(time.time() * 1000)
-    with anyio.move_on_after(2 * patience + _LAST_TRY):
-        info = await tracking.get_run(run_id, retry_for=patience)
-        if not info.status.is_terminal:
-            await tracking.update_run(run_id, status, end_time=end_time, retry_for=patience)
-        return info
-    raise TrackingError("no answer in time", uri=tracking.uri)
+    try:
+        async with asyncio.timeout(2 * patience + _LAST_TRY):
+            info = await tracking.get_run(run_id, retry_for=patience)
+            if not info.status.is_terminal:
+                await tracking.update_run(run_id, status, end_time=end_time, retry_for=patience)
+            return info
+    except TimeoutError as error:
+        raise TrackingError("no answer in time", uri=tracking.uri) from error

@@ -87,12 +87,13 @@ class Patience:
         *,
         seconds: float | None = None,
         answered: Callable[[], bool] = lambda: True,
+        begin: float | None = None,
     ) -> None:
         self._policy = policy
         self._seconds = policy.seconds if seconds is None else seconds
         self._insistent = seconds is not None
         self._answered = answered
-        self._begin = time.monotonic()
+        self._begin = time.monotonic() if begin is None else begin
         self._tries = 0
         self._renewed = False
 

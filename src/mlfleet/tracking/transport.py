@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
@@ -16,6 +17,7 @@ from urllib.parse import urlencode
 import anyio
 
 from mlfleet._version import __version__
+from mlfleet.concurrency.shield import finish
 from mlfleet.concurrency.threads import Threads
 from mlfleet.errors import TrackingError, UsageError
 from mlfleet.tracking.auth import Login, Tls
@@ -27,7 +29,6 @@ from mlfleet.tracking.retry import BACKOFF, Patience, RetryPolicy, Transient
 if TYPE_CHECKING:
     import httpx
 
-    from mlfleet.tracking.wire import Answer
 
 __all__ = ["API", "ARTIFACTS", "Transport"]
 
@@ -40,6 +41,7 @@ _FILES_IN_FLIGHT = 4
 _CONNECT_SECONDS = 15.0
 _KEEPALIVE_SECONDS = 4.0  # uvicorn closes an idle connection after 5 s
 _MAX_REDIRECTS = 3
+_JSON = {"Content-Type": "application/json"}
 _SECRET = 8
 """A header given by the caller that is at least this long is taken for a secret in messages."""
 
@@ -114,9 +116,9 @@ class Transport:
             raise TrackingError("the tracking client is not open: use it inside `async with`", uri=self._uri)
         return self._failures
 
-    def patience(self, retry_for: float | None = None) -> Patience:
-        """The patience for one call."""
-        return Patience(self.policy, seconds=retry_for, answered=lambda: self._answered)
+    def patience(self, retry_for: float | None = None, *, begin: float | None = None) -> Patience:
+        """The patience for one call, that begins now, or began at `begin` (of ``time.monotonic()``)."""
+        return Patience(self.policy, seconds=retry_for, answered=lambda: self._answered, begin=begin)
 
     async def call(
         self,
@@ -140,11 +142,12 @@ class Transport:
 
     async def again(self, attempt: Callable[[], Awaitable[T]], retry_for: float | None = None) -> T:
         """Await `attempt()` until it succeeds, is refused, or patience is at its end."""
-        patience = self.patience(retry_for)
+        begin, patience = time.monotonic(), None
         while True:
             try:
                 return await attempt()
             except Transient as failure:
+                patience = patience or self.patience(retry_for, begin=begin)
                 if not await patience.wait(failure):
                     raise patience.verdict(failure) from failure.error.__cause__
 
@@ -169,20 +172,43 @@ class Transport:
         *,
         body: Mapping[str, Any] | None = None,
         params: Mapping[str, str] | None = None,
+        linger: float = 0.0,
     ) -> dict[str, Any]:
-        """Ask the API once, at once, by one of the `connections`."""
+        """Ask the API once, at once, by one of the `connections`.
+
+        Args:
+            line: that connection.
+            method: of HTTP.
+            path: below the API's root, or from the server's root if it begins with a slash.
+            body: to be sent as JSON.
+            params: of the query.
+            linger: seconds for which a cancelled call still waits for the answer, which only tells when the server is
+                done.
+        """
+        import httpx
+
         content = _encoded(body).encode() if body is not None else None
-        kind = {"Content-Type": "application/json"} if content is not None else {}
+        kind = _JSON if content is not None else {}
         sent = {**self._headers, **kind, **await self.login.headers()}
-        first = await self._small_answer(line, method, path, content, sent, params)
+        target = f"{_target(path)}?{urlencode(params)}" if params else _target(path)
+        # A fan-out of hundreds of runs spends its time here.
+        try:
+            first = await line.wire.exchange(method, target, sent.items(), content, linger=linger)
+        except httpx.HTTPError as problem:
+            raise self.failures.of_exception(path, problem) from problem
+        self._answered = True
         if first.is_success:
             return self._told(path, first.body, first.to_httpx)
         response = first.to_httpx()
         if not response.is_redirect:
             raise self._failure(path, response, sent)
+
+        async def elsewhere() -> dict[str, Any]:
+            async with self._answer(line.client, method, path, content, kind, params) as answer:
+                return self._told(path, await answer.aread(), lambda: answer)
+
         # Nothing was done yet; httpx knows where to go.
-        async with self._answer(line.client, method, path, content, kind, params) as answer:
-            return self._told(path, await answer.aread(), lambda: answer)
+        return await finish(elsewhere, within=linger)
 
     def _told(self, path: str, body: bytes, answer: Callable[[], httpx.Response]) -> dict[str, Any]:
         """What the body of a success says."""
@@ -193,26 +219,6 @@ class Transport:
         if not isinstance(told, dict):
             raise self.failures.of_no_json(path, answer())
         return told
-
-    async def _small_answer(
-        self,
-        line: Line,
-        method: str,
-        path: str,
-        content: bytes | None,
-        headers: Mapping[str, str],
-        params: Mapping[str, str] | None,
-    ) -> Answer:
-        """What the server answers at first; a fan-out of hundreds of runs spends its time here."""
-        import httpx
-
-        url = self._place(path) + (f"?{urlencode(params)}" if params else "")
-        try:
-            answer = await line.wire.exchange(method, url, headers=headers, content=content)
-        except (httpx.HTTPError, httpx.InvalidURL, UnicodeEncodeError) as problem:
-            raise self.failures.of_exception(path, problem) from problem
-        self._answered = True
-        return answer
 
     @asynccontextmanager
     async def file(
@@ -285,10 +291,7 @@ class Transport:
     def _url(self, path: str) -> httpx.URL:
         import httpx
 
-        return httpx.URL(self._place(path))
-
-    def _place(self, path: str) -> str:
-        return self.login.url + (path if path.startswith("/") else API + path)
+        return httpx.URL(self.login.url + _target(path))
 
     def _prepare(self) -> None:
         import httpx
@@ -302,6 +305,7 @@ class Transport:
         tls = Tls.from_environ().context()
         for connections in (self.connections, self._file_connections):
             wire = Wire(
+                self.login.url,
                 tls=tls,
                 keepalive=_KEEPALIVE_SECONDS,
                 connect=min(self._timeout, _CONNECT_SECONDS),
@@ -316,6 +320,10 @@ class Transport:
         return [
             value for name, value in self._headers.items() if name.lower() not in harmless and len(value) >= _SECRET
         ]
+
+
+def _target(path: str) -> str:
+    return path if path.startswith("/") else API + path
 
 
 def _policy(retry_for: float) -> RetryPolicy:

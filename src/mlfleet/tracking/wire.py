@@ -7,9 +7,8 @@ Python. Everything above the wire stays httpx's.
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from typing import NamedTuple
 
 import httpx
 
@@ -27,10 +26,10 @@ _MEANINGS: tuple[tuple[type[Exception], type[httpx.TransportError]], ...] = (
     (BrokenAnswer, httpx.RemoteProtocolError),
     (ValueError, httpx.LocalProtocolError),
 )
+_PROBLEMS = tuple(theirs for theirs, _ in _MEANINGS)
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """A small answer, read to its end.
 
     Attributes:
@@ -57,6 +56,7 @@ class Wire(httpx.AsyncBaseTransport):
     """Sends httpx's requests. Made anywhere; connects in the event loop that first uses it.
 
     Args:
+        server: its URL, for `exchange`.
         tls: for https.
         keepalive: seconds that an idle connection is kept.
         connect: seconds to connect.
@@ -65,13 +65,16 @@ class Wire(httpx.AsyncBaseTransport):
     """
 
     def __init__(
-        self, *, tls: ssl.SSLContext, keepalive: float, connect: float, silence: float, trust_env: bool
+        self, server: str, *, tls: ssl.SSLContext, keepalive: float, connect: float, silence: float, trust_env: bool
     ) -> None:
         self._client = Client(keepalive=keepalive, connect=connect)
         self._tls = tls
         self._silence = silence
         self._trust_env = trust_env
         self._origins: dict[str, Origin] = {}
+        scheme, _, rest = server.partition("://")
+        authority, slash, path = rest.partition("/")
+        self._server = self._origin(f"{scheme}://{authority}"), slash + path
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request; the answer's body is read as it is asked for."""
@@ -84,7 +87,7 @@ class Wire(httpx.AsyncBaseTransport):
         else:
             assert isinstance(stream, httpx.AsyncByteStream)  # noqa: S101 - what an AsyncClient sends
             content = stream
-        with _translated():
+        try:
             connection = await self._client.request(
                 self._origin(f"{url.scheme}://{url.netloc.decode('ascii')}"),
                 request.method,
@@ -93,6 +96,8 @@ class Wire(httpx.AsyncBaseTransport):
                 content,
                 silence=self._silence,
             )
+        except _PROBLEMS as problem:
+            raise _meaning(problem) from problem
         return httpx.Response(
             connection.status,
             headers=connection.raw_headers,
@@ -100,25 +105,33 @@ class Wire(httpx.AsyncBaseTransport):
             extensions={"http_version": b"HTTP/1.1", "reason_phrase": connection.reason.encode()},
         )
 
-    async def exchange(self, method: str, url: str, *, headers: Mapping[str, str], content: bytes | None) -> Answer:
+    async def exchange(
+        self,
+        method: str,
+        target: str,
+        headers: Iterable[tuple[str, str]],
+        content: bytes | None,
+        *,
+        linger: float = 0.0,
+    ) -> Answer:
         """Send a request with a small answer, without what httpx itself does around it: half the time again.
 
         Args:
             method: of HTTP.
-            url: in ASCII, escaped.
+            target: below the server's URL, in ASCII, escaped.
             headers: all of them.
             content: the body.
+            linger: seconds for which a cancelled call still waits for the answer.
         """
-        scheme, _, rest = url.partition("://")
-        authority, slash, target = rest.partition("/")
-        client = self._client
-        with _translated():
+        client, (origin, path) = self._client, self._server
+        try:
             connection = await client.request(
-                self._origin(f"{scheme}://{authority}"), method, slash + target, headers.items(), content,
-                silence=self._silence, whole=True,
-            )  # fmt: skip
+                origin, method, path + target, headers, content, silence=self._silence, whole=True, linger=linger
+            )
             answer = Answer(connection.status, connection.raw_headers, await connection.chunk())
-            client.release(connection)
+        except _PROBLEMS as problem:
+            raise _meaning(problem) from problem
+        client.release(connection)
         return answer
 
     async def aclose(self) -> None:
@@ -142,9 +155,11 @@ class _Body(httpx.AsyncByteStream):
         self._connection: Connection | None = connection
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        with _translated():
+        try:
             while self._connection is not None and (chunk := await self._connection.chunk()):
                 yield chunk
+        except _PROBLEMS as problem:
+            raise _meaning(problem) from problem
 
     async def aclose(self) -> None:
         connection, self._connection = self._connection, None
@@ -152,12 +167,5 @@ class _Body(httpx.AsyncByteStream):
             self._client.release(connection)
 
 
-@contextmanager
-def _translated() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        for theirs, ours in _MEANINGS:
-            if isinstance(error, theirs):
-                raise ours(str(error)) from error
-        raise
+def _meaning(problem: Exception) -> httpx.TransportError:
+    return next(ours(str(problem)) for theirs, ours in _MEANINGS if isinstance(problem, theirs))
