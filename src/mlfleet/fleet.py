@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -147,7 +148,7 @@ class Fleet:
         # First of all: hundreds of calls at the same time shall not stop everything else that the event loop does.
         await self._turns.take()
         request = RunRequest.of(uri, entry_point, version, parameters, **options)
-        return await self.start(request)
+        return await self.launch(await self.plan(request))
 
     def sweep(
         self,
@@ -319,11 +320,12 @@ class Fleet:
         return tuple(self._runs)
 
     def _supervise(self, run: FleetRun) -> None:
-        def ended() -> None:
-            self._runs.discard(run)
-            run.give_up()
+        name = f"mlfleet run of {run.plan.project_name}"
+        self._tasks.start(run.supervise(), name=name, then=partial(self._ended, run))
 
-        self._tasks.start(run.supervise(), name=f"mlfleet run of {run.plan.project_name}", then=ended)
+    def _ended(self, run: FleetRun) -> None:
+        self._runs.discard(run)
+        run.give_up()
 
     # ---- what its runs share ----------------------------------------------------------------------------------------
 

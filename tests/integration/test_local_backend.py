@@ -96,6 +96,23 @@ async def test_missing_bash(backend: LocalBackend, folder: Path) -> None:
         await backend.submit(job(folder, "true", environ={"PATH": str(folder)}))
 
 
+async def test_bash_that_is_elsewhere_by_the_next_run(backend: LocalBackend, folder: Path) -> None:
+    first, second = folder / "first", folder / "second"
+    for place in (first, second):
+        place.mkdir()
+    (first / "bash").symlink_to("/bin/bash")
+    submitted = job(folder, "echo $0 $1", output=folder / "output.log", environ={"PATH": f"{first}:{second}"})
+    assert await lines(backend, submitted) == ["bash"]
+    (first / "bash").rename(second / "bash")
+    assert await lines(backend, submitted) == ["bash", "bash"]
+
+
+async def test_bash_by_a_relative_path(backend: LocalBackend, folder: Path) -> None:
+    (folder / "bin").mkdir()
+    (folder / "bin" / "bash").symlink_to("/bin/bash")
+    assert await lines(backend, job(folder, "echo found", environ={"PATH": "bin"})) == ["found"]
+
+
 async def test_output_that_cannot_be_written(backend: LocalBackend, folder: Path) -> None:
     (folder / "file").write_text("")
     with pytest.raises(SubmitError, match="output of the run cannot be written to"):

@@ -66,7 +66,6 @@ class LocalBackend(Backend):
         try:
             process = await start(partial(_command, job))
         except (OSError, ValueError) as error:
-            _program.cache_clear()
             raise SubmitError(_refusal(job, error), backend=self.name) from error
         # Not the job itself: hundreds of handles would keep its environment and secrets.
         conclude = partial(durable.conclude, durable.run_folder(job.run_id)) if durable.applies(job) else None
@@ -234,12 +233,18 @@ def _environ(job: Job) -> dict[str, str]:
     return environ if job.environment is None else job.environment.apply(environ)
 
 
-@lru_cache(maxsize=16)
 def _program(name: str, path: str) -> str | None:
-    """Where it is: looking through all of PATH once more for each run takes longer than all else in its start.
+    """Where it is, by what was found before. None: it must be looked for, as it depends on the working directory."""
+    found = _found(name, path)
+    if found is None or os.access(found, os.X_OK):
+        return found
+    _found.cache_clear()  # it is not there any more
+    return _found(name, path)
 
-    None: that depends on the working directory, or there is none.
-    """
+
+@lru_cache(maxsize=16)
+def _found(name: str, path: str) -> str | None:
+    # All of PATH, once more for each run, takes longer than all else in its start.
     is_fixed = all(os.path.isabs(folder) for folder in path.split(os.pathsep))  # noqa: PTH117
     return shutil.which(name, path=path) if is_fixed else None
 

@@ -27,7 +27,7 @@ class AdoptedProcess(Process):
     __slots__ = ()
 
     def _poll(self) -> None:
-        if self._ended.done() or self._pidfd is None:
+        if self._code is not None or self._pidfd is None:
             return
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)

@@ -41,7 +41,7 @@ class Once(Generic[K, V]):
             flight.task.add_done_callback(lambda _: self._landed(key, started))
         flight.callers += 1
         try:
-            await asyncio.wait([flight.task])
+            await flight.landed.wait()
         except asyncio.CancelledError:
             if flight.callers == 1 and not flight.task.done():
                 self._forget(key, flight)
@@ -57,6 +57,7 @@ class Once(Generic[K, V]):
         self._flights.pop(key, None)
 
     def _landed(self, key: K, flight: _Flight[V]) -> None:
+        flight.landed.set()
         failed = flight.task.cancelled() or flight.task.exception() is not None
         if failed or not self._keep:
             self._forget(key, flight)
@@ -91,10 +92,11 @@ class Rounds(Generic[K, V]):
 class _Flight(Generic[V]):
     """Work under way, and how many wait for it."""
 
-    __slots__ = ("callers", "task")
+    __slots__ = ("callers", "landed", "task")
 
     def __init__(self, task: asyncio.Task[V]) -> None:
         self.task = task
+        self.landed = asyncio.Event()  # hundreds wait for it
         self.callers = 0
 
 

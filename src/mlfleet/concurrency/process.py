@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mlfleet.concurrency.sessions import SessionWatch
@@ -89,7 +90,8 @@ class Process:
     # It is reaped when all of its session is gone. Nothing is signalled after that.
 
     __slots__ = (
-        "_ended",
+        "_callbacks",
+        "_code",
         "_forced",
         "_gone",
         "_kill",
@@ -106,8 +108,9 @@ class Process:
         self.stopped = False
         self._pidfd = pidfd
         self._loop = asyncio.get_running_loop()
-        self._ended: asyncio.Future[int] = self._loop.create_future()
-        self._gone: asyncio.Future[None] = self._loop.create_future()
+        self._code: int | None = None
+        self._gone = asyncio.Event()
+        self._callbacks: list[Callable[[], object]] = []
         self._reaped = False
         self._kill: asyncio.TimerHandle | None = None
         self._told: set[int] = set()
@@ -123,20 +126,23 @@ class Process:
     @property
     def returncode(self) -> int | None:
         """The exit code once `wait` would return it; negative for a signal."""
-        return self._ended.result() if self._gone.done() else None
+        return self._code if self._gone.is_set() else None
 
     def add_done_callback(self, callback: Callable[[], object]) -> None:
-        """Call `callback` in the event loop when `wait` would return."""
-        self._gone.add_done_callback(lambda _: callback())
+        """Call `callback` in the event loop when `wait` would return. It must not raise."""
+        if self._gone.is_set():
+            self._loop.call_soon(callback)
+        else:
+            self._callbacks.append(callback)
 
     async def wait(self) -> int:
         """Wait for the end of the process; any number of tasks may. A cancelled waiter changes nothing.
 
         Once `stop` was called this means the end of its whole group.
         """
-        if not self._gone.done():
-            await asyncio.shield(self._gone)
-        return self._ended.result()
+        await self._gone.wait()
+        assert self._code is not None  # noqa: S101 - set before the event
+        return self._code
 
     async def stop(self, grace: float) -> None:
         """SIGTERM to the whole group, up to `grace` seconds, SIGKILL to what is left; returns once all of it is gone.
@@ -148,14 +154,19 @@ class Process:
             grace: seconds.
         """
         self.begin_stop(grace)
-        cancelled = await outlast(self._gone)
+        if self._gone.is_set():
+            return
+        # No task, which asyncio.run would cancel at its end with all others.
+        gone: asyncio.Future[None] = self._loop.create_future()
+        self.add_done_callback(partial(gone.set_result, None))
+        cancelled = await outlast(gone)
         if cancelled is not None:
             raise cancelled
 
     def begin_stop(self, grace: float) -> None:
         """What `stop` does, without waiting for it."""
         self._poll()
-        if self._gone.done():
+        if self._gone.is_set():
             return
         deadline = self._loop.time() + grace
         watch = SessionWatch.of_running_loop()
@@ -169,7 +180,7 @@ class Process:
 
     def _terminate(self) -> None:
         self._poll()
-        if not self._ended.done():
+        if self._code is None:
             self.stopped = True
             self._ask(self.pid)
             SessionWatch.of_running_loop().add(self.pid, self._look)
@@ -181,7 +192,7 @@ class Process:
 
     def _force(self) -> None:
         self._forced = True
-        if self._gone.done():
+        if self._gone.is_set():
             return
         for group in self._told:
             _signal(group, signal.SIGKILL)
@@ -189,7 +200,7 @@ class Process:
     def _look(self, groups: set[int]) -> None:
         """What the watch has seen of the session."""
         self._poll()
-        if self._gone.done():
+        if self._gone.is_set():
             return
         for group in groups:
             if self._forced:
@@ -197,12 +208,12 @@ class Process:
             elif group not in self._told:
                 self._ask(group)
         self._told = groups | {self.pid} if not self._reaped else groups
-        if not groups and self._ended.done():
+        if not groups and self._code is not None:
             self._finish()
 
     def _poll(self) -> None:
         """Notice the end of the process, if it has come."""
-        if self._ended.done() or self._pidfd is None:
+        if self._code is not None or self._pidfd is None:
             return
         try:
             code = self._look_at() if self._kill is not None else self._reap()
@@ -233,7 +244,7 @@ class Process:
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
             self._pidfd = None
-        self._ended.set_result(code)
+        self._code = code
         if self.stopped:
             SessionWatch.of_running_loop().hurry()
         else:
@@ -247,7 +258,9 @@ class Process:
         if self._kill is not None:
             self._kill.cancel()
             SessionWatch.of_running_loop().remove(self.pid)
-        self._gone.set_result(None)
+        self._gone.set()
+        for callback in self._callbacks:
+            callback()
 
     def _block(self) -> None:
         """Wait in a thread, where the system has no pidfds."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import anyio.lowlevel
@@ -33,9 +34,12 @@ class TaskOwner:
         """
         task = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(partial(self._ended, then))
+
+    def _ended(self, then: Callable[[], object] | None, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
         if then is not None:
-            task.add_done_callback(lambda _: then())
+            then()
 
     async def join(self) -> None:
         """Wait until every task has ended, also those that are started meanwhile. The tasks are not cancelled."""

@@ -37,6 +37,10 @@ class Origin:
     def __post_init__(self) -> None:
         object.__setattr__(self, "scheme", self.scheme.lower())
 
+    def __hash__(self) -> int:
+        # Each request looks for an idle connection by it.
+        return hash(self.authority)
+
     @cached_property
     def address(self) -> tuple[str, int]:
         """Host and port.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import anyio
@@ -28,13 +29,15 @@ class Creation:
 
     Args:
         transport: to the server.
-        body: of ``runs/create``, with the submission among its tags.
+        experiment_id: of its experiment.
+        content: of ``runs/create``, with the submission among its tags.
         submission: the value of `SUBMISSION_TAG`.
     """
 
-    def __init__(self, transport: Transport, body: Mapping[str, Any], submission: str) -> None:
+    def __init__(self, transport: Transport, experiment_id: str, content: bytes | None, submission: str) -> None:
         self._transport = transport
-        self._body = body
+        self._experiment_id = experiment_id
+        self._content = content
         self._submission = submission
         self._sent = False
 
@@ -61,12 +64,13 @@ class Creation:
         lost answer, 408, 5xx perhaps           look; if it is not there, ask again
         any other answer      no                that is the error
         """
-        patience = self._transport.patience()
+        begin, patience = time.monotonic(), None
         unclear = False
         while True:
             try:
                 run = await self._attempt()
             except Transient as failure:
+                patience = patience or self._transport.patience(begin=begin)
                 unclear = unclear or failure.executed
                 goes_on = await patience.wait(failure)
                 if unclear and (made := await self._made()):
@@ -82,14 +86,12 @@ class Creation:
         async with self._transport.connections as line:
             self._sent = True
             # A server goes on with a request whose client is gone: the answer tells when it is done.
-            answer = await self._transport.exchange(
-                line, "POST", "runs/create", body=self._body, linger=_CANCEL_SECONDS
-            )
+            answer = await self._transport.exchange(line, "POST", "runs/create", self._content, linger=_CANCEL_SECONDS)
             return run_info(answer.get("run", {}))
 
     async def _made(self) -> list[RunInfo]:
         wanted = f"tags.`{SUBMISSION_TAG}` = '{self._submission}'"
-        return await search_runs(self._transport, [self._body["experiment_id"]], wanted)
+        return await search_runs(self._transport, [self._experiment_id], wanted)
 
     async def _delete_twins(self, run: RunInfo) -> None:
         """An earlier request that was thought lost may have been done after we looked."""
@@ -106,7 +108,7 @@ class Creation:
         except TrackingError as error:
             log.warning(
                 "a run whose creation was cancelled may be left RUNNING in experiment %s with the tag %s=%s: %s",
-                self._body["experiment_id"],
+                self._experiment_id,
                 SUBMISSION_TAG,
                 self._submission,
                 error,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
@@ -74,14 +74,11 @@ def pairs(values: Mapping[str, str]) -> list[dict[str, str]]:
     return [{"key": key, "value": value} for key, value in values.items()]
 
 
-def batches(params: Mapping[str, str], tags: Mapping[str, str]) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
+def batches(params: Mapping[str, str], tags: Mapping[str, str]) -> list[tuple[dict[str, str], dict[str, str]]]:
     """`params` and `tags` in parts that one request can take; none for nothing."""
     left, right = iter(params.items()), iter(tags.items())
-    while True:
-        batch = dict(islice(left, BATCH_LIMIT)), dict(islice(right, BATCH_LIMIT))
-        if not any(batch):
-            return
-        yield batch
+    count = math.ceil(max(len(params), len(tags)) / BATCH_LIMIT)
+    return [(dict(islice(left, BATCH_LIMIT)), dict(islice(right, BATCH_LIMIT))) for _ in range(count)]
 
 
 def shortened(

@@ -15,7 +15,7 @@ from mlfleet.errors import TrackingError
 from mlfleet.tracking.base import RunInfo
 from mlfleet.tracking.entities import run_info
 from mlfleet.tracking.retry import Transient
-from mlfleet.tracking.transport import Transport
+from mlfleet.tracking.transport import Transport, encoded
 
 __all__ = ["Reads"]
 
@@ -141,7 +141,8 @@ class Reads:
             "run_view_type": "ALL",
             "max_results": len(ids),
         }
-        answer = await self._transport.exchange(self._transport.connections.line, "POST", "runs/search", body=body)
+        line = self._transport.connections.line
+        answer = await self._transport.exchange(line, "POST", "runs/search", encoded(body))
         return {info.run_id: info for info in map(run_info, answer.get("runs") or ())}
 
     def _tell(self, readers: Iterable[_Reader], found: Mapping[str, RunInfo], *, alone: bool) -> None:

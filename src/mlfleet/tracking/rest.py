@@ -29,7 +29,7 @@ from mlfleet.tracking.databricks import DatabricksLogin, is_databricks
 from mlfleet.tracking.entities import SUBMISSION_TAG, Lengths, batches, deleted_experiment, pairs, shortened
 from mlfleet.tracking.reads import Reads
 from mlfleet.tracking.retry import RETRY_FOR
-from mlfleet.tracking.transport import Transport
+from mlfleet.tracking.transport import Transport, encoded
 from mlfleet.tracking.workspace import check_workspace
 
 __all__ = ["MAX_IN_FLIGHT", "RestTracking"]
@@ -135,7 +135,9 @@ class RestTracking(Tracking):
         }
         if name is not None:
             body["run_name"] = name
-        run = await Creation(self._transport, body, submission).run()
+        creation = Creation(self._transport, experiment_id, encoded(body), submission)
+        del body  # hundreds wait for their turn
+        run = await creation.run()
         self._reads.note(run)
         return run
 
@@ -195,9 +197,10 @@ class RestTracking(Tracking):
     async def _log_batch(self, run_id: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         lengths = iter(_LENGTHS)
         while True:
-            body = {"run_id": run_id, "params": pairs(params), "tags": pairs(tags)}
             try:
-                await self._transport.call("POST", "runs/log-batch", body=body)
+                await self._transport.call(
+                    "POST", "runs/log-batch", body={"run_id": run_id, "params": pairs(params), "tags": pairs(tags)}
+                )
                 return
             except TrackingError as error:
                 if error.status != 400:

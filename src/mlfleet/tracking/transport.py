@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import httpx
 
 
-__all__ = ["API", "ARTIFACTS", "Transport"]
+__all__ = ["API", "ARTIFACTS", "Transport", "encoded"]
 
 log = logging.getLogger("mlfleet.tracking")
 
@@ -120,7 +120,7 @@ class Transport:
         """The patience for one call, that begins now, or began at `begin` (of ``time.monotonic()``)."""
         return Patience(self.policy, seconds=retry_for, answered=lambda: self._answered, begin=begin)
 
-    async def call(
+    def call(
         self,
         method: str,
         path: str,
@@ -128,7 +128,7 @@ class Transport:
         body: Mapping[str, Any] | None = None,
         params: Mapping[str, str] | None = None,
         retry_for: float | None = None,
-    ) -> dict[str, Any]:
+    ) -> Awaitable[dict[str, Any]]:
         """Ask the API, again and again if need be; only for what may be done twice.
 
         Args:
@@ -138,7 +138,8 @@ class Transport:
             params: of the query.
             retry_for: seconds; None: as this transport was made.
         """
-        return await self.again(lambda: self.attempt(method, path, body=body, params=params), retry_for)
+        # Hundreds of calls wait for their turn: nothing is kept of them that is not needed any more.
+        return self.again(partial(self.attempt, method, path, encoded(body), params), retry_for)
 
     async def again(self, attempt: Callable[[], Awaitable[T]], retry_for: float | None = None) -> T:
         """Await `attempt()` until it succeeds, is refused, or patience is at its end."""
@@ -152,9 +153,15 @@ class Transport:
                     raise patience.verdict(failure) from failure.error.__cause__
 
     async def attempt(
-        self, method: str, path: str, *, body: Mapping[str, Any] | None = None, params: Mapping[str, str] | None = None
+        self, method: str, path: str, content: bytes | None = None, params: Mapping[str, str] | None = None
     ) -> dict[str, Any]:
         """Ask the API once, when our turn has come.
+
+        Args:
+            method: of HTTP.
+            path: as for `call`.
+            content: to be sent, as `encoded` makes it.
+            params: of the query.
 
         Raises:
             Transient: it may work the next time.
@@ -162,16 +169,16 @@ class Transport:
         """
         self.failures  # noqa: B018 - raises if this is not open
         async with self.connections as line:
-            return await self.exchange(line, method, path, body=body, params=params)
+            return await self.exchange(line, method, path, content, params)
 
     async def exchange(
         self,
         line: Line,
         method: str,
         path: str,
-        *,
-        body: Mapping[str, Any] | None = None,
+        content: bytes | None = None,
         params: Mapping[str, str] | None = None,
+        *,
         linger: float = 0.0,
     ) -> dict[str, Any]:
         """Ask the API once, at once, by one of the `connections`.
@@ -179,15 +186,14 @@ class Transport:
         Args:
             line: that connection.
             method: of HTTP.
-            path: below the API's root, or from the server's root if it begins with a slash.
-            body: to be sent as JSON.
+            path: as for `call`.
+            content: to be sent, as `encoded` makes it.
             params: of the query.
             linger: seconds for which a cancelled call still waits for the answer, which only tells when the server is
                 done.
         """
         import httpx
 
-        content = _encoded(body).encode() if body is not None else None
         kind = _JSON if content is not None else {}
         sent = {**self._headers, **kind, **await self.login.headers()}
         target = f"{_target(path)}?{urlencode(params)}" if params else _target(path)
@@ -320,6 +326,11 @@ class Transport:
         return [
             value for name, value in self._headers.items() if name.lower() not in harmless and len(value) >= _SECRET
         ]
+
+
+def encoded(body: Mapping[str, Any] | None) -> bytes | None:
+    """What is sent of a body."""
+    return None if body is None else _encoded(body).encode()
 
 
 def _target(path: str) -> str:

@@ -16,7 +16,7 @@ from mlfleet.concurrency.threads import Threads
 from mlfleet.errors import BackendError, TrackingError
 from mlfleet.tracking.databricks import DatabricksLogin
 from mlfleet.tracking.retry import Transient
-from mlfleet.tracking.transport import Transport
+from mlfleet.tracking.transport import Transport, encoded
 
 __all__ = ["PATIENCE", "Workspace", "WorkspaceError"]
 
@@ -142,13 +142,13 @@ class Workspace:
         async def attempt() -> dict[str, Any]:
             if pace is not None:
                 await pace.turn()
-            return await self._transport.attempt(method, path, body=body, params=params)
+            return await self._transport.attempt(method, path, encoded(body), params)
 
         return await self.again(attempt)
 
     async def attempt(self, method: str, path: str, *, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Ask once. For use inside `again`, whose errors it raises."""
-        return await self._transport.attempt(method, path, body=body)
+        return await self._transport.attempt(method, path, encoded(body))
 
     async def again(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """Await `attempt()` until it succeeds, is refused, or patience is at its end."""
