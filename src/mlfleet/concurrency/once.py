@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable
+from functools import partial
 from typing import Generic, TypeVar
 from weakref import WeakValueDictionary
 
@@ -79,14 +80,12 @@ class Rounds(Generic[K, V]):
 
     async def __call__(self, key: K, work: Callable[[], Awaitable[V]]) -> V:
         """The result of work of that key that begins after this call."""
-        lock = self._locks.setdefault(key, asyncio.Lock())
+        return await self._next(key, partial(self._in_turn, key, work))
 
-        async def in_turn() -> V:
-            async with lock:
-                self._next.release(key)
-                return await work()
-
-        return await self._next(key, in_turn)
+    async def _in_turn(self, key: K, work: Callable[[], Awaitable[V]]) -> V:
+        async with self._locks.setdefault(key, asyncio.Lock()):
+            self._next.release(key)
+            return await work()
 
 
 class _Flight(Generic[V]):
