@@ -148,7 +148,7 @@ class Fleet:
         # First of all: hundreds of calls at the same time shall not stop everything else that the event loop does.
         await self._turns.take()
         request = RunRequest.of(uri, entry_point, version, parameters, **options)
-        return await self.launch(await self.plan(request))
+        return await self.start(request)
 
     def sweep(
         self,

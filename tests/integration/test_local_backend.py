@@ -83,8 +83,9 @@ async def test_signals_have_names(backend: LocalBackend, folder: Path) -> None:
         assert (outcome.status, outcome.reason) == (RunStatus.FAILED, reason)
 
 
-async def test_missing_folder(backend: LocalBackend, folder: Path) -> None:
-    gone = folder / "gone"
+@pytest.mark.parametrize("name", ["gone", "bash"])
+async def test_missing_folder(backend: LocalBackend, folder: Path, name: str) -> None:
+    gone = folder / name
     with pytest.raises(SubmitError, match="cannot be entered: No such file or directory") as caught:
         await backend.submit(job(gone, "true", output=None))
     assert str(gone) in str(caught.value)

@@ -272,10 +272,10 @@ def _open_output(path: Path) -> int:
 def _refusal(job: Job, error: OSError | ValueError) -> str:
     """Why the command could not be started; of the command's variables, only names may be told."""
     if isinstance(error, OSError):
-        if error.filename is not None and os.path.basename(error.filename) == "bash":  # noqa: PTH119
-            return f"bash cannot be run: {error.strerror}. Install it, or set PATH so that it is found"
         if error.filename == str(job.project_dir):
             return f"the folder of the project, {job.project_dir}, cannot be entered: {error.strerror}"
+        if error.filename is not None and os.path.basename(error.filename) == "bash":  # noqa: PTH119
+            return f"bash cannot be run: {error.strerror}. Install it, or set PATH so that it is found"
         return f"the command cannot be started: {error.strerror}"
     for variables in (job.environ, job.secrets):
         for name, value in variables.items():

@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from typing import Generic, Self, TypeVar
-from weakref import ReferenceType, ref
+from weakref import WeakSet
 
 __all__ = ["Broadcast", "Subscription"]
 
@@ -66,8 +66,7 @@ class Broadcast(Generic[T]):
 
     def __init__(self, mark: Callable[[T, int], T]) -> None:
         self._mark = mark
-        # No WeakSet, whose length takes longer than all else that is done where nobody reads.
-        self._readers: set[ReferenceType[Subscription[T]]] = set()
+        self._readers: WeakSet[Subscription[T]] = WeakSet()
         self._closed = False
 
     def subscribe(self, size: int) -> Subscription[T]:
@@ -79,7 +78,7 @@ class Broadcast(Generic[T]):
         reader = Subscription(size, self._mark)
         if self._closed:
             reader._close()
-        self._readers.add(ref(reader, self._readers.discard))
+        self._readers.add(reader)
         return reader
 
     @property
@@ -89,14 +88,11 @@ class Broadcast(Generic[T]):
 
     def publish(self, item: T) -> None:
         """Give an item to all readers; never waits for them."""
-        for reader in self._present():
+        for reader in self._readers:
             reader._put(item)
 
     def close(self) -> None:
         """Let all readers end when they have read what is there."""
         self._closed = True
-        for reader in self._present():
+        for reader in self._readers:
             reader._close()
-
-    def _present(self) -> list[Subscription[T]]:
-        return [reader for each in self._readers.copy() if (reader := each()) is not None]

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from mlfleet.concurrency.threads import outlast
 
-__all__ = ["finish"]
+__all__ = ["finish", "let_end"]
 
 T = TypeVar("T")
 
@@ -26,10 +26,20 @@ async def finish(work: Callable[[], Coroutine[Any, Any, T]], *, within: float) -
     try:
         await asyncio.wait([task])
     except asyncio.CancelledError:
-        late = asyncio.get_running_loop().call_later(within, task.cancel)
-        await outlast(task)
-        late.cancel()
-        if not task.cancelled():
-            task.exception()  # its error gives way to the cancellation
+        await let_end(task, within=within)
         raise
     return task.result()
+
+
+async def let_end(task: asyncio.Task[Any], *, within: float) -> None:
+    """Wait for the end of `task`, whatever it is, although the caller was cancelled and may be again.
+
+    Args:
+        task: is cancelled when its time is over. Its error gives way to the cancellation of the caller.
+        within: seconds that it has.
+    """
+    late = asyncio.get_running_loop().call_later(within, task.cancel)
+    await outlast(task)
+    late.cancel()
+    if not task.cancelled():
+        task.exception()

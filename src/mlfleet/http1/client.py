@@ -9,7 +9,6 @@ import socket
 import ssl
 from collections.abc import AsyncIterable, Iterable
 from functools import cached_property
-from typing import NamedTuple, Self
 from urllib.parse import urlsplit
 
 from aiohappyeyeballs import AddrInfoType, start_connection
@@ -49,7 +48,7 @@ class Client:
         self._forget = self._open.discard
         self._idle: dict[Origin, list[Connection]] = {}
         self._sweep: asyncio.TimerHandle | None = None
-        self._lines: dict[tuple[tuple[str, str], ...], _Lines] = {}
+        self._lines: dict[tuple[tuple[str, str], ...], str] = {}
         self._addresses: dict[tuple[str, int], tuple[float, list[AddrInfoType]]] = {}
 
     async def request(
@@ -133,11 +132,11 @@ class Client:
         if lines is None:
             if len(self._lines) >= _LINES_KEPT:
                 self._lines.clear()
-            lines = self._lines[given] = _Lines.of(given)
+            lines = self._lines[given] = _lines(given)
         more = ""
         if isinstance(content, bytes):
             more = f"Content-Length: {len(content)}\r\n"
-        elif content is not None and "content-length" not in lines.names:
+        elif content is not None and not any(name.lower() == "content-length" for name, _ in given):
             raise ValueError("no header tells the length of the content")
         elif content is None and method in _WITH_CONTENT:
             more = "Content-Length: 0\r\n"  # some servers refuse to guess: 411
@@ -145,7 +144,7 @@ class Client:
             target = f"http://{origin.host_header}{target}"
             if origin.proxy_authorization is not None:
                 more += f"Proxy-Authorization: {origin.proxy_authorization}\r\n"
-        return f"{method} {target} HTTP/1.1\r\nHost: {origin.host_header}\r\n{lines.text}{more}\r\n".encode()
+        return f"{method} {target} HTTP/1.1\r\nHost: {origin.host_header}\r\n{lines}{more}\r\n".encode()
 
     # ---- idle connections -------------------------------------------------------------------------------------------
 
@@ -257,25 +256,12 @@ class Client:
         return known[1]
 
 
-class _Lines(NamedTuple):
-    """Lines of a request, that may be sent.
-
-    Attributes:
-        text: of the lines, each with its end.
-        names: of the headers, in small letters.
-    """
-
-    text: str
-    names: frozenset[str]
-
-    @classmethod
-    def of(cls, headers: tuple[tuple[str, str], ...]) -> Self:
-        """Check the headers that a caller gave."""
-        for name, value in headers:
-            if not _is_name(name):
-                raise ValueError(f"this is no name of a header: {name!r}")
-            # What is given must not add a header, or a request, of its own.
-            if not _is_value(value):
-                raise ValueError(f"the header {name} has a line break or the like in it")
-        text = "".join(f"{name}: {value}\r\n" for name, value in headers)
-        return cls(text, frozenset(name.lower() for name, _ in headers))
+def _lines(headers: tuple[tuple[str, str], ...]) -> str:
+    """The lines of headers that a caller gave."""
+    for name, value in headers:
+        if not _is_name(name):
+            raise ValueError(f"this is no name of a header: {name!r}")
+        # What is given must not add a header, or a request, of its own.
+        if not _is_value(value):
+            raise ValueError(f"the header {name} has a line break or the like in it")
+    return "".join(f"{name}: {value}\r\n" for name, value in headers)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 import httptools
 
-from mlfleet.concurrency.threads import outlast
+from mlfleet.concurrency.shield import let_end
 from mlfleet.http1.errors import BrokenAnswer, SilentServer
 
 if TYPE_CHECKING:
@@ -55,17 +55,13 @@ class Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._heard_at = 0.0
         self._body = bytearray()
+        # It holds this, too: there is none before the first request, which one that never gets connected has not.
         self._parser: httptools.HttpResponseParser | None = None
-        self._is_head = False
         self._begin(None, whole=False, head=False)
         self._is_complete = True
-        self._parser = None  # it holds this, too: none for one that never gets connected
 
     def _begin(self, silence: float | None, *, whole: bool, head: bool) -> None:
         """Nothing is left of the request before."""
-        if self._parser is None or self._is_head or not self._is_complete:
-            # It did not see the end of the answer before, or sees none where we do.
-            self._parser = httptools.HttpResponseParser(self)
         self._headers: list[tuple[bytes, bytes]] | None = []
         self._silence = silence
         self._is_whole = whole
@@ -141,6 +137,9 @@ class Connection(asyncio.Protocol):
             BrokenAnswer: the connection broke, or what came is no HTTP.
             SilentServer: nothing came for too long.
         """
+        if self._parser is None or self._is_head or not self._is_complete:
+            # It did not see the end of the answer before, or sees none where we do.
+            self._parser = httptools.HttpResponseParser(self)
         self._begin(silence, whole=whole, head=head)
         try:
             self._write(request)
@@ -151,7 +150,7 @@ class Connection(asyncio.Protocol):
                     await self._change()
             except asyncio.CancelledError:
                 if linger:
-                    await self._linger(linger)
+                    await let_end(asyncio.ensure_future(self.read()), within=linger)
                 raise
         except BaseException:
             self.close()
@@ -186,14 +185,6 @@ class Connection(asyncio.Protocol):
         """Close it, now."""
         if self.transport is not None:
             self.transport.abort()
-
-    async def _linger(self, seconds: float) -> None:
-        rest = asyncio.ensure_future(self.read())
-        late = asyncio.get_running_loop().call_later(seconds, rest.cancel)
-        await outlast(rest)
-        late.cancel()
-        if not rest.cancelled():
-            rest.exception()  # gives way to the cancellation
 
     # ---- sending and waiting ----------------------------------------------------------------------------------------
 

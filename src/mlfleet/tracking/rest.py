@@ -5,8 +5,8 @@ from __future__ import annotations
 import getpass
 import logging
 import os
-import secrets
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -126,7 +126,7 @@ class RestTracking(Tracking):
     async def create_run(  # noqa: D102
         self, experiment_id: str, *, name: str | None, tags: Mapping[str, str], start_time: int | None = None
     ) -> RunInfo:
-        submission = secrets.token_hex(16)
+        submission = uuid.uuid4().hex
         body: dict[str, Any] = {
             "experiment_id": experiment_id,
             "user_id": tags.get("mlflow.user", self._user),

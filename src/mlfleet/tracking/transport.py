@@ -29,7 +29,6 @@ from mlfleet.tracking.retry import BACKOFF, Patience, RetryPolicy, Transient
 if TYPE_CHECKING:
     import httpx
 
-
 __all__ = ["API", "ARTIFACTS", "Transport", "encoded"]
 
 log = logging.getLogger("mlfleet.tracking")
@@ -208,13 +207,15 @@ class Transport:
         response = first.to_httpx()
         if not response.is_redirect:
             raise self._failure(path, response, sent)
-
-        async def elsewhere() -> dict[str, Any]:
-            async with self._answer(line.client, method, path, content, kind, params) as answer:
-                return self._told(path, await answer.aread(), lambda: answer)
-
         # Nothing was done yet; httpx knows where to go.
-        return await finish(elsewhere, within=linger)
+        return await finish(partial(self._redirected, line, method, path, content, params), within=linger)
+
+    async def _redirected(
+        self, line: Line, method: str, path: str, content: bytes | None, params: Mapping[str, str] | None
+    ) -> dict[str, Any]:
+        kind = _JSON if content is not None else {}
+        async with self._answer(line.client, method, path, content, kind, params) as answer:
+            return self._told(path, await answer.aread(), lambda: answer)
 
     def _told(self, path: str, body: bytes, answer: Callable[[], httpx.Response]) -> dict[str, Any]:
         """What the body of a success says."""
