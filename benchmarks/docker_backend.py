@@ -23,9 +23,9 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
+from mlfleet._project.spec import DockerEnv
 from mlfleet.backends.base import DockerRequest, Job
 from mlfleet.backends.docker import DockerBackend
-from mlfleet.project.spec import DockerEnv
 from mlfleet.runs import RunStatus
 
 

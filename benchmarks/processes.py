@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from mlfleet.backends.base import Job
-from mlfleet.backends.local import LocalBackend
+from mlfleet.backends.local.backend import LocalBackend
 from mlfleet.runs import RunStatus
 
 TICK = 0.001  # seconds

@@ -17,7 +17,7 @@ import yaml
 
 from components.mlflow_server import MlflowServer
 from mlfleet import errors
-from mlfleet.cli.program import _cli as cli
+from mlfleet._cli.program import _cli as cli
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(

@@ -94,7 +94,7 @@ def test_the_installed_mlflow_takes_the_same_arguments() -> None:
 
 
 def test_submit_takes_the_arguments_of_run_async() -> None:
-    from mlfleet.request import RunOptions
+    from mlfleet._engine.request import RunOptions
 
     positional = [parameter.name for parameter in arguments(mlfleet.submit)[:4]]
     everything = {parameter.name for parameter in arguments(mlfleet.run_async)}

@@ -10,6 +10,8 @@ One run, many, and blocking as ``mlflow.projects.run``::
     mlfleet.run(uri)
 """
 
+from mlfleet._engine.run import FleetRun
+from mlfleet._sweeps import PointResult, Retry, Sweep, SweepCounts, SweepResult
 from mlfleet._version import __version__
 from mlfleet.api import attach, run_async, submit, sweep_async
 from mlfleet.errors import (
@@ -31,9 +33,7 @@ from mlfleet.errors import (
 from mlfleet.fleet import Fleet
 from mlfleet.resources import Resources
 from mlfleet.runs import FailureKind, JobRef, Outcome, RunEvent, RunStatus, Stage, SubmittedRun, Timeouts
-from mlfleet.space import choice, grid, loguniform, normal, randint, rows, sample, uniform, zip_
-from mlfleet.supervision import FleetRun
-from mlfleet.sweeps import PointResult, Retry, Sweep, SweepCounts, SweepResult
+from mlfleet.spaces import choice, grid, loguniform, normal, randint, rows, sample, uniform, zip_
 from mlfleet.sync import BlockingRun, run, sweep
 
 __all__ = [

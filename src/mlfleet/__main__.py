@@ -2,6 +2,6 @@
 
 import sys
 
-from mlfleet.cli import main
+from mlfleet._cli import main
 
 sys.exit(main())

@@ -10,14 +10,14 @@ from weakref import WeakKeyDictionary
 
 import anyio
 
-from mlfleet.concurrency.tasks import TaskOwner
+from mlfleet._concurrency.tasks import TaskOwner
+from mlfleet._engine.request import Output, RunOptions, RunRequest
+from mlfleet._engine.run import FleetRun
+from mlfleet._sweeps import SweepOptions, SweepResult
 from mlfleet.fleet import Fleet
-from mlfleet.request import Output, RunOptions, RunRequest
 from mlfleet.resources import Resources
 from mlfleet.runs import Timeouts
-from mlfleet.space import Points
-from mlfleet.supervision import FleetRun
-from mlfleet.sweeps import SweepOptions, SweepResult
+from mlfleet.spaces import Points
 from mlfleet.tracking import default_uri
 
 __all__ = [

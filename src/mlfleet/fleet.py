@@ -14,26 +14,26 @@ from typing import Any, Self, Unpack
 
 import anyio
 
-from mlfleet.attachment import AttachedRun, find_again, read_reference
+from mlfleet._concurrency.broadcast import Broadcast, Subscription
+from mlfleet._concurrency.services import ServiceOwner
+from mlfleet._concurrency.single_flight import Once
+from mlfleet._concurrency.tasks import TaskOwner
+from mlfleet._concurrency.throttle import Turns
+from mlfleet._engine.admission import MachineSlots, Slot
+from mlfleet._engine.attach import AttachedRun, find_again, read_reference
+from mlfleet._engine.plan import Plan, Planner
+from mlfleet._engine.request import RunOptions, RunRequest
+from mlfleet._engine.run import FleetRun
+from mlfleet._environments import EnvironmentManager, manager
+from mlfleet._paths import runs_folder
+from mlfleet._project.fetch import ProjectFetcher
+from mlfleet._sweeps import GIVE_UP_AFTER, OnFailure, Resume, Retry, Sweep, SweepSettings
 from mlfleet.backends.base import Backend
 from mlfleet.backends.registry import find
-from mlfleet.concurrency.broadcast import Broadcast, Subscription
-from mlfleet.concurrency.once import Once
-from mlfleet.concurrency.services import ServiceOwner
-from mlfleet.concurrency.tasks import TaskOwner
-from mlfleet.concurrency.turns import Turns
-from mlfleet.environments import EnvironmentManager, manager
 from mlfleet.errors import UsageError
-from mlfleet.folders import runs_folder
-from mlfleet.planning import Plan, Planner
-from mlfleet.project.fetch import ProjectFetcher
-from mlfleet.request import RunOptions, RunRequest
 from mlfleet.resources import Machine, Resources, this_machine
 from mlfleet.runs import RunEvent, Stage, Timeouts
-from mlfleet.slots import MachineSlots, Slot
-from mlfleet.space import Points
-from mlfleet.supervision import FleetRun
-from mlfleet.sweeps import GIVE_UP_AFTER, OnFailure, Resume, Retry, Sweep, SweepSettings
+from mlfleet.spaces import Points
 from mlfleet.tracking import Tracking, open_tracking
 
 __all__ = ["Fleet"]

@@ -20,12 +20,12 @@ from types import FrameType
 from typing import Any, TypeVar, Unpack
 
 from mlfleet import api
-from mlfleet.request import Output, active_run_id
+from mlfleet._engine.request import Output, active_run_id
+from mlfleet._engine.run import FleetRun
+from mlfleet._sweeps import SweepOptions, SweepResult
 from mlfleet.resources import Resources
 from mlfleet.runs import Timeouts
-from mlfleet.space import Points
-from mlfleet.supervision import FleetRun
-from mlfleet.sweeps import SweepOptions, SweepResult
+from mlfleet.spaces import Points
 
 __all__ = ["BlockingRun", "run", "sweep"]
 

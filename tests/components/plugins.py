@@ -18,7 +18,7 @@ NATIVE_PLUGIN = '''
 
 from dataclasses import dataclass, replace
 
-from mlfleet.backends.local import LocalBackend
+from mlfleet.backends.local.backend import LocalBackend
 from mlfleet.errors import UsageError
 
 

@@ -10,9 +10,9 @@ import anyio
 import pytest
 
 from components.docker import DockerEngine
+from mlfleet._project.spec import DockerEnv
 from mlfleet.backends.base import DockerRequest, Job
 from mlfleet.backends.docker import DockerBackend
-from mlfleet.project.spec import DockerEnv
 from mlfleet.testing import BackendContract, Harness
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from mlfleet.backends.base import Job
 from mlfleet.backends.kubernetes import KubernetesBackend
-from mlfleet.backends.kubernetes.api import Api, ApiError
+from mlfleet.backends.kubernetes.client import Api, ApiError
 from mlfleet.backends.kubernetes.config import StartTimeouts, parse_config
 from mlfleet.testing import BackendContract, Harness
 

@@ -11,7 +11,7 @@ import anyio.to_thread
 import pytest
 
 from mlfleet.backends.base import Job
-from mlfleet.backends.local import LocalBackend
+from mlfleet.backends.local.backend import LocalBackend
 from mlfleet.testing import BackendContract, Harness
 
 MARK = "CONTRACT_RUN"

@@ -9,9 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Protocol, Self
 
-from mlfleet.environments.base import PreparedEnvironment
+from mlfleet._environments.base import PreparedEnvironment
+from mlfleet._project.spec import DockerEnv, EnvironmentFile
 from mlfleet.errors import BackendError, UsageError
-from mlfleet.project.spec import DockerEnv, EnvironmentFile
 from mlfleet.resources import Resources
 from mlfleet.runs import DEFAULT_CANCEL_GRACE, JobRef, Outcome, SubmittedRun
 

@@ -9,7 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from mlfleet.backends.base import Backend
-from mlfleet.backends.plugin import GROUP, PluginBackend
+from mlfleet.backends.mlflow_plugins import GROUP, PluginBackend
 from mlfleet.errors import BackendNotFound
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class _BuiltIn:
 
 
 _BUILT_IN = {
-    "local": _BuiltIn("mlfleet.backends.local:LocalBackend"),
+    "local": _BuiltIn("mlfleet.backends.local.backend:LocalBackend"),
     "docker": _BuiltIn("mlfleet.backends.docker:DockerBackend", "docker"),
     "kubernetes": _BuiltIn("mlfleet.backends.kubernetes:KubernetesBackend", "kubernetes"),
     "databricks": _BuiltIn("mlfleet.backends.databricks:DatabricksBackend", "databricks"),

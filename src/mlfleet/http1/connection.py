@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 import httptools
 
-from mlfleet.concurrency.shield import let_end
+from mlfleet._concurrency.cancellation import let_end
 from mlfleet.http1.errors import BrokenAnswer, SilentServer
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from urllib.parse import quote
 
 import anyio
 
-from mlfleet.concurrency.threads import Threads
+from mlfleet._concurrency.threads import Threads
+from mlfleet._text.masking import mask_uri
 from mlfleet.errors import TrackingError
-from mlfleet.masking import mask_uri
 from mlfleet.tracking import objectstore
 from mlfleet.tracking.locations import (
     ModelRef,

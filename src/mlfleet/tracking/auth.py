@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlunsplit
 
+from mlfleet._text.masking import mask_uri
 from mlfleet.errors import TrackingError, UsageError
-from mlfleet.masking import mask_uri
 from mlfleet.tracking.locations import split_uri
 
 __all__ = ["Credentials", "Login", "ServerLogin", "Tls", "split_userinfo"]

@@ -12,7 +12,7 @@ import anyio
 from mlfleet.errors import TrackingError
 from mlfleet.runs import RunStatus
 from mlfleet.tracking.base import RunInfo
-from mlfleet.tracking.entities import SUBMISSION_TAG, run_info
+from mlfleet.tracking.models import SUBMISSION_TAG, run_info
 from mlfleet.tracking.retry import Transient
 from mlfleet.tracking.transport import Transport
 

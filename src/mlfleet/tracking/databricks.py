@@ -12,7 +12,7 @@ from typing import Any
 
 import anyio
 
-from mlfleet.concurrency.threads import Threads
+from mlfleet._concurrency.threads import Threads
 from mlfleet.errors import TrackingError, UsageError
 from mlfleet.tracking.auth import Login
 

@@ -15,16 +15,16 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Self, TypeVar
 
-from mlfleet.concurrency.locks import file_lock
-from mlfleet.concurrency.once import Once
-from mlfleet.concurrency.threads import Threads
+from mlfleet._concurrency.single_flight import Once
+from mlfleet._concurrency.threads import Threads
+from mlfleet._paths import cache_folder
+from mlfleet._store.locks import file_lock
+from mlfleet._text.masking import mask_uri
 from mlfleet.errors import TrackingError
-from mlfleet.folders import cache_folder
-from mlfleet.masking import mask_uri
 from mlfleet.runs import RunStatus
 from mlfleet.tracking.base import RunInfo, Tracking
-from mlfleet.tracking.entities import SUBMISSION_TAG, batches, deleted_experiment
 from mlfleet.tracking.locations import absolute_uri, local_path
+from mlfleet.tracking.models import SUBMISSION_TAG, batches, deleted_experiment
 from mlfleet.tracking.retry import RETRY_FOR, Patience, RetryPolicy, Transient
 
 __all__ = ["EmbeddedTracking", "default_uri"]

@@ -9,8 +9,8 @@ import ssl
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mlfleet._text.masking import mask
 from mlfleet.errors import TrackingError
-from mlfleet.masking import mask
 from mlfleet.tracking.auth import Login
 from mlfleet.tracking.retry import RETRIED, Transient, retry_after
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
 
+from mlfleet._text.masking import mask_uri
 from mlfleet.errors import TrackingError, UsageError
-from mlfleet.masking import mask_uri
 
 __all__ = [
     "ModelRef",

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mlfleet._text.masking import mask, mask_uri
 from mlfleet.errors import TrackingError
-from mlfleet.masking import mask, mask_uri
 from mlfleet.tracking.locations import split_uri
 
 __all__ = ["download", "upload"]

@@ -13,7 +13,7 @@ from itertools import islice
 
 from mlfleet.errors import TrackingError
 from mlfleet.tracking.base import RunInfo
-from mlfleet.tracking.entities import run_info
+from mlfleet.tracking.models import run_info
 from mlfleet.tracking.retry import Transient
 from mlfleet.tracking.transport import Transport, encoded
 

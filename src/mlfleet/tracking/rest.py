@@ -16,17 +16,17 @@ from urllib.parse import quote
 
 import anyio
 
-from mlfleet.concurrency.once import Once
-from mlfleet.concurrency.threads import Threads
+from mlfleet._concurrency.single_flight import Once
+from mlfleet._concurrency.threads import Threads
+from mlfleet._text.masking import mask_uri
 from mlfleet.errors import TrackingError
-from mlfleet.masking import mask_uri
 from mlfleet.runs import RunStatus
 from mlfleet.tracking.artifacts import Artifacts
 from mlfleet.tracking.auth import Credentials, ServerLogin
 from mlfleet.tracking.base import RunInfo, Tracking
 from mlfleet.tracking.creation import Creation, search_runs
 from mlfleet.tracking.databricks import DatabricksLogin, is_databricks
-from mlfleet.tracking.entities import SUBMISSION_TAG, Lengths, batches, deleted_experiment, pairs, shortened
+from mlfleet.tracking.models import SUBMISSION_TAG, Lengths, batches, deleted_experiment, pairs, shortened
 from mlfleet.tracking.reads import Reads
 from mlfleet.tracking.retry import RETRY_FOR
 from mlfleet.tracking.transport import Transport, encoded

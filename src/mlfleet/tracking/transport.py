@@ -16,9 +16,9 @@ from urllib.parse import urlencode
 
 import anyio
 
+from mlfleet._concurrency.cancellation import finish
+from mlfleet._concurrency.threads import Threads
 from mlfleet._version import __version__
-from mlfleet.concurrency.shield import finish
-from mlfleet.concurrency.threads import Threads
 from mlfleet.errors import TrackingError, UsageError
 from mlfleet.tracking.auth import Login, Tls
 from mlfleet.tracking.connections import Connections, Line

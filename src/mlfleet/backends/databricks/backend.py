@@ -16,24 +16,24 @@ from typing import Any, ClassVar
 
 import anyio
 
+from mlfleet._concurrency.cancellation import finish
+from mlfleet._concurrency.single_flight import Once
+from mlfleet._concurrency.threads import Threads
+from mlfleet._environments.needs import read_python_needs
+from mlfleet._paths import runs_folder
+from mlfleet.backends._remote.run import SupervisedRuns
 from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job
 from mlfleet.backends.databricks import paths, request
+from mlfleet.backends.databricks.client import Workspace, WorkspaceError
 from mlfleet.backends.databricks.config import DatabricksConfig, TaskKind, Upload, UploadKind, parse_config
-from mlfleet.backends.databricks.handle import DatabricksRun, RemoteRun, remove_secret
-from mlfleet.backends.databricks.poller import Poller
+from mlfleet.backends.databricks.run import DatabricksRun, RemoteRun, remove_secret
 from mlfleet.backends.databricks.search import RecentRuns
 from mlfleet.backends.databricks.states import Phase, State, read_state
 from mlfleet.backends.databricks.storage import HOME, Storage, storage_of
 from mlfleet.backends.databricks.timing import Timing
 from mlfleet.backends.databricks.upload import Uploads
-from mlfleet.backends.databricks.workspace import Workspace, WorkspaceError
-from mlfleet.backends.supervised import SupervisedRuns
-from mlfleet.concurrency.once import Once
-from mlfleet.concurrency.shield import finish
-from mlfleet.concurrency.threads import Threads
-from mlfleet.environments.needs import read_python_needs
+from mlfleet.backends.databricks.watch import Poller
 from mlfleet.errors import RunLost, SubmitError, UsageError
-from mlfleet.folders import runs_folder
 from mlfleet.runs import JobRef
 from mlfleet.tracking.databricks import check_profile, is_databricks, profile_of
 

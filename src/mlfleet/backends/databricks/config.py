@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from mlfleet.documents import nearest
+from mlfleet._text.documents import nearest
 from mlfleet.errors import UsageError
 
 __all__ = ["KEYS", "Compute", "DatabricksConfig", "TaskKind", "Upload", "UploadKind", "parse_config"]

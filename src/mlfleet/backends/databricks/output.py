@@ -14,7 +14,7 @@ from pathlib import Path
 
 import anyio
 
-from mlfleet.concurrency.threads import Threads
+from mlfleet._concurrency.threads import Threads
 from mlfleet.errors import SubmitError
 
 __all__ = ["Ending", "OutputCopy"]

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mlfleet._text.masking import MASK, is_secret_name, mask_uri
 from mlfleet.backends.base import Job
 from mlfleet.backends.databricks import paths
 from mlfleet.backends.databricks.config import DatabricksConfig, TaskKind
 from mlfleet.errors import SubmitError
-from mlfleet.masking import MASK, is_secret_name, mask_uri
 
 __all__ = [
     "TASK_KEY",

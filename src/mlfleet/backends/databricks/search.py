@@ -6,8 +6,8 @@ import re
 import time
 from typing import Any
 
-from mlfleet.backends.databricks.workspace import Workspace
-from mlfleet.concurrency.once import Once
+from mlfleet._concurrency.single_flight import Once
+from mlfleet.backends.databricks.client import Workspace
 
 __all__ = ["RecentRuns"]
 

@@ -11,9 +11,9 @@ from functools import partial
 from typing import IO
 from urllib.parse import quote
 
+from mlfleet._concurrency.threads import Threads
+from mlfleet.backends.databricks.client import Workspace, WorkspaceError
 from mlfleet.backends.databricks.config import Upload, UploadKind
-from mlfleet.backends.databricks.workspace import Workspace, WorkspaceError
-from mlfleet.concurrency.threads import Threads
 from mlfleet.errors import SubmitError
 
 __all__ = ["HOME", "Storage", "storage_of"]

@@ -14,13 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
+from mlfleet._concurrency.single_flight import Once
+from mlfleet._concurrency.threads import Threads
+from mlfleet._project.checkout import ignored_by_git
+from mlfleet._project.content import content_hash, pack
+from mlfleet._project.ignoring import read_ignore
 from mlfleet.backends.databricks.storage import Storage
-from mlfleet.concurrency.once import Once
-from mlfleet.concurrency.threads import Threads
 from mlfleet.errors import SubmitError
-from mlfleet.project.checkout import ignored_by_git
-from mlfleet.project.content import content_hash, pack
-from mlfleet.project.ignoring import read_ignore
 
 __all__ = ["Archive", "Uploads"]
 

@@ -12,23 +12,23 @@ from typing import Any, ClassVar, Self
 
 import anyio
 
+from mlfleet._concurrency.cancellation import finish
+from mlfleet._concurrency.threads import Threads
+from mlfleet._oci import login as auth
+from mlfleet._paths import runs_folder
+from mlfleet.backends._remote.run import SupervisedRuns
 from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job
-from mlfleet.backends.docker import auth
-from mlfleet.backends.docker.arguments import ContainerOptions, parse_arguments
+from mlfleet.backends.docker.client import Engine, EngineError
 from mlfleet.backends.docker.container import container_body, container_name
 from mlfleet.backends.docker.endpoint import Endpoint
-from mlfleet.backends.docker.engine import Engine, EngineError
-from mlfleet.backends.docker.events import DRIVER_LABEL, OUTPUT_LABEL, RUN_LABEL, Containers
-from mlfleet.backends.docker.handle import Container, DockerRun, remove_container
 from mlfleet.backends.docker.image import Image, Images, check_reference
 from mlfleet.backends.docker.output import Custody
+from mlfleet.backends.docker.run import Container, DockerRun, remove_container
+from mlfleet.backends.docker.run_options import ContainerOptions, parse_arguments
 from mlfleet.backends.docker.tracking import Reach, reach
 from mlfleet.backends.docker.values import Wrong, add_volume
-from mlfleet.backends.supervised import SupervisedRuns
-from mlfleet.concurrency.shield import finish
-from mlfleet.concurrency.threads import Threads
+from mlfleet.backends.docker.watch import DRIVER_LABEL, OUTPUT_LABEL, RUN_LABEL, Containers
 from mlfleet.errors import RunLost, SubmitError, UsageError
-from mlfleet.folders import runs_folder
 from mlfleet.runs import JobRef
 
 __all__ = ["DockerBackend"]

@@ -6,10 +6,10 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from mlfleet.backends.base import Job
-from mlfleet.backends.docker.arguments import ContainerOptions
-from mlfleet.backends.docker.events import DRIVER_LABEL, EXPERIMENT_LABEL, OUTPUT_LABEL, PROJECT_LABEL, RUN_LABEL
 from mlfleet.backends.docker.image import Image
+from mlfleet.backends.docker.run_options import ContainerOptions
 from mlfleet.backends.docker.tracking import Reach
+from mlfleet.backends.docker.watch import DRIVER_LABEL, EXPERIMENT_LABEL, OUTPUT_LABEL, PROJECT_LABEL, RUN_LABEL
 
 __all__ = ["container_body", "container_name"]
 

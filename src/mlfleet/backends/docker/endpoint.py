@@ -9,12 +9,12 @@ import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
+from mlfleet._oci.docker_config import config_folder, read_config
 from mlfleet.errors import BackendError
 
-__all__ = ["Endpoint", "config_folder", "find_endpoint", "is_loopback", "read_config"]
+__all__ = ["Endpoint", "find_endpoint", "is_loopback"]
 
 _DEFAULT = "unix:///var/run/docker.sock"
 
@@ -69,30 +69,6 @@ def is_loopback(url: str) -> bool:
         return host == "localhost" or host.endswith(".localhost") or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def config_folder(environ: Mapping[str, str]) -> Path:
-    """The folder of Docker's own configuration: ``DOCKER_CONFIG``, else ``~/.docker``."""
-    given = environ.get("DOCKER_CONFIG")
-    return Path(given) if given else Path.home() / ".docker"
-
-
-def read_config(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Docker's ``config.json``; empty if there is none. Blocking.
-
-    Raises:
-        BackendError: it is no JSON object.
-    """
-    path = config_folder(environ) / "config.json"
-    try:
-        data = json.loads(path.read_bytes())
-    except OSError:
-        return {}
-    except ValueError as error:
-        raise BackendError(f"Docker's configuration {path} is no JSON: {error}", backend="docker") from error
-    if not isinstance(data, dict):
-        raise BackendError(f"Docker's configuration {path} is no JSON object", backend="docker")
-    return data
 
 
 def _context(name: str, folder: Path) -> Endpoint:

@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from mlfleet.backends.docker import auth
-from mlfleet.backends.docker.engine import Engine, EngineError
-from mlfleet.concurrency.once import Once
-from mlfleet.concurrency.threads import Threads
+from mlfleet._concurrency.single_flight import Once
+from mlfleet._concurrency.threads import Threads
+from mlfleet._oci import login as auth
+from mlfleet._project.content import content_hash, pack
+from mlfleet.backends.docker.client import Engine, EngineError
 from mlfleet.errors import SubmitError, UsageError
-from mlfleet.project.content import content_hash, pack
 
 __all__ = ["CONTENT_LABEL", "WORKDIR", "Image", "Images", "check_reference"]
 

@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from mlfleet.backends.docker.engine import Engine
-from mlfleet.backends.docker.events import DRIVER_LABEL, PROJECT_LABEL, RUN_LABEL
-from mlfleet.backends.docker.handle import remove_container
+from mlfleet._concurrency.threads import Threads
+from mlfleet.backends.docker.client import Engine
 from mlfleet.backends.docker.output import Custody
-from mlfleet.concurrency.threads import Threads
+from mlfleet.backends.docker.run import remove_container
+from mlfleet.backends.docker.watch import DRIVER_LABEL, PROJECT_LABEL, RUN_LABEL
 
 __all__ = ["ContainerEntry", "list_containers", "prune_containers"]
 

@@ -15,10 +15,10 @@ from typing import Self
 
 import anyio
 
-from mlfleet.backends.docker.engine import Engine, EngineError
-from mlfleet.concurrency.threads import Threads
+from mlfleet._concurrency.threads import Threads
+from mlfleet._paths import runs_folder
+from mlfleet.backends.docker.client import Engine, EngineError
 from mlfleet.errors import SubmitError
-from mlfleet.folders import runs_folder
 
 __all__ = ["Copier", "Custody"]
 

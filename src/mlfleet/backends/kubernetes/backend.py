@@ -13,24 +13,24 @@ from typing import Any, ClassVar
 
 import anyio
 
+from mlfleet._concurrency.cancellation import finish
+from mlfleet._concurrency.throttle import Turns
+from mlfleet._paths import runs_folder
+from mlfleet._text.masking import MASK
+from mlfleet.backends._remote.run import SupervisedRuns
 from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job
 from mlfleet.backends.kubernetes.config import KubernetesConfig, parse_config
 from mlfleet.backends.kubernetes.connections import Connections, Shared
 from mlfleet.backends.kubernetes.deletion import delete_job
 from mlfleet.backends.kubernetes.delivering import Deliveries, previewed
 from mlfleet.backends.kubernetes.environ import check_copied, check_tracking, variables
-from mlfleet.backends.kubernetes.logs import Streams
 from mlfleet.backends.kubernetes.manifest import grace_of, host_volumes, image_of, job_manifest, secret_manifest
 from mlfleet.backends.kubernetes.names import job_name
+from mlfleet.backends.kubernetes.output import Streams
 from mlfleet.backends.kubernetes.run import KubernetesRun, Target
 from mlfleet.backends.kubernetes.state import read_job
 from mlfleet.backends.kubernetes.submission import create_job, create_secret, find_job
-from mlfleet.backends.supervised import SupervisedRuns
-from mlfleet.concurrency.shield import finish
-from mlfleet.concurrency.turns import Turns
 from mlfleet.errors import MlfleetError, SubmitError, UsageError
-from mlfleet.folders import runs_folder
-from mlfleet.masking import MASK
 from mlfleet.runs import JobRef
 
 __all__ = ["KubernetesBackend"]

@@ -11,10 +11,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, cast
 
+from mlfleet._text.documents import Node, nearest, read_yaml
 from mlfleet.backends.kubernetes.cluster import Cluster, find_cluster
 from mlfleet.backends.kubernetes.diagnosis import Kind
 from mlfleet.backends.kubernetes.names import NAME
-from mlfleet.documents import Node, nearest, read_yaml
 from mlfleet.errors import SpecError, UsageError
 
 __all__ = ["CodeDelivery", "KubernetesConfig", "StartTimeouts", "parse_config"]

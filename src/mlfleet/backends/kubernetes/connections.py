@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import anyio
 
-from mlfleet.backends.kubernetes.api import Api
+from mlfleet.backends.kubernetes.client import Api
 from mlfleet.backends.kubernetes.cluster import Cluster
-from mlfleet.backends.kubernetes.watching import NamespaceWatch
+from mlfleet.backends.kubernetes.watch import NamespaceWatch
 
 __all__ = ["Connections", "Shared"]
 

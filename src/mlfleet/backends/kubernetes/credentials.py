@@ -17,13 +17,13 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from mlfleet._concurrency.threads import Threads
+from mlfleet._text.masking import mask
 from mlfleet.backends.kubernetes.cluster import IN_CLUSTER, SERVICE_ACCOUNT, Cluster
 from mlfleet.backends.kubernetes.kubeconfig import Entry, read_kubeconfig
 from mlfleet.backends.kubernetes.plugin import PluginLogin, ask_plugin, exec_of
 from mlfleet.backends.kubernetes.provider import ask_provider
-from mlfleet.concurrency.threads import Threads
 from mlfleet.errors import BackendError
-from mlfleet.masking import mask
 
 __all__ = ["Credentials", "Login", "proxy_for"]
 

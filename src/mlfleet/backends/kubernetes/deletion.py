@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlfleet.backends.kubernetes.api import Api, ApiError
+from mlfleet.backends.kubernetes.client import Api, ApiError
 from mlfleet.backends.kubernetes.state import read_job
 
 __all__ = ["delete_job", "job_path", "warnings_of"]

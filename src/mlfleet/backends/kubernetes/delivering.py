@@ -8,16 +8,16 @@ from pathlib import Path
 
 import anyio
 
+from mlfleet._concurrency.single_flight import Once
+from mlfleet._oci.references import parse_reference
+from mlfleet._project.checkout import Checkouts
+from mlfleet._project.content import content_hash
 from mlfleet.backends.base import Job
-from mlfleet.backends.kubernetes.api import Api
+from mlfleet.backends.kubernetes.client import Api
 from mlfleet.backends.kubernetes.config import CodeDelivery, KubernetesConfig
 from mlfleet.backends.kubernetes.delivery import ConfigMaps, configmap_code, git_code
 from mlfleet.backends.kubernetes.manifest import Code
-from mlfleet.backends.kubernetes.reference import parse_reference
 from mlfleet.backends.kubernetes.source import GitSource, git_source
-from mlfleet.concurrency.once import Once
-from mlfleet.project.checkout import Checkouts
-from mlfleet.project.content import content_hash
 
 __all__ = ["Deliveries", "previewed"]
 

@@ -8,16 +8,16 @@ from contextlib import closing
 from functools import partial
 from typing import IO, Any
 
+from mlfleet._concurrency.single_flight import Once
+from mlfleet._concurrency.threads import Threads
+from mlfleet._project.content import content_hash, pack
 from mlfleet.backends.base import Job
-from mlfleet.backends.kubernetes.api import Api, ApiError
+from mlfleet.backends.kubernetes.client import Api, ApiError
 from mlfleet.backends.kubernetes.config import KubernetesConfig
 from mlfleet.backends.kubernetes.launch import escape
 from mlfleet.backends.kubernetes.manifest import Code
 from mlfleet.backends.kubernetes.state import MANAGED_BY
-from mlfleet.concurrency.once import Once
-from mlfleet.concurrency.threads import Threads
 from mlfleet.errors import SubmitError
-from mlfleet.project.content import content_hash, pack
 
 __all__ = ["FOLDER", "ConfigMaps", "configmap_code", "git_code"]
 

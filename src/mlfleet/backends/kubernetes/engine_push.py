@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mlfleet.backends.docker import auth
-from mlfleet.backends.docker.engine import Engine, EngineError
+from mlfleet._oci import login as auth
+from mlfleet._oci.references import parse_reference
+from mlfleet.backends.docker.client import Engine, EngineError
 from mlfleet.backends.docker.image import Image
-from mlfleet.backends.kubernetes.reference import parse_reference
 from mlfleet.errors import SubmitError
 
 __all__ = ["push_from_engine"]

@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
+from mlfleet._text.masking import is_secret_name, mask_uri
 from mlfleet.backends.base import DockerRequest, Job
 from mlfleet.errors import SubmitError, UsageError
-from mlfleet.masking import is_secret_name, mask_uri
 
 __all__ = ["check_copied", "check_tracking", "variables"]
 

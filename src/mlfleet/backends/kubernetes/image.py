@@ -16,12 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
+from mlfleet._concurrency.threads import Threads
+from mlfleet._oci.references import Reference
+from mlfleet._project.content import content_hash, pack
 from mlfleet.backends.kubernetes.delivery import FOLDER
-from mlfleet.backends.kubernetes.reference import Reference
 from mlfleet.backends.kubernetes.registry import Registries, RegistryError
-from mlfleet.concurrency.threads import Threads
 from mlfleet.errors import SubmitError
-from mlfleet.project.content import content_hash, pack
 
 __all__ = ["push_project"]
 

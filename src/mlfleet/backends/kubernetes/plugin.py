@@ -16,8 +16,8 @@ from typing import Any
 
 import anyio
 
+from mlfleet._process.process import run_process
 from mlfleet.backends.kubernetes.kubeconfig import Entry
-from mlfleet.concurrency.process import run_process
 from mlfleet.errors import BackendError
 
 __all__ = ["Plugin", "PluginLogin", "ask_plugin", "exec_of"]

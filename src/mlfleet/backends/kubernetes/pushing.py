@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mlfleet._oci.references import parse_reference
 from mlfleet.backends.base import Job
-from mlfleet.backends.docker.engine import Engine
+from mlfleet.backends.docker.client import Engine
 from mlfleet.backends.docker.image import Images
 from mlfleet.backends.kubernetes.config import KubernetesConfig
 from mlfleet.backends.kubernetes.engine_push import push_from_engine
 from mlfleet.backends.kubernetes.image import push_project
-from mlfleet.backends.kubernetes.reference import parse_reference
 from mlfleet.backends.kubernetes.registry import Registries
 
 __all__ = ["push"]

@@ -15,9 +15,9 @@ from urllib.parse import urljoin, urlsplit
 import aiohttp
 import anyio
 
-from mlfleet.backends.docker.auth import find_credentials
-from mlfleet.backends.kubernetes.api import pause
-from mlfleet.backends.kubernetes.reference import HUB, Reference
+from mlfleet._oci.login import find_credentials
+from mlfleet._oci.references import HUB, Reference
+from mlfleet.backends.kubernetes.client import pause
 from mlfleet.errors import BackendError
 
 __all__ = ["Registries", "RegistryError"]

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import anyio
 
-from mlfleet.backends.kubernetes.api import Api, ApiError
+from mlfleet._concurrency.threads import Threads, outlast
+from mlfleet.backends._remote.run import SupervisedRun
+from mlfleet.backends._remote.state_cache import Cell
+from mlfleet.backends.kubernetes.client import Api, ApiError
 from mlfleet.backends.kubernetes.config import StartTimeouts
 from mlfleet.backends.kubernetes.deletion import delete_job, warnings_of
 from mlfleet.backends.kubernetes.diagnosis import Hindrance, Kind, hindrance, outcome
-from mlfleet.backends.kubernetes.logs import Copier, Streams
+from mlfleet.backends.kubernetes.output import Copier, Streams
 from mlfleet.backends.kubernetes.state import JobState, PodState, Seen, job_of_pod, read_pod
-from mlfleet.backends.kubernetes.watching import NamespaceWatch
-from mlfleet.backends.supervised import SupervisedRun
-from mlfleet.concurrency.threads import Threads, outlast
-from mlfleet.concurrency.watch import Cell
+from mlfleet.backends.kubernetes.watch import NamespaceWatch
 from mlfleet.errors import MlfleetError, RunLost, SubmitError
 from mlfleet.runs import FailureKind, Outcome, RunStatus
 

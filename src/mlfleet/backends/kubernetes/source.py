@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlfleet.concurrency.process import run_process
+from mlfleet._process.process import run_process
+from mlfleet._project.checkout import Checkouts
+from mlfleet._project.git import clean_environ
+from mlfleet._text.masking import mask_uri
 from mlfleet.errors import SubmitError
-from mlfleet.masking import mask_uri
-from mlfleet.project.checkout import Checkouts
-from mlfleet.project.git import clean_environ
 
 __all__ = ["GitSource", "git_source"]
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from mlfleet.backends.kubernetes.api import Api, ApiError
+from mlfleet.backends.kubernetes.client import Api, ApiError
 from mlfleet.backends.kubernetes.deletion import job_path
 from mlfleet.backends.kubernetes.manifest import SUBMISSION
 from mlfleet.backends.kubernetes.names import label_value

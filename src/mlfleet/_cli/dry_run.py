@@ -1,0 +1,157 @@
+"""``mlfleet run --dry-run``: what would be run, and how. Nothing is made but the cache of fetched projects."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import anyio.to_thread
+import click
+
+from mlfleet._cli.interrupts import Interrupts
+from mlfleet._cli.progress import Progress
+from mlfleet._engine.job import draft
+from mlfleet._engine.plan import Plan, Planner
+from mlfleet._engine.request import RunRequest
+from mlfleet._environments.store import list_environments
+from mlfleet._project.fetch import ProjectFetcher
+from mlfleet._text.masking import MASK
+from mlfleet.backends.base import Backend
+from mlfleet.errors import MlfleetError
+from mlfleet.runs import DEFAULT_CANCEL_GRACE, RunEvent, RunStatus, Stage
+from mlfleet.tracking import default_uri, open_tracking
+from mlfleet.tracking.base import RunInfo
+from mlfleet.tracking.locations import absolute_uri
+
+__all__ = ["DryRun", "show"]
+
+_LATER = "(of the run)"
+_SHOWN = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID")
+_RUN_ID = "0" * 32  # stands for the id of the MLflow run, which must look like one
+
+
+@dataclass(slots=True, kw_only=True)
+class DryRun:
+    """One call of ``mlfleet run --dry-run``, and how it went.
+
+    Attributes:
+        request: what would be run.
+        tracking_uri: to use; None is the default.
+        found: what was found out; None if it could not be.
+        error: why.
+    """
+
+    request: RunRequest
+    tracking_uri: str | None = None
+    found: dict[str, Any] | None = None
+    error: MlfleetError | None = None
+
+    async def execute(self, progress: Progress, interrupts: Interrupts) -> None:
+        """Find it out and keep it."""
+        with interrupts.scope:
+            try:
+                self.found = await self._find_out(progress)
+            except MlfleetError as error:
+                self.error = error
+
+    async def _find_out(self, progress: Progress) -> dict[str, Any]:
+        # Not a Fleet: opening its tracking would make a database, or ask a server.
+        backends: dict[str, Backend] = {}
+        planner = Planner(ProjectFetcher(), lambda kind: backends.setdefault(kind.name, kind()))
+        plan = await planner.plan(
+            self.request,
+            on_progress=lambda line: progress(RunEvent(Stage.FETCHING, self.request.uri, detail=line)),
+        )
+        uri = await anyio.to_thread.run_sync(partial(_absolute, self.tracking_uri))
+        tracking = open_tracking(uri)
+        backends[plan.backend].check_tracking(tracking.uri, plan.config)
+        info = RunInfo(self.request.run_id or _RUN_ID, _experiment_id(self.request) or "0", "", RunStatus.SCHEDULED, "")
+        job = await draft(plan, info, tracking, output=None, cancel_grace=DEFAULT_CANCEL_GRACE)
+        return {
+            "project": plan.project_name,
+            "uri": plan.project.uri,
+            "commit": plan.project.commit,
+            "entry_point": plan.entry_point.name,
+            "command": plan.provisional_command,
+            "folder": str(plan.spec.folder),
+            "copied": plan.project.cached,
+            "parameters": dict(plan.parameters.logged),
+            "downloads": {each.name: each.uri for each in plan.parameters.downloads},
+            "environment": await anyio.to_thread.run_sync(partial(_environment, plan)),
+            "backend": plan.backend,
+            "tracking_uri": tracking.uri,
+            "experiment": _experiment(self.request),
+            "run_name": self.request.run_name,
+            "variables": {
+                "MLFLOW_TRACKING_URI": tracking.uri,
+                "MLFLOW_EXPERIMENT_ID": _experiment_id(self.request) or _LATER,
+                "MLFLOW_RUN_ID": self.request.run_id or _LATER,
+                **{name: text for name, text in job.environ.items() if name not in _SHOWN},
+                **dict.fromkeys(job.secrets, MASK),
+            },
+            "tags": dict(plan.tags),
+            "request": await anyio.to_thread.run_sync(backends[plan.backend].preview, job),
+        }
+
+
+def show(found: Mapping[str, Any]) -> None:
+    """Print what was found out, for people."""
+    environment = found["environment"]
+    rows = {
+        "project": found["project"] + (f" at {found['commit'][:12]}" if found["commit"] else ""),
+        "entry point": found["entry_point"],
+        "command": found["command"].rstrip("\n"),
+        "folder": found["folder"] + (" (the run gets a copy)" if found["copied"] else ""),
+        "environment": environment["manager"] or "of the backend",
+        "backend": found["backend"],
+        "tracking": found["tracking_uri"],
+        "experiment": found["experiment"],
+        "run name": found["run_name"] or "(chosen by MLflow)",
+        "parameters": _pairs(found["parameters"]),
+        "downloads": _pairs(found["downloads"]),
+        "variables": _pairs(found["variables"]),
+    }
+    if environment["image"] is not None:
+        rows["environment"] += f" image {environment['image']}"
+    if environment["built"] is not None:
+        rows["environment"] += ", built already" if environment["built"] else ", to be built"
+    for name, text in rows.items():
+        if text:
+            click.echo(f"{name:<12} " + text.replace("\n", f"\n{'':<13}"))
+    if found["request"] is not None:
+        click.echo(f"\n{found['request']}")
+
+
+def _absolute(uri: str | None) -> str:
+    chosen = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return absolute_uri(chosen) if chosen else default_uri()
+
+
+def _environment(plan: Plan) -> dict[str, Any]:
+    if plan.environment is None:
+        image = plan.docker.env.image if plan.docker else None
+        return {"manager": "docker" if image else None, "python": None, "built": None, "image": image}
+    environment = plan.environment
+    name = f"{environment.manager}-{environment.key}"
+    built = any(each.name == name and each.complete for each in list_environments()) if environment.key else None
+    return {"manager": environment.manager, "python": environment.python, "built": built, "image": None}
+
+
+def _experiment_id(request: RunRequest) -> str | None:
+    if request.experiment_id:
+        return str(request.experiment_id)
+    if request.experiment_name or os.environ.get("MLFLOW_EXPERIMENT_NAME"):
+        return None
+    return os.environ.get("MLFLOW_EXPERIMENT_ID") or "0"
+
+
+def _experiment(request: RunRequest) -> str:
+    known = _experiment_id(request)
+    return f"id {known}" if known else str(request.experiment_name or os.environ["MLFLOW_EXPERIMENT_NAME"])
+
+
+def _pairs(values: Mapping[str, object]) -> str:
+    return "\n".join(f"{name}={value}" for name, value in values.items())

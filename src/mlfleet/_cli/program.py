@@ -1,0 +1,80 @@
+"""The program ``mlfleet``: its commands, and what becomes of their errors."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+import click
+
+from mlfleet._cli.containers import prune, ps
+from mlfleet._cli.report import error_as_json, exit_code, print_json
+from mlfleet._cli.run import run
+from mlfleet._cli.runs import cancel, logs, wait
+from mlfleet._cli.storage import cache, envs
+from mlfleet._cli.sweep import sweep
+from mlfleet._cli.sweep_page import report
+from mlfleet._cli.terminal import complain, show_logs
+from mlfleet._version import __version__
+from mlfleet.errors import MlfleetError
+
+__all__ = ["main"]
+
+_log = logging.getLogger("mlfleet.cli")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code.
+
+    Args:
+        argv: the arguments after the program's name; None: those of this process.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    show_logs(logging.WARNING)
+    try:
+        code = _cli.main(args=arguments, prog_name="mlfleet", standalone_mode=False)
+    except (KeyboardInterrupt, click.Abort):
+        return 130
+    except Exception as error:
+        if "--json" in arguments:
+            print_json(error_as_json(error), indent=None)  # a line, also among the events of a sweep
+        return _complain(error)
+    return code if isinstance(code, int) else 0
+
+
+def _complain(error: Exception) -> int:
+    _log.debug("the error in full", exc_info=error)
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    if isinstance(error, click.ClickException):
+        context = getattr(error, "ctx", None)
+        hint = f"\nTry '{context.command_path} --help'." if context is not None else ""
+        complain(error.format_message() + hint)
+        return error.exit_code
+    if isinstance(error, MlfleetError):
+        complain(str(error))
+        return exit_code(error)
+    if isinstance(error, OSError):
+        complain(str(error))
+        return 1
+    complain(f"{type(error).__name__}: {error}\nThis is a fault of mlfleet. --debug shows where it is.")
+    return 1
+
+
+@click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="mlfleet")
+def _cli() -> None:
+    """Run MLflow Projects, on this machine or elsewhere."""
+
+
+_cli.add_command(run)
+_cli.add_command(sweep)
+_cli.add_command(report)
+_cli.add_command(cache)
+_cli.add_command(envs)
+_cli.add_command(ps)
+_cli.add_command(logs)
+_cli.add_command(wait)
+_cli.add_command(cancel)
+_cli.add_command(prune)

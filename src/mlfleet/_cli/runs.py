@@ -1,0 +1,129 @@
+"""``mlfleet logs``, ``mlfleet wait`` and ``mlfleet cancel``: runs of other processes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
+from functools import partial
+
+import anyio
+import anyio.to_thread
+import click
+
+from mlfleet._cli.options import debug_option, duration, experiment_options, tracking_option
+from mlfleet._cli.report import exit_code
+from mlfleet._cli.terminal import complain, say
+from mlfleet._cli.tracked import experiment
+from mlfleet._control import cancel_run, read_logs, wait_for
+from mlfleet._reporting import find_sweep
+from mlfleet.errors import MlfleetError
+from mlfleet.fleet import Fleet
+from mlfleet.runs import RunStatus
+from mlfleet.tracking import RunInfo
+
+__all__ = ["cancel", "logs", "wait"]
+
+
+@click.command()
+@click.argument("run_id")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the run has ended.")
+@tracking_option
+@debug_option
+def logs(*, run_id: str, follow: bool, tracking_uri: str | None) -> None:
+    """Print the output of a run, whichever process started it. Ctrl-C leaves the run alone."""
+
+    async def show() -> None:
+        async with (
+            Fleet(tracking_uri=tracking_uri) as fleet,
+            aclosing(read_logs(fleet, run_id, follow=follow)) as lines,
+        ):
+            async for line in lines:
+                # In a thread, or whoever does not read our pipe would keep Ctrl-C from us.
+                await anyio.to_thread.run_sync(partial(_write, f"{line}\n"), abandon_on_cancel=True)
+
+    try:
+        anyio.run(show)
+    except BrokenPipeError:
+        return
+
+
+@click.command()
+@click.argument("run_ids", metavar="RUN_ID...", nargs=-1, required=True)
+@tracking_option
+@debug_option
+def wait(*, run_ids: tuple[str, ...], tracking_uri: str | None) -> int:
+    """Wait until runs have ended, whichever process started them. Ctrl-C leaves them alone.
+
+    Exit codes: 0 all finished, 1 some did not.
+    """
+    say("waiting; Ctrl-C leaves the runs alone")
+    return anyio.run(_for_each, run_ids, tracking_uri, wait_for, (RunStatus.FINISHED,))
+
+
+@click.command()
+@click.argument("run_ids", metavar="[RUN_ID]...", nargs=-1)
+@click.option("--sweep", metavar="NAME", help="A sweep with all its runs, by its name or the id of its MLflow run.")
+@click.option("--cancel-grace", "grace", type=duration, metavar="TIME", help="Instead of what the run was given.")
+@experiment_options
+@tracking_option
+@debug_option
+def cancel(
+    *,
+    run_ids: tuple[str, ...],
+    sweep: str | None,
+    grace: float | None,
+    tracking_uri: str | None,
+    experiment_name: str | None,
+    experiment_id: str | None,
+) -> int:
+    """End runs, whichever process started them; returns when nothing of them runs any more.
+
+    They become KILLED, also for the process that started them. What has ended keeps its status. A run that its own
+    process alone can end (mlfleet run; a sweep without a name) is ended by ending that process.
+    """
+    if not run_ids and sweep is None:
+        raise click.UsageError("give the ids of runs, or --sweep NAME")
+
+    async def all_of_them() -> int:
+        chosen = list(run_ids)
+        if sweep is not None:
+            async with Fleet(tracking_uri=tracking_uri) as fleet:
+                where = await experiment(fleet.tracking, experiment_name, experiment_id)
+                chosen.append((await find_sweep(fleet.tracking, sweep, where)).run_id)
+        return await _for_each(chosen, tracking_uri, partial(cancel_run, grace=grace), tuple(RunStatus))
+
+    return anyio.run(all_of_them)
+
+
+async def _for_each(
+    run_ids: Sequence[str],
+    tracking_uri: str | None,
+    work: Callable[[Fleet, str], Awaitable[RunInfo]],
+    good: Sequence[RunStatus],
+) -> int:
+    """Do it for all runs at the same time, and print a line for each that is through."""
+    codes = [0]
+
+    async def one(fleet: Fleet, run_id: str) -> None:
+        try:
+            info = await work(fleet, run_id)
+        except* MlfleetError as group:
+            for error in group.exceptions:
+                complain(str(error))
+                codes.append(exit_code(error) if isinstance(error, MlfleetError) else 1)
+        else:
+            click.echo(f"{run_id} {info.status}")
+            codes.append(0 if info.status in good else 1)
+
+    async with Fleet(tracking_uri=tracking_uri) as fleet, anyio.create_task_group() as group:
+        for run_id in dict.fromkeys(run_ids):
+            group.start_soon(one, fleet, run_id)
+    return max(codes)
+
+
+def _write(text: str) -> None:
+    data = text.encode(errors="replace")
+    while data:
+        data = data[os.write(sys.stdout.fileno(), data) :]

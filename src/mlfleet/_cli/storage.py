@@ -1,0 +1,164 @@
+"""``mlfleet cache`` and ``mlfleet envs``: what is kept on this machine, and how to be rid of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import click
+
+from mlfleet._cli.options import debug_option, duration, json_option
+from mlfleet._cli.report import print_json
+from mlfleet._environments.store import StoredEnvironment, list_environments
+from mlfleet._environments.store import prune as prune_environments
+from mlfleet._project.cache import CacheEntry, list_entries, list_runs, prune_runs
+from mlfleet._project.cache import prune as prune_entries
+from mlfleet._project.copies import list_copies, prune_copies
+
+__all__ = ["cache", "envs"]
+
+_older_than = click.option(
+    "--older-than",
+    type=duration,
+    metavar="TIME",
+    help="Only what no run has used for this long, as in 30d or 12h. Without it: all that nobody uses now.",
+)
+_outputs = click.option(
+    "--outputs", is_flag=True, help="The captured output of runs, rather than the projects that were fetched."
+)
+_json = json_option("Print a JSON list.")
+
+
+@click.group(no_args_is_help=False)
+def cache() -> None:
+    """The projects that were fetched, and the captured output of runs."""
+
+
+@cache.command("list")
+@_outputs
+@_json
+@debug_option
+def list_cache(*, outputs: bool, as_json: bool) -> None:
+    """List them, the last used first."""
+    entries = list_runs() if outputs else [*list_entries(), *list_copies()]
+    _print([_cached(entry) for entry in entries], as_json=as_json)
+
+
+@cache.command("prune")
+@_older_than
+@_outputs
+@_json
+@debug_option
+def prune_cache(*, older_than: float | None, outputs: bool, as_json: bool) -> None:
+    """Remove those that nobody uses."""
+    age = _age(older_than)
+    # Copies first: their runs are what uses the projects.
+    removed = prune_runs(age) if outputs else [*prune_copies(age), *prune_entries(age)]
+    _removed([_cached(entry) for entry in removed], as_json=as_json)
+
+
+@click.group(no_args_is_help=False)
+def envs() -> None:
+    """The environments that were built for projects."""
+
+
+@envs.command("list")
+@_json
+@debug_option
+def list_envs(*, as_json: bool) -> None:
+    """List them, the last used first."""
+    _print([_built(environment) for environment in list_environments()], as_json=as_json)
+
+
+@envs.command("prune")
+@_older_than
+@_json
+@debug_option
+def prune_envs(*, older_than: float | None, as_json: bool) -> None:
+    """Remove those that nobody uses, and what broken builds left."""
+    _removed([_built(environment) for environment in prune_environments(_age(older_than))], as_json=as_json)
+
+
+def _cached(entry: CacheEntry) -> dict[str, Any]:
+    return {
+        "kind": entry.kind,
+        "uri": entry.uri,
+        "version": entry.version,
+        "size": entry.size,
+        "last_used": entry.last_used,
+        "in_use": entry.in_use,
+        "path": entry.path,
+    }
+
+
+def _built(environment: StoredEnvironment) -> dict[str, Any]:
+    return {
+        "name": environment.name,
+        "python": environment.python,
+        "source": environment.source,
+        "complete": environment.complete,
+        "size": environment.size,
+        "last_used": environment.last_used,
+        "in_use": environment.in_use,
+        "path": environment.folder,
+    }
+
+
+def _age(seconds: float | None) -> timedelta | None:
+    return None if seconds is None else timedelta(seconds=seconds)
+
+
+def _print(entries: Sequence[dict[str, Any]], *, as_json: bool) -> None:
+    if as_json:
+        print_json(list(entries))
+        return
+    if not entries:
+        click.echo("nothing")
+        return
+    names = [name for name in entries[0] if name != "path"]
+    rows = [[name.replace("_", " ") for name in names]]
+    rows += [[_text(name, entry[name]) for name in names] for entry in entries]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _removed(entries: Sequence[dict[str, Any]], *, as_json: bool) -> None:
+    if as_json:
+        print_json(list(entries))
+        return
+    for entry in entries:
+        click.echo(f"removed {entry['path']}")
+    click.echo(f"{len(entries)} removed, {_bytes(sum(entry['size'] for entry in entries))}")
+
+
+def _text(name: str, value: object) -> str:
+    match value:
+        case None:
+            return "-"
+        case bool():
+            return "yes" if value else "no"
+        case datetime():
+            return _ago(datetime.now(UTC) - value)
+        case int() if name == "size":
+            return _bytes(value)
+        case _:
+            # The first characters of a commit or of a content's hash are enough to tell it from others.
+            return str(value)[:12] if name == "version" else str(value)
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def _ago(age: timedelta) -> str:
+    minutes = max(int(age.total_seconds() // 60), 0)
+    for count, unit in ((minutes // 1440, "d"), (minutes // 60, "h"), (minutes, "min")):
+        if count:
+            return f"{count} {unit} ago"
+    return "now"

@@ -1,0 +1,63 @@
+"""``mlfleet report``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import anyio
+import click
+
+from mlfleet._cli.options import debug_option, experiment_options, tracking_option
+from mlfleet._cli.terminal import say
+from mlfleet._cli.tracked import experiment
+from mlfleet._reporting import SweepReport, load_sweep, render
+from mlfleet._sweeps import Goal
+from mlfleet.tracking import open_tracking
+
+__all__ = ["report"]
+
+
+@click.command()
+@click.argument("sweep")
+@click.option("-o", "--output", metavar="FILE", default="report.html", show_default=True, help="The page to write.")
+@click.option("--metric", metavar="NAME", help="To begin with; the page lets you choose.  [default: the first by name]")
+@click.option("--goal", type=click.Choice(["min", "max"]), default="min", show_default=True, help="Which are the best.")
+@experiment_options
+@tracking_option
+@debug_option
+def report(
+    *,
+    sweep: str,
+    output: str,
+    metric: str | None,
+    goal: Goal,
+    tracking_uri: str | None,
+    experiment_name: str | None,
+    experiment_id: str | None,
+) -> int:
+    """Write a page about SWEEP, a sweep's name or the id of its MLflow run.
+
+    It is one file that needs no network: when the runs waited and ran, the metric against each parameter, parallel
+    coordinates, and a table with links to MLflow.
+    """
+
+    async def load() -> SweepReport:
+        async with open_tracking(tracking_uri) as tracking:
+            where = await experiment(tracking, experiment_name, experiment_id)
+            return await load_sweep(tracking, sweep, where)
+
+    page = render(anyio.run(load), metric=metric, goal=goal)
+    _write(Path(output), page)
+    say(f"the report is in {output}")
+    return 0
+
+
+def _write(path: Path, page: str) -> None:
+    """Whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(page, encoding="utf-8", errors="replace")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,253 @@
+"""Runs of other processes: watched, waited for and cancelled, without becoming this process's own."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from functools import partial
+from pathlib import Path
+
+import anyio
+
+from mlfleet._concurrency.threads import Threads
+from mlfleet._engine.attach import read_reference
+from mlfleet._engine.request import SweepMember
+from mlfleet._paths import runs_folder
+from mlfleet._sweeps import NAME_TAG, SPACE_TAG, is_driven
+from mlfleet._sweeps.notes import forget, lock_path
+from mlfleet._text.lines import follow_file
+from mlfleet.backends.base import BackendRun
+from mlfleet.backends.local import durable
+from mlfleet.errors import BackendError, MlfleetError, RunLost, UsageError
+from mlfleet.fleet import Fleet
+from mlfleet.runs import JobRef, Outcome, RunStatus
+from mlfleet.tracking import RunInfo
+from mlfleet.tracking.ending import end_run
+
+__all__ = ["cancel_run", "cancel_sweep", "read_logs", "wait_for"]
+
+_looking = Threads("control", 4)
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.2, 2.0  # seconds between two looks
+_MOST_RUNS = 50_000  # what mlflow's own stores give at most
+_DRIVER_PATIENCE = 5.0  # seconds that a driver gets to see that its sweep was cancelled
+
+
+async def wait_for(fleet: Fleet, run_id: str) -> RunInfo:
+    """Wait until a run has its terminal status. A cancelled call leaves the run as it is.
+
+    If the process that should write that status is gone, the run is ended here as soon as it is over.
+
+    Args:
+        fleet: whose tracking is asked.
+        run_id: of the MLflow run.
+
+    Raises:
+        UsageError: it is a sweep that nobody drives.
+        MlfleetError: tracking or the backend cannot be reached.
+    """
+    pause, seen = _SHORTEST_PAUSE, 0
+    while True:
+        info = await fleet.tracking.get_run(run_id)
+        if info.status.is_terminal:
+            return info
+        if SPACE_TAG in info.tags and not await is_driven(fleet.tracking, info):
+            seen += 1
+            # One without a name may be driven all the same.
+            if seen > 1 and NAME_TAG in info.tags:
+                raise UsageError(f"no process drives the sweep {info.name!r} ({run_id}) any more: resume it")
+        elif await _is_abandoned(info):
+            # Seen twice: whoever took it back from the process that is gone may be about to write.
+            seen += 1
+            if seen > 1:
+                await (await fleet.attach(run_id)).outcome()
+                continue
+        await anyio.sleep(pause)
+        pause = min(pause * 1.5, _LONGEST_PAUSE)
+
+
+async def cancel_run(fleet: Fleet, run_id: str, *, grace: float | None = None) -> RunInfo:
+    """End a run of another process; returns once nothing of it runs any more and tracking tells so (KILLED).
+
+    A run that has ended keeps its status. If its process lives, it sees its run cancelled.
+
+    Args:
+        fleet: whose tracking and backends are used.
+        run_id: of the MLflow run.
+        grace: seconds between the request to stop and the end by force; None: as the run was submitted with.
+
+    Raises:
+        UsageError: it ends with its process only.
+        BackendError: it cannot be found where it should be.
+        MlfleetError: tracking cannot be reached.
+    """
+    info = await fleet.tracking.get_run(run_id)
+    if SPACE_TAG in info.tags:
+        return await cancel_sweep(fleet, info, grace=grace)
+    if info.status.is_terminal:
+        return info
+    reference = read_reference(info)
+    if await _withdraw(reference):
+        await fleet.tracking.update_run(run_id, RunStatus.KILLED)
+        return await fleet.tracking.get_run(run_id)
+    backend = await fleet.backend(reference.backend)
+    handle = await backend.attach(reference)
+    if (await handle.get_status()).is_terminal:
+        return await wait_for(fleet, run_id)
+    await _end(fleet, info, handle, grace)
+    return await fleet.tracking.get_run(run_id)
+
+
+async def cancel_sweep(fleet: Fleet, info: RunInfo, *, grace: float | None = None) -> RunInfo:
+    """End a sweep and all its runs, whether its driver lives or not.
+
+    Args:
+        fleet: whose tracking and backends are used.
+        info: the sweep's MLflow run.
+        grace: see `cancel_run`.
+
+    Raises:
+        ExceptionGroup: of the errors of runs that could not be cancelled.
+        MlfleetError: tracking cannot be reached.
+    """
+    name = info.tags.get(NAME_TAG)
+    if name is not None and not await is_driven(fleet.tracking, info):
+        await _looking(partial(forget, lock_path(fleet.tracking, info.experiment_id, name)))
+    if info.status.is_terminal:
+        return info
+    await fleet.tracking.update_run(info.run_id, RunStatus.KILLED)
+    waited = 0.0
+    errors: dict[str, MlfleetError] = {}
+    # The driver may start further runs until it has seen that its sweep was cancelled.
+    while waited < _DRIVER_PATIENCE:
+        running = await fleet.tracking.search_runs(
+            [info.experiment_id],
+            f"tags.`{SweepMember.ID_TAG}` = '{info.run_id}' and attributes.status = 'RUNNING'",
+            max_results=_MOST_RUNS,
+        )
+        errors.clear()
+        async with anyio.create_task_group() as group:
+            for run in running:
+                group.start_soon(_try_to_cancel, fleet, run.run_id, grace, errors)
+        if not running and NAME_TAG in info.tags and not await is_driven(fleet.tracking, info):
+            break
+        waited = waited + _SHORTEST_PAUSE if len(errors) == len(running) else 0.0
+        await anyio.sleep(_SHORTEST_PAUSE)
+    if errors:
+        raise ExceptionGroup(f"{len(errors)} runs could not be cancelled", list(errors.values()))
+    return await fleet.tracking.get_run(info.run_id)
+
+
+async def read_logs(fleet: Fleet, run_id: str, *, follow: bool) -> AsyncGenerator[str, None]:
+    """The lines of a run's output from its beginning.
+
+    Args:
+        fleet: whose tracking and backends are used.
+        run_id: of the MLflow run.
+        follow: go on until the run has ended.
+
+    Raises:
+        UsageError: its output is not kept where it could be read from here.
+        MlfleetError: tracking or the backend cannot be reached.
+    """
+    info = await fleet.tracking.get_run(run_id)
+    kept = runs_folder() / run_id / "output.log"
+    reference = read_reference(info) if JobRef.TAG in info.tags else None
+    elsewhere = reference is not None and reference.backend != "local" and not info.status.is_terminal
+    handle: BackendRun | None = None
+    if elsewhere and reference is not None:
+        handle = await (await fleet.backend(reference.backend)).attach(reference)
+        lines = handle.logs(follow=follow)
+    else:
+        if reference is not None and reference.data.get("output"):
+            kept = Path(str(reference.data["output"]))
+        if not await _looking(kept.exists) and not (follow and reference is not None):
+            raise UsageError(
+                f"the output of the run {run_id} is not kept on this machine ({kept}). A run that `mlfleet run` prints "
+                "keeps none; --log-output stores it with MLflow"
+            )
+        ended = partial(_over, fleet, run_id) if follow and not info.status.is_terminal else None
+        lines = follow_file(kept, ended)
+    async for line in lines:
+        yield line
+    if handle is not None and follow:
+        await _settle(fleet, run_id, await handle.outcome())
+
+
+async def _settle(fleet: Fleet, run_id: str, outcome: Outcome) -> None:
+    """Write how a run ended that was followed to its end, unless its own process does: its backend may forget it."""
+    for _ in range(int(_DRIVER_PATIENCE / _SHORTEST_PAUSE)):
+        if (await fleet.tracking.get_run(run_id)).status.is_terminal:
+            return
+        await anyio.sleep(_SHORTEST_PAUSE)
+    await end_run(fleet.tracking, run_id, outcome.status, patience=fleet.tracking_patience)
+
+
+async def _over(fleet: Fleet, run_id: str) -> None:
+    """Wait until nothing more will be written, whether or not tracking knows."""
+    pause = _SHORTEST_PAUSE
+    while True:
+        info = await fleet.tracking.get_run(run_id)
+        if info.status.is_terminal or await _is_abandoned(info):
+            return
+        await anyio.sleep(pause)
+        pause = min(pause * 1.5, _LONGEST_PAUSE)
+
+
+async def _end(fleet: Fleet, info: RunInfo, handle: BackendRun, grace: float | None) -> None:
+    """Tracking first: the run's own process, if it lives, takes it for cancelled rather than failed."""
+    await fleet.tracking.update_run(info.run_id, RunStatus.KILLED)
+    try:
+        await handle.cancel(grace=grace)
+    except MlfleetError:
+        await fleet.tracking.update_run(info.run_id, info.status)
+        raise
+
+
+async def _try_to_cancel(fleet: Fleet, run_id: str, grace: float | None, errors: dict[str, MlfleetError]) -> None:
+    try:
+        await cancel_run(fleet, run_id, grace=grace)
+    except MlfleetError as error:
+        errors[run_id] = error
+
+
+async def _withdraw(reference: JobRef) -> bool:
+    """Keep a run on this machine from beginning; False if it has, or is elsewhere."""
+    if reference.backend != "local" or "folder" not in reference.data:
+        return False
+
+    def withdraw() -> bool:
+        if not durable.is_here(reference):
+            raise BackendError(
+                f"the run {reference.run_id} is on {reference.data.get('host')}: cancel it there", backend="local"
+            )
+        return durable.withdraw(reference)
+
+    return await _looking(withdraw)
+
+
+async def _is_abandoned(info: RunInfo) -> bool:
+    """Whether a run is over and the process that should say so is gone."""
+    if JobRef.TAG not in info.tags:
+        return False
+    reference = read_reference(info)
+    if reference.backend == "local":
+        return await _looking(partial(_local_is_abandoned, reference))
+    if reference.backend == "docker":
+        from mlfleet.backends.docker.inventory import list_containers
+
+        found = [entry for entry in await list_containers() if entry.run_id == info.run_id]
+        return bool(found) and not found[0].supervised and found[0].state in ("exited", "dead")
+    return False
+
+
+def _local_is_abandoned(reference: JobRef) -> bool:
+    if "folder" not in reference.data or not durable.is_here(reference, this_boot=False):
+        return False
+    if durable.is_here(reference) and durable.driver_lives(reference):
+        return False
+    try:
+        found = durable.find(reference, give_up=False)
+    except RunLost:
+        return True
+    if isinstance(found, durable.Living):
+        found.close()
+    return isinstance(found, durable.Ended)

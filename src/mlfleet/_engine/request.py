@@ -1,0 +1,207 @@
+"""What a caller asks for: the arguments of one run, checked as far as that needs no project."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, TypedDict, Unpack
+
+from mlfleet._text.documents import read_json
+from mlfleet.errors import UsageError
+from mlfleet.resources import Resources
+from mlfleet.runs import Timeouts
+
+__all__ = ["Output", "RunOptions", "RunRequest", "SweepMember", "active_run_id"]
+
+Output = Literal["capture", "inherit"]
+"""Where a run's stdout and stderr go: into a file of its own, or to those of this process."""
+
+
+class RunOptions(TypedDict, total=False):
+    """The arguments of a run after the first four, for those who pass them on. `RunRequest` tells what each means."""
+
+    docker_args: Mapping[str, Any] | None
+    experiment_name: str | None
+    experiment_id: str | None
+    backend: str
+    backend_config: Mapping[str, Any] | str | os.PathLike[str] | None
+    storage_dir: str | os.PathLike[str] | None
+    run_id: str | None
+    run_name: str | None
+    env_manager: str | None
+    build_image: bool
+    docker_auth: Mapping[str, Any] | None
+    parent_run_id: str | None
+    tags: Mapping[str, str] | None
+    timeouts: Timeouts | None
+    output: Output
+    log_output: bool
+    resources: Resources | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepMember:
+    """A run's place in its sweep.
+
+    Attributes:
+        sweep_id: the MLflow run of the sweep.
+        index: which point of the space it runs, counted from 0.
+        key: of the point: a hash of the project's content, the entry point and the parameters; None if the sweep cannot
+            be resumed.
+        attempt: counted from 1.
+        retry_reason: why the attempt before failed.
+        durable: whether the run is to be found again after this process died, also on this machine.
+    """
+
+    sweep_id: str
+    index: int
+    key: str | None = None
+    attempt: int = 1
+    retry_reason: str | None = None
+    durable: bool = False
+
+    ID_TAG: ClassVar[str] = "mlfleet.sweep.id"
+    KEY_TAG: ClassVar[str] = "mlfleet.sweep.point"
+    INDEX_TAG: ClassVar[str] = "mlfleet.sweep.index"
+    ATTEMPT_TAG: ClassVar[str] = "mlfleet.sweep.attempt"
+    REASON_TAG: ClassVar[str] = "mlfleet.sweep.retry_reason"
+
+    @classmethod
+    def from_tags(cls, tags: Mapping[str, str]) -> Self | None:
+        """What `tags` wrote; None if the run belongs to no sweep."""
+        sweep_id, index, attempt = tags.get(cls.ID_TAG), tags.get(cls.INDEX_TAG, ""), tags.get(cls.ATTEMPT_TAG, "1")
+        if sweep_id is None or not (index.isdigit() and attempt.isdigit()):
+            return None
+        return cls(
+            sweep_id=sweep_id,
+            index=int(index),
+            key=tags.get(cls.KEY_TAG),
+            attempt=int(attempt),
+            retry_reason=tags.get(cls.REASON_TAG),
+        )
+
+    def tags(self) -> dict[str, str]:
+        """The tags of the MLflow run that say so."""
+        tags = {
+            self.ID_TAG: self.sweep_id,
+            self.KEY_TAG: self.key,
+            self.INDEX_TAG: str(self.index),
+            self.ATTEMPT_TAG: str(self.attempt),
+            self.REASON_TAG: self.retry_reason,
+        }
+        return {name: value for name, value in tags.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRequest:
+    """One run, as asked for. The first fifteen fields are the reference's arguments (``synchronous`` is the caller's).
+
+    Attributes:
+        uri: of the project: a folder, a Git URI or a zip, with ``#sub/folder``.
+        entry_point: a name from MLproject, or a script of the project.
+        version: commit, branch or tag of a Git project.
+        parameters: of the entry point; those that it does not declare are appended to the command.
+        docker_args: flags of ``docker run``.
+        experiment_name: which is created if there is none.
+        experiment_id: instead of the name.
+        backend: its name.
+        backend_config: a mapping, or the path of a ``.json`` file.
+        storage_dir: where ``path`` parameters are downloaded to.
+        run_id: an existing MLflow run to use.
+        run_name: of the MLflow run.
+        env_manager: ``local``, ``virtualenv``, ``uv`` or ``conda``; None: by the project's files.
+        build_image: Docker: build an image with the project's files in it.
+        docker_auth: credentials of the image registry (secret).
+        parent_run_id: the MLflow run to nest this one under.
+        tags: more tags for the MLflow run.
+        timeouts: of the stages; None: those of the Fleet.
+        output: where its output goes.
+        log_output: log the captured output as the artifact ``output.log`` when the run ends.
+        resources: what the run needs.
+        member: its place, if it belongs to a sweep.
+    """
+
+    uri: str
+    entry_point: str = "main"
+    version: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    docker_args: Mapping[str, Any] | None = field(default=None, repr=False)
+    experiment_name: str | None = None
+    experiment_id: str | None = None
+    backend: str = "local"
+    backend_config: Mapping[str, Any] | str | os.PathLike[str] | None = None
+    storage_dir: str | os.PathLike[str] | None = None
+    run_id: str | None = None
+    run_name: str | None = None
+    env_manager: str | None = None
+    build_image: bool = False
+    docker_auth: Mapping[str, Any] | None = field(default=None, repr=False)
+    parent_run_id: str | None = None
+    tags: Mapping[str, str] | None = None
+    timeouts: Timeouts | None = None
+    output: Output = "capture"
+    log_output: bool = False
+    resources: Resources | None = None
+    member: SweepMember | None = None
+
+    def __post_init__(self) -> None:
+        if self.experiment_name and self.experiment_id:
+            raise UsageError("both experiment_name and experiment_id are given: give one of them")
+        for name in ("parameters", "docker_args", "tags"):
+            # None is what the reference takes for "none"; the copy keeps the caller's mapping out of reach.
+            given = getattr(self, name)
+            if given is not None and not isinstance(given, Mapping):
+                raise UsageError(f"{name} is {type(given).__name__}: give a mapping of names to values")
+            object.__setattr__(self, name, dict(given or {}))
+        if self.output not in ("capture", "inherit"):
+            raise UsageError(f"output is {self.output!r}: give 'capture' or 'inherit'")
+        if self.log_output and self.output == "inherit":
+            raise UsageError("log_output needs the output captured: give output='capture' with it")
+
+    @classmethod
+    def of(
+        cls,
+        uri: str | os.PathLike[str],
+        entry_point: str = "main",
+        version: str | None = None,
+        parameters: Mapping[str, Any] | None = None,
+        **options: Unpack[RunOptions],
+    ) -> Self:
+        """A request from the arguments of a public function; a run's parent is by default mlflow's active run."""
+        if options.get("parent_run_id") is None:
+            options["parent_run_id"] = active_run_id()
+        return cls(uri=os.fspath(uri), entry_point=entry_point, version=version, parameters=parameters or {}, **options)
+
+    def read_backend_config(self) -> dict[str, Any]:
+        """``backend_config`` as a fresh dictionary. Blocking if it is a file.
+
+        Raises:
+            UsageError: it is none of what it may be.
+            SpecError: the file is missing or malformed; with line and column.
+        """
+        config = self.backend_config
+        if config is None or config == "":
+            return {}
+        if isinstance(config, Mapping):
+            return dict(config)
+        if not isinstance(config, str | os.PathLike):
+            raise UsageError(f"backend_config is {type(config).__name__}: give a mapping, or the path of a .json file")
+        if Path(config).suffix != ".json":
+            raise UsageError(
+                f"backend_config is {os.fspath(config)!r}: give a mapping, or the path of a file that ends in .json"
+            )
+        data = read_json(Path(config))
+        if not isinstance(data, dict):
+            raise UsageError(f"backend_config: {os.fspath(config)} holds {type(data).__name__}, not a JSON object")
+        return data
+
+
+def active_run_id() -> str | None:
+    """The run that mlflow has active in this thread, if this process has imported mlflow: the parent by default."""
+    mlflow = sys.modules.get("mlflow")
+    active_run = getattr(mlflow, "active_run", None)
+    run = active_run() if active_run is not None else None
+    return None if run is None else str(run.info.run_id)

@@ -1,0 +1,282 @@
+"""Lines for pip: which files they name, what those hold, and how they are handed to pip or uv.
+
+Relative paths follow pip: ``-r`` and ``-c`` are relative to the file that names them, and so are the paths of
+``--find-links``; those of packages (``./package``, ``-e .``) are relative to the project's folder everywhere.
+https://pip.pypa.io/en/stable/reference/requirements-file-format/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+from mlfleet._text.documents import Node
+from mlfleet.errors import SpecError
+
+__all__ = ["PipInput", "Reader", "content_of"]
+
+MAX_FILES = 200
+MAX_SIZE = 4 * 2**20
+MAX_ENTRIES = 50_000
+
+_OPTION = re.compile(
+    r"(?P<option>-r|--requirement|-c|--constraint|-e|--editable|-f|--find-links)(?:\s+|=|(?<=^-[rcef])(?=[^\s=]))(?P<value>.+)$"
+)
+_LONG = {"--requirement": "-r", "--constraint": "-c", "--editable": "-e", "--find-links": "-f"}
+_COMMENT = re.compile(r"(^|\s+)#.*$")
+_VARIABLE = re.compile(r"\$\{([A-Z0-9_]+)\}")
+_EXTRAS = re.compile(r"(?P<path>.*?)(?P<extras>\[[^\]]*\])?$")
+_ARCHIVE = re.compile(r"\.(whl|zip|tar\.gz|tgz|tar\.bz2|tar\.xz)$", re.I)
+_SOURCE_SUFFIXES = {".py", ".pyi", ".pyx", ".pxd", ".c", ".cc", ".cpp", ".h", ".hpp", ".rs", ".toml", ".cfg", ".in"}
+_NOT_SOURCE = {"__pycache__", "build", "dist", "node_modules", "mlruns", "mlartifacts", "venv", "site-packages"}
+_BUILD_FILES = ("pyproject.toml", "setup.py", "setup.cfg")
+
+Fail = Callable[[str], NoReturn]
+
+
+@dataclass(frozen=True, slots=True)
+class PipInput:
+    """What one call of pip installs.
+
+    Attributes:
+        lines: for a requirements file of its own, as they were written.
+        arguments: for the command line: options and packages that name files, with absolute paths.
+        contents: for the key of the environment, what stands for `arguments`: hashes of what those files hold.
+            Paths are in it only where what is installed depends on them, so that copies of a project share.
+    """
+
+    lines: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
+    contents: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.lines or self.arguments)
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """All of it as lines, for a person."""
+        shown = list(self.lines)
+        arguments = iter(self.arguments)
+        for argument in arguments:
+            shown.append(f"{argument} {next(arguments)}" if argument.startswith("-") else argument)
+        return tuple(shown)
+
+
+@dataclass(slots=True)
+class Reader:
+    """Reads lines for pip in one project. Blocking; it opens the files that they name.
+
+    The key takes the text of every requirements and constraints file. Of a package in a local folder it takes the
+    sources (not the data beside them, which runs may write), or, if it is editable, only what its build is
+    configured by, since changes of its sources need no new environment. Files behind URLs are not looked at.
+
+    Attributes:
+        folder: that paths of packages, and the files that the items of a list name, are relative to: the project's.
+    """
+
+    folder: Path
+    _lines: list[str] = field(default_factory=list)
+    _arguments: list[str] = field(default_factory=list)
+    _contents: list[str] = field(default_factory=list)
+    _seen: set[Path] = field(default_factory=set)
+
+    def read(self, nodes: Iterable[Node]) -> PipInput:
+        """Read the items of a list in a YAML file.
+
+        Raises:
+            SpecError: an item is no line, or names a file that is not there.
+        """
+        for node in nodes:
+            text = node.string(expected="a requirement, as pip takes it")
+            if "\n" in text.strip():
+                node.fail("a requirement is one line")
+            if line := _COMMENT.sub("", text).strip():
+                self._top(line, node.fail)
+        return PipInput(tuple(self._lines), tuple(self._arguments), tuple(self._contents))
+
+    def _top(self, line: str, fail: Fail) -> None:
+        """A line of our own: its paths become absolute."""
+        option, value = _split(line)
+        local: str | None = None
+        if option in ("-r", "-c"):
+            local = self._requirements(option, value, self.folder, fail)
+        elif option == "-e":
+            local = self._package(value, True, fail)
+        elif option == "-f":
+            local = self._wheels(value, fail)
+        elif not line.startswith("-"):
+            local = self._package(line, False, fail)
+        if local is None:
+            # URLs among them may hold passwords, which must not be seen in the list of processes.
+            self._lines.append(line)
+        else:
+            self._arguments += [option, local] if option else [local]
+
+    def _requirements(self, option: str, value: str, base: Path, fail: Fail) -> str | None:
+        """Take the text of a requirements or constraints file, and of those it names; its path, unless it is a URL."""
+        value = _expand(value)
+        if "://" in value:
+            return None
+        path = _join(base, value)
+        if path in self._seen:
+            return str(path)
+        self._seen.add(path)
+        if len(self._seen) > MAX_FILES:
+            fail(f"more than {MAX_FILES} requirements files")
+        try:
+            data = _read(path)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            fail(f"the requirements file {value!r} cannot be read: {reason} ({path})")
+        self._contents.append(f"{option} {hashlib.sha256(data).hexdigest()}")
+        for number, line in _logical_lines(data.decode("utf-8", "replace")):
+            self._nested(line, path.parent, _failure(path, number))
+        return str(path)
+
+    def _nested(self, line: str, base: Path, fail: Fail) -> None:
+        """A line of a file that pip reads itself: only its contents matter here."""
+        option, value = _split(line)
+        if option in ("-r", "-c"):
+            self._requirements(option, value, base, fail)
+        elif option == "-e":
+            self._package(value, True, fail)
+        elif not line.startswith("-"):
+            self._package(line, False, fail)
+
+    def _wheels(self, value: str, fail: Fail) -> str | None:
+        """Take the names in a folder of wheels; its path, unless it is a URL."""
+        if "://" in value or not _exists(path := _join(self.folder, _expand(value)), fail):
+            return None
+        found = sorted(path.iterdir()) if path.is_dir() else [path]
+        self._contents += [f"-f {path}", *(f"{each.name} {each.stat().st_size}" for each in found if each.is_file())]
+        return str(path)
+
+    def _package(self, line: str, editable: bool, fail: Fail) -> str | None:
+        """The line with its path made absolute, if it names a local package; its content is taken."""
+        spec, marker = _split_marker(_expand(line))
+        match = _EXTRAS.match(spec)
+        path_text, extras = (match["path"], match["extras"] or "") if match else (spec, "")
+        if not _is_local(path_text):
+            return None
+        path = _join(self.folder, path_text)
+        if not _exists(path, fail):
+            fail(f"there is no package at {path_text!r} ({path})")
+        self._contents.append(f"{'-e ' if editable else ''}{path}{extras} {content_of(path, editable, fail)}")
+        return f"{path}{extras}{marker}"
+
+
+def _split(line: str) -> tuple[str, str]:
+    """The option of a line that names a file, in its short form, and its value; an empty option if it is no such."""
+    match = _OPTION.match(line)
+    if match is None:
+        return "", line
+    value = match["value"].strip()
+    if value[:1] in ("'", '"'):
+        # pip takes the values of options apart as a shell does.
+        with contextlib.suppress(ValueError, IndexError):
+            value = shlex.split(value)[0]
+    return _LONG.get(match["option"], match["option"]), value
+
+
+def _logical_lines(text: str) -> Iterable[tuple[int, str]]:
+    """The lines of a requirements file with their numbers; continued ones joined, without comments and empty ones."""
+    joined, first = "", 0
+    for number, line in enumerate([*text.splitlines(), ""], start=1):
+        first = first or number
+        if line.endswith("\\") and not _COMMENT.match(line):
+            joined += line[:-1]
+            continue
+        complete = _COMMENT.sub("", joined + line).strip()
+        if complete:
+            yield first, complete
+        joined, first = "", 0
+
+
+def _join(folder: Path, path: str) -> Path:
+    return Path(os.path.normpath(folder / path))
+
+
+def _exists(path: Path, fail: Fail) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError) as error:
+        fail(f"the path {str(path)[:200]!r} cannot be looked at: {error}")
+
+
+def _read(path: Path) -> bytes:
+    """A regular file: a device or a pipe would never end."""
+    if path.exists() and not path.is_file():
+        raise ValueError("not a regular file")
+    with path.open("rb") as file:
+        data = file.read(MAX_SIZE + 1)
+    if len(data) > MAX_SIZE:
+        raise ValueError(f"larger than {MAX_SIZE} bytes")
+    return data
+
+
+def _failure(path: Path, line: int) -> Fail:
+    def fail(message: str) -> NoReturn:
+        raise SpecError(message, path=path, line=line)
+
+    return fail
+
+
+def _expand(text: str) -> str:
+    """``${NAME}`` of the environment, as pip does it; an unknown one stays."""
+    return _VARIABLE.sub(lambda match: os.environ.get(match[1]) or match[0], text)
+
+
+def _split_marker(line: str) -> tuple[str, str]:
+    """A requirement without, and with only, what begins at its marker (``; python_version < "3.9"``) or options."""
+    cut = min((at for at in (line.find(";"), line.find(" --")) if at >= 0), default=len(line))
+    return line[:cut].strip(), f" {line[cut:].strip()}" if cut < len(line) else ""
+
+
+def _is_local(text: str) -> bool:
+    """Whether pip takes this for a path rather than a name."""
+    if "://" in text or " @" in text:
+        return False
+    return text.startswith(".") or "/" in text or _ARCHIVE.search(text) is not None
+
+
+def content_of(path: Path, editable: bool, fail: Fail) -> str:
+    """A hash of what the installation of a local package depends on: its sources, or only what configures its build.
+
+    Args:
+        path: a folder, or a wheel or other archive.
+        editable: whether changes of its sources show without installing it again.
+        fail: raises the error.
+    """
+    digest = hashlib.sha256()
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    files = [path / name for name in _BUILD_FILES if (path / name).is_file()] if editable else _sources(path, fail)
+    for file_path in files:
+        digest.update(str(file_path.relative_to(path)).encode())
+        try:
+            digest.update(hashlib.sha256(file_path.read_bytes()).digest())
+        except OSError as error:
+            fail(f"the package's file {file_path} cannot be read: {error.strerror}")
+    return digest.hexdigest()
+
+
+def _sources(folder: Path, fail: Fail) -> list[Path]:
+    found: list[Path] = []
+    seen = 0
+    for parent, folders, files in os.walk(folder):
+        seen += len(folders) + len(files)
+        if seen > MAX_ENTRIES:
+            fail(f"the package in {folder} is in a folder of more than {MAX_ENTRIES} files: build a wheel of it")
+        folders[:] = [
+            name for name in folders if name not in _NOT_SOURCE and not name.startswith(".") and "egg-info" not in name
+        ]
+        found += [Path(parent, name) for name in files if Path(name).suffix in _SOURCE_SUFFIXES]
+    return sorted(path for path in found if path.is_file())

@@ -1,0 +1,194 @@
+"""Virtual environments made and filled by uv."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from anyio import to_thread
+
+from mlfleet._environments.base import EnvironmentPlan, PreparedEnvironment
+from mlfleet._environments.build import Build, clean_environ
+from mlfleet._environments.built import BuildingManager, Built, venv_environment
+from mlfleet._environments.interpreters import find, installed
+from mlfleet._environments.needs import content_key, read_python_needs
+from mlfleet._environments.requirements import content_of
+from mlfleet._environments.virtualenv import plan_python, python_needs
+from mlfleet._project.spec import EnvironmentFile
+from mlfleet.errors import EnvironmentSetupError, SpecError
+
+__all__ = ["UvManager"]
+
+_log = logging.getLogger("mlfleet.environments")
+
+LOCK = "uv.lock"
+
+
+@dataclass(frozen=True, slots=True)
+class Locked:
+    """A project with a ``uv.lock``.
+
+    Attributes:
+        contents: hashes of what the environment depends on.
+        python: the version or conditions that the project asks for.
+    """
+
+    contents: tuple[str, ...]
+    python: str | None
+
+
+class UvManager(BuildingManager):
+    """Makes a virtual environment and installs with uv.
+
+    A project with a ``uv.lock`` gets exactly what that holds (``uv sync --frozen --no-dev``), and the lists of its
+    ``python_env.yaml`` do not count. The interpreter is found as by the virtualenv manager; if there is none of that
+    version, uv takes one of its own or downloads it, if its settings allow that.
+    """
+
+    name = "uv"
+
+    def plan(self, project_dir: Path, source: EnvironmentFile | None) -> EnvironmentPlan:
+        """See `EnvironmentManager.plan`."""
+        _program()
+        if (project_dir / LOCK).is_file():
+            return self._plan_locked(project_dir, source)
+        return plan_python(self.name, project_dir, source)
+
+    def _plan_locked(self, project_dir: Path, source: EnvironmentFile | None) -> EnvironmentPlan:
+        needs = read_python_needs(project_dir, source)
+        if source is not None and (needs.build or needs.packages):
+            _warn_locked(source.path)
+        locked = _read_lock(project_dir)
+        python = needs.python or locked.python
+        return EnvironmentPlan(
+            manager=self.name,
+            key=content_key(self.name, "locked", python, locked.contents),
+            project_dir=project_dir,
+            source=source,
+            python=python,
+            dependencies=(f"everything in {LOCK}",),
+            details=locked,
+        )
+
+    async def build(self, plan: EnvironmentPlan, build: Build) -> Built:
+        """See `BuildingManager.build`."""
+        uv = await to_thread.run_sync(_program)
+        environ = clean_environ()
+        interpreter = await find(plan.python)
+        if interpreter is None and not {"UV_PYTHON_PREFERENCE", "UV_NO_MANAGED_PYTHON"} & environ.keys():
+            # What PATH has does not fit, and uv stumbles over programs of pyenv there that do not run.
+            environ["UV_PYTHON_PREFERENCE"] = "only-managed"
+        python = str(interpreter.path) if interpreter else plan.python or "3"
+        if isinstance(plan.details, Locked):
+            environ["UV_PROJECT_ENVIRONMENT"] = str(build.target)
+            await self._run(plan, build, [uv, "sync", "--frozen", "--no-dev", "--python", python], environ)
+        else:
+            needs = python_needs(plan)
+            await self._run(plan, build, [uv, "venv", "--no-project", "--python", python, str(build.target)], environ)
+            environ = venv_environment(self.name, build.target).apply(environ)
+            install = (uv, "pip", "install", "--python", str(build.target / "bin" / "python"))
+            await build.install(install, needs.build, environ)
+            await build.install(install, needs.packages, environ)
+        return Built(interpreter.version if interpreter else plan.python, ("bin/python",))
+
+    async def _run(self, plan: EnvironmentPlan, build: Build, argv: list[str], environ: dict[str, str]) -> None:
+        """Run the command that needs an interpreter; if it fails for want of one, say which there are."""
+        completed = await build.run(argv, environ, check=False)
+        if completed.returncode == 0:
+            return
+        hint = None
+        if b"No interpreter found" in completed.stdout or b"downloads are" in completed.stdout:
+            hint = f"there is no Python {plan.python} here, only {', '.join(await installed())}"
+        raise build.failure(f"`{' '.join(argv[:2])}` ended with exit code {completed.returncode}", hint=hint)
+
+    async def enter(self, plan: EnvironmentPlan, root: Path) -> PreparedEnvironment:
+        """See `BuildingManager.enter`."""
+        return venv_environment(self.name, root)
+
+
+def _program() -> str:
+    """The uv on PATH, else that of the package ``uv``."""
+    if found := shutil.which("uv"):
+        return found
+    try:
+        import uv
+
+        return os.fspath(uv.find_uv_bin())
+    except (ImportError, FileNotFoundError) as error:
+        raise EnvironmentSetupError(
+            "uv is not installed: `pip install uv`, or use the environment manager virtualenv", manager="uv"
+        ) from error
+
+
+def _read_lock(folder: Path) -> Locked:
+    project_path, lock_path = folder / "pyproject.toml", folder / LOCK
+    if not project_path.is_file():
+        raise SpecError("there is no pyproject.toml beside it, which uv needs", path=lock_path)
+    _toml(project_path)
+    lock = _toml(lock_path)
+    contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (project_path, lock_path)]
+    local = [package for package in _tables(lock.get("package")) if _local_source(package) is not None]
+    for package in local:
+        path, editable = _local_source(package) or ("", False)
+        contents.append(content_of(folder / path, editable, _missing(lock_path)))
+    if local:
+        # What is installed are paths into this very folder, or copies of what it holds.
+        contents.append(str(folder))
+    return Locked(tuple(contents), _python(folder, lock))
+
+
+def _local_source(package: dict[str, Any]) -> tuple[str, bool] | None:
+    """The path that a locked package is installed from, and whether it is editable; None if it is not local."""
+    source = package.get("source")
+    if not isinstance(source, dict):
+        return None
+    for kind in ("editable", "directory", "path"):
+        if isinstance(path := source.get(kind), str):
+            return path, kind == "editable"
+    return None
+
+
+def _python(folder: Path, lock: dict[str, Any]) -> str | None:
+    """The version that uv itself would look for."""
+    try:
+        pinned = (folder / ".python-version").read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError):
+        pinned = []
+    if pinned and pinned[0][:1].isdigit():
+        return pinned[0]
+    required = lock.get("requires-python")
+    return required if isinstance(required, str) else None
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SpecError(f"not TOML: {error}", path=path) from error
+    except OSError as error:
+        raise SpecError(f"cannot be read: {error.strerror}", path=path) from error
+
+
+def _tables(value: object) -> list[dict[str, Any]]:
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
+def _missing(path: Path) -> Any:
+    def fail(message: str) -> NoReturn:
+        raise SpecError(message, path=path)
+
+    return fail
+
+
+@functools.lru_cache(maxsize=256)
+def _warn_locked(path: Path) -> None:
+    """Once for a file, not once for each of a thousand runs."""
+    _log.warning("%s: only its Python counts, since the project has a %s for uv", path, LOCK)

@@ -1,0 +1,112 @@
+"""Virtual environments made by virtualenv or venv, filled by pip."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+from anyio import to_thread
+
+from mlfleet._environments.base import EnvironmentPlan, PreparedEnvironment
+from mlfleet._environments.build import Build, clean_environ, pip_install
+from mlfleet._environments.built import BuildingManager, Built, venv_environment
+from mlfleet._environments.interpreters import find, installed
+from mlfleet._environments.needs import PythonNeeds, content_key, read_python_needs
+from mlfleet._project.spec import EnvironmentFile
+from mlfleet._text.masking import mask_uri
+
+__all__ = ["VirtualenvManager", "plan_python", "python_needs"]
+
+
+class VirtualenvManager(BuildingManager):
+    """Finds an interpreter of the version, makes a virtual environment and installs with pip.
+
+    The interpreter is the current one if its version fits, else the newest of pyenv's that fits, else one on PATH.
+    """
+
+    name = "virtualenv"
+
+    def plan(self, project_dir: Path, source: EnvironmentFile | None) -> EnvironmentPlan:
+        """See `EnvironmentManager.plan`."""
+        return plan_python(self.name, project_dir, source)
+
+    async def build(self, plan: EnvironmentPlan, build: Build) -> Built:
+        """See `BuildingManager.build`."""
+        interpreter = await find(plan.python)
+        if interpreter is None:
+            raise build.failure(
+                f"there is no Python {plan.python} here, only {', '.join(await installed())}",
+                hint="install it, with pyenv for example, or use the environment manager uv, which can download it",
+            )
+        await _create(build, interpreter.path)
+        needs = python_needs(plan)
+        environ = venv_environment(self.name, build.target).apply(clean_environ())
+        pip = pip_install(build.target)
+        await build.install(pip, needs.build, environ)
+        await build.install(pip, needs.packages, environ)
+        return Built(interpreter.version, ("bin/python",))
+
+    async def enter(self, plan: EnvironmentPlan, root: Path) -> PreparedEnvironment:
+        """See `BuildingManager.enter`."""
+        return venv_environment(self.name, root)
+
+
+def plan_python(manager: str, project_dir: Path, source: EnvironmentFile | None, *more: str) -> EnvironmentPlan:
+    """The plan for an environment that pip or uv fills.
+
+    Args:
+        manager: its name.
+        project_dir: the folder of the project.
+        source: the file that tells what it needs.
+        more: what else its key depends on.
+    """
+    needs = read_python_needs(project_dir, source)
+    key = content_key(
+        manager,
+        needs.python or platform.python_version(),
+        *((each.lines, each.contents) for each in (needs.build, needs.packages)),
+        *more,
+    )
+    return EnvironmentPlan(
+        manager=manager,
+        key=key,
+        project_dir=project_dir,
+        source=source,
+        python=needs.python,
+        build_dependencies=tuple(mask_uri(line) for line in needs.build.shown),
+        dependencies=tuple(mask_uri(line) for line in needs.packages.shown),
+        details=needs,
+    )
+
+
+def python_needs(plan: EnvironmentPlan) -> PythonNeeds:
+    """What `plan_python` read."""
+    if not isinstance(plan.details, PythonNeeds):
+        raise TypeError(f"a plan of the manager {plan.manager} was expected to hold PythonNeeds")
+    return plan.details
+
+
+async def _create(build: Build, python: Path) -> None:
+    """Make the virtual environment: by virtualenv, which is faster and needs no ensurepip, else by venv.
+
+    virtualenv's current versions cannot make environments of every old Python; venv is part of each.
+    """
+    venv = [str(python), "-I", "-m", "venv", str(build.target)]
+    if virtualenv := await to_thread.run_sync(_virtualenv):
+        argv = [*virtualenv, "--python", str(python), str(build.target)]
+        completed = await build.run(argv, clean_environ(own=True), check=False)
+        if completed.returncode == 0:
+            return
+        venv.append("--clear")
+    await build.run(venv, clean_environ())
+
+
+def _virtualenv() -> tuple[str, ...]:
+    options = ("--quiet", "--no-periodic-update")
+    if importlib.util.find_spec("virtualenv") is not None:
+        return (sys.executable, "-P", "-m", "virtualenv", *options)
+    program = shutil.which("virtualenv")
+    return (program, *options) if program else ()

@@ -1,0 +1,1 @@
+"""Start, end and re-attach to process sessions."""

@@ -1,0 +1,39 @@
+"""The threads in which projects are hashed, copied and unpacked."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from mlfleet._concurrency.threads import Threads, outlast
+
+__all__ = ["Stopped", "in_thread", "stoppable"]
+
+V = TypeVar("V")
+
+in_thread = Threads("project", 8)
+
+
+class Stopped(Exception):
+    """Blocking work saw that nobody wants its result any more. Never leaves this package."""
+
+
+async def stoppable(work: Callable[[threading.Event], V]) -> V:
+    """Call `work` in a thread with an event that is set when the caller is cancelled.
+
+    `work` looks at it between small pieces and raises `Stopped`. A cancelled caller waits for the thread's end, so that
+    it may then clean up what the thread has written.
+    """
+    stop = threading.Event()
+    task = asyncio.ensure_future(in_thread(lambda: work(stop)))
+    try:
+        await asyncio.wait([task])
+    except asyncio.CancelledError:
+        stop.set()
+        await outlast(task)
+        if not task.cancelled():
+            task.exception()  # looked at: asyncio shall not complain that nobody did
+        raise
+    return task.result()

@@ -1,0 +1,365 @@
+"""From a URI to a folder on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+import stat
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+from mlfleet._concurrency.single_flight import Once
+from mlfleet._project.archive import ArchiveLimits, unpack
+from mlfleet._project.blocking import in_thread, stoppable
+from mlfleet._project.cache import Shelf, projects_folder, remove_tree
+from mlfleet._project.checkout import Checkout, Checkouts
+from mlfleet._project.copies import WorkingCopies
+from mlfleet._project.copying import copy_tree
+from mlfleet._project.git import Git
+from mlfleet._project.hashing import FileHashes
+from mlfleet._project.http_archive import HttpArchive
+from mlfleet._project.repository import Repository
+from mlfleet._project.uri import ProjectUri, UriKind, check_version, parse_uri
+from mlfleet._store.lease import Marks
+from mlfleet._store.locks import file_lock
+from mlfleet.errors import FetchError
+
+__all__ = ["Project", "ProjectFetcher"]
+
+_FRESH = 2.0  # seconds
+_REMEMBERED = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Project:
+    """A project that is there.
+
+    Attributes:
+        uri: as the caller gave it, without quotes and credentials.
+        folder: of the project (the ``#subdir`` if one was given): the user's own, or a pristine one in the cache.
+        cached: whether `folder` is in the cache, so that a run needs a `working_copy`.
+        source_name: for the tag ``mlflow.source.name``: the URI, or ``file://<top of the checkout>#<path>`` for a
+            folder inside a Git checkout.
+        commit: full hash, if it is (in) a Git repository.
+        repo_url: of its repository, without credentials, if there is one.
+        branch: if `version` named a branch.
+    """
+
+    uri: str
+    folder: Path
+    cached: bool
+    source_name: str
+    commit: str | None = None
+    repo_url: str | None = None
+    branch: str | None = None
+
+
+class _Kind(StrEnum):
+    """What is to be fetched, and how."""
+
+    FOLDER = "folder"
+    ZIP = "zip"
+    BARE = "bare repository"
+    GIT = UriKind.GIT.value
+    ARCHIVE = UriKind.ARCHIVE.value
+    LOCAL = UriKind.LOCAL.value
+
+
+# The path, too: a relative one means another folder when this process changes its own.
+_Key = tuple[str, Path, str | None]
+
+
+class ProjectFetcher:
+    """Fetches projects into the cache; one instance serves any number of callers of one event loop.
+
+    What it fetched stays marked as in use for a while, so that ``mlfleet cache prune`` leaves it to runs that wait.
+    """
+
+    def __init__(self, cache: Path | None = None, *, fresh: float = _FRESH) -> None:
+        """Make a fetcher.
+
+        Args:
+            cache: the folder for fetched projects; None: the one in the user's cache (``MLFLEET_CACHE_DIR``).
+            fresh: seconds for which the answer of a Git remote or HTTP server is taken for new, so that hundreds of
+                runs in a row do not ask it hundreds of times.
+        """
+        self._root = cache or projects_folder()
+        self._fresh = fresh
+        self._marks = Marks()
+        self._once: Once[_Key, Project] = Once()
+        self._answers: dict[_Key, tuple[float, Project]] = {}
+        self._checkouts = Checkouts()
+        self._hashes = FileHashes()
+        self._copies = WorkingCopies(self._root)
+
+    async def fetch(
+        self, uri: str, version: str | None = None, *, on_progress: Callable[[str], None] | None = None
+    ) -> Project:
+        """The project that `uri` and `version` name. One fetch for all callers that ask for the same at the same time.
+
+        Nothing is ever written into a folder of the user's own. A cancelled call leaves the work to other callers; when
+        the last is gone, the work ends and leaves no part in the cache.
+
+        Args:
+            uri: a folder, a Git repository or a zip; ``#sub/dir`` picks a folder inside.
+            version: of a Git repository: a full commit, a tag, a branch or a short commit, looked for in this order.
+            on_progress: is called with a line when something is fetched that takes its time.
+
+        Raises:
+            FetchError: it cannot be fetched, or is refused; the text says why and what to do.
+        """
+        parsed = parse_uri(uri)
+        if version is not None:
+            check_version(version)
+        report = on_progress or (lambda _: None)
+        kind, path = _Kind(parsed.kind), Path()
+        if parsed.kind is UriKind.LOCAL:
+            kind, path, found = await in_thread(lambda: self._look(parsed, version))
+            if found is not None:
+                return found
+        if version is not None and kind not in (_Kind.GIT, _Kind.BARE):
+            raise _no_versions(parsed, path)
+        key = uri, path, version
+        if kind is _Kind.FOLDER:
+            return _own_project(parsed, path, await self._checkouts.find(path / parsed.subdir))
+        if kind is _Kind.ZIP:
+            return await self._once(key, lambda: self._local_zip(parsed, path))
+        if kind is _Kind.ARCHIVE:
+            return await self._fetched(key, lambda: self._remote_zip(parsed, report))
+        url = str(path) if kind is _Kind.BARE else parsed.location
+        return await self._fetched(key, lambda: self._git(parsed, url, version, report))
+
+    def look(self, uri: str, version: str | None = None) -> Project | None:
+        """What `fetch` gives for a folder of the user's own, where git need not be asked; else None. Blocking.
+
+        Raises:
+            FetchError: as `fetch`.
+        """
+        parsed = parse_uri(uri)
+        if version is not None:
+            check_version(version)
+        return self._look(parsed, version)[2] if parsed.kind is UriKind.LOCAL else None
+
+    @asynccontextmanager
+    async def working_copy(self, project: Project) -> AsyncIterator[Path]:
+        """The folder for one run to work in, a private one if the project is cached; it is removed at the end.
+
+        A private one is a copy, in the folder for temporary files (``TMPDIR``), of all that the repository or zip
+        holds. That of a Git project has a small ``.git``, at the commit, which finds the history in the cache. If this
+        process is killed, a later one that makes copies removes it, once nothing runs in it any more.
+
+        Args:
+            project: that this fetcher fetched.
+
+        Raises:
+            FetchError: the copy cannot be made.
+        """
+        if not project.cached:
+            yield project.folder
+            return
+        # <root>/<shelf>/trees/<version>/<name>[/<sub-folder>]
+        inside = project.folder.relative_to(self._root).parts
+        source, mark = self._root.joinpath(*inside[:4]), self._root.joinpath(*inside[:3], "in-use")
+        if not await in_thread(lambda: self._marks.take(mark, pin=True)):
+            raise FetchError(f"{project.uri} was removed from the cache in the meantime: submit again", uri=project.uri)
+        try:
+            async with self._temporary_folder() as folder:
+                await stoppable(lambda stop: copy_tree(source, folder / source.name, stop))
+                yield folder.joinpath(*inside[3:])
+        finally:
+            self._marks.unpin(mark)
+
+    @asynccontextmanager
+    async def _temporary_folder(self) -> AsyncIterator[Path]:
+        """An empty folder that is gone afterwards, however the block ends."""
+
+        async def remove(folder: Path) -> None:
+            await in_thread.clean_up(lambda: self._copies.end(folder))
+
+        try:
+            folder = await in_thread(self._copies.begin, undo=remove)
+        except OSError as error:
+            raise FetchError(f"no folder for a working copy can be made: {error}") from error
+        try:
+            yield folder
+        finally:
+            await remove(folder)
+
+    def close(self) -> None:
+        """Let ``mlfleet cache prune`` remove what was fetched here, as it may when this object is gone."""
+        self._marks.close()
+        self._answers.clear()
+
+    async def _fetched(self, key: _Key, work: Callable[[], Awaitable[Project]]) -> Project:
+        """The project of that key: a fresh answer, or one piece of work for all who ask now."""
+        fetched_at, project = self._answers.get(key, (-math.inf, None))
+        if project is not None and time.monotonic() - fetched_at < self._fresh:
+            return project
+        project = await self._once(key, work)
+        self._answers.pop(key, None)
+        self._answers[key] = time.monotonic(), project
+        while len(self._answers) > _REMEMBERED:
+            self._answers.pop(next(iter(self._answers)))
+        return project
+
+    def _look(self, uri: ProjectUri, version: str | None) -> tuple[_Kind, Path, Project | None]:
+        """What a local URI names, and the project itself if git need not be asked. Blocking, in one go for speed."""
+        kind, path = _classify(uri)
+        if version is not None and kind is not _Kind.BARE:
+            raise _no_versions(uri, path)
+        if kind is not _Kind.FOLDER:
+            return kind, path, None
+        folder = _subfolder(uri, path, stay_inside=False)
+        is_known, checkout = self._checkouts.recall(folder)
+        return kind, path, _own_project(uri, path, checkout) if is_known else None
+
+    async def _git(self, uri: ProjectUri, url: str, version: str | None, report: Callable[[str], None]) -> Project:
+        shelf = Shelf(self._root, "git", hashlib.sha256(os.fsencode(url)).hexdigest()[:32])
+        report(f"fetching {uri.text}")
+        repository = Repository(uri, Git(uri, url), shelf, self._marks)
+        try:
+            revision = await repository.resolve(version)
+            commit, tree = await repository.tree(revision)
+        except OSError as error:
+            raise _cache_failure(uri, error) from error
+        folder = await in_thread(lambda: _subfolder(uri, tree))
+        shown = f"file://{quote(url)}" if url.startswith("/") else url
+        return Project(
+            uri.text, folder, cached=True, source_name=uri.text, commit=commit, repo_url=shown, branch=revision.branch
+        )
+
+    async def _local_zip(self, uri: ProjectUri, path: Path) -> Project:
+        try:
+            digest = await stoppable(lambda stop: self._hashes.of(path, stop))
+        except OSError as error:
+            raise FetchError(f"the zip {uri.text} cannot be read: {error.strerror or error}", uri=uri.text) from error
+        tree = await self._unpacked(uri, digest, path)
+        return await self._zip_project(uri, tree, _local_name(uri, path))
+
+    async def _remote_zip(self, uri: ProjectUri, report: Callable[[str], None]) -> Project:
+        report(f"downloading {uri.text}")
+        download = HttpArchive(uri, self._root / "downloads", ArchiveLimits.from_environ())
+        try:
+            async with file_lock(download.lock_path):
+                known = await download.known_hash()
+                if known is not None and await self._unpacked_before(known) is None:
+                    known = None
+                async with download.changed(known) as (digest, path):
+                    tree = await self._unpacked(uri, digest, path)
+        except OSError as error:
+            raise _cache_failure(uri, error) from error
+        return await self._zip_project(uri, tree, uri.text)
+
+    async def _zip_project(self, uri: ProjectUri, tree: Path, source_name: str) -> Project:
+        folder = await in_thread(lambda: _subfolder(uri, tree))
+        return Project(uri.text, folder, cached=True, source_name=source_name)
+
+    async def _unpacked_before(self, digest: str) -> Path | None:
+        shelf = Shelf(self._root, "zip", digest[:32])
+        return await in_thread(lambda: shelf.take(digest, self._marks))
+
+    async def _unpacked(self, uri: ProjectUri, digest: str, path: Path | None) -> Path:
+        """The tree of the zip with that hash, which is unpacked from `path` if it is not there yet."""
+        if (found := await self._unpacked_before(digest)) is not None:
+            return found
+        shelf = Shelf(self._root, "zip", digest[:32])
+        try:
+            async with file_lock(shelf.lock_path):
+                if (found := await self._unpacked_before(digest)) is None and path is not None:
+                    await stoppable(lambda stop: _unpack_into(shelf, digest, uri, path, stop))
+                    found = await self._unpacked_before(digest)
+        except OSError as error:
+            raise _cache_failure(uri, error) from error
+        if found is None:
+            raise FetchError(f"{uri.text} vanished from the cache while it was made", uri=uri.text)
+        return found
+
+
+def _local_name(uri: ProjectUri, path: Path) -> str:
+    return f"{path}#{uri.subdir}" if uri.subdir else str(path)
+
+
+def _own_project(uri: ProjectUri, path: Path, checkout: Checkout | None) -> Project:
+    """A project in a folder of the user's own."""
+    folder = path / uri.subdir
+    if checkout is None:
+        return Project(uri.text, folder, cached=False, source_name=_local_name(uri, path))
+    name = f"file://{checkout.top}" + ("" if checkout.inside == "." else f"#{checkout.inside}")
+    return Project(uri.text, folder, cached=False, source_name=name, commit=checkout.commit, repo_url=checkout.repo_url)
+
+
+def _classify(uri: ProjectUri) -> tuple[_Kind, Path]:
+    """What the path of a local URI is. Blocking."""
+    try:
+        path = Path(os.path.abspath(uri.location))  # noqa: PTH100 - unlike resolve(), it keeps symbolic links
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise FetchError(f"there is no folder, zip or Git repository {uri.text}", uri=uri.text) from None
+    except (OSError, ValueError) as error:
+        raise FetchError(f"{uri.text} cannot be looked at: {error}", uri=uri.text) from error
+    if stat.S_ISDIR(mode):
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise FetchError(f"the folder {uri.text} may not be read by this user", uri=uri.text)
+        return (_Kind.BARE if _is_bare(path) else _Kind.FOLDER), path
+    if stat.S_ISREG(mode) and path.suffix.lower() == ".zip":
+        return _Kind.ZIP, path
+    raise FetchError(
+        f"{uri.text} is a file: a project is a folder, a Git repository or a .zip (for a script, give its folder "
+        "as the project and its name as the entry point)",
+        uri=uri.text,
+    )
+
+
+def _is_bare(path: Path) -> bool:
+    return (path / "HEAD").is_file() and (path / "objects").is_dir() and (path / "refs").is_dir()
+
+
+def _no_versions(uri: ProjectUri, path: Path) -> FetchError:
+    """Why a project has no versions. Blocking."""
+    git = path / ".git"
+    if uri.kind is UriKind.LOCAL and git.is_dir():
+        hint = f": the folder is run as it is; for a version of its repository give file://{quote(str(git))}"
+    else:
+        hint = ", and this is a folder or a zip"
+    return FetchError(f"a version can be given only for a Git repository{hint} ({uri.text})", uri=uri.text)
+
+
+def _subfolder(uri: ProjectUri, top: Path, *, stay_inside: bool = True) -> Path:
+    """The sub-folder that the URI picks. Blocking."""
+    folder = top / uri.subdir
+    if not folder.is_dir():
+        there = sorted(path.name for path in top.iterdir() if path.is_dir() and path.name != ".git")
+        names = ", ".join(there[:20]) + (", …" if len(there) > 20 else "")
+        raise FetchError(
+            f"there is no sub-folder {uri.subdir!r} in {uri.text.partition('#')[0]}; it has {names or 'no folders'}",
+            uri=uri.text,
+        )
+    if stay_inside and not folder.resolve().is_relative_to(top.resolve()):
+        raise FetchError(
+            f"the sub-folder {uri.subdir!r} is a symbolic link that leads out of the project", uri=uri.text
+        )
+    return folder
+
+
+def _unpack_into(shelf: Shelf, digest: str, uri: ProjectUri, path: Path, stop: threading.Event) -> None:
+    made = shelf.begin(uri.text.partition("#")[0])
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(urlsplit(uri.location).path).stem).strip(".-")[:100] or "project"
+    try:
+        (made / name).mkdir()
+        unpack(path, made / name, shown=uri.text, limits=ArchiveLimits.from_environ(), stop=stop)
+        shelf.publish(made, digest, name)
+    except BaseException:
+        remove_tree(made)
+        raise
+
+
+def _cache_failure(uri: ProjectUri, error: OSError) -> FetchError:
+    return FetchError(f"{uri.text} cannot be put into the cache: {error}", uri=uri.text)

@@ -1,0 +1,212 @@
+"""The parameters of a run: checked, resolved, ready for the command."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from numbers import Number
+from pathlib import Path, PurePath
+from urllib.parse import unquote, urlsplit
+
+from mlfleet._project.spec import EntryPoint, Parameter
+from mlfleet._text.masking import mask_query
+from mlfleet.errors import FetchError, ParameterError
+
+__all__ = ["Download", "ResolvedParameters", "resolve"]
+
+# RFC 3986, 3.1.
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_log = logging.getLogger("mlfleet.project")
+_NO_TEXT = re.compile("[\x00\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """A ``path`` parameter that names a remote URI.
+
+    Attributes:
+        name: of the parameter.
+        uri: what to download.
+        index: of the sub-folder ``param_<index>`` of the run's storage folder.
+    """
+
+    name: str
+    uri: str
+    index: int
+
+    def failed(self, reason: str | Exception) -> FetchError:
+        """The error that says why it could not be downloaded, without the secrets of its URI."""
+        if isinstance(reason, Exception):
+            reason = f"{type(reason).__name__}: {reason}"
+        uri, text = mask_query(self.uri), mask_query(reason)[:500]
+        return FetchError(f"{uri} of the parameter {self.name!r} cannot be downloaded: {text}", uri=uri)
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedParameters:
+    """All parameters of a run.
+
+    Attributes:
+        logged: name → raw text for MLflow, declared and extra ones.
+        declared: name → text for the command. Those in `downloads` still hold their URI.
+        extra: not declared; appended to the command as ``--name value``, in this order.
+        downloads: what must be downloaded before the command can be rendered.
+        placed: text for the command → value, of the ``path`` parameters whose files are elsewhere.
+    """
+
+    logged: Mapping[str, str]
+    declared: Mapping[str, str]
+    extra: Mapping[str, str]
+    downloads: tuple[Download, ...] = ()
+    placed: Mapping[str, str] = field(default_factory=dict)
+
+
+def resolve(
+    entry_point: EntryPoint,
+    given: Mapping[str, object] | None,
+    place: Callable[[str, int], str | None] = lambda path, index: None,
+) -> ResolvedParameters:
+    """Check `given` against what the entry point declares. Reads the disk only to see that local paths exist.
+
+    Values are texts, numbers, booleans and paths, which count as what ``str()`` makes of them. A relative path is
+    relative to the caller's working directory, as in the reference.
+
+    Args:
+        entry_point: what it declares.
+        given: name → value.
+        place: takes the URI or absolute path of a ``path`` parameter and its index, and gives the text for the command
+            if the command finds the file elsewhere than on this machine. Its ValueError says why it cannot.
+
+    Raises:
+        ParameterError: names every missing or wrong parameter in one text.
+    """
+    faults: dict[str, str] = {}
+    texts = _texts(given or {}, faults)
+    extra = {name: text for name, text in texts.items() if name not in entry_point.parameters}
+    logged: dict[str, str] = {}
+    declared: dict[str, str] = {}
+    downloads: list[Download] = []
+    placed: dict[str, str] = {}
+    missing: list[str] = []
+    for index, parameter in enumerate(entry_point.parameters.values()):
+        text = texts.get(parameter.name, parameter.default)
+        if parameter.name in faults:
+            continue
+        if text is None:
+            missing.append(parameter.name)
+            continue
+        logged[parameter.name] = text
+        try:
+            there = place(_uri_or_path(text), index) if parameter.type == "path" else None
+            declared[parameter.name] = _checked(parameter, text) if there is None else there
+        except ValueError as error:
+            faults[parameter.name] = str(error)
+            continue
+        if there is not None:
+            placed[there] = text
+        elif parameter.type == "path" and _is_remote(text):
+            downloads.append(Download(parameter.name, text, index))
+    _raise_faults(entry_point, missing, faults, extra)
+    hints = _misspelt([name for name in declared if name not in texts], extra)
+    if hints:
+        _warn_misspelt(entry_point.name, hints)
+    return ResolvedParameters(logged | extra, declared, extra, tuple(downloads), placed)
+
+
+def _texts(given: Mapping[str, object], faults: dict[str, str]) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for key, value in given.items():
+        name = str(key)
+        if not name or _NO_TEXT.search(name):
+            faults[name] = "this is no name for a parameter"
+        elif not isinstance(value, str | Number | PurePath):
+            kind = "nothing" if value is None else type(value).__name__
+            faults[name] = f"a string, a number, a boolean or a path was expected, got {kind}"
+        else:
+            texts[name] = str(value)
+            if _NO_TEXT.search(texts[name]):
+                faults[name] = "the value holds a NUL character or half a character, which no command can"
+    return texts
+
+
+def _checked(parameter: Parameter, text: str) -> str:
+    """The text for the command; ValueError says what is wrong with it."""
+    match parameter.type:
+        case "float":
+            try:
+                float(text)
+            except ValueError:
+                raise ValueError(f"a number was expected, got {_shown(text)}") from None
+        case "uri":
+            if not _SCHEME.match(text):
+                raise ValueError(f"a URI such as s3://bucket/key was expected, got {_shown(text)}")
+        case "path" if not _is_remote(text):
+            path = _uri_or_path(text)
+            if not _exists(path):
+                raise ValueError(f"there is no file or folder {path!r}")
+            return path
+    return text
+
+
+def _uri_or_path(text: str) -> str:
+    """A URI as it is; of anything else the absolute path."""
+    if _is_remote(text):
+        return text
+    path = text
+    if text[:5].lower() == "file:":
+        parts = urlsplit(text)
+        if parts.netloc not in ("", "localhost"):
+            raise ValueError(f"the URI {_shown(text)} is on another machine; leave its host out: file:///path")
+        path = unquote(parts.path)
+    if not path:
+        raise ValueError("a file or folder was expected, got an empty text")
+    return os.path.abspath(path)  # noqa: PTH100 - as the reference: without the dots, links kept
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _is_remote(text: str) -> bool:
+    scheme = _SCHEME.match(text)
+    return scheme is not None and scheme[0].lower() != "file:"
+
+
+def _shown(text: str) -> str:
+    text = mask_query(text)
+    return repr(text if len(text) <= 200 else text[:200] + "...")
+
+
+def _raise_faults(entry_point: EntryPoint, missing: list[str], faults: Mapping[str, str], extra: Iterable[str]) -> None:
+    parts = []
+    if missing:
+        names = ", ".join(repr(name) for name in missing)
+        hints = _misspelt(missing, extra)
+        parts.append(f"no value is given for {names}" + (f" ({hints})" if hints else ""))
+    parts += [f"{name!r}: {fault}" for name, fault in faults.items()]
+    if parts:
+        raise ParameterError(
+            f"the parameters of the entry point {entry_point.name!r} are wrong: {'; '.join(parts)}",
+            names=[*missing, *faults],
+        )
+
+
+@functools.lru_cache(maxsize=1024)
+def _warn_misspelt(entry_point: str, hints: str) -> None:
+    """Once, not for each of a thousand runs."""
+    _log.warning(
+        "%s The entry point %r does not declare it: it goes to the command as one more option", hints, entry_point
+    )
+
+
+def _misspelt(declared: list[str], extra: Iterable[str]) -> str:
+    near = {name: difflib.get_close_matches(name, declared, n=1) for name in extra}
+    return " ".join(f"{name!r} was given, did you mean {found[0]!r}?" for name, found in near.items() if found)

@@ -1,0 +1,355 @@
+"""MLproject: what a project says of itself."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from mlfleet._text.documents import Node, nearest, read_yaml
+from mlfleet.errors import SpecError
+
+__all__ = [
+    "DockerEnv",
+    "EntryPoint",
+    "EnvironmentFile",
+    "EnvironmentFileKind",
+    "Parameter",
+    "ProjectSpec",
+    "read_project",
+]
+
+FILE_NAME = "MLproject"
+_KEYS = ("name", "docker_env", "python_env", "conda_env", "entry_points", "databricks_spark_job")
+_ENVIRONMENT_KEYS = ("docker_env", "python_env", "conda_env")
+_SCRIPTS = (".py", ".sh", ".R")
+_LISTED = 20
+
+
+class EnvironmentFileKind(StrEnum):
+    """Which file of a project tells what it needs."""
+
+    PYTHON_ENV = "python_env"
+    CONDA = "conda"
+
+
+@dataclass(frozen=True, slots=True)
+class EnvironmentFile:
+    """The file of a project that tells what it needs.
+
+    Attributes:
+        kind: its format.
+        path: absolute.
+    """
+
+    kind: EnvironmentFileKind
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A declared parameter of an entry point.
+
+    Attributes:
+        name: as in ``{name}`` in the command.
+        type: ``string``, ``float``, ``path`` or ``uri``; any other is taken as a string.
+        default: its text; None: the parameter is required.
+    """
+
+    name: str
+    type: str = "string"
+    default: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EntryPoint:
+    """Something of the project that can be run.
+
+    Attributes:
+        name: its name, or the path of a script inside the project.
+        command: a format string for ``bash -c``.
+        parameters: the declared ones, in their order.
+    """
+
+    name: str
+    command: str
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DockerEnv:
+    """``docker_env`` of MLproject.
+
+    Attributes:
+        image: the base image.
+        volumes: as ``docker run -v`` takes them.
+        environment: name and value to set; a value of None copies the caller's.
+    """
+
+    image: str
+    volumes: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str | None], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectSpec:
+    """What MLproject says, or what stands for it where there is none.
+
+    Attributes:
+        folder: the project's folder, absolute.
+        name: from MLproject; None if it says none.
+        path: the MLproject file; None if there is none.
+        entry_points: the declared ones.
+        environment: the file that tells what Python and libraries it needs.
+        docker: ``docker_env``.
+        databricks_spark_job: ``python_file`` (or None), ``parameters`` and ``python_libraries`` (lists of text).
+    """
+
+    folder: Path
+    name: str | None = None
+    path: Path | None = None
+    entry_points: Mapping[str, EntryPoint] = field(default_factory=dict)
+    environment: EnvironmentFile | None = None
+    docker: DockerEnv | None = None
+    databricks_spark_job: Mapping[str, Any] | None = None
+
+    def entry_point(self, name: str) -> EntryPoint:
+        """The entry point of that name, declared or a script of the project. Blocking: looks for scripts on disk.
+
+        A Databricks Spark job that names its file has that one entry point, whatever the name, as in the reference.
+
+        Raises:
+            SpecError: there is none; the text lists those there are.
+        """
+        job = self.databricks_spark_job
+        if job is not None and job["python_file"] is not None:
+            return EntryPoint(name, _literal(shlex.join(["python", job["python_file"], *job["parameters"]])))
+        if name in self.entry_points:
+            return self.entry_points[name]
+        if job is None and name.endswith(_SCRIPTS) and "\0" not in name:
+            return self._script(name)
+        raise self._no_entry_point(name)
+
+    def _script(self, name: str) -> EntryPoint:
+        try:
+            file = (self.folder / name).resolve()
+            inside = file.is_relative_to(self.folder.resolve())
+            found = file.is_file()
+        except (OSError, RuntimeError):
+            inside, found = True, False
+        if not inside:
+            raise SpecError(f"the script {name!r} is outside the project", path=self.folder)
+        if not found:
+            raise self._no_entry_point(name)
+        # A script whose name begins with a dash must not be taken for an option.
+        script = f"./{name}" if name.startswith("-") else name
+        if name.endswith(".R"):
+            text = re.sub(r"([\\'])", r"\\\1", script)
+            source = re.sub(r'([\\"$`])', r"\\\1", f"mlflow::mlflow_source('{text}')")
+            return EntryPoint(name, _literal(f'Rscript -e "{source}" --args'))
+        program = "python" if name.endswith(".py") else shlex.quote(os.environ.get("SHELL") or "bash")
+        return EntryPoint(name, _literal(f"{program} {shlex.quote(script)}"))
+
+    def _no_entry_point(self, name: str) -> SpecError:
+        scripts = self._scripts()
+        hint = nearest(name, [*self.entry_points, *scripts])
+        parts = [f"there is no entry point {name!r}{hint}"]
+        if self.entry_points:
+            parts.append(f"MLproject declares {_listed(self.entry_points)}")
+        elif self.path is None:
+            parts.append("the project has no MLproject file")
+        else:
+            parts.append("MLproject declares none")
+        if self.databricks_spark_job is None:
+            found = f", here {_listed(scripts)}" if scripts else ""
+            parts.append(f"a script ({', '.join(_SCRIPTS)}) of the project can be given by its path{found}")
+        return SpecError("; ".join(parts), path=self.path or self.folder)
+
+    def _scripts(self) -> list[str]:
+        try:
+            return sorted(entry.name for entry in self.folder.iterdir() if entry.suffix in _SCRIPTS)
+        except OSError:
+            return []
+
+
+def read_project(folder: Path) -> ProjectSpec:
+    """Read the project in `folder`. Blocking; call it in a thread.
+
+    Raises:
+        SpecError: MLproject is wrong; with file, line, column and what was expected.
+    """
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100 - like absolute(), but without the dots
+    path = _find(folder)
+    if path is None:
+        return ProjectSpec(folder=folder, environment=_default_environment(folder))
+    document = read_yaml(path)
+    keys = document.mapping(_KEYS, expected="a mapping with the keys of an MLproject file")
+    keys = {key: node for key, node in keys.items() if not node.is_null}
+    environments = [key for key in _ENVIRONMENT_KEYS if key in keys]
+    if len(environments) > 1:
+        keys[environments[1]].fail(f"only one of {', '.join(_ENVIRONMENT_KEYS)} can be given, here are {environments}")
+    entry_points = _entry_points(keys.get("entry_points"))
+    job = _spark_job(keys, entry_points)
+    docker = _docker(keys["docker_env"]) if "docker_env" in keys else None
+    return ProjectSpec(
+        folder=folder,
+        name=keys["name"].text() if "name" in keys else None,
+        path=path,
+        entry_points=entry_points,
+        environment=None if docker or job else _environment(folder, keys),
+        docker=docker,
+        databricks_spark_job=job,
+    )
+
+
+def _find(folder: Path) -> Path | None:
+    try:
+        names = [entry.name for entry in folder.iterdir() if entry.name.lower() == FILE_NAME.lower()]
+    except FileNotFoundError as error:
+        raise SpecError("there is no such folder", path=folder) from error
+    except NotADirectoryError as error:
+        raise SpecError("a project is a folder, this is a file", path=folder) from error
+    except (OSError, ValueError) as error:
+        raise SpecError(f"the project's folder cannot be read: {error}", path=folder) from error
+    if not names:
+        return None
+    return folder / (FILE_NAME if FILE_NAME in names else min(names))
+
+
+def _environment(folder: Path, keys: Mapping[str, Node]) -> EnvironmentFile | None:
+    """The file that MLproject names; as in the reference it may lie outside the project."""
+    for key, kind in (("python_env", EnvironmentFileKind.PYTHON_ENV), ("conda_env", EnvironmentFileKind.CONDA)):
+        if key in keys:
+            name = keys[key].string(expected="the path of a file")
+            path = Path(os.path.abspath(folder / name))  # noqa: PTH100 - as above
+            if not _is_file(path):
+                keys[key].fail(f"there is no file {str(path)!r}")
+            return EnvironmentFile(kind, path)
+    return _default_environment(folder)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
+def _default_environment(folder: Path) -> EnvironmentFile | None:
+    for name, kind in (("python_env.yaml", EnvironmentFileKind.PYTHON_ENV), ("conda.yaml", EnvironmentFileKind.CONDA)):
+        if _is_file(folder / name):
+            return EnvironmentFile(kind, folder / name)
+    return None
+
+
+def _entry_points(node: Node | None) -> dict[str, EntryPoint]:
+    if node is None:
+        return {}
+    return {name: _entry_point(name, entry) for name, entry in node.mapping().items()}
+
+
+def _entry_point(name: str, node: Node) -> EntryPoint:
+    keys = node.mapping(("parameters", "command"), expected="a mapping with a command and its parameters")
+    if "command" not in keys or keys["command"].is_null:
+        node.fail("the command is missing")
+    parameters = keys["parameters"].mapping(expected="a mapping of names and types") if "parameters" in keys else {}
+    return EntryPoint(
+        name=name,
+        command=keys["command"].string(expected="a command"),
+        parameters={key: _parameter(key, value) for key, value in parameters.items()},
+    )
+
+
+def _parameter(name: str, node: Node) -> Parameter:
+    if node.is_null:
+        return Parameter(name)
+    if isinstance(node.value, str):
+        return Parameter(name, node.value)
+    if not isinstance(node.value, dict):
+        node.wrong("a type, or a mapping with type and default")
+    keys = {key: value for key, value in node.mapping(("type", "default")).items() if not value.is_null}
+    return Parameter(
+        name,
+        type=keys["type"].string(expected="a type (string, float, path or uri)") if "type" in keys else "string",
+        default=_plain_text(keys["default"]) if "default" in keys else None,
+    )
+
+
+def _plain_text(node: Node) -> str:
+    """A plain value as the reference writes it: the text of what YAML makes of it (0.10 is 0.1, yes is True)."""
+    node.text(expected="a string, a number, a boolean or a date")
+    return str(node.value)
+
+
+def _docker(node: Node) -> DockerEnv:
+    keys = node.mapping(("image", "volumes", "environment"), expected="a mapping with an image")
+    keys = {key: value for key, value in keys.items() if not value.is_null}
+    if "image" not in keys:
+        node.fail("the image is missing")
+    image = keys["image"].string(expected="the name of an image")
+    if not image.strip():
+        keys["image"].fail("the image is empty")
+    volumes = keys["volumes"].sequence(expected='a list such as ["/data:/data:ro"]') if "volumes" in keys else []
+    expected = 'a list such as [["NAME", "value"], "NAME_TO_COPY"]'
+    environment = keys["environment"].sequence(expected=expected) if "environment" in keys else []
+    return DockerEnv(
+        image=image,
+        volumes=tuple(volume.string(expected="a volume such as /data:/data:ro") for volume in volumes),
+        environment=tuple(_variable(variable) for variable in environment),
+    )
+
+
+def _variable(node: Node) -> tuple[str, str | None]:
+    expected = 'a pair such as ["NAME", "value"], or the name of a variable to copy'
+    if isinstance(node.value, str):
+        name, value = node, None
+    else:
+        pair = node.sequence(expected=expected)
+        if len(pair) != 2:
+            node.fail(f"expected {expected}, found a list of {len(pair)}")
+        name, value = pair[0], _plain_text(pair[1])
+    if not name.string(expected="the name of a variable") or "=" in name.value:
+        name.fail(f'{name.value!r} is no name of a variable; to set one, write ["NAME", "value"]')
+    return name.value, value
+
+
+def _spark_job(keys: Mapping[str, Node], entry_points: Mapping[str, EntryPoint]) -> Mapping[str, Any] | None:
+    if "databricks_spark_job" not in keys:
+        return None
+    node = keys["databricks_spark_job"]
+    job = {k: v for k, v in node.mapping(("python_file", "parameters", "python_libraries")).items() if not v.is_null}
+    file = job["python_file"].string(expected="the path of a Python file") if "python_file" in job else None
+    if file is None and not entry_points:
+        node.fail("python_file or entry_points must say what to run")
+    if file is not None and entry_points:
+        node.fail("python_file and entry_points cannot both be given")
+    for key in _ENVIRONMENT_KEYS:
+        if key in keys:
+            keys[key].fail("a databricks_spark_job brings its own environment, this cannot be given with it")
+    for entry_point in entry_points.values():
+        for parameter in entry_point.parameters.values():
+            if parameter.type == "path":
+                node.fail(f"the parameter {parameter.name!r} is a path, which a databricks_spark_job cannot have")
+    parameters = job["parameters"].sequence() if "parameters" in job else []
+    libraries = job["python_libraries"].sequence() if "python_libraries" in job else []
+    return {
+        "python_file": file,
+        "parameters": [_plain_text(parameter) for parameter in parameters],
+        "python_libraries": [library.string(expected="a requirement for pip") for library in libraries],
+    }
+
+
+def _literal(command: str) -> str:
+    """A command as a format string that stands for exactly it."""
+    return command.replace("{", "{{").replace("}", "}}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+    return ", ".join(listed[:_LISTED]) + more

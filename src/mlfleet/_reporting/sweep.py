@@ -1,0 +1,207 @@
+"""What a report tells of a sweep, read from tracking alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlfleet._engine.request import SweepMember
+from mlfleet._sweeps import NAME_TAG, SPACE_TAG, STOPPED_TAG
+from mlfleet.errors import TrackingError, UsageError
+from mlfleet.runs import STARTED_TAG, RunStatus
+from mlfleet.tracking.base import RunInfo, Tracking
+
+__all__ = ["ReportedRun", "SweepReport", "find_sweep", "load_sweep"]
+
+_MOST_RUNS = 50_000  # what mlflow's own stores give at most
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportedRun:
+    """One attempt at one point.
+
+    Attributes:
+        run_id: of the MLflow run.
+        name: of it.
+        index: of the point.
+        attempt: counted from 1.
+        latest: whether it is the last attempt at its point.
+        status: of it.
+        params: as MLflow has them.
+        metrics: the finite ones.
+        created: when it was created, in milliseconds since the epoch.
+        started: when its command began, likewise; as `created` if it hardly waited.
+        ended: when it ended; None as long as it has not.
+        reason: why the attempt before failed.
+    """
+
+    run_id: str
+    name: str
+    index: int
+    attempt: int
+    latest: bool
+    status: RunStatus
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+    created: int | None
+    started: int | None
+    ended: int | None
+    reason: str | None
+
+    @property
+    def waited(self) -> float | None:
+        """Seconds between its creation and the start of its command."""
+        return None if self.created is None or self.started is None else (self.started - self.created) / 1000
+
+    @property
+    def ran(self) -> float | None:
+        """Seconds that the command ran."""
+        return None if self.started is None or self.ended is None else max(self.ended - self.started, 0) / 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepReport:
+    """A sweep with all its runs.
+
+    Attributes:
+        info: its MLflow run.
+        tracking: the URI of the server or store, without credentials.
+        space: what it went through, as far as it was written down.
+        stopped: why it ended early.
+        runs: all attempts, by point and attempt.
+    """
+
+    info: RunInfo
+    tracking: str
+    space: Mapping[str, Any]
+    stopped: str | None
+    runs: tuple[ReportedRun, ...]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of all metrics; those that MLflow itself measures of the machine last."""
+        names = {name for run in self.runs for name in run.metrics}
+        return sorted(names, key=lambda name: (name.startswith("system/"), name))
+
+    @property
+    def varied(self) -> list[str]:
+        """The parameters whose values differ, in the order of the runs' own."""
+        return [name for name, values in self._values().items() if len(values) > 1]
+
+    @property
+    def fixed(self) -> dict[str, str]:
+        """The parameters that are the same for all runs."""
+        return {
+            name: next(iter(values)) or "" for name, values in self._values().items() if values and len(values) == 1
+        }
+
+    def _values(self) -> dict[str, set[str | None]]:
+        names = dict.fromkeys(name for run in self.runs for name in run.params)
+        # A run that never began has no parameters, and says nothing about them.
+        known = [run.params for run in self.runs if run.params]
+        return {name: {params.get(name) for params in known} for name in names}
+
+
+async def load_sweep(tracking: Tracking, sweep: str, experiment_id: str) -> SweepReport:
+    """Read a sweep and all its runs.
+
+    Args:
+        tracking: where they are.
+        sweep: its name, or the id of its MLflow run.
+        experiment_id: where a name is looked for.
+
+    Raises:
+        UsageError: there is no such sweep.
+        TrackingError: tracking cannot be reached.
+    """
+    info = await find_sweep(tracking, sweep, experiment_id)
+    children = await tracking.search_runs(
+        [info.experiment_id], f"tags.`{SweepMember.ID_TAG}` = '{info.run_id}'", max_results=_MOST_RUNS
+    )
+    return SweepReport(
+        info=info,
+        tracking=tracking.uri,
+        space=_space(info.tags.get(SPACE_TAG, "")),
+        stopped=info.tags.get(STOPPED_TAG) or None,
+        runs=_reported(children),
+    )
+
+
+async def find_sweep(tracking: Tracking, sweep: str, experiment_id: str) -> RunInfo:
+    """The MLflow run of a sweep.
+
+    Args:
+        tracking: where it is.
+        sweep: its name, or the id of its MLflow run.
+        experiment_id: where a name is looked for.
+
+    Raises:
+        UsageError: there is no such sweep.
+        TrackingError: tracking cannot be reached.
+    """
+    if not any(c in "'\"`\\%" or c < " " for c in sweep):
+        found = await tracking.search_runs([experiment_id], f"tags.`{NAME_TAG}` = '{sweep}'", max_results=1)
+        if found:
+            return found[0]
+    if not _RUN_ID.fullmatch(sweep):
+        raise UsageError(
+            f"there is no sweep {sweep!r} in the experiment {experiment_id} of {tracking.uri}: give its name and "
+            "experiment, or the id of its MLflow run"
+        )
+    try:
+        info = await tracking.get_run(sweep)
+    except TrackingError as error:
+        if error.code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise UsageError(f"there is neither a sweep nor a run {sweep} in {tracking.uri}") from error
+    if SPACE_TAG not in info.tags:
+        parent = info.tags.get(SweepMember.ID_TAG)
+        hint = f"; it belongs to the sweep {parent}" if parent else ""
+        raise UsageError(f"the run {sweep} is no sweep{hint}")
+    return info
+
+
+def _reported(children: Sequence[RunInfo]) -> tuple[ReportedRun, ...]:
+    latest: dict[int, int] = {}
+    for child in children:
+        index, attempt = _number(child, SweepMember.INDEX_TAG, 0), _number(child, SweepMember.ATTEMPT_TAG, 1)
+        latest[index] = max(latest.get(index, 1), attempt)
+    runs = [_run(child, latest) for child in children]
+    return tuple(sorted(runs, key=lambda run: (run.index, run.attempt, run.created or 0)))
+
+
+def _run(info: RunInfo, latest: Mapping[int, int]) -> ReportedRun:
+    index, attempt = _number(info, SweepMember.INDEX_TAG, 0), _number(info, SweepMember.ATTEMPT_TAG, 1)
+    started = info.tags.get(STARTED_TAG, "")
+    return ReportedRun(
+        run_id=info.run_id,
+        name=info.name,
+        index=index,
+        attempt=attempt,
+        latest=attempt == latest[index],
+        status=info.status,
+        params=info.params,
+        metrics={name: value for name, value in info.metrics.items() if math.isfinite(value)},
+        created=info.start_time,
+        started=int(started) if started.isdigit() else info.start_time,
+        ended=info.end_time,
+        reason=info.tags.get(SweepMember.REASON_TAG),
+    )
+
+
+def _number(info: RunInfo, tag: str, default: int) -> int:
+    text = info.tags.get(tag, "")
+    return int(text) if text.isdigit() else default
+
+
+def _space(text: str) -> dict[str, Any]:
+    try:
+        space = json.loads(text)
+    except ValueError:
+        return {}
+    return space if isinstance(space, dict) else {}

@@ -1,0 +1,87 @@
+"""Locks between processes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+import anyio
+from anyio.lowlevel import RunVar
+
+from mlfleet._concurrency.threads import Threads
+
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+__all__ = ["file_lock"]
+
+_locking = Threads("lock", 4)
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.01, 0.2  # seconds
+_queues: RunVar[WeakValueDictionary[Path, anyio.Lock]] = RunVar("mlfleet lock queues")
+
+
+@asynccontextmanager
+async def file_lock(path: Path) -> AsyncIterator[None]:
+    """Hold the lock file at `path` against other processes and other tasks of this one.
+
+    The file is made if it is missing, and its folder, too.
+
+    Waiting does not block the event loop and may be cancelled. The lock ends with its process at the latest. The file
+    stays where it is: to delete it would let two others hold a lock of this name each.
+
+    Raises:
+        OSError: the file cannot be made or written.
+    """
+    # Of the tasks here one at a time asks the system, so that hundreds of waiters cost no more than one.
+    async with _queue(path):
+        lock = await _locking(lambda: _lock(path))
+        await _acquire(lock)
+        try:
+            yield
+        finally:
+            await _release(lock)
+
+
+def _lock(path: Path) -> FileLock:
+    from filelock import FileLock  # late, and in a thread: most programs need none of it
+
+    return FileLock(path, thread_local=False)
+
+
+def _queue(path: Path) -> anyio.Lock:
+    queues = _queues.get(None)
+    if queues is None:
+        queues = WeakValueDictionary()
+        _queues.set(queues)
+    queue = queues.get(path)
+    if queue is None:
+        queue = queues[path] = anyio.Lock()
+    return queue
+
+
+async def _acquire(lock: FileLock) -> None:
+    def attempt() -> bool:
+        from filelock import Timeout
+
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            return False
+        return True
+
+    async def undo(acquired: bool) -> None:
+        if acquired:
+            await _release(lock)
+
+    pause = _SHORTEST_PAUSE
+    while not await _locking(attempt, undo=undo):
+        await anyio.sleep(pause)
+        pause = min(pause * 2, _LONGEST_PAUSE)
+
+
+async def _release(lock: FileLock) -> None:
+    await _locking.clean_up(lock.release)

@@ -1,0 +1,274 @@
+"""One point of a sweep: taken over from an earlier session, run, and run again where that is wanted."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Protocol
+
+import anyio
+
+from mlfleet._engine.plan import Plan
+from mlfleet._engine.request import RunRequest, SweepMember
+from mlfleet._engine.run import FleetRun
+from mlfleet._sweeps.gate import Gate
+from mlfleet._sweeps.record import History, SweepRecord
+from mlfleet._sweeps.results import PointResult
+from mlfleet._sweeps.settings import SweepSettings
+from mlfleet._sweeps.source import point_key
+from mlfleet.errors import BackendError, MlfleetError, ParameterError, RunLost, SpecError, TrackingError
+from mlfleet.runs import JobRef, Outcome, RunEvent, RunStatus, Stage, Timeouts
+from mlfleet.spaces import Point
+from mlfleet.tracking.base import RunInfo, Tracking
+from mlfleet.tracking.ending import end_run
+
+__all__ = ["Attempts", "Launcher"]
+
+logger = logging.getLogger("mlfleet.sweep")
+
+LOST_TAG = "mlfleet.lost"
+_EARLY = 5.0  # seconds: a run that fails sooner has hardly begun its work
+
+
+class Launcher(Protocol):
+    """What a sweep needs of its Fleet."""
+
+    tracking: Tracking
+    tracking_patience: float
+
+    async def plan(self, request: RunRequest, *, like: Plan | None = None) -> Plan:
+        """Check a request."""
+        ...
+
+    async def launch(self, plan: Plan) -> FleetRun:
+        """Start a run."""
+        ...
+
+    async def attach(self, run_id: str, *, timeouts: Timeouts | None = None) -> FleetRun:
+        """Find a run again."""
+        ...
+
+    async def experiment_id(self, plan: Plan) -> str:
+        """The experiment of a run."""
+        ...
+
+    def room(self, plan: Plan) -> int | None:
+        """How many such runs can go on at once."""
+        ...
+
+    def tell(self, event: RunEvent) -> None:
+        """Tell those who follow the Fleet."""
+        ...
+
+
+class Attempts:
+    """Runs the points of one sweep.
+
+    Args:
+        launcher: the Fleet.
+        settings: of the sweep.
+        plan: of its first run; the others differ in their parameters only.
+        record: of the sweep.
+        gate: which a point that waits for its next attempt leaves meanwhile.
+
+    Attributes:
+        runs: that go on now.
+        retries: how many attempts there were after the first ones.
+        stopping: set when nothing is to be started any more, and what runs is to be ended.
+        grace: seconds for runs that are ended.
+    """
+
+    def __init__(
+        self, launcher: Launcher, settings: SweepSettings, plan: Plan, record: SweepRecord, gate: Gate
+    ) -> None:
+        self._launcher = launcher
+        self._settings = settings
+        self._plan = plan
+        self._record = record
+        self._gate = gate
+        self._ended = 0
+        self._broken = True  # every run so far has failed early
+        self.runs: set[FleetRun] = set()
+        self.retries = 0
+        self.stopping = anyio.Event()
+        self.grace: float | None = None
+
+    async def run(self, index: int, point: Point) -> PointResult:
+        """Everything that is to be done about a point. A cancelled call ends its run."""
+        parameters = {**self._settings.request.parameters, **point}
+        content = self._record.content
+        key = None if content is None else point_key(content, self._settings.request.entry_point, parameters)
+        history = History() if key is None else self._record.recall(key, index)
+        blank = PointResult(index=index, point=point, parameters=parameters, status=RunStatus.KILLED, attempts=0)
+        if (earlier := self._settled(blank, history)) is not None:
+            return earlier
+        return await self._attempts(blank, key, history)
+
+    async def take_back(self, info: RunInfo) -> Outcome | None:
+        """Supervise a run of an earlier session to its end; None: there is nothing of it but its MLflow run."""
+        run = await self._find(info)
+        return None if run is None else await self._outcome(run)
+
+    async def end_runs(self) -> None:
+        """Wait for `stopping`, and end what runs."""
+        await self.stopping.wait()
+        async with anyio.create_task_group() as group:
+            for run in tuple(self.runs):
+                group.start_soon(self.end_run, run)
+
+    async def end_run(self, run: FleetRun) -> None:
+        """End one run as fast as was asked for."""
+        await run.cancel(grace=self.grace)
+
+    def broken_after(self) -> int | None:
+        """How many runs have ended, if all of them failed early; else None."""
+        return self._ended if self._broken and self._ended else None
+
+    # ---- one point --------------------------------------------------------------------------------------------------
+
+    def _settled(self, blank: PointResult, history: History) -> PointResult | None:
+        """The result of a point that needs no further attempt."""
+        done = history.finished
+        latest = history.latest
+        if done is None and latest is not None and not self._settings.retry_failed and not history.open:
+            # What was lost with its driver did not fail.
+            done = latest if latest.status is RunStatus.FAILED and LOST_TAG not in latest.tags else None
+        if done is None:
+            return None
+        reason = None if done.status is RunStatus.FINISHED else "failed before the sweep was resumed"
+        return replace(
+            blank,
+            status=done.status, run_id=done.run_id, reason=reason, attempts=history.attempts, metrics=done.metrics,
+            earlier=True,
+        )  # fmt: skip
+
+    async def _attempts(self, blank: PointResult, key: str | None, history: History) -> PointResult:
+        left = list(reversed(history.open))
+        attempt, tries = history.attempts, 0
+        reason = "it did not finish before the sweep was resumed" if history.runs else None
+        while True:
+            run: FleetRun | None = None
+            taken_back = bool(left)
+            try:
+                if left:
+                    run = await self._find(left.pop())
+                    if run is None:
+                        continue
+                elif self.stopping.is_set():
+                    return replace(blank, attempts=attempt, reason="the sweep ended first")
+                else:
+                    attempt += 1
+                    run = await self._launch(blank, key, attempt, reason)
+                outcome = await self._outcome(run)
+            except (TrackingError, BackendError, ParameterError, SpecError) as error:
+                outcome = Outcome(RunStatus.FAILED, reason=_first_line(error), error=error)
+            if taken_back and isinstance(outcome.error, RunLost):
+                reason = outcome.reason  # no attempt of this session: it died with its driver
+                continue
+            tries += 1
+            result = _result(blank, run, outcome, attempt)
+            if not self._again(outcome, tries):
+                return result
+            reason = outcome.reason
+            self._tell_retry(result)
+            await self._back_off(tries)
+
+    async def _launch(self, blank: PointResult, key: str | None, attempt: int, reason: str | None) -> FleetRun:
+        request, sweep = self._settings.request, self._record.info
+        member = SweepMember(
+            sweep_id=sweep.run_id, index=blank.index, key=key, attempt=attempt, retry_reason=reason,
+            durable=key is not None,
+        )  # fmt: skip
+        request = replace(
+            request,
+            parameters=blank.parameters, run_name=f"{sweep.name}-{blank.index}", parent_run_id=sweep.run_id,
+            experiment_name=None, experiment_id=sweep.experiment_id, member=member,
+        )  # fmt: skip
+        return await self._launcher.launch(await self._launcher.plan(request, like=self._plan))
+
+    async def _find(self, info: RunInfo) -> FleetRun | None:
+        """The run that an earlier session started; None if it never got so far as to be started."""
+        if JobRef.TAG in info.tags:
+            return await self._launcher.attach(info.run_id, timeouts=self._settings.request.timeouts)
+        await self._mark_lost(info.run_id, "its driver ended before it was started")
+        await end_run(self._launcher.tracking, info.run_id, RunStatus.FAILED, patience=self._launcher.tracking_patience)
+        return None
+
+    async def _outcome(self, run: FleetRun) -> Outcome:
+        self.runs.add(run)
+        try:
+            if self.stopping.is_set():
+                await self.end_run(run)
+            outcome = await run.outcome()
+        except anyio.get_cancelled_exc_class():
+            with anyio.CancelScope(shield=True):
+                await self.end_run(run)
+            raise
+        finally:
+            self.runs.discard(run)
+        if isinstance(outcome.error, RunLost):
+            await self._mark_lost(run.run_id, _first_line(outcome.error))
+        self._note(run, outcome)
+        return outcome
+
+    async def _mark_lost(self, run_id: str, reason: str) -> None:
+        logger.warning("the run %s was lost: %s", run_id, reason)
+        await self._launcher.tracking.log(run_id, tags={LOST_TAG: reason})
+
+    def _note(self, run: FleetRun, outcome: Outcome) -> None:
+        if outcome.status is RunStatus.KILLED:
+            return
+        self._ended += 1
+        seconds = _seconds(run)
+        if outcome.status is RunStatus.FINISHED or (seconds is not None and seconds >= _EARLY):
+            self._broken = False
+
+    def _again(self, outcome: Outcome, tries: int) -> bool:
+        if self.stopping.is_set() or isinstance(outcome.error, ParameterError | SpecError):
+            return False
+        return self._settings.retry.again(outcome.kind, tries)
+
+    def _tell_retry(self, failed: PointResult) -> None:
+        self.retries += 1
+        event = RunEvent(
+            Stage.RETRIED,
+            self._plan.project.uri,
+            run_id=failed.run_id,
+            detail=failed.reason or "",
+            status=failed.status,
+            sweep_id=self._record.info.run_id,
+            index=failed.index,
+            attempt=failed.attempts,
+        )
+        self._launcher.tell(event)
+
+    async def _back_off(self, tries: int) -> None:
+        """Wait for the next attempt; others may use the place meanwhile."""
+        self._gate.leave()
+        with anyio.move_on_after(self._settings.retry.delay(tries)):
+            await self.stopping.wait()
+        await self._gate.enter()
+
+
+def _result(blank: PointResult, run: FleetRun | None, outcome: Outcome, attempt: int) -> PointResult:
+    result = replace(
+        blank,
+        status=outcome.status,
+        reason=outcome.reason,
+        kind=outcome.kind,
+        exit_code=outcome.exit_code,
+        attempts=attempt,
+    )
+    if run is None:
+        return result
+    return replace(result, run=run, run_id=run.run_id, seconds=_seconds(run), metrics=run.metrics)
+
+
+def _seconds(run: FleetRun) -> float | None:
+    """How long the command ran; None if it did not."""
+    started, ended = run.times.get(Stage.STARTED), run.times.get(Stage.FINISHED)
+    return None if started is None or ended is None else ended - started
+
+
+def _first_line(error: MlfleetError) -> str:
+    return str(error).partition("\n")[0]

@@ -1,0 +1,275 @@
+"""A sweep as tracking knows it: one MLflow run for all, and what earlier sessions of it have left."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import anyio
+
+from mlfleet._concurrency.cancellation import finish
+from mlfleet._concurrency.threads import Threads
+from mlfleet._engine.plan import Plan
+from mlfleet._engine.request import SweepMember
+from mlfleet._project.content import content_hash
+from mlfleet._store.locks import file_lock
+from mlfleet._sweeps.notes import forget, lock_path, write_note
+from mlfleet._sweeps.results import SweepCounts
+from mlfleet._sweeps.settings import SweepSettings
+from mlfleet.errors import TrackingError, UsageError
+from mlfleet.runs import RunStatus
+from mlfleet.tracking.base import RunInfo, Tracking
+from mlfleet.tracking.ending import end_run
+
+__all__ = ["NAME_TAG", "SPACE_TAG", "STOPPED_TAG", "History", "SweepRecord", "is_driven", "open_record"]
+
+logger = logging.getLogger("mlfleet.sweep")
+
+NAME_TAG = "mlfleet.sweep.name"
+SPACE_TAG = "mlfleet.sweep.space"
+_CONTENT_TAG = "mlfleet.sweep.content"
+_COUNTS_TAG = "mlfleet.sweep.counts"
+STOPPED_TAG = "mlfleet.sweep.stopped"
+_CREATE_GRACE = 15.0  # seconds that a request which creates a run gets to end when it is cancelled
+_LOCK_WAIT = 1.0  # seconds
+_noting = Threads("sweep notes", 1)
+_MOST_CHILDREN = 50_000  # what mlflow's own stores give at most
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What earlier sessions of the sweep did about one point; the newest attempt first."""
+
+    runs: tuple[RunInfo, ...] = ()
+
+    @classmethod
+    def of(cls, runs: Sequence[RunInfo]) -> Self:
+        """From the runs of one point, in any order."""
+        return cls(tuple(sorted(runs, key=_attempt, reverse=True)))
+
+    @property
+    def finished(self) -> RunInfo | None:
+        """The run that finished well."""
+        return next((run for run in self.runs if run.status is RunStatus.FINISHED), None)
+
+    @property
+    def open(self) -> tuple[RunInfo, ...]:
+        """Runs that have not ended, as far as tracking knows."""
+        return tuple(run for run in self.runs if not run.status.is_terminal)
+
+    @property
+    def latest(self) -> RunInfo | None:
+        """The last attempt."""
+        return self.runs[0] if self.runs else None
+
+    @property
+    def attempts(self) -> int:
+        """How many attempts there were."""
+        return _attempt(self.runs[0]) if self.runs else 0
+
+
+@dataclass(slots=True)
+class SweepRecord:
+    """The MLflow run of the sweep.
+
+    Attributes:
+        info: as it was when the sweep began.
+        content: what the project's files are recognised by; None if the sweep has no name.
+        status: that the run gets at the end.
+        counts: that are written at the end.
+        stopped: why the sweep ended early.
+    """
+
+    info: RunInfo
+    content: str | None
+    status: RunStatus = RunStatus.KILLED
+    counts: SweepCounts = field(default_factory=SweepCounts)
+    stopped: str | None = None
+    _earlier: dict[str, dict[str, list[RunInfo]]] = field(default_factory=dict)
+
+    def remember(self, children: Sequence[RunInfo]) -> None:
+        """Take over what earlier sessions have left."""
+        for child in children:
+            key = child.tags.get(SweepMember.KEY_TAG, "")
+            points = self._earlier.setdefault(key, defaultdict(list))
+            points[child.tags.get(SweepMember.INDEX_TAG, "")].append(child)
+
+    def recall(self, key: str, index: int) -> History:
+        """What was done about a point; each history is given once, since a space may hold a point twice."""
+        points = self._earlier.get(key)
+        if not points:
+            return History()
+        # Of equal points the one at the same place, if it is there: the space may have changed.
+        place = str(index) if str(index) in points else next(iter(points))
+        history = History.of(points.pop(place))
+        if not points:
+            del self._earlier[key]
+        return history
+
+    def unclaimed(self) -> list[RunInfo]:
+        """Runs that have not ended, of points that the space does not have any more."""
+        left = [History.of(runs) for points in self._earlier.values() for runs in points.values()]
+        return [run for history in left for run in history.open]
+
+
+@asynccontextmanager
+async def open_record(
+    tracking: Tracking,
+    settings: SweepSettings,
+    plan: Plan,
+    experiment_id: str,
+    space: Mapping[str, Any],
+    *,
+    patience: float,
+) -> AsyncIterator[SweepRecord]:
+    """The record of a sweep for the time of the block; after it the MLflow run has its terminal status.
+
+    Args:
+        tracking: where it is kept.
+        settings: of the sweep.
+        plan: of its first run.
+        experiment_id: of all its runs.
+        space: what the space is.
+        patience: seconds for which the last requests are tried again.
+
+    Raises:
+        UsageError: the name is taken, or the project has changed.
+        MlfleetError: the project cannot be read; tracking cannot be reached.
+    """
+    async with AsyncExitStack() as stack:
+        lock: Path | None = None
+        if settings.name is not None:
+            lock = lock_path(tracking, experiment_id, settings.name)
+            await _lock(stack, lock, settings.name)
+        content = None if settings.name is None else await _content(plan)
+        tags = {**plan.tags, SPACE_TAG: json.dumps(space)}
+        record = await _earlier(tracking, settings, experiment_id, content)
+        if record is None:
+            record = await _create(tracking, settings, experiment_id, content, tags)
+        else:
+            await _reopen(tracking, record, tags)
+        try:
+            if lock is not None and settings.name is not None:
+                uri = plan.project.uri
+                await _noting(partial(write_note, lock, tracking, record.info, settings.name, uri))
+            yield record
+        finally:
+            with anyio.CancelScope(shield=True):
+                await _close(tracking, record, patience)
+                if lock is not None:
+                    await _noting(partial(forget, lock))
+
+
+async def _lock(stack: AsyncExitStack, path: Path, name: str) -> None:
+    """Two drivers of one sweep would run each point twice. They are noticed if they share this machine."""
+    with anyio.move_on_after(_LOCK_WAIT):
+        await stack.enter_async_context(file_lock(path))
+        return
+    raise UsageError(f"another process drives the sweep {name!r} right now: wait for it, or end it first")
+
+
+async def is_driven(tracking: Tracking, info: RunInfo) -> bool:
+    """Whether a process of this machine drives a sweep now; of one without a name that is not known: False."""
+    name = info.tags.get(NAME_TAG)
+    if name is None:
+        return False
+    with anyio.move_on_after(_LOCK_WAIT):
+        async with file_lock(lock_path(tracking, info.experiment_id, name)):
+            return False
+    return True
+
+
+async def _content(plan: Plan) -> str:
+    """A commit tells what a cached project holds; a folder of the user's own may have been edited since."""
+    project = plan.project
+    return project.commit if project.cached and project.commit else await content_hash(plan.spec.folder)
+
+
+async def _earlier(
+    tracking: Tracking, settings: SweepSettings, experiment_id: str, content: str | None
+) -> SweepRecord | None:
+    """The record of the sweep of that name, with all its runs; None if there is none."""
+    if settings.name is None:
+        return None
+    found = await tracking.search_runs([experiment_id], f"tags.`{NAME_TAG}` = '{settings.name}'", max_results=1)
+    if not found:
+        return None
+    info = found[0]
+    if not settings.resume:
+        raise UsageError(
+            f"there is a sweep {settings.name!r} already (run {info.run_id}): pass resume=True (--resume) to go on "
+            "with it, or take another name"
+        )
+    before = info.tags.get(_CONTENT_TAG)
+    if before != content and settings.resume != "changed":
+        raise UsageError(
+            f"the project has changed since the sweep {settings.name!r} began. If that is fine, pass resume='changed' "
+            "(--resume-changed): what has finished stays so. To run every point again, take another name. If it was "
+            "the runs that wrote into the project's folder, list those files in its .dockerignore"
+        )
+    record = SweepRecord(info, before)
+    children = await tracking.search_runs(
+        [experiment_id], f"tags.`{SweepMember.ID_TAG}` = '{info.run_id}'", max_results=_MOST_CHILDREN
+    )
+    record.remember(children)
+    return record
+
+
+async def _create(
+    tracking: Tracking, settings: SweepSettings, experiment_id: str, content: str | None, tags: Mapping[str, str]
+) -> SweepRecord:
+    named = {NAME_TAG: settings.name, _CONTENT_TAG: content}
+    tags = {**tags, **{name: value for name, value in named.items() if value is not None}}
+    records: list[SweepRecord] = []
+
+    async def create() -> None:
+        name = settings.name or settings.request.run_name
+        records.append(SweepRecord(await tracking.create_run(experiment_id, name=name, tags=tags), content))
+
+    try:
+        await finish(create, within=_CREATE_GRACE)
+    except anyio.get_cancelled_exc_class():
+        with anyio.CancelScope(shield=True):
+            for record in records:
+                await _close(tracking, record, 0.0)
+        raise
+    return records[0]
+
+
+async def _reopen(tracking: Tracking, record: SweepRecord, tags: Mapping[str, str]) -> None:
+    await tracking.log(record.info.run_id, tags={**tags, STOPPED_TAG: ""})
+    if record.info.status is not RunStatus.RUNNING:
+        await tracking.update_run(record.info.run_id, RunStatus.RUNNING)
+
+
+async def _close(tracking: Tracking, record: SweepRecord, patience: float) -> None:
+    counts = record.counts
+    tags = {
+        _COUNTS_TAG: json.dumps({"finished": counts.finished, "failed": counts.failed, "killed": counts.killed}),
+        **({} if record.stopped is None else {STOPPED_TAG: record.stopped}),
+    }
+    try:
+        await tracking.log(record.info.run_id, tags=tags)
+    except TrackingError as error:
+        logger.warning("the counts of the sweep %s could not be written: %s", record.info.run_id, error)
+    try:
+        seen = await end_run(tracking, record.info.run_id, record.status, patience=patience)
+        if seen.status is RunStatus.KILLED:
+            record.status = RunStatus.KILLED  # by another process
+    except TrackingError as error:
+        logger.error(
+            "the sweep %s is %s, but its tracking server could not be told: %s",
+            record.info.run_id, record.status, error,
+        )  # fmt: skip
+
+
+def _attempt(run: RunInfo) -> int:
+    text = run.tags.get(SweepMember.ATTEMPT_TAG, "1")
+    return int(text) if text.isdigit() else 1

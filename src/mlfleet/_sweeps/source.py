@@ -1,0 +1,91 @@
+"""The points of a space, pulled one by one and never before they are needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Generator, Iterable, Iterator, Mapping, Sized
+from typing import Any
+
+from mlfleet._concurrency.threads import Threads
+from mlfleet.errors import UsageError
+from mlfleet.spaces import Point, Points, Space
+
+__all__ = ["Source", "point_key"]
+
+_counting = Threads("count points", 1)
+
+
+class Source:
+    """Pulls the points.
+
+    Args:
+        points: the space.
+
+    Raises:
+        UsageError: it is none.
+
+    Attributes:
+        adaptive: whether the space may want to see how earlier points ended before it gives the next: any asynchronous
+            iterable of the caller's own.
+    """
+
+    def __init__(self, points: Points) -> None:
+        given: object = points
+        if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable | AsyncIterable):
+            raise UsageError(
+                f"the space of the sweep is {points!r}: give grid(…), sample(…), rows(…), or an iterable of mappings"
+            )
+        self.adaptive = isinstance(points, AsyncIterable) and not isinstance(points, Space)
+        self._points = points
+        self._iterator: AsyncIterator[Point] | Iterator[Point] | None = None
+        self._count = 0
+
+    async def total(self) -> int | None:
+        """How many points there are, if that is known without pulling them."""
+        points = self._points
+        return await _counting(lambda: len(points)) if isinstance(points, Sized) else None
+
+    async def next(self) -> Point | None:
+        """The next point; None when there is no more. What the space raises comes out as it is.
+
+        Raises:
+            UsageError: it is no mapping of names to values.
+        """
+        if self._iterator is None:
+            points = self._points
+            self._iterator = aiter(points) if isinstance(points, AsyncIterable) else iter(points)
+        if isinstance(self._iterator, AsyncIterator):
+            point = await anext(self._iterator, None)
+        else:
+            point = next(self._iterator, None)
+        if point is None:
+            return None
+        if not _is_point(point):
+            raise UsageError(f"point {self._count} of the space is {point!r}: give a mapping of names to values")
+        self._count += 1
+        return point
+
+    async def close(self) -> None:
+        """Let a generator end."""
+        iterator = self._iterator
+        if isinstance(iterator, AsyncGenerator):
+            await iterator.aclose()
+        elif isinstance(iterator, Generator):
+            iterator.close()
+
+
+def _is_point(point: object) -> bool:
+    return isinstance(point, Mapping) and all(isinstance(name, str) for name in point)
+
+
+def point_key(content: str, entry_point: str, parameters: Mapping[str, Any]) -> str:
+    """What a point is recognised by when its sweep is resumed.
+
+    Args:
+        content: of the project: a commit or a hash.
+        entry_point: that is run.
+        parameters: all that are given to it.
+    """
+    named = sorted((name, str(value)) for name, value in parameters.items())
+    return hashlib.sha256(json.dumps([content, entry_point, named]).encode()).hexdigest()[:32]

@@ -1,0 +1,194 @@
+"""The handle of a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+import anyio
+
+from mlfleet._concurrency.tasks import TaskOwner
+from mlfleet._engine.run import FleetRun
+from mlfleet._sweeps.attempts import Launcher
+from mlfleet._sweeps.driver import Driver
+from mlfleet._sweeps.record import SweepRecord
+from mlfleet._sweeps.results import PointResult, SweepCounts, SweepResult, in_order
+from mlfleet._sweeps.settings import SweepSettings
+from mlfleet.errors import UsageError
+from mlfleet.runs import RunStatus
+from mlfleet.spaces import Points
+from mlfleet.tracking.base import RunInfo
+
+__all__ = ["Sweep"]
+
+
+class Sweep:
+    """A sweep: made by `Fleet.sweep`, used as ``async with … as sweep: async for result in sweep: …``.
+
+    Entering it finds every mistake of the request, and of the first point, before anything exists. Iterating gives the
+    results as the points end; a failed point is a result like any other. The iteration ends when the sweep's own MLflow
+    run has its terminal status. Leaving the block before that cancels what still runs.
+    """
+
+    def __init__(self, launcher: Launcher, points: Points, settings: SweepSettings) -> None:
+        self._settings = settings
+        self._driver = Driver(launcher, points, settings)
+        self._tasks = TaskOwner()
+        self._state = "new"
+
+    async def __aenter__(self) -> Self:
+        if self._state != "new":
+            raise UsageError("a sweep is used once: make a new one")
+        self._state = "open"
+        self._tasks.start(self._driver.run(), name=f"mlfleet sweep {self._settings.name or ''}".strip())
+        try:
+            await self._driver.entered.wait()
+        except anyio.get_cancelled_exc_class():
+            await self._leave()
+            raise
+        if self._driver.attempts is None:
+            await self._tasks.join()
+            raise self._driver.error or UsageError("the sweep was cancelled before it began")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._leave()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> PointResult:
+        result = await self._driver.results.get()
+        if result is not None:
+            return result
+        if self._driver.error is not None:
+            raise self._driver.error
+        raise StopAsyncIteration
+
+    @property
+    def name(self) -> str | None:
+        """The name that the sweep was given."""
+        return self._settings.name
+
+    @property
+    def run_id(self) -> str:
+        """The MLflow run of the sweep, the parent of its runs."""
+        return self._record.info.run_id
+
+    @property
+    def run_name(self) -> str:
+        """The name of that run; those of the points are this with ``-`` and their index."""
+        return self._record.info.name
+
+    @property
+    def experiment_id(self) -> str:
+        """The experiment of the sweep and all its runs."""
+        return self._record.info.experiment_id
+
+    @property
+    def info(self) -> RunInfo:
+        """The MLflow run of the sweep as it was when the sweep began."""
+        return self._record.info
+
+    @property
+    def status(self) -> RunStatus:
+        """RUNNING until the sweep has ended, then how it ended."""
+        return self._record.status if self._driver.ended.is_set() else RunStatus.RUNNING
+
+    @property
+    def counts(self) -> SweepCounts:
+        """How far the sweep is now."""
+        return self._driver.counts
+
+    @property
+    def runs(self) -> tuple[FleetRun, ...]:
+        """The runs that go on now."""
+        return tuple(self._driver.attempts.runs) if self._driver.attempts else ()
+
+    @property
+    def max_concurrent(self) -> int:
+        """How many points may be on their way at once."""
+        return self._driver.gate.size
+
+    @property
+    def paused(self) -> bool:
+        """Whether it starts no runs for now."""
+        return self._driver.gate.paused
+
+    @property
+    def stopped(self) -> str | None:
+        """Why the sweep ends, or has ended, before its space does; None if it does not."""
+        return self._driver.stopped
+
+    def pause(self) -> None:
+        """Start no further runs until `resume`; those that run go on."""
+        self._driver.gate.pause(True)
+
+    def resume(self) -> None:
+        """Start runs again after `pause`."""
+        self._driver.gate.pause(False)
+
+    def resize(self, max_concurrent: int) -> None:
+        """Let so many points be on their way at once from now on. What runs already goes on.
+
+        The Fleet's own limits still hold.
+
+        Raises:
+            UsageError: it is less than 1.
+        """
+        if type(max_concurrent) is not int or max_concurrent < 1:
+            raise UsageError(f"max_concurrent is {max_concurrent!r}: give 1 or more, or pause the sweep")
+        self._driver.gate.resize(max_concurrent)
+
+    async def cancel(self, *, grace: float | None = None) -> None:
+        """Start no further runs and end those that run; returns when the sweep has ended (KILLED).
+
+        The results of the cancelled runs can still be iterated over. A sweep that has ended stays as it is.
+
+        Args:
+            grace: seconds between the request to stop and the end by force, 0 kills at once; None: as the timeouts say.
+                Of several calls, also at the same time, the shortest grace counts.
+        """
+        driver = self._driver
+        if driver.ended.is_set():
+            return
+        driver.cancelled = True
+        attempts = driver.attempts
+        if attempts is not None and grace is not None:
+            attempts.grace = grace if attempts.grace is None else min(grace, attempts.grace)
+        driver.stop("cancelled")
+        if attempts is not None and grace is not None:
+            async with anyio.create_task_group() as group:
+                for run in tuple(attempts.runs):
+                    group.start_soon(attempts.end_run, run)
+        await driver.ended.wait()
+
+    async def result(self, seen: Sequence[PointResult] = ()) -> SweepResult:
+        """Wait for the end, and give everything together. What the space raised is raised.
+
+        Args:
+            seen: results that were iterated over before.
+        """
+        results = [*seen, *[result async for result in self]]
+        return SweepResult(
+            name=self.name,
+            run_id=self.run_id,
+            status=self._record.status,
+            stopped=self.stopped,
+            counts=self.counts,
+            results=in_order(results),
+        )
+
+    @property
+    def _record(self) -> SweepRecord:
+        if self._driver.record is None:
+            raise UsageError("this sweep has not begun: use it as 'async with fleet.sweep(…) as sweep:'")
+        return self._driver.record
+
+    async def _leave(self) -> None:
+        with anyio.CancelScope(shield=True):
+            await self.cancel()
+            await self._tasks.join()

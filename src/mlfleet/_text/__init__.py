@@ -1,0 +1,1 @@
+"""Plain text: YAML and JSON with positions, lines, masking."""

@@ -1,0 +1,1 @@
+"""The parts that all remote backends share."""

@@ -1,0 +1,221 @@
+"""The handle of a run in Databricks: its one task sees to output, end and cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from mlfleet._concurrency.threads import Threads, outlast
+from mlfleet.backends._remote.run import SupervisedRun
+from mlfleet.backends.databricks.client import Workspace, WorkspaceError
+from mlfleet.backends.databricks.output import Ending, OutputCopy
+from mlfleet.backends.databricks.states import Phase, State
+from mlfleet.backends.databricks.storage import Storage
+from mlfleet.backends.databricks.watch import Poller
+from mlfleet.errors import BackendError, MlfleetError, RunLost
+from mlfleet.runs import FailureKind, Outcome, RunStatus
+
+__all__ = ["DatabricksRun", "RemoteRun", "remove_secret"]
+
+_log = logging.getLogger("mlfleet.databricks")
+_files = Threads("databricks output files", 4)
+_FIRST_PAUSE, _LAST_PAUSE = 0.25, 3.0  # seconds between looks for new output that somebody follows
+_HURRY = 20.0  # seconds between reminders that somebody waits for the end of a cancelled run
+_LINES = 20
+_CLEANUP = 30.0  # seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteRun:
+    """A run that Databricks has.
+
+    Attributes:
+        run_id: of the MLflow run.
+        id: of the run in Databricks.
+        folder: for its output, below the storage's root.
+        output: the file for the copy of its output; None: that of this process.
+        tags: for the MLflow run.
+        secret: scope and key of what was put there for it, and goes with its end.
+    """
+
+    run_id: str
+    id: str
+    folder: str
+    output: Path | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    secret: tuple[str, str] | None = None
+
+
+class DatabricksRun(SupervisedRun):
+    """The handle. What ends it is Databricks, with the grace that the job was submitted with."""
+
+    backend = "databricks"
+    noun = "run"
+
+    def __init__(
+        self, run: RemoteRun, workspace: Workspace, storage: Storage, poller: Poller, *, submitted: bool
+    ) -> None:
+        super().__init__(run.run_id, run.output, submitted=submitted)
+        self._run = run
+        self._workspace = workspace
+        self._poller = poller
+        self._cell = poller.track(run.id)
+        self._copy = OutputCopy(lambda name: storage.read(f"{run.folder}/{name}"), run.output)
+        self._cancelling = anyio.Event()
+        self._followed = anyio.Event()
+
+    # ---- the handle -------------------------------------------------------------------------------------------------
+
+    @property
+    def tags(self) -> Mapping[str, str]:
+        """For the MLflow run: where Databricks shows it."""
+        return self._run.tags
+
+    def told(self, state: State) -> None:
+        """Take a state that was had before the first poll."""
+        self._cell.put(state)
+
+    async def started(self) -> None:
+        """Wait until Databricks says that it runs, or has ended."""
+        try:
+            await self._cell.until(lambda state: state.phase is not Phase.WAITING)
+        except MlfleetError:
+            return  # its outcome tells
+
+    def _begin_stop(self, grace: float | None) -> None:
+        self._cancelling.set()
+
+    async def get_status(self) -> RunStatus:
+        """As the latest poll told it."""
+        if self._outcome is not None:
+            return self._outcome.status
+        state = self._cell.value
+        return RunStatus.SCHEDULED if state is None or state.phase is Phase.WAITING else RunStatus.RUNNING
+
+    async def logs(self, *, follow: bool = True) -> AsyncIterator[str]:
+        """The lines of its output; none if it goes to the output of this process."""
+        if follow:
+            self._followed.set()
+        elif self._outcome is None and self._output is not None:
+            await self._copy.advance()
+        async for line in super().logs(follow=follow):
+            yield line
+
+    # ---- its task ---------------------------------------------------------------------------------------------------
+
+    async def _tidy(self) -> None:
+        self._poller.untrack(self._run.id)
+        if self._run.secret is not None and not self._detached:
+            await outlast(asyncio.ensure_future(remove_secret(self._workspace, *self._run.secret)))
+
+    async def _live(self) -> Outcome:
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._copy_while_followed)
+                group.start_soon(self._cancel_when_asked)
+                state = await self._cell.until(lambda state: state.over)
+                group.cancel_scope.cancel()
+        except* MlfleetError as errors:
+            raise errors.exceptions[0] from None
+        if state.phase is Phase.LOST:
+            text = f"Databricks does not know the run {self._run.id} (of the MLflow run {self.run_id}) any more"
+            raise RunLost(text, backend="databricks")
+        return await self._ended(state)
+
+    async def _copy_while_followed(self) -> None:
+        if self._run.output is not None:
+            await self._followed.wait()
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                pause = _FIRST_PAUSE if await self._copy.advance() else min(pause * 1.2, _LAST_PAUSE)
+            except WorkspaceError as error:
+                _log.warning("the output of the run %s cannot be followed now: %s", self.run_id, error)
+            await anyio.sleep(pause)
+
+    async def _cancel_when_asked(self) -> None:
+        """Ask once, and hurry until the group ends with the run."""
+        await self._cancelling.wait()
+        try:
+            await self._workspace.jobs("POST", "runs/cancel", body={"run_id": int(self._run.id)})
+        except WorkspaceError as error:
+            # It has ended, or is gone: the poll will tell.
+            if not error.missing and error.code not in ("INVALID_STATE", "INVALID_PARAMETER_VALUE"):
+                text = (
+                    f"the run {self._run.id} may still be under way in Databricks, it could not be cancelled: {error}"
+                )
+                raise BackendError(text, backend="databricks") from error
+        while True:
+            self._poller.hurry(self._run.id)
+            await anyio.sleep(_HURRY)
+
+    # ---- how it ended -----------------------------------------------------------------------------------------------
+
+    async def _ended(self, state: State) -> Outcome:
+        ending = await self._finish_copy()
+        page: dict[str, Any] = {}
+        if state.status is not RunStatus.FINISHED or ending is None or ending.parts is None:
+            page = await self._page(state)
+        if self._copy.empty and page.get("logs"):
+            await self._copy.put(str(page["logs"]).encode())
+        outcome = self._judge(state, ending, page)
+        if outcome.status is RunStatus.FINISHED:
+            return outcome
+        return replace(outcome, output=_with_trace(await self._last_lines(), page))
+
+    async def _finish_copy(self) -> Ending | None:
+        try:
+            return await self._copy.finish()
+        except WorkspaceError as error:
+            _log.warning("the output of the run %s cannot be copied: %s", self.run_id, error)
+            return None
+
+    async def _page(self, state: State) -> dict[str, Any]:
+        """What the run's page in Databricks has: error, trace and the last 5 MB of what the task printed."""
+        params = {"run_id": str(state.task_run_id or self._run.id)}
+        try:
+            return await self._workspace.jobs("GET", "runs/get-output", params=params)
+        except WorkspaceError as error:
+            _log.info("Databricks has no output of the run %s: %s", self.run_id, error)
+            return {}
+
+    def _judge(self, state: State, ending: Ending | None, page: Mapping[str, Any]) -> Outcome:
+        code = ending.exit_code if ending is not None else None
+        if state.status is RunStatus.FINISHED:
+            return Outcome(RunStatus.FINISHED, 0 if code is None else code)
+        failed_itself = ending is not None and not ending.stopped and state.status is RunStatus.FAILED
+        if self._cancelling.is_set() and not failed_itself:
+            return Outcome(RunStatus.KILLED, code, "cancelled")
+        if state.status is RunStatus.KILLED:
+            return Outcome(RunStatus.KILLED, code, f"cancelled in Databricks ({state.reason})")
+        if code and state.cause is not FailureKind.TIMEOUT:
+            return Outcome(RunStatus.FAILED, code, f"exit code {code}")
+        error = " ".join(str(page.get("error") or "").split())
+        reason = f"{state.reason}: {error}" if error and error not in (state.reason or "") else state.reason
+        return Outcome(RunStatus.FAILED, code, reason or "failed in Databricks", cause=state.cause)
+
+
+def _with_trace(lines: tuple[str, ...], page: Mapping[str, Any]) -> tuple[str, ...]:
+    """The traceback that Databricks shows, unless the output ends with it anyway."""
+    trace = tuple(str(page.get("error_trace") or "").splitlines())
+    if not trace or (lines and trace[-1].strip() == lines[-1].strip()):
+        return lines
+    return (*lines, *trace)[-_LINES:]
+
+
+async def remove_secret(workspace: Workspace, scope: str, key: str) -> None:
+    """Remove what was put into a secret scope for a run. A failure is only logged."""
+    with anyio.move_on_after(_CLEANUP) as deadline:
+        try:
+            await workspace.call("POST", "/api/2.0/secrets/delete", body={"scope": scope, "key": key})
+        except WorkspaceError as error:
+            if not error.missing:
+                _log.warning("the secret %s is left behind in the scope %s: %s", key, scope, error)
+    if deadline.cancelled_caught:
+        _log.warning("the secret %s may be left behind in the scope %s", key, scope)

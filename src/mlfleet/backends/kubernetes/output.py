@@ -1,0 +1,326 @@
+"""Copies what the containers of a run print into the run's file, live, in order, and each line once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import resource
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import anyio
+
+from mlfleet._concurrency.threads import Threads
+from mlfleet.backends.kubernetes.client import Api, ApiError, Pool, pause
+from mlfleet.errors import SubmitError
+
+__all__ = ["Copier", "End", "LogStream", "Streams"]
+
+_log = logging.getLogger("mlfleet.kubernetes")
+_writing = Threads("kubernetes output", 8)
+_SILENCE = 60.0  # seconds without a byte of the log of a container that has ended
+_GATHER = 0.01  # seconds in which more of a trickle is let come, so that it costs fewer turns
+_SMALL = 16 * 1024
+_LOOK = 2.0  # seconds between two looks for a free place
+_TRIES = 10  # without any output, of a container that has ended
+# RFC 3339 with nanoseconds, in the time zone of the node.
+_STAMP = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?(?:Z|[+-]\d\d:\d\d)) ")
+_LONGEST_STAMP = 37
+# https://github.com/kubernetes/kubernetes/blob/master/pkg/kubelet/kuberuntime/kuberuntime_container.go and
+# …/staging/src/k8s.io/cri-client/pkg/logs/logs.go: with the status 200, for the answer has begun already.
+_REMARKS = (
+    b"failed to try resolving symlinks in path ",
+    b"failed to open log file ",
+    b"unable to retrieve container logs for ",
+)
+_LONGEST_REMARK = 1000
+_BEGINNING = 48  # bytes of a line that tell what it is
+
+
+class LogStream:
+    """Takes the timestamps off a log, and leaves out what was there before the connection broke. Pure.
+
+    The server starts again with the whole second of the last line (``sinceTime`` has no more): what is not after the
+    last line that was taken is dropped. Of several lines with one stamp as many are dropped as were taken, and of one
+    that was cut off its beginning.
+
+    Attributes:
+        last: the stamp of the last line.
+        remark: what the kubelet itself said on this connection in place of output: that there is no log.
+    """
+
+    def __init__(self) -> None:
+        self.last = b""
+        self.remark = b""
+        self._taken = 0  # complete lines with that stamp
+        self._partial = 0  # bytes taken of a line that has not ended
+        self._restart()
+
+    def _restart(self) -> None:
+        self._head = b""  # of a line whose stamp is not complete yet
+        self._prefix = b""  # of a line without a stamp
+        self._in_line = False
+        self._is_remark = False
+        self.remark = b""
+        self._keep = True
+        self._skip_bytes = 0
+        self._to_skip = self._taken + (1 if self._partial else 0)
+
+    @property
+    def since(self) -> str | None:
+        """What to ask the server for: RFC 3339; None is everything."""
+        return self.last.decode() or None
+
+    def resume(self) -> None:
+        """The connection is new."""
+        self._restart()
+
+    def feed(self, data: bytes) -> bytes:
+        """What is new of `data`, without stamps."""
+        out: list[bytes] = []
+        at = 0
+        while at < len(data):
+            if not self._in_line:
+                at = self._begin(data, at)
+                if not self._in_line:
+                    break
+            end = data.find(b"\n", at)
+            piece = data[at:] if end < 0 else data[at : end + 1]
+            self._body(piece, out)
+            at += len(piece)
+            if end >= 0:
+                self._end()
+        return b"".join(out)
+
+    def close(self) -> bytes:
+        """What was held back for a stamp that never was complete."""
+        head, self._head = self._head, b""
+        return head
+
+    def _begin(self, data: bytes, at: int) -> int:
+        """Take the stamp of a line; it may come in pieces."""
+        have = self._head + data[at : at + _BEGINNING]
+        match = _STAMP.match(have)
+        if match is None and b"\n" not in have:
+            is_stamp = len(have) < _LONGEST_STAMP and b" " not in have
+            if is_stamp or any(len(have) < len(each) and each.startswith(have) for each in _REMARKS):
+                self._head = have
+                return len(data)
+        held = len(self._head)
+        self._head = b""
+        self._in_line = True
+        self._is_remark = False
+        if match is None:
+            self._is_remark = have.startswith(_REMARKS)
+            self._keep, self._skip_bytes = True, 0
+            self._prefix = have[:held]
+            return at
+        self._prefix = b""
+        self._stamp(match[1])
+        return at + match.end() - held
+
+    def _stamp(self, stamp: bytes) -> None:
+        self._keep, self._skip_bytes = True, 0
+        if self.last and stamp < self.last:
+            self._keep = False
+        elif stamp == self.last and self._to_skip > 0:
+            self._to_skip -= 1
+            if self._to_skip == 0 and self._partial:
+                self._skip_bytes = self._partial
+            else:
+                self._keep = False
+        elif stamp != self.last:
+            self.last, self._taken, self._partial, self._to_skip = stamp, 0, 0, 0
+
+    def _body(self, piece: bytes, out: list[bytes]) -> None:
+        if self._prefix:
+            piece, self._prefix = self._prefix + piece, b""
+        if self._is_remark:
+            self.remark = (self.remark + piece)[:_LONGEST_REMARK]
+            return
+        if not self._keep:
+            return
+        if self._skip_bytes:
+            skipped = min(self._skip_bytes, len(piece))
+            self._skip_bytes -= skipped
+            piece = piece[skipped:]
+        self._partial += len(piece)
+        out.append(piece)
+
+    def _end(self) -> None:
+        if self._keep and not self._is_remark:
+            self._taken += 1
+            self._partial = 0
+        self._in_line = False
+
+
+class End(Protocol):
+    """The end of a container."""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it has ended, or is gone."""
+
+    async def wait(self) -> None:
+        """Wait for that."""
+
+
+class Streams:
+    """How many logs are read at once: each that is followed holds a connection for the life of its container.
+
+    Where there are more runs than that, the others' output comes when a place is free or when their container has
+    ended, for which there are places of their own.
+    """
+
+    def __init__(self) -> None:
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._following = max(16, min(2000, files // 4))  # places that are free
+        self._reading = asyncio.Semaphore(50)
+
+    async def take(self, end: End) -> bool:
+        """Wait for a place to read the log of a container, to be given back by `give_back`.
+
+        Returns:
+            Whether it is one to follow the log.
+        """
+        while not end.is_there:
+            if self._following > 0:
+                self._following -= 1
+                return True
+            with anyio.move_on_after(_LOOK):
+                await end.wait()
+        await self._reading.acquire()
+        return False
+
+    def give_back(self, *, follow: bool) -> None:
+        """Free a place.
+
+        Args:
+            follow: what `take` said.
+        """
+        if follow:
+            self._following += 1
+        else:
+            self._reading.release()
+
+
+class Copier:
+    """Copies the logs of the pods of one run.
+
+    Args:
+        api: of the cluster.
+        streams: of all runs.
+        namespace: of the pods.
+        path: of the file to write; None: the stdout of this process.
+    """
+
+    def __init__(self, api: Api, streams: Streams, namespace: str, path: Path | None) -> None:
+        self._api = api
+        self._streams = streams
+        self._namespace = namespace
+        self._path = path
+        self._last_byte = b"\n"
+        self._begun = False
+        self.copied = 0
+
+    async def copy(self, pod: str, container: str, end: End) -> None:
+        """Copy the log of one container to its end.
+
+        Args:
+            pod: its name.
+            container: its name.
+            end: of the container.
+        """
+        stream = LogStream()
+        attempt = 0
+        had_ended = False
+        while True:
+            before = self.copied
+            try:
+                follow = await self._streams.take(end)
+                had_ended = not follow
+                try:
+                    await self._follow(pod, container, stream, follow=follow)
+                finally:
+                    self._streams.give_back(follow=follow)
+                # Of a container that has just begun the kubelet may not find the log yet.
+                complete = had_ended or not stream.remark
+            except ApiError as error:
+                complete = False
+                if error.status in (403, 404, 410) or (error.status == 400 and had_ended):
+                    if error.status == 403 or not had_ended:
+                        _log.warning("the output of the pod %s is not all there: %s", pod, error)
+                    break
+                _log.debug("%s", error)
+            # The stream ends when the container does, but a proxy may end it sooner: only what ends after the
+            # container is complete.
+            if complete and (had_ended or end.is_there):
+                if stream.remark:
+                    remark = stream.remark.decode(errors="replace").strip()
+                    _log.warning("the output of the pod %s is not all there: %s", pod, remark)
+                break
+            attempt = 0 if self.copied > before else attempt + 1
+            if attempt > _TRIES and end.is_there:
+                _log.warning("the output of the pod %s is not all there: the API server gives no more of it", pod)
+                break
+            # Never for long: the end of the run waits for its output.
+            seconds = pause(min(attempt, 2))
+            if end.is_there and not complete:
+                await anyio.sleep(seconds)
+            with anyio.move_on_after(seconds):
+                await end.wait()
+        await self._write(stream.close())
+
+    async def finish_line(self) -> None:
+        """End the last line, so that the next container begins a new one."""
+        if self._last_byte != b"\n":
+            await self._write(b"\n")
+
+    async def _follow(self, pod: str, container: str, stream: LogStream, *, follow: bool) -> None:
+        stream.resume()
+        params = {"container": container, "timestamps": "true"}
+        if follow:
+            params["follow"] = "true"
+        if stream.since is not None:
+            params["sinceTime"] = stream.since
+        path = f"/api/v1/namespaces/{self._namespace}/pods/{pod}/log"
+        silence = None if follow else _SILENCE
+        async with self._api.stream("reading a log", path, pool=Pool.LOGS, params=params, silence=silence) as answer:
+            while data := await answer.chunk():
+                await self._write(stream.feed(data))
+                if len(data) < _SMALL and not answer.is_complete:
+                    await anyio.sleep(_GATHER)
+
+    async def _write(self, data: bytes) -> None:
+        if not data:
+            return
+        first, self._begun = not self._begun, True
+        self._last_byte = data[-1:]
+        self.copied += len(data)
+        try:
+            await _writing(partial(_append, self._path, data, first=first))
+        except OSError as error:
+            if first:
+                text = f"the output of the run cannot be written to {self._path}: {error.strerror}"
+                raise SubmitError(text, backend="kubernetes") from error
+            _log.warning("output of a run is lost: %s", error)
+
+
+def _append(path: Path | None, data: bytes, *, first: bool) -> None:
+    if path is None:
+        file, opened = 1, False
+    else:
+        if first:  # over what an earlier process has copied of the same
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        how = os.O_TRUNC if first else os.O_APPEND
+        file, opened = os.open(path, os.O_WRONLY | os.O_CREAT | how | os.O_CLOEXEC, 0o600), True
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(file, view) :]
+    finally:
+        if opened:
+            os.close(file)

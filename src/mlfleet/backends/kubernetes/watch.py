@@ -1,0 +1,403 @@
+"""Two watches for all runs of a namespace: the Jobs and the pods that mlfleet manages there."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Self
+
+import anyio
+
+from mlfleet.backends._remote.state_cache import Cell, Watch
+from mlfleet.backends.kubernetes.client import Api, ApiError, Pool, pause
+from mlfleet.backends.kubernetes.state import MANAGED_BY, JobState, PodState, Seen, job_of_pod, read_job, read_pod
+from mlfleet.errors import BackendError, MlfleetError
+
+__all__ = ["NamespaceWatch"]
+
+_log = logging.getLogger("mlfleet.kubernetes")
+_PAGE = "100"  # objects of a list at once: thousands would be decoded in one piece, and hold up the event loop
+_LASTS = (120, 180)  # seconds of one watch, not the same for all who watch
+_IDLE = 75.0  # seconds
+_SHORT = 1.0  # seconds; a watch that ends sooner without an event is not tried again at once
+_FIRST = 20.0  # seconds for the first answer: who submits to a cluster that is not there is told soon
+_PATIENCE = 90.0  # seconds for a later one
+_AWAY = 3600.0  # seconds without any answer, after which the cluster is given up
+_REFUSED = 300.0  # seconds for which credentials that cannot be had are asked for again
+_TURN = (0.001, 0.008)  # seconds of events that are handled in one turn of the event loop
+_REMEMBERED = 4096  # deleted Jobs
+
+
+class NamespaceWatch:
+    """What is known of the runs of one namespace, by the uid of the Job. Somebody who waits costs no request.
+
+    Args:
+        api: of the cluster.
+        namespace: in it.
+        idle: seconds without a byte, after which a connection is taken for dead; bookmarks come once a minute.
+    """
+
+    def __init__(self, api: Api, namespace: str, *, idle: float = _IDLE) -> None:
+        self._store = _Store()
+        self._watch: Watch[Seen] = Watch(self._feed, name=f"the watch of the namespace {namespace}")
+        jobs, pods = f"/apis/batch/v1/namespaces/{namespace}/jobs", f"/api/v1/namespaces/{namespace}/pods"
+        labels, now = {"labelSelector": f"{MANAGED_BY}=mlfleet"}, self._watch.now
+        self._followers = (
+            _Follower(api, jobs, labels, self._take_job, self._take_jobs, now, idle),
+            _Follower(api, pods, labels, self._take_pod, self._take_pods, now, idle),
+        )
+        self._synced = anyio.Event()
+        self.failed: MlfleetError | None = None
+
+    async def __aenter__(self) -> Self:
+        await self._watch.__aenter__()
+        try:
+            await self._synced.wait()
+            if self.failed is not None:
+                raise self.failed
+        except BaseException:
+            await self._watch.__aexit__(None, None, None)
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._watch.__aexit__(kind, error, trace)
+
+    def track(self, job: JobState) -> Cell[Seen]:
+        """Follow a Job that exists; `untrack` as often as this was called.
+
+        Args:
+            job: as the answer had it that told of it; events that came earlier than the answer are not lost.
+        """
+        cell = self._watch.track(job.uid)
+        if cell.value is None:
+            cell.put(self._store.seen(job.uid, job))
+        return cell
+
+    def untrack(self, uid: str) -> None:
+        """Take back one `track`."""
+        self._watch.untrack(uid)
+        if uid not in self._watch.keys:
+            self._store.forget(uid)
+
+    # ---- what feeds it ----------------------------------------------------------------------------------------------
+
+    async def _feed(self, watch: Watch[Seen]) -> None:
+        try:
+            async with anyio.create_task_group() as group:
+                for follower in self._followers:
+                    group.start_soon(follower.run)
+        except* MlfleetError as errors:
+            first: BaseException = errors
+            while isinstance(first, BaseExceptionGroup):
+                first = first.exceptions[0]
+            assert isinstance(first, MlfleetError)  # noqa: S101 - that is what was caught
+            self.failed = first
+            raise first from None
+        finally:
+            if self.failed is not None:
+                self._synced.set()
+
+    def _listed(self) -> None:
+        if all(follower.listed for follower in self._followers):
+            self._synced.set()
+
+    def _take_job(self, kind: str, raw: Mapping[str, Any]) -> None:
+        job = read_job(raw, deleted=kind == "DELETED")
+        self._store.put_job(job)
+        if self._watch.get(job.uid) is not None:
+            self._watch.put(job.uid, self._store.seen(job.uid))
+        elif job.deleted:
+            self._store.forget(job.uid)
+
+    def _take_jobs(self, raws: list[Mapping[str, Any]], asked_at: int) -> bool:
+        """A complete list.
+
+        Returns:
+            Whether it must be asked for again: somebody tracks a Job that may be younger than this list.
+        """
+        self._listed()
+        listed = {job.uid: job for job in map(read_job, raws)}
+        self._store.put_jobs(listed)
+        seen = {uid: self._store.seen(uid) for uid in self._watch.keys if uid in listed}
+        self._watch.replace(seen, asked_at=asked_at, gone=self._vanished)
+        unknown = [uid for uid in self._watch.keys if uid not in listed]
+        return any((known := self._watch.get(uid)) is not None and not known.ended for uid in unknown)
+
+    def _vanished(self, last: Seen | None) -> Seen:
+        assert last is not None  # noqa: S101 - nothing is tracked without a first state
+        assert last.job is not None  # noqa: S101
+        if last.job.deleted:
+            return last
+        self._store.put_job(replace(last.job, deleted=True, unseen=True))
+        return self._store.seen(last.job.uid)
+
+    def _take_pod(self, kind: str, raw: Mapping[str, Any]) -> None:
+        owner = job_of_pod(raw)
+        if owner is None:
+            return
+        self._store.put_pod(owner, read_pod(raw, gone=kind == "DELETED"))
+        self._tell(owner)
+
+    def _take_pods(self, raws: list[Mapping[str, Any]], asked_at: int) -> bool:
+        self._listed()
+        listed: dict[str, dict[str, PodState]] = {}
+        for raw in raws:
+            owner = job_of_pod(raw)
+            if owner is not None:
+                pod = read_pod(raw)
+                listed.setdefault(owner, {})[pod.uid] = pod
+        self._store.put_pods(listed)
+        for uid in self._watch.keys:
+            self._tell(uid)
+        return False
+
+    def _tell(self, uid: str) -> None:
+        known = self._watch.get(uid)
+        if known is not None:
+            self._watch.put(uid, self._store.seen(uid, known.job))
+        else:
+            self._store.forget_if_gone(uid)
+
+
+class _Store:
+    """The last state of every Job and pod that was seen, also of those that nobody tracks yet.
+
+    An event may come before the answer to the POST that made its Job.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: dict[str, JobState] = {}
+        self._deleted: OrderedDict[str, JobState] = OrderedDict()
+        self._pods: dict[str, dict[str, PodState]] = {}
+
+    def seen(self, uid: str, job: JobState | None = None) -> Seen:
+        # Times of creation are whole seconds: of pods that are alike in that, the watch told the older one first.
+        pods = sorted(self._pods.get(uid, {}).values(), key=lambda pod: pod.created)
+        return Seen(self._jobs.get(uid) or self._deleted.get(uid) or job, tuple(pods))
+
+    def put_job(self, job: JobState) -> None:
+        if not job.deleted:
+            self._jobs[job.uid] = job
+            return
+        self._jobs.pop(job.uid, None)
+        self._deleted[job.uid] = job
+        if len(self._deleted) > _REMEMBERED:
+            self._deleted.popitem(last=False)
+
+    def put_jobs(self, listed: dict[str, JobState]) -> None:
+        for uid, job in tuple(self._jobs.items()):
+            if uid not in listed:
+                self.put_job(replace(job, deleted=True, unseen=True))
+        self._jobs = dict(listed)
+
+    def put_pod(self, owner: str, pod: PodState) -> None:
+        self._pods.setdefault(owner, {})[pod.uid] = pod
+
+    def put_pods(self, listed: dict[str, dict[str, PodState]]) -> None:
+        for owner, pods in tuple(self._pods.items()):
+            for uid, pod in pods.items():
+                if uid not in listed.get(owner, {}):
+                    listed.setdefault(owner, {})[uid] = replace(pod, gone=True)
+        self._pods = listed
+
+    def forget(self, uid: str) -> None:
+        """Nobody tracks it any more."""
+        if uid not in self._jobs:
+            self._pods.pop(uid, None)
+
+    def forget_if_gone(self, uid: str) -> None:
+        if uid not in self._jobs and all(pod.gone for pod in self._pods.get(uid, {}).values()):
+            self._pods.pop(uid, None)
+
+
+class _Turn:
+    """A share of the event loop's time: as much as all others took the last time, and little at first.
+
+    So a watch neither holds them up nor falls behind: it gets up to twice as much each time that was not enough.
+    Counted by this thread's own time: that a machine is busy is no reason to do less.
+    """
+
+    def __init__(self) -> None:
+        self._share = self._most = _TURN[0]
+        self._began = time.thread_time()
+
+    @property
+    def is_over(self) -> bool:
+        return time.thread_time() - self._began > self._share
+
+    async def pass_on(self) -> None:
+        """Let the others have theirs."""
+        left = time.thread_time()
+        await asyncio.sleep(0)
+        self._began = time.thread_time()
+        self._most = min(2 * self._most, _TURN[1])
+        self._share = min(max(self._began - left, _TURN[0]), self._most)
+
+
+class _Follower:
+    """Lists and watches one kind of object.
+
+    https://kubernetes.io/docs/reference/using-api/api-concepts/#efficient-detection-of-changes
+    """
+
+    def __init__(
+        self,
+        api: Api,
+        path: str,
+        selector: Mapping[str, str],
+        take: Callable[[str, Mapping[str, Any]], None],
+        take_all: Callable[[list[Mapping[str, Any]], int], bool],
+        now: Callable[[], int],
+        idle: float,
+    ) -> None:
+        self._api = api
+        self._idle = idle
+        self._now = now
+        self._path = path
+        self._selector = selector
+        self._take = take
+        self._take_all = take_all
+        self._what = f"following {path.rpartition('/')[2]}"
+        self._version: str | None = None
+        self._attempt = 0
+        self._good_at = 0.0
+        self.listed = False
+
+    async def run(self) -> None:
+        """Follow for ever.
+
+        Raises:
+            BackendError: it is not allowed, or the cluster has not answered for too long.
+        """
+        self._version = None
+        self._good_at = time.monotonic()
+        while True:
+            try:
+                if self._version is None:
+                    await self._list()
+                began = time.monotonic()
+                if not await self._watch() and time.monotonic() - began < _SHORT:
+                    await self._rest(None)
+                self._doubt_silence()
+            except ApiError as error:
+                self._doubt_silence()
+                if error.status == 410:
+                    self._version = None
+                elif not error.is_passing and error.status != 401:
+                    raise
+                self._check_patience(error, _REFUSED if error.status == 401 else _AWAY)
+                _log.debug("%s", error)
+                await self._rest(error.retry_after)
+            except BackendError as error:
+                self._check_patience(error, _REFUSED)
+                _log.warning("%s", error)
+                await self._rest(None)
+
+    async def _rest(self, asked: float | None) -> None:
+        seconds = pause(self._attempt, asked)
+        self._attempt += 1
+        await anyio.sleep(seconds)
+
+    def _check_patience(self, error: BackendError, seconds: float) -> None:
+        if not self.listed or time.monotonic() - self._good_at > seconds:
+            # Before the first list nothing is under way: who submits is told at once.
+            raise error
+
+    def _doubt_silence(self) -> None:
+        """List again after a long silence: bookmarks at least should have come.
+
+        From a version that the server does not know yet, as after it was restored from a backup, nothing ever comes.
+        """
+        if time.monotonic() - self._good_at > self._idle:
+            self._version = None
+
+    def _good(self) -> None:
+        self._attempt = 0
+        self._good_at = time.monotonic()
+
+    async def _list(self) -> None:
+        """A consistent read: no resourceVersion is given, since "0" may be older than the Job just made."""
+        again = True
+        while again:
+            asked_at = self._now()
+            items: list[Mapping[str, Any]] = []
+            params = {**self._selector, "limit": _PAGE}
+            while True:
+                answer = await self._api.call(
+                    self._what, "GET", self._path, params=params, patience=_PATIENCE if self.listed else _FIRST
+                )
+                items += answer.get("items") or ()
+                meta = answer.get("metadata") or {}
+                if not meta.get("continue"):
+                    break
+                params["continue"] = meta["continue"]
+            self.listed = True
+            again = self._take_all(items, asked_at)
+        self._good()
+        self._version = str(meta.get("resourceVersion") or "")
+
+    async def _watch(self) -> bool:
+        """Take events until the server ends the watch, as it does after a while.
+
+        Returns:
+            Whether there was any event.
+        """
+        seconds = random.randint(*_LASTS)  # noqa: S311 - no secret
+        params = {
+            **self._selector,
+            "watch": "true",
+            "allowWatchBookmarks": "true",
+            "timeoutSeconds": str(seconds),
+            "resourceVersion": self._version or "",
+        }
+        count = 0
+        stream = self._api.stream(self._what, self._path, pool=Pool.WATCH, params=params, silence=self._idle)
+        async with stream as answer:
+            pending = bytearray()
+            while data := await answer.chunk():
+                start = len(pending)
+                pending += data
+                if pending.find(b"\n", start) < 0:
+                    continue
+                *lines, rest = pending.split(b"\n")
+                pending = bytearray(rest)  # of an event that is cut off, if this was the last of it
+                turn = _Turn()
+                for line in filter(bytearray.strip, lines):
+                    self._event(line)
+                    count += 1
+                    if turn.is_over:
+                        await turn.pass_on()
+        return count > 0
+
+    def _event(self, line: bytearray) -> None:
+        try:
+            event = json.loads(line.decode())  # faster than to let it guess the encoding
+            kind, raw = event["type"], event["object"]
+            if kind != "ERROR":
+                version = str(raw["metadata"]["resourceVersion"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ApiError.about(self._what, f"an event that cannot be read: {error!r}") from error
+        if kind == "ERROR":
+            code = raw.get("code")
+            seconds = (raw.get("details") or {}).get("retryAfterSeconds")
+            raise ApiError.about(
+                self._what,
+                str(raw.get("message")),
+                status=code if isinstance(code, int) else 500,
+                reason=str(raw.get("reason") or ""),
+                retry_after=float(seconds) if seconds else None,
+            )
+        self._good()
+        if kind in ("ADDED", "MODIFIED", "DELETED"):
+            self._take(kind, raw)
+        self._version = version

@@ -1,0 +1,5 @@
+"""Runs on this machine."""
+
+from mlfleet.backends.local.backend import LocalBackend
+
+__all__ = ["LocalBackend"]

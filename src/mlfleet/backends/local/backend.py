@@ -1,0 +1,292 @@
+"""Runs on this machine: each is a process of ``bash -c``."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
+from types import TracebackType
+from typing import ClassVar, Self
+
+import anyio
+
+from mlfleet._concurrency.threads import Threads
+from mlfleet._process.process import Command, Process, start
+from mlfleet._process.reattach import AdoptedProcess
+from mlfleet._text.lines import follow_file, last_lines
+from mlfleet.backends.base import Backend, BackendRun, Job
+from mlfleet.backends.local import durable
+from mlfleet.errors import BackendError, RunLost, SubmitError
+from mlfleet.runs import DEFAULT_CANCEL_GRACE, JobRef, Outcome, RunStatus
+
+__all__ = ["LocalBackend"]
+
+_files = Threads("local output", 4)
+_START_PATIENCE, _START_POLL = 5.0, 0.05  # seconds that a run to attach to may take to begin
+
+
+class LocalBackend(Backend):
+    """Runs jobs as processes on this machine, each in a session of its own, so that Ctrl-C reaches only this process.
+
+    Leaving the backend ends what still runs.
+    """
+
+    name: ClassVar[str] = "local"
+    needs_environment: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        self._runs: set[_LocalRun] = set()
+        self._open = True
+        self._here: Mapping[str, object] = {}
+
+    async def __aenter__(self) -> Self:
+        self._here = await _files(durable.this_process)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open = False
+        async with anyio.create_task_group() as group:
+            for run in tuple(self._runs):
+                group.start_soon(run.cancel)
+
+    async def submit(self, job: Job) -> _LocalRun:
+        """Start the job's command with ``bash -c`` in the project's folder.
+
+        Raises:
+            SubmitError: there is no bash, no such folder, the output cannot be written, or the system has no room.
+        """
+        try:
+            process = await start(partial(_command, job))
+        except (OSError, ValueError) as error:
+            raise SubmitError(_refusal(job, error), backend=self.name) from error
+        # Not the job itself: hundreds of handles would keep its environment and secrets.
+        conclude = partial(durable.conclude, durable.run_folder(job.run_id)) if durable.applies(job) else None
+        run = _LocalRun(job.run_id, job.output, job.cancel_grace, process, conclude)
+        if not self._open:
+            await process.stop(0)
+            raise SubmitError(f"the backend {self.name!r} was closed before the run could start", backend=self.name)
+        self._keep(run, process)
+        return run
+
+    def reference(self, job: Job) -> JobRef | None:
+        """The folder of a durable job; others end with this process."""
+        return durable.reference(job, self._here)
+
+    async def attach(self, ref: JobRef) -> BackendRun:
+        """The handle of a durable run; from now on leaving this backend ends it, too.
+
+        Raises:
+            RunLost: it was killed, or never started.
+            BackendError: it was not durable, or has not been started yet.
+        """
+        if "folder" not in ref.data:
+            return await super().attach(ref)
+        found = await self._find(ref)
+        output = None if ref.data.get("output") is None else Path(str(ref.data["output"]))
+        grace = float(ref.data.get("grace", DEFAULT_CANCEL_GRACE))
+        if isinstance(found, durable.Ended):
+            return _LocalRun(ref.run_id, output, grace, _Ended(), lambda: found.code)
+        process = AdoptedProcess(found.pid, found.pidfd)
+        run = _LocalRun(ref.run_id, output, grace, process, partial(durable.conclude, Path(str(ref.data["folder"]))))
+        self._keep(run, process)
+        return run
+
+    async def _find(self, ref: JobRef) -> durable.Living | durable.Ended:
+        """Look for a run, and wait a little for one that is just being started."""
+        waited = 0.0
+        while True:
+            found = await _files(partial(durable.find, ref, give_up=waited >= _START_PATIENCE), undo=_let_go)
+            if found is not None:
+                return found
+            if waited >= _START_PATIENCE:
+                text = f"the run {ref.run_id} has not been started yet by the process {ref.data['driver']}, which lives"
+                raise BackendError(f"{text}: try again when it runs", backend=self.name)
+            await anyio.sleep(_START_POLL)
+            waited += _START_POLL
+
+    def _keep(self, run: _LocalRun, process: Process) -> None:
+        self._runs.add(run)
+        process.add_done_callback(partial(self._runs.discard, run))
+
+
+class _LocalRun:
+    """The handle of a process.
+
+    Args:
+        run_id: of the MLflow run.
+        output: the file with its output.
+        grace: seconds between the request to stop and the end by force.
+        process: that runs.
+        exit_code: reads its exit code (blocking), where `process` cannot tell it; None: it was never written.
+    """
+
+    __slots__ = ("_exit_code", "_grace", "_outcomes", "_output", "_process", "_run_id")
+
+    def __init__(
+        self,
+        run_id: str,
+        output: Path | None,
+        grace: float,
+        process: Process | _Ended,
+        exit_code: Callable[[], int | None] | None = None,
+    ) -> None:
+        self._run_id = run_id
+        self._output = output
+        self._grace = grace
+        self._process = process
+        self._exit_code = exit_code
+        self._outcomes: list[Outcome] = []
+
+    @property
+    def run_id(self) -> str:
+        return self._run_id
+
+    async def started(self) -> None:
+        """A process runs as soon as it is there."""
+
+    async def wait(self) -> bool:
+        return (await self.outcome()).status is RunStatus.FINISHED
+
+    async def outcome(self) -> Outcome:
+        code: int | None = await self._process.wait()
+        if not self._outcomes:
+            if self._exit_code is not None:
+                code = await _files(self._exit_code)
+            outcome = _ended_by(code, stopped=self._process.stopped)
+            if self._output is not None and outcome.status is not RunStatus.FINISHED:
+                outcome = replace(outcome, output=await _files(partial(last_lines, self._output)))
+            # What the run left behind may still write: all waiters get what the first one saw.
+            self._outcomes.append(outcome)
+        return self._outcomes[0]
+
+    async def cancel(self, *, grace: float | None = None) -> None:
+        await self._process.stop(self._grace if grace is None else grace)
+
+    async def get_status(self) -> RunStatus:
+        return RunStatus.RUNNING if self._process.returncode is None else (await self.outcome()).status
+
+    async def logs(self, *, follow: bool = True) -> AsyncIterator[str]:
+        if self._output is None:
+            return
+        async for line in follow_file(self._output, self._process.wait if follow else None):
+            yield line
+
+
+class _Ended:
+    """Stands for a process that had ended before anybody looked for it."""
+
+    returncode = 0
+    stopped = False
+
+    async def wait(self) -> int:
+        return self.returncode
+
+    async def stop(self, grace: float) -> None:
+        """There is nothing to stop."""
+
+
+def _ended_by(code: int | None, *, stopped: bool) -> Outcome:
+    if stopped:
+        return Outcome(RunStatus.KILLED, code, "cancelled")
+    if code is None:
+        lost = RunLost("the run is lost: its process was killed", backend=LocalBackend.name)
+        return Outcome(RunStatus.FAILED, None, str(lost), error=lost)
+    if code == 0:
+        return Outcome(RunStatus.FINISHED, 0)
+    reason = f"exit code {code}" if code > 0 else f"killed by signal {_signal_name(-code)}"
+    return Outcome(RunStatus.FAILED, code, reason)
+
+
+async def _let_go(found: durable.Living | durable.Ended | None) -> None:
+    if isinstance(found, durable.Living):
+        os.close(found.pidfd)
+
+
+@contextmanager
+def _command(job: Job) -> Iterator[Command]:
+    """What to start for a job, while its output is open. Blocking."""
+    argv: tuple[str, ...] = ("bash", "-c", job.command)
+    if durable.applies(job):
+        argv = durable.argv(job)
+        durable.run_folder(job.run_id).mkdir(parents=True, exist_ok=True, mode=0o700)
+    environ = _environ(job)
+    output = None if job.output is None else _open_output(job.output)
+    try:
+        yield Command(argv, job.project_dir, environ, output, output, _program(argv[0], environ.get("PATH", "")))
+    finally:
+        if output is not None:
+            os.close(output)
+
+
+def _environ(job: Job) -> dict[str, str]:
+    environ = _own_environ()
+    environ.update(job.environ)
+    environ.update(job.secrets)
+    return environ if job.environment is None else job.environment.apply(environ)
+
+
+def _program(name: str, path: str) -> str | None:
+    """Where it is, by what was found before. None: it must be looked for, as it depends on the working directory."""
+    found = _found(name, path)
+    if found is None or os.access(found, os.X_OK):
+        return found
+    _found.cache_clear()  # it is not there any more
+    return _found(name, path)
+
+
+@lru_cache(maxsize=16)
+def _found(name: str, path: str) -> str | None:
+    # All of PATH, once more for each run, takes longer than all else in its start.
+    is_fixed = all(os.path.isabs(folder) for folder in path.split(os.pathsep))  # noqa: PTH117
+    return shutil.which(name, path=path) if is_fixed else None
+
+
+def _own_environ() -> dict[str, str]:
+    while True:
+        with suppress(KeyError):  # another thread has taken a variable out meanwhile
+            return os.environ.copy()
+
+
+def _open_output(path: Path) -> int:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Append, so that a child which opens it anew (/dev/stdout) does not write over what is there.
+        output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        # Held as long as anybody can write there: `prune_runs` leaves it alone.
+        fcntl.flock(output, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return output
+    except OSError as error:
+        raise SubmitError(
+            f"the output of the run cannot be written to {path}: {error.strerror}", backend=LocalBackend.name
+        ) from error
+
+
+def _refusal(job: Job, error: OSError | ValueError) -> str:
+    """Why the command could not be started; of the command's variables, only names may be told."""
+    if isinstance(error, OSError):
+        if error.filename == str(job.project_dir):
+            return f"the folder of the project, {job.project_dir}, cannot be entered: {error.strerror}"
+        if error.filename is not None and os.path.basename(error.filename) == "bash":  # noqa: PTH119
+            return f"bash cannot be run: {error.strerror}. Install it, or set PATH so that it is found"
+        return f"the command cannot be started: {error.strerror}"
+    for variables in (job.environ, job.secrets):
+        for name, value in variables.items():
+            if "\0" in name or "\0" in value or "=" in name or not name:
+                return f"the environment variable {name!r} cannot be set: no variable may have such a name or value"
+    return "the command has a NUL character in it"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        return str(number)
+    return f"{name} (the machine may have run out of memory)" if number == signal.SIGKILL else name

@@ -1,7 +1,0 @@
-"""A sweep as one page of HTML, made of what tracking knows."""
-
-from mlfleet.reporting.links import run_url
-from mlfleet.reporting.page import render
-from mlfleet.reporting.sweep import ReportedRun, SweepReport, find_sweep, load_sweep
-
-__all__ = ["ReportedRun", "SweepReport", "find_sweep", "load_sweep", "render", "run_url"]

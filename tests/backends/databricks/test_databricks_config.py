@@ -1,0 +1,151 @@
+"""``backend_config`` of the Databricks backend: what is taken, and what is said about what is not."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlfleet._project.spec import DockerEnv
+from mlfleet.backends.base import DockerRequest
+from mlfleet.backends.databricks import DatabricksBackend
+from mlfleet.backends.databricks.config import KEYS, UploadKind, parse_config
+from mlfleet.errors import UsageError
+
+CLUSTER = {"spark_version": "15.4.x-scala2.12", "num_workers": 2, "node_type_id": "i3.xlarge"}
+
+
+def test_the_references_two_forms() -> None:
+    bare = parse_config(CLUSTER)
+    assert bare.compute.new_cluster == CLUSTER
+    libraries = [{"pypi": {"package": "tensorflow"}}]
+    full = parse_config({"new_cluster": CLUSTER, "libraries": libraries})
+    assert full.compute.new_cluster == CLUSTER
+    assert list(full.compute.libraries) == libraries
+
+
+def test_an_empty_one_is_serverless() -> None:
+    assert parse_config({}).compute.serverless
+    assert parse_config({"dependencies": ["scikit-learn"], "environment_version": 3}).compute.environment_version == "3"
+
+
+def test_an_existing_cluster() -> None:
+    compute = parse_config({"existing_cluster_id": "0923-164208-meows279"}).compute
+    assert not compute.serverless
+    assert compute.existing_cluster_id == "0923-164208-meows279"
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "path"),
+    [
+        ({}, UploadKind.WORKSPACE, ""),
+        ({"upload_path": "/Volumes/main/default/runs/"}, UploadKind.VOLUME, "/Volumes/main/default/runs"),
+        ({"upload_path": "dbfs:/Volumes/main/default/runs/x"}, UploadKind.VOLUME, "/Volumes/main/default/runs/x"),
+        ({"upload_path": "/Workspace/Shared/x"}, UploadKind.WORKSPACE, "/Workspace/Shared/x"),
+        ({"upload": "dbfs"}, UploadKind.DBFS, "/dbfs/mlfleet"),
+        ({"upload_path": "dbfs:/a/b"}, UploadKind.DBFS, "/dbfs/a/b"),
+        ({"upload": "volume", "upload_path": "/Volumes/a/b/c"}, UploadKind.VOLUME, "/Volumes/a/b/c"),
+    ],
+)
+def test_where_projects_go(config: dict[str, Any], kind: UploadKind, path: str) -> None:
+    upload = parse_config(config).upload
+    assert (upload.kind, upload.path) == (kind, path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"profil": "x"}, r"key 'profil' is unknown, did you mean 'profile'\?.*Known are .*new_cluster"),
+        (
+            {"new_cluster": {"spark_vesion": "15"}},
+            r"new_cluster: the key 'spark_vesion' is unknown, did you mean 'spark",
+        ),
+        ({"new_cluster": {"num_workers": 1}}, "no spark_version: give a Databricks Runtime such as"),
+        ({"num_workers": 1}, "no spark_version"),
+        ({"job_clusters": []}, "job_clusters belong to jobs, and a project is a one-time run: give new_cluster"),
+        ({**CLUSTER, "num_workers": "two"}, "num_workers is 'two': give a whole number"),
+        ({**CLUSTER, "num_workers": -1}, "num_workers is -1"),
+        ({**CLUSTER, "autoscale": {"min_workers": 1}}, "both num_workers and autoscale"),
+        ({**CLUSTER, "spark_env_vars": "A=1"}, "spark_env_vars is 'A=1': give a mapping"),
+        ({"new_cluster": CLUSTER, "existing_cluster_id": "x"}, "both new_cluster and existing_cluster_id"),
+        ({"new_cluster": CLUSTER, "num_workers": 3}, "num_workers belong inside of new_cluster"),
+        ({"new_cluster": "small"}, "new_cluster is 'small': give a cluster such as"),
+        ({"new_cluster": CLUSTER, "dependencies": ["x"]}, "dependencies is for serverless compute only"),
+        ({"libraries": [{"pypi": {"package": "x"}}]}, "libraries is for clusters only"),
+        ({"new_cluster": CLUSTER, "libraries": ["tensorflow"]}, "libraries holds 'tensorflow'"),
+        ({"dependencies": [1]}, "dependencies holds 1"),
+        ({"upload": "s3"}, "upload is 's3': give 'volume' or 'workspace' or 'dbfs'"),
+        ({"upload": "volume"}, "needs upload_path"),
+        ({"upload": "dbfs", "upload_path": "/Volumes/a/b/c"}, "no such place"),
+        ({"upload_path": "/tmp/x"}, "give a folder below /Volumes"),
+        ({"upload_path": "/Volumes/main"}, "a volume is /Volumes/<catalog>/<schema>/<volume>"),
+        ({"upload_path": "/Workspace/../x"}, "without '..'"),
+        ({"task": "notebook"}, "task is 'notebook': give 'python' or 'shell_command'"),
+        ({"task": "shell_command"}, "runs on a new cluster only"),
+        ({"api_version": "2.0"}, "api_version is '2.0'"),
+        ({"secret_scope": ""}, "secret_scope is empty"),
+        ({"run_name": 3}, "run_name is 3: give a text"),
+    ],
+)
+def test_mistakes_are_told(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_config(config)
+
+
+def test_the_callers_mapping_is_not_changed() -> None:
+    config = {
+        "new_cluster": copy.deepcopy(CLUSTER),
+        "libraries": [{"pypi": {"package": "x"}}],
+        "queue": {"enabled": True},
+    }
+    before = copy.deepcopy(config)
+    parsed = parse_config(config)
+    assert config == before
+    assert parsed.passed_on == {"queue": {"enabled": True}}
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([*KEYS, "spark_version", "num_workers", "autoscale"]) | st.text(max_size=8),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.text(max_size=12),
+            lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=8), inner, max_size=2),
+            max_leaves=4,
+        ),
+        max_size=4,
+    )
+)
+def test_whatever_comes_in_the_only_error_is_ours(config: dict[str, Any]) -> None:
+    try:
+        parse_config(config)
+    except UsageError:
+        return
+
+
+def test_a_missing_profile_is_told_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "databrickscfg"
+    file.write_text("[prod]\nhost = https://x\ntoken = t\n")
+    monkeypatch.setenv("DATABRICKS_CONFIG_FILE", str(file))
+    with pytest.raises(UsageError, match=r"has no profile 'prodd'; it has: prod"):
+        DatabricksBackend().configure({"profile": "prodd"})
+    assert DatabricksBackend().configure({"profile": "prod"}).profile == "prod"
+
+
+@pytest.mark.parametrize("uri", ["sqlite:///mlflow.db", "./mlruns", "file:///tmp/mlruns", "postgresql://x/y"])
+def test_a_tracking_store_of_this_machine_is_refused(uri: str) -> None:
+    with pytest.raises(UsageError, match="on this machine, where Databricks cannot reach it: use 'databricks'"):
+        DatabricksBackend().check_tracking(uri)
+
+
+@pytest.mark.parametrize("uri", ["databricks", "databricks://prod", "http://mlflow:5000", "https://mlflow"])
+def test_a_tracking_server_that_can_be_reached_is_taken(uri: str) -> None:
+    DatabricksBackend().check_tracking(uri)
+
+
+def test_docker_projects_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="docker_env cannot run on Databricks"):
+        DatabricksBackend().check(DockerRequest(env=DockerEnv("python:3.12")), tmp_path)

@@ -1,0 +1,83 @@
+"""A whole run on a fake cluster, as a Fleet and the command line make it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anyio
+import yaml
+from click.testing import CliRunner
+
+from components.fake_kubernetes import FakeCluster
+from fakes.kubernetes_node import Acting
+from mlfleet import Fleet, RunStatus, grid
+from mlfleet._cli.program import _cli as cli
+from mlfleet.testing import FakeTracking
+
+MLPROJECT = """
+name: demo
+docker_env: {image: "python:3.11"}
+entry_points:
+  main:
+    parameters: {alpha: float}
+    command: "python train.py {alpha}"
+"""
+
+
+def project(folder: Path) -> Path:
+    made = folder / "demo"
+    made.mkdir()
+    (made / "MLproject").write_text(MLPROJECT)
+    return made
+
+
+async def test_run_of_a_fleet(fake_cluster: FakeCluster, tmp_path: Path) -> None:
+    folder = await anyio.to_thread.run_sync(project, tmp_path)
+    fake_cluster.play = lambda pod: Acting(code=3, output=(b"why it failed\n",))
+    tracking = FakeTracking()
+    config = {"code-delivery": "configmap", "tracking-uri": "http://mlflow:5000"}
+    async with Fleet(tracking=tracking) as fleet:
+        run = await fleet.submit(str(folder), parameters={"alpha": 0.5}, backend="kubernetes", backend_config=config)
+        outcome = await run.outcome()
+    assert (outcome.status, outcome.exit_code, outcome.output) == (RunStatus.FAILED, 3, ("why it failed",))
+    (made,) = fake_cluster.api.of_kind("jobs")
+    info = tracking.runs[run.run_id]
+    assert info.status is RunStatus.FAILED
+    assert info.tags["mlfleet.kubernetes.uid"] == made["metadata"]["uid"]
+    assert made["metadata"]["name"] in info.tags["mlfleet.ref"]
+
+
+def test_dry_run_prints_the_manifest(tmp_path: Path) -> None:
+    folder = project(tmp_path)
+    (tmp_path / "kubeconfig").write_text(
+        '{"clusters": [], "users": [], "current-context": "c",'
+        ' "contexts": [{"name": "c", "context": {"cluster": "c", "namespace": "team"}}]}'
+    )
+    environ = {
+        "KUBECONFIG": str(tmp_path / "kubeconfig"),
+        "MLFLOW_TRACKING_URI": "http://mlflow.example:5000",
+        "MLFLOW_TRACKING_USERNAME": "me",
+        "MLFLOW_TRACKING_PASSWORD": "hush-hush",
+    }
+    arguments = ["run", str(folder), "-P", "alpha=0.5", "-b", "kubernetes", "--dry-run"]
+    config = ["-c", '{"code-delivery": "configmap"}']
+    done = CliRunner().invoke(cli, [*arguments, *config], env=environ, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "hush-hush" not in done.output
+    text = done.output[done.output.index("apiVersion:") :]
+    job = next(yaml.safe_load_all("\n".join(line.removeprefix(" " * 13) for line in text.splitlines())))
+    assert job["kind"] == "Job"
+    assert job["metadata"]["namespace"] == "team"
+    assert "python train.py 0.5" in job["spec"]["template"]["spec"]["containers"][0]["command"]
+
+
+async def test_jobs_of_a_sweep_are_found_by_its_label(fake_cluster: FakeCluster, tmp_path: Path) -> None:
+    folder = await anyio.to_thread.run_sync(project, tmp_path)
+    tracking = FakeTracking()
+    config = {"code-delivery": "configmap", "tracking-uri": "http://mlflow:5000"}
+    async with Fleet(tracking=tracking) as fleet:
+        space = grid(alpha=[0.1, 0.2])
+        async with fleet.sweep(str(folder), space, backend="kubernetes", backend_config=config) as sweep:
+            assert [result.status async for result in sweep] == [RunStatus.FINISHED] * 2
+            labels = [job["metadata"]["labels"]["mlfleet.sweep-id"] for job in fake_cluster.api.of_kind("jobs")]
+            assert labels == [sweep.run_id] * 2

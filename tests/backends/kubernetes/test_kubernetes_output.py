@@ -1,0 +1,76 @@
+"""Logs with timestamps, cut anywhere and begun again: every line comes once, in order, as it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlfleet.backends.kubernetes.output import LogStream
+
+DATA = Path(__file__).parents[2] / "data" / "kubernetes-1.36"
+STAMPS = [f"2026-11-23T04:27:2{second}.{fraction}Z" for second in range(3) for fraction in ("5", "500000001", "6")]
+# What may be in a line: anything but its end; also what looks like a stamp.
+PRINTED = st.lists(
+    st.tuples(
+        st.sampled_from(STAMPS), st.sampled_from([b"", b"a", b"\xff\r50%", b"two words", STAMPS[0].encode() + b" x"])
+    )
+)
+
+
+def served(lines: list[tuple[str, bytes]], since: str | None) -> bytes:
+    """What the kubelet sends: it goes by whole seconds, and the last line may lack its end."""
+    whole = (since or "")[:19]
+    kept = [stamp.encode() + b" " + text for stamp, text in lines if stamp[:19] >= whole]
+    return b"\n".join(kept)
+
+
+def test_recorded_log_comes_out_as_it_was_printed() -> None:
+    recorded = (json.loads(line) for line in (DATA / "http.jsonl").read_text().splitlines())
+    (chunks,) = [each["body"] for each in recorded if each["what"].startswith("GET log follow")]
+    stream = LogStream()
+    printed = b"".join(stream.feed(text.encode()) for _, text in chunks) + stream.close()
+    assert printed == b"line 0\nline 1\nline 2\nline 3\nline 4\nno newline"
+    assert stream.since == "2026-11-23T04:27:32.454662904Z"
+
+
+@given(PRINTED, st.lists(st.integers(0, 400), max_size=4), st.integers(1, 50))
+def test_every_line_once_wherever_the_connection_breaks(
+    printed: list[tuple[str, bytes]], breaks: list[int], piece: int
+) -> None:
+    lines = sorted(printed, key=lambda line: line[0])
+    stream = LogStream()
+    out = b""
+    for end in [*breaks, None]:
+        stream.resume()
+        sent = served(lines, stream.since)[:end]
+        out += b"".join(stream.feed(sent[at : at + piece]) for at in range(0, len(sent), piece))
+    assert out + stream.close() == b"\n".join(text for _, text in lines)
+
+
+@pytest.mark.parametrize("cut", range(1, 60))
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"unable to retrieve container logs for containerd://0123456789",
+        b'failed to try resolving symlinks in path "/var/log/pods/a/0.log": lstat: no such file or directory',
+    ],
+)
+def test_what_the_kubelet_says_itself_is_no_output(said: bytes, cut: int) -> None:
+    stream = LogStream()
+    assert stream.feed(said[:cut]) + stream.feed(said[cut:]) + stream.close() == b""
+    assert stream.remark == said
+    stream.resume()
+    assert stream.remark == b""
+    assert stream.feed(b"2026-01-01T00:00:00.5Z one\n") == b"one\n"
+
+
+@pytest.mark.parametrize("cut", range(1, 20))
+def test_what_has_no_stamp_otherwise_is_output(cut: int) -> None:
+    stream = LogStream()
+    line = b"unable to do what was asked\n"
+    assert stream.feed(line[:cut]) + stream.feed(line[cut:]) + stream.close() == line
+    assert stream.remark == b""

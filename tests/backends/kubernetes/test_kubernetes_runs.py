@@ -1,0 +1,443 @@
+"""Runs on a fake API server: how they end, what keeps them from starting, what becomes of their Jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from aiohttp import web
+
+from components.fake_kubernetes import FakeCluster
+from fakes.kubernetes import ApiFailure
+from fakes.kubernetes_node import Acting
+from mlfleet.backends.kubernetes import KubernetesBackend
+from mlfleet.backends.kubernetes.client import Api
+from mlfleet.backends.kubernetes.manifest import Code, job_manifest
+from mlfleet.backends.kubernetes.run import KubernetesRun
+from mlfleet.backends.kubernetes.state import read_job
+from mlfleet.backends.kubernetes.watch import NamespaceWatch
+from mlfleet.errors import BackendError, RunLost, SubmitError, UsageError
+from mlfleet.runs import FailureKind, JobRef, RunStatus
+
+FOREVER = Acting(seconds=600, output=(b"begun\n",))
+
+
+def key(run: KubernetesRun) -> tuple[str, str, str]:
+    return "jobs", run.target.namespace, run.target.name
+
+
+async def test_three_requests_for_a_run_and_two_watches_for_all(fake_cluster: FakeCluster) -> None:
+    api = fake_cluster.api
+    fake_cluster.play = lambda pod: Acting(seconds=0.2, output=(b"said\n",))
+    config = await fake_cluster.config()
+    async with KubernetesBackend() as backend:
+        runs = await asyncio.gather(*(backend.submit(fake_cluster.job(config)) for _ in range(50)))
+        assert await asyncio.gather(*(run.wait() for run in runs)) == [True] * 50
+    assert api.counted("GET", "/jobs", watch=True) == api.counted("GET", "/pods", watch=True) == 1
+    assert api.counted("GET", "/jobs", watch=False) == api.counted("GET", "/pods", watch=False) == 1
+    assert len(api.requests) - 4 <= 3 * 50
+    assert {run.target.output.read_text() for run in runs if run.target.output} == {"said\n"}
+
+
+async def test_out_of_memory(fake_cluster: FakeCluster) -> None:
+    fake_cluster.play = lambda pod: Acting(code=137, reason="OOMKilled")
+    config = await fake_cluster.config(resources={"memory": "64Mi"})
+    async with KubernetesBackend() as backend:
+        outcome = await (await backend.submit(fake_cluster.job(config))).outcome()
+    assert (outcome.kind, outcome.reason) == (FailureKind.OOM, "out of memory (its limit is 64Mi)")
+
+
+async def test_retries_are_one_run(fake_cluster: FakeCluster) -> None:
+    seen: list[str] = []
+
+    def play(pod: Any) -> Acting:
+        seen.append(pod["metadata"]["name"])
+        return Acting(code=0 if len(seen) == 3 else 1, output=(f"attempt {len(seen)}".encode(),))
+
+    fake_cluster.play = play
+    template = {"spec": {"backoffLimit": 2, "template": {"spec": {"containers": [{"name": "main"}]}}}}
+    config = await fake_cluster.config(job_template=template)
+    async with KubernetesBackend() as backend:
+        run = await backend.submit(fake_cluster.job(config))
+        assert await run.wait() is True
+        # Neither has a line end of its own.
+        assert [line async for line in run.logs()] == ["attempt 1", "attempt 2", "attempt 3"]
+
+
+@pytest.mark.parametrize(
+    ("image", "timeouts", "told"),
+    [
+        ("registry.invalid/none:1", {"image": 0.1}, "ErrImagePull: failed to pull and unpack image"),
+        ("registry.invalid/none:1", 0.1, "ErrImagePull: failed to pull and unpack image"),
+    ],
+)
+async def test_image_that_cannot_be_pulled_ends_the_run(
+    fake_cluster: FakeCluster, image: str, timeouts: Any, told: str
+) -> None:
+    config = await fake_cluster.config(image=image, start_timeout=timeouts)
+
+    def warn(kind: str, key: tuple[str, str, str], value: object) -> None:
+        if (kind, key[0]) == ("ADDED", "pods"):
+            said = {"type": "Warning", "reason": "Failed", "message": "no such host"}
+            about = {"metadata": {"name": "e"}, "involvedObject": {"name": key[2]}}
+            fake_cluster.api.create("events", "default", {**about, **said})
+
+    fake_cluster.api.on_change.append(warn)
+    async with KubernetesBackend() as backend:
+        outcome = await (await backend.submit(fake_cluster.job(config))).outcome()
+    assert outcome.status is RunStatus.FAILED
+    assert outcome.kind is FailureKind.INFRASTRUCTURE
+    assert f"did not start within 0.1 s: {told}" in (outcome.reason or "")
+    assert outcome.output == ("Failed: no such host",)
+    assert fake_cluster.api.of_kind("jobs") == [], "a Job that can never start must not stay"
+
+
+async def test_unschedulable_waits_unless_told_otherwise(
+    fake_cluster: FakeCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = await fake_cluster.config(node_selector={"gpu": "yes"}, start_timeout={"unschedulable": 0.1})
+    async with KubernetesBackend() as backend:
+        outcome = await (await backend.submit(fake_cluster.job(config))).outcome()
+    assert "no node takes the pod: 0/1 nodes are available" in (outcome.reason or "")
+
+
+async def test_suspended_job_waits_without_a_clock(fake_cluster: FakeCluster) -> None:
+    template = {"spec": {"suspend": True, "template": {"spec": {"containers": [{"name": "main"}]}}}}
+    config = await fake_cluster.config(job_template=template, start_timeout=0.01)
+    async with KubernetesBackend() as backend:
+        run = await backend.submit(fake_cluster.job(config))
+        assert await run.get_status() is RunStatus.SCHEDULED
+        await asyncio.sleep(0.05)  # five times what would end it
+        fake_cluster.api.change(key(run), lambda job: job["spec"].update(suspend=False))
+        assert await run.wait() is True
+
+
+async def test_deleted_from_outside(fake_cluster: FakeCluster) -> None:
+    fake_cluster.play = lambda pod: FOREVER
+    config = await fake_cluster.config()
+    async with KubernetesBackend() as backend:
+        run = await backend.submit(fake_cluster.job(config))
+        await run.started()
+        fake_cluster.api.delete_job(key(run), "Background")
+        outcome = await run.outcome()
+    assert outcome.status is RunStatus.FAILED
+    assert outcome.reason == f"the Job {run.target.name} was deleted externally"
+
+
+async def test_ttl_takes_the_job_while_nobody_looks(fake_cluster: FakeCluster) -> None:
+    """The history is compacted, too: what is left is the list without the Job."""
+    fake_cluster.play = lambda pod: FOREVER
+    config = await fake_cluster.config()
+    api = fake_cluster.api
+    async with KubernetesBackend() as backend:
+        run = await backend.submit(fake_cluster.job(config))
+        await run.started()
+
+        def away(request: web.Request) -> web.Response | None:
+            if request.query.get("watch"):
+                return ApiFailure(503, "ServiceUnavailable", "away").response()
+            return None
+
+        api.faults.append(away)
+        api.drop_streams()
+        api.remove(key(run))
+        for pod in list(api.of_kind("pods")):
+            api.remove(("pods", "default", pod["metadata"]["name"]))
+        api.compact()
+        api.faults.clear()
+        outcome = await run.outcome()
+    assert isinstance(outcome.error, RunLost)
+    assert "how it ended was not seen; its ttlSecondsAfterFinished may be too short" in (outcome.reason or "")
+
+
+async def test_short_ttl_is_warned_of(fake_cluster: FakeCluster, caplog: pytest.LogCaptureFixture) -> None:
+    config = await fake_cluster.config(ttl_seconds=1)
+    async with KubernetesBackend() as backend:
+        with caplog.at_level(logging.WARNING, "mlfleet.kubernetes"):
+            run = await backend.submit(fake_cluster.job(config))
+        assert await run.wait() is True
+    assert "ttlSecondsAfterFinished is 1 s" in caplog.text
+
+
+async def test_cancel_deletes_in_the_foreground_and_only_our_job(fake_cluster: FakeCluster) -> None:
+    fake_cluster.play = lambda pod: FOREVER
+    config = await fake_cluster.config()
+    api = fake_cluster.api
+    async with KubernetesBackend() as backend:
+        run = await backend.submit(fake_cluster.job(config, secrets={"TOKEN": "hush"}))
+        await run.started()
+        assert len(api.of_kind("secrets")) == 1
+        await run.cancel()
+        assert api.of_kind("jobs") == api.of_kind("pods") == api.of_kind("secrets") == []
+    body = next(body for (method, _, _), body in zip(api.requests, api.bodies, strict=True) if method == "DELETE")
+    assert body["propagationPolicy"] == "Foreground"
+    assert body["preconditions"] == {"uid": run.target.uid}
+    assert (await run.outcome()).status is RunStatus.KILLED
+
+
+async def test_shorter_grace_is_told_to_the_pods(fake_cluster: FakeCluster) -> None:
+    fake_cluster.play = lambda pod: Acting(seconds=600, obeys=False)
+    config = await fake_cluster.config()
+    async with KubernetesBackend() as backend:
+        run = await backend.submit(fake_cluster.job(config, cancel_grace=600.0))
+        await run.started()
+        cancelling = asyncio.create_task(run.cancel())
+        await asyncio.sleep(0)
+        await run.cancel(grace=0)
+        await cancelling
+        assert (await run.outcome()).status is RunStatus.KILLED
+
+
+async def test_no_right_to_watch_says_which_before_anything_exists(fake_cluster: FakeCluster) -> None:
+    fake_cluster.api.forbidden = {"pods"}
+    config = await fake_cluster.config()
+    async with KubernetesBackend() as backend:
+        with pytest.raises(BackendError, match=r"pods is forbidden.*See the Role in docs/backends/kubernetes\.md"):
+            await backend.submit(fake_cluster.job(config))
+    assert fake_cluster.api.of_kind("jobs") == []
+
+
+async def test_right_that_is_lost_fails_every_waiter(fake_cluster: FakeCluster) -> None:
+    fake_cluster.play = lambda pod: FOREVER
+    config = await fake_cluster.config()
+    async with KubernetesBackend() as backend:
+        runs = [await backend.submit(fake_cluster.job(config)) for _ in range(3)]
+        waiting = [asyncio.create_task(run.wait()) for run in runs]
+        fake_cluster.api.forbidden = {"pods"}
+        fake_cluster.api.drop_streams()
+        assert await asyncio.gather(*waiting) == [False] * 3
+        assert "forbidden" in str((await runs[0].outcome()).error)
+
+
+async def test_refused_manifest_leaves_nothing(fake_cluster: FakeCluster) -> None:
+    template = {"spec": {"template": {"spec": {"restartPolicy": "Always", "containers": [{"name": "main"}]}}}}
+    config = await fake_cluster.config(job_template=template)
+    async with KubernetesBackend() as backend:
+        with pytest.raises(SubmitError, match="restartPolicy: Required value"):
+            await backend.submit(fake_cluster.job(config))
+    assert fake_cluster.api.of_kind("jobs") == []
+
+
+async def test_refused_secret_takes_the_job_back(fake_cluster: FakeCluster) -> None:
+    fake_cluster.api.forbidden = {"secrets"}
+    config = await fake_cluster.config()
+    async with KubernetesBackend() as backend:
+        with pytest.raises(SubmitError, match="secrets is forbidden"):
+            await backend.submit(fake_cluster.job(config, secrets={"A": "b"}))
+    assert fake_cluster.api.of_kind("jobs") == []
+
+
+@pytest.mark.parametrize("uri", ["sqlite:///mlflow.db", "file:///tmp/mlruns", "/tmp/mlruns", "./mlruns"])
+async def test_tracking_on_this_machine_is_refused(fake_cluster: FakeCluster, uri: str) -> None:
+    config = await fake_cluster.config()
+    async with KubernetesBackend() as backend:
+        with pytest.raises(UsageError, match="where no pod reaches it"):
+            backend.check_tracking(uri, config)
+        with pytest.raises(UsageError, match="where no pod reaches it"):
+            await backend.submit(fake_cluster.job(config, environ={"MLFLOW_TRACKING_URI": uri}))
+        assert fake_cluster.api.requests == []
+        config = await fake_cluster.config(tracking_uri="http://mlflow.tracking:5000")
+        run = await backend.submit(fake_cluster.job(config, environ={"MLFLOW_TRACKING_URI": uri}))
+        job = fake_cluster.api.objects[key(run)]
+        environ = {each["name"]: each["value"] for each in job["spec"]["template"]["spec"]["containers"][0]["env"]}
+        assert environ["MLFLOW_TRACKING_URI"] == "http://mlflow.tracking:5000"
+
+
+async def test_unclear_answer_makes_no_second_job(fake_cluster: FakeCluster) -> None:
+    """The first POST is done, and its answer does not come."""
+    api, posts = fake_cluster.api, 0
+    config = await fake_cluster.config()
+
+    def fault(request: web.Request) -> web.Response | None:
+        nonlocal posts
+        if request.method == "POST" and request.path.endswith("/jobs"):
+            posts += 1
+            if posts == 1:
+                body = api.bodies[-1]
+                api.create("jobs", "default", body)
+                assert request.transport is not None
+                request.transport.abort()
+        return None
+
+    api.faults.append(fault)
+    async with KubernetesBackend() as backend:
+        run = await backend.submit(fake_cluster.job(config))
+        assert await run.wait() is True
+    assert posts == 2
+    assert len(api.of_kind("jobs")) == 1
+
+
+async def test_attach_after_the_end_and_when_it_is_gone(fake_cluster: FakeCluster) -> None:
+    fake_cluster.play = lambda pod: Acting(code=5, output=(b"last words\n",))
+    config = await fake_cluster.config()
+    job = fake_cluster.job(config)
+    async with KubernetesBackend() as first:
+        reference = first.reference(job)
+        await (await first.submit(job)).wait()
+    assert JobRef.from_json(reference.to_json()) == reference
+    async with KubernetesBackend() as second:
+        again = await second.attach(reference)
+        outcome = await again.outcome()
+        assert (outcome.exit_code, outcome.output) == (5, ("last words",))
+        fake_cluster.api.remove(key(again))
+        with pytest.raises(RunLost, match="is not in the namespace default of fake any more"):
+            await second.attach(reference)
+
+
+async def test_leaving_the_backend_leaves_attached_runs_alone(fake_cluster: FakeCluster) -> None:
+    fake_cluster.play = lambda pod: FOREVER
+    config = await fake_cluster.config()
+    job = fake_cluster.job(config)
+    async with KubernetesBackend() as first:
+        run = await first.submit(job)
+        async with KubernetesBackend() as second:
+            await second.attach(first.reference(job))
+        assert key(run) in fake_cluster.api.objects
+
+
+async def test_submitted_again_after_a_crash_finds_its_job(
+    fake_cluster: FakeCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a resumed sweep does."""
+    fake_cluster.play = lambda pod: FOREVER
+    config = await fake_cluster.config()
+    job = fake_cluster.job(config, secrets={"A": "b"})
+    async with KubernetesBackend() as first, KubernetesBackend() as second:
+        one = await first.submit(job)
+        # The first process died between Job and Secret.
+        fake_cluster.api.remove(("secrets", "default", one.target.name))
+        two = await second.submit(job)
+        assert one.target.uid == two.target.uid
+        assert len(fake_cluster.api.of_kind("jobs")) == len(fake_cluster.api.of_kind("secrets")) == 1
+        assert "an earlier process created" in caplog.text
+
+
+async def test_jobs_stay_unless_told_otherwise(fake_cluster: FakeCluster) -> None:
+    async with KubernetesBackend() as backend:
+        kept = await backend.submit(fake_cluster.job(await fake_cluster.config()))
+        taken = await backend.submit(fake_cluster.job(await fake_cluster.config(keep_jobs=False)))
+        assert await kept.wait() is await taken.wait() is True
+        assert fake_cluster.api.objects[key(kept)]["spec"]["ttlSecondsAfterFinished"] == 24 * 3600
+        assert key(taken) not in fake_cluster.api.objects
+
+
+async def test_tokens_of_a_plugin_are_renewed_once_for_all(fake_cluster: FakeCluster, tmp_path: Path) -> None:
+    """The plugin gives a new token at each call; the server takes one after the other."""
+    api = fake_cluster.api
+    plugin = tmp_path / "plugin"
+    plugin.write_text(
+        "#!/bin/sh\n"
+        f"n=$(( $(cat {tmp_path}/count 2>/dev/null || echo 0) + 1 )); echo $n > {tmp_path}/count\n"
+        'printf \'{"apiVersion":"client.authentication.k8s.io/v1","kind":"ExecCredential",'
+        '"status":{"token":"token-%s"}}\' $n\n'
+    )
+    plugin.chmod(0o755)
+    user = {"exec": {"apiVersion": "client.authentication.k8s.io/v1", "command": str(plugin)}}
+    await asyncio.to_thread(api.kubeconfig, tmp_path / "kubeconfig", user=user)
+    api.tokens = {"token-1"}
+    config = await fake_cluster.config()
+    async with KubernetesBackend() as backend:
+        assert await (await backend.submit(fake_cluster.job(config))).wait() is True
+        api.tokens = {"token-2"}
+        runs = await asyncio.gather(*(backend.submit(fake_cluster.job(config)) for _ in range(20)))
+        assert await asyncio.gather(*(run.wait() for run in runs)) == [True] * 20
+    assert (tmp_path / "count").read_text().strip() == "2"
+
+
+async def test_refused_credentials_say_so(fake_cluster: FakeCluster) -> None:
+    fake_cluster.api.tokens = {"another"}
+    config = await fake_cluster.config()
+    async with KubernetesBackend() as backend:
+        with pytest.raises(BackendError, match="log in to the cluster again"):
+            await backend.submit(fake_cluster.job(config))
+
+
+async def test_plugin_that_fails_is_quoted(fake_cluster: FakeCluster, tmp_path: Path) -> None:
+    user = {"exec": {"apiVersion": "client.authentication.k8s.io/v1", "command": "no-such-plugin"}}
+    await asyncio.to_thread(fake_cluster.api.kubeconfig, tmp_path / "kubeconfig", user=user)
+    config = await fake_cluster.config()
+    async with KubernetesBackend() as backend:
+        with pytest.raises(BackendError, match="plugin 'no-such-plugin' of the context 'fake' cannot be started"):
+            await backend.submit(fake_cluster.job(config))
+
+
+async def test_cluster_that_was_restored_from_a_backup(fake_cluster: FakeCluster) -> None:
+    """A watch from a version that it has not come to yet says nothing at all, not even that it is too old."""
+    api = fake_cluster.api
+    config = await fake_cluster.config()
+    made = api.create(
+        "jobs",
+        "default",
+        job_manifest(fake_cluster.job(config), config, Code(image="x:1"), {}, secrets=(), submission=""),
+    )
+    api.version += 100_000
+    cluster = config.cluster
+    async with Api(cluster) as opened, NamespaceWatch(opened, "default", idle=0.3) as watch:
+        cell = watch.track(read_job(made))
+        api.version = 2000
+        api.history.clear()
+        ended = {"conditions": [{"type": "Complete", "status": "True"}]}
+        api.objects[("jobs", "default", made["metadata"]["name"])]["status"] = ended
+        api.drop_streams()
+        assert (await cell.until(lambda seen: seen.ended)).status is RunStatus.FINISHED
+        watch.untrack(made["metadata"]["uid"])
+
+
+async def test_warnings_of_the_cluster_are_told_once(
+    fake_cluster: FakeCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as of a field of the template that the cluster does not know, and leaves out."""
+    template = {"spec": {"nosuch": 1, "template": {"spec": {"containers": [{"name": "main"}]}}}}
+    config = await fake_cluster.config(job_template=template)
+    async with KubernetesBackend() as backend:
+        runs = [await backend.submit(fake_cluster.job(config)) for _ in range(3)]
+        assert all([await run.wait() for run in runs])
+    told = [record.message for record in caplog.records if "the cluster warns" in record.message]
+    assert told == ['the cluster warns (creating a Job): unknown field "spec.nosuch"']
+
+
+async def test_the_last_run_of_a_namespace_ends_its_watches(fake_cluster: FakeCluster) -> None:
+    api, config = fake_cluster.api, await fake_cluster.config()
+    async with KubernetesBackend() as backend:
+        for opened in (1, 2):
+            runs = [await backend.submit(fake_cluster.job(config)) for _ in range(3)]
+            assert [await run.wait() for run in runs] == [True] * 3
+            with anyio.fail_after(10):
+                while api.streams:  # noqa: ASYNC110 - the server sees the end of a connection a little later
+                    await anyio.sleep(0.01)
+            assert api.counted("GET", "/jobs", watch=True) == api.counted("GET", "/pods", watch=True) == opened
+
+
+async def test_output_comes_once_although_its_connection_breaks(fake_cluster: FakeCluster) -> None:
+    api, config, wanted = fake_cluster.api, await fake_cluster.config(), [f"line {number}" for number in range(60)]
+    fake_cluster.play = lambda pod: FOREVER
+    async with KubernetesBackend() as backend:
+        run = await backend.submit(fake_cluster.job(config))
+        await run.started()
+        (log,) = api.logs.values()
+        followed = run.logs()
+        assert await anext(followed) == "begun"
+        for line in wanted:
+            log.add(f"{line}\n".encode())
+            if line.endswith(("3", "7")):
+                api.drop_streams()
+            assert await anext(followed) == line
+        await followed.aclose()  # type: ignore[attr-defined]
+        await run.cancel()
+        assert [line async for line in run.logs()] == ["begun", *wanted]
+
+
+async def test_a_hundred_log_streams_do_not_hold_up_a_cancellation(fake_cluster: FakeCluster) -> None:
+    fake_cluster.play = lambda pod: FOREVER
+    config = await fake_cluster.config()
+    async with KubernetesBackend() as backend:
+        runs = await asyncio.gather(*(backend.submit(fake_cluster.job(config)) for _ in range(120)))
+        for run in runs:
+            await anext(run.logs())
+        assert fake_cluster.api.streams == 122
+        await runs[0].cancel()
+        assert key(runs[0]) not in fake_cluster.api.objects

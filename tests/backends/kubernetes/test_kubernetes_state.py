@@ -1,0 +1,261 @@
+"""What is made of a Job's life, against what a real Kubernetes 1.36.2 said of each (tests/data/kubernetes-1.36)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlfleet.backends.kubernetes.diagnosis import Kind, hindrance, outcome
+from mlfleet.backends.kubernetes.state import JobState, PodState, Seen, job_of_pod, read_job, read_pod
+from mlfleet.errors import RunLost
+from mlfleet.runs import FailureKind, RunStatus
+
+DATA = Path(__file__).parents[2] / "data" / "kubernetes-1.36"
+
+
+def lines(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (DATA / name).read_text().splitlines()]
+
+
+def history(scenario: str, *, pods: bool = True) -> Iterator[tuple[float, Seen]]:
+    """What was known of the Job after each event of both watches, in the order of their times."""
+    events = [(line["t"], "job", line) for line in lines("jobs.jsonl")]
+    if pods:
+        events += [(line["t"], "pod", line) for line in lines("pods.jsonl")]
+    job: JobState | None = None
+    seen: dict[str, PodState] = {}
+    for time, kind, line in sorted(events, key=lambda event: event[0]):
+        if line["type"] == "BOOKMARK" or line["object"]["metadata"].get("labels", {}).get("scenario") != scenario:
+            continue
+        deleted = line["type"] == "DELETED"
+        if kind == "job":
+            job = read_job(line["object"], deleted=deleted)
+        else:
+            pod = read_pod(line["object"], gone=deleted)
+            seen[pod.uid] = pod
+        yield time, Seen(job, tuple(sorted(seen.values(), key=lambda pod: pod.created)))
+
+
+def last(scenario: str) -> Seen:
+    return list(history(scenario))[-1][1]
+
+
+def statuses(scenario: str) -> list[str]:
+    """The states that `get_status` tells, without repetitions."""
+    told: list[str] = []
+    for _, seen in history(scenario):
+        if not told or told[-1] != seen.status:
+            told.append(seen.status)
+    return told
+
+
+@pytest.mark.parametrize(
+    ("scenario", "expected"),
+    [
+        ("success", ["SCHEDULED", "RUNNING", "FINISHED"]),
+        ("exit7", ["SCHEDULED", "RUNNING", "FAILED"]),
+        ("backoff2", ["SCHEDULED", "RUNNING", "FAILED"]),
+        ("deadline", ["SCHEDULED", "RUNNING", "FAILED"]),
+        ("oom", ["SCHEDULED", "RUNNING", "FAILED"]),
+        ("no-image", ["SCHEDULED"]),
+        ("bad-image-name", ["SCHEDULED"]),
+        ("missing-secret", ["SCHEDULED"]),
+        ("bad-command", ["SCHEDULED", "FAILED"]),
+        ("unschedulable", ["SCHEDULED"]),
+        ("suspended", ["SCHEDULED", "RUNNING", "FINISHED"]),
+        ("delete-foreground", ["SCHEDULED", "RUNNING", "FAILED"]),
+        ("delete-background", ["SCHEDULED", "RUNNING", "FAILED"]),
+        ("delete-default", ["SCHEDULED", "RUNNING", "FAILED"]),
+        ("ttl", ["SCHEDULED", "RUNNING", "FINISHED"]),
+        ("podfailurepolicy", ["SCHEDULED", "RUNNING", "FAILED"]),
+        ("sidecar", ["SCHEDULED", "RUNNING", "FINISHED"]),
+        ("chatty", ["SCHEDULED", "RUNNING", "FINISHED"]),
+    ],
+)
+def test_states_of_each_recorded_job(scenario: str, expected: list[str]) -> None:
+    assert statuses(scenario) == expected
+
+
+@pytest.mark.parametrize("scenario", ["success", "exit7", "backoff2", "deadline", "oom", "sidecar", "suspended"])
+def test_ended_only_with_the_last_condition(scenario: str) -> None:
+    """Line by line: `SuccessCriteriaMet` and `FailureTarget` do not end a Job, whatever its pods do meanwhile."""
+    for line in lines("jobs.jsonl"):
+        if line["type"] == "BOOKMARK" or line["object"]["metadata"]["name"] != scenario:
+            continue
+        types = {each["type"] for each in line["object"]["status"].get("conditions", []) if each["status"] == "True"}
+        job = read_job(line["object"], deleted=line["type"] == "DELETED")
+        assert job.ended == bool(types & {"Complete", "Failed"}), types
+
+
+@pytest.mark.parametrize(
+    ("scenario", "status", "code", "reason", "kind"),
+    [
+        ("success", "FINISHED", 0, None, None),
+        ("sidecar", "FINISHED", 0, None, None),
+        ("suspended", "FINISHED", 0, None, None),
+        ("chatty", "FINISHED", 0, None, None),
+        # The TTL's DELETED event carries the final conditions.
+        ("ttl", "FINISHED", 0, None, None),
+        ("exit7", "FAILED", 7, "exit code 7", "failure"),
+        ("backoff2", "FAILED", 3, "exit code 3 (attempt 3 of 3)", "failure"),
+        ("deadline", "FAILED", 137, "the Job's activeDeadlineSeconds ran out (DeadlineExceeded)", "timeout"),
+        ("oom", "FAILED", 137, "out of memory (its limit is 12Mi)", "oom"),
+        ("delete-foreground", "FAILED", 137, "the Job delete-foreground was deleted externally", "infrastructure"),
+    ],
+)
+def test_outcome_of_each_recorded_job(
+    scenario: str, status: str, code: int, reason: str | None, kind: str | None
+) -> None:
+    told = outcome(last(scenario))
+    assert (told.status, told.exit_code, told.reason, told.kind) == (status, code, reason, kind)
+
+
+def test_outcome_names_policy_and_start_error() -> None:
+    told = outcome(last("podfailurepolicy"))
+    assert told.exit_code == 42
+    assert (told.reason or "").startswith("exit code 42, which the Job's podFailurePolicy takes for final: Container c")
+    told = outcome(last("bad-command"))
+    assert told.exit_code is not None
+    assert "the command cannot be started" in (told.reason or "")
+    assert "/no/such/binary" in (told.reason or "")
+
+
+def test_outcome_without_pods_is_by_the_conditions_alone() -> None:
+    for scenario, status in (("success", "FINISHED"), ("exit7", "FAILED"), ("ttl", "FINISHED")):
+        seen = list(history(scenario, pods=False))[-1][1]
+        assert outcome(seen).status == status
+
+
+def test_a_pod_that_ended_ends_no_job_that_may_retry() -> None:
+    between = [seen for time, seen in history("backoff2") if 8.82 < time < 15]
+    assert between
+    for seen in between:
+        assert not seen.ended
+        assert seen.status is RunStatus.RUNNING
+        assert hindrance(seen) is None
+
+
+@pytest.mark.parametrize(
+    ("scenario", "kind", "text"),
+    [
+        ("no-image", Kind.IMAGE, "registry.invalid/none:1"),
+        ("bad-image-name", Kind.CONFIG, "UPPER/Case::bad"),
+        ("missing-secret", Kind.CONFIG, 'secret "nope" not found'),
+        ("unschedulable", Kind.UNSCHEDULABLE, "0/1 nodes are available"),
+    ],
+)
+def test_what_keeps_a_run_from_its_start(scenario: str, kind: Kind, text: str) -> None:
+    found = hindrance(last(scenario))
+    assert found is not None
+    assert found.kind is kind
+    assert text in found.text
+    assert found.pod.startswith(scenario)
+
+
+def test_the_clock_of_a_missing_image_does_not_start_anew() -> None:
+    """It goes back and forth between ErrImagePull and ImagePullBackOff; that is one hindrance."""
+    kinds = [found.kind if (found := hindrance(seen)) else None for _, seen in history("no-image")]
+    first = kinds.index(Kind.IMAGE)
+    assert set(kinds[first:]) == {Kind.IMAGE}
+
+
+def test_nothing_hinders_a_suspended_job() -> None:
+    suspended = [seen for time, seen in history("suspended") if time < 8.8 and seen.job and seen.job.suspended]
+    assert suspended
+    assert [hindrance(seen) for seen in suspended] == [None] * len(suspended)
+    assert {seen.status for seen in suspended} == {RunStatus.SCHEDULED}
+
+
+def test_gated_pod_is_not_hindered() -> None:
+    raw = {
+        "metadata": {"uid": "p", "name": "p"},
+        "status": {"conditions": [{"type": "PodScheduled", "status": "False", "reason": "SchedulingGated"}]},
+    }
+    assert hindrance(Seen(job(), (read_pod(raw),))) is None
+
+
+def test_a_job_without_any_pod_is_hindered() -> None:
+    found = hindrance(Seen(job(), ()))
+    assert found is not None
+    assert found.kind is Kind.UNSCHEDULABLE
+
+
+def test_every_recorded_pod_belongs_to_its_job() -> None:
+    uids = {line["object"]["metadata"]["uid"] for line in lines("jobs.jsonl") if line["type"] != "BOOKMARK"}
+    for line in lines("pods.jsonl"):
+        if line["type"] != "BOOKMARK":
+            assert job_of_pod(line["object"]) in uids
+
+
+def test_deleted_between_the_two_phases_of_its_end() -> None:
+    """Who deletes the Job when only `SuccessCriteriaMet` is there takes nothing of its success."""
+    interim = [seen for _, seen in history("success") if seen.job and seen.job.ending and not seen.job.complete]
+    assert interim
+    for seen in interim:
+        assert seen.job is not None
+        gone = Seen(read_deleted("success", "SuccessCriteriaMet"), seen.pods)
+        assert outcome(gone).status is RunStatus.FINISHED
+    assert outcome(Seen(read_deleted("exit7", "FailureTarget"), last("exit7").pods)).reason == "exit code 7"
+
+
+def test_vanished_job_is_told_by_its_pod_if_that_had_ended() -> None:
+    for scenario, status, code in (("success", "FINISHED", 0), ("exit7", "FAILED", 7)):
+        told = outcome(Seen(job(unseen=True, deleted=True, retries=0), last(scenario).pods))
+        assert (told.status, told.exit_code) == (status, code)
+    lost = outcome(Seen(job(unseen=True, deleted=True, retries=3), last("exit7").pods))
+    assert isinstance(lost.error, RunLost), "a Job that may have tried again"
+    lost = outcome(Seen(job(unseen=True, deleted=True), ()))
+    assert isinstance(lost.error, RunLost)
+    assert "ttlSecondsAfterFinished" in (lost.reason or "")
+
+
+def test_evicted_and_preempted() -> None:
+    def pod(**status: Any) -> PodState:
+        main = {"name": "c", "state": {"terminated": {"exitCode": 143, "reason": "Error"}}}
+        return read_pod(
+            {
+                "metadata": {"uid": "p", "name": "p"},
+                "spec": {"nodeName": "node1", "containers": [{"name": "c"}]},
+                "status": {"phase": "Failed", "containerStatuses": [main], **status},
+            }
+        )
+
+    failed = read_job(
+        {
+            "metadata": {"uid": "u", "name": "j"},
+            "spec": {"backoffLimit": 0},
+            "status": {"conditions": [{"type": "Failed", "status": "True", "reason": "BackoffLimitExceeded"}]},
+        }
+    )
+    evicted = outcome(Seen(failed, (pod(reason="Evicted", message="The node was low on resource: memory."),)))
+    assert evicted.kind is FailureKind.PREEMPTED
+    assert evicted.reason == "evicted from the node node1: The node was low on resource: memory."
+    target = {
+        "type": "DisruptionTarget",
+        "status": "True",
+        "reason": "PreemptionByScheduler",
+        "message": "preempted",
+    }
+    preempted = outcome(Seen(failed, (pod(conditions=[target]),)))
+    assert preempted.kind is FailureKind.PREEMPTED
+    assert preempted.reason == "ended by the cluster (PreemptionByScheduler): preempted"
+    killed = outcome(Seen(failed, (pod(),)))
+    assert (killed.kind, killed.reason) == (FailureKind.FAILURE, "exit code 143 (SIGTERM)")
+
+
+def job(**fields: Any) -> JobState:
+    return JobState(**{"uid": "u", "name": "j", **fields})
+
+
+def read_deleted(scenario: str, condition: str) -> JobState:
+    for line in lines("jobs.jsonl"):
+        if line["type"] == "BOOKMARK" or line["object"]["metadata"]["name"] != scenario:
+            continue
+        state = read_job(line["object"], deleted=True)
+        if state.ending is not None and state.ending.type == condition and not (state.complete or state.failed):
+            return state
+    raise AssertionError(f"{scenario} never had {condition} alone")

@@ -1,0 +1,101 @@
+"""Which manager serves which project."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from anyio import to_thread
+
+from mlfleet._environments import manager
+from mlfleet._environments.choose import choose
+from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
+from mlfleet.errors import EnvironmentSetupError, UsageError
+
+PYTHON_ENV = EnvironmentFile(EnvironmentFileKind.PYTHON_ENV, Path("/p/python_env.yaml"))
+CONDA = EnvironmentFile(EnvironmentFileKind.CONDA, Path("/p/conda.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "source", "name"),
+    [
+        (None, None, "virtualenv"),
+        (None, PYTHON_ENV, "virtualenv"),
+        (None, CONDA, "conda"),
+        ("uv", CONDA, "uv"),
+        ("virtualenv", CONDA, "virtualenv"),
+        ("local", CONDA, "local"),
+        ("local", None, "local"),
+        ("conda", CONDA, "conda"),
+    ],
+)
+def test_the_projects_files_choose_unless_the_caller_does(
+    asked: str | None, source: EnvironmentFile | None, name: str
+) -> None:
+    assert choose(asked, source) == name
+
+
+@pytest.mark.parametrize(
+    ("asked", "source", "message"),
+    [
+        (
+            "virtalenv",
+            None,
+            "no environment manager 'virtalenv', did you mean 'virtualenv'?.*local, virtualenv, uv, conda",
+        ),
+        ("Docker", CONDA, "no environment manager 'Docker' .there are local, virtualenv, uv, conda"),
+        (
+            "conda",
+            PYTHON_ENV,
+            "cannot run in a conda environment: .*described by /p/python_env.yaml; use .* virtualenv",
+        ),
+        ("conda", None, "cannot run in a conda environment: it has no conda.yaml"),
+    ],
+)
+def test_what_cannot_be(asked: str, source: EnvironmentFile | None, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        choose(asked, source)
+
+
+def test_uv_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "uv", None)
+    with pytest.raises(EnvironmentSetupError, match="uv is not installed: `pip install uv`"):
+        manager("uv").plan(tmp_path, None)
+
+
+def test_conda_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "conda.yaml").write_text("dependencies: [python]\n")
+    source = EnvironmentFile(EnvironmentFileKind.CONDA, tmp_path / "conda.yaml")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CONDA_EXE", "MAMBA_EXE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_CONDA_HOME", str(tmp_path))
+    with pytest.raises(EnvironmentSetupError, match=f"MLFLOW_CONDA_HOME is {tmp_path}, but there is no .*/bin/conda"):
+        manager("conda").plan(tmp_path, source)
+    monkeypatch.delenv("MLFLOW_CONDA_HOME")
+    monkeypatch.setenv("MLFLOW_CONDA_CREATE_ENV_CMD", "mamba")
+    with pytest.raises(EnvironmentSetupError, match="MLFLOW_CONDA_CREATE_ENV_CMD is 'mamba', which is not on PATH"):
+        manager("conda").plan(tmp_path, source)
+    monkeypatch.delenv("MLFLOW_CONDA_CREATE_ENV_CMD")
+    monkeypatch.setitem(sys.modules, "rattler", None)
+    with pytest.raises(EnvironmentSetupError, match=r"no conda, mamba or micromamba.*pip install 'mlfleet\[conda\]'"):
+        manager("conda").plan(tmp_path, source)
+
+
+async def test_local_leads_to_the_environment_that_this_runs_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = manager("local")
+    own = os.path.dirname(sys.executable)
+    monkeypatch.setenv("PATH", f"{own}:/usr/bin:/bin")
+    prepared = await local.prepare(await to_thread.run_sync(local.plan, tmp_path, None))
+    assert prepared.apply({"PATH": "/usr/bin", "X": "1"}) == {"PATH": "/usr/bin", "X": "1"}
+    if sys.prefix == sys.base_prefix:
+        return
+    # The virtual environment was not activated: `python` is its python all the same.
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    prepared = await local.prepare(await to_thread.run_sync(local.plan, tmp_path, None))
+    assert prepared.apply({"PATH": "/usr/bin:/bin"})["PATH"] == f"{own}:/usr/bin:/bin"

@@ -1,0 +1,134 @@
+"""The shared folder: what counts as an environment, and what `prune` may remove."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from mlfleet._environments.store import Store, list_environments, prune
+
+NAME = "virtualenv-" + "0" * 32
+OTHER = "uv-" + "1" * 32
+
+
+def build(root: Path, name: str = NAME, *, days_ago: float = 0) -> Path:
+    """An environment that no process uses, as if it was last used some days ago."""
+    store = Store(root)
+    attempt = store.begin(name)
+    (attempt / "bin").mkdir(parents=True)
+    (attempt / "bin" / "python").write_text("x" * 5000)
+    store.publish(name, attempt, python="3.11.7", source="/p/python_env.yaml", must_exist=("bin/python",))
+    then = datetime.now(UTC).timestamp() - days_ago * 86400
+    os.utime(root / name / "in-use", (then, then))
+    return attempt
+
+
+def test_only_what_was_published_is_an_environment(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    attempt = store.begin(NAME)
+    (attempt / "bin").mkdir(parents=True)
+    assert store.take(NAME) is None
+    assert [each.complete for each in list_environments(tmp_path)] == [False]
+    finished = build(tmp_path)
+    assert finished != attempt
+    assert not attempt.exists()
+    taken = store.take(NAME)
+    assert taken is not None
+    assert taken[0] == finished
+
+
+def test_an_environment_that_lost_its_interpreter_is_none(tmp_path: Path) -> None:
+    attempt = build(tmp_path)
+    store = Store(tmp_path)
+    assert store.take(NAME) is not None
+    (attempt / "bin" / "python").unlink()
+    assert store.take(NAME) is None
+    assert build(tmp_path) != attempt
+    assert store.take(NAME) is not None
+    assert not attempt.exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"attempt": 3}', "\x00"])
+def test_a_damaged_description_is_no_environment(tmp_path: Path, text: str) -> None:
+    build(tmp_path)
+    (tmp_path / NAME / "environment.json").write_text(text)
+    assert Store(tmp_path).take(NAME) is None
+    assert [each.complete for each in list_environments(tmp_path)] == [False]
+
+
+def test_the_list_tells_what_there_is(tmp_path: Path) -> None:
+    assert list_environments(tmp_path / "not there") == []
+    (tmp_path / "mlflow-0123").mkdir()  # of the reference, which may share the folder
+    build(tmp_path, OTHER, days_ago=3)
+    build(tmp_path)
+    used = Store(tmp_path)
+    used.take(NAME)
+    one, two = list_environments(tmp_path)
+    assert (one.name, one.manager, one.python, one.source) == (NAME, "virtualenv", "3.11.7", "/p/python_env.yaml")
+    assert one.complete
+    assert one.in_use
+    assert one.size >= 5000
+    assert (two.name, two.manager, two.in_use) == (OTHER, "uv", False)
+    assert two.last_used is not None
+    assert timedelta(days=2.9) < datetime.now(UTC) - two.last_used < timedelta(days=3.1)
+
+
+def test_prune_removes_what_was_not_used_for_long(tmp_path: Path) -> None:
+    (tmp_path / "mlflow-0123").mkdir()
+    build(tmp_path, NAME, days_ago=31)
+    build(tmp_path, OTHER, days_ago=29)
+    assert [each.name for each in prune(timedelta(days=30), root=tmp_path)] == [NAME]
+    assert [each.name for each in list_environments(tmp_path)] == [OTHER]
+    assert [each.name for each in prune(root=tmp_path)] == [OTHER]
+    assert list_environments(tmp_path) == []
+    assert (tmp_path / "mlflow-0123").exists()
+
+
+def test_prune_spares_what_is_in_use(tmp_path: Path) -> None:
+    build(tmp_path)
+    user = Store(tmp_path)
+    assert user.take(NAME) is not None
+    os.utime(tmp_path / NAME / "in-use", (0, 0))
+    assert prune(root=tmp_path) == []
+    del user
+    assert [each.name for each in prune(root=tmp_path)] == [NAME]
+
+
+def test_prune_spares_what_another_process_uses(tmp_path: Path) -> None:
+    build(tmp_path)
+    code = (
+        "import sys, pathlib; from mlfleet._environments.store import Store; s = Store(pathlib.Path(sys.argv[1]));"
+        "s.take(sys.argv[2]); print('taken', flush=True); sys.stdin.read()"
+    )
+    argv = [sys.executable, "-c", code, str(tmp_path), NAME]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as user:
+        assert user.stdout is not None
+        assert user.stdout.readline() == b"taken\n"
+        assert prune(root=tmp_path) == []
+        user.communicate()
+    assert [each.name for each in prune(root=tmp_path)] == [NAME]
+
+
+def test_prune_spares_what_is_being_built_and_removes_what_was_left(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.begin(NAME).mkdir()
+    with FileLock(store.lock_path(NAME)):
+        assert prune(timedelta(days=1), root=tmp_path) == []
+    assert [each.complete for each in prune(timedelta(days=1), root=tmp_path)] == [False]
+    assert not (tmp_path / NAME).exists()
+
+
+def test_an_environment_that_was_pruned_is_gone_for_its_earlier_users(tmp_path: Path) -> None:
+    build(tmp_path)
+    store = Store(tmp_path)
+    assert store.take(NAME) is not None
+    subprocess.run(["rm", "-r", str(tmp_path / NAME)], check=True)
+    assert store.take(NAME) is None
+    build(tmp_path)
+    assert store.take(NAME) is not None

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import asyncio
+import resource
+from pathlib import Path
+
+import pytest
+
+from mlfleet._process.process import Process, start_process
+from mlfleet._text.lines import follow_file, last_lines
+
+
+async def write(path: Path, script: str) -> Process:
+    with open(path, "ab") as file:
+        return await start_process(["bash", "-c", script], output=file.fileno())
+
+
+async def test_lines_come_while_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "output"
+    # It goes on only when its first line was seen.
+    writer = await write(
+        path, f"echo first; while [ ! -e {tmp_path}/seen ]; do sleep 0.01; done; echo second; printf third"
+    )
+    lines = []
+    async for line in follow_file(path, writer.wait):
+        lines.append(line)
+        (tmp_path / "seen").touch()
+    assert lines == ["first", "second", "third"]
+
+
+async def test_file_that_comes_later(tmp_path: Path) -> None:
+    path = tmp_path / "output"
+    ended = asyncio.Event()
+    following = asyncio.create_task(read(path, ended))
+    await asyncio.sleep(0.05)
+    path.write_text("late\n")
+    ended.set()
+    assert await following == ["late"]
+
+
+async def test_file_that_never_comes(tmp_path: Path) -> None:
+    ended = asyncio.Event()
+    ended.set()
+    assert await read(tmp_path / "none", ended) == []
+    assert [line async for line in follow_file(tmp_path / "none")] == []
+
+
+async def test_without_following_gives_what_there_is(tmp_path: Path) -> None:
+    path = tmp_path / "output"
+    path.write_text("\n".join(map(str, range(50_000))))
+    assert [line async for line in follow_file(path)] == [*map(str, range(50_000))]
+
+
+async def test_end_wakes_followers_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "output"
+    path.write_text("line\n")
+    ended = asyncio.Event()
+    followers = [asyncio.create_task(read(path, ended)) for _ in range(50)]
+    await asyncio.sleep(0.5)  # until they look but rarely
+    with open(path, "a") as file:
+        file.write("last\n")
+    ended.set()
+    assert await asyncio.gather(*followers) == [["line", "last"]] * 50
+
+
+async def test_what_outlives_the_writer_is_not_followed_for_ever(tmp_path: Path) -> None:
+    path = tmp_path / "output"
+    writer = await write(path, "while :; do echo y; done & echo $! > " + str(tmp_path / "pid") + "; exit 0")
+    try:
+        assert set(await read_until(path, writer)) <= {"y", ""}
+    finally:
+        killer = await start_process(["kill", "-KILL", (tmp_path / "pid").read_text().strip()])
+        await killer.wait()
+    path.unlink()
+
+
+async def test_100_mb_of_binary_stay_out_of_memory(tmp_path: Path) -> None:
+    path = tmp_path / "output"
+    writer = await write(path, "head -c 100000000 /dev/zero; echo; echo end")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    longest, last = 0, ""
+    async for line in follow_file(path, writer.wait):
+        longest, last = max(longest, len(line)), line
+    assert (longest, last) == (65536, "end")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # KiB
+    path.unlink()
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 20])
+def test_last_lines(tmp_path: Path, count: int) -> None:
+    path = tmp_path / "output"
+    path.write_text("".join(f"{n}\n" for n in range(10_000)) + "no end")
+    expected = [*map(str, range(10_000)), "no end"]
+    assert last_lines(path, count) == tuple(expected[len(expected) - count :])
+
+
+def test_last_lines_are_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "output"
+    assert last_lines(path) == ()
+    path.write_text("short\n")
+    assert last_lines(path) == ("short",)
+    path.write_text("x" * 1_000_000)
+    assert last_lines(path) == ("x" * 16384,)
+    path.write_text("x" * 100_000 + "\nlast\n")
+    assert last_lines(path) == ("last",)
+
+
+async def read(path: Path, ended: asyncio.Event) -> list[str]:
+    return [line async for line in follow_file(path, ended.wait)]
+
+
+async def read_until(path: Path, writer: Process) -> list[str]:
+    return [line async for line in follow_file(path, writer.wait)]

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from mlfleet._process.process import Process, start_process
+from mlfleet._store.locks import file_lock
+
+# What another process does: says "held" when it has the lock, and keeps it until it is ended.
+HOLD = """if True:
+    import asyncio, sys
+    from pathlib import Path
+    from mlfleet._store.locks import file_lock
+    async def main():
+        async with file_lock(Path(sys.argv[1])):
+            sys.stdout.write("held\\n")
+            sys.stdout.flush()
+            await asyncio.sleep(600)
+    asyncio.run(main())
+"""
+# Adds one to a number in a file, over and over, in a way that loses some unless it is alone.
+COUNT = """if True:
+    import asyncio, sys, time
+    from pathlib import Path
+    from mlfleet._store.locks import file_lock
+    async def add(path):
+        for _ in range(10):
+            async with file_lock(path.with_suffix(".lock")):
+                number = int(path.read_text())
+                await asyncio.sleep(0.001)
+                path.write_text(str(number + 1))
+    async def main():
+        await asyncio.gather(*(add(Path(sys.argv[1])) for _ in range(3)))
+    asyncio.run(main())
+"""
+
+
+async def hold(path: Path) -> Process:
+    reader, writer = os.pipe()
+    process = await start_process([sys.executable, "-c", HOLD, str(path)], output=writer)
+    os.close(writer)
+    text = await asyncio.to_thread(os.read, reader, 100)
+    os.close(reader)
+    assert text.startswith(b"held")
+    return process
+
+
+async def test_tasks_of_one_process_exclude_each_other(tmp_path: Path) -> None:
+    inside = most = 0
+
+    async def enter() -> None:
+        nonlocal inside, most
+        async with file_lock(tmp_path / "folder" / "lock"):
+            inside += 1
+            most = max(most, inside)
+            await asyncio.sleep(0.001)
+            inside -= 1
+
+    await asyncio.gather(*(enter() for _ in range(50)))
+    assert most == 1
+    assert (tmp_path / "folder" / "lock").exists()
+
+
+async def test_processes_exclude_each_other(tmp_path: Path) -> None:
+    number = tmp_path / "number"
+    number.write_text("0")
+    counters = [await start_process([sys.executable, "-c", COUNT, str(number)]) for _ in range(3)]
+    assert [await counter.wait() for counter in counters] == [0, 0, 0]
+    assert number.read_text() == "90"
+
+
+async def test_lock_of_a_process_that_dies_is_free(tmp_path: Path) -> None:
+    other = await hold(tmp_path / "lock")
+    waiting = asyncio.create_task(enter(tmp_path / "lock"))
+    os.kill(other.pid, signal.SIGKILL)
+    await waiting
+    await other.wait()
+
+
+async def test_waiters_cost_no_thread_each_and_may_be_cancelled(tmp_path: Path) -> None:
+    other = await hold(tmp_path / "lock")
+    before = threading.active_count()
+    waiting = [asyncio.create_task(enter(tmp_path / "lock")) for _ in range(100)]
+    await asyncio.sleep(0.1)
+    assert not any(task.done() for task in waiting)
+    assert threading.active_count() <= before + 4
+    for task in waiting:
+        task.cancel()
+    await asyncio.wait(waiting)
+    assert all(task.cancelled() for task in waiting)
+    await other.stop(0)
+    await enter(tmp_path / "lock")
+
+
+async def test_cancelled_at_any_moment_leaves_it_free(tmp_path: Path) -> None:
+    for turns in range(30):
+        task = asyncio.create_task(enter(tmp_path / "lock"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        async with asyncio.timeout(10):
+            await enter(tmp_path / "lock")
+
+
+async def test_error_inside_frees_it(tmp_path: Path) -> None:
+    with pytest.raises(LookupError):
+        async with file_lock(tmp_path / "lock"):
+            raise LookupError
+    await enter(tmp_path / "lock")
+
+
+async def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        await enter(tmp_path / "file" / "lock")
+
+
+async def enter(path: Path) -> None:
+    async with file_lock(path):
+        pass

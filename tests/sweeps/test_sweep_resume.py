@@ -1,0 +1,277 @@
+"""Sweeps that go on where an earlier one ended, was left, or was killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from components.mlflow_server import MlflowServer
+from components.projects import pid_is_gone, write_project
+from mlfleet import Fleet, RunStatus, SweepResult, Timeouts, grid
+from mlfleet.errors import UsageError
+from mlfleet.runs import JobRef
+from mlfleet.testing import FakeTracking
+
+DRIVER = Path(__file__).parent.parent / "components" / "sweep_driver.py"
+
+
+@pytest.fixture
+def tracking() -> FakeTracking:
+    return FakeTracking()
+
+
+@pytest.fixture
+async def fleet(tracking: FakeTracking) -> AsyncIterator[Fleet]:
+    async with Fleet(tracking=tracking, max_concurrent=4, timeouts=Timeouts(cancel_grace=0.5)) as fleet:
+        yield fleet
+
+
+def project(folder: Path, command: str) -> str:
+    """A project whose runs have a folder beside it for what they write."""
+    (folder / "out").mkdir()
+    return write_project(folder / "demo", command, parameters="n: string")
+
+
+async def all_of(fleet: Fleet, uri: str, space: Any, **options: Any) -> SweepResult:
+    async with fleet.sweep(uri, space, env_manager="local", **options) as sweep:
+        return await sweep.result()
+
+
+async def test_what_finished_is_skipped_and_what_failed_runs_again(
+    fleet: Fleet, tracking: FakeTracking, tmp_path: Path
+) -> None:
+    uri = project(tmp_path, "echo {n} >> ../out/runs; test {n} -lt 3 || test -e ../out/fixed")
+    first = await all_of(fleet, uri, grid(n=range(5)), name="lr")
+    assert (first.status, first.counts.failed) == (RunStatus.FAILED, 2)
+    (tmp_path / "out" / "fixed").touch()
+    again = await all_of(fleet, uri, grid(n=range(6)), name="lr", resume=True)
+    assert again.run_id == first.run_id
+    assert again.status is RunStatus.FINISHED
+    assert tracking.runs[again.run_id].statuses[-2:] == [RunStatus.RUNNING, RunStatus.FINISHED]
+    assert [(each.earlier, each.attempts) for each in again.results] == [(True, 1)] * 3 + [(False, 2)] * 2 + [
+        (False, 1)
+    ]
+    assert again.counts.earlier == 3
+    assert sorted((tmp_path / "out" / "runs").read_text().split()) == ["0", "1", "2", "3", "3", "4", "4", "5"]
+    third = await all_of(fleet, uri, grid(n=range(6)), name="lr", resume=True)
+    assert {each.earlier for each in third.results} == {True}
+    assert [each.attempts for each in third.results] == [1, 1, 1, 2, 2, 1]
+
+
+async def test_failures_may_be_left_as_they_are(fleet: Fleet, tmp_path: Path) -> None:
+    uri = project(tmp_path, "exit {n}")
+    await all_of(fleet, uri, grid(n=range(2)), name="lr")
+    again = await all_of(fleet, uri, grid(n=range(2)), name="lr", resume=True, retry_failed=False)
+    assert [(each.status, each.earlier) for each in again.results] == [("FINISHED", True), ("FAILED", True)]
+    assert again.status is RunStatus.FAILED
+
+
+async def test_what_was_cancelled_runs_again(fleet: Fleet, tmp_path: Path) -> None:
+    uri = project(tmp_path, "test -e ../out/go || sleep 1000")
+    async with fleet.sweep(uri, grid(n=range(6)), name="lr", env_manager="local") as sweep:
+        while not sweep.runs:  # noqa: ASYNC110 - left as early as can be
+            await anyio.sleep(0.01)
+    assert sweep.stopped == "cancelled"
+    (tmp_path / "out" / "go").touch()
+    again = await all_of(fleet, uri, grid(n=range(6)), name="lr", resume=True, retry_failed=False)
+    assert again.status is RunStatus.FINISHED
+    assert again.stopped is None
+
+
+async def test_equal_points_run_as_often_as_they_are_there(fleet: Fleet, tmp_path: Path) -> None:
+    uri = project(tmp_path, "echo {n} >> ../out/runs")
+    await all_of(fleet, uri, [{"n": 1}, {"n": 1}], name="lr")
+    again = await all_of(fleet, uri, [{"n": 1}] * 3, name="lr", resume=True)
+    assert [each.earlier for each in again.results] == [True, True, False]
+    assert len({each.run_id for each in again.results}) == 3
+
+
+async def test_points_are_known_again_when_the_space_has_grown_or_is_in_another_order(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    uri = project(tmp_path, "true")
+    first = await all_of(fleet, uri, grid(n=[1, 2, 3]), name="lr")
+    again = await all_of(fleet, uri, grid(n=[3, 7, 1]), name="lr", resume=True)
+    assert [each.earlier for each in again.results] == [True, False, True]
+    assert again.results[0].run_id == first.results[2].run_id
+
+
+async def test_a_taken_name_is_an_error_that_says_how_to_go_on(
+    fleet: Fleet, tracking: FakeTracking, tmp_path: Path
+) -> None:
+    uri = project(tmp_path, "true")
+    await all_of(fleet, uri, grid(n=[1]), name="lr")
+    made = len(tracking.runs)
+    with pytest.raises(UsageError, match=r"there is a sweep 'lr' already .*resume=True"):
+        await all_of(fleet, uri, grid(n=[1]), name="lr")
+    assert len(tracking.runs) == made
+    await all_of(fleet, uri, grid(n=[1]), name="other")
+    await all_of(fleet, uri, grid(n=[1]), name="lr", experiment_name="elsewhere")
+
+
+async def test_to_resume_what_never_was_begins_it(fleet: Fleet, tmp_path: Path) -> None:
+    result = await all_of(fleet, project(tmp_path, "true"), grid(n=[1]), name="new", resume=True)
+    assert result.status is RunStatus.FINISHED
+
+
+async def test_a_project_that_has_changed_is_noticed(fleet: Fleet, tmp_path: Path) -> None:
+    uri = project(tmp_path, "exit {n}")
+    await all_of(fleet, uri, grid(n=range(2)), name="lr")
+    (tmp_path / "demo" / "fix.py").write_text("pass\n")
+    with pytest.raises(UsageError, match=r"the project has changed .*'lr'[\s\S]*resume='changed'[\s\S]*\.dockerignore"):
+        await all_of(fleet, uri, grid(n=range(2)), name="lr", resume=True)
+    again = await all_of(fleet, uri, grid(n=range(2)), name="lr", resume="changed")
+    assert [(each.earlier, each.attempts) for each in again.results] == [(True, 1), (False, 2)]
+
+
+async def test_two_drivers_of_one_sweep_do_not_get_in_each_others_way(fleet: Fleet, tmp_path: Path) -> None:
+    uri = project(tmp_path, "sleep 1000")
+    async with fleet.sweep(uri, grid(n=[1]), name="lr", env_manager="local"):
+        with pytest.raises(UsageError, match="another process drives the sweep 'lr' right now"):
+            await all_of(fleet, uri, grid(n=[1]), name="lr", resume=True)
+        async with fleet.sweep(uri, grid(n=[1]), name="other", env_manager="local"):
+            pass
+
+
+# ---- after SIGKILL --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def killed_driver(mlflow_server: MlflowServer, tmp_path: Path) -> Iterator[tuple[str, list[int]]]:
+    """A sweep of four points, two at a time, whose driver was killed while two ran; the project, and their pids."""
+    uri = project(tmp_path, "echo $$ > ../out/pid-{n}; until test -e ../out/go; do sleep 0.02; done; echo through {n}")
+    argv = [sys.executable, str(DRIVER), uri, mlflow_server.url, tmp_path.name, "4", "2"]
+    driver = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    assert driver.stdout.readline() == "entered\n"
+    while len(pids := [int(text) for path in (tmp_path / "out").glob("pid-*") if (text := path.read_text())]) < 2:
+        if driver.poll() is not None:
+            raise AssertionError(driver.stdout.read())
+    driver.kill()
+    driver.wait()
+    driver.stdout.close()
+    assert not any(pid_is_gone(pid) for pid in pids)
+    yield uri, pids
+    for pid in pids:
+        if not pid_is_gone(pid):
+            os.killpg(os.getpgid(pid), signal.SIGKILL)
+
+
+@pytest.mark.timeout(120)  # the MLflow server may have to start
+async def test_what_still_runs_is_taken_back(
+    killed_driver: tuple[str, list[int]], mlflow_server: MlflowServer, tmp_path: Path
+) -> None:
+    uri, pids = killed_driver
+    async with (
+        Fleet(tracking_uri=mlflow_server.url) as fleet,
+        fleet.sweep(
+            uri, grid(n=range(4)), name=tmp_path.name, resume=True, max_concurrent=2, env_manager="local"
+        ) as sweep,
+    ):
+        (tmp_path / "out" / "go").touch()
+        result = await sweep.result()
+        children = await fleet.tracking.search_runs(["0"], f"tags.`mlfleet.sweep.id` = '{sweep.run_id}'")
+    assert result.status is RunStatus.FINISHED
+    assert [(each.attempts, each.earlier) for each in result.results] == [(1, False)] * 4
+    assert [child.status for child in children] == [RunStatus.FINISHED] * 4
+    for each in result.results:
+        assert each.run is not None
+        assert [line async for line in each.run.logs()] == [f"through {each.index}"]
+    assert all(pid_is_gone(pid) for pid in pids)
+
+
+@pytest.mark.timeout(120)  # the MLflow server may have to start
+async def test_what_was_taken_back_can_be_cancelled(
+    killed_driver: tuple[str, list[int]], mlflow_server: MlflowServer, tmp_path: Path
+) -> None:
+    uri, pids = killed_driver
+    async with (
+        Fleet(tracking_uri=mlflow_server.url, timeouts=Timeouts(cancel_grace=0.5)) as fleet,
+        fleet.sweep(
+            uri, grid(n=range(4)), name=tmp_path.name, resume=True, env_manager="local", max_concurrent=2
+        ) as sweep,
+    ):
+        while len(sweep.runs) < 2:  # noqa: ASYNC110 - there is no event for what is taken over
+            await anyio.sleep(0.01)
+        await sweep.cancel()
+        results = [result async for result in sweep]
+    assert [result.status for result in results] == [RunStatus.KILLED] * 2
+    assert all(pid_is_gone(pid) for pid in pids)
+
+
+@pytest.mark.timeout(120)  # the MLflow server may have to start
+@pytest.mark.parametrize("retry_failed", [True, False])
+async def test_what_died_with_the_driver_is_lost_and_runs_again(
+    killed_driver: tuple[str, list[int]], mlflow_server: MlflowServer, tmp_path: Path, retry_failed: bool
+) -> None:
+    uri, pids = killed_driver
+    for pid in pids:
+        os.killpg(os.getpgid(pid), signal.SIGKILL)
+    options: dict[str, Any] = {"name": tmp_path.name, "resume": True, "retry_failed": retry_failed}
+    async with (
+        Fleet(tracking_uri=mlflow_server.url) as fleet,
+        fleet.sweep(uri, grid(n=range(4)), env_manager="local", **options) as sweep,
+    ):
+        (tmp_path / "out" / "go").touch()
+        result = await sweep.result()
+        children = await fleet.tracking.search_runs(["0"], f"tags.`mlfleet.sweep.id` = '{sweep.run_id}'")
+    assert result.status is RunStatus.FINISHED
+    assert [each.attempts for each in result.results] == [2, 2, 1, 1]
+    lost = [child for child in children if child.status is RunStatus.FAILED]
+    assert len(lost) == 2
+    assert all("its process was killed" in child.tags["mlfleet.lost"] for child in lost)
+
+
+@pytest.mark.timeout(120)  # the MLflow server may have to start
+async def test_what_is_not_in_the_space_any_more_is_seen_to_its_end(
+    killed_driver: tuple[str, list[int]], mlflow_server: MlflowServer, tmp_path: Path
+) -> None:
+    uri, _ = killed_driver
+    async with (
+        Fleet(tracking_uri=mlflow_server.url) as fleet,
+        fleet.sweep(uri, [{"n": 9}], name=tmp_path.name, resume=True, env_manager="local") as sweep,
+    ):
+        (tmp_path / "out" / "go").touch()
+        result = await sweep.result()
+        children = await fleet.tracking.search_runs(["0"], f"tags.`mlfleet.sweep.id` = '{sweep.run_id}'")
+    assert [each.parameters for each in result.results] == [{"n": 9}]
+    assert {child.params["n"]: child.status for child in children} == dict.fromkeys("019", RunStatus.FINISHED)
+
+
+@pytest.mark.timeout(120)  # the MLflow server may have to start
+async def test_a_run_that_was_never_started_is_not_started_by_a_driver_that_comes_too_late(
+    mlflow_server: MlflowServer, tmp_path: Path
+) -> None:
+    """The claim of a run: the shell that stands before a command finds that the run was given up."""
+    from mlfleet.backends.base import Job
+    from mlfleet.backends.local.backend import LocalBackend
+    from mlfleet.errors import RunLost
+
+    job = Job(
+        run_id="a" * 32,
+        experiment_id="0",
+        project_name="late",
+        project_dir=tmp_path,
+        command="touch started",
+        durable=True,
+        output=tmp_path / "output.log",
+    )
+    async with LocalBackend() as backend:
+        reference = backend.reference(job)
+        assert reference is not None
+        dead = JobRef(reference.backend, reference.run_id, {**reference.data, "driver_started": 1})
+        with pytest.raises(RunLost, match="it was never started"):
+            await backend.attach(dead)
+        run = await backend.submit(job)
+        assert await run.wait() is False
+        with pytest.raises(RunLost, match="it was never started"):
+            await backend.attach(dead)
+    assert not (tmp_path / "started").exists()

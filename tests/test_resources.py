@@ -1,0 +1,145 @@
+"""Resources, what this machine has, and the queue for it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+
+import anyio
+import pytest
+
+from mlfleet._engine.admission import MachineSlots
+from mlfleet.errors import UsageError
+from mlfleet.resources import Machine, Resources, this_machine
+
+
+@pytest.mark.parametrize(
+    ("memory", "count"),
+    [
+        (1000, 1000),
+        ("512", 512),
+        ("1k", 1000),
+        ("4Gi", 4 * 2**30),
+        ("1.5G", 1500000000),
+        ("2MiB", 2**21),
+        ("3GB", 3 * 10**9),
+    ],
+)
+def test_memory_is_written_as_for_kubernetes(memory: int | str, count: int) -> None:
+    assert Resources(memory=memory).memory_bytes == count
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Resources(cpus=-1), "cpus is -1"),
+        (lambda: Resources(cpus="2"), "cpus is '2'"),  # type: ignore[arg-type]
+        (lambda: Resources(cpus=float("nan")), "cpus is nan"),
+        (lambda: Resources(gpus=0.5), "gpus is 0.5: give a whole number"),  # type: ignore[arg-type]
+        (lambda: Resources(memory="4 Gigs"), "memory is '4 Gigs'"),
+        (lambda: Resources(memory=0), "memory is 0"),
+        (lambda: Resources(memory=True), "memory is True"),
+    ],
+)
+def test_wrong_resources_are_told(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make()
+
+
+def test_this_machine_has_what_the_process_may_use() -> None:
+    machine = this_machine()
+    assert 1 <= machine.cpus <= (os.cpu_count() or 1)
+    assert machine.memory is None or machine.memory > 2**20
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus"),
+    [("0,1", ("0", "1")), ("", ()), ("-1", ()), ("3, 5", ("3", "5")), ("GPU-aa,-1,2", ("GPU-aa",))],
+)
+def test_gpus_are_those_that_cuda_would_show(
+    monkeypatch: pytest.MonkeyPatch, visible: str, gpus: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert this_machine().gpus == gpus
+
+
+def test_what_the_fleet_is_given_counts_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    assert this_machine(Resources(cpus=8, gpus=2, memory="1Gi")) == Machine(cpus=8, gpus=("4", "5"), memory=2**30)
+    with pytest.raises(UsageError, match="4 GPUs, and there are 3: 4, 5, 6"):
+        this_machine(Resources(gpus=4))
+
+
+@pytest.mark.parametrize(
+    ("needed", "message"),
+    [
+        (Resources(cpus=5), "5 CPUs are asked for and there are 4"),
+        (Resources(gpus=3), "3 GPUs are asked for and there are 2"),
+        (Resources(memory="9Gi"), r"9Gi of memory are asked for and there are 8\.0Gi"),
+    ],
+)
+def test_what_never_fits_is_refused(needed: Resources, message: str) -> None:
+    slots = MachineSlots(Machine(cpus=4, gpus=("0", "1"), memory=8 * 2**30))
+    with pytest.raises(UsageError, match=f"can never start on this machine: {message}"):
+        slots.check(needed)
+
+
+def test_how_many_fit() -> None:
+    machine = Machine(cpus=4, gpus=("0", "1"), memory=8 * 2**30)
+    assert machine.fits(Resources(cpus=0.1)) == 40
+    assert machine.fits(Resources(gpus=1)) == 2
+    assert machine.fits(Resources(cpus=1, memory="3Gi")) == 2
+
+
+async def test_no_two_runs_share_a_gpu_and_all_are_used() -> None:
+    slots = MachineSlots(Machine(cpus=100, gpus=("a", "b", "c")))
+    held: set[str] = set()
+    most = 0
+
+    async def run(count: int) -> None:
+        nonlocal most
+        async with slots.share(Resources(cpus=1, gpus=count)) as environ:
+            mine = set(filter(None, environ["CUDA_VISIBLE_DEVICES"].split(",")))
+            assert len(mine) == count
+            assert not mine & held
+            held.update(mine)
+            most = max(most, len(held))
+            await anyio.lowlevel.checkpoint()
+            held.difference_update(mine)
+
+    await asyncio.gather(*(run(count) for count in [1, 2, 3, 0, 1, 1] * 5))
+    assert most == 3
+
+
+async def test_a_big_run_is_not_starved_by_small_ones() -> None:
+    slots = MachineSlots(Machine(cpus=4))
+    order: list[str] = []
+    gate = anyio.Event()
+
+    async def run(name: str, cpus: float) -> None:
+        async with slots.share(Resources(cpus=cpus)):
+            order.append(name)
+            await gate.wait()
+
+    async with anyio.create_task_group() as group:
+        for name, cpus in [("first", 1), ("big", 4), ("small", 1)]:
+            group.start_soon(run, name, cpus)
+            await anyio.wait_all_tasks_blocked()
+        assert order == ["first"]  # three CPUs are free, and the small one still waits behind the big one
+        gate.set()
+    assert order == ["first", "big", "small"]
+
+
+async def test_who_gives_up_waiting_holds_up_nobody() -> None:
+    slots = MachineSlots(Machine(cpus=2))
+    async with slots.share(Resources(cpus=2)):
+        with anyio.move_on_after(0.01) as scope:
+            async with slots.share(Resources(cpus=2)):
+                pass
+        assert scope.cancelled_caught
+    for _ in range(20):  # tenths add up
+        async with slots.share(Resources(cpus=0.1)):
+            pass
+    async with slots.share(Resources(cpus=2)):
+        pass

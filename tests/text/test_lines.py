@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlfleet._text.lines import LineSplitter
+
+
+def split(*pieces: bytes) -> list[str]:
+    splitter = LineSplitter()
+    lines = [line for piece in pieces for line in splitter.feed(piece)]
+    return lines + splitter.close()
+
+
+def test_line_ends() -> None:
+    assert split(b"a\nb\r\nc\rd") == ["a", "b", "c", "d"]
+    assert split(b"\n\n") == ["", ""]
+    assert split(b"end\n") == ["end"]
+    assert split() == []
+
+
+def test_progress_bar_is_lines() -> None:
+    assert split(b"\r10%", b"\r20", b"%\r\n", b"done\n") == ["", "10%", "20%", "done"]
+
+
+def test_line_end_in_two_pieces() -> None:
+    assert split(b"a\r", b"\nb") == ["a", "b"]
+    assert split(b"a\r", b"\n") == ["a"]
+    assert split(b"a\r", b"b") == ["a", "b"]
+    assert split(b"a\r", b"\r\n", b"\n") == ["a", "", ""]
+
+
+def test_character_in_two_pieces() -> None:
+    snowman = "\N{SNOWMAN}".encode()
+    assert split(snowman[:1], snowman[1:] + b"\n") == ["\N{SNOWMAN}"]
+    assert split(snowman[:2]) == ["\N{REPLACEMENT CHARACTER}"]
+
+
+def test_only_those_line_ends() -> None:
+    text = "form\ffeed\vtab\x1cseparator\x85next\N{LINE SEPARATOR}line"
+    assert split(text.encode()) == [text]
+
+
+def test_long_line_is_cut() -> None:
+    lines = split(b"x" * 150_000 + b"\nnext\n")
+    assert [len(line) for line in lines] == [65536, 65536, 18928, 4]
+    assert split(b"y" * 65536 + b"\n") == ["y" * 65536]
+
+
+def test_endless_line_is_given_out_and_not_kept() -> None:
+    splitter = LineSplitter()
+    given_out = sum(len(line) for _ in range(1000) for line in splitter.feed(b"z" * 1000))
+    assert given_out >= 1_000_000 - 65536
+
+
+@given(st.lists(st.text(alphabet="ab\r\n\N{SNOWMAN}")), st.data())
+def test_pieces_make_no_difference(texts: list[str], data: st.DataObject) -> None:
+    whole = "".join(texts).encode()
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)))))
+    pieces = [whole[start:end] for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
+    assert split(*pieces) == split(whole)
+
+
+@given(st.binary())
+def test_any_bytes(data: bytes) -> None:
+    assert "".join(split(data)) == data.decode(errors="replace").replace("\r", "").replace("\n", "")
