@@ -8,7 +8,7 @@ from pathlib import Path
 
 import anyio
 
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.attach import read_reference
 from mlfleet._engine.request import SweepMember
 from mlfleet._paths import runs_folder
@@ -25,7 +25,6 @@ from mlfleet.tracking.ending import end_run
 
 __all__ = ["cancel_run", "cancel_sweep", "read_logs", "wait_for"]
 
-_looking = Threads("control", 4)
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.2, 2.0  # seconds between two looks
 _MOST_RUNS = 50_000  # what mlflow's own stores give at most
 _DRIVER_PATIENCE = 5.0  # seconds that a driver gets to see that its sweep was cancelled
@@ -110,7 +109,7 @@ async def cancel_sweep(fleet: Fleet, info: RunInfo, *, grace: float | None = Non
     """
     name = info.tags.get(NAME_TAG)
     if name is not None and not await is_driven(fleet.tracking, info):
-        await _looking(partial(forget, lock_path(fleet.tracking, info.experiment_id, name)))
+        await FILES.run(partial(forget, lock_path(fleet.tracking, info.experiment_id, name)))
     if info.status.is_terminal:
         return info
     await fleet.tracking.update_run(info.run_id, RunStatus.KILLED)
@@ -159,7 +158,7 @@ async def read_logs(fleet: Fleet, run_id: str, *, follow: bool) -> AsyncGenerato
     else:
         if reference is not None and reference.data.get("output"):
             kept = Path(str(reference.data["output"]))
-        if not await _looking(kept.exists) and not (follow and reference is not None):
+        if not await FILES.run(kept.exists) and not (follow and reference is not None):
             raise UsageError(
                 f"the output of the run {run_id} is not kept on this machine ({kept}). A run that `mlfleet run` prints "
                 "keeps none; --log-output stores it with MLflow"
@@ -221,7 +220,7 @@ async def _withdraw(reference: JobRef) -> bool:
             )
         return durable.withdraw(reference)
 
-    return await _looking(withdraw)
+    return await FILES.run(withdraw)
 
 
 async def _is_abandoned(info: RunInfo) -> bool:
@@ -230,7 +229,7 @@ async def _is_abandoned(info: RunInfo) -> bool:
         return False
     reference = read_reference(info)
     if reference.backend == "local":
-        return await _looking(partial(_local_is_abandoned, reference))
+        return await FILES.run(partial(_local_is_abandoned, reference))
     if reference.backend == "docker":
         from mlfleet.backends.docker.inventory import list_containers
 

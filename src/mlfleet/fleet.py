@@ -16,9 +16,9 @@ import anyio
 
 from mlfleet._concurrency.broadcast import Broadcast, Subscription
 from mlfleet._concurrency.services import ServiceOwner
-from mlfleet._concurrency.single_flight import Once
+from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.tasks import TaskOwner
-from mlfleet._concurrency.throttle import Turns
+from mlfleet._concurrency.throttle import Throttle
 from mlfleet._engine.admission import MachineSlots, Slot
 from mlfleet._engine.attach import AttachedRun, find_again, read_reference
 from mlfleet._engine.plan import Plan, Planner
@@ -89,8 +89,8 @@ class Fleet:
         self._planner = Planner(self._fetcher, self._backend_instance)
         self._backends: dict[str, Backend] = {}
         self._managers: dict[str, EnvironmentManager] = {}
-        self._experiments: Once[str, str] = Once(keep=True)
-        self._turns = Turns()
+        self._experiments: SingleFlight[str, str] = SingleFlight(keep=True)
+        self._throttle = Throttle()
         self._tasks = TaskOwner()
         self._services = ServiceOwner(self._tasks)
         self._runs: set[FleetRun] = set()
@@ -146,7 +146,7 @@ class Fleet:
                 nothing was made.
         """
         # First of all: hundreds of calls at the same time shall not stop everything else that the event loop does.
-        await self._turns.take()
+        await self._throttle.wait()
         request = RunRequest.of(uri, entry_point, version, parameters, **options)
         return await self.start(request)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.threads import FILES
 from mlfleet.errors import SpecError, UsageError
 
 __all__ = [
@@ -50,7 +50,6 @@ Points: TypeAlias = Iterable[Point] | AsyncIterable[Point]
 """What `Fleet.sweep` takes: a space, or any iterable or async iterable of points."""
 
 _CHUNK = 256  # rows that are read from a file at a time
-_reading = Threads("rows", 2)
 
 
 class Space(ABC):
@@ -353,7 +352,7 @@ class _FileRows(Space):
 
     async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
         points = iter(self)
-        while chunk := await _reading(lambda: list(itertools.islice(points, _CHUNK))):
+        while chunk := await FILES.run(lambda: list(itertools.islice(points, _CHUNK))):
             for point in chunk:
                 yield point
 

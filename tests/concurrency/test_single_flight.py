@@ -5,8 +5,8 @@ import asyncio
 import anyio
 import pytest
 
-from mlfleet._concurrency.single_flight import Once, Rounds
-from mlfleet._concurrency.throttle import Turns
+from mlfleet._concurrency.single_flight import Coalescing, SingleFlight
+from mlfleet._concurrency.throttle import Throttle
 
 
 class Work:
@@ -32,7 +32,7 @@ class Work:
 
 
 async def test_one_work_for_all_callers() -> None:
-    once: Once[str, str] = Once()
+    once: SingleFlight[str, str] = SingleFlight()
     work = Work()
     callers = [asyncio.create_task(once("key", work)) for _ in range(100)]
     await work.has_begun.wait()
@@ -42,7 +42,7 @@ async def test_one_work_for_all_callers() -> None:
 
 
 async def test_keys_do_not_wait_for_each_other() -> None:
-    once: Once[str, str] = Once()
+    once: SingleFlight[str, str] = SingleFlight()
     slow, fast = Work("slow"), Work("fast")
     fast.may_end.set()
     waiting = asyncio.create_task(once("slow", slow))
@@ -53,7 +53,7 @@ async def test_keys_do_not_wait_for_each_other() -> None:
 
 async def test_forgets_or_keeps_the_result() -> None:
     for keep, begun in ((False, 2), (True, 1)):
-        once: Once[str, str] = Once(keep=keep)
+        once: SingleFlight[str, str] = SingleFlight(keep=keep)
         work = Work()
         work.may_end.set()
         assert [await once("key", work), await once("key", work)] == ["done", "done"]
@@ -61,7 +61,7 @@ async def test_forgets_or_keeps_the_result() -> None:
 
 
 async def test_error_goes_to_all_and_the_next_caller_starts_anew() -> None:
-    once: Once[str, str] = Once(keep=True)
+    once: SingleFlight[str, str] = SingleFlight(keep=True)
     begun = 0
 
     async def fail() -> str:
@@ -79,7 +79,7 @@ async def test_error_goes_to_all_and_the_next_caller_starts_anew() -> None:
 
 
 async def test_cancelled_caller_leaves_the_work_to_the_others() -> None:
-    once: Once[str, str] = Once()
+    once: SingleFlight[str, str] = SingleFlight()
     work = Work()
     first, second = (asyncio.create_task(once("key", work)) for _ in range(2))
     await work.has_begun.wait()
@@ -92,7 +92,7 @@ async def test_cancelled_caller_leaves_the_work_to_the_others() -> None:
 
 
 async def test_last_cancelled_caller_ends_the_work_and_waits_for_its_end() -> None:
-    once: Once[str, str] = Once()
+    once: SingleFlight[str, str] = SingleFlight()
     work = Work()
     callers = [asyncio.create_task(once("key", work)) for _ in range(3)]
     await work.has_begun.wait()
@@ -104,7 +104,7 @@ async def test_last_cancelled_caller_ends_the_work_and_waits_for_its_end() -> No
 
 
 async def test_caller_that_comes_while_the_work_is_being_cancelled_gets_work_of_its_own() -> None:
-    once: Once[str, str] = Once()
+    once: SingleFlight[str, str] = SingleFlight()
     old, new = Work("old"), Work("new")
     new.may_end.set()
     caller = asyncio.create_task(once("key", old))
@@ -116,7 +116,7 @@ async def test_caller_that_comes_while_the_work_is_being_cancelled_gets_work_of_
 
 
 async def test_scope_of_a_caller_does_not_reach_into_the_work() -> None:
-    once: Once[str, str] = Once()
+    once: SingleFlight[str, str] = SingleFlight()
     work = Work()
     async with anyio.create_task_group() as group:
 
@@ -138,7 +138,7 @@ async def test_scope_of_a_caller_does_not_reach_into_the_work() -> None:
 
 
 async def test_work_that_is_cancelled_from_outside_is_an_error_and_no_cancellation() -> None:
-    once: Once[str, str] = Once()
+    once: SingleFlight[str, str] = SingleFlight()
 
     async def give_up() -> str:
         raise asyncio.CancelledError
@@ -148,7 +148,7 @@ async def test_work_that_is_cancelled_from_outside_is_an_error_and_no_cancellati
 
 
 async def test_no_answer_of_a_round_is_older_than_its_question() -> None:
-    rounds: Rounds[str, int] = Rounds()
+    rounds: Coalescing[str, int] = Coalescing()
     now = 0
     begun: list[int] = []
     has_begun, may_end = asyncio.Event(), asyncio.Event()
@@ -171,7 +171,7 @@ async def test_no_answer_of_a_round_is_older_than_its_question() -> None:
 
 
 async def test_a_round_that_nobody_waits_for_any_more_does_not_hold_up_the_next() -> None:
-    rounds: Rounds[str, str] = Rounds()
+    rounds: Coalescing[str, str] = Coalescing()
     old, new = Work("old"), Work("new")
     new.may_end.set()
     caller = asyncio.create_task(rounds("key", old))
@@ -185,11 +185,11 @@ async def test_a_round_that_nobody_waits_for_any_more_does_not_hold_up_the_next(
 
 
 async def test_turns_let_others_in_between_and_keep_the_order() -> None:
-    turns = Turns()
+    turns = Throttle()
     seen: list[object] = []
 
     async def one(n: int) -> None:
-        await turns.take()
+        await turns.wait()
         seen.append(n)
 
     async def other() -> None:

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import pytest
 
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.threads import ThreadLimiter
 
 
 class Slow(type(Path())):  # type: ignore[misc]
@@ -27,14 +27,14 @@ class Slow(type(Path())):  # type: ignore[misc]
 
 
 async def test_a_file_that_opens_while_its_caller_is_cancelled_is_closed(tmp_path: Path) -> None:
-    threads, path = Threads("test", 2), Slow(tmp_path / "file")
+    threads, path = ThreadLimiter("test", 2), Slow(tmp_path / "file")
 
     async def write() -> None:
-        async with threads.opened(path, "wb"):
+        async with threads.open(path, "wb"):
             raise AssertionError("was cancelled before")
 
     task = asyncio.create_task(write())
-    await threads(path.opening.wait)
+    await threads.run(path.opening.wait)
     task.cancel()
     asyncio.get_running_loop().call_soon(path.go_on.set)
     with pytest.raises(asyncio.CancelledError):

@@ -15,7 +15,7 @@ import anyio
 
 from mlfleet._cli.sweep_best import Best
 from mlfleet._cli.terminal import complain, say
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.threads import TERMINAL
 from mlfleet._sweeps import PointResult, Sweep
 from mlfleet.runs import RunEvent, RunStatus, Stage
 
@@ -32,7 +32,6 @@ __all__ = [
     "values",
 ]
 
-_writing = Threads("standard output", 1)
 _MOST_EVENTS = 10_000
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|.)")
 
@@ -177,7 +176,7 @@ class SweepJson:
         while self._lines:
             text = "".join(json_line(self._lines.popleft()) for _ in range(min(len(self._lines), 100)))
             if not self._broken:
-                await _writing(partial(self._put, text.encode(errors="replace")))
+                await TERMINAL.run(partial(self._put, text.encode(errors="replace")))
 
     def _put(self, data: bytes) -> None:
         try:

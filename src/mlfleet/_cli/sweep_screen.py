@@ -16,7 +16,7 @@ import anyio
 from mlfleet._cli.sweep_best import Best
 from mlfleet._cli.sweep_lines import failure_line, opening_line, plain_line, retry_line, values
 from mlfleet._cli.terminal import say
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.threads import TERMINAL
 from mlfleet._engine.run import FleetRun
 from mlfleet._sweeps import PointResult, Sweep, SweepCounts
 from mlfleet._text.lines import last_lines
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SweepScreen", "duration_text"]
 
-_painting = Threads("terminal", 1)
 _INTERVAL = 0.4  # seconds between two pictures
 _MOST_ROWS = 8  # running points that are shown
 _TAIL = 2048  # bytes at the end of an output in which its last line is looked for
@@ -118,17 +117,17 @@ class SweepScreen:
     async def keep_up(self) -> None:
         """Paint a picture a few times a second, in a thread: a terminal can be held (Ctrl-S)."""
         while True:
-            await _painting(partial(self._paint, self._picture()))
+            await TERMINAL.run(partial(self._paint, self._picture()))
             with anyio.move_on_after(_INTERVAL):
                 await self._wake.wait()
             self._wake = anyio.Event()
 
     async def close(self) -> None:
         """Write the last lines and take the rest away."""
-        await _painting(partial(self._paint, self._picture()))
+        await TERMINAL.run(partial(self._paint, self._picture()))
         self._closed = True
         if self._live is not None:
-            await _painting(self._live.stop)
+            await TERMINAL.run(self._live.stop)
 
     # ---- on the event loop ------------------------------------------------------------------------------------------
 

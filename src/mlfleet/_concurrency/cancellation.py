@@ -1,4 +1,4 @@
-"""Work that must come to its end although its caller is cancelled, but not at any price."""
+"""Work that runs to its end although its caller is cancelled."""
 
 from __future__ import annotations
 
@@ -6,40 +6,64 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from mlfleet._concurrency.threads import outlast
+import anyio
 
-__all__ = ["finish", "let_end"]
+__all__ = ["complete", "wait_done"]
 
 T = TypeVar("T")
 
 
-async def finish(work: Callable[[], Coroutine[Any, Any, T]], *, within: float) -> T:
-    """Await `work`; if the caller is cancelled meanwhile, `work` still gets some time to end.
+async def wait_done(future: asyncio.Future[Any]) -> asyncio.CancelledError | None:
+    """Wait until `future` is done, also when the calling task is cancelled, however often.
 
-    A cancelled caller that wants the result lets `work` keep it somewhere: the cancellation is raised all the same.
+    An anyio shield holds back the cancellation of anyio scopes, but not ``task.cancel()`` (asyncio's native
+    cancellation, which ``asyncio.timeout`` and ``asyncio.run`` use). This function holds back both.
 
     Args:
-        work: what is to be done.
-        within: seconds that it has from the cancellation on.
+        future: The future or task to wait for. Its result and its error are left to the caller.
+
+    Returns:
+        The last cancellation that arrived meanwhile. The caller must raise it when its own work is done.
+    """
+    cancelled: asyncio.CancelledError | None = None
+    with anyio.CancelScope(shield=True):
+        while not future.done():
+            try:
+                await asyncio.wait([future])
+            except asyncio.CancelledError as error:
+                cancelled = error
+    return cancelled
+
+
+async def complete(work: Callable[[], Coroutine[Any, Any, T]], *, limit: float | None = None) -> T:
+    """Run `work` in a task of its own and wait for its end, however often the caller is cancelled.
+
+    Args:
+        work: The coroutine function to run.
+        limit: Seconds that the work may still take after the first cancellation of the caller; then it is cancelled,
+            too. None: no limit.
+
+    Returns:
+        The result of the work. It is lost if the caller was cancelled: store it from inside `work` if it is needed.
+
+    Raises:
+        asyncio.CancelledError: The caller was cancelled. Raised after the end of the work; an error of the work is its
+            ``__cause__``.
     """
     task = asyncio.ensure_future(work())
-    try:
-        await asyncio.wait([task])
-    except asyncio.CancelledError:
-        await let_end(task, within=within)
-        raise
-    return task.result()
-
-
-async def let_end(task: asyncio.Task[Any], *, within: float) -> None:
-    """Wait for the end of `task`, whatever it is, although the caller was cancelled and may be again.
-
-    Args:
-        task: is cancelled when its time is over. Its error gives way to the cancellation of the caller.
-        within: seconds that it has.
-    """
-    late = asyncio.get_running_loop().call_later(within, task.cancel)
-    await outlast(task)
-    late.cancel()
-    if not task.cancelled():
-        task.exception()
+    with anyio.CancelScope(shield=True):
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+        else:
+            return task.result()
+    if limit is not None:
+        timer = asyncio.get_running_loop().call_later(limit, task.cancel)
+        await wait_done(task)
+        timer.cancel()
+    else:
+        await wait_done(task)
+    if not task.cancelled() and (failure := task.exception()) is not None:
+        raise cancelled from failure
+    raise cancelled

@@ -8,15 +8,15 @@ from functools import partial
 from typing import Generic, TypeVar
 from weakref import WeakValueDictionary
 
-from mlfleet._concurrency.threads import outlast
+from mlfleet._concurrency.cancellation import wait_done
 
-__all__ = ["Once", "Rounds"]
+__all__ = ["Coalescing", "SingleFlight"]
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 
-class Once(Generic[K, V]):
+class SingleFlight(Generic[K, V]):
     """Runs one piece of work per key for any number of concurrent callers of one event loop.
 
     A cancelled caller leaves the work to the others; when the last one is gone, the work is cancelled and awaited. An
@@ -47,7 +47,7 @@ class Once(Generic[K, V]):
             if flight.callers == 1 and not flight.task.done():
                 self._forget(key, flight)
                 flight.task.cancel()
-                await outlast(flight.task)
+                await wait_done(flight.task)
             raise
         finally:
             flight.callers -= 1
@@ -68,14 +68,14 @@ class Once(Generic[K, V]):
             del self._flights[key]
 
 
-class Rounds(Generic[K, V]):
-    """Like `Once`, but no answer is older than its question: who asks while work is under way waits for the next round.
+class Coalescing(Generic[K, V]):
+    """Like `SingleFlight`, but calls made while a call is in progress share the next one.
 
-    So hundreds who ask at the same time cost a few pieces of work, and each sees what was true when it asked.
+    So a result never predates its caller, and hundreds of callers at the same time cost a few calls.
     """
 
     def __init__(self) -> None:
-        self._next: Once[K, V] = Once()
+        self._next: SingleFlight[K, V] = SingleFlight()
         self._locks: WeakValueDictionary[K, asyncio.Lock] = WeakValueDictionary()
 
     async def __call__(self, key: K, work: Callable[[], Awaitable[V]]) -> V:

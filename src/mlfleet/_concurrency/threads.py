@@ -1,187 +1,140 @@
-"""Blocking work in threads, and waiting that a cancellation cannot tear."""
+"""Blocking work in threads: one named limit for each kind of work, so that no kind can starve another."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
-import weakref
+import concurrent.futures
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from queue import SimpleQueue
-from typing import IO, Any, Generic, Literal, TypeVar
+from typing import IO, Generic, Literal, TypeVar
 
 import anyio
+import anyio.to_thread
+from anyio.lowlevel import RunVar
 
-__all__ = ["Threads", "outlast"]
+from mlfleet._concurrency.cancellation import complete, wait_done
 
-V = TypeVar("V")
+__all__ = [
+    "FILES",
+    "LOGINS",
+    "PLUGIN_QUESTIONS",
+    "PLUGIN_SUBMITS",
+    "PROCESSES",
+    "PROJECTS",
+    "STORES",
+    "TERMINAL",
+    "TRANSFERS",
+    "ThreadLimiter",
+]
 
-
-async def outlast(future: asyncio.Future[V]) -> asyncio.CancelledError | None:
-    """Wait until `future` is done, also when the calling task is cancelled, however often.
-
-    An anyio scope's shield holds off that scope's own cancellation, but not ``task.cancel()``; this holds off both.
-
-    Returns:
-        The cancellation that came meanwhile, which the caller raises when its work is done.
-    """
-    cancelled: asyncio.CancelledError | None = None
-    with anyio.CancelScope(shield=True):
-        while not future.done():
-            try:
-                await asyncio.wait([future])
-            except asyncio.CancelledError as error:
-                cancelled = error
-    return cancelled
+T = TypeVar("T")
 
 
-class Threads:
-    """Up to `count` threads of each event loop for one kind of blocking work, so that no other kind can starve it.
+class ThreadLimiter:
+    """Runs blocking functions in anyio's worker threads, a limited number at a time in each event loop.
 
-    They are threads of its own rather than anyio's or the loop's: a fan-out of hundreds of runs goes through here for
-    each of them, and a limiter, a copied context and a second message to the loop would cost it several times as much.
+    Args:
+        name: The kind of work.
+        count: How many functions may run at the same time. Others wait, first come, first served.
     """
 
     def __init__(self, name: str, count: int) -> None:
-        self._name = name
         self._count = count
-        self._crews: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Crew] = weakref.WeakKeyDictionary()
+        self._limiter: RunVar[anyio.CapacityLimiter] = RunVar(f"mlfleet thread limiter {name}")
 
-    async def __call__(self, function: Callable[[], V], *, undo: Callable[[V], Awaitable[None]] | None = None) -> V:
+    async def run(self, function: Callable[[], T], *, undo: Callable[[T], Awaitable[None]] | None = None) -> T:
         """Call `function` in a thread.
 
-        A call that is cancelled before a thread took it does not happen. One that a thread is busy with is awaited
-        first, since it cannot be stopped.
+        A call that is cancelled before its thread began does not happen. A thread that has begun cannot be stopped: the
+        cancelled caller waits for its end.
 
         Args:
-            function: the blocking work.
-            undo: takes back a result that nobody will get any more. No cancellation tears it; its error is raised
-                rather than the cancellation.
+            function: The blocking work.
+            undo: Takes back the result of a call that was cancelled, through any further cancellation. Its error is
+                raised instead of the cancellation.
         """
-        loop = asyncio.get_running_loop()
-        crew = self._crews.get(loop)
-        if crew is None:
-            crew = self._crews[loop] = _Crew(self._name, self._count)
-        call = _Call(function, loop, crew)
-        crew.take(call)
+        call: _Call[T] = _Call(function)
         try:
-            return await call.done
+            await anyio.to_thread.run_sync(call.run, limiter=self._capacity())
         except asyncio.CancelledError:
-            if not call.withdraw():
-                result = call.outcome()
-                await outlast(result)
-                if result.exception() is None and undo is not None:
-                    undone = asyncio.ensure_future(undo(result.result()))
-                    await outlast(undone)
+            if not call.future.cancel():
+                await wait_done(asyncio.wrap_future(call.future))
+                if call.future.exception() is None and undo is not None:
+                    undone = asyncio.ensure_future(undo(call.future.result()))
+                    await wait_done(undone)
                     undone.result()
             raise
+        return call.future.result()
 
-    async def clean_up(self, work: Callable[[], None]) -> None:
-        """Call `work` in a thread and wait for its end, although the caller is cancelled."""
-        task = asyncio.ensure_future(self(work))
-        cancelled = await outlast(task)
-        task.result()
-        if cancelled is not None:
-            raise cancelled
+    async def finish(self, function: Callable[[], None]) -> None:
+        """Call `function` in a thread and wait for its end, although the caller is cancelled."""
+        await complete(lambda: self.run(function))
 
     @asynccontextmanager
-    async def opened(self, path: Path, mode: Literal["rb", "wb"]) -> AsyncIterator[IO[bytes]]:
-        """Open a file in a thread, and close it there; a caller that is cancelled leaves none open."""
+    async def open(self, path: Path, mode: Literal["rb", "wb"]) -> AsyncIterator[IO[bytes]]:
+        """Open a file in a thread, and close it in a thread. A cancelled caller leaves no open file behind."""
 
-        async def undo(file: IO[bytes]) -> None:
-            await self(file.close)
+        async def close(file: IO[bytes]) -> None:
+            await self.run(file.close)
 
-        file: IO[bytes] = await self(lambda: path.open(mode), undo=undo)
+        file: IO[bytes] = await self.run(lambda: path.open(mode), undo=close)
         try:
             yield file
         finally:
-            await self.clean_up(file.close)
+            await self.finish(file.close)
+
+    def _capacity(self) -> anyio.CapacityLimiter:
+        limiter = self._limiter.get(None)
+        if limiter is None:
+            limiter = anyio.CapacityLimiter(self._count)
+            self._limiter.set(limiter)
+        return limiter
 
 
-class _Crew:
-    """The threads of one event loop; all but their work itself happens in that loop.
+class _Call(Generic[T]):
+    """A function to call in a thread, and its outcome, which outlives the cancellation of the caller."""
 
-    They end when the loop is gone.
-    """
+    __slots__ = ("_function", "future")
 
-    def __init__(self, name: str, count: int) -> None:
-        self._name = name
-        self._count = count
-        self._threads = 0
-        self._queue: SimpleQueue[_Call[Any] | None] = SimpleQueue()
-        self.under_way = 0
-
-    def take(self, call: _Call[Any]) -> None:
-        """Have the call made, in its turn."""
-        if self._threads <= self.under_way and self._threads < self._count:
-            self._grow()
-        self.under_way += 1
-        self._queue.put(call)
-
-    def _grow(self) -> None:
-        thread = threading.Thread(target=_work, args=(self._queue,), name=f"mlfleet {self._name}", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError:  # the limit is reached: those that are there do it
-            if self._threads == 0:
-                raise
-            return
-        self._threads += 1
-        weakref.finalize(self, self._queue.put, None).atexit = False
-
-
-def _work(queue: SimpleQueue[_Call[Any] | None]) -> None:
-    while (call := queue.get()) is not None:
-        call.run()
-        del call  # which knows the loop
-
-
-class _Call(Generic[V]):
-    """A call for a thread that can be withdrawn until the thread takes it."""
-
-    __slots__ = ("_crew", "_error", "_function", "_has_ended", "_loop", "_result", "_taken", "done")
-
-    def __init__(self, function: Callable[[], V], loop: asyncio.AbstractEventLoop, crew: _Crew) -> None:
+    def __init__(self, function: Callable[[], T]) -> None:
         self._function = function
-        self._loop = loop
-        self._crew = crew
-        self._taken = threading.Lock()
-        self._has_ended = False
-        self._result: V | None = None
-        self._error: BaseException | None = None
-        self.done: asyncio.Future[V] = loop.create_future()
+        self.future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
     def run(self) -> None:
-        if self._taken.acquire(blocking=False):
-            try:
-                self._result = self._function()
-            except BaseException as error:
-                self._error = error
-        try:
-            self._loop.call_soon_threadsafe(self._end)
-        except RuntimeError:  # the loop is closed: nobody waits any more
+        if not self.future.set_running_or_notify_cancel():
             return
-
-    def withdraw(self) -> bool:
-        """Keep any thread from taking the call. False: one has taken it."""
-        return self._taken.acquire(blocking=False)
-
-    def outcome(self) -> asyncio.Future[V]:
-        """What becomes of it after all, for one whose wait for `done` was cancelled."""
-        self.done = self._loop.create_future()
-        if self._has_ended:
-            self._tell()
-        return self.done
-
-    def _end(self) -> None:
-        self._has_ended = True
-        self._crew.under_way -= 1
-        if not self.done.done():
-            self._tell()
-
-    def _tell(self) -> None:
-        if self._error is not None:
-            self.done.set_exception(self._error)
+        try:
+            result = self._function()
+        except BaseException as error:
+            self.future.set_exception(error)
         else:
-            self.done.set_result(self._result)  # type: ignore[arg-type]
+            self.future.set_result(result)
+
+
+FILES = ThreadLimiter("files", 8)
+"""Short reads and writes: output files, locks, records, configuration."""
+
+PROJECTS = ThreadLimiter("projects", 8)
+"""Fetching, reading, hashing, copying and packing projects."""
+
+TRANSFERS = ThreadLimiter("transfers", 8)
+"""Artifacts and downloads through blocking libraries."""
+
+PROCESSES = ThreadLimiter("processes", 2)
+"""Starting processes: ``vfork`` takes about a millisecond, and more threads do not make it faster."""
+
+STORES = ThreadLimiter("stores", 4)
+"""Calls of the mlflow client. More than eight threads exhaust the connections that it keeps to a sqlite database."""
+
+LOGINS = ThreadLimiter("logins", 4)
+"""Loading clients, credentials and their helpers, which may take seconds."""
+
+PLUGIN_SUBMITS = ThreadLimiter("plugin submits", 8)
+"""Submissions by mlflow plugins, which may take as long as they like."""
+
+PLUGIN_QUESTIONS = ThreadLimiter("plugin questions", 8)
+"""All other calls of mlflow plugins: a submission that hangs must not hold up a cancellation."""
+
+TERMINAL = ThreadLimiter("terminal", 1)
+"""Writing to the terminal, in order."""

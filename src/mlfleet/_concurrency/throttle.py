@@ -1,16 +1,16 @@
-"""Turns, for hundreds of tasks that would all go on at once."""
+"""Throttle, for hundreds of tasks that would all go on at once."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
 
-__all__ = ["Turns"]
+__all__ = ["Throttle"]
 
 _AT_ONCE = 2  # of some tenths of a millisecond each
 
 
-class Turns:
+class Throttle:
     """Lets tasks go on a few in each turn of the event loop, so that whatever else it has to do comes in between.
 
     A single event that wakes hundreds of tasks keeps the loop from everything else until all of them have had their
@@ -20,7 +20,7 @@ class Turns:
     def __init__(self) -> None:
         self._waiting: deque[asyncio.Future[None]] = deque()
 
-    async def take(self) -> None:
+    async def wait(self) -> None:
         """Wait for our turn."""
         loop = asyncio.get_running_loop()
         turn = loop.create_future()

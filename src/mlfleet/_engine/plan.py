@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from mlfleet._concurrency.single_flight import Rounds
-from mlfleet._concurrency.threads import Threads
-from mlfleet._concurrency.throttle import Turns
+from mlfleet._concurrency.single_flight import Coalescing
+from mlfleet._concurrency.threads import PROJECTS
+from mlfleet._concurrency.throttle import Throttle
 from mlfleet._engine.request import RunRequest
 from mlfleet._environments import choose, manager
 from mlfleet._environments.base import EnvironmentPlan
@@ -23,8 +23,6 @@ from mlfleet.backends.base import Backend, DockerRequest
 from mlfleet.backends.registry import find
 
 __all__ = ["Ground", "Plan", "Planner"]
-
-_threads = Threads("planning", 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +93,8 @@ class Planner:
         self._backend = backend
         self._specs: dict[Path, tuple[object, ProjectSpec]] = {}
         self._known_names: set[tuple[str, str | None]] = set()
-        self._rounds: Rounds[object, Ground] = Rounds()
-        self._turns = Turns()
+        self._rounds: Coalescing[object, Ground] = Coalescing()
+        self._throttle = Throttle()
 
     async def plan(
         self, request: RunRequest, *, like: Ground | None = None, on_progress: Callable[[str], None] | None = None
@@ -115,22 +113,22 @@ class Planner:
         if like is None:
             # Hundreds of runs of one project that are asked for at the same time are looked at together.
             like = await self._rounds(_key(request), lambda: self._ground(request, on_progress))
-            await self._turns.take()
+            await self._throttle.wait()
         if any(parameter.type == "path" for parameter in like.entry_point.parameters.values()):
-            return await _threads(lambda: self._plan(like, request))
+            return await PROJECTS.run(lambda: self._plan(like, request))
         return self._plan(like, request)
 
     async def _ground(self, request: RunRequest, on_progress: Callable[[str], None] | None) -> Ground:
         # What needs no project comes first: nobody wants to wait for a clone to hear of a mistyped backend.
         names = request.backend, request.env_manager
         if names not in self._known_names:
-            await _threads(lambda: _check_names(*names))
+            await PROJECTS.run(lambda: _check_names(*names))
             self._known_names.add(names)
-        ground = await _threads(lambda: self._ground_at_once(request))
+        ground = await PROJECTS.run(lambda: self._ground_at_once(request))
         if ground is not None:
             return ground
         project = await self._fetcher.fetch(request.uri, request.version, on_progress=on_progress)
-        return await _threads(lambda: self._ground_of(request, project))
+        return await PROJECTS.run(lambda: self._ground_of(request, project))
 
     def _plan(self, ground: Ground, request: RunRequest) -> Plan:
         """Blocking only if there are parameters of the type ``path``."""

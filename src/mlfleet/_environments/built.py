@@ -12,7 +12,7 @@ from pathlib import Path
 import anyio
 from anyio import CapacityLimiter, to_thread
 
-from mlfleet._concurrency.single_flight import Once
+from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._environments.base import EnvironmentManager, EnvironmentPlan, PreparedEnvironment
 from mlfleet._environments.build import Build
 from mlfleet._environments.store import Store
@@ -54,7 +54,7 @@ class BuildingManager(EnvironmentManager):
 
     def __init__(self, root: Path | None = None) -> None:
         self._store = Store(root)
-        self._once: Once[str, Path] = Once()
+        self._once: SingleFlight[str, Path] = SingleFlight()
         self._listeners: dict[str, list[Callable[[str], None]]] = {}
         self._threads = CapacityLimiter(_THREADS)
 

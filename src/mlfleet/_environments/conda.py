@@ -12,7 +12,7 @@ from pathlib import Path
 
 from anyio import to_thread
 
-from mlfleet._concurrency.single_flight import Once
+from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._environments.activation import activate
 from mlfleet._environments.base import EnvironmentPlan, PreparedEnvironment
 from mlfleet._environments.build import Build, clean_environ, pip_install
@@ -55,7 +55,7 @@ class CondaManager(BuildingManager):
 
     def __init__(self, root: Path | None = None) -> None:
         super().__init__(root)
-        self._activating: Once[object, PreparedEnvironment] = Once()
+        self._activating: SingleFlight[object, PreparedEnvironment] = SingleFlight()
         self._activated: dict[Path, tuple[object, PreparedEnvironment]] = {}
 
     def plan(self, project_dir: Path, source: EnvironmentFile | None) -> EnvironmentPlan:

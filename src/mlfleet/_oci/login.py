@@ -12,7 +12,7 @@ from typing import Any
 
 import anyio
 
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.threads import LOGINS
 from mlfleet._oci.docker_config import config_folder, read_config
 from mlfleet._process.process import run_process
 from mlfleet.errors import BackendError, UsageError
@@ -24,7 +24,6 @@ _KEYS = ("username", "password", "email", "registry", "reauth", "dockercfg_path"
 _HELPER_TIME = 30.0  # seconds
 _NOT_FOUND = 127  # as the shell says it
 _log = logging.getLogger("mlfleet.docker")
-_files = Threads("docker credentials", 2)
 
 
 def check_auth(auth: Mapping[str, Any] | None) -> None:
@@ -71,7 +70,7 @@ async def find_credentials(image: str, given: Mapping[str, Any] | None) -> dict[
         known = {key: str(given[key]) for key in ("username", "password", "email", "identitytoken") if given.get(key)}
         return {**known, "serveraddress": registry}
     environ = dict(os.environ)
-    config = await _files(lambda: read_config(environ))
+    config = await LOGINS.run(lambda: read_config(environ))
     helper = (config.get("credHelpers") or {}).get(registry) or config.get("credsStore")
     if helper:
         found = await _ask_helper(str(helper), registry)

@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mlfleet._concurrency.threads import Threads, outlast
+from mlfleet._concurrency.cancellation import wait_done
+from mlfleet._concurrency.threads import PROCESSES
 from mlfleet._process.sessions import SessionWatch
 from mlfleet._process.streams import Stream
 
 __all__ = ["Command", "Completed", "Process", "run_process", "start", "start_process"]
 
 _log = logging.getLogger("mlfleet.process")
-_starting = Threads("start", 2)
 _CANCEL_GRACE = 2.0  # seconds that a short command gets to tidy up
 _LINGER = 1.0  # seconds that the output of what outlives a short command is waited for
 _UNKNOWN = 255  # what asyncio's child watchers say, too
@@ -159,7 +159,7 @@ class Process:
         # No task, which asyncio.run would cancel at its end with all others.
         gone: asyncio.Future[None] = self._loop.create_future()
         self.add_done_callback(partial(gone.set_result, None))
-        cancelled = await outlast(gone)
+        cancelled = await wait_done(gone)
         if cancelled is not None:
             raise cancelled
 
@@ -295,7 +295,7 @@ async def start(make: Callable[[], AbstractContextManager[Command]]) -> Process:
         with make() as command:
             return _spawn(command)
 
-    return Process(*await _starting(spawn, undo=_take_back))
+    return Process(*await PROCESSES.run(spawn, undo=_take_back))
 
 
 async def start_process(

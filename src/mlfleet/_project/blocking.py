@@ -7,13 +7,12 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from mlfleet._concurrency.threads import Threads, outlast
+from mlfleet._concurrency.cancellation import wait_done
+from mlfleet._concurrency.threads import PROJECTS
 
-__all__ = ["Stopped", "in_thread", "stoppable"]
+__all__ = ["Stopped", "stoppable"]
 
 V = TypeVar("V")
-
-in_thread = Threads("project", 8)
 
 
 class Stopped(Exception):
@@ -27,12 +26,12 @@ async def stoppable(work: Callable[[threading.Event], V]) -> V:
     it may then clean up what the thread has written.
     """
     stop = threading.Event()
-    task = asyncio.ensure_future(in_thread(lambda: work(stop)))
+    task = asyncio.ensure_future(PROJECTS.run(lambda: work(stop)))
     try:
         await asyncio.wait([task])
     except asyncio.CancelledError:
         stop.set()
-        await outlast(task)
+        await wait_done(task)
         if not task.cancelled():
             task.exception()  # looked at: asyncio shall not complain that nobody did
         raise

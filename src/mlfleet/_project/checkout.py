@@ -7,9 +7,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlfleet._concurrency.single_flight import Once
+from mlfleet._concurrency.single_flight import SingleFlight
+from mlfleet._concurrency.threads import PROJECTS
 from mlfleet._process.process import Completed, run_process
-from mlfleet._project.blocking import in_thread
 from mlfleet._project.git import clean_environ
 from mlfleet._project.uri import without_credentials
 
@@ -54,7 +54,7 @@ class Checkouts:
 
     def __init__(self) -> None:
         self._known: dict[Path, _Known] = {}
-        self._once: Once[Path, Checkout | None] = Once()
+        self._once: SingleFlight[Path, Checkout | None] = SingleFlight()
 
     def recall(self, folder: Path) -> tuple[bool, Checkout | None]:
         """Whether it is known without asking git what `folder` is in, and that. Blocking."""
@@ -82,10 +82,10 @@ class Checkouts:
             has_commit = asked.returncode == 0 and len(lines) >= 5
             files = _files(git_dir, common, lines[4] if has_commit else "HEAD")
             # Before the answers: what changes while git is asked is asked again.
-            signature = await in_thread(lambda: _signature(files))
+            signature = await PROJECTS.run(lambda: _signature(files))
             ignored = (await _git(folder, "check-ignore", "--quiet", ".")).returncode == 0
             commit = lines[3] if has_commit and not ignored else None
-            inside = await in_thread(lambda: os.path.relpath(folder.resolve(), top.resolve()))
+            inside = await PROJECTS.run(lambda: os.path.relpath(folder.resolve(), top.resolve()))
             checkout = Checkout(top, inside, commit, await _remote(folder))
         except OSError as error:
             _log.debug("git cannot be started, so the commit of %s is not known: %s", folder, error)
@@ -105,7 +105,7 @@ async def ignored_by_git(folder: Path) -> frozenset[str]:
         Files and whole folders, relative with ``/``. Empty if the folder is in no Git working tree, or if Git ignores
         the folder itself, so that it has nothing to say about what is in it.
     """
-    if not await in_thread(lambda: _may_be_inside(folder)):
+    if not await PROJECTS.run(lambda: _may_be_inside(folder)):
         return frozenset()
     wanted = ("ls-files", "--others", "--ignored", "--exclude-standard", "--directory", "-z")
     try:

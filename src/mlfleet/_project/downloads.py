@@ -9,7 +9,7 @@ from pathlib import Path
 
 import anyio
 
-from mlfleet._project.blocking import in_thread
+from mlfleet._concurrency.threads import PROJECTS
 from mlfleet._project.object_stores import DRIVERS, download_objects
 from mlfleet._project.parameters import Download
 from mlfleet.errors import MlfleetError
@@ -60,7 +60,7 @@ async def download_all(downloads: Sequence[Download], storage: Path, artifacts: 
             raise failed[0]
     except BaseException:
         folders = [_folder(download, storage) for download in downloads]
-        await in_thread.clean_up(lambda: _remove(folders))
+        await PROJECTS.finish(lambda: _remove(folders))
         raise
     return paths
 
@@ -69,12 +69,12 @@ async def _download(download: Download, storage: Path, artifacts: Artifacts) -> 
     folder = _folder(download, storage)
     scheme = download.uri.partition(":")[0].lower()
     try:
-        await in_thread(partial(folder.mkdir, parents=True))
+        await PROJECTS.run(partial(folder.mkdir, parents=True))
         if scheme in _ARTIFACTS:
             return await artifacts(download.uri, folder)
         if scheme in ("http", "https"):
             # The import of httpx takes long, and reads files.
-            return await (await in_thread(_http))(download, folder)
+            return await (await PROJECTS.run(_http))(download, folder)
         if scheme in DRIVERS:
             return await download_objects(download, folder)
     except OSError as error:

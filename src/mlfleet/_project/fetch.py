@@ -16,9 +16,10 @@ from enum import StrEnum
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
-from mlfleet._concurrency.single_flight import Once
+from mlfleet._concurrency.single_flight import SingleFlight
+from mlfleet._concurrency.threads import PROJECTS
 from mlfleet._project.archive import ArchiveLimits, unpack
-from mlfleet._project.blocking import in_thread, stoppable
+from mlfleet._project.blocking import stoppable
 from mlfleet._project.cache import Shelf, projects_folder, remove_tree
 from mlfleet._project.checkout import Checkout, Checkouts
 from mlfleet._project.copies import WorkingCopies
@@ -94,7 +95,7 @@ class ProjectFetcher:
         self._root = cache or projects_folder()
         self._fresh = fresh
         self._marks = Marks()
-        self._once: Once[_Key, Project] = Once()
+        self._once: SingleFlight[_Key, Project] = SingleFlight()
         self._answers: dict[_Key, tuple[float, Project]] = {}
         self._checkouts = Checkouts()
         self._hashes = FileHashes()
@@ -122,7 +123,7 @@ class ProjectFetcher:
         report = on_progress or (lambda _: None)
         kind, path = _Kind(parsed.kind), Path()
         if parsed.kind is UriKind.LOCAL:
-            kind, path, found = await in_thread(lambda: self._look(parsed, version))
+            kind, path, found = await PROJECTS.run(lambda: self._look(parsed, version))
             if found is not None:
                 return found
         if version is not None and kind not in (_Kind.GIT, _Kind.BARE):
@@ -168,7 +169,7 @@ class ProjectFetcher:
         # <root>/<shelf>/trees/<version>/<name>[/<sub-folder>]
         inside = project.folder.relative_to(self._root).parts
         source, mark = self._root.joinpath(*inside[:4]), self._root.joinpath(*inside[:3], "in-use")
-        if not await in_thread(lambda: self._marks.take(mark, pin=True)):
+        if not await PROJECTS.run(lambda: self._marks.take(mark, pin=True)):
             raise FetchError(f"{project.uri} was removed from the cache in the meantime: submit again", uri=project.uri)
         try:
             async with self._temporary_folder() as folder:
@@ -182,10 +183,10 @@ class ProjectFetcher:
         """An empty folder that is gone afterwards, however the block ends."""
 
         async def remove(folder: Path) -> None:
-            await in_thread.clean_up(lambda: self._copies.end(folder))
+            await PROJECTS.finish(lambda: self._copies.end(folder))
 
         try:
-            folder = await in_thread(self._copies.begin, undo=remove)
+            folder = await PROJECTS.run(self._copies.begin, undo=remove)
         except OSError as error:
             raise FetchError(f"no folder for a working copy can be made: {error}") from error
         try:
@@ -230,7 +231,7 @@ class ProjectFetcher:
             commit, tree = await repository.tree(revision)
         except OSError as error:
             raise _cache_failure(uri, error) from error
-        folder = await in_thread(lambda: _subfolder(uri, tree))
+        folder = await PROJECTS.run(lambda: _subfolder(uri, tree))
         shown = f"file://{quote(url)}" if url.startswith("/") else url
         return Project(
             uri.text, folder, cached=True, source_name=uri.text, commit=commit, repo_url=shown, branch=revision.branch
@@ -259,12 +260,12 @@ class ProjectFetcher:
         return await self._zip_project(uri, tree, uri.text)
 
     async def _zip_project(self, uri: ProjectUri, tree: Path, source_name: str) -> Project:
-        folder = await in_thread(lambda: _subfolder(uri, tree))
+        folder = await PROJECTS.run(lambda: _subfolder(uri, tree))
         return Project(uri.text, folder, cached=True, source_name=source_name)
 
     async def _unpacked_before(self, digest: str) -> Path | None:
         shelf = Shelf(self._root, "zip", digest[:32])
-        return await in_thread(lambda: shelf.take(digest, self._marks))
+        return await PROJECTS.run(lambda: shelf.take(digest, self._marks))
 
     async def _unpacked(self, uri: ProjectUri, digest: str, path: Path | None) -> Path:
         """The tree of the zip with that hash, which is unpacked from `path` if it is not there yet."""

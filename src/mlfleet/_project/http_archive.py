@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from mlfleet._concurrency.threads import PROJECTS
 from mlfleet._project.archive import ArchiveLimits
-from mlfleet._project.blocking import in_thread
 from mlfleet._project.uri import ProjectUri
 from mlfleet._text.masking import mask
 from mlfleet.errors import FetchError
@@ -51,7 +51,7 @@ class HttpArchive:
 
     async def known_hash(self) -> str | None:
         """The hash of the content at the last download, if the server can be asked whether it is still the same."""
-        state = await in_thread(self._read_state)
+        state = await PROJECTS.run(self._read_state)
         return state.get("sha256")
 
     @asynccontextmanager
@@ -66,20 +66,20 @@ class HttpArchive:
         Raises:
             FetchError: it cannot be downloaded.
         """
-        await in_thread(lambda: importlib.import_module("httpx"))  # reads hundreds of files
-        state = await in_thread(self._read_state) if known else {}
+        await PROJECTS.run(lambda: importlib.import_module("httpx"))  # reads hundreds of files
+        state = await PROJECTS.run(self._read_state) if known else {}
         headers = {"Accept-Encoding": "identity"}
         headers |= {header: state[name] for name, header in _VALIDATORS.items() if name in state}
         try:
             yield await self._ask(headers, known)
         finally:
-            await in_thread.clean_up(lambda: self._part.unlink(missing_ok=True))
+            await PROJECTS.finish(lambda: self._part.unlink(missing_ok=True))
 
     async def _ask(self, headers: dict[str, str], known: str | None) -> tuple[str, Path | None]:
         import httpx
 
         try:
-            client = await in_thread(self._client)
+            client = await PROJECTS.run(self._client)
             async with client, client.stream("GET", self._uri.location, headers=headers) as answer:
                 if answer.status_code == 304 and known:
                     return known, None
@@ -115,16 +115,16 @@ class HttpArchive:
 
     async def _save(self, answer: httpx.Response) -> str:
         digest, size = hashlib.sha256(), 0
-        async with in_thread.opened(self._part, "wb") as part:
+        async with PROJECTS.open(self._part, "wb") as part:
             async for data in answer.aiter_bytes(_CHUNK):
                 size += len(data)
                 if size > self._limits.size:
                     raise self._failure(f"it is larger than {self._limits.size} bytes (MLFLEET_MAX_ARCHIVE_BYTES)")
-                await in_thread(partial(_append, part, digest, data))
+                await PROJECTS.run(partial(_append, part, digest, data))
         state = {name: answer.headers[name] for name in _VALIDATORS if name in answer.headers}
         if state:
             state["sha256"] = digest.hexdigest()
-        await in_thread(lambda: self._write_state(state))
+        await PROJECTS.run(lambda: self._write_state(state))
         return digest.hexdigest()
 
     def _read_state(self) -> dict[str, str]:

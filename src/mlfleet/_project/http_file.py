@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 import anyio
 import httpx
 
-from mlfleet._project.blocking import in_thread
+from mlfleet._concurrency.threads import PROJECTS
 from mlfleet._project.parameters import Download
 
 __all__ = ["download_file"]
@@ -39,7 +39,7 @@ async def download_file(download: Download, folder: Path) -> Path:
     timeout = httpx.Timeout(60, connect=30)
     # The bytes as they are: a .gz must not arrive unpacked.
     headers = {"Accept-Encoding": "identity"}
-    client = await in_thread(
+    client = await PROJECTS.run(
         lambda: httpx.AsyncClient(timeout=timeout, headers=headers, follow_redirects=True, max_redirects=10)
     )
     async with client:
@@ -64,9 +64,9 @@ async def download_file(download: Download, folder: Path) -> Path:
 
 
 async def _store(response: httpx.Response, path: Path) -> Path:
-    async with in_thread.opened(path, "wb") as file:
+    async with PROJECTS.open(path, "wb") as file:
         async for chunk in response.aiter_bytes(_CHUNK):
-            await in_thread(partial(file.write, chunk))
+            await PROJECTS.run(partial(file.write, chunk))
     return path
 
 

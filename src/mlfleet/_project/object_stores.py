@@ -10,7 +10,8 @@ from typing import Any
 
 import anyio
 
-from mlfleet._project.blocking import Stopped, in_thread, stoppable
+from mlfleet._concurrency.threads import PROJECTS
+from mlfleet._project.blocking import Stopped, stoppable
 from mlfleet._project.parameters import Download
 from mlfleet.errors import FetchError
 
@@ -57,8 +58,8 @@ async def download_objects(download: Download, folder: Path) -> Path:
         FetchError: with the URI without its secrets, and what to install if a driver is missing.
         OSError: `folder` cannot be written to.
     """
-    store, path = await in_thread(lambda: _open_store(download))
-    files = await in_thread(lambda: _list(download, store, path))
+    store, path = await PROJECTS.run(lambda: _open_store(download))
+    files = await PROJECTS.run(lambda: _list(download, store, path))
     top = folder / (PurePosixPath(path).name or "download")
     if not files:
         await stoppable(lambda stop: _copy(download, store, path, top, stop))

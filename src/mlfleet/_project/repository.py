@@ -15,7 +15,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlfleet._project.blocking import in_thread
+from mlfleet._concurrency.threads import PROJECTS
 from mlfleet._project.cache import Shelf
 from mlfleet._project.git import Git
 from mlfleet._project.uri import ProjectUri
@@ -96,11 +96,11 @@ class Repository:
         return commit, found
 
     async def _take(self, commit: str) -> Path | None:
-        return await in_thread(lambda: self._shelf.take(commit, self._marks))
+        return await PROJECTS.run(lambda: self._shelf.take(commit, self._marks))
 
     async def _commit(self, revision: Revision) -> str:
         """The full hash of a commit that is in the mirror afterwards."""
-        if await in_thread(self._shelf.mirror.is_dir):
+        if await PROJECTS.run(self._shelf.mirror.is_dir):
             if found := await self._lookup(revision.commit):
                 return found
             await self._update()
@@ -130,7 +130,7 @@ class Repository:
         return os.fsdecode(done.stdout).strip() or None if not done.returncode else None
 
     async def _clone(self, revision: Revision) -> None:
-        made = await in_thread(lambda: self._shelf.begin(self._uri.text.partition("#")[0]))
+        made = await PROJECTS.run(lambda: self._shelf.begin(self._uri.text.partition("#")[0]))
         form = "sha256" if len(revision.commit) == 64 else "sha1"
         await self._git.run(
             "init",
@@ -145,7 +145,7 @@ class Repository:
         )
         await self._git.run("config", "remote.origin.url", self._git.url, cwd=made, what="cache")
         await self._fetch(made)
-        await in_thread(lambda: self._shelf.publish_mirror(made))
+        await PROJECTS.run(lambda: self._shelf.publish_mirror(made))
 
     async def _update(self) -> None:
         try:
@@ -172,7 +172,7 @@ class Repository:
         return () if self._git.is_local else ("--filter=blob:none",)
 
     async def _build(self, commit: str) -> None:
-        made = await in_thread(lambda: self._shelf.begin(self._uri.text.partition("#")[0]))
+        made = await PROJECTS.run(lambda: self._shelf.begin(self._uri.text.partition("#")[0]))
         name = _folder_name(self._git.url)
         tree = made / name
         form = "sha256" if len(commit) == 64 else "sha1"
@@ -182,18 +182,18 @@ class Repository:
         # A ref that keeps the commit from garbage collection when its branch moves on.
         mirror = self._shelf.mirror
         await self._git.run("update-ref", f"refs/mlfleet/{commit}", commit, cwd=mirror, what="cache")
-        await in_thread(lambda: _tie(tree, mirror, commit))
+        await PROJECTS.run(lambda: _tie(tree, mirror, commit))
         # By the mirror, so that the files it fetches stay there for the next commit.
         files = {"GIT_DIR": str(mirror), "GIT_WORK_TREE": str(tree), "GIT_INDEX_FILE": str(tree / ".git" / "index")}
         await self._git.run(
             "read-tree", "--reset", "-u", commit, cwd=tree, environ=files, what=f"check out commit {commit} of"
         )
-        if await in_thread((tree / ".gitmodules").is_file):
+        if await PROJECTS.run((tree / ".gitmodules").is_file):
             await self._git.run(
                 "submodule", "--quiet", "update", "--init", "--recursive", cwd=tree, what="fetch the submodules of"
             )
-            await in_thread(lambda: _part_modules(tree, made, self._shelf.tree(commit)))
-        await in_thread(lambda: self._shelf.publish(made, commit, name))
+            await PROJECTS.run(lambda: _part_modules(tree, made, self._shelf.tree(commit)))
+        await PROJECTS.run(lambda: self._shelf.publish(made, commit, name))
 
     async def _unknown(self, version: str | None) -> FetchError:
         shown = self._uri.text

@@ -11,14 +11,13 @@ from weakref import WeakValueDictionary
 import anyio
 from anyio.lowlevel import RunVar
 
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.threads import FILES
 
 if TYPE_CHECKING:
     from filelock import FileLock
 
 __all__ = ["file_lock"]
 
-_locking = Threads("lock", 4)
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.01, 0.2  # seconds
 _queues: RunVar[WeakValueDictionary[Path, anyio.Lock]] = RunVar("mlfleet lock queues")
 
@@ -37,7 +36,7 @@ async def file_lock(path: Path) -> AsyncIterator[None]:
     """
     # Of the tasks here one at a time asks the system, so that hundreds of waiters cost no more than one.
     async with _queue(path):
-        lock = await _locking(lambda: _lock(path))
+        lock = await FILES.run(lambda: _lock(path))
         await _acquire(lock)
         try:
             yield
@@ -78,10 +77,10 @@ async def _acquire(lock: FileLock) -> None:
             await _release(lock)
 
     pause = _SHORTEST_PAUSE
-    while not await _locking(attempt, undo=undo):
+    while not await FILES.run(attempt, undo=undo):
         await anyio.sleep(pause)
         pause = min(pause * 2, _LONGEST_PAUSE)
 
 
 async def _release(lock: FileLock) -> None:
-    await _locking.clean_up(lock.release)
+    await FILES.finish(lock.release)

@@ -14,8 +14,8 @@ from typing import Any, Self
 
 import anyio
 
-from mlfleet._concurrency.cancellation import finish
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.cancellation import complete
+from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.plan import Plan
 from mlfleet._engine.request import SweepMember
 from mlfleet._project.content import content_hash
@@ -39,7 +39,6 @@ _COUNTS_TAG = "mlfleet.sweep.counts"
 STOPPED_TAG = "mlfleet.sweep.stopped"
 _CREATE_GRACE = 15.0  # seconds that a request which creates a run gets to end when it is cancelled
 _LOCK_WAIT = 1.0  # seconds
-_noting = Threads("sweep notes", 1)
 _MOST_CHILDREN = 50_000  # what mlflow's own stores give at most
 
 
@@ -158,13 +157,13 @@ async def open_record(
         try:
             if lock is not None and settings.name is not None:
                 uri = plan.project.uri
-                await _noting(partial(write_note, lock, tracking, record.info, settings.name, uri))
+                await FILES.run(partial(write_note, lock, tracking, record.info, settings.name, uri))
             yield record
         finally:
             with anyio.CancelScope(shield=True):
                 await _close(tracking, record, patience)
                 if lock is not None:
-                    await _noting(partial(forget, lock))
+                    await FILES.run(partial(forget, lock))
 
 
 async def _lock(stack: AsyncExitStack, path: Path, name: str) -> None:
@@ -234,7 +233,7 @@ async def _create(
         records.append(SweepRecord(await tracking.create_run(experiment_id, name=name, tags=tags), content))
 
     try:
-        await finish(create, within=_CREATE_GRACE)
+        await complete(create, limit=_CREATE_GRACE)
     except anyio.get_cancelled_exc_class():
         with anyio.CancelScope(shield=True):
             for record in records:

@@ -7,13 +7,11 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Generator, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.threads import FILES
 from mlfleet.errors import UsageError
 from mlfleet.spaces import Point, Points, Space
 
 __all__ = ["Source", "point_key"]
-
-_counting = Threads("count points", 1)
 
 
 class Source:
@@ -44,7 +42,7 @@ class Source:
     async def total(self) -> int | None:
         """How many points there are, if that is known without pulling them."""
         points = self._points
-        return await _counting(lambda: len(points)) if isinstance(points, Sized) else None
+        return await FILES.run(lambda: len(points)) if isinstance(points, Sized) else None
 
     async def next(self) -> Point | None:
         """The next point; None when there is no more. What the space raises comes out as it is.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import anyio
 
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.threads import FILES
 
 __all__ = ["LineSplitter", "follow_file", "last_lines"]
 
@@ -20,7 +20,6 @@ _LONGEST_LINE = 64 * 1024  # characters
 _CHUNK = 16 * 1024
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.02, 0.2  # seconds
 _LINE_END = re.compile(r"\r\n|\n|\r")
-_reading = Threads("read output", 4)
 
 
 class LineSplitter:
@@ -120,8 +119,8 @@ async def follow_file(path: Path, ended: Callable[[], Awaitable[object]] | None 
     end: int | None = None  # where the file ended when its writer had
     while True:
         if has_ended and end is None:
-            end = await _reading(lambda: _size(path))
-        data = await _reading(partial(_read, path, offset))
+            end = await FILES.run(lambda: _size(path))
+        data = await FILES.run(partial(_read, path, offset))
         offset += len(data)
         for line in splitter.feed(data):
             yield line

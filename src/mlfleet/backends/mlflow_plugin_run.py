@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import anyio
 
 from mlfleet._concurrency.tasks import TaskOwner
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.threads import PLUGIN_QUESTIONS
 from mlfleet.backends._remote.run import AwaitedRun
 from mlfleet.errors import BackendError
 from mlfleet.runs import FailureKind, Outcome, RunStatus
@@ -22,7 +22,6 @@ from mlfleet.runs import FailureKind, Outcome, RunStatus
 __all__ = ["BlockingHandle", "PluginRun"]
 
 _log = logging.getLogger("mlfleet.plugins")
-_questions = Threads("questions to plugins", 8)
 _CONFIRMS = 10.0  # seconds beyond the grace that a plugin has to tell the end of a run it was told to cancel
 # The numbers of mlflow's own statuses, which some plugins give rather than their names.
 _NUMBERS = {
@@ -127,7 +126,7 @@ class PluginRun(AwaitedRun):
         if self._outcome is not None:
             return self._outcome.status
         try:
-            status = _status(await _questions(self._handle.get_status))
+            status = _status(await PLUGIN_QUESTIONS.run(self._handle.get_status))
         except Exception as error:
             text = f"the plugin {self._plugin!r} cannot tell the status of its run: {_told(error)}"
             raise BackendError(text, backend=self._plugin) from error

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import anyio
 
 from mlfleet._concurrency.tasks import TaskOwner
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.threads import PLUGIN_SUBMITS
 from mlfleet._text.masking import is_secret_name, mask
 from mlfleet.backends.base import Backend, BackendRun, Job, ProjectCall
 from mlfleet.backends.mlflow_plugin_run import BlockingHandle, PluginRun
@@ -33,8 +33,6 @@ __all__ = ["GROUP", "PluginBackend"]
 
 GROUP = "mlflow.project_backend"
 """The entry-point group in which these plugins announce themselves."""
-
-_submits = Threads("submits of plugins", 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +129,7 @@ class PluginBackend(Backend):
             SubmitError: the plugin failed.
             BackendError: the call was cancelled, and the plugin cannot cancel what it gave.
         """
-        handle = await _submits(partial(self._submit, job), undo=partial(self._take_back, job))
+        handle = await PLUGIN_SUBMITS.run(partial(self._submit, job), undo=partial(self._take_back, job))
         run = PluginRun(job.run_id, handle, self.name, job.cancel_grace, self._tasks)
         self._runs.add(run)
         run.add_done_callback(partial(self._runs.discard, run))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 import httptools
 
-from mlfleet._concurrency.cancellation import let_end
+from mlfleet._concurrency.cancellation import wait_done
 from mlfleet.http1.errors import BrokenAnswer, SilentServer
 
 if TYPE_CHECKING:
@@ -150,7 +150,11 @@ class Connection(asyncio.Protocol):
                     await self._change()
             except asyncio.CancelledError:
                 if linger:
-                    await let_end(asyncio.ensure_future(self.read()), within=linger)
+                    reading = asyncio.ensure_future(self.read())
+                    timer = asyncio.get_running_loop().call_later(linger, reading.cancel)
+                    await wait_done(reading)
+                    timer.cancel()
+                    _ = reading.cancelled() or reading.exception()
                 raise
         except BaseException:
             self.close()

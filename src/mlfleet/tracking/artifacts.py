@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import anyio
 
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.threads import TRANSFERS
 from mlfleet._text.masking import mask_uri
 from mlfleet.errors import TrackingError
 from mlfleet.tracking import objectstore
@@ -36,8 +36,6 @@ _DEPTH = 100
 _REDIRECTIONS = 4
 
 T = TypeVar("T")
-
-_threads = Threads("artifacts", 8)
 
 
 class Artifacts:
@@ -168,7 +166,7 @@ class Artifacts:
 
     async def _put(self, url: str, path: Path) -> None:
         try:
-            async with _threads.opened(path, "rb") as file:
+            async with TRANSFERS.open(path, "rb") as file:
                 size = (await self._in_thread(partial(os.fstat, file.fileno()))).st_size
                 content = self._chunks(file, size)
                 async with self._transport.file("PUT", url, content=content, size=size) as answer:
@@ -187,7 +185,7 @@ class Artifacts:
 
     async def _get(self, url: str, target: Path) -> None:
         try:
-            async with _threads.opened(target, "wb") as file, self._transport.file("GET", url) as answer:
+            async with TRANSFERS.open(target, "wb") as file, self._transport.file("GET", url) as answer:
                 async for chunk in answer.aiter_bytes(_CHUNK):
                     await self._in_thread(partial(file.write, chunk))
         except OSError as error:
@@ -197,7 +195,7 @@ class Artifacts:
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         try:
-            return await _threads(work)
+            return await TRANSFERS.run(work)
         except TrackingError as error:
             error.uri = error.uri or self._transport.login.url
             raise

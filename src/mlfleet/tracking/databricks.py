@@ -12,13 +12,12 @@ from typing import Any
 
 import anyio
 
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.threads import LOGINS
 from mlfleet.errors import TrackingError, UsageError
 from mlfleet.tracking.auth import Login
 
 __all__ = ["DatabricksLogin", "check_profile", "is_databricks", "profile_of"]
 
-_threads = Threads("databricks login", 1)
 
 _HEADERS_LAST = 30.0
 """Seconds for which headers are used again. The SDK renews a token 40 s or more before it expires."""
@@ -85,7 +84,7 @@ class DatabricksLogin(Login):
         if time.monotonic() >= self._until:
             async with self._lock:
                 if time.monotonic() >= self._until:
-                    self._headers = await _threads(self._authenticate)
+                    self._headers = await LOGINS.run(self._authenticate)
                     self._until = time.monotonic() + _HEADERS_LAST
         return self._headers
 
@@ -98,7 +97,7 @@ class DatabricksLogin(Login):
             if refused.get("Authorization") != self._headers.get("Authorization"):
                 return True  # somebody else was here before
             fresh = DatabricksLogin(self._uri)
-            await _threads(fresh.prepare)
+            await LOGINS.run(fresh.prepare)
             headers = dict(await fresh.headers())
             # What is for another workspace by now must not be shown to this one.
             if fresh.url != self.url or headers == self._headers:

@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Self, TypeVar
 
-from mlfleet._concurrency.single_flight import Once
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.single_flight import SingleFlight
+from mlfleet._concurrency.threads import STORES
 from mlfleet._paths import cache_folder
 from mlfleet._store.locks import file_lock
 from mlfleet._text.masking import mask_uri
@@ -30,7 +30,6 @@ from mlfleet.tracking.retry import RETRY_FOR, Patience, RetryPolicy, Transient
 __all__ = ["EmbeddedTracking", "default_uri"]
 
 # With more threads than this on sqlite, mlflow's connection pool runs into its time-out.
-_threads = Threads("mlflow store", 4)
 
 _NOISY = ("mlflow.store.db.utils", "alembic")
 _LIMIT = 500
@@ -69,8 +68,8 @@ class EmbeddedTracking(Tracking):
         self._real = uri or ""
         self._policy = RetryPolicy(seconds=retry_for)
         self._lock: Path | None = None
-        self._opening: Once[str, Any] = Once(keep=True)
-        self._experiments: Once[str, str] = Once(keep=True)
+        self._opening: SingleFlight[str, Any] = SingleFlight(keep=True)
+        self._experiments: SingleFlight[str, str] = SingleFlight(keep=True)
 
     async def __aenter__(self) -> Self:
         def settle() -> tuple[str, Path]:
@@ -78,7 +77,7 @@ class EmbeddedTracking(Tracking):
             name = hashlib.sha256(uri.encode()).hexdigest()[:16]
             return uri, cache_folder() / "locks" / f"store-{name}.lock"
 
-        self._real, self._lock = await _threads(settle)
+        self._real, self._lock = await STORES.run(settle)
         self.uri = mask_uri(self._real)
         return self
 
@@ -174,7 +173,7 @@ class EmbeddedTracking(Tracking):
 
         async def take_back(result: T) -> None:
             if undo is not None:
-                await _threads(partial(undo, client, result))
+                await STORES.run(partial(undo, client, result))
 
         return await self._again(partial(work, client), retry_for=retry_for, undo=take_back)
 
@@ -193,7 +192,7 @@ class EmbeddedTracking(Tracking):
 
         while True:
             try:
-                return await _threads(attempt, undo=undo)
+                return await STORES.run(attempt, undo=undo)
             except Transient as failure:
                 if not await patience.wait(failure):
                     raise patience.verdict(failure) from failure.error.__cause__

@@ -16,8 +16,8 @@ from urllib.parse import quote
 
 import anyio
 
-from mlfleet._concurrency.single_flight import Once
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.single_flight import SingleFlight
+from mlfleet._concurrency.threads import FILES
 from mlfleet._text.masking import mask_uri
 from mlfleet.errors import TrackingError
 from mlfleet.runs import RunStatus
@@ -39,7 +39,6 @@ log = logging.getLogger("mlfleet.tracking")
 # MLflow's server takes up to three connections to its database for one request, of the 15 that its pool has unless told
 # otherwise. Eight requests that hold two each would wait for a third until they are refused, half a minute later.
 MAX_IN_FLIGHT = 7
-_threads = Threads("tracking", 2)
 # The longest values of parameters and tags that servers take: of MLflow 2.9 and newer, 1.28, and before that.
 _LENGTHS: tuple[Lengths, ...] = ((6000, 8000), (500, 5000), (250, 250))
 
@@ -95,7 +94,7 @@ class RestTracking(Tracking):
         # A search of Databricks may not know yet what has just been written.
         self._reads = Reads(self._transport, together=not is_databricks(uri))
         self._artifacts = Artifacts(self._transport)
-        self._experiments: Once[str, str] = Once(keep=True)
+        self._experiments: SingleFlight[str, str] = SingleFlight(keep=True)
         self._user = ""
 
     async def __aenter__(self) -> Self:
@@ -106,7 +105,7 @@ class RestTracking(Tracking):
             with anyio.CancelScope(shield=True):
                 await self._transport.close()
             raise
-        self._user = await _threads(_user)
+        self._user = await FILES.run(_user)
         return self
 
     async def __aexit__(

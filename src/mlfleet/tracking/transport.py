@@ -16,8 +16,8 @@ from urllib.parse import urlencode
 
 import anyio
 
-from mlfleet._concurrency.cancellation import finish
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.cancellation import complete
+from mlfleet._concurrency.threads import LOGINS
 from mlfleet._version import __version__
 from mlfleet.errors import TrackingError, UsageError
 from mlfleet.tracking.auth import Login, Tls
@@ -46,7 +46,6 @@ _SECRET = 8
 
 T = TypeVar("T")
 
-_threads = Threads("tracking transport", 2)
 _encoded = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -100,7 +99,7 @@ class Transport:
 
     async def open(self) -> None:
         """Find out where the server is and prepare the client, in a thread: certificates take their time."""
-        await _threads(self._prepare)
+        await LOGINS.run(self._prepare)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -208,7 +207,7 @@ class Transport:
         if not response.is_redirect:
             raise self._failure(path, response, sent)
         # Nothing was done yet; httpx knows where to go.
-        return await finish(partial(self._redirected, line, method, path, content, params), within=linger)
+        return await complete(partial(self._redirected, line, method, path, content, params), limit=linger)
 
     async def _redirected(
         self, line: Line, method: str, path: str, content: bytes | None, params: Mapping[str, str] | None

@@ -7,16 +7,16 @@ import asyncio
 import anyio
 import pytest
 
-from mlfleet.backends._remote.state_cache import Watch
+from mlfleet.backends._remote.state_cache import StateCache
 from mlfleet.errors import BackendError, RunLost
 
 
-async def idle(watch: Watch[int]) -> None:
+async def idle(watch: StateCache[int]) -> None:
     await anyio.sleep_forever()
 
 
 async def test_many_waiters_of_one_key_are_woken_by_the_state_they_want() -> None:
-    async with Watch(idle, name="test") as watch:
+    async with StateCache(idle, name="test") as watch:
         cell = watch.track("a")
         waiters = [asyncio.create_task(cell.until(lambda state: state >= 3)) for _ in range(100)]
         for state in (1, 2, 3, 4):
@@ -31,7 +31,7 @@ async def test_many_waiters_of_one_key_are_woken_by_the_state_they_want() -> Non
 
 
 async def test_a_list_tells_what_is_gone_but_not_of_what_came_later() -> None:
-    async with Watch(idle, name="test") as watch:
+    async with StateCache(idle, name="test") as watch:
         old, kept = watch.track("old"), watch.track("kept")
         asked_at = watch.now()
         new = watch.track("new")
@@ -42,11 +42,11 @@ async def test_a_list_tells_what_is_gone_but_not_of_what_came_later() -> None:
 async def test_when_the_feeder_fails_every_waiter_is_told() -> None:
     broken = anyio.Event()
 
-    async def feed(watch: Watch[int]) -> None:
+    async def feed(watch: StateCache[int]) -> None:
         await broken.wait()
         raise RunLost("the engine is gone")
 
-    async with Watch(feed, name="test") as watch:
+    async with StateCache(feed, name="test") as watch:
         cell = watch.track("a")
         waiters = [asyncio.create_task(cell.until(lambda state: False)) for _ in range(10)]
         await anyio.lowlevel.checkpoint()
@@ -58,10 +58,10 @@ async def test_when_the_feeder_fails_every_waiter_is_told() -> None:
 
 
 async def test_a_fault_of_the_feeder_is_one_of_our_errors() -> None:
-    async def feed(watch: Watch[int]) -> None:
+    async def feed(watch: StateCache[int]) -> None:
         raise KeyError("x")
 
-    async with Watch(feed, name="the watch of tests") as watch:
+    async with StateCache(feed, name="the watch of tests") as watch:
         with pytest.raises(BackendError, match="the watch of tests has failed: KeyError"):
             await watch.track("a").until(lambda state: True)
 
@@ -69,12 +69,12 @@ async def test_a_fault_of_the_feeder_is_one_of_our_errors() -> None:
 async def test_it_survives_a_stray_cancellation_and_ends_when_it_is_left() -> None:
     started: list[asyncio.Task[None] | None] = []
 
-    async def feed(watch: Watch[int]) -> None:
+    async def feed(watch: StateCache[int]) -> None:
         started.append(asyncio.current_task())
         watch.put("a", len(started))
         await anyio.sleep_forever()
 
-    async with Watch(feed, name="test") as watch:
+    async with StateCache(feed, name="test") as watch:
         cell = watch.track("a")
         await cell.until(lambda state: state == 1)
         task = started[0]

@@ -11,15 +11,14 @@ from typing import ClassVar
 
 import anyio
 
+from mlfleet._concurrency.cancellation import wait_done
 from mlfleet._concurrency.tasks import TaskOwner
-from mlfleet._concurrency.threads import Threads, outlast
+from mlfleet._concurrency.threads import FILES
 from mlfleet._text.lines import follow_file, last_lines
 from mlfleet.errors import MlfleetError, RunLost
 from mlfleet.runs import Outcome, RunStatus
 
 __all__ = ["AwaitedRun", "SupervisedRun", "SupervisedRuns"]
-
-_files = Threads("output files", 4)
 
 
 class SupervisedRuns:
@@ -151,7 +150,7 @@ class SupervisedRun(AwaitedRun, ABC):
                 self._outcome = await self._live()
             except MlfleetError as error:
                 failing = asyncio.ensure_future(self._fail(error))
-                await outlast(failing)
+                await wait_done(failing)
                 failing.result()
             except asyncio.CancelledError:
                 if not self._detached:
@@ -172,7 +171,7 @@ class SupervisedRun(AwaitedRun, ABC):
         self._outcome = Outcome(RunStatus.FAILED, reason=str(error), error=error, output=seen)
 
     async def _last_lines(self) -> tuple[str, ...]:
-        return () if self._output is None else await _files(partial(last_lines, self._output))
+        return () if self._output is None else await FILES.run(partial(last_lines, self._output))
 
     @abstractmethod
     def _begin_stop(self, grace: float | None) -> None:

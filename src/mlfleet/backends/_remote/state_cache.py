@@ -13,17 +13,17 @@ from typing import Generic, Self, TypeVar
 
 import anyio
 
-from mlfleet._concurrency.threads import outlast
+from mlfleet._concurrency.cancellation import wait_done
 from mlfleet.errors import BackendError, MlfleetError
 
-__all__ = ["Cell", "Watch"]
+__all__ = ["CachedState", "StateCache"]
 
 _log = logging.getLogger("mlfleet.watch")
 
 V = TypeVar("V")
 
 
-class Cell(Generic[V]):
+class CachedState(Generic[V]):
     """The latest state of one thing. Waiters see states, not changes.
 
     Whether a state is the one that a waiter wants is decided when it comes, so that hundreds of states which nobody
@@ -87,7 +87,7 @@ class Cell(Generic[V]):
                 waiter.set_exception(told)
 
 
-class Watch(Generic[V]):
+class StateCache(Generic[V]):
     """A cache of states by key, and the one task that feeds it.
 
     What feeds it calls `put` for a state that has changed, and `replace` for a complete list. A state is kept for as
@@ -99,7 +99,7 @@ class Watch(Generic[V]):
         name: of its task.
 
     Example:
-        >>> async with Watch(feed, name="containers") as watch:
+        >>> async with StateCache(feed, name="containers") as watch:
         ...     cell = watch.track(key)
         ...     try:
         ...         state = await cell.until(lambda state: state.ended)
@@ -107,10 +107,10 @@ class Watch(Generic[V]):
         ...         watch.untrack(key)
     """
 
-    def __init__(self, feed: Callable[[Watch[V]], Awaitable[None]], *, name: str) -> None:
+    def __init__(self, feed: Callable[[StateCache[V]], Awaitable[None]], *, name: str) -> None:
         self._feed = feed
         self._name = name
-        self._cells: dict[str, Cell[V]] = {}
+        self._cells: dict[str, CachedState[V]] = {}
         self._clock = itertools.count()
         self._error: MlfleetError | None = None
         self._wanted = anyio.Event()
@@ -129,17 +129,17 @@ class Watch(Generic[V]):
             return
         self._closing = True
         task.cancel()
-        cancelled = await outlast(task)
+        cancelled = await wait_done(task)
         if cancelled is not None:
             raise cancelled
 
     # ---- for those who wait -----------------------------------------------------------------------------------------
 
-    def track(self, key: str) -> Cell[V]:
+    def track(self, key: str) -> CachedState[V]:
         """Keep the state of `key` from now on; `untrack` as often as this was called."""
         cell = self._cells.get(key)
         if cell is None:
-            cell = self._cells[key] = Cell(next(self._clock))
+            cell = self._cells[key] = CachedState(next(self._clock))
             if self._error is not None:
                 cell.fail(self._error)
         cell._users += 1

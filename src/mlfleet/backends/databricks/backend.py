@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 
 import anyio
 
-from mlfleet._concurrency.cancellation import finish
-from mlfleet._concurrency.single_flight import Once
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.cancellation import complete
+from mlfleet._concurrency.single_flight import SingleFlight
+from mlfleet._concurrency.threads import LOGINS
 from mlfleet._environments.needs import read_python_needs
 from mlfleet._paths import runs_folder
 from mlfleet.backends._remote.run import SupervisedRuns
@@ -40,7 +40,6 @@ from mlfleet.tracking.databricks import check_profile, is_databricks, profile_of
 __all__ = ["DatabricksBackend"]
 
 _log = logging.getLogger("mlfleet.databricks")
-_preparing = Threads("databricks preparation", 4)
 _GRACE = 60.0  # seconds to take back a run whose submission is cancelled
 
 
@@ -114,7 +113,7 @@ class DatabricksBackend(Backend):
     def __init__(self, *, timing: Timing | None = None) -> None:
         self._timing = timing or Timing()
         self._stack = AsyncExitStack()
-        self._sites: Once[tuple[str | None, str], _Site] = Once(keep=True)
+        self._sites: SingleFlight[tuple[str | None, str], _Site] = SingleFlight(keep=True)
         self._runs = SupervisedRuns()
         self._attempts: dict[str, str] = {}
 
@@ -196,7 +195,7 @@ class DatabricksBackend(Backend):
         secret = request.public_variables(job, config)[1]
         if secret and config.secret_scope is None:
             raise SubmitError(_needs_scope(secret), backend=self.name)
-        requirements = await _preparing(partial(_requirements, job))
+        requirements = await LOGINS.run(partial(_requirements, job))
         site = await self._site(_profile(job, config), config.api_version)
         storage = await storage_of(site.workspace, config.upload)
         attempt = self._attempts.pop(job.run_id, None) or _new_attempt()
@@ -288,7 +287,7 @@ class DatabricksBackend(Backend):
 
         try:
             # Cut off in the middle, nobody would know whether there is a run: an answer is waited for.
-            await finish(submit, within=_GRACE)
+            await complete(submit, limit=_GRACE)
             state = await _first_state(site.workspace, made[0])
         except BaseException:
             if made:

@@ -10,8 +10,8 @@ from typing import IO, Any, TypeVar
 
 import anyio
 
-from mlfleet._concurrency.single_flight import Once
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.single_flight import SingleFlight
+from mlfleet._concurrency.threads import FILES
 from mlfleet.backends.databricks.timing import Timing
 from mlfleet.errors import BackendError, TrackingError
 from mlfleet.tracking.databricks import DatabricksLogin
@@ -26,7 +26,6 @@ PATIENCE = 300.0
 _IN_FLIGHT = 16
 _ANSWER = 60.0  # seconds without any byte of an answer
 _CHUNK = 2**18
-_reading = Threads("databricks files", 4)
 
 T = TypeVar("T")
 
@@ -72,8 +71,8 @@ class Workspace:
             timeout=_ANSWER,
             files_in_flight=_IN_FLIGHT,
         )
-        self._opening: Once[str, None] = Once(keep=True)
-        self._users: Once[str, str] = Once(keep=True)
+        self._opening: SingleFlight[str, None] = SingleFlight(keep=True)
+        self._users: SingleFlight[str, str] = SingleFlight(keep=True)
         self._paces = {name: _Pace(per_second) for name, per_second in timing.paces.items()}
 
     async def open(self) -> None:
@@ -227,6 +226,6 @@ def _translated() -> Iterator[None]:
 
 
 async def _chunks(file: IO[bytes]) -> AsyncIterator[bytes]:
-    await _reading(partial(file.seek, 0))
-    while data := await _reading(partial(file.read, _CHUNK)):
+    await FILES.run(partial(file.seek, 0))
+    while data := await FILES.run(partial(file.read, _CHUNK)):
         yield data

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import anyio
 
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.threads import FILES
 from mlfleet.errors import SubmitError
 
 __all__ = ["Ending", "OutputCopy"]
 
-_writing = Threads("databricks output", 4)
 _log = logging.getLogger("mlfleet.databricks")
 # A file that was written there may be seen here a little later.
 _TRIES, _AGAIN = 10, 0.5
@@ -99,7 +98,7 @@ class OutputCopy:
         return data if mark and length.isdigit() and len(data) == int(length) else None
 
     async def _append(self, data: bytes) -> None:
-        await _writing(partial(_write, self._path, self._offset, data))
+        await FILES.run(partial(_write, self._path, self._offset, data))
         self._offset += len(data)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import anyio
 
-from mlfleet._concurrency.threads import Threads, outlast
+from mlfleet._concurrency.cancellation import wait_done
 from mlfleet.backends._remote.run import SupervisedRun
 from mlfleet.backends.databricks.client import Workspace, WorkspaceError
 from mlfleet.backends.databricks.output import Ending, OutputCopy
@@ -24,7 +24,6 @@ from mlfleet.runs import FailureKind, Outcome, RunStatus
 __all__ = ["DatabricksRun", "RemoteRun", "remove_secret"]
 
 _log = logging.getLogger("mlfleet.databricks")
-_files = Threads("databricks output files", 4)
 _FIRST_PAUSE, _LAST_PAUSE = 0.25, 3.0  # seconds between looks for new output that somebody follows
 _HURRY = 20.0  # seconds between reminders that somebody waits for the end of a cancelled run
 _LINES = 20
@@ -112,7 +111,7 @@ class DatabricksRun(SupervisedRun):
     async def _tidy(self) -> None:
         self._poller.untrack(self._run.id)
         if self._run.secret is not None and not self._detached:
-            await outlast(asyncio.ensure_future(remove_secret(self._workspace, *self._run.secret)))
+            await wait_done(asyncio.ensure_future(remove_secret(self._workspace, *self._run.secret)))
 
     async def _live(self) -> Outcome:
         try:

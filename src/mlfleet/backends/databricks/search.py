@@ -6,7 +6,7 @@ import re
 import time
 from typing import Any
 
-from mlfleet._concurrency.single_flight import Once
+from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet.backends.databricks.client import Workspace
 
 __all__ = ["RecentRuns"]
@@ -21,7 +21,7 @@ class RecentRuns:
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
-        self._listing: Once[str, None] = Once()
+        self._listing: SingleFlight[str, None] = SingleFlight()
         self._found: dict[str, dict[str, Any]] = {}
         self._listed_at = float("-inf")
 

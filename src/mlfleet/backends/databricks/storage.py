@@ -11,7 +11,7 @@ from functools import partial
 from typing import IO
 from urllib.parse import quote
 
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.threads import FILES
 from mlfleet.backends.databricks.client import Workspace, WorkspaceError
 from mlfleet.backends.databricks.config import Upload, UploadKind
 from mlfleet.errors import SubmitError
@@ -23,7 +23,6 @@ HOME = "/Workspace/Users/{user}/.mlfleet"
 _READ_BLOCK, _WRITE_BLOCK = 2**20, 2**19
 _LARGEST_WORKSPACE_FILE = 10 * 2**20
 _LARGEST_VOLUME_FILE = 5 * 2**30
-_reading = Threads("databricks blocks", 2)
 
 
 class Storage(ABC):
@@ -142,8 +141,8 @@ class Dbfs(Storage):
             # All of it anew at each try: a block whose answer was lost may be there or not.
             ask = partial(self._workspace.attempt, "POST")
             opened = await ask("/api/2.0/dbfs/create", body={"path": self._api(name), "overwrite": True})
-            await _reading(partial(file.seek, 0))
-            while data := await _reading(partial(file.read, _WRITE_BLOCK)):
+            await FILES.run(partial(file.seek, 0))
+            while data := await FILES.run(partial(file.read, _WRITE_BLOCK)):
                 block = {"handle": opened["handle"], "data": base64.b64encode(data).decode("ascii")}
                 await ask("/api/2.0/dbfs/add-block", body=block)
             await ask("/api/2.0/dbfs/close", body={"handle": opened["handle"]})

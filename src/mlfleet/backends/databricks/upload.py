@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from mlfleet._concurrency.single_flight import Once
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.single_flight import SingleFlight
+from mlfleet._concurrency.threads import PROJECTS
 from mlfleet._project.checkout import ignored_by_git
 from mlfleet._project.content import content_hash, pack
 from mlfleet._project.ignoring import read_ignore
@@ -26,7 +26,6 @@ __all__ = ["Archive", "Uploads"]
 
 _log = logging.getLogger("mlfleet.databricks")
 _IN_MEMORY = 2**23
-_packing = Threads("databricks packing", 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +45,9 @@ class Uploads:
     """What this process has brought into one workspace."""
 
     def __init__(self) -> None:
-        self._contents: Once[Path, tuple[frozenset[str], str]] = Once()
-        self._archives: Once[tuple[str, str], Archive] = Once(keep=True)
-        self._scripts: Once[str, str] = Once(keep=True)
+        self._contents: SingleFlight[Path, tuple[frozenset[str], str]] = SingleFlight()
+        self._archives: SingleFlight[tuple[str, str], Archive] = SingleFlight(keep=True)
+        self._scripts: SingleFlight[str, str] = SingleFlight(keep=True)
 
     async def project(
         self, storage: Storage, folder: Path, on_progress: Callable[[str], None], *, needs: tuple[str, ...] = ()
@@ -66,7 +65,7 @@ class Uploads:
         """
         left_out, digest = await self._contents(folder, partial(_content, folder))
         if needs:
-            await _packing(partial(_check_needs, folder, left_out, needs))
+            await PROJECTS.run(partial(_check_needs, folder, left_out, needs))
         bring = partial(self._project, storage, folder, left_out, on_progress)
         return await self._archives((storage.root, digest), bring)
 
@@ -74,7 +73,7 @@ class Uploads:
         """The path of the bootstrap script, which is uploaded if it is not there."""
 
         async def bring() -> str:
-            content = await _packing(_script)
+            content = await PROJECTS.run(_script)
             name = f"bootstrap-{hashlib.sha256(content).hexdigest()[:16]}.py"
             return await _bring(storage, name, io.BytesIO(content), len(content))
 
@@ -85,7 +84,7 @@ class Uploads:
     ) -> Archive:
         packed = await pack(folder, left_out=left_out)
         with packed.file:
-            file, digest, size = await _packing(partial(_compress, packed.file))
+            file, digest, size = await PROJECTS.run(partial(_compress, packed.file))
         with file:
             on_progress(f"the project ({size / 2**20:.1f} MiB) goes to {storage.root}")
             return Archive(await _bring(storage, f"projects/{digest}.tar.gz", file, size), digest)

@@ -13,7 +13,7 @@ from typing import Any
 
 import anyio
 
-from mlfleet.backends._remote.state_cache import Cell, Watch
+from mlfleet.backends._remote.state_cache import CachedState, StateCache
 from mlfleet.backends.databricks.client import PATIENCE, Workspace, WorkspaceError
 from mlfleet.backends.databricks.states import LOST, State, read_state
 from mlfleet.backends.databricks.timing import Timing
@@ -38,7 +38,7 @@ class _Timing:
     due: float
 
 
-class Poller(Watch[State]):
+class Poller(StateCache[State]):
     """The states of runs by their ids in Databricks.
 
     Args:
@@ -54,14 +54,14 @@ class Poller(Watch[State]):
         self._count = 0  # of the runs that had not ended when the last poll began
         self._changed = anyio.Event()
 
-    def track(self, key: str) -> Cell[State]:
-        """See `Watch.track`."""
+    def track(self, key: str) -> CachedState[State]:
+        """See `StateCache.track`."""
         cell = super().track(key)
         self.hurry(key)
         return cell
 
     def untrack(self, key: str) -> None:
-        """See `Watch.untrack`."""
+        """See `StateCache.untrack`."""
         super().untrack(key)
         if key not in self.keys:
             self._timings.pop(key, None)
@@ -73,7 +73,7 @@ class Poller(Watch[State]):
         changed, self._changed = self._changed, anyio.Event()
         changed.set()
 
-    async def _follow(self, watch: Watch[State]) -> None:
+    async def _follow(self, watch: StateCache[State]) -> None:
         failing_since: float | None = None
         while True:
             await self.wanted()

@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Self
 
 import anyio
 
-from mlfleet._concurrency.cancellation import finish
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.cancellation import complete
+from mlfleet._concurrency.threads import FILES
 from mlfleet._oci import login as auth
 from mlfleet._paths import runs_folder
 from mlfleet.backends._remote.run import SupervisedRuns
@@ -35,7 +35,6 @@ __all__ = ["DockerBackend"]
 
 _AT_ONCE = 16  # containers that are created and started at the same time; more only wait inside the engine
 _GRACE = 60.0  # seconds to take back a container whose submission is cancelled
-_preparing = Threads("docker preparation", 4)
 
 
 class DockerBackend(Backend):
@@ -93,7 +92,7 @@ class DockerBackend(Backend):
         if docker is None:
             raise SubmitError("the job brings no docker_env", backend=self.name)
         endpoint = await self._engine.located()
-        prepared = await _preparing(partial(_prepare, job, docker, endpoint))
+        prepared = await FILES.run(partial(_prepare, job, docker, endpoint))
         image = await self._images.base(
             docker.env.image,
             pull=prepared.options.pull,
@@ -147,7 +146,7 @@ class DockerBackend(Backend):
             stop_signal=str(config.get("StopSignal") or "SIGTERM"),
         )
         held = Custody.told_by(labels.get(DRIVER_LABEL, ""), ref.run_id)
-        custody = await _preparing(partial(_take, held))
+        custody = await FILES.run(partial(_take, held))
         return self._supervise(container, custody, submitted=False)
 
     # ---- one container ----------------------------------------------------------------------------------------------
@@ -172,15 +171,15 @@ class DockerBackend(Backend):
         try:
             async with self._starting:
                 # Cut off in the middle, nobody would know whether there is a container: an answer is waited for.
-                custody = await _preparing(partial(_take, Custody.of(job.run_id)))
+                custody = await FILES.run(partial(_take, Custody.of(job.run_id)))
                 body = container_body(job, options, image, prepared.reach, driver=custody.label)
                 if not custody.held:
                     text = f"another process of this machine looks after a container of the run {job.run_id}"
                     raise SubmitError(text, backend=self.name)
-                await finish(create, within=_GRACE)
+                await complete(create, limit=_GRACE)
                 run = self._supervise(_container(made[0], name, job, body, image), custody, submitted=True)
                 await run.attached()
-                await finish(start, within=_GRACE)
+                await complete(start, limit=_GRACE)
             return run
         except BaseException as error:
             with anyio.move_on_after(_GRACE, shield=True):

@@ -17,7 +17,7 @@ import anyio
 from aiodocker import Docker
 from aiodocker.exceptions import DockerError
 
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.threads import LOGINS
 from mlfleet._text.masking import mask_query
 from mlfleet.backends.docker.endpoint import Endpoint, find_endpoint
 from mlfleet.errors import BackendError
@@ -30,7 +30,6 @@ _UNREACHABLE = 900  # aiodocker's status for it
 _LONGEST_MESSAGE = 1000
 _LONGEST_LINE = 2**22  # of a stream of JSON lines
 _CERTIFICATES = "DOCKER_CERT_PATH to the folder with ca.pem, cert.pem and key.pem that it takes"
-_reading = Threads("docker configuration", 2)
 
 
 class EngineError(BackendError):
@@ -78,7 +77,7 @@ class Engine:
     async def located(self) -> Endpoint:
         """Where the engine is. Asks nobody but the environment and Docker's configuration."""
         if self.endpoint is None:
-            self.endpoint = await _reading(lambda: find_endpoint(os.environ))
+            self.endpoint = await LOGINS.run(lambda: find_endpoint(os.environ))
         return self.endpoint
 
     async def opened(self) -> Docker:

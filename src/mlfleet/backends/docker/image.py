@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from mlfleet._concurrency.single_flight import Once
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.single_flight import SingleFlight
+from mlfleet._concurrency.threads import PROJECTS
 from mlfleet._oci import login as auth
 from mlfleet._project.content import content_hash, pack
 from mlfleet.backends.docker.client import Engine, EngineError
@@ -26,7 +26,6 @@ WORKDIR = "/mlflow/projects/code/"
 CONTENT_LABEL = "mlfleet.content"
 
 _log = logging.getLogger("mlfleet.docker")
-_reading = Threads("docker build context", 2)
 _CHUNK = 2**18
 # https://pkg.go.dev/github.com/distribution/reference, without its limits of length.
 _REFERENCE = re.compile(
@@ -78,8 +77,8 @@ class Images:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._pulls: Once[tuple[str, str | None], Image] = Once()
-        self._builds: Once[str, Image] = Once()
+        self._pulls: SingleFlight[tuple[str, str | None], Image] = SingleFlight()
+        self._builds: SingleFlight[str, Image] = SingleFlight()
 
     async def base(
         self,
@@ -202,7 +201,7 @@ class Images:
 
 
 async def _chunks(file: IO[bytes]) -> AsyncIterator[bytes]:
-    while data := await _reading(partial(file.read, _CHUNK)):
+    while data := await PROJECTS.run(partial(file.read, _CHUNK)):
         yield data
 
 

@@ -9,15 +9,13 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.threads import FILES
 from mlfleet.backends.docker.client import Engine
 from mlfleet.backends.docker.output import Custody
 from mlfleet.backends.docker.run import remove_container
 from mlfleet.backends.docker.watch import DRIVER_LABEL, PROJECT_LABEL, RUN_LABEL
 
 __all__ = ["ContainerEntry", "list_containers", "prune_containers"]
-
-_looking = Threads("docker inventory", 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +89,7 @@ async def _list(engine: Engine) -> list[ContainerEntry]:
             image=str(item["Image"]),
             state=str(item["State"]),
             created=datetime.fromtimestamp(int(item["Created"]), UTC),
-            supervised=await _looking(partial(_is_supervised, str(item["Labels"].get(DRIVER_LABEL, "")))),
+            supervised=await FILES.run(partial(_is_supervised, str(item["Labels"].get(DRIVER_LABEL, "")))),
         )
         entries.append(entry)
     return sorted(entries, key=lambda entry: entry.created, reverse=True)

@@ -15,7 +15,7 @@ from typing import Self
 
 import anyio
 
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.threads import FILES
 from mlfleet._paths import runs_folder
 from mlfleet.backends.docker.client import Engine, EngineError
 from mlfleet.errors import SubmitError
@@ -23,7 +23,6 @@ from mlfleet.errors import SubmitError
 __all__ = ["Copier", "Custody"]
 
 _log = logging.getLogger("mlfleet.docker")
-_writing = Threads("docker output", 8)
 _HEADER = struct.Struct(
     ">BxxxL"
 )  # https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operation/ContainerAttach
@@ -134,7 +133,7 @@ class Copier:
             return
         path = self._path
         try:
-            self._file = await _writing(partial(_open, path), undo=_close)
+            self._file = await FILES.run(partial(_open, path), undo=_close)
         except OSError as error:
             text = f"the output of the run cannot be written to {path}: {error.strerror}"
             raise SubmitError(text, backend="docker") from error
@@ -143,7 +142,7 @@ class Copier:
         """Close the file."""
         file, self._file = self._file, None
         if file is not None:
-            await _writing(partial(os.close, file))
+            await FILES.run(partial(os.close, file))
 
     async def attach(self, on_attached: Callable[[], None]) -> None:
         """Copy the output of a container that has not started yet, byte for byte, until it or the connection ends.
@@ -174,7 +173,7 @@ class Copier:
             async with self._engine.stream(doing, method, path, params=params) as content:
                 on_open()
                 while data := await content.readany():
-                    await _writing(partial(self._take, data))
+                    await FILES.run(partial(self._take, data))
                     if len(data) < _SMALL and not content.at_eof():
                         await anyio.sleep(_GATHER)
         except EngineError as error:

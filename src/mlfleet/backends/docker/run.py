@@ -12,7 +12,8 @@ from typing import Any
 
 import anyio
 
-from mlfleet._concurrency.threads import Threads, outlast
+from mlfleet._concurrency.cancellation import wait_done
+from mlfleet._concurrency.threads import FILES
 from mlfleet.backends._remote.run import SupervisedRun
 from mlfleet.backends.docker.client import Engine, EngineError
 from mlfleet.backends.docker.output import Copier, Custody
@@ -23,7 +24,6 @@ from mlfleet.runs import FailureKind, Outcome, RunStatus
 __all__ = ["Container", "DockerRun", "remove_container"]
 
 _log = logging.getLogger("mlfleet.docker")
-_files = Threads("docker files", 4)
 _STALLED = 10.0  # seconds without output of a container that has ended
 _AGAIN = 0.5  # seconds between attempts to reach an engine that is away
 _LOST = 15.0  # seconds for which an engine that is away is asked to end a container
@@ -113,13 +113,13 @@ class DockerRun(SupervisedRun):
             raise self._outcome.error
 
     async def _tidy(self) -> None:
-        await outlast(asyncio.ensure_future(self._let_go()))
+        await wait_done(asyncio.ensure_future(self._let_go()))
         self._containers.untrack(self._container.id)
         self._attached.set()
 
     async def _let_go(self) -> None:
         await self._copier.close()
-        await _files(self._custody.release)
+        await FILES.run(self._custody.release)
 
     async def _live(self) -> Outcome:
         try:
@@ -142,7 +142,7 @@ class DockerRun(SupervisedRun):
 
     async def _succeed(self) -> bool:
         """Whether this process must copy and remove, since the one that looked after the container is gone."""
-        while not await _files(self._custody.take):
+        while not await FILES.run(self._custody.take):
             with anyio.move_on_after(_AGAIN):
                 await self._cell.until(lambda state: state.phase is Phase.GONE)
                 return False

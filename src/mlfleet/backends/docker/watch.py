@@ -12,7 +12,7 @@ from typing import Any
 
 import anyio
 
-from mlfleet.backends._remote.state_cache import Watch
+from mlfleet.backends._remote.state_cache import StateCache
 from mlfleet.backends.docker.client import Engine, EngineError
 from mlfleet.errors import RunLost
 
@@ -73,7 +73,7 @@ class State:
         return self.phase in (Phase.EXITED, Phase.GONE)
 
 
-class Containers(Watch[State]):
+class Containers(StateCache[State]):
     """The states of containers by id, fed by the engine's event stream.
 
     The stream is opened before the containers are listed, so that no end falls between the two. When it breaks, it is
@@ -93,7 +93,7 @@ class Containers(Watch[State]):
         self._patience = patience
         self.breaks = 0
 
-    async def _follow(self, watch: Watch[State]) -> None:
+    async def _follow(self, watch: StateCache[State]) -> None:
         await watch.wanted()  # an engine that no run asks for need not be there
         broken_since: float | None = None
         delay = _FIRST_DELAY

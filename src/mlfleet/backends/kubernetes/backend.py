@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import anyio
 
-from mlfleet._concurrency.cancellation import finish
-from mlfleet._concurrency.throttle import Turns
+from mlfleet._concurrency.cancellation import complete
+from mlfleet._concurrency.throttle import Throttle
 from mlfleet._paths import runs_folder
 from mlfleet._text.masking import MASK
 from mlfleet.backends._remote.run import SupervisedRuns
@@ -52,7 +52,7 @@ class KubernetesBackend(Backend):
         self._deliveries = Deliveries()
         self._streams = Streams()
         self._runs = SupervisedRuns()
-        self._turns = Turns()
+        self._throttle = Throttle()
         self._creating = asyncio.Semaphore(_AT_ONCE)
 
     async def __aexit__(
@@ -116,7 +116,7 @@ class KubernetesBackend(Backend):
         """
         config = _config(job)
         # A thousand submissions at once shall not hold up the event loop.
-        await self._turns.take()
+        await self._throttle.wait()
         plain, secret = variables(job, config.tracking_uri, os.environ)
         image = image_of(job, config)
         api = await self._connections.api(config.cluster)
@@ -198,7 +198,7 @@ class KubernetesBackend(Backend):
 
         try:
             # Cut off in the middle, nobody would know whether there is a Job: an answer is waited for.
-            await finish(create, within=_GRACE)
+            await complete(create, limit=_GRACE)
         except BaseException:
             with anyio.move_on_after(_GRACE, shield=True):
                 for each in made:

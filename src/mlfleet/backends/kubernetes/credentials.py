@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.threads import LOGINS
 from mlfleet._text.masking import mask
 from mlfleet.backends.kubernetes.cluster import IN_CLUSTER, SERVICE_ACCOUNT, Cluster
 from mlfleet.backends.kubernetes.kubeconfig import Entry, read_kubeconfig
@@ -28,7 +28,6 @@ from mlfleet.errors import BackendError
 __all__ = ["Credentials", "Login", "proxy_for"]
 
 _log = logging.getLogger("mlfleet.kubernetes")
-_loading = Threads("kubernetes credentials", 4)
 _REREAD = 60.0  # seconds
 
 
@@ -93,12 +92,12 @@ class Credentials:
     async def _load(self, old: Login | None) -> Login:
         try:
             if self._cluster.context == IN_CLUSTER:
-                return await _loading(partial(_around_us, self._account, old, self._reread))
-            config = await _loading(partial(read_kubeconfig, self._cluster.paths))
+                return await LOGINS.run(partial(_around_us, self._account, old, self._reread))
+            config = await LOGINS.run(partial(read_kubeconfig, self._cluster.paths))
             server, user = config.of_context(self._cluster.context)
-            command = await _loading(partial(exec_of, server, user))
+            command = await LOGINS.run(partial(exec_of, server, user))
             plugin = await ask_plugin(command, self._cluster.context) if command is not None else None
-            return await _loading(partial(_load, self._cluster, server, user, plugin, old, self._reread))
+            return await LOGINS.run(partial(_load, self._cluster, server, user, plugin, old, self._reread))
         except BackendError:
             raise
         except Exception as error:

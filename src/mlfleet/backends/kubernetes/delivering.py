@@ -8,7 +8,7 @@ from pathlib import Path
 
 import anyio
 
-from mlfleet._concurrency.single_flight import Once
+from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._oci.references import parse_reference
 from mlfleet._project.checkout import Checkouts
 from mlfleet._project.content import content_hash
@@ -27,9 +27,11 @@ class Deliveries:
 
     def __init__(self) -> None:
         self._configmaps = ConfigMaps()
-        self._sources: Once[Path, GitSource] = Once()  # looked at anew for who comes later: files change
+        self._sources: SingleFlight[Path, GitSource] = (
+            SingleFlight()
+        )  # looked at anew for who comes later: files change
         self._checkouts = Checkouts()
-        self._pushes: Once[tuple[str, ...], str] = Once(keep=True)
+        self._pushes: SingleFlight[tuple[str, ...], str] = SingleFlight(keep=True)
 
     async def deliver(self, api: Api, job: Job, config: KubernetesConfig, image: str) -> Code:
         """Bring the code there.

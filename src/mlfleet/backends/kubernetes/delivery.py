@@ -8,8 +8,8 @@ from contextlib import closing
 from functools import partial
 from typing import IO, Any
 
-from mlfleet._concurrency.single_flight import Once
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.single_flight import SingleFlight
+from mlfleet._concurrency.threads import PROJECTS
 from mlfleet._project.content import content_hash, pack
 from mlfleet.backends.base import Job
 from mlfleet.backends.kubernetes.client import Api, ApiError
@@ -21,7 +21,6 @@ from mlfleet.errors import SubmitError
 
 __all__ = ["FOLDER", "ConfigMaps", "configmap_code", "git_code"]
 
-_packing = Threads("kubernetes code", 2)
 FOLDER = "/mlflow/projects/code"
 """Where the project is in the container, as in the reference."""
 _LARGEST = 900 * 1024
@@ -99,7 +98,7 @@ class ConfigMaps:
     """Packed projects, one ConfigMap for all runs with the same content."""
 
     def __init__(self) -> None:
-        self._made: Once[tuple[str, str, str], str] = Once(keep=True)
+        self._made: SingleFlight[tuple[str, str, str], str] = SingleFlight(keep=True)
 
     async def put(self, api: Api, job: Job, namespace: str) -> str:
         """The name of the ConfigMap with the project.
@@ -116,7 +115,7 @@ class ConfigMaps:
     async def _make(self, api: Api, job: Job, namespace: str) -> str:
         packed = await pack(job.project_dir)
         with closing(packed.file):
-            data = await _packing(partial(_compress, packed.file))
+            data = await PROJECTS.run(partial(_compress, packed.file))
         name = f"mlfleet-code-{packed.digest[:40]}"
         if len(data) > _LARGEST:
             raise SubmitError(
@@ -129,7 +128,7 @@ class ConfigMaps:
             "kind": "ConfigMap",
             "metadata": {"name": name, "labels": {MANAGED_BY: "mlfleet", "mlfleet.content": packed.digest[:63]}},
             "immutable": True,
-            "binaryData": {"project.tar.gz": await _packing(lambda: base64.b64encode(data).decode())},
+            "binaryData": {"project.tar.gz": await PROJECTS.run(lambda: base64.b64encode(data).decode())},
         }
         try:
             await api.call("storing the project", "POST", f"/api/v1/namespaces/{namespace}/configmaps", body=body)

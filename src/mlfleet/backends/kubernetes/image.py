@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.threads import PROJECTS
 from mlfleet._oci.references import Reference
 from mlfleet._project.content import content_hash, pack
 from mlfleet.backends.kubernetes.delivery import FOLDER
@@ -26,7 +26,6 @@ from mlfleet.errors import SubmitError
 __all__ = ["push_project"]
 
 _log = logging.getLogger("mlfleet.kubernetes")
-_packing = Threads("kubernetes image", 2)
 _CHUNK = 2**18
 _IN_MEMORY = 2**23
 _INDEXES = (
@@ -110,7 +109,7 @@ async def push_project(
         return f"{target}@{there['Docker-Content-Digest']}"
     packed = await pack(folder, prefix=f"{FOLDER[1:]}/")
     with closing(packed.file):
-        layer = await _packing(partial(_compress, packed.file), undo=_discard)
+        layer = await PROJECTS.run(partial(_compress, packed.file), undo=_discard)
     with closing(layer.file):
         # The content may have changed since it was hashed: the tag tells what was packed.
         target = replace(target, tag=_tag(image.digest, packed.digest))
@@ -245,8 +244,8 @@ def _hash(file: IO[bytes]) -> str:
 
 
 async def _chunks(file: IO[bytes]) -> AsyncIterator[bytes]:
-    await _packing(partial(file.seek, 0))
-    while data := await _packing(partial(file.read, _CHUNK)):
+    await PROJECTS.run(partial(file.seek, 0))
+    while data := await PROJECTS.run(partial(file.read, _CHUNK)):
         yield data
 
 

@@ -13,14 +13,13 @@ from typing import Protocol
 
 import anyio
 
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.threads import FILES
 from mlfleet.backends.kubernetes.client import Api, ApiError, Pool, pause
 from mlfleet.errors import SubmitError
 
 __all__ = ["Copier", "End", "LogStream", "Streams"]
 
 _log = logging.getLogger("mlfleet.kubernetes")
-_writing = Threads("kubernetes output", 8)
 _SILENCE = 60.0  # seconds without a byte of the log of a container that has ended
 _GATHER = 0.01  # seconds in which more of a trickle is let come, so that it costs fewer turns
 _SMALL = 16 * 1024
@@ -301,7 +300,7 @@ class Copier:
         self._last_byte = data[-1:]
         self.copied += len(data)
         try:
-            await _writing(partial(_append, self._path, data, first=first))
+            await FILES.run(partial(_append, self._path, data, first=first))
         except OSError as error:
             if first:
                 text = f"the output of the run cannot be written to {self._path}: {error.strerror}"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import anyio
 
-from mlfleet._concurrency.threads import Threads, outlast
+from mlfleet._concurrency.cancellation import wait_done
 from mlfleet.backends._remote.run import SupervisedRun
-from mlfleet.backends._remote.state_cache import Cell
+from mlfleet.backends._remote.state_cache import CachedState
 from mlfleet.backends.kubernetes.client import Api, ApiError
 from mlfleet.backends.kubernetes.config import StartTimeouts
 from mlfleet.backends.kubernetes.deletion import delete_job, warnings_of
@@ -26,7 +26,6 @@ from mlfleet.runs import FailureKind, Outcome, RunStatus
 __all__ = ["KubernetesRun", "Target"]
 
 _log = logging.getLogger("mlfleet.kubernetes")
-_files = Threads("kubernetes files", 4)
 _STALLED = 30.0  # seconds without output of a run that has ended
 _POD_COMES = 2.0  # seconds by which the pod's end may be seen later than the Job's
 _WARN_AFTER = 30.0  # seconds of waiting for a node
@@ -112,7 +111,7 @@ class KubernetesRun(SupervisedRun):
 
     async def _tidy(self) -> None:
         if not self.target.keep and not self._cut and self.submitted:
-            await outlast(asyncio.ensure_future(self._remove()))
+            await wait_done(asyncio.ensure_future(self._remove()))
         self._watch.untrack(self.target.uid)
         self._started.set()
 
@@ -326,7 +325,7 @@ class _NeverStarts(MlfleetError):
 class _ContainerEnd:
     """The end of a container, as `Copier.copy` wants to know it."""
 
-    cell: Cell[Seen]
+    cell: CachedState[Seen]
     pod: str
     container: str
 

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import anyio
 
-from mlfleet.backends._remote.state_cache import Cell, Watch
+from mlfleet.backends._remote.state_cache import CachedState, StateCache
 from mlfleet.backends.kubernetes.client import Api, ApiError, Pool, pause
 from mlfleet.backends.kubernetes.state import MANAGED_BY, JobState, PodState, Seen, job_of_pod, read_job, read_pod
 from mlfleet.errors import BackendError, MlfleetError
@@ -46,7 +46,7 @@ class NamespaceWatch:
 
     def __init__(self, api: Api, namespace: str, *, idle: float = _IDLE) -> None:
         self._store = _Store()
-        self._watch: Watch[Seen] = Watch(self._feed, name=f"the watch of the namespace {namespace}")
+        self._watch: StateCache[Seen] = StateCache(self._feed, name=f"the watch of the namespace {namespace}")
         jobs, pods = f"/apis/batch/v1/namespaces/{namespace}/jobs", f"/api/v1/namespaces/{namespace}/pods"
         labels, now = {"labelSelector": f"{MANAGED_BY}=mlfleet"}, self._watch.now
         self._followers = (
@@ -72,7 +72,7 @@ class NamespaceWatch:
     ) -> None:
         await self._watch.__aexit__(kind, error, trace)
 
-    def track(self, job: JobState) -> Cell[Seen]:
+    def track(self, job: JobState) -> CachedState[Seen]:
         """Follow a Job that exists; `untrack` as often as this was called.
 
         Args:
@@ -91,7 +91,7 @@ class NamespaceWatch:
 
     # ---- what feeds it ----------------------------------------------------------------------------------------------
 
-    async def _feed(self, watch: Watch[Seen]) -> None:
+    async def _feed(self, watch: StateCache[Seen]) -> None:
         try:
             async with anyio.create_task_group() as group:
                 for follower in self._followers:

@@ -16,7 +16,7 @@ from typing import ClassVar, Self
 
 import anyio
 
-from mlfleet._concurrency.threads import Threads
+from mlfleet._concurrency.threads import FILES
 from mlfleet._process.process import Command, Process, start
 from mlfleet._process.reattach import AdoptedProcess
 from mlfleet._text.lines import follow_file, last_lines
@@ -27,7 +27,6 @@ from mlfleet.runs import DEFAULT_CANCEL_GRACE, JobRef, Outcome, RunStatus
 
 __all__ = ["LocalBackend"]
 
-_files = Threads("local output", 4)
 _START_PATIENCE, _START_POLL = 5.0, 0.05  # seconds that a run to attach to may take to begin
 
 
@@ -46,7 +45,7 @@ class LocalBackend(Backend):
         self._here: Mapping[str, object] = {}
 
     async def __aenter__(self) -> Self:
-        self._here = await _files(durable.this_process)
+        self._here = await FILES.run(durable.this_process)
         return self
 
     async def __aexit__(
@@ -103,7 +102,7 @@ class LocalBackend(Backend):
         """Look for a run, and wait a little for one that is just being started."""
         waited = 0.0
         while True:
-            found = await _files(partial(durable.find, ref, give_up=waited >= _START_PATIENCE), undo=_let_go)
+            found = await FILES.run(partial(durable.find, ref, give_up=waited >= _START_PATIENCE), undo=_let_go)
             if found is not None:
                 return found
             if waited >= _START_PATIENCE:
@@ -159,10 +158,10 @@ class _LocalRun:
         code: int | None = await self._process.wait()
         if not self._outcomes:
             if self._exit_code is not None:
-                code = await _files(self._exit_code)
+                code = await FILES.run(self._exit_code)
             outcome = _ended_by(code, stopped=self._process.stopped)
             if self._output is not None and outcome.status is not RunStatus.FINISHED:
-                outcome = replace(outcome, output=await _files(partial(last_lines, self._output)))
+                outcome = replace(outcome, output=await FILES.run(partial(last_lines, self._output)))
             # What the run left behind may still write: all waiters get what the first one saw.
             self._outcomes.append(outcome)
         return self._outcomes[0]
