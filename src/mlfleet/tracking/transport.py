@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import logging
 import math
@@ -18,12 +17,12 @@ import anyio
 
 from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.threads import LOGINS
+from mlfleet._hosts import has_loopback_host
 from mlfleet._version import __version__
 from mlfleet.errors import TrackingError, UsageError
 from mlfleet.tracking.auth import Login, Tls
 from mlfleet.tracking.connections import Connections, Line
 from mlfleet.tracking.failures import Failures
-from mlfleet.tracking.locations import split_uri
 from mlfleet.tracking.retry import BACKOFF, Patience, RetryPolicy, Transient
 
 if TYPE_CHECKING:
@@ -317,7 +316,7 @@ class Transport:
                 connect=min(self._timeout, _CONNECT_SECONDS),
                 silence=self._timeout,
                 # Proxies are for the way out of this machine.
-                trust_env=not _is_loopback(self.login.url),
+                trust_env=not has_loopback_host(self.login.url),
             )
             connections.prepare(Line(wire, httpx.AsyncClient(transport=wire, headers=self._headers)))
 
@@ -357,14 +356,6 @@ def _number(variable: str, default: float) -> float:
     if not number >= 0:
         raise UsageError(f"{variable}={text!r}: it should be a number that is not negative")
     return number
-
-
-def _is_loopback(url: str) -> bool:
-    host = split_uri(url).hostname or ""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _warn_of_header_plugins() -> None:

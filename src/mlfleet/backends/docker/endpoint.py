@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import json
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
+from mlfleet._hosts import has_loopback_host
 from mlfleet._oci.docker_config import config_folder, read_config
 from mlfleet.errors import BackendError
 
-__all__ = ["Endpoint", "find_endpoint", "is_loopback"]
+__all__ = ["Endpoint", "find_endpoint"]
 
 _DEFAULT = "unix:///var/run/docker.sock"
 
@@ -41,7 +40,7 @@ class Endpoint:
     @property
     def local(self) -> bool:
         """Whether it is on this machine, as far as its address tells."""
-        return self.socket is not None or is_loopback(self.url)
+        return self.socket is not None or has_loopback_host(self.url)
 
 
 def find_endpoint(environ: Mapping[str, str]) -> Endpoint:
@@ -60,15 +59,6 @@ def find_endpoint(environ: Mapping[str, str]) -> Endpoint:
     if name and name != "default":
         return _context(str(name), config_folder(environ))
     return Endpoint(_DEFAULT)
-
-
-def is_loopback(url: str) -> bool:
-    """Whether a URL names this machine, by an address or a name that nobody else has."""
-    try:
-        host = urlsplit(url).hostname or ""
-        return host == "localhost" or host.endswith(".localhost") or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _context(name: str, folder: Path) -> Endpoint:

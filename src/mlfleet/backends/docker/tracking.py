@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from mlfleet.backends.docker.endpoint import is_loopback
+from mlfleet._hosts import has_loopback_host
 from mlfleet.errors import SubmitError
 
 __all__ = ["Reach", "reach"]
@@ -92,9 +92,9 @@ def reach(
         made.binds.append(f"{artifacts}:{artifacts}")
     _forward(made, urlsplit(artifact_uri).scheme, here, home)
     urls = [uri if store is None else "", made.environ.get("MLFLOW_S3_ENDPOINT_URL", "")]
-    made.host_network = any(is_loopback(url) for url in urls)
+    made.host_network = any(has_loopback_host(url) for url in urls)
     if made.host_network:
-        _check_local(f"the server {next(url for url in urls if is_loopback(url))}", engine, local=local)
+        _check_local(f"the server {next(url for url in urls if has_loopback_host(url))}", engine, local=local)
     return made
 
 

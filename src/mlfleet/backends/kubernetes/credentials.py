@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from mlfleet._concurrency.threads import LOGINS
+from mlfleet._hosts import is_loopback
 from mlfleet._text.masking import mask
 from mlfleet.backends.kubernetes.cluster import IN_CLUSTER, SERVICE_ACCOUNT, Cluster
 from mlfleet.backends.kubernetes.kubeconfig import Entry, read_kubeconfig
@@ -169,14 +170,12 @@ def proxy_for(host: str, environ: Mapping[str, str]) -> str | None:
     parts = urlsplit(host)
     name = parts.hostname or ""
     proxy = _variable(environ, f"{parts.scheme}_proxy")
-    if not proxy or name == "localhost":
+    if not proxy or is_loopback(name):
         return None
     try:
         address = ipaddress.ip_address(name)
     except ValueError:
         address = None
-    if address is not None and address.is_loopback:
-        return None
     given = [each.strip().lower() for each in _variable(environ, "no_proxy").split(",")]
     return None if any(_spares(each, name, parts.port, address) for each in given if each) else proxy
 

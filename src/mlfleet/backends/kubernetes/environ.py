@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import re
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
+from mlfleet._hosts import is_loopback
 from mlfleet._text.masking import is_secret_name, mask_uri
 from mlfleet.backends.base import DockerRequest, Job
 from mlfleet.errors import SubmitError, UsageError
@@ -77,15 +77,8 @@ def check_tracking(uri: str) -> None:
             " ('mlflow server') that the cluster reaches, and give its address as MLFLOW_TRACKING_URI; or as"
             " tracking-uri in backend_config (or KUBE_MLFLOW_TRACKING_URI) if pods know another one"
         )
-    if _is_loopback(parts.hostname):
+    if is_loopback(parts.hostname):
         _log.warning(
             "the tracking server %s is on loopback, which in a pod is the pod itself: give tracking-uri",
             mask_uri(uri),
         )
-
-
-def _is_loopback(host: str | None) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
-    except ValueError:
-        return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import ipaddress
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -15,6 +14,7 @@ from urllib.parse import urljoin, urlsplit
 import aiohttp
 import anyio
 
+from mlfleet._hosts import has_loopback_host
 from mlfleet._oci.login import find_credentials
 from mlfleet._oci.references import HUB, Reference
 from mlfleet.backends.kubernetes.client import pause
@@ -241,7 +241,7 @@ class Registries:
         """https; plain http is tried on this machine only, as Docker does."""
         if host not in self._schemes:
             self._schemes[host] = "https"
-            if _is_loopback(host):
+            if has_loopback_host(f"//{host}"):
                 try:
                     async with self._send("GET", f"https://{host}/v2/", {}, None):
                         pass
@@ -275,7 +275,7 @@ class Registries:
     ) -> str:
         assert self._session is not None  # noqa: S101 - entered
         realm = asked.get("realm", "")
-        if urlsplit(realm).scheme != "https" and not _is_loopback(urlsplit(realm).netloc):
+        if urlsplit(realm).scheme != "https" and not has_loopback_host(realm):
             text = f"the registry {reference.host} sends its login to {realm!r}, which is no https"
             raise RegistryError(text, status=401)
         query = [("service", asked.get("service", "")), *(("scope", scope) for scope in scopes)]
@@ -319,11 +319,3 @@ def _no_login(reference: Reference) -> str:
         f"the registry {host} does not let us use {reference.name}: do 'docker login {host}', or give docker_auth;"
         " or there is no such image"
     )
-
-
-def _is_loopback(netloc: str) -> bool:
-    host = urlsplit(f"//{netloc}").hostname or ""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
