@@ -1,16 +1,32 @@
-"""Keeps secrets out of what people and log files see."""
+"""Masks secrets in text that is shown to people or written to log files."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from urllib.parse import unquote
 
 __all__ = ["MASK", "is_secret_name", "mask", "mask_query", "mask_uri"]
 
 MASK = "***"
 
-# user:password@ or token@ behind a scheme. The userinfo ends at the last @ before the path (RFC 3986, 3.2.1).
-_USERINFO = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?P<userinfo>[^/?#\s]*)@")
+# Two forms of user:password@ or token@ after a scheme:
+# 1. As RFC 3986, 3.2.1 has it: the userinfo ends at the last @ before the path.
+# 2. A password with an unescaped "/", "?" or "#". Of host:port/path@tag it differs in that a port has digits only.
+_USERINFO = re.compile(
+    r"""
+    (?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)
+    (?P<userinfo> [^/?#\s]* | [^/?#@:\s"']* : (?!\d*(?:[/?#\s]|\Z)) (?:(?!://)\S)* )
+    @
+    """,
+    re.X,
+)
+_PARAMETER = re.compile(r"(?P<before>[?&;#])(?P<name>[^=?&;#\s]+)=(?P<value>[^&;#\s\"']*)")
+_SECRET_PARAMETER = re.compile(
+    r"(.*[^a-z])?(key|sig|pwd|pass|auth|sas)|.*(password|passwd|passphrase|secret|token|signature|credential|apikey"
+    r"|access_?key(_?id)?|account_?key|private_?key)s?",
+    re.I,
+)
 # What follows the ? of a URI: presigned URLs carry their signature there.
 _QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s?#]*)\?\S*")
 _SECRET_NAME = re.compile(
@@ -19,29 +35,39 @@ _SECRET_NAME = re.compile(
 
 
 def mask_uri(text: str) -> str:
-    """`text` with the user information of every URI in it replaced, except for a bare ``git@``-like user name."""
+    """Replace the secrets of every URI in a text.
 
-    def hide(match: re.Match[str]) -> str:
-        userinfo = match["userinfo"]
-        if match["scheme"].lower().startswith(("ssh://", "git+ssh://")) and ":" not in userinfo:
-            return match[0]
-        return f"{match['scheme']}{MASK}@"
-
-    return _USERINFO.sub(hide, text)
+    These are the user information, except for a bare user name of ssh (``ssh://git@host``), and the values of query
+    parameters whose names say so: ``password``, ``token``, ``sig``, ``key``, ``X-Amz-Signature`` and the like.
+    """
+    return _PARAMETER.sub(_mask_parameter, _USERINFO.sub(_mask_userinfo, text))
 
 
 def mask_query(text: str) -> str:
-    """`text` with the user information and the query of every URI replaced."""
+    """Replace the user information and the whole query of every URI in a text."""
     return _QUERY.sub(rf"\1?{MASK}", mask_uri(text))
 
 
 def mask(text: str, secrets: Iterable[str]) -> str:
-    """`text` with every one of `secrets` and the user information of every URI replaced."""
+    """Replace each of `secrets`, and the secrets of every URI, in a text."""
     for secret in sorted({s for s in secrets if s}, key=len, reverse=True):
         text = text.replace(secret, MASK)
     return mask_uri(text)
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether an environment variable of this name is expected to hold a secret."""
+    """Return True if an environment variable of this name is expected to hold a secret."""
     return _SECRET_NAME.search(name) is not None
+
+
+def _mask_userinfo(match: re.Match[str]) -> str:
+    is_ssh = match["scheme"].lower().startswith(("ssh://", "git+ssh://"))
+    if is_ssh and ":" not in match["userinfo"]:
+        return match[0]
+    return f"{match['scheme']}{MASK}@"
+
+
+def _mask_parameter(match: re.Match[str]) -> str:
+    if not match["value"] or not _SECRET_PARAMETER.fullmatch(unquote(match["name"])):
+        return match[0]
+    return f"{match['before']}{match['name']}={MASK}"
