@@ -10,18 +10,17 @@ import asyncio
 import atexit
 import logging
 import os
-import signal
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, wait
 from functools import partial
-from types import FrameType
 from typing import Any, TypeVar, Unpack
 
 from mlfleet import api
 from mlfleet._engine.request import Output, active_run_id
 from mlfleet._engine.run import FleetRun
+from mlfleet._signals import before_sigterm, is_interrupt
 from mlfleet._sweeps import SweepOptions, SweepResult
 from mlfleet.resources import Resources
 from mlfleet.runs import Timeouts
@@ -180,8 +179,7 @@ class _Loop:
         # nothing could be written to the tracking server any more. concurrent.futures uses it for the same reason.
         register = getattr(threading, "_register_atexit", atexit.register)
         register(self._at_exit)
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, self._on_sigterm)
+        before_sigterm(lambda: self.call(api.close_default_fleets))
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -216,7 +214,7 @@ class _Loop:
     def _at_exit(self) -> None:
         """Wait for the runs, unless the interpreter exits because of an interrupt: then end them."""
         try:
-            if not _is_interrupt(getattr(sys, "last_value", None)):
+            if not is_interrupt(getattr(sys, "last_value", None)):
                 self.call(api.join_default_fleets)
         except KeyboardInterrupt:
             logger.warning("interrupted: ending the runs that still go on")
@@ -224,19 +222,6 @@ class _Loop:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-
-    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
-        """End the runs, then die of the signal, as this process would have done at once."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        self.call(api.close_default_fleets)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _is_interrupt(error: BaseException | None) -> bool:
-    """Whether an interrupt led to `error`; cleaning up may have failed after it."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__context__
-    return error is not None
 
 
 async def _await(work: Callable[[], Awaitable[T]]) -> T:

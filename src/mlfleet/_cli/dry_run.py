@@ -11,13 +11,13 @@ from typing import Any
 import anyio.to_thread
 import click
 
-from mlfleet._cli.interrupts import Interrupts
 from mlfleet._cli.progress import Progress
 from mlfleet._engine.job import draft
 from mlfleet._engine.plan import Plan, Planner
 from mlfleet._engine.request import RunRequest
 from mlfleet._environments.store import list_environments
 from mlfleet._project.fetch import ProjectFetcher
+from mlfleet._signals import Interrupts
 from mlfleet._text.masking import MASK
 from mlfleet.backends.base import Backend
 from mlfleet.errors import MlfleetError

@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from mlfleet._cli.dry_run import DryRun, show
-from mlfleet._cli.interrupts import run_until_interrupted
 from mlfleet._cli.options import (
     debug_option,
     json_option,
@@ -21,6 +20,7 @@ from mlfleet._cli.progress import Progress
 from mlfleet._cli.report import exit_code, print_json, run_as_json, tell
 from mlfleet._cli.running import RunCommand
 from mlfleet._engine.request import RunRequest
+from mlfleet._signals import run_until_interrupted
 
 __all__ = ["run"]
 

@@ -10,10 +10,10 @@ from functools import partial
 import anyio
 import anyio.to_thread
 
-from mlfleet._cli.interrupts import Interrupts
 from mlfleet._cli.progress import Progress
 from mlfleet._engine.request import RunRequest
 from mlfleet._engine.run import FleetRun
+from mlfleet._signals import Interrupts
 from mlfleet.errors import MlfleetError
 from mlfleet.fleet import Fleet
 from mlfleet.runs import Outcome, RunEvent

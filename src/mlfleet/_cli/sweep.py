@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from mlfleet._cli.interrupts import run_until_interrupted
 from mlfleet._cli.options import debug_option, json_option, project_options, quiet_option, read_project_options
 from mlfleet._cli.sweep_best import Best
 from mlfleet._cli.sweep_end import end_as_json, sweep_exit_code, tell_sweep
@@ -18,6 +17,7 @@ from mlfleet._cli.sweep_screen import SweepScreen
 from mlfleet._cli.sweep_space import read_space
 from mlfleet._cli.sweeping import SweepCommand, SweepView
 from mlfleet._cli.terminal import is_interactive
+from mlfleet._signals import run_until_interrupted
 from mlfleet._sweeps import Goal, Retry
 from mlfleet.runs import FailureKind
 

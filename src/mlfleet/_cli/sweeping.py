@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import anyio
 from anyio.abc import TaskGroup
 
-from mlfleet._cli.interrupts import Interrupts
 from mlfleet._cli.sweep_best import Best
+from mlfleet._signals import Interrupts
 from mlfleet._sweeps import PointResult, Sweep, SweepCounts
 from mlfleet.errors import MlfleetError
 from mlfleet.fleet import Fleet
