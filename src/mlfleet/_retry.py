@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
 
-__all__ = ["RetryPolicy"]
+__all__ = ["RetryPolicy", "parse_retry_after"]
 
 T = TypeVar("T")
 
@@ -24,10 +25,10 @@ class RetryPolicy:
     lengthens the pause; if it points beyond the deadline, there is no further attempt.
 
     Attributes:
-        seconds: From the first attempt to the last one.
-        first_pause: Seconds before the second attempt.
-        longest_pause: Seconds at most between two attempts.
-        attempts: At most so many; None: as many as fit into `seconds`.
+        seconds: The time from the first attempt to the last one, in seconds.
+        first_pause: The pause before the second attempt, in seconds.
+        longest_pause: The longest pause between two attempts, in seconds.
+        attempts: The largest number of attempts; None: as many as fit into `seconds`.
     """
 
     seconds: float
@@ -41,47 +42,97 @@ class RetryPolicy:
         *,
         retry_if: Callable[[BaseException], bool],
         before_pause: Callable[[BaseException, float], None] | None = None,
+        policy_for: Callable[[BaseException], RetryPolicy] | None = None,
+        on_exhausted: Callable[[BaseException, int, float], None] | None = None,
     ) -> T:
         """Call `work` until it succeeds, fails for good, or the policy is exhausted.
 
         Args:
-            work: One attempt.
-            retry_if: Returns True for an error that may be gone at the next attempt.
-            before_pause: Called with the error and the seconds of the pause, for a line in the log.
+            work: A function that makes one attempt.
+            retry_if: A function that returns True for an error that may be gone at the next attempt.
+            before_pause: A function to call with the error and the seconds of the pause, for a line in the log.
+            policy_for: A function that returns the policy for an error; None: this policy for every error. A server
+                that never answered, for example, is given up earlier than one that is overloaded.
+            on_exhausted: A function to call with the last error, the number of attempts and the seconds since the first
+                one, when there is no further attempt. It may add them to the error's text.
 
         Raises:
             BaseException: The error of the last attempt.
         """
-        import tenacity  # late: most programs never need a second attempt
+        import tenacity  # late: `import mlfleet` does not need it
+
+        def policy(state: RetryCallState) -> RetryPolicy:
+            return self if policy_for is None else policy_for(_error(state))
 
         def pause(state: RetryCallState) -> float:
-            # tenacity counts attempts from 1. The exponent is bounded, since floats overflow at 2**1024.
-            longest = min(self.first_pause * 2.0 ** min(state.attempt_number - 1, 32), self.longest_pause)
-            shortened = longest * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
-            return shortened + (_retry_after(state) or 0.0)
+            return policy(state)._pause(state)
 
         def is_exhausted(state: RetryCallState) -> bool:
-            elapsed = state.seconds_since_start or 0.0
-            if self.attempts is not None and state.attempt_number >= self.attempts:
-                return True
-            return elapsed + (_retry_after(state) or 0.0) >= self.seconds
+            exhausted = policy(state)._is_exhausted(state)
+            if exhausted and on_exhausted is not None:
+                on_exhausted(_error(state), state.attempt_number, state.seconds_since_start or 0.0)
+            return exhausted
 
-        def tell(state: RetryCallState) -> None:
-            error = state.outcome.exception() if state.outcome else None
-            if before_pause is not None and error is not None and state.next_action is not None:
-                before_pause(error, state.next_action.sleep)
+        def log(state: RetryCallState) -> None:
+            if before_pause is not None and state.next_action is not None:
+                before_pause(_error(state), state.next_action.sleep)
 
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(retry_if),
             wait=pause,
             stop=is_exhausted,
-            before_sleep=tell,
+            before_sleep=log,
             reraise=True,
         )
         return await retrying(work)
 
+    def _pause(self, state: RetryCallState) -> float:
+        # tenacity counts attempts from 1. The exponent is bounded, since floats overflow at 2**1024.
+        longest = min(self.first_pause * 2.0 ** min(state.attempt_number - 1, 32), self.longest_pause)
+        shortened = longest * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
+        retry_after = _retry_after(state)
+        if retry_after is None:
+            return min(shortened, max(0.0, self.seconds - (state.seconds_since_start or 0.0)))
+        # The server tells all clients the same time; the random share keeps them from coming back together.
+        return retry_after + shortened
+
+    def _is_exhausted(self, state: RetryCallState) -> bool:
+        if self.attempts is not None and state.attempt_number >= self.attempts:
+            return True
+        return (state.seconds_since_start or 0.0) + (_retry_after(state) or 0.0) >= self.seconds
+
+
+def parse_retry_after(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds of a ``Retry-After`` header, which holds seconds or a date (RFC 9110, 10.2.3).
+
+    Args:
+        headers: The headers of the answer, with names in lower case or in any case if the mapping ignores it.
+
+    Returns:
+        The seconds, not negative; None if there is no such header or it cannot be read.
+    """
+    value = headers.get("retry-after", "").strip()
+    if not value:
+        return None
+    if value.isascii() and value.isdigit():
+        return float(value[:9])
+    from email.utils import parsedate_to_datetime
+
+    try:
+        when = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    if when.tzinfo is None:
+        when = when.replace(tzinfo=UTC)
+    return max(0.0, (when - datetime.now(UTC)).total_seconds())
+
+
+def _error(state: RetryCallState) -> BaseException:
+    error = state.outcome.exception() if state.outcome else None
+    assert error is not None  # noqa: S101 - tenacity asks about failures only
+    return error
+
 
 def _retry_after(state: RetryCallState) -> float | None:
-    error = state.outcome.exception() if state.outcome else None
-    seconds = getattr(error, "retry_after", None)
+    seconds = getattr(_error(state), "retry_after", None)
     return None if seconds is None else float(seconds)
