@@ -1,26 +1,25 @@
-"""What hundreds of runs in flight cost a Databricks workspace in requests, and how soon their ends are known.
+"""Measures the requests that hundreds of runs in flight cost a Databricks workspace, and the delay of their ends.
 
-The workspace is the scripted one of the tests, on loopback: it runs nothing, so that only what mlfleet asks is
-measured. The reference is not run: it asks for each run every 30 s (`DatabricksSubmittedRun.POLL_STATUS_INTERVAL`).
+The workspace is the scripted one of the tests, on loopback: it runs nothing, so that only the requests of mlfleet are
+measured. The reference (mlflow) is not run: it asks for each run every 30 s
+(`DatabricksSubmittedRun.POLL_STATUS_INTERVAL`).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 import uuid
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
+from _figures import add_options, report
 from fakes.databricks import FakeRun, FakeWorkspace
 from mlfleet.backends.base import BackendRun, Job
 from mlfleet.backends.databricks import DatabricksBackend
@@ -70,8 +69,14 @@ async def latencies(workspace: FakeWorkspace, folder: Path, count: int, every: f
     return [returned[run.spec["run"]] - run.ended_at for run in ours]
 
 
-async def requests_a_minute(workspace: FakeWorkspace, folder: Path, count: int, minutes: float) -> tuple[float, int]:
-    """Requests a minute of `count` runs that are older than a minute, and uploads of their project."""
+def rounds(workspace: FakeWorkspace, since: int) -> int:
+    """The polling rounds that began after the first `since` requests: each asks for the first page of the list."""
+    targets = (request.target for request in workspace.requests[since:])
+    return sum("runs/list" in target and "page_token" not in target for target in targets)
+
+
+async def polls(workspace: FakeWorkspace, folder: Path, count: int, minutes: float) -> dict[str, float]:
+    """Polling rounds a minute of `count` young runs, requests a minute once they are older, and uploads."""
     async with DatabricksBackend() as backend:
         before = len(workspace.requests)
         runs = await submit(backend, folder, count)
@@ -79,56 +84,54 @@ async def requests_a_minute(workspace: FakeWorkspace, folder: Path, count: int, 
         for run in workspace.runs.values():
             if run.active:
                 run.become("RUNNING")
-        await asyncio.sleep(65.0)
+        since, began = len(workspace.requests), time.monotonic()
+        await asyncio.sleep(50.0)
+        young = rounds(workspace, since) * 60.0 / (time.monotonic() - began)
+        await asyncio.sleep(15.0)
         before = len(workspace.requests)
         await asyncio.sleep(60.0 * minutes)
-        asked = len(workspace.requests) - before
+        asked = (len(workspace.requests) - before) / minutes
         for run in workspace.runs.values():
             if run.active:
                 end(workspace, run)
         await asyncio.gather(*(run.cancel() for run in runs))
-    return asked / minutes, len(uploads)
-
-
-async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "project").mkdir()
-        (folder / "project" / "train.py").write_text(f"print({uuid.uuid4().hex!r})\n")
-        async with FakeWorkspace().open() as workspace:
-            os.environ |= {"DATABRICKS_HOST": workspace.url, "DATABRICKS_TOKEN": workspace.token}
-            os.environ["DATABRICKS_CONFIG_FILE"] = os.devnull
-            known = await latencies(workspace, folder, arguments.young, 30.0 / arguments.young)
-            workspace.runs.clear()
-            workspace.files = {path: text for path, text in workspace.files.items() if "/projects/" not in path}
-            rate, uploads = await requests_a_minute(workspace, folder, arguments.runs, arguments.minutes)
-    reference = arguments.runs * 60.0 / REFERENCE_INTERVAL
     return {
-        "runs": arguments.runs,
-        "requests_a_minute": round(rate, 1),
-        "reference_requests_a_minute": reference,
-        "ratio": round(rate / reference, 3),
-        "uploads": uploads,
-        "young_runs": arguments.young,
-        "end_to_wait_p50": round(statistics.median(known), 2),
-        "end_to_wait_p95": round(statistics.quantiles(known, n=20)[-1], 2),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
+        "Databricks: polling rounds a minute": young,
+        f"Databricks: requests a minute of {count} runs, older than a minute": asked,
+        f"Databricks: requests of {count} runs / the reference": asked / (count * 60.0 / REFERENCE_INTERVAL),
+        f"Databricks: uploads for {count} runs of the same content": float(len(uploads)),
     }
+
+
+async def measure(options: argparse.Namespace) -> dict[str, float]:
+    known: list[float] = []
+    measured: list[dict[str, float]] = []
+    for _ in range(options.rounds):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            (folder / "project").mkdir()
+            (folder / "project" / "train.py").write_text(f"print({uuid.uuid4().hex!r})\n")
+            async with FakeWorkspace().open() as workspace:
+                os.environ |= {"DATABRICKS_HOST": workspace.url, "DATABRICKS_TOKEN": workspace.token}
+                os.environ["DATABRICKS_CONFIG_FILE"] = os.devnull
+                known += await latencies(workspace, folder, options.young, 30.0 / options.young)
+                workspace.runs.clear()
+                workspace.files = {path: text for path, text in workspace.files.items() if "/projects/" not in path}
+                measured.append(await polls(workspace, folder, options.runs, options.minutes))
+    figures = {figure: statistics.median(each[figure] for each in measured) for figure in measured[0]}
+    figures["Databricks: from the end of a young run to wait(), p50, s"] = statistics.median(known)
+    figures["Databricks: from the end of a young run to wait(), p95, s"] = statistics.quantiles(known, n=20)[-1]
+    return figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=500, help="runs in flight")
-    parser.add_argument("--young", type=int, default=100, help="runs whose ends are waited for")
-    parser.add_argument("--minutes", type=float, default=2.0, help="for which requests are counted")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    arguments = parser.parse_args()
-    figures = asyncio.run(measure(arguments))
-    width = max(map(len, figures))
-    for name, figure in figures.items():
-        print(f"{name:<{width}}  {figure}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    parser.add_argument("--runs", type=int, default=500, help="runs in flight (default: 500)")
+    parser.add_argument("--young", type=int, default=100, help="runs whose ends are waited for (default: 100)")
+    parser.add_argument("--minutes", type=float, default=2.0, help="minutes to count requests for (default: 2)")
+    add_options(parser, rounds=1)
+    options = parser.parse_args()
+    report("databricks_backend", asyncio.run(measure(options)), options)
 
 
 if __name__ == "__main__":

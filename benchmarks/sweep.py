@@ -1,4 +1,4 @@
-"""What a sweep costs on top of the processes themselves.
+"""Measures what a sweep costs on top of its processes.
 
 No-op points of one project through `Fleet.sweep`, next to bare ``asyncio.create_subprocess_exec`` of the same command,
 the same number at a time, alternately; for several lengths of the sweep, to see whether a point costs the same in all.
@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,6 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from _figures import add_options, report
 from mlfleet import Fleet, RunStatus
 from mlfleet.runs import RunStatus as Status
 from mlfleet.testing import FakeTracking
@@ -129,41 +128,42 @@ async def ours_with_a_store(folder: Path, count: int, jobs: int, store: str) -> 
         return time.perf_counter() - begun
 
 
-async def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
+async def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     project = folder / "project"
     project.mkdir()
     (project / "MLproject").write_text(PROJECT % ":")
     await through_a_sweep(project, 20, options.jobs)
-    figures: dict[str, object] = {"lengths": {}}
+    figures: dict[str, float] = {}
     print(f"{'points':>7} {'bare ms':>8} {'sweep ms':>9} {'ratio':>6} {'named':>6} {'cpu ms':>7} {'grown MiB':>10}")
     for count in options.points:
         rows = []
-        for repeat in range(options.repeat):
+        for number in range(options.rounds):
             limit = await bare_processes(project, count, options.jobs)
             wall, cpu, most = await through_a_sweep(project, count, options.jobs)
-            named, *_ = await through_a_sweep(project, count, options.jobs, name=f"n{count}-{repeat}")
+            named, *_ = await through_a_sweep(project, count, options.jobs, name=f"n{count}-{number}")
             rows.append((limit, wall, named, cpu, most))
         limit, wall, named, cpu, most = (statistics.median(column) for column in zip(*rows, strict=True))
         ratio = statistics.median(row[1] / row[0] for row in rows)
         ratio_named = statistics.median(row[2] / row[0] for row in rows)
-        figures["lengths"][count] = {  # type: ignore[index]
-            "bare_ms": limit / count * 1000, "sweep_ms": wall / count * 1000, "ratio": ratio,
-            "ratio_named": ratio_named, "cpu_ms": cpu / count * 1000, "grown_bytes": most,
-        }  # fmt: skip
+        figures[f"sweep of {count}, wall time / bare processes"] = ratio
+        figures[f"named sweep of {count}, wall time / bare processes"] = ratio_named
+        figures[f"sweep of {count}, driver CPU per point, ms"] = cpu / count * 1000
+        figures[f"sweep of {count}, growth of the driver, MiB"] = most / 2**20
         print(
             f"{count:>7} {limit / count * 1000:>8.2f} {wall / count * 1000:>9.2f} {ratio:>6.2f} {ratio_named:>6.2f} "
             f"{cpu / count * 1000:>7.2f} {most / 2**20:>10.1f}"
         )
     took, left = await cancel_many(project, options.cancel)
-    figures["cancel"] = {"processes": options.cancel, "seconds": took, "left": left}
-    print(f"cancelling {options.cancel} running processes: {took:.2f} s, {left} left")
+    figures[f"cancelling {options.cancel} running processes, s"] = took
+    if left:
+        raise SystemExit(f"{left} of {options.cancel} processes are left after the sweep was cancelled")
     if options.rival:
         (project / "MLproject").write_text(PROJECT % ":")
         store = f"sqlite:///{folder}/mlflow.db"
         await ours_with_a_store(project, 1, 1, store)
         ours = await ours_with_a_store(project, options.rival, options.jobs, store)
         theirs = await asyncio.to_thread(rival, project, options.rival, options.jobs, store)
-        figures["rival"] = {"points": options.rival, "ours_s": ours, "joblib_s": theirs, "ratio": theirs / ours}
+        figures[f"{options.rival} points in sqlite, wall time / joblib with mlflow.projects"] = ours / theirs
         print(f"{options.rival} points, sqlite: mlfleet {ours:.1f} s, joblib + mlflow.projects {theirs:.1f} s")
     return figures
 
@@ -172,17 +172,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, nargs="+", default=[100, 500, 1000, 2000], help="lengths of the sweeps")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="points at a time (the number of CPUs)")
-    parser.add_argument("--repeat", type=int, default=3, help="how often each is measured (3)")
     parser.add_argument("--cancel", type=int, default=500, help="how many running processes are cancelled (500)")
     parser.add_argument("--rival", type=int, default=0, metavar="POINTS", help="compare with joblib + mlflow.projects")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    add_options(parser, rounds=3)
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MLFLEET_STATE_DIR"] = f"{folder}/state"
         figures = asyncio.run(measure(options, Path(folder)))
-    if options.json:
-        about = {"python": platform.python_version(), "cpus": os.cpu_count(), "load": os.getloadavg()[0]}
-        options.json.write_text(json.dumps({**about, "jobs": options.jobs, **figures}, indent=2) + "\n")
+    report("sweep", figures, options)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,83 @@
+"""The figures that the benchmarks measure, their limits, and the one form in which every script prints and saves them.
+
+A script names what it measures as `LIMITS` does; other figures of its own are printed and saved without a limit::
+
+    parser = argparse.ArgumentParser(...)
+    add_options(parser, rounds=5)
+    options = parser.parse_args()
+    ...
+    report("startup", {"import mlfleet / import mlflow.projects": 0.12}, options)
+
+``--json PATH`` writes the figures to a file, of which ``table.py`` makes the table in README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["LIMITS", "add_options", "report"]
+
+# The figure, and what it may be at most. The names are the keys of the result files: give them as they are here.
+LIMITS: Mapping[str, float] = {
+    # fleet.py
+    "500 no-op runs in memory, wall time / bare processes": 1.5,
+    "ticker p99 while 500 runs start, ms": 5,
+    "longest stall while 500 runs start, ms": 50,
+    "driver memory per run in flight, KiB": 100,
+    # fleet.py --server
+    "driver CPU per run with a server / bare httpx": 1.2,
+    "requests to tracking per run": 4,
+    # embedded.py
+    "embedded store, time per run / bare mlflow client": 1.2,
+    # kubernetes_backend.py
+    "Kubernetes: watches": 2,
+    "Kubernetes: requests per run": 3,
+    "Kubernetes: requests per run with a Secret": 5,
+    # databricks_backend.py
+    "Databricks: polling rounds a minute": 60,
+    # startup.py
+    "import mlfleet / import mlflow.projects": 0.15,
+}
+
+
+def add_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
+    """Add the options that every script has: ``--rounds`` and ``--json``.
+
+    Args:
+        parser: The parser of the script.
+        rounds: The default of ``--rounds``.
+    """
+    parser.add_argument(
+        "--rounds", type=int, default=rounds, help=f"measurements of each figure, alternating (default: {rounds})"
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures to this file")
+
+
+def report(name: str, figures: Mapping[str, float], options: argparse.Namespace) -> None:
+    """Print the figures beside their limits, and write them to the file that ``--json`` names.
+
+    Args:
+        name: The script and its mode, as "fleet" or "fleet --server".
+        figures: The figures of one call of the script, with the unit in their name.
+        options: What the parser returned; see `add_options`.
+    """
+    result: dict[str, Any] = {
+        "name": name,
+        "figures": {figure: {"value": value, "limit": LIMITS.get(figure)} for figure, value in figures.items()},
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        "rounds": options.rounds,
+    }
+    width = max(map(len, figures))
+    print()
+    for figure, each in result["figures"].items():
+        limit = "" if each["limit"] is None else f"  at most {each['limit']:g}"
+        print(f"{figure:<{width}}  {each['value']:>10.4g}{limit}")
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
