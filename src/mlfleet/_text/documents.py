@@ -1,8 +1,8 @@
 """Reads the YAML and JSON files that people write, and says where a mistake in them is.
 
-YAML is read event by event rather than with ``yaml.load``, because the files come from projects that nobody vetted:
-only plain values are made, and duplicate keys, endless nesting (which crashes the C parser) and aliases that expand
-into millions of values are refused while the place in the file is still known.
+The files come from projects that nobody vetted. So the nodes of ``yaml.compose``, which carry line and column, are
+converted here rather than by ``yaml.load``: only plain values are made, and duplicate keys, deep nesting and aliases
+that expand into millions of values are refused with their place in the file.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ _JSON_TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|(?P<constant>NaN|-?Infinity)', re.S
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A value in a YAML document that knows its place.
+    """A value in a YAML document, with its place in the file.
 
     Attributes:
-        value: a plain value, or the nodes of a sequence, or those of a mapping by the text of their keys.
-        written: a plain value as it stands in the file, so that the version 3.10 does not become 3.1.
-        label: where in the document it is: ``entry_points.main``; empty for the whole document.
-        path: the file.
-        line: counted from 1.
-        column: counted from 1.
+        value: A plain value, or the nodes of a sequence, or those of a mapping by the text of their keys.
+        written: The text of a plain value in the file, so that the version 3.10 does not become 3.1.
+        label: The place in the document, such as ``entry_points.main``; empty for the whole document.
+        path: The file.
+        line: The line, counted from 1.
+        column: The column, counted from 1.
     """
 
     value: Any
@@ -64,7 +64,7 @@ class Node:
 
     @property
     def is_null(self) -> bool:
-        """Whether nothing was written, or ``null``."""
+        """True if nothing was written, or ``null``."""
         return self.value is None
 
     def fail(self, message: str) -> NoReturn:
@@ -73,12 +73,12 @@ class Node:
         raise SpecError(subject + message, path=self.path, line=self.line, column=self.column)
 
     def wrong(self, expected: str) -> NoReturn:
-        """Raise SpecError that says what was expected here, and what was found."""
+        """Raise a SpecError that says what was expected here, and what was found."""
         self.fail(f"expected {expected}, found {self.kind}")
 
     @property
     def kind(self) -> str:
-        """What this is, for a person: ``a list``, ``the number 3``."""
+        """The description for messages: ``a list``, ``the number 3``."""
         match self.value:
             case None:
                 return "nothing"
@@ -96,11 +96,11 @@ class Node:
                 return f"the date {_short(self.written)}"
 
     def mapping(self, known: Iterable[str] | None = None, *, expected: str = "a mapping") -> dict[str, Node]:
-        """The nodes of a mapping, in their order; nothing is an empty mapping.
+        """Return the nodes of a mapping, in their order; nothing counts as an empty mapping.
 
         Args:
-            known: the keys that mean something here; any other is kept, and reported once as a warning.
-            expected: what the error asks for.
+            known: The keys that have an effect here. Any other is kept, and reported once as a warning.
+            expected: The noun phrase in the error, such as "a mapping with an image".
         """
         if self.value is None:
             return {}
@@ -114,7 +114,7 @@ class Node:
         return dict(self.value)
 
     def sequence(self, *, expected: str = "a list") -> list[Node]:
-        """The nodes of a sequence; nothing is an empty one."""
+        """Return the nodes of a sequence; nothing counts as an empty one."""
         if self.value is None:
             return []
         if not isinstance(self.value, list):
@@ -122,19 +122,19 @@ class Node:
         return list(self.value)
 
     def string(self, *, expected: str = "a string") -> str:
-        """A string; a number or a boolean is none (see `text`)."""
+        """Return a string; a number or a boolean is refused (see `text`)."""
         if not isinstance(self.value, str):
             self.wrong(expected)
         return self.value
 
     def text(self, *, expected: str = "a text") -> str:
-        """A string, or a number, boolean or date exactly as it was written."""
+        """Return a string, or a number, boolean or date exactly as it was written."""
         if self.value is None or isinstance(self.value, dict | list):
             self.wrong(expected)
         return self.value if isinstance(self.value, str) else self.written
 
     def plain(self) -> Any:
-        """The data without the places."""
+        """Return the data without the places."""
         if isinstance(self.value, dict):
             return {key: node.plain() for key, node in self.value.items()}
         if isinstance(self.value, list):
@@ -143,43 +143,55 @@ class Node:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``", did you mean 'x'?"`` for the known name that is most like `name`; empty if none is."""
+    """Return ``", did you mean 'x'?"`` with the known name that is most like `name`; empty if none is similar."""
     found = difflib.get_close_matches(name, list(known), n=1)
     return f", did you mean {found[0]!r}?" if found else ""
 
 
 def read_yaml(path: Path) -> Node:
-    """The document in a YAML file. Blocking; call it in a thread.
+    """Read the document in a YAML file. Blocking; call it in a thread.
 
     Raises:
-        SpecError: it cannot be read, or is no YAML, or more than plain data; with line and column.
+        SpecError: The file cannot be read, is not YAML, or holds more than plain data; with line and column.
     """
     return parse_yaml(_read(path), path)
 
 
 def parse_yaml(data: bytes, path: Path | str | None = None) -> Node:
-    """The one document in `data`, which is UTF-8.
+    """Parse the one YAML document in `data`.
 
     Args:
-        data: the text; at most 1 MiB.
-        path: for the errors.
+        data: The text in UTF-8; at most 1 MiB.
+        path: The file to name in errors.
 
     Raises:
-        SpecError: see `read_yaml`.
+        SpecError: See `read_yaml`.
     """
     text = _decode(data, path)
     control = _CONTROL.search(text)
     if control:
         line, column = _place(text, control.start())
         raise SpecError(f"the character {control[0]!r} is not allowed in YAML", path=path, line=line, column=column)
-    return _Builder(path).build(text)
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        _check_structure(text, loader, path)
+        composed = yaml.compose(text, Loader=loader)
+    except yaml.MarkedYAMLError as error:
+        raise _syntax_error(error, text, path) from error
+    except yaml.YAMLError as error:
+        raise SpecError(f"not YAML: {error}", path=path) from error
+    if composed is None:
+        return Node(None, "", "", path, 1, 1)
+    return _Converter(path).convert(composed, "")
 
 
 def read_json(path: Path) -> Any:
-    """The data of a JSON file. Blocking; call it in a thread.
+    """Read the data of a JSON file. Blocking; call it in a thread.
 
     Raises:
-        SpecError: it cannot be read or is no JSON (NaN and duplicate keys are none); with line and column.
+        SpecError: The file cannot be read or is not JSON (NaN and duplicate keys are refused); with line and column.
     """
     text = _decode(_read(path), path)
     for token in _JSON_TOKEN.finditer(text):
@@ -196,170 +208,144 @@ def read_json(path: Path) -> Any:
         raise SpecError(f"not JSON: {error}", path=path) from error
 
 
-@dataclass(slots=True)
-class _Open:
-    """A mapping or sequence that has begun and not ended."""
+class _Converter:
+    """Converts the nodes that PyYAML composed, in one pass that checks tags, keys, size and text.
 
-    node: Node
-    anchor: str | None
-    key: Node | None = None
-    merged: list[Node] = field(default_factory=list)
-
-
-class _Builder:
-    """Makes nodes of the events of one document."""
+    `_check_structure` has bounded the depth and refused aliases inside of what they name, so the recursion ends.
+    """
 
     def __init__(self, path: Path | str | None) -> None:
-        self.path = path
-        self.open: list[_Open] = []
-        self.anchors: dict[str, Node] = {}
-        self.root: Node | None = None
-        self.merged = 0
-
-    def build(self, text: str) -> Node:
         # Imported here: it costs more than all the rest of this module.
         import yaml
 
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
-        try:
-            while loader.check_event():
-                event = loader.get_event()
-                match event:
-                    case yaml.DocumentStartEvent() if self.root is not None:
-                        self.fail(event, "a second document begins here, one was expected")
-                    case yaml.AliasEvent():
-                        self.add(self.alias(event))
-                    case yaml.ScalarEvent():
-                        self.add(self.scalar(event, loader), event.anchor)
-                    case yaml.MappingStartEvent():
-                        self.begin(event, {}, "map")
-                    case yaml.SequenceStartEvent():
-                        self.begin(event, [], "seq")
-                    case yaml.CollectionEndEvent():
-                        self.end()
-        except yaml.MarkedYAMLError as error:
-            self.syntax_error(error, text)
-        except yaml.YAMLError as error:
-            raise SpecError(f"not YAML: {error}", path=self.path) from error
-        finally:
-            loader.dispose()
-        return self.root or Node(None, "", "", self.path, 1, 1)
+        self._path = path
+        self._constructor = yaml.constructor.SafeConstructor()
+        self._converted: dict[int, Node] = {}  # By the id of the composed node: aliases share one.
+        self._merged = 0
 
-    def syntax_error(self, error: Any, text: str) -> NoReturn:
-        mark = error.problem_mark or error.context_mark
-        line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
-        lines = text.splitlines()
-        near = "".join(lines[max(line - 2, 0) : line])
-        hint = "; indent with spaces, a tab is no indentation in YAML" if "\t" in near else ""
-        context = f" {error.context}" if error.context else ""
-        message = f"not YAML: {error.problem}{context}{hint}"
-        raise SpecError(message, path=self.path, line=line, column=column) from error
+    def convert(self, composed: Any, label: str) -> Node:
+        known = self._converted.get(id(composed))
+        if known is not None:
+            return known
+        match composed.id:
+            case "scalar":
+                node = self._scalar(composed, label)
+            case "sequence":
+                node = self._sequence(composed, label)
+            case _:
+                node = self._mapping(composed, label)
+        if node.weight > MAX_NODES:
+            node.fail(f"aliases included, this has more than {MAX_NODES} values")
+        self._converted[id(composed)] = node
+        return node
 
-    def fail(self, event: Any, message: str) -> NoReturn:
-        self.node(event, None, "").fail(message)
+    def _node(self, composed: Any, value: Any, label: str, *, weight: int = 1) -> Node:
+        mark = composed.start_mark
+        written = composed.value if composed.id == "scalar" else ""
+        return Node(value, written, label, self._path, mark.line + 1, mark.column + 1, weight)
 
-    def node(self, event: Any, value: Any, written: str) -> Node:
-        mark = event.start_mark
-        return Node(value, written, self.label(), self.path, mark.line + 1, mark.column + 1)
+    def _sequence(self, composed: Any, label: str) -> Node:
+        self._check_tag(composed, label, "seq")
+        nodes = [self.convert(item, _label(f"{label}[{index}]")) for index, item in enumerate(composed.value)]
+        return self._node(composed, nodes, label, weight=1 + sum(node.weight for node in nodes))
 
-    def label(self) -> str:
-        if not self.open:
-            return ""
-        parent = self.open[-1]
-        label = parent.node.label
-        if isinstance(parent.node.value, list):
-            label = f"{label}[{len(parent.node.value)}]"
-        elif parent.key is not None:
-            label = f"{label}.{parent.key.written}".removeprefix(".")
-        # Cut, because every value below carries it: long keys far up would multiply.
-        return label if len(label) <= MAX_LABEL else "…" + label[-MAX_LABEL:]
+    def _mapping(self, composed: Any, label: str) -> Node:
+        self._check_tag(composed, label, "map")
+        own: dict[str, Node] = {}
+        merged: list[Node] = []
+        for composed_key, composed_value in composed.value:
+            if composed_key.tag == _MERGE:
+                merged += self._merged_mappings(self.convert(composed_value, _label(f"{label}.<<".removeprefix("."))))
+                continue
+            key = self.convert(composed_key, label)
+            if key.value is None or isinstance(key.value, dict | list):
+                key.wrong("a key")
+            if key.written in own:
+                key.fail(f"the key {_short(key.written)!r} is there twice")
+            own[key.written] = self.convert(composed_value, _label(f"{label}.{key.written}".removeprefix(".")))
+        # Of several mappings to merge the first wins, and the mapping's own keys win over all.
+        for mapping in merged:
+            for name, node in mapping.value.items():
+                own.setdefault(name, node)
+        return self._node(composed, own, label, weight=1 + sum(node.weight for node in own.values()))
 
-    def begin(self, event: Any, value: Any, kind: str) -> None:
-        if event.tag not in (None, "!", _TAG + kind):
-            self.fail(event, f"the tag {event.tag!r} is not allowed, only plain data is")
-        if len(self.open) == MAX_DEPTH:
-            self.fail(event, f"nested more than {MAX_DEPTH} levels deep")
-        self.open.append(_Open(self.node(event, value, ""), event.anchor))
+    def _merged_mappings(self, node: Node) -> list[Node]:
+        mappings = node.value if isinstance(node.value, list) else [node]
+        for mapping in mappings:
+            if not isinstance(mapping.value, dict):
+                mapping.wrong("a mapping, or a list of mappings, to merge")
+            self._merged += len(mapping.value)
+        if self._merged > MAX_NODES:
+            node.fail(f"more than {MAX_NODES} values are merged in this document")
+        return list(mappings)
 
-    def end(self) -> None:
-        ended = self.open.pop()
-        for merged in ended.merged:
-            for key, node in merged.value.items():
-                ended.node.value.setdefault(key, node)
-        values = ended.node.value.values() if isinstance(ended.node.value, dict) else ended.node.value
-        weight = 1 + sum(node.weight for node in values)
-        if weight > MAX_NODES:
-            ended.node.fail(f"aliases included, this has more than {MAX_NODES} values")
-        self.add(replace(ended.node, weight=weight), ended.anchor)
-
-    def alias(self, event: Any) -> Node:
-        if event.anchor not in self.anchors:
-            self.fail(event, f"the alias *{event.anchor} stands before the end of what it names, or that is not there")
-        return self.anchors[event.anchor]
-
-    def scalar(self, event: Any, loader: Any) -> Node:
+    def _scalar(self, composed: Any, label: str) -> Node:
         import yaml
 
-        bad = _NO_TEXT.search(event.value)
-        if bad:
-            self.fail(event, f"the text holds {bad[0]!r}, which no command, path or variable can")
-        tag = event.tag
-        if tag in (None, "!"):
-            tag = loader.resolve(yaml.ScalarNode, event.value, event.implicit)
-        if self.is_key() and tag == _MERGE:
-            return self.node(event, _MERGE, event.value)
-        if tag not in _SCALARS and tag != _MERGE:
-            self.fail(event, f"the tag {tag!r} is not allowed, only plain data is")
-        if tag in _NUMBERS and len(event.value) > MAX_NUMBER_LENGTH:
-            self.fail(event, f"a number of more than {MAX_NUMBER_LENGTH} characters")
-        if tag == _MERGE:
-            return self.node(event, event.value, event.value)
+        plain = self._node(composed, composed.value, label)
+        tag = composed.tag
+        if tag == _MERGE:  # "<<" as a value is a text
+            return plain
+        if tag not in _SCALARS:
+            plain.fail(f"the tag {tag!r} is not allowed, only plain data is")
+        if tag in _NUMBERS and len(composed.value) > MAX_NUMBER_LENGTH:
+            plain.fail(f"a number of more than {MAX_NUMBER_LENGTH} characters")
+        if bad := _NO_TEXT.search(composed.value):
+            plain.fail(f"the text holds {bad[0]!r}, which no command, path or variable can")
         try:
-            value = loader.construct_object(yaml.ScalarNode(tag, event.value, event.start_mark, event.end_mark))
+            value = self._constructor.construct_object(composed)
         except (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            kind = tag.removeprefix(_TAG)
-            self.node(event, None, "").fail(f"{_short(event.value)!r} is no valid {kind} ({error})")
-        return self.node(event, value, event.value)
+            plain.fail(f"{_short(composed.value)!r} is not a valid {tag.removeprefix(_TAG)} ({error})")
+        return replace(plain, value=value)
 
-    def is_key(self) -> bool:
-        return bool(self.open) and isinstance(self.open[-1].node.value, dict) and self.open[-1].key is None
+    def _check_tag(self, composed: Any, label: str, kind: str) -> None:
+        if composed.tag != _TAG + kind:
+            self._node(composed, None, label).fail(f"the tag {composed.tag!r} is not allowed, only plain data is")
 
-    def add(self, node: Node, anchor: str | None = None) -> None:
-        """Put a complete node where it belongs: the document, a sequence, or a mapping as key or value."""
-        if anchor is not None:
-            self.anchors[anchor] = node
-        if not self.open:
-            self.root = node
-            return
-        parent = self.open[-1]
-        if isinstance(parent.node.value, list):
-            parent.node.value.append(node)
-        elif parent.key is None:
-            self.add_key(parent, node)
-        elif parent.key.value is _MERGE:
-            self.merge(parent, node)
-        else:
-            parent.node.value[parent.key.written] = node
-            parent.key = None
 
-    def add_key(self, parent: _Open, key: Node) -> None:
-        if key.value is None or isinstance(key.value, dict | list):
-            key.wrong("a key")
-        if key.value is not _MERGE and key.written in parent.node.value:
-            key.fail(f"the key {_short(key.written)!r} is there twice")
-        parent.key = key
+def _check_structure(text: str, loader: Any, path: Path | str | None) -> None:
+    """Refuse what must not reach the composer: it recurses in C, so deep nesting would crash the process."""
+    import yaml
 
-    def merge(self, parent: _Open, node: Node) -> None:
-        """``<<: *defaults``: of several, the first wins, and the mapping's own keys win over all."""
-        nodes = node.value if isinstance(node.value, list) else [node]
-        for merged in nodes:
-            if not isinstance(merged.value, dict):
-                merged.wrong("a mapping, or a list of mappings, to merge")
-            self.merged += len(merged.value)
-        if self.merged > MAX_NODES:
-            node.fail(f"more than {MAX_NODES} values are merged in this document")
-        parent.merged.extend(nodes)
-        parent.key = None
+    open_anchors: list[str | None] = []
+    complete_anchors: set[str] = set()
+    documents = 0
+    for event in yaml.parse(text, Loader=loader):
+        message = None
+        match event:
+            case yaml.DocumentStartEvent():
+                documents += 1
+                if documents > 1:
+                    message = "a second document begins here, one was expected"
+            case yaml.AliasEvent() if event.anchor not in complete_anchors:
+                message = f"the alias *{event.anchor} stands before the end of what it names, or names nothing"
+            case yaml.ScalarEvent() if event.anchor:
+                complete_anchors.add(event.anchor)
+            case yaml.CollectionStartEvent():
+                open_anchors.append(event.anchor)
+                if len(open_anchors) > MAX_DEPTH:
+                    message = f"nested more than {MAX_DEPTH} levels deep"
+            case yaml.CollectionEndEvent():
+                if anchor := open_anchors.pop():
+                    complete_anchors.add(anchor)
+        mark = event.start_mark
+        if message is not None and mark is not None:
+            raise SpecError(message, path=path, line=mark.line + 1, column=mark.column + 1)
+
+
+def _syntax_error(error: Any, text: str, path: Path | str | None) -> SpecError:
+    mark = error.problem_mark or error.context_mark
+    line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
+    lines = text.splitlines()
+    near = "".join(lines[max(line - 2, 0) : line])
+    hint = "; indent with spaces, YAML does not take tabs" if "\t" in near else ""
+    context = f" {error.context}" if error.context else ""
+    return SpecError(f"not YAML: {error.problem}{context}{hint}", path=path, line=line, column=column)
+
+
+def _label(label: str) -> str:
+    # Cut, because every value below carries it: long keys far up would multiply.
+    return label if len(label) <= MAX_LABEL else "…" + label[-MAX_LABEL:]
 
 
 def _object(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -408,7 +394,7 @@ def _decode(data: bytes, path: Path | str | None) -> str:
 
 
 def _place(text: str, position: int) -> tuple[int, int]:
-    """Line and column of a position, both counted from 1."""
+    """Return line and column of a position, both counted from 1."""
     return text.count("\n", 0, position) + 1, position - text.rfind("\n", 0, position)
 
 
