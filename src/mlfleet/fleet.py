@@ -22,7 +22,7 @@ from mlfleet._concurrency.throttle import Throttle
 from mlfleet._engine.admission import MachineSlots, Slot
 from mlfleet._engine.attach import AttachedRun, find_again, read_reference
 from mlfleet._engine.plan import Plan, Planner
-from mlfleet._engine.request import RunOptions, RunRequest
+from mlfleet._engine.request import RunOptions, RunRequest, choose_experiment
 from mlfleet._engine.run import FleetRun
 from mlfleet._environments import EnvironmentManager, manager
 from mlfleet._paths import runs_folder
@@ -353,12 +353,9 @@ class Fleet:
 
     async def experiment_id(self, plan: Plan) -> str:
         """The experiment of a run: as asked for, else by the environment, else the default one."""
-        request = plan.request
-        if request.experiment_id:
-            return str(request.experiment_id)
-        name = request.experiment_name or os.environ.get("MLFLOW_EXPERIMENT_NAME")
-        if not name:
-            return os.environ.get("MLFLOW_EXPERIMENT_ID") or "0"
+        name, experiment_id = choose_experiment(plan.request.experiment_name, plan.request.experiment_id)
+        if name is None:
+            return experiment_id
         return await self._experiments(name, lambda: self.tracking.experiment_id(name))
 
     def slot(self, plan: Plan) -> Slot:

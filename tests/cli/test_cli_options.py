@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlfleet._cli.options import duration, read_config, read_pairs
-from mlfleet._cli.report import exit_code, where_to_look
+from mlfleet._cli.output import exit_code, where_to_look
 from mlfleet.errors import (
     BackendNotFound,
     EnvironmentSetupError,

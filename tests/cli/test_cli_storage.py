@@ -60,7 +60,7 @@ def test_a_wrong_age_is_refused_and_nothing_is_removed(outputs: Path) -> None:
     done = mlfleet("cache", "prune", "--outputs", "--older-than", "soon")
     assert done.returncode == 2
     assert "--older-than" in done.stderr
-    assert "'soon' is no duration" in done.stderr
+    assert "'soon' is not a duration" in done.stderr
     assert len(list(outputs.iterdir())) == 2
 
 
@@ -84,8 +84,8 @@ def test_version_and_help() -> None:
         (["run", ".", "-A", "=x"], "-A '=x' is not of the form NAME=VALUE or NAME"),
         (["run", ".", "--tag", "x"], "--tag 'x' is not of the form"),
         (["run", ".", "-c", "{bad"], "-c is neither a path that ends in .json nor JSON"),
-        (["run", ".", "-c", "[1]"], "-c is JSON, but no object"),
-        (["run", ".", "--timeout-run", "-5"], "'-5' is no duration"),
+        (["run", ".", "-c", "[1]"], "-c is JSON, but not an object"),
+        (["run", ".", "--timeout-run", "-5"], "'-5' is not a duration"),
         (["run", ".", "--env-manager", "pip"], "'pip' is not one of"),
     ],
 )

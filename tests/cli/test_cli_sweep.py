@@ -126,7 +126,7 @@ def test_a_sweep_goes_on_where_it_was(server: MlflowServer, tmp_path: Path) -> N
     [
         ([], "there is nothing to sweep over"),
         (["-P", "x=1,2", "--resume"], "--resume needs the sweep's --name"),
-        (["-P", "x=1,2", "--retry-on", "oom"], "--retry-on is of --retries"),
+        (["-P", "x=1,2", "--retry-on", "oom"], "--retry-on needs --retries N"),
         (["-P", "x=a,b"], "'x': a number was expected, got 'a'"),
         (["--points", "nowhere.csv"], "nowhere.csv"),
         (["-P", "x=1,2", "--cpus", "100000"], "can never start on this machine"),

@@ -116,5 +116,5 @@ def test_points_and_another_space_contradict_each_other(texts: list[str], draws:
 
 
 def test_a_seed_without_a_sample_is_a_mistake() -> None:
-    with pytest.raises(click.UsageError, match="--seed is of --sample"):
+    with pytest.raises(click.UsageError, match="--seed needs --sample"):
         read_space(["a=1,2"], seed=3)

@@ -10,11 +10,10 @@ import anyio
 import click
 
 from mlfleet._cli.options import debug_option, json_option
-from mlfleet._cli.report import print_json
-from mlfleet._cli.sweep_lines import plain_line, short
-from mlfleet._cli.terminal import complain
+from mlfleet._cli.output import complain, print_json, short
 from mlfleet._sweeps.notes import SweepEntry, list_sweeps
 from mlfleet._text.lines import last_lines
+from mlfleet._text.plain import plain_line
 from mlfleet.backends.local.inventory import LocalEntry, list_local
 from mlfleet.errors import BackendError, BackendNotFound
 

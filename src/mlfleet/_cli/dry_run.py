@@ -1,4 +1,4 @@
-"""``mlfleet run --dry-run``: what would be run, and how. Nothing is made but the cache of fetched projects."""
+"""``mlfleet run --dry-run``: show a run without making it. Only the cache of fetched projects is written."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ import click
 from mlfleet._cli.progress import Progress
 from mlfleet._engine.job import draft
 from mlfleet._engine.plan import Plan, Planner
-from mlfleet._engine.request import RunRequest
+from mlfleet._engine.request import RunRequest, choose_experiment
 from mlfleet._environments.store import list_environments
 from mlfleet._project.fetch import ProjectFetcher
 from mlfleet._signals import Interrupts
 from mlfleet._text.masking import MASK
+from mlfleet._text.plain import plain_text
 from mlfleet.backends.base import Backend
 from mlfleet.errors import MlfleetError
 from mlfleet.runs import DEFAULT_CANCEL_GRACE, RunEvent, RunStatus, Stage
@@ -30,18 +31,18 @@ __all__ = ["DryRun", "show"]
 
 _LATER = "(of the run)"
 _SHOWN = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID")
-_RUN_ID = "0" * 32  # stands for the id of the MLflow run, which must look like one
+_RUN_ID = "0" * 32  # stands for the id of the MLflow run; backends derive names from it
 
 
 @dataclass(slots=True, kw_only=True)
 class DryRun:
-    """One call of ``mlfleet run --dry-run``, and how it went.
+    """One call of ``mlfleet run --dry-run`` and its result.
 
     Attributes:
-        request: what would be run.
-        tracking_uri: to use; None is the default.
-        found: what was found out; None if it could not be.
-        error: why.
+        request: The run to show.
+        tracking_uri: The tracking store; None for the default.
+        found: The description of the run; None if there was an error.
+        error: The mistake in the request or the project; None if there is none.
     """
 
     request: RunRequest
@@ -50,14 +51,14 @@ class DryRun:
     error: MlfleetError | None = None
 
     async def execute(self, progress: Progress, interrupts: Interrupts) -> None:
-        """Find it out and keep it."""
+        """Plan the run and keep its description."""
         with interrupts.scope:
             try:
-                self.found = await self._find_out(progress)
+                self.found = await self._describe(progress)
             except MlfleetError as error:
                 self.error = error
 
-    async def _find_out(self, progress: Progress) -> dict[str, Any]:
+    async def _describe(self, progress: Progress) -> dict[str, Any]:
         # Not a Fleet: opening its tracking would make a database, or ask a server.
         backends: dict[str, Backend] = {}
         planner = Planner(ProjectFetcher(), lambda kind: backends.setdefault(kind.name, kind()))
@@ -68,7 +69,8 @@ class DryRun:
         uri = await anyio.to_thread.run_sync(partial(_absolute, self.tracking_uri))
         tracking = open_tracking(uri)
         backends[plan.backend].check_tracking(tracking.uri, plan.config)
-        info = RunInfo(self.request.run_id or _RUN_ID, _experiment_id(self.request) or "0", "", RunStatus.SCHEDULED, "")
+        name, experiment_id = choose_experiment(self.request.experiment_name, self.request.experiment_id)
+        info = RunInfo(self.request.run_id or _RUN_ID, experiment_id or "0", "", RunStatus.SCHEDULED, "")
         job = await draft(plan, info, tracking, output=None, cancel_grace=DEFAULT_CANCEL_GRACE)
         return {
             "project": plan.project_name,
@@ -83,11 +85,11 @@ class DryRun:
             "environment": await anyio.to_thread.run_sync(partial(_environment, plan)),
             "backend": plan.backend,
             "tracking_uri": tracking.uri,
-            "experiment": _experiment(self.request),
+            "experiment": name or f"id {experiment_id}",
             "run_name": self.request.run_name,
             "variables": {
                 "MLFLOW_TRACKING_URI": tracking.uri,
-                "MLFLOW_EXPERIMENT_ID": _experiment_id(self.request) or _LATER,
+                "MLFLOW_EXPERIMENT_ID": experiment_id or _LATER,
                 "MLFLOW_RUN_ID": self.request.run_id or _LATER,
                 **{name: text for name, text in job.environ.items() if name not in _SHOWN},
                 **dict.fromkeys(job.secrets, MASK),
@@ -98,7 +100,7 @@ class DryRun:
 
 
 def show(found: Mapping[str, Any]) -> None:
-    """Print what was found out, for people."""
+    """Print the description of a run."""
     environment = found["environment"]
     rows = {
         "project": found["project"] + (f" at {found['commit'][:12]}" if found["commit"] else ""),
@@ -120,9 +122,9 @@ def show(found: Mapping[str, Any]) -> None:
         rows["environment"] += ", built already" if environment["built"] else ", to be built"
     for name, text in rows.items():
         if text:
-            click.echo(f"{name:<12} " + text.replace("\n", f"\n{'':<13}"))
+            click.echo(f"{name:<12} " + plain_text(text).replace("\n", f"\n{'':<13}"))
     if found["request"] is not None:
-        click.echo(f"\n{found['request']}")
+        click.echo(plain_text(f"\n{found['request']}"))
 
 
 def _absolute(uri: str | None) -> str:
@@ -138,19 +140,6 @@ def _environment(plan: Plan) -> dict[str, Any]:
     name = f"{environment.manager}-{environment.key}"
     built = any(each.name == name and each.complete for each in list_environments()) if environment.key else None
     return {"manager": environment.manager, "python": environment.python, "built": built, "image": None}
-
-
-def _experiment_id(request: RunRequest) -> str | None:
-    if request.experiment_id:
-        return str(request.experiment_id)
-    if request.experiment_name or os.environ.get("MLFLOW_EXPERIMENT_NAME"):
-        return None
-    return os.environ.get("MLFLOW_EXPERIMENT_ID") or "0"
-
-
-def _experiment(request: RunRequest) -> str:
-    known = _experiment_id(request)
-    return f"id {known}" if known else str(request.experiment_name or os.environ["MLFLOW_EXPERIMENT_NAME"])
 
 
 def _pairs(values: Mapping[str, object]) -> str:

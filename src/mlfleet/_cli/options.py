@@ -1,4 +1,4 @@
-"""How the options of the command line are read."""
+"""The options of the command line, and how their values are read."""
 
 from __future__ import annotations
 
@@ -11,22 +11,26 @@ from typing import Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from mlfleet._cli.terminal import show_logs
+from mlfleet._cli.output import show_logs
+from mlfleet._engine.options import OPTIONS, RunOption
+from mlfleet._engine.request import choose_experiment
 from mlfleet._environments.choose import NAMES
 from mlfleet.resources import Resources
-from mlfleet.runs import DEFAULT_CANCEL_GRACE, Timeouts
+from mlfleet.runs import Timeouts
+from mlfleet.tracking import Tracking
 
 __all__ = [
     "complete_backend",
     "debug_option",
     "duration",
     "experiment_options",
+    "find_experiment",
     "json_option",
-    "project_options",
     "quiet_option",
     "read_config",
     "read_pairs",
-    "read_project_options",
+    "read_run_options",
+    "run_options",
     "tracking_option",
 ]
 
@@ -37,28 +41,33 @@ _PART = r"(\d+(?:\.\d*)?|\.\d+)\s*(ms|[smhdw]|)"
 _DURATION = re.compile(rf"(?:{_PART}\s*)+")
 
 
+# ---- reading values -------------------------------------------------------------------------------------------------
+
+
 def duration(text: str | float) -> float:
-    """Seconds, from ``30``, ``30s``, ``5m``, ``1h30m`` or ``7d``.
+    """Return the seconds that ``30``, ``30s``, ``5m``, ``1h30m`` or ``7d`` mean.
 
     Raises:
-        click.BadParameter: it is none of these.
+        click.BadParameter: The text is not a duration.
     """
     plain = str(text).strip().lower()
     if not _DURATION.fullmatch(plain):
-        raise click.BadParameter(f"{text!r} is no duration: give seconds, or a number with a unit: 90s, 5m, 1h30m, 7d")
+        raise click.BadParameter(
+            f"{text!r} is not a duration: give seconds, or a number with a unit: 90s, 5m, 1h30m, 7d"
+        )
     return sum(float(number) * _UNITS[unit] for number, unit in re.findall(_PART, plain))
 
 
 def read_pairs(option: str, texts: Sequence[str], *, flags: bool = False) -> dict[str, Any]:
-    """``name=value`` texts as a mapping.
+    """Return ``name=value`` texts as a mapping.
 
     Args:
-        option: that they were given by, for the error.
-        texts: as given.
-        flags: a name without a value is a flag, which is True.
+        option: The name of the option, for the error.
+        texts: The values of the option.
+        flags: Take a name without a value for a flag, whose value is True.
 
     Raises:
-        click.UsageError: a text without ``=`` or without a name, or a name that was given before.
+        click.UsageError: A text has no ``=`` or no name, or a name was given before.
     """
     pairs: dict[str, Any] = {}
     for text in texts:
@@ -67,16 +76,16 @@ def read_pairs(option: str, texts: Sequence[str], *, flags: bool = False) -> dic
             shape = "NAME=VALUE or NAME" if flags else "NAME=VALUE"
             raise click.UsageError(f"{option} {text!r} is not of the form {shape}")
         if name in pairs:
-            raise click.UsageError(f"{option} {name!r} is given twice")
+            raise click.UsageError(f"{option} {name!r} is given twice: give it once")
         pairs[name] = value if equals else True
     return pairs
 
 
 def read_config(text: str | None) -> dict[str, Any] | str | None:
-    """``backend_config`` as the API takes it: the path of a ``.json`` file as it is, any other text as JSON.
+    """Return ``backend_config`` as the API takes it: the path of a ``.json`` file, or the object in a JSON text.
 
     Raises:
-        click.UsageError: neither, or JSON that is no object.
+        click.UsageError: The text is neither, or is JSON but not an object.
     """
     if text is None or text.endswith(".json"):
         return text
@@ -85,24 +94,31 @@ def read_config(text: str | None) -> dict[str, Any] | str | None:
     except ValueError as error:
         raise click.UsageError(f"-c is neither a path that ends in .json nor JSON: {error}") from error
     if not isinstance(config, dict):
-        raise click.UsageError(f"-c is JSON, but no object: {text[:80]}")
+        raise click.UsageError(f"-c is JSON, but not an object: {text[:80]}")
     return config
 
 
 def complete_backend(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """The backends that are installed, for the shell's completion."""
+    """Return the installed backends whose names begin with `incomplete`, for the shell's completion."""
     from mlfleet.backends.registry import available
 
     return [CompletionItem(name) for name in available() if name.startswith(incomplete)]
 
 
+# ---- options of several commands ------------------------------------------------------------------------------------
+
+
 def json_option(text: str) -> Callable[[F], F]:
-    """``--json``, for the commands that have it."""
+    """Add ``--json`` to a command.
+
+    Args:
+        text: What the command prints with it.
+    """
     return click.option("--json", "as_json", is_flag=True, help=text)
 
 
 def debug_option(command: F) -> F:
-    """``--debug``, which every command has."""
+    """Add ``--debug`` to a command."""
 
     def switch_on(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         if value:
@@ -114,123 +130,113 @@ def debug_option(command: F) -> F:
         is_eager=True,
         expose_value=False,
         callback=switch_on,
-        help="Show what mlfleet does, and tracebacks of errors.",
+        help="Show what mlfleet does, and the tracebacks of errors.",
     )(command)
 
 
-quiet_option = click.option("-q", "--quiet", is_flag=True, help="Say nothing but warnings and errors.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Write warnings and errors only.")
 
-tracking_option = click.option(
-    "--tracking-uri",
-    metavar="URI",
-    help="A server (http://…), sqlite:///FILE, or databricks.  [env var: MLFLOW_TRACKING_URI]",
-)
 
-_EXPERIMENT = (
-    click.option(
-        "--experiment-name",
-        metavar="NAME",
-        help="The experiment, which is made if there is none.  [env var: MLFLOW_EXPERIMENT_NAME]",
-    ),
-    click.option("--experiment-id", metavar="ID", help="The experiment by its id.  [env var: MLFLOW_EXPERIMENT_ID]"),
-)
-
-_PROJECT = (
-    click.option(
-        "-e",
-        "--entry-point",
-        metavar="NAME",
-        default="main",
-        show_default=True,
-        help="An entry point of MLproject, or a .py, .sh or .R script of the project.",
-    ),
-    click.option("-v", "--version", metavar="VERSION", help="Commit, branch or tag of a Git project."),
-    click.option(
-        "-A",
-        "--docker-args",
-        metavar="NAME[=VALUE]",
-        multiple=True,
-        help="An option of `docker run`, as in -A gpus=all or -A t.",
-    ),
-    *_EXPERIMENT,
-    click.option(
-        "-b",
-        "--backend",
-        metavar="NAME",
-        default="local",
-        show_default=True,
-        shell_complete=complete_backend,
-        help="Where to run it: local, docker, kubernetes, databricks, or a plugin's name.",
-    ),
-    click.option("-c", "--backend-config", metavar="FILE|JSON", help="A path that ends in .json, or JSON."),
-    click.option("--env-manager", type=click.Choice(NAMES), help="Default: by the project's files."),
-    click.option(
-        "--storage-dir",
-        metavar="FOLDER",
-        envvar="MLFLOW_TMP_DIR",
-        show_envvar=True,
-        help="Where parameters of type path are downloaded to.",
-    ),
-    click.option("--run-name", metavar="NAME", help="The name of the MLflow run."),
-    click.option("--build-image", is_flag=True, help="Docker: build an image with the project's files in it."),
-    tracking_option,
-    click.option("--tag", "tags", metavar="NAME=VALUE", multiple=True, help="A tag of the MLflow run."),
-    click.option("--cpus", type=float, metavar="N", help="What a run needs: here it waits for so many CPUs."),
-    click.option("--gpus", type=int, metavar="N", help="Likewise GPUs; it sees no others."),
-    click.option("--memory", metavar="SIZE", help="Likewise memory, as in 4Gi; in containers these are its limits."),
-    click.option(
-        "--timeout-setup",
-        type=duration,
-        metavar="TIME",
-        help="How long it may take to the start of the command: 90s, 5m, 1h30m; a number is seconds.",
-    ),
-    click.option("--timeout-run", type=duration, metavar="TIME", help="How long the command may take."),
-    click.option(
-        "--cancel-grace",
-        type=duration,
-        metavar="TIME",
-        default=DEFAULT_CANCEL_GRACE,
-        help=f"How long it has to stop when asked to, before it is killed.  [default: {DEFAULT_CANCEL_GRACE:g}s]",
-    ),
-)
+def tracking_option(command: F) -> F:
+    """Add ``--tracking-uri`` to a command."""
+    return _add(command, ("tracking_uri",))
 
 
 def experiment_options(command: F) -> F:
-    """The two options that name an experiment."""
-    for option in reversed(_EXPERIMENT):
-        command = option(command)
-    return command
+    """Add ``--experiment-name`` and ``--experiment-id`` to a command; `find_experiment` reads them."""
+    return _add(command, ("experiment_name", "experiment_id"))
 
 
-def project_options(command: F) -> F:
-    """The options of all commands that run a project; `read_project_options` reads them."""
-    for option in reversed(_PROJECT):
-        command = option(command)
-    return command
-
-
-def read_project_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Arguments for `RunRequest.of` from the options that `project_options` adds, which are taken out of `options`.
+async def find_experiment(tracking: Tracking, name: str | None, experiment_id: str | None) -> str:
+    """Return the id of the experiment that a command means, by the same rules as for a run.
 
     Raises:
-        click.UsageError: one of them makes no sense.
+        click.UsageError: Both options are given.
+        TrackingError: Tracking cannot be reached.
     """
-    timeouts = Timeouts(
-        setup=options.pop("timeout_setup"), run=options.pop("timeout_run"), cancel_grace=options.pop("cancel_grace")
-    )
-    needs = {name: options.pop(name) for name in ("cpus", "gpus", "memory")}
-    given = {name: value for name, value in needs.items() if value is not None}
-    return {
-        "docker_args": read_pairs("-A", options.pop("docker_args"), flags=True),
-        "backend_config": read_config(options.pop("backend_config")),
-        "tags": read_pairs("--tag", options.pop("tags")),
-        "timeouts": timeouts,
-        "resources": Resources(**given) if given else None,
-        **{name: options.pop(name) for name in _AS_THEY_ARE},
-    }
+    _check_experiment(name, experiment_id)
+    chosen, found = choose_experiment(name, experiment_id)
+    return found if chosen is None else await tracking.experiment_id(chosen)
 
 
-_AS_THEY_ARE = (
-    "entry_point", "version", "experiment_name", "experiment_id", "backend", "env_manager", "storage_dir", "run_name",
-    "build_image",
-)  # fmt: skip
+def _check_experiment(name: str | None, experiment_id: str | None) -> None:
+    if name and experiment_id:
+        raise click.UsageError("both --experiment-name and --experiment-id are given: give one of them")
+
+
+# ---- the options of a run -------------------------------------------------------------------------------------------
+
+
+def run_options(name: str) -> Callable[[F], F]:
+    """Add the options of a run to a command; `read_run_options` reads them.
+
+    Args:
+        name: The command's name, ``run`` or ``sweep``.
+    """
+    return lambda command: _add(command, tuple(each.name for each in OPTIONS if name in each.commands))
+
+
+def read_run_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the options that `run_options` adds out of `options`, and return them as arguments for `RunRequest.of`.
+
+    Raises:
+        click.UsageError: The value of an option is wrong, or two options contradict each other.
+    """
+    found: dict[str, Any] = {}
+    for option in OPTIONS:
+        key = _key(option)
+        if key not in options:
+            continue
+        value = options.pop(key)
+        if option.form in ("pairs", "switches"):
+            value = read_pairs(option.flags[0], value, flags=option.form == "switches")
+        found[option.name] = value
+    _check_experiment(found["experiment_name"], found["experiment_id"])
+    found["backend_config"] = read_config(found["backend_config"])
+    found["timeouts"] = Timeouts(**_fields("timeouts", found))
+    needed = {name: value for name, value in _fields("resources", found).items() if value is not None}
+    found["resources"] = Resources(**needed) if needed else None
+    return found
+
+
+def _fields(argument: str, found: dict[str, Any]) -> dict[str, Any]:
+    prefix = f"{argument}."
+    return {name.removeprefix(prefix): found.pop(name) for name in tuple(found) if name.startswith(prefix)}
+
+
+def _add(command: F, names: Sequence[str]) -> F:
+    for option in reversed(OPTIONS):
+        if option.flags and option.name in names:
+            command = _click_option(option)(command)
+    return command
+
+
+def _click_option(option: RunOption) -> Callable[[F], F]:
+    settings: dict[str, Any] = {"help": help_text(option), "metavar": option.metavar or None}
+    if option.form == "flag":
+        settings = {"help": option.text, "is_flag": True}
+    elif option.form in ("pairs", "switches"):
+        settings["multiple"] = True
+    else:
+        settings["type"] = {"seconds": duration, "whole": int, "number": float}.get(option.form, str)
+    if option.default and not option.variable and option.form != "flag":
+        settings["default"] = option.default
+    if option.name == "env_manager":
+        settings |= {"type": click.Choice(NAMES), "metavar": None}
+    if option.name == "storage_dir":  # the others are read where the API reads them
+        settings["envvar"] = option.variable
+    if option.name == "backend":
+        settings["shell_complete"] = complete_backend
+    return click.option(*option.flags, _key(option), **settings)
+
+
+def help_text(option: RunOption) -> str:
+    """Return the description of an option with its default and its environment variable."""
+    notes = [f"env var: {option.variable}"] if option.variable else []
+    notes += [f"default: {option.default}"] if option.default and option.form != "flag" else []
+    return f"{option.text}  [{'; '.join(notes)}]" if notes else option.text
+
+
+def _key(option: RunOption) -> str:
+    """Return the name under which click passes the value."""
+    return option.flags[-1].removeprefix("--").replace("-", "_") if option.flags else ""

@@ -1,4 +1,4 @@
-"""The program ``mlfleet``: its commands, and what becomes of their errors."""
+"""The program ``mlfleet``: its commands, and how their errors are shown."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from collections.abc import Sequence
 import click
 
 from mlfleet._cli.containers import prune, ps
-from mlfleet._cli.report import error_as_json, exit_code, print_json
+from mlfleet._cli.output import complain, error_as_json, exit_code, print_json, show_logs
+from mlfleet._cli.report import report
 from mlfleet._cli.run import run
 from mlfleet._cli.runs import cancel, logs, wait
 from mlfleet._cli.storage import cache, envs
 from mlfleet._cli.sweep import sweep
-from mlfleet._cli.sweep_page import report
-from mlfleet._cli.terminal import complain, show_logs
 from mlfleet._version import __version__
 from mlfleet.errors import MlfleetError
 
@@ -25,10 +24,10 @@ _log = logging.getLogger("mlfleet.cli")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code.
+    """Run the command line and return its exit code.
 
     Args:
-        argv: the arguments after the program's name; None: those of this process.
+        argv: The arguments after the program's name; None for those of this process.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     show_logs(logging.WARNING)
@@ -38,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         if "--json" in arguments:
-            print_json(error_as_json(error), indent=None)  # a line, also among the events of a sweep
+            print_json(error_as_json(error), indent=None)  # one line, as the events of a sweep are
         return _complain(error)
     return code if isinstance(code, int) else 0
 
@@ -58,7 +57,7 @@ def _complain(error: Exception) -> int:
     if isinstance(error, OSError):
         complain(str(error))
         return 1
-    complain(f"{type(error).__name__}: {error}\nThis is a fault of mlfleet. --debug shows where it is.")
+    complain(f"{type(error).__name__}: {error}\nThis is a fault of mlfleet: please report it with what --debug shows.")
     return 1
 
 
@@ -68,13 +67,5 @@ def _cli() -> None:
     """Run MLflow Projects, on this machine or elsewhere."""
 
 
-_cli.add_command(run)
-_cli.add_command(sweep)
-_cli.add_command(report)
-_cli.add_command(cache)
-_cli.add_command(envs)
-_cli.add_command(ps)
-_cli.add_command(logs)
-_cli.add_command(wait)
-_cli.add_command(cancel)
-_cli.add_command(prune)
+for _command in (run, sweep, report, ps, logs, wait, cancel, prune, cache, envs):
+    _cli.add_command(_command)

@@ -1,11 +1,12 @@
-"""Tells how far a run is: a spinner on a terminal, lines elsewhere."""
+"""The progress of one run: a spinner on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from mlfleet._cli.terminal import is_interactive, say
+from mlfleet._cli.output import is_interactive, say
+from mlfleet._text.plain import plain_text
 from mlfleet.runs import RunEvent, Stage
 
 if TYPE_CHECKING:
@@ -15,18 +16,18 @@ __all__ = ["Progress"]
 
 
 class Progress:
-    """Follows the events of one run.
+    """A view of the events of one run.
 
     Args:
-        inherits: the project writes to this terminal itself: from its start on nothing else may.
-        quiet: tell nothing.
+        inherits: The project itself writes to this terminal, so nothing else is written after its start.
+        quiet: Show nothing.
     """
 
     def __init__(self, *, inherits: bool, quiet: bool) -> None:
         self._inherits = inherits
         self._quiet = quiet
         self._spinner = _Spinner() if is_interactive() and not quiet else None
-        self._told: set[str] = set()
+        self._said: set[str] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -37,11 +38,11 @@ class Progress:
         self.hide()
 
     def begin(self) -> None:
-        """Show that something goes on, before there is any event."""
+        """Show an activity before the first event arrives."""
         self._show("opening the tracking store")
 
     def __call__(self, event: RunEvent) -> None:
-        """Show what happens now."""
+        """Show the activity that an event begins."""
         match event.stage:
             case Stage.FETCHING:
                 self._show("fetching the project", event.detail)
@@ -59,17 +60,17 @@ class Progress:
                 self.hide()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Write a line that stays."""
         if not self._quiet:
             say(text)
 
     def hide(self) -> None:
-        """Take the spinner away."""
+        """Remove the spinner."""
         if self._spinner is not None:
             self._spinner.hide()
 
     def _begin(self, event: RunEvent) -> None:
-        """The last moment before the project may write to this terminal."""
+        """Announce the run, and leave the terminal to the project if it writes there."""
         if self._inherits:
             self.hide()
         self.say(f"running {event.run_name!r} (run {event.run_id})")
@@ -79,14 +80,14 @@ class Progress:
     def _show(self, activity: str, detail: str = "") -> None:
         if self._spinner is not None:
             self._spinner.show(f"{activity}: {detail.strip()}" if detail.strip() else activity)
-        elif detail and activity not in self._told:
-            # What has no detail to tell of takes no time worth telling of.
-            self._told.add(activity)
+        elif detail and activity not in self._said:
+            # Activities without a detail take too little time to be worth a line.
+            self._said.add(activity)
             self.say(activity)
 
 
 class _Spinner:
-    """One line at the bottom of the terminal, made of nothing until it is needed."""
+    """A line at the bottom of the terminal, created at its first use."""
 
     def __init__(self) -> None:
         self._status: Status | None = None
@@ -101,7 +102,7 @@ class _Spinner:
             self._status = Status("", console=Console(stderr=True))
             self._status.start()
         room = max(self._status.console.width - 4, 10)
-        plain = " ".join(text.split())
+        plain = " ".join(plain_text(text).split())
         self._status.update(Text(plain if len(plain) <= room else f"{plain[: room - 1]}…"))
 
     def hide(self) -> None:

@@ -1,58 +1,56 @@
-"""``mlfleet run``."""
+"""``mlfleet run``: one run, in a Fleet of its own."""
 
 from __future__ import annotations
 
+import logging
+import signal
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import click
 
 from mlfleet._cli.dry_run import DryRun, show
-from mlfleet._cli.options import (
-    debug_option,
-    json_option,
-    project_options,
-    quiet_option,
-    read_pairs,
-    read_project_options,
-)
+from mlfleet._cli.options import debug_option, json_option, quiet_option, read_run_options, run_options
+from mlfleet._cli.output import complain, error_as_json, exit_code, print_json, print_output, say, where_to_look
 from mlfleet._cli.progress import Progress
-from mlfleet._cli.report import exit_code, print_json, run_as_json, tell
-from mlfleet._cli.running import RunCommand
 from mlfleet._engine.request import RunRequest
-from mlfleet._signals import run_until_interrupted
+from mlfleet._engine.run import FleetRun
+from mlfleet._reporting import run_url
+from mlfleet._signals import Interrupts, run_until_interrupted
+from mlfleet.errors import MlfleetError
+from mlfleet.fleet import Fleet
+from mlfleet.runs import Outcome, RunEvent, RunStatus
 
 __all__ = ["run"]
+
+_log = logging.getLogger("mlfleet.cli")
 
 
 @click.command()
 @click.argument("uri")
-@click.option(
-    "-P",
-    "--param-list",
-    metavar="NAME=VALUE",
-    multiple=True,
-    help="A parameter. One that the entry point does not declare is appended to its command.",
-)
-@project_options
-@click.option("--run-id", metavar="ID", help="An existing MLflow run to use rather than a new one.")
-@click.option("--log-output", is_flag=True, help="Log the output as an artifact, too; it is printed as one stream.")
-@click.option("--dry-run", is_flag=True, help="Show what would be run, where and how; make nothing.")
-@json_option("Capture the output into a file; print one JSON object at the end.")
+@run_options("run")
+@click.option("--dry-run", is_flag=True, help="Show the command, its environment and its backend; run nothing.")
+@json_option("Capture the output in a file, and print one JSON object at the end.")
 @quiet_option
 @debug_option
 def run(
     *, dry_run: bool, quiet: bool, as_json: bool, log_output: bool, tracking_uri: str | None, **options: Any
 ) -> int:
-    """Run the project at URI: a folder, a Git repository or a zip; #sub/folder picks a folder inside.
+    """Run the project at URI and wait for its end.
 
-    Exit codes: 0 it finished, 1 it failed, 2 there is a mistake in the call or the project, 130 Ctrl-C, 143 SIGTERM.
+    URI is a folder, a Git repository or a zip file; #sub/folder picks a folder inside.
+
+    The first Ctrl-C asks the run to stop, a second one kills it. With --log-output, stdout and stderr are printed as
+    one stream.
+
+    Exit codes: 0 the run finished, 1 it failed, 2 there is a mistake in the call or in the project, 130 Ctrl-C, 143
+    SIGTERM.
     """
     request = RunRequest.of(
-        parameters=read_pairs("-P", options.pop("param_list")),
         output="capture" if as_json or log_output else "inherit",
         log_output=log_output,
-        **read_project_options(options),
+        **read_run_options(options),
         **options,
     )
     if dry_run:
@@ -65,9 +63,9 @@ def _run(request: RunRequest, tracking_uri: str | None, *, as_json: bool, quiet:
     command = RunCommand(request=request, tracking_uri=tracking_uri, print_output=prints)
     with Progress(inherits=not as_json, quiet=quiet) as progress:
         received = run_until_interrupted(partial(command.execute, progress), progress.say)
-    tell(command, received, quiet=quiet)
+    _say_end(command, received, quiet=quiet)
     if as_json:
-        print_json(run_as_json(command, received))
+        print_json(_as_json(command, received))
     return exit_code(command.error, received)
 
 
@@ -80,3 +78,100 @@ def _dry_run(request: RunRequest, tracking_uri: str | None, *, as_json: bool, qu
     if dry.found is not None:
         print_json(dry.found) if as_json else show(dry.found)
     return exit_code(None, received)
+
+
+@dataclass(slots=True, kw_only=True)
+class RunCommand:
+    """One call of ``mlfleet run`` and its result.
+
+    Attributes:
+        request: The run to make.
+        tracking_uri: The tracking store; None for the default.
+        print_output: Print the captured output as it arrives.
+        tracking: The tracking URI that was used, without credentials; None if it could not be opened.
+        run: The handle of the run; None if there is no MLflow run.
+        outcome: The end of the run; None if there is no MLflow run.
+        error: The error that ended the command; None also if a signal ended it before there was a run.
+    """
+
+    request: RunRequest
+    tracking_uri: str | None = None
+    print_output: bool = False
+    tracking: str | None = None
+    run: FleetRun | None = None
+    outcome: Outcome | None = None
+    error: MlfleetError | None = None
+
+    async def execute(self, progress: Progress, interrupts: Interrupts) -> None:
+        """Run the project and keep the result. When this returns, nothing of the run is left."""
+
+        def follow(event: RunEvent) -> None:
+            # Not the return value of `start`: an interrupt may arrive before it returns.
+            if event.run_id is not None and self.run is None:
+                self.run = next(iter(fleet.runs), None)
+            progress(event)
+
+        progress.begin()
+        with interrupts.scope:
+            try:
+                async with Fleet(tracking_uri=self.tracking_uri, on_event=follow) as fleet:
+                    interrupts.fleet = fleet
+                    self.tracking = fleet.tracking.uri
+                    run = await fleet.start(self.request)
+                    if self.print_output:
+                        await _print_lines(run)
+                    await run.check()
+            except MlfleetError as error:
+                self.error = error
+        if self.run is not None:
+            self.outcome = await self.run.outcome()
+
+
+async def _print_lines(run: FleetRun) -> None:
+    async for line in run.logs():
+        try:
+            await print_output(f"{line}\n".encode(errors="replace"))
+        except OSError:
+            return  # the reader is gone; the run goes on, and its output is in its file
+
+
+def _say_end(command: RunCommand, received: signal.Signals | None, *, quiet: bool) -> None:
+    """Write how the run ended and where to look at it to standard error."""
+    status = command.outcome.status if command.outcome else None
+    if command.error is not None and received is None:
+        _log.debug("the error in full", exc_info=command.error)
+        complain(str(command.error))
+    if quiet:
+        return
+    if received is not None and command.run is None:
+        say("stopped before there was a run")
+    if command.run is None or status is None:
+        return
+    info = command.run.info
+    if status is RunStatus.FINISHED or received is not None:
+        say(f"{info.name!r} (run {info.run_id}) is {status}")
+    if command.tracking is not None:
+        say(f"to look at it: {where_to_look(command.tracking, info)}")
+
+
+def _as_json(command: RunCommand, received: signal.Signals | None) -> dict[str, Any]:
+    """Return everything that is known about the run, for ``--json``."""
+    run, outcome = command.run, command.outcome
+    info = run.info if run else None
+    output = run.output_path if run else None
+    return {
+        "run_id": info.run_id if info else None,
+        "run_name": info.name if info else None,
+        "experiment_id": info.experiment_id if info else None,
+        "project": run.plan.project_name if run else None,
+        "backend": run.plan.backend if run else command.request.backend,
+        "status": outcome.status.value if outcome else None,
+        "exit_code": outcome.exit_code if outcome else None,
+        "reason": outcome.reason if outcome else None,
+        "output": str(output) if output else None,
+        "tracking_uri": command.tracking,
+        "url": run_url(command.tracking, info.experiment_id, info.run_id) if command.tracking and info else None,
+        "tracking_error": str(outcome.tracking_error) if outcome and outcome.tracking_error else None,
+        "interrupted": received.name if received else None,
+        "error": error_as_json(command.error)["error"] if command.error else None,
+    }

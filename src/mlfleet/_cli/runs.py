@@ -12,10 +12,8 @@ import anyio
 import anyio.to_thread
 import click
 
-from mlfleet._cli.options import debug_option, duration, experiment_options, tracking_option
-from mlfleet._cli.report import exit_code
-from mlfleet._cli.terminal import complain, say
-from mlfleet._cli.tracked import experiment
+from mlfleet._cli.options import debug_option, duration, experiment_options, find_experiment, tracking_option
+from mlfleet._cli.output import complain, exit_code, say
 from mlfleet._control import cancel_run, read_logs, wait_for
 from mlfleet._reporting import find_sweep
 from mlfleet.errors import MlfleetError
@@ -90,7 +88,7 @@ def cancel(
         chosen = list(run_ids)
         if sweep is not None:
             async with Fleet(tracking_uri=tracking_uri) as fleet:
-                where = await experiment(fleet.tracking, experiment_name, experiment_id)
+                where = await find_experiment(fleet.tracking, experiment_name, experiment_id)
                 chosen.append((await find_sweep(fleet.tracking, sweep, where)).run_id)
         return await _for_each(chosen, tracking_uri, partial(cancel_run, grace=grace), tuple(RunStatus))
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from mlfleet._cli.options import debug_option, duration, json_option
-from mlfleet._cli.report import print_json
+from mlfleet._cli.output import print_json
 from mlfleet._environments.store import StoredEnvironment, list_environments
 from mlfleet._environments.store import prune as prune_environments
 from mlfleet._project.cache import CacheEntry, list_entries, list_runs, prune_runs

@@ -1,27 +1,50 @@
-"""``mlfleet sweep``."""
+"""``mlfleet sweep``: one sweep, in a Fleet of its own."""
 
 from __future__ import annotations
 
+import logging
+import math
 import secrets
+import shlex
+import signal
 import time
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import anyio
 import click
+from anyio.abc import TaskGroup
 
-from mlfleet._cli.options import debug_option, json_option, project_options, quiet_option, read_project_options
-from mlfleet._cli.sweep_best import Best
-from mlfleet._cli.sweep_end import end_as_json, sweep_exit_code, tell_sweep
-from mlfleet._cli.sweep_lines import SweepJson, SweepLines, json_line
-from mlfleet._cli.sweep_screen import SweepScreen
+from mlfleet._cli.options import debug_option, json_option, quiet_option, read_run_options, run_options
+from mlfleet._cli.output import (
+    complain,
+    duration_text,
+    error_as_json,
+    exit_code,
+    is_interactive,
+    print_json,
+    print_table,
+    say,
+    short,
+    where_to_look,
+)
 from mlfleet._cli.sweep_space import read_space
-from mlfleet._cli.sweeping import SweepCommand, SweepView
-from mlfleet._cli.terminal import is_interactive
-from mlfleet._signals import run_until_interrupted
-from mlfleet._sweeps import Goal, Retry
-from mlfleet.runs import FailureKind
+from mlfleet._cli.sweep_views import SweepJson, SweepLines, SweepScreen, SweepView, result_as_json
+from mlfleet._reporting import run_url
+from mlfleet._signals import Interrupts, run_until_interrupted
+from mlfleet._sweeps import Goal, PointResult, Retry, Sweep, SweepCounts
+from mlfleet.errors import MlfleetError
+from mlfleet.fleet import Fleet
+from mlfleet.runs import FailureKind, RunStatus
+from mlfleet.spaces import Points
 
 __all__ = ["sweep"]
+
+_log = logging.getLogger("mlfleet.cli")
+_MOST_METRIC_NAMES = 100
 
 
 @click.command()
@@ -31,41 +54,79 @@ __all__ = ["sweep"]
     "--param-list",
     metavar="NAME=VALUES",
     multiple=True,
-    help="alpha=0.5: one value for all runs. alpha=0.1,0.2: each of these. l1=0:1:0.1: from 0 to 1 in steps of 0.1. "
-    "With --sample also lr=loguniform(1e-5,1), uniform(a,b), randint(a,b), normal(mean,deviation), choice(a,b,c). "
-    'note="a,b": one text.',
+    help="A parameter; may be given several times. alpha=0.5: one value for all runs. alpha=0.1,0.2: each of these. "
+    "l1=0:1:0.1: from 0 to 1 in steps of 0.1. With --sample also lr=loguniform(1e-5,1), uniform(a,b), randint(a,b), "
+    'normal(mean,deviation), choice(a,b,c). note="a,b": one text.',
 )
-@click.option("--sample", "draws", type=click.IntRange(min=1), metavar="N", help="N random points, not the whole grid.")
-@click.option("--seed", type=int, metavar="N", help="Of --sample: the same seed draws the same points.  [default: 0]")
-@click.option("--points", metavar="FILE", help="Take the points from a .csv or .jsonl file.")
-@click.option("--name", metavar="NAME", help="Of the sweep, by which it can be resumed.  [default: made of the time]")
-@click.option("--resume", is_flag=True, help="Go on with the sweep of that name: what has finished is skipped.")
-@click.option("--resume-changed", is_flag=True, help="Likewise, although the project's files have changed since.")
-@click.option("--retry-failed/--no-retry-failed", default=True, help="With --resume: run again what had failed.  [yes]")
 @click.option(
-    "-j", "--jobs", type=click.IntRange(min=1), metavar="N", help="Runs at once.  [default: one for each CPU]"
+    "--sample",
+    "draws",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Run N random points instead of the whole grid.",
 )
-@click.option("--retries", type=click.IntRange(min=0), default=0, metavar="N", help="Try failed points N times more.")
+@click.option("--seed", type=int, metavar="N", help="With --sample: the same seed draws the same points.  [default: 0]")
+@click.option("--points", metavar="FILE", help="Run the points in the rows of a .csv or .jsonl file.")
+@click.option("--name", metavar="NAME", help="The name by which the sweep is resumed.  [default: sweep- and the time]")
+@click.option("--resume", is_flag=True, help="Continue the sweep of that --name; skip the points that have finished.")
+@click.option("--resume-changed", is_flag=True, help="Like --resume, even if the project's files have changed since.")
+@click.option(
+    "--retry-failed/--no-retry-failed",
+    default=True,
+    help="With --resume: run the points again that had failed.  [default: retry-failed]",
+)
+@click.option(
+    "-j",
+    "--jobs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="The number of runs at the same time.  [default: one per CPU on this machine, 100 elsewhere]",
+)
+@click.option(
+    "--retries",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    show_default=True,
+    help="Try each failed point up to N times more.",
+)
 @click.option(
     "--retry-on",
     type=click.Choice([kind.value for kind in FailureKind]),
     multiple=True,
-    help="Only these kinds of failure; may be given many times.",
+    help="With --retries: retry only after this kind of failure; may be given several times.  [default: every kind]",
 )
 @click.option(
     "--on-failure",
     type=click.Choice(["continue", "stop"]),
     default="continue",
     show_default=True,
-    help="stop: the first failed point ends the sweep.",
+    help="What the first failed point does to the sweep; stop ends it and cancels its runs.",
 )
-@click.option("--max-failures", type=click.IntRange(min=1), metavar="N", help="So many failed points end the sweep.")
-@click.option("--metric", metavar="NAME", help="Show the best runs by this metric.")
-@click.option("--goal", type=click.Choice(["min", "max"]), default="min", show_default=True, help="Which are the best.")
-@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="How many of them to show.")
-@project_options
-@click.option("--log-output", is_flag=True, help="Log the output of each run as an artifact, too.")
-@json_option("Print one JSON object a line for everything that happens.")
+@click.option(
+    "--max-failures",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="End the sweep at N failed points.  [default: no limit]",
+)
+@click.option("--metric", metavar="NAME", help="Show the best runs by this metric at the end.")
+@click.option(
+    "--goal",
+    type=click.Choice(["min", "max"]),
+    default="min",
+    show_default=True,
+    help="With --metric: whether low or high values are the best.",
+)
+@click.option(
+    "--top",
+    type=click.IntRange(min=1),
+    metavar="N",
+    default=5,
+    show_default=True,
+    help="With --metric: the number of best runs to show.",
+)
+@run_options("sweep")
+@json_option("Print one JSON object per line for every event, result and the end.")
 @quiet_option
 @debug_option
 def sweep(
@@ -82,11 +143,14 @@ def sweep(
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Run the project at URI once for each point of a space, many at a time.
+    """Run the project at URI once for each point of a space, several at a time.
 
-    The best runs go to standard output. Ctrl-C asks the runs to stop, a second one kills them.
+    URI is a folder, a Git repository or a zip file; #sub/folder picks a folder inside. The best runs are printed to
+    standard output.
 
-    Exit codes: 0 all points finished, 1 some failed, 2 there is a mistake in the call or the project, 130 Ctrl-C.
+    The first Ctrl-C asks the runs to stop, a second one kills them.
+
+    Exit codes: 0 all points finished, 1 some failed, 2 there is a mistake in the call or in the project, 130 Ctrl-C.
     """
     fixed, space = read_space(param_list, draws=draws, seed=seed, points=points)
     command = SweepCommand(
@@ -94,26 +158,28 @@ def sweep(
         space=space,
         jobs=options.pop("jobs"),
         tracking_uri=options.pop("tracking_uri"),
-        best=Best(metric, goal, top),
-        options={"parameters": fixed, **_settings(options), **read_project_options(options), **options},
+        best=BestRuns(metric, goal, top),
+        options={"parameters": fixed, **_settings(options), **read_run_options(options), **options},
     )
     view = _view(command, as_json=as_json, quiet=quiet)
     received = run_until_interrupted(partial(command.execute, view), view.say)
-    tell_sweep(command, received, quiet=quiet, table=not as_json)
+    _say_end(command, received, quiet=quiet, table=not as_json)
     if as_json:
-        click.echo(json_line(end_as_json(command, received)), nl=False)
-    return sweep_exit_code(command, received)
+        print_json(_end_as_json(command, received), indent=None)
+    if received is not None or command.error is not None:
+        return exit_code(command.error, received)
+    return 0 if command.status is RunStatus.FINISHED else 1
 
 
 def _settings(options: dict[str, Any]) -> dict[str, Any]:
-    """What is of the sweep rather than of its runs."""
+    """Take the options of the sweep out of `options`, and leave those of its runs."""
     name, resumes = options.pop("name"), options.pop("resume")
     changed, kinds = options.pop("resume_changed"), options.pop("retry_on")
     if (resumes or changed) and name is None:
         raise click.UsageError("--resume needs the sweep's --name")
     retries = options.pop("retries")
     if kinds and not retries:
-        raise click.UsageError("--retry-on is of --retries N, which is not given")
+        raise click.UsageError("--retry-on needs --retries N")
     return {
         "name": name or _new_name(),
         "resume": "changed" if changed else resumes,
@@ -125,7 +191,7 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _new_name() -> str:
-    """Every sweep gets a name: what was started by hand may be worth resuming, too."""
+    # Every sweep gets a name, so that every sweep can be resumed.
     return f"sweep-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
@@ -135,3 +201,208 @@ def _view(command: SweepCommand, *, as_json: bool, quiet: bool) -> SweepView:
     if is_interactive() and not quiet:
         return SweepScreen(command.best, fixed=command.options["parameters"])
     return SweepLines(command.best, quiet=quiet)
+
+
+# ---- the work -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class BestRuns:
+    """The best results of a sweep by a metric. The other results are not kept.
+
+    Attributes:
+        metric: The metric's name; None to keep no results.
+        goal: Whether low (``min``) or high (``max``) values are the best.
+        count: The number of results to keep.
+        results: The best results, the best one first.
+        metrics: Names of the metrics that the runs have logged.
+    """
+
+    metric: str | None
+    goal: Goal = "min"
+    count: int = 5
+    results: list[PointResult] = field(default_factory=list)
+    metrics: set[str] = field(default_factory=set)
+
+    def add(self, result: PointResult) -> None:
+        """Keep a result if it is among the best."""
+        if len(self.metrics) < _MOST_METRIC_NAMES:
+            self.metrics.update(result.metrics)
+        if self.metric is None or result.status is not RunStatus.FINISHED:
+            return
+        if not math.isfinite(result.metrics.get(self.metric, math.nan)):
+            return
+        # The handle would keep the run's plan in memory.
+        self.results.append(replace(result, run=None))
+        sign = 1 if self.goal == "min" else -1
+        metric = self.metric
+        self.results.sort(key=lambda each: (sign * each.metrics[metric], each.index))
+        del self.results[self.count :]
+
+    def describe(self) -> str:
+        """Return the best value so far, in a few words; empty if there is none."""
+        if not self.results or self.metric is None:
+            return ""
+        best = self.results[0]
+        return f"best {self.metric} {best.metrics[self.metric]:g} (point {best.index})"
+
+
+@dataclass(slots=True, kw_only=True)
+class SweepCommand:
+    """One call of ``mlfleet sweep`` and its result.
+
+    Attributes:
+        uri: The project.
+        space: The points of the sweep.
+        options: The other arguments of `Fleet.sweep`.
+        jobs: The number of runs at the same time; None for as many as the Fleet allows.
+        tracking_uri: The tracking store; None for the default.
+        tracking: The tracking URI that was used, without credentials; None if it could not be opened.
+        sweep: The handle of the sweep; None if it did not begin.
+        best: The best results.
+        error: The error that ended the command; failed points are not errors.
+    """
+
+    uri: str
+    space: Points
+    options: Mapping[str, Any]
+    jobs: int | None = None
+    tracking_uri: str | None = None
+    tracking: str | None = None
+    sweep: Sweep | None = None
+    best: BestRuns = field(default_factory=lambda: BestRuns(None))
+    error: MlfleetError | None = None
+
+    @property
+    def counts(self) -> SweepCounts:
+        """The number of points by their end."""
+        return self.sweep.counts if self.sweep is not None else SweepCounts()
+
+    @property
+    def status(self) -> RunStatus:
+        """The status of the sweep; FAILED if it did not begin."""
+        return self.sweep.status if self.sweep is not None else RunStatus.FAILED
+
+    async def execute(self, view: SweepView, interrupts: Interrupts) -> None:
+        """Run the sweep and keep the result. When this returns, nothing of the sweep is left."""
+        async with AsyncExitStack() as stack:
+            showing = await stack.enter_async_context(anyio.create_task_group())
+            stack.push_async_callback(_stop, showing, view)
+            showing.start_soon(view.keep_up)
+            view.begin()
+            # Inside the view, so that it shows how the runs stop after an interrupt.
+            with interrupts.scope:
+                try:
+                    await self._run(view, interrupts)
+                except MlfleetError as error:
+                    self.error = error
+            await self._keep_rest(view)
+
+    async def _run(self, view: SweepView, interrupts: Interrupts) -> None:
+        async with Fleet(tracking_uri=self.tracking_uri, max_concurrent=self.jobs, on_event=view.follow) as fleet:
+            interrupts.fleet = fleet
+            self.tracking = fleet.tracking.uri
+            async with fleet.sweep(self.uri, self.space, max_concurrent=self.jobs, **self.options) as sweep:
+                self.sweep = sweep
+                view.entered(sweep)
+                async for result in sweep:
+                    await self._keep(result, view)
+
+    async def _keep_rest(self, view: SweepView) -> None:
+        """Keep the results that came after an interrupt."""
+        if self.sweep is None:
+            return
+        try:
+            async for result in self.sweep:
+                await self._keep(result, view)
+        except MlfleetError as error:
+            self.error = error
+
+    async def _keep(self, result: PointResult, view: SweepView) -> None:
+        self.best.add(result)
+        view.ended(result, () if result.run is None else (await result.run.outcome()).output)
+
+
+async def _stop(showing: TaskGroup, view: SweepView) -> None:
+    showing.cancel_scope.cancel()
+    with anyio.CancelScope(shield=True):
+        await view.close()
+
+
+# ---- the end --------------------------------------------------------------------------------------------------------
+
+
+def _say_end(command: SweepCommand, received: signal.Signals | None, *, quiet: bool, table: bool) -> None:
+    """Write how the sweep ended and where to look at it to standard error, and the best runs to standard output."""
+    sweep, best = command.sweep, command.best
+    if command.error is not None and received is None:
+        _log.debug("the error in full", exc_info=command.error)
+        complain(str(command.error))
+    if sweep is None:
+        if received is not None and not quiet:
+            say("stopped before the sweep began")
+        return
+    if table and best.results:
+        _print_best(best)
+    elif best.metric is not None and command.counts.finished and not best.results:
+        known = ", ".join(sorted(best.metrics)) or "none"
+        complain(f"no finished run has the metric {best.metric!r}; there are: {known}", word="Warning", color="yellow")
+    if quiet:
+        return
+    say(f"sweep {sweep.run_name!r} (run {sweep.run_id}) is {command.status}: {_counts(command.counts)}")
+    if sweep.stopped is not None and received is None and command.error is None:
+        say(f"it ended early: {sweep.stopped}")
+    if command.tracking is not None:
+        say(f"to look at it: {where_to_look(command.tracking, sweep.info)}")
+    if sweep.name is not None:
+        name = shlex.quote(sweep.name)
+        done = command.status is RunStatus.FINISHED
+        say(f"HTML report: mlfleet report {name}" if done else f"to resume: the same with --name {name} --resume")
+
+
+def _end_as_json(command: SweepCommand, received: signal.Signals | None) -> dict[str, Any]:
+    """Return the last line of ``--json``."""
+    sweep, counts = command.sweep, command.counts
+    return {
+        "event": "end",
+        "status": command.status if sweep else None,
+        "run_id": sweep.run_id if sweep else None,
+        "name": sweep.name if sweep else None,
+        "total": counts.total,
+        "finished": counts.finished,
+        "failed": counts.failed,
+        "killed": counts.killed,
+        "retries": counts.retries,
+        "earlier": counts.earlier,
+        "stopped": sweep.stopped if sweep else None,
+        "best": [result_as_json(result) for result in command.best.results],
+        "tracking_uri": command.tracking,
+        "url": run_url(command.tracking, sweep.experiment_id, sweep.run_id) if sweep and command.tracking else None,
+        "interrupted": received.name if received else None,
+        "error": error_as_json(command.error)["error"] if command.error else None,
+    }
+
+
+def _print_best(best: BestRuns) -> None:
+    assert best.metric is not None  # noqa: S101 - without a metric there are no results
+    names = list(dict.fromkeys(name for result in best.results for name in result.point))
+    rows = [[best.metric, *names, "time", "run"]]
+    rows += [
+        [
+            f"{result.metrics[best.metric]:g}",
+            *(short(result.point[name]) if name in result.point else "-" for name in names),
+            "-" if result.seconds is None else duration_text(result.seconds),
+            result.run_id or "-",
+        ]
+        for result in best.results
+    ]
+    print_table(rows)
+
+
+def _counts(counts: SweepCounts) -> str:
+    parts = [f"{counts.finished} finished", f"{counts.failed} failed"]
+    parts += [f"{counts.killed} killed"] if counts.killed else []
+    parts += [f"{counts.total - counts.ended} not run"] if counts.total and counts.total > counts.ended else []
+    parts += [f"{counts.earlier} of them before this session"] if counts.earlier else []
+    parts += [f"{counts.retries} tried again"] if counts.retries else []
+    return ", ".join(parts)

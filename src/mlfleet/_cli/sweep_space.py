@@ -1,11 +1,11 @@
-"""Which points a sweep of the command line has, from its ``-P`` options.
+"""The points of ``mlfleet sweep``, as its ``-P`` options describe them.
 
-alpha=0.5               the same for all runs
-alpha=0.1,0.2,0.5       each of these
+alpha=0.5               one value for all runs
+alpha=0.1,0.2,0.5       each of these values
 l1=0:1:0.25             from 0 to 1 (included) in steps of 0.25
-depth=1:3:1,10          both
+depth=1:3:1,10          a range and a value
 lr=loguniform(1e-5,1)   drawn, with --sample
-note="a,b"              quotes as in a CSV file: one text, whatever is in it
+note="a,b"              one text, whatever is in it: quotes as in a CSV file
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ _DRAWS: Mapping[str, Callable[[Any, Any], Distribution]] = {
 def read_space(
     texts: Sequence[str], *, draws: int | None = None, seed: int | None = None, points: str | None = None
 ) -> tuple[dict[str, Any], Space]:
-    """The parameters that all runs have, and the space of the others.
+    """Return the parameters that all runs share, and the space of the others.
 
     Args:
-        texts: of ``-P``.
-        draws: of ``--sample``.
-        seed: of ``--seed``.
-        points: the file of ``--points``.
+        texts: The values of ``-P``.
+        draws: The number of points that ``--sample`` draws; None if it is not given.
+        seed: The value of ``--seed``; None if it is not given.
+        points: The file of ``--points``; None if it is not given.
 
     Raises:
-        click.UsageError: they make no space.
-        UsageError: bounds of a distribution, or the file's name, are wrong.
+        click.UsageError: The options contradict each other, or one of them cannot be read.
+        UsageError: The bounds of a distribution, or the name of the file, are wrong.
     """
     axes = {name: read_axis(name, text) for name, text in read_pairs("-P", texts).items()}
     fixed = {name: axis for name, axis in axes.items() if isinstance(axis, str)}
     varied = {name: axis for name, axis in axes.items() if not isinstance(axis, str)}
     if seed is not None and draws is None:
-        raise click.UsageError("--seed is of --sample, which is not given")
+        raise click.UsageError("--seed needs --sample")
     if points is not None:
         if varied or draws is not None:
             other = f"-P {next(iter(varied))} has several values" if varied else "--sample is given, too"
@@ -75,10 +75,10 @@ def read_space(
 
 
 def read_axis(name: str, text: str) -> str | Sequence[Any] | Distribution:
-    """What one ``-P`` says: a text for all runs, a list of values, or a distribution.
+    """Return what one ``-P`` means: a text for all runs, a list of values, or a distribution.
 
     Raises:
-        click.UsageError: it is neither.
+        click.UsageError: The text cannot be read.
     """
     call = _CALL.fullmatch(text)
     if call is not None:
@@ -102,7 +102,7 @@ def _distribution(name: str, text: str, function: str, arguments: str) -> Distri
     if function not in _DRAWS:
         known = ", ".join([*_DRAWS, "choice"])
         raise click.UsageError(
-            f"-P {name}={text}: there is no distribution {function!r}, only {known}. Put a text that is none into "
+            f"-P {name}={text}: there is no distribution {function!r}, only {known}. Put any other text into "
             f"quotes, as in -P '{name}=\"…\"'"
         )
     try:
@@ -113,7 +113,7 @@ def _distribution(name: str, text: str, function: str, arguments: str) -> Distri
 
 
 def _items(name: str, text: str) -> list[tuple[str, bool]]:
-    """The parts between commas, and whether they were in quotes."""
+    """Return the parts between commas, each with True if it was in quotes."""
     if "," not in text and not text.startswith('"'):
         return [(text, False)]
     try:
@@ -122,7 +122,7 @@ def _items(name: str, text: str) -> list[tuple[str, bool]]:
         raise click.UsageError(
             f'-P {name}={text}: {error}. Quotes are as in a CSV file: "a,b" is one text, "" in it is a quote'
         ) from None
-    # The reader does not tell which ones were quoted: a part that is, is longer in the text.
+    # The reader does not say which parts were quoted: the quotes are in the text that it has read.
     items, rest = [], text
     for value in parsed:
         quoted = rest.startswith('"')
@@ -133,7 +133,7 @@ def _items(name: str, text: str) -> list[tuple[str, bool]]:
 
 
 def _range(name: str, item: str) -> list[int] | list[float] | None:
-    """The numbers of ``start:stop:step``; None if the text is no such thing."""
+    """Return the numbers of ``start:stop:step``; None if the text is something else."""
     try:
         start, stop, step = map(Decimal, item.split(":"))
     except (ValueError, InvalidOperation):
@@ -141,7 +141,7 @@ def _range(name: str, item: str) -> list[int] | list[float] | None:
     if not (start.is_finite() and stop.is_finite() and step.is_finite()):
         return None
     where = f"-P {name}={item}"
-    quotes = f"(a text that only looks like a range goes into quotes: -P '{name}=\"{item}\"')"
+    quotes = f"(put a text that only looks like a range into quotes: -P '{name}=\"{item}\"')"
     if step == 0 or (stop - start) / step < 0:
         raise click.UsageError(f"{where}: start:stop:step never comes from {start} to {stop} {quotes}")
     count = math.floor((stop - start) / step) + 1

@@ -7,39 +7,15 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypedDict, Unpack
+from typing import Any, ClassVar, Self, Unpack
 
+from mlfleet._engine.options import Output, RunOptions
 from mlfleet._text.documents import read_json
 from mlfleet.errors import UsageError
 from mlfleet.resources import Resources
 from mlfleet.runs import Timeouts
 
-__all__ = ["Output", "RunOptions", "RunRequest", "SweepMember", "active_run_id"]
-
-Output = Literal["capture", "inherit"]
-"""Where a run's stdout and stderr go: into a file of its own, or to those of this process."""
-
-
-class RunOptions(TypedDict, total=False):
-    """The arguments of a run after the first four, for those who pass them on. `RunRequest` tells what each means."""
-
-    docker_args: Mapping[str, Any] | None
-    experiment_name: str | None
-    experiment_id: str | None
-    backend: str
-    backend_config: Mapping[str, Any] | str | os.PathLike[str] | None
-    storage_dir: str | os.PathLike[str] | None
-    run_id: str | None
-    run_name: str | None
-    env_manager: str | None
-    build_image: bool
-    docker_auth: Mapping[str, Any] | None
-    parent_run_id: str | None
-    tags: Mapping[str, str] | None
-    timeouts: Timeouts | None
-    output: Output
-    log_output: bool
-    resources: Resources | None
+__all__ = ["Output", "RunOptions", "RunRequest", "SweepMember", "active_run_id", "choose_experiment"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,3 +181,24 @@ def active_run_id() -> str | None:
     active_run = getattr(mlflow, "active_run", None)
     run = active_run() if active_run is not None else None
     return None if run is None else str(run.info.run_id)
+
+
+def choose_experiment(name: str | None, experiment_id: str | None) -> tuple[str | None, str]:
+    """Return the experiment of a run: as asked for, else by the environment, else the default one.
+
+    Args:
+        name: The experiment's name; None if none was given.
+        experiment_id: The experiment's id; None if none was given.
+
+    Returns:
+        The experiment's name and an empty text, or None and its id.
+
+    Raises:
+        UsageError: Both are given.
+    """
+    if name and experiment_id:
+        raise UsageError("both experiment_name and experiment_id are given: give one of them")
+    if experiment_id:
+        return None, str(experiment_id)
+    chosen = name or os.environ.get("MLFLOW_EXPERIMENT_NAME")
+    return (chosen, "") if chosen else (None, os.environ.get("MLFLOW_EXPERIMENT_ID") or "0")

@@ -1,0 +1,194 @@
+"""What the commands write: messages on standard error, results on standard output, and the exit code.
+
+Standard output belongs to the project, or with ``--json`` to JSON. Text that comes from elsewhere (errors, names,
+output of runs) loses its control characters before it reaches the terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import anyio.to_thread
+import click
+
+from mlfleet._reporting import run_url
+from mlfleet._text.masking import MASK
+from mlfleet._text.plain import plain_text
+from mlfleet.errors import BackendNotFound, FetchError, MlfleetError, ParameterError, SpecError, UsageError
+from mlfleet.tracking import RunInfo
+
+__all__ = [
+    "complain",
+    "duration_text",
+    "error_as_json",
+    "exit_code",
+    "is_interactive",
+    "print_json",
+    "print_output",
+    "print_table",
+    "say",
+    "short",
+    "show_logs",
+    "where_to_look",
+]
+
+_LIBRARY = "mlfleet"
+_MISTAKES = (UsageError, SpecError, ParameterError, FetchError, BackendNotFound)
+
+
+# ---- standard error -------------------------------------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    """Write one message of mlfleet to standard error."""
+    _write(f"mlfleet: {plain_text(text)}")
+
+
+def complain(text: str, *, word: str = "Error", color: str = "red") -> None:
+    """Write an error, or another message that begins with a coloured word, to standard error."""
+    # NO_COLOR: https://no-color.org. click itself finds out whether there is a terminal.
+    plain = bool(os.environ.get("NO_COLOR"))
+    label = f"{word}:" if plain else click.style(f"{word}:", fg=color, bold=True)
+    _write(f"{label} {plain_text(text)}")
+
+
+def is_interactive() -> bool:
+    """Return True if standard error is a terminal that can move its cursor."""
+    # It is None where a service manager has closed it.
+    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+
+
+def show_logs(level: int) -> None:
+    """Show the library's log records from `level` on."""
+    logger = logging.getLogger(_LIBRARY)
+    handler = _Handler(level)
+    for old in [each for each in logger.handlers if isinstance(each, _Handler)]:
+        logger.removeHandler(old)
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    logger.propagate = False
+
+
+class _Handler(logging.Handler):
+    """A handler that shows records as short lines; tracebacks only at the level DEBUG."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = record.getMessage()
+            if record.exc_info and self.level <= logging.DEBUG:
+                text += "\n" + logging.Formatter().formatException(record.exc_info)
+            if record.levelno >= logging.ERROR:
+                complain(text)
+            elif record.levelno >= logging.WARNING:
+                complain(text, word="Warning", color="yellow")
+            else:
+                _write(plain_text(f"{record.levelname.lower()} {record.name}: {text}"))
+        except Exception:
+            self.handleError(record)
+
+
+def _write(text: str) -> None:
+    try:
+        click.echo(text, err=True)
+    except OSError:
+        # The terminal is gone (SIGHUP), or the reader of the pipe is. The run and its end do not depend on it.
+        return
+
+
+# ---- standard output ------------------------------------------------------------------------------------------------
+
+
+def print_json(data: Mapping[str, Any] | list[dict[str, Any]], *, indent: int | None = 2) -> None:
+    """Print one JSON value."""
+    try:
+        click.echo(json.dumps(data, indent=indent, ensure_ascii=False, default=str))
+    except OSError as error:
+        # Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # without a reader, the exit code still tells how it went
+            raise
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of cells in aligned columns; the first row is the heading."""
+    clean = [[plain_text(cell).replace("\n", " ") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*clean, strict=True)]
+    for row in clean:
+        click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+async def print_output(data: bytes) -> None:
+    """Write all of `data` to standard output.
+
+    It is written in a thread that a cancellation leaves behind: a reader that does not read must not keep Ctrl-C from
+    this process.
+
+    Raises:
+        OSError: The terminal or the reader is gone.
+    """
+    await anyio.to_thread.run_sync(_write_all, data, abandon_on_cancel=True)
+
+
+def _write_all(data: bytes) -> None:
+    while data:
+        data = data[os.write(sys.stdout.fileno(), data) :]
+
+
+# ---- words and numbers ----------------------------------------------------------------------------------------------
+
+
+def short(value: object) -> str:
+    """Return a value in one short line."""
+    text = f"{value:g}" if isinstance(value, float) else " ".join(plain_text(str(value)).split())
+    return text if len(text) <= 40 else f"{text[:39]}…"
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration in its two largest units."""
+    whole = max(int(seconds), 0)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+
+
+def where_to_look(tracking: str, info: RunInfo) -> str:
+    """Return the address of a run on its server; for a store without a server, the command that shows it."""
+    url = run_url(tracking, info.experiment_id, info.run_id)
+    if url is not None:
+        return url
+    if tracking.startswith("databricks"):
+        return f"the experiment {info.experiment_id} in the workspace of {tracking}"
+    return "mlflow ui --backend-store-uri " + ('"$MLFLOW_TRACKING_URI"' if MASK in tracking else shlex.quote(tracking))
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+def exit_code(error: MlfleetError | None, received: signal.Signals | None = None) -> int:
+    """Return the exit code of a command.
+
+    Args:
+        error: The error that ended it; None if there was none. The code is 2 for mistakes that the caller can correct
+            and 1 for other errors.
+        received: The signal that ended it, which counts before the error: 128 and its number.
+    """
+    if received is not None:
+        return 128 + received
+    if error is None:
+        return 0
+    return 2 if isinstance(error, _MISTAKES) else 1
+
+
+def error_as_json(error: Exception) -> dict[str, Any]:
+    """Return an error as an object for ``--json``."""
+    message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+    return {"error": {"type": type(error).__name__, "message": message}}
