@@ -202,6 +202,24 @@ def test_every_option_of_the_command_line_is_documented() -> None:
         assert options <= documented, f"{name}: {options - documented}"
 
 
+def option_rows(command: click.Command) -> list[str]:
+    """Return the rows of the table of a command's options, as ``--help`` shows them."""
+    context = click.Context(command)
+    records = [each.get_help_record(context) for each in command.params if isinstance(each, click.Option)]
+    escaped = [[" ".join(text.split()).replace("|", "\\|") for text in record] for record in records if record]
+    return [f"| `{names}` | {text} |" for names, text in escaped]
+
+
+@pytest.mark.parametrize("name", ["run", "sweep", "report"])
+def test_the_page_of_the_command_line_has_the_texts_of_help(name: str) -> None:
+    run = option_rows(cli.commands["run"])
+    expected = [row for row in option_rows(cli.commands[name]) if name != "sweep" or row not in run]
+    text = (ROOT / "docs" / "cli.md").read_text()
+    section = text.partition(f"\n## mlfleet {name}\n")[2].partition("\n## ")[0]
+    table = "\n".join(["| option | meaning |", "| --- | --- |", *expected])
+    assert table in section
+
+
 def test_every_error_is_documented() -> None:
     page = (ROOT / "docs" / "errors.md").read_text()
     for name in errors.__all__:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.metadata
 import inspect
 import pickle
@@ -10,12 +11,16 @@ import subprocess
 import sys
 from importlib.resources import files
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 import mlfleet
 from components import missing
 from mlfleet import errors
+from mlfleet._engine.options import OPTIONS, RunOptions
+from mlfleet._engine.request import RunRequest
+from mlfleet._sweeps import SweepOptions
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -25,6 +30,8 @@ REFERENCE = (
     "run_name=None, env_manager=None, build_image=False, docker_auth=None"
 )
 """The arguments of mlflow.projects.run in mlflow 3.17."""
+
+ARGUMENTS = [option for option in OPTIONS if "." not in option.name]
 
 OURS = ["tracking_uri", "parent_run_id", "tags", "timeouts", "output", "log_output", "resources"]
 
@@ -52,7 +59,7 @@ def test_every_error_is_exported() -> None:
 
 
 def test_the_api_page_names_exactly_what_is_exported() -> None:
-    lines = (DOCS / "api.md").read_text().splitlines()
+    lines = (DOCS / "api.md").read_text().partition("\n## ")[0].splitlines()
     rows = [line.split("`")[1] for line in lines if line.startswith("| `")]
     assert sorted(rows) == mlfleet.__all__
 
@@ -94,11 +101,56 @@ def test_the_installed_mlflow_takes_the_same_arguments() -> None:
 
 
 def test_submit_takes_the_arguments_of_run_async() -> None:
-    from mlfleet._engine.request import RunOptions
-
     positional = [parameter.name for parameter in arguments(mlfleet.submit)[:4]]
     everything = {parameter.name for parameter in arguments(mlfleet.run_async)}
     assert {*positional, "tracking_uri", "synchronous", *RunOptions.__annotations__} == everything
+
+
+@pytest.mark.parametrize("function", [mlfleet.run, mlfleet.run_async])
+def test_the_arguments_of_a_run_are_those_of_the_table_in_its_order(function: object) -> None:
+    assert [parameter.name for parameter in arguments(function)] == [each.name for each in ARGUMENTS]
+
+
+def test_the_types_and_defaults_of_a_run_are_the_same_everywhere() -> None:
+    fields = {field.name: field.default for field in dataclasses.fields(RunRequest)}
+    types = get_type_hints(mlfleet.run_async)
+    for name, type_ in get_type_hints(RunOptions).items():
+        assert type_ == types[name] == get_type_hints(RunRequest)[name], name
+    for parameter in arguments(mlfleet.run_async):
+        if parameter.name in fields and parameter.name not in ("uri", "parameters"):
+            assert fields[parameter.name] == parameter.default, parameter.name
+    blocking = {parameter.name: parameter for parameter in arguments(mlfleet.run)}
+    for parameter in arguments(mlfleet.run_async):
+        if parameter.name != "output":  # None decides by `synchronous`
+            assert blocking[parameter.name] == parameter
+
+
+def test_the_parts_of_an_option_are_fields_of_its_class() -> None:
+    classes = {"timeouts": mlfleet.Timeouts, "resources": mlfleet.Resources}
+    for option in OPTIONS:
+        argument, _, part = option.name.partition(".")
+        if part:
+            assert part in {field.name for field in dataclasses.fields(classes[argument])}, option.name
+
+
+def test_sweeps_take_the_same_arguments_in_every_form() -> None:
+    named = [parameter.name for parameter in arguments(mlfleet.Fleet.sweep)[3:-1]]
+    assert {*named, *RunOptions.__annotations__} == set(SweepOptions.__annotations__)
+    for function in (mlfleet.sweep, mlfleet.sweep_async):
+        assert [parameter.name for parameter in arguments(function)] == ["uri", "space", "tracking_uri", "options"]
+
+
+def test_the_api_page_has_the_table_of_options() -> None:
+    defaults = {parameter.name: parameter.default for parameter in arguments(mlfleet.run_async)}
+    rows = ["| argument | default | command line | meaning |", "| --- | --- | --- | --- |"]
+    for option in ARGUMENTS:
+        default = defaults[option.name]
+        parts = [each for each in OPTIONS if each.name == option.name or each.name.startswith(f"{option.name}.")]
+        flags = ", ".join(f"`{each.flags[-1]}`" for each in parts if each.flags)
+        shown = "" if default is inspect.Parameter.empty else f"`{default!r}`"
+        place = "`URI`" if option.name == "uri" else flags
+        rows.append(f"| `{option.name}` | {shown} | {place} | {option.in_python or option.text} |")
+    assert "\n".join(rows) in (DOCS / "api.md").read_text()
 
 
 def test_handles_satisfy_the_protocol() -> None:

@@ -50,6 +50,7 @@ class RunOption:
         name: The argument's name in Python. ``timeouts.run`` is a field of an argument, which is an option of its own
             on the command line.
         text: The description, for ``--help`` and for the documentation.
+        in_python: The description of the Python argument, where it takes several values at once; empty for `text`.
         default: The default value, as people read it; empty if there is none, or if `text` says it.
         flags: The names on the command line; empty if the option exists in Python only.
         metavar: The placeholder of its value; empty for a flag.
@@ -67,6 +68,7 @@ class RunOption:
     form: Literal["text", "flag", "pairs", "switches", "seconds", "whole", "number"] = "text"
     commands: tuple[str, ...] = ("run", "sweep")
     variable: str = ""
+    in_python: str = ""
 
 
 OPTIONS: tuple[RunOption, ...] = (
@@ -96,6 +98,7 @@ OPTIONS: tuple[RunOption, ...] = (
         commands=("run",),
         text="A parameter; may be given several times. One that the entry point does not declare is appended to its "
         "command.",
+        in_python="The parameters by name. Those that the entry point does not declare are appended to its command.",
     ),
     RunOption(
         name="docker_args",
@@ -103,6 +106,7 @@ OPTIONS: tuple[RunOption, ...] = (
         metavar="NAME[=VALUE]",
         form="switches",
         text="An option of docker run, as in -A gpus=all or -A t; may be given several times.",
+        in_python="Options of docker run by name, as in {'gpus': 'all', 't': True}.",
     ),
     RunOption(
         name="experiment_name",
@@ -131,6 +135,7 @@ OPTIONS: tuple[RunOption, ...] = (
         flags=("-c", "--backend-config"),
         metavar="FILE|JSON",
         text="The settings of the backend: the path of a file that ends in .json, or a JSON object.",
+        in_python="The settings of the backend: a mapping, or the path of a file that ends in .json.",
     ),
     RunOption(
         name="storage_dir",
@@ -193,6 +198,7 @@ OPTIONS: tuple[RunOption, ...] = (
         metavar="NAME=VALUE",
         form="pairs",
         text="A tag of the MLflow run; may be given several times.",
+        in_python="More tags of the MLflow run, by name.",
     ),
     RunOption(
         name="timeouts",
