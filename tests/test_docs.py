@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -218,6 +219,21 @@ def test_the_page_of_the_command_line_has_the_texts_of_help(name: str) -> None:
     section = text.partition(f"\n## mlfleet {name}\n")[2].partition("\n## ")[0]
     table = "\n".join(["| option | meaning |", "| --- | --- |", *expected])
     assert table in section
+
+
+def test_the_layers_of_the_design_are_those_that_import_linter_checks() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = [contract["layers"] for contract in settings if contract["type"] == "layers"]
+    page = (ROOT / "docs" / "design.md").read_text()
+    table = page.partition("| layer | subject |\n| --- | --- |\n")[2].partition("\n\n")[0]
+    shown = [re.findall(r"`(\w+)`", row.split("|")[1]) for row in table.splitlines()]
+    assert shown == [re.findall(r"mlfleet\.(\w+)", layer) for layer in layers]
+
+
+def test_the_modules_that_the_design_names_exist() -> None:
+    page = (ROOT / "docs" / "design.md").read_text()
+    for path in re.findall(r"`([\w/]+\.py)`", page):
+        assert (ROOT / "src" / "mlfleet" / path).exists(), path
 
 
 def test_every_error_is_documented() -> None:
