@@ -16,8 +16,7 @@ from mlfleet._sweeps import NAME_TAG, SPACE_TAG, is_driven
 from mlfleet._sweeps.notes import forget, lock_path
 from mlfleet._text.lines import follow_file
 from mlfleet.backends.base import BackendRun
-from mlfleet.backends.local import durable
-from mlfleet.errors import BackendError, MlfleetError, RunLost, UsageError
+from mlfleet.errors import BackendNotFound, MlfleetError, UsageError
 from mlfleet.fleet import Fleet
 from mlfleet.runs import JobRef, Outcome, RunStatus
 from mlfleet.tracking import RunInfo
@@ -53,7 +52,7 @@ async def wait_for(fleet: Fleet, run_id: str) -> RunInfo:
             # One without a name may be driven all the same.
             if seen > 1 and NAME_TAG in info.tags:
                 raise UsageError(f"no process drives the sweep {info.name!r} ({run_id}) any more: resume it")
-        elif await _is_abandoned(info):
+        elif await _is_abandoned(fleet, info):
             # Seen twice: whoever took it back from the process that is gone may be about to write.
             seen += 1
             if seen > 1:
@@ -84,10 +83,10 @@ async def cancel_run(fleet: Fleet, run_id: str, *, grace: float | None = None) -
     if info.status.is_terminal:
         return info
     reference = read_reference(info)
-    if await _withdraw(reference):
+    backend = await fleet.backend(reference.backend)
+    if await backend.withdraw(reference):
         await fleet.tracking.update_run(run_id, RunStatus.KILLED)
         return await fleet.tracking.get_run(run_id)
-    backend = await fleet.backend(reference.backend)
     handle = await backend.attach(reference)
     if (await handle.get_status()).is_terminal:
         return await wait_for(fleet, run_id)
@@ -150,10 +149,12 @@ async def read_logs(fleet: Fleet, run_id: str, *, follow: bool) -> AsyncGenerato
     info = await fleet.tracking.get_run(run_id)
     kept = runs_folder() / run_id / "output.log"
     reference = read_reference(info) if JobRef.TAG in info.tags else None
-    elsewhere = reference is not None and reference.backend != "local" and not info.status.is_terminal
+    backend = None
+    if reference is not None and not info.status.is_terminal:
+        backend = await fleet.backend(reference.backend)
     handle: BackendRun | None = None
-    if elsewhere and reference is not None:
-        handle = await (await fleet.backend(reference.backend)).attach(reference)
+    if backend is not None and reference is not None and not backend.runs_here:
+        handle = await backend.attach(reference)
         lines = handle.logs(follow=follow)
     else:
         if reference is not None and reference.data.get("output"):
@@ -185,7 +186,7 @@ async def _over(fleet: Fleet, run_id: str) -> None:
     pause = _SHORTEST_PAUSE
     while True:
         info = await fleet.tracking.get_run(run_id)
-        if info.status.is_terminal or await _is_abandoned(info):
+        if info.status.is_terminal or await _is_abandoned(fleet, info):
             return
         await anyio.sleep(pause)
         pause = min(pause * 1.5, _LONGEST_PAUSE)
@@ -208,45 +209,13 @@ async def _try_to_cancel(fleet: Fleet, run_id: str, grace: float | None, errors:
         errors[run_id] = error
 
 
-async def _withdraw(reference: JobRef) -> bool:
-    """Keep a run on this machine from beginning; False if it has, or is elsewhere."""
-    if reference.backend != "local" or "folder" not in reference.data:
-        return False
-
-    def withdraw() -> bool:
-        if not durable.is_here(reference):
-            raise BackendError(
-                f"the run {reference.run_id} is on {reference.data.get('host')}: cancel it there", backend="local"
-            )
-        return durable.withdraw(reference)
-
-    return await FILES.run(withdraw)
-
-
-async def _is_abandoned(info: RunInfo) -> bool:
-    """Whether a run is over and the process that should say so is gone."""
+async def _is_abandoned(fleet: Fleet, info: RunInfo) -> bool:
+    """Return True if a run is over and the process that should write its status is gone."""
     if JobRef.TAG not in info.tags:
         return False
     reference = read_reference(info)
-    if reference.backend == "local":
-        return await FILES.run(partial(_local_is_abandoned, reference))
-    if reference.backend == "docker":
-        from mlfleet.backends.docker.inventory import list_containers
-
-        found = [entry for entry in await list_containers() if entry.run_id == info.run_id]
-        return bool(found) and not found[0].supervised and found[0].state in ("exited", "dead")
-    return False
-
-
-def _local_is_abandoned(reference: JobRef) -> bool:
-    if "folder" not in reference.data or not durable.is_here(reference, this_boot=False):
-        return False
-    if durable.is_here(reference) and durable.driver_lives(reference):
-        return False
     try:
-        found = durable.find(reference, give_up=False)
-    except RunLost:
-        return True
-    if isinstance(found, durable.Living):
-        found.close()
-    return isinstance(found, durable.Ended)
+        backend = await fleet.backend(reference.backend)
+    except BackendNotFound:  # not installed here: its own process, or a machine that has it, writes the status
+        return False
+    return await backend.is_abandoned(reference)

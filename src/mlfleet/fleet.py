@@ -288,8 +288,9 @@ class Fleet:
             like=like,
             on_progress=lambda line: self.tell(RunEvent(Stage.FETCHING, request.uri, detail=line)),
         )
-        self._backends[plan.backend].check_tracking(self.tracking.uri, plan.config)
-        if plan.backend == "local" and request.resources is not None:
+        backend = self._backends[plan.backend]
+        backend.check_tracking(self.tracking.uri, plan.config)
+        if backend.runs_here and request.resources is not None:
             self._machine.check(request.resources)
         return plan
 
@@ -372,7 +373,7 @@ class Fleet:
 
     def _needed(self, plan: Plan) -> Resources | None:
         """What a run takes of this machine; None if it is not to be counted."""
-        if plan.backend != "local":
+        if not self._backends[plan.backend].runs_here:
             return None
         if plan.request.resources is None and self._max_concurrent is None:
             return Resources(cpus=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,10 +12,12 @@ import click
 
 from mlfleet._cli.options import debug_option, json_option
 from mlfleet._cli.output import complain, print_json, short
+from mlfleet._concurrency.threads import FILES
 from mlfleet._sweeps.notes import SweepEntry, list_sweeps
 from mlfleet._text.lines import last_lines
 from mlfleet._text.plain import plain_line
-from mlfleet.backends.local.inventory import LocalEntry, list_local
+from mlfleet.backends.base import Backend, ListedRun
+from mlfleet.backends.registry import find, native
 from mlfleet.errors import BackendError, BackendNotFound
 
 __all__ = ["prune", "ps"]
@@ -39,43 +42,81 @@ _BLANK = dict.fromkeys(
 
 
 @click.command()
+@click.option(
+    "-b",
+    "--backend",
+    "asked",
+    metavar="NAME",
+    multiple=True,
+    help="List also the runs of this backend, which needs a login and is not asked otherwise; repeatable.",
+)
 @_json
 @debug_option
-def ps(*, as_json: bool) -> None:
-    """List what goes on without needing its process, the newest first: sweeps with a name, their runs, containers.
+def ps(*, asked: tuple[str, ...], as_json: bool) -> None:
+    """List runs and sweeps that outlive the process that started them, the newest first.
 
     What nobody looks after was left by a process that died: mlfleet sweep --resume or mlfleet.attach(RUN_ID) picks it
     up; mlfleet logs, wait and cancel work on all.
     """
     rows = [_sweep_row(entry) for entry in list_sweeps()]
-    rows += [_local_row(entry) for entry in list_local()]
-    try:
-        rows += [_container_row(entry) for entry in anyio.run(_inventory().list_containers)]
-    except BackendNotFound:
-        _log.debug("containers are not listed", exc_info=True)
-    except BackendError as error:
-        complain(f"containers are not listed: {error}", word="Warning", color="yellow")
+    rows += [_run_row(run) for run in anyio.run(_on_each_backend, asked, lambda backend: backend.list_runs())]
     _print(sorted(rows, key=lambda row: row["created"], reverse=True), as_json=as_json, none="no runs")
 
 
 @click.command()
 @click.argument("run_ids", metavar="[RUN_ID]...", nargs=-1)
-@click.option("--running", is_flag=True, help="Also those that still run, which kills them.")
+@click.option("--running", is_flag=True, help="Remove also what still runs, which ends it.")
+@click.option("--dry-run", is_flag=True, help="Print what would be removed, and remove nothing.")
+@click.option(
+    "-b",
+    "--backend",
+    "asked",
+    metavar="NAME",
+    multiple=True,
+    help="Prune also this backend, which needs a login and is not asked otherwise; repeatable.",
+)
 @_json
 @debug_option
-def prune(*, run_ids: tuple[str, ...], running: bool, as_json: bool) -> None:
-    """Remove the Docker containers of runs that no process looks after; only of these runs, if any are named."""
-    inventory = _inventory()
-    removed = anyio.run(partial(inventory.prune_containers, run_ids, running=running))
-    _print([_container_row(entry) for entry in removed], as_json=as_json, none="nothing to remove")
+def prune(*, run_ids: tuple[str, ...], running: bool, dry_run: bool, asked: tuple[str, ...], as_json: bool) -> None:
+    """Remove what backends keep of runs that no process looks after, such as containers.
+
+    With ids of runs, remove only what is kept of these.
+    """
+
+    def work(backend: Backend) -> Awaitable[Sequence[ListedRun]]:
+        return backend.prune(run_ids, running=running, dry_run=dry_run)
+
+    removed = anyio.run(partial(_on_each_backend, asked, work, strict=True))
+    _print([_run_row(run) for run in removed], as_json=as_json, none="nothing to remove")
 
 
-def _inventory() -> Any:
-    try:
-        from mlfleet.backends.docker import inventory
-    except ImportError as error:
-        raise BackendNotFound(f"{error}. To do: pip install 'mlfleet[docker]'", backend="docker") from error
-    return inventory
+async def _on_each_backend(
+    asked: Collection[str], work: Callable[[Backend], Awaitable[Sequence[ListedRun]]], *, strict: bool = False
+) -> list[ListedRun]:
+    """Call `work` with every backend that needs no login, and with those that were asked for.
+
+    Args:
+        asked: The names of backends that were asked for. An error of theirs is raised.
+        work: Lists or removes runs.
+        strict: True to raise the errors of all backends; False to print a warning in their place.
+    """
+    found: list[ListedRun] = []
+    for name in dict.fromkeys((*native(), *asked)):
+        try:
+            kind = await FILES.run(partial(find, name))  # in a thread: it imports the backend
+            if kind.needs_login and name not in asked:
+                continue
+            async with kind() as backend:
+                found += await work(backend)
+        except BackendNotFound:
+            if name in asked:
+                raise
+            _log.debug("the backend %s is left out", name, exc_info=True)
+        except BackendError as error:
+            if strict or name in asked:
+                raise
+            complain(f"the runs of the backend {name!r} are not listed: {error}", word="Warning", color="yellow")
+    return found
 
 
 def _sweep_row(entry: SweepEntry) -> dict[str, Any]:
@@ -91,31 +132,18 @@ def _sweep_row(entry: SweepEntry) -> dict[str, Any]:
     }
 
 
-def _local_row(entry: LocalEntry) -> dict[str, Any]:
-    lines = reversed(last_lines(entry.output, 3))
+def _run_row(run: ListedRun) -> dict[str, Any]:
+    lines = () if run.output is None else reversed(last_lines(run.output, 3))
+    last_line = next((clean for line in lines if (clean := plain_line(line))), "")
     return {
         **_BLANK,
-        "run_id": entry.run_id,
-        "backend": "local",
-        "state": "running",
-        "supervised": entry.supervised,
-        "created": entry.created,
-        "pid": entry.pid,
-        "last_line": next((clean for line in lines if (clean := plain_line(line))), ""),
-    }
-
-
-def _container_row(entry: Any) -> dict[str, Any]:
-    return {
-        **_BLANK,
-        "run_id": entry.run_id,
-        "backend": "docker",
-        "state": entry.state,
-        "supervised": entry.supervised,
-        "created": entry.created,
-        "project": entry.project,
-        "image": entry.image,
-        "container": entry.name,
+        "last_line": None if run.output is None else last_line,
+        **run.detail,
+        "run_id": run.run_id,
+        "backend": run.backend,
+        "state": run.state,
+        "supervised": run.supervised,
+        "created": run.created,
     }
 
 
@@ -130,6 +158,11 @@ def _print(rows: list[dict[str, Any]], *, as_json: bool, none: str) -> None:
         created = row["created"].astimezone().strftime("%Y-%m-%d %H:%M")
         if row["sweep"]:
             what = f"{row['sweep']}  {row['project']}"
+        elif row["pid"]:
+            what = f"pid {row['pid']}  {short(row['last_line'] or '')}"
         else:
-            what = f"pid {row['pid']}  {short(row['last_line'])}" if row["pid"] else f"{row['project']}  {row['image']}"
+            what = "  ".join(str(value) for name, value in row.items() if name not in _NAMED and value)
         click.echo(f"{row['run_id']}  {row['backend']:6}  {row['state']:8}  {created}  {what.rstrip()}{after}")
+
+
+_NAMED = {"run_id", "backend", "state", "supervised", "created", "container"}  # have a column, or are for --json only

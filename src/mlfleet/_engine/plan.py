@@ -230,8 +230,9 @@ def _check_names(backend: str, env_manager: str | None) -> None:
 
 
 def _backend_name(request: RunRequest, spec: ProjectSpec) -> str:
-    """A project with ``docker_env`` that is to run on this machine runs in a container."""
-    return "docker" if request.backend == "local" and spec.docker is not None else request.backend
+    """Return the backend to use: some run projects with ``docker_env`` by another one."""
+    instead = find(request.backend).docker_backend if spec.docker is not None else None
+    return instead or request.backend
 
 
 def _tags(request: RunRequest, ground: Ground) -> dict[str, str]:

@@ -1,13 +1,14 @@
-"""What a backend is: it takes a `Job` and gives a handle. It sees no MLproject, no Git and no tracking."""
+"""The contract of backends: a backend takes a `Job` and returns a handle. It sees no MLproject, Git or tracking."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self
 
 from mlfleet._environments.base import PreparedEnvironment
 from mlfleet._project.spec import DockerEnv, EnvironmentFile
@@ -15,18 +16,28 @@ from mlfleet.errors import BackendError, UsageError
 from mlfleet.resources import Resources
 from mlfleet.runs import DEFAULT_CANCEL_GRACE, JobRef, Outcome, SubmittedRun
 
-__all__ = ["Backend", "BackendRun", "DockerRequest", "Job", "ProjectCall"]
+if TYPE_CHECKING:
+    # Defaults of type variables (PEP 696) are for type checkers only until Python 3.13.
+    from typing_extensions import TypeVar
+
+    Config = TypeVar("Config", default=Any)
+else:
+    from typing import TypeVar
+
+    Config = TypeVar("Config")
+
+__all__ = ["Backend", "BackendRun", "DockerRequest", "Job", "ListedRun", "ProjectCall"]
 
 
 @dataclass(frozen=True, slots=True)
 class DockerRequest:
-    """What a project with ``docker_env`` and its caller ask for.
+    """The Docker settings of a project with ``docker_env`` and of its caller.
 
     Attributes:
-        env: the project's ``docker_env``.
-        args: flags of ``docker run`` (values of ``env`` may be secret).
-        build_image: build an image of base and project, rather than run the base image itself.
-        auth: credentials for the registry (secret).
+        env: The project's ``docker_env``.
+        args: Flags of ``docker run`` (values of ``env`` may be secret).
+        build_image: True to build an image of base and project, rather than run the base image itself.
+        auth: Credentials for the registry (secret).
     """
 
     env: DockerEnv
@@ -37,18 +48,18 @@ class DockerRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProjectCall:
-    """The call as it was made, for backends that read the project themselves.
+    """The caller's arguments, for backends that read the project themselves.
 
     Attributes:
-        uri: of a Git project elsewhere; None: `Job.project_dir` is the project.
-        version: the commit that `uri` was found to be at.
-        entry_point: its name, or a script of the project.
-        parameters: as they were given: without defaults, and nothing downloaded.
-        env_manager: None: by the project's files.
-        storage_dir: where ``path`` parameters are to be downloaded to.
-        docker_args: flags of ``docker run``.
-        build_image: build an image of base and project.
-        docker_auth: credentials for the registry (secret).
+        uri: The URI of a Git project elsewhere. None: `Job.project_dir` is the project.
+        version: The commit that `uri` was resolved to.
+        entry_point: The entry point's name, or a script of the project.
+        parameters: The parameters as given: without defaults, and nothing downloaded.
+        env_manager: The environment manager. None: chosen by the project's files.
+        storage_dir: The folder to download ``path`` parameters to.
+        docker_args: Flags of ``docker run``.
+        build_image: True to build an image of base and project.
+        docker_auth: Credentials for the registry (secret).
     """
 
     uri: str | None
@@ -64,34 +75,34 @@ class ProjectCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """All that a backend may know of a run.
+    """All that a backend may know about a run.
 
     Attributes:
-        run_id: of the MLflow run; names of remote things derive from it.
-        experiment_id: of its experiment.
-        project_name: as MLproject says, or the folder's name.
-        project_dir: the folder of the project on this machine; the command's working directory.
-        commit: the Git commit of the folder, if it is a clean checkout.
-        command: the rendered command, for ``bash -c``.
-        environ: variables to set for the command, on top of the caller's where the backend runs on this machine.
-        secrets: more such variables, which must never be seen in logs, tags, argv or errors.
-        environment: prepared on this machine; None where the backend brings its own.
-        docker: what a project with ``docker_env`` asks for.
-        config: what this backend's `configure` made of ``backend_config``.
-        output: the file to capture stdout and stderr into; None: they are inherited from this process.
-        cancel_grace: seconds between the request to stop and the end by force.
-        resources: what the run needs, where the backend can see to it.
-        durable: whether the run must go on, and be found again by `Backend.attach`, if this process dies. For runs on
-            this machine; those elsewhere do so anyway.
-        paths: what the command's ``path`` parameters name on this machine: files and folders, absolute.
-        placed: text in the command → value, of those to which `Backend.place` gave a place.
-        environment_file: of the project, for backends that bring their own environment.
-        spark_job: the project's ``databricks_spark_job``.
-        tracking_uri: of the tracking server or store, without credentials.
-        artifact_uri: where the artifacts of the MLflow run are; empty if that is not known.
-        on_progress: takes one line on what `Backend.submit` is at, such as how far an image is pulled.
-        call: gives what the caller asked for, for backends that read the project themselves.
-        sweep_id: the MLflow run of the sweep that the run belongs to.
+        run_id: The id of the MLflow run; names of remote things derive from it.
+        experiment_id: The id of its experiment.
+        project_name: The name in MLproject, or the folder's name.
+        project_dir: The folder of the project on this machine; the command's working directory.
+        commit: The Git commit of the folder, if it is a clean checkout.
+        command: The rendered command, for ``bash -c``.
+        environ: Variables to set for the command, on top of the caller's where the backend runs on this machine.
+        secrets: More such variables, which must never appear in logs, tags, argv or errors.
+        environment: The Python environment, prepared on this machine; None where the backend brings its own.
+        docker: The Docker settings of a project with ``docker_env``.
+        config: The result of this backend's `Backend.configure` for ``backend_config``.
+        output: The file to capture stdout and stderr into; None: they are inherited from this process.
+        cancel_grace: Seconds between the request to stop and the end by force.
+        resources: The resources that the run needs, where the backend can provide them.
+        durable: True if the run must go on, and be found again by `Backend.attach`, when this process dies. For runs
+            on this machine; those elsewhere go on anyway.
+        paths: The files and folders of this machine, absolute, that the command's ``path`` parameters name.
+        placed: Text in the command → value, for parameters that `Backend.place` gave a place.
+        environment_file: The project's environment file, for backends that bring their own environment.
+        spark_job: The project's ``databricks_spark_job``.
+        tracking_uri: The URI of the tracking server or store, without credentials.
+        artifact_uri: The place of the MLflow run's artifacts; empty if unknown.
+        on_progress: Called with one line on the progress of `Backend.submit`, such as the layers pulled so far.
+        call: Returns the caller's arguments, for backends that read the project themselves.
+        sweep_id: The MLflow run of the sweep that the run belongs to.
     """
 
     run_id: str
@@ -120,37 +131,72 @@ class Job:
     sweep_id: str | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListedRun:
+    """A run that a backend still has something of, whichever process submitted it.
+
+    Attributes:
+        run_id: The id of the MLflow run.
+        backend: The backend's name.
+        created: The time at which the backend's part of the run was made.
+        state: The backend's own word for the run's state, such as ``running`` or ``exited``.
+        supervised: False if no process will conclude the run; True also if that cannot be seen from this machine.
+        detail: More facts by name: ``pid``, ``container``, ``project``, ``image``, … They become fields of
+            ``mlfleet ps --json``.
+        output: The file on this machine with the run's output; None if there is none.
+        size: Bytes that `Backend.prune` frees by removing it; None if unknown.
+    """
+
+    run_id: str
+    backend: str
+    created: datetime
+    state: str
+    supervised: bool
+    detail: Mapping[str, str | int] = field(default_factory=dict)
+    output: Path | None = None
+    size: int | None = None
+
+
 class BackendRun(SubmittedRun, Protocol):
-    """The handle that a backend gives: a `SubmittedRun` that also tells when it began and how it ended."""
+    """The handle that a backend returns: a `SubmittedRun` that also reports its start and its outcome."""
 
     async def started(self) -> None:
-        """Wait until the command runs, or has ended, or never will. Any number of waiters."""
+        """Wait until the command runs, has ended, or can never run. Any number of tasks may wait."""
         ...
 
     async def cancel(self, *, grace: float | None = None) -> None:
         """End the run, as `SubmittedRun` says.
 
         Args:
-            grace: seconds between the request to stop and the end by force; None: as the job says. Of several calls the
+            grace: Seconds between the request to stop and the end by force; None: as the job says. Of several calls the
                 shortest grace counts.
         """
         ...
 
     async def outcome(self) -> Outcome:
-        """Wait for the end and tell how it was. KILLED only if `cancel` ended it. Any number of waiters."""
+        """Wait for the end and return the outcome. KILLED only if `cancel` ended the run. Any number may wait."""
         ...
 
 
-class Backend(ABC):
-    """Runs jobs somewhere. One instance serves all runs of a Fleet.
+class Backend(ABC, Generic[Config]):
+    """A place where jobs run. One instance serves all runs of a Fleet.
+
+    ``Backend[MyConfig]`` names the type that `configure` returns.
 
     Attributes:
-        name: by which it is asked for.
-        needs_environment: whether the Fleet prepares the project's Python environment on this machine for it.
+        name: The name to ask for it by.
+        needs_environment: True if the Fleet must prepare the project's Python environment on this machine.
+        runs_here: True if runs use this machine's CPUs, memory and GPUs, so that the Fleet reserves them, and write
+            their output to `Job.output` without help of the process that submitted them.
+        docker_backend: The name of the backend to use in this one's place for projects with ``docker_env``.
+        needs_login: True if `list_runs` may begin a login: ``mlfleet ps`` then asks it only on request.
     """
 
     name: ClassVar[str]
     needs_environment: ClassVar[bool] = False
+    runs_here: ClassVar[bool] = False
+    docker_backend: ClassVar[str | None] = None
+    needs_login: ClassVar[bool] = False
 
     async def __aenter__(self) -> Self:
         """Open clients; start what is shared by all runs."""
@@ -161,65 +207,72 @@ class Backend(ABC):
     ) -> None:
         return None
 
-    def configure(self, config: Mapping[str, Any]) -> object:
+    # ---- before anything exists -------------------------------------------------------------------------------------
+
+    def configure(self, config: Mapping[str, Any]) -> Config:
         """Check ``backend_config`` and make a frozen dataclass of it, which comes back as ``Job.config``.
 
-        Called before anything exists. The mapping is the caller's and is not changed.
+        Called before anything exists. The mapping is the caller's and must not be changed.
 
         Raises:
-            UsageError: an unknown key (naming the known ones) or a wrong value.
+            UsageError: An unknown key (the message names the known ones) or a wrong value.
         """
         if config:
             raise UsageError(
                 f"the backend {self.name!r} takes no configuration, but backend_config has {', '.join(sorted(config))}"
             )
-        return None
+        return None  # type: ignore[return-value]
 
-    def check(self, docker: DockerRequest | None, folder: Path) -> None:  # noqa: B027 - most need not look
-        """Check what the project and its caller ask of Docker. Blocking; called in a thread before anything exists.
+    def check(self, docker: DockerRequest | None, folder: Path) -> None:
+        """Check the Docker settings of the project and its caller. Blocking; called before anything exists.
 
         Args:
-            docker: None for a project without ``docker_env``.
-            folder: of the project.
+            docker: The settings; None for a project without ``docker_env``.
+            folder: The folder of the project.
 
         Raises:
-            UsageError: the backend cannot run it.
+            UsageError: The backend cannot run it.
         """
 
     def place(self, path: str, index: int, folder: Path) -> str | None:
-        """Where the command finds what a ``path`` parameter names, if not on this machine. Blocking.
+        """Return where the command finds what a ``path`` parameter names, if not on this machine. Blocking.
 
         Args:
-            path: a URI, or the absolute path of what may or may not exist.
-            index: of the parameter, for a name of its own.
-            folder: of the project.
+            path: A URI, or an absolute path, which need not exist.
+            index: The number of the parameter, for a name of its own.
+            folder: The folder of the project.
 
         Returns:
             The text for the command. None: a file of this machine is meant, to which URIs are downloaded.
 
         Raises:
-            ValueError: the command would not find it; the text says why and what to do.
+            ValueError: The command would not find it; the text says why and what to do.
         """
         return None
 
-    def check_tracking(self, uri: str, config: object = None) -> None:  # noqa: B027 - most need not look
-        """Check whether runs can reach their tracking server or store. Called before anything exists.
+    def check_tracking(self, uri: str, config: Config | None = None) -> None:
+        """Check that runs can reach their tracking server or store. Called before anything exists.
 
         Args:
-            uri: of the tracking that this process uses.
-            config: what `configure` made of ``backend_config``, which may name another address for runs.
+            uri: The URI of the tracking that this process uses.
+            config: The result of `configure`, which may name another address for runs.
 
         Raises:
-            UsageError: they cannot.
+            UsageError: They cannot.
         """
 
     def preview(self, job: Job) -> str | None:
-        """What `submit` would ask for, for people; None: there is nothing to see. Blocking; makes and asks nothing.
+        """Return the request that `submit` would make, for people to read. Blocking; makes and asks nothing.
+
+        Returns:
+            The text; None if there is nothing to show.
 
         Raises:
-            MlfleetError: the job cannot be submitted.
+            MlfleetError: The job cannot be submitted.
         """
         return None
+
+    # ---- one run ----------------------------------------------------------------------------------------------------
 
     @abstractmethod
     async def submit(self, job: Job) -> BackendRun:
@@ -228,32 +281,83 @@ class Backend(ABC):
         A cancelled call leaves nothing running.
 
         Raises:
-            BackendError: it cannot be started; nothing of it is left.
+            BackendError: It cannot be started; nothing of it is left.
         """
 
     def reference(self, job: Job) -> JobRef | None:
-        """Where the job will be found after this process died; None: it cannot be.
+        """Return where the job can be found after this process died; None if it cannot be.
 
-        Asked before the job starts, when `Job.command`, `Job.environment` and `Job.project_dir` may still be
+        Called before the job starts, when `Job.command`, `Job.environment` and `Job.project_dir` may still be
         provisional.
         """
         return None
 
     def tags(self, run: BackendRun) -> Mapping[str, str]:
-        """Tags for the MLflow run that are known only now that it was submitted."""
+        """Return tags for the MLflow run that are known only after the submit."""
         return {}
 
     def second_run(self, run: BackendRun) -> str | None:
-        """The id of an MLflow run that the job logs to instead of its own, because something made it one; else None."""
+        """Return the id of an MLflow run that the job logs to instead of its own, if there is one."""
         return None
 
     async def attach(self, ref: JobRef) -> BackendRun:
-        """The handle of a job that an earlier process submitted.
+        """Return the handle of a job that an earlier process submitted.
 
         Raises:
-            RunLost: it is not there any more.
-            BackendError: this backend's runs cannot be attached to.
+            RunLost: It does not exist any more.
+            BackendError: This backend's runs cannot be attached to.
         """
         raise BackendError(
             f"runs of the backend {self.name!r} end with the process that started them", backend=self.name
         )
+
+    # ---- runs of other processes ------------------------------------------------------------------------------------
+
+    async def list_runs(self) -> Sequence[ListedRun]:
+        """Return the runs that the backend still has something of, in any order, whichever process submitted them.
+
+        The default is for backends whose runs end with the process that started them.
+
+        Raises:
+            BackendError: The backend cannot be asked.
+        """
+        return ()
+
+    async def prune(
+        self, run_ids: Collection[str] = (), *, running: bool = False, dry_run: bool = False
+    ) -> Sequence[ListedRun]:
+        """Remove what is left of runs that no process looks after.
+
+        Args:
+            run_ids: The ids of the runs to look at; empty: all.
+            running: True to remove also what still runs, which ends it. Otherwise it is left for `attach`.
+            dry_run: True to remove nothing.
+
+        Returns:
+            The runs whose leftovers were removed, or would be.
+
+        Raises:
+            BackendError: The backend cannot be asked.
+        """
+        return ()
+
+    async def is_abandoned(self, ref: JobRef) -> bool:
+        """Return True if a run is over or gone, and so is the process that should write its status to MLflow.
+
+        `attach` then gives its outcome or raises `RunLost`. Called again and again while somebody waits for the run.
+
+        Raises:
+            BackendError: The backend cannot be asked.
+        """
+        return False
+
+    async def withdraw(self, ref: JobRef) -> bool:
+        """Keep a run from beginning, if it has not begun yet.
+
+        Returns:
+            True if the run never begins. False if it has begun, or cannot be kept from it: it must be cancelled.
+
+        Raises:
+            BackendError: It can be ended only elsewhere.
+        """
+        return False

@@ -15,7 +15,7 @@ from mlfleet.errors import BackendNotFound
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-__all__ = ["available", "find"]
+__all__ = ["available", "find", "native"]
 
 _GROUP = "mlfleet.backends"
 
@@ -79,9 +79,14 @@ def find(name: str) -> type[Backend]:
 
 
 def available() -> tuple[str, ...]:
-    """The names of all backends, sorted; those of plugins included."""
+    """Return the names of all backends, sorted; those of plugins included."""
+    return tuple(sorted({*native(), *_plugins(GROUP)}))
+
+
+def native() -> tuple[str, ...]:
+    """Return the names of the backends that are written for mlfleet, sorted; those of its plugins included."""
     built_in = {name for name, entry in _BUILT_IN.items() if importlib.util.find_spec(entry.module)}
-    return tuple(sorted(built_in | _plugins(_GROUP).keys() | _plugins(GROUP).keys()))
+    return tuple(sorted(built_in | _plugins(_GROUP).keys()))
 
 
 @cache

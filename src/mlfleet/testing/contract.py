@@ -313,8 +313,34 @@ class BackendContract:
                 await bench.backend.attach(JobRef(bench.backend.name, job.run_id))
             return
         await bench.backend.submit(job)
+        assert await bench.backend.is_abandoned(reference) is False  # this process writes its status
+        assert await bench.backend.withdraw(reference) is False  # it is on its way already
         async with bench.harness.open() as other:
             again = await other.attach(reference)
             assert again.run_id == job.run_id
             assert (await again.outcome()).exit_code == 6
             assert await everything(again) == ["ready", "end"]
+
+    # --- runs of other processes
+
+    async def test_list_runs_gives_what_goes_on_or_nothing(self, bench: Bench) -> None:
+        job = bench.job(FOREVER)
+        run = await bench.backend.submit(job)
+        await seen(run, READY)
+        listed = {each.run_id: each for each in await bench.backend.list_runs()}
+        assert all(each.backend == bench.backend.name for each in listed.values())
+        if job.run_id in listed:
+            assert listed[job.run_id].supervised
+            assert listed[job.run_id].created.tzinfo is not None
+            assert listed[job.run_id].state
+        await run.cancel()
+        assert job.run_id not in {each.run_id for each in await bench.backend.list_runs()}
+
+    async def test_prune_leaves_what_this_process_looks_after(self, bench: Bench) -> None:
+        job = bench.job(FOREVER)
+        run = await bench.backend.submit(job)
+        await seen(run, READY)
+        assert not await bench.backend.prune([job.run_id], running=True, dry_run=True)
+        assert not await bench.backend.prune([job.run_id], running=True)
+        assert await run.get_status() is RunStatus.RUNNING
+        await run.cancel()

@@ -109,6 +109,7 @@ class DatabricksBackend(Backend):
     """
 
     name: ClassVar[str] = "databricks"
+    needs_login: ClassVar[bool] = True
 
     def __init__(self, *, timing: Timing | None = None) -> None:
         self._timing = timing or Timing()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,12 @@ from mlfleet._concurrency.threads import FILES
 from mlfleet._oci import login as auth
 from mlfleet._paths import runs_folder
 from mlfleet.backends._remote.run import SupervisedRuns
-from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job
+from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job, ListedRun
 from mlfleet.backends.docker.client import Engine, EngineError
 from mlfleet.backends.docker.container import container_body, container_name
 from mlfleet.backends.docker.endpoint import Endpoint
 from mlfleet.backends.docker.image import Image, Images, check_reference
+from mlfleet.backends.docker.inventory import list_containers, prune_containers
 from mlfleet.backends.docker.output import Custody
 from mlfleet.backends.docker.run import Container, DockerRun, remove_container
 from mlfleet.backends.docker.run_options import ContainerOptions, parse_arguments
@@ -37,7 +38,7 @@ _AT_ONCE = 16  # containers that are created and started at the same time; more 
 _GRACE = 60.0  # seconds to take back a container whose submission is cancelled
 
 
-class DockerBackend(Backend):
+class DockerBackend(Backend[None]):
     """Runs jobs in containers of one engine: that of ``DOCKER_HOST``, ``DOCKER_CONTEXT`` or Docker's current context.
 
     Leaving the backend ends the containers that it submitted, and leaves those that it attached to alone.
@@ -148,6 +149,21 @@ class DockerBackend(Backend):
         held = Custody.told_by(labels.get(DRIVER_LABEL, ""), ref.run_id)
         custody = await FILES.run(partial(_take, held))
         return self._supervise(container, custody, submitted=False)
+
+    async def list_runs(self) -> Sequence[ListedRun]:
+        """Return the runs whose container the engine has; see `Backend.list_runs`."""
+        return await list_containers(self._engine)
+
+    async def prune(
+        self, run_ids: Collection[str] = (), *, running: bool = False, dry_run: bool = False
+    ) -> Sequence[ListedRun]:
+        """Remove the containers that no process of this machine looks after; see `Backend.prune`."""
+        return await prune_containers(self._engine, run_ids, running=running, dry_run=dry_run)
+
+    async def is_abandoned(self, ref: JobRef) -> bool:
+        """Return True if the run's container has ended and no process looks after it."""
+        found = await list_containers(self._engine, ref.run_id)
+        return bool(found) and not found[0].supervised and found[0].state in ("exited", "dead")
 
     # ---- one container ----------------------------------------------------------------------------------------------
 

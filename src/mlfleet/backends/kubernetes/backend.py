@@ -46,6 +46,7 @@ class KubernetesBackend(Backend):
     """
 
     name: ClassVar[str] = "kubernetes"
+    needs_login: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._connections = Connections()

@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -20,8 +20,9 @@ from mlfleet._concurrency.threads import FILES
 from mlfleet._process.process import Command, Process, start
 from mlfleet._process.reattach import AdoptedProcess
 from mlfleet._text.lines import follow_file, last_lines
-from mlfleet.backends.base import Backend, BackendRun, Job
+from mlfleet.backends.base import Backend, BackendRun, Job, ListedRun
 from mlfleet.backends.local import durable
+from mlfleet.backends.local.inventory import list_local
 from mlfleet.errors import BackendError, RunLost, SubmitError
 from mlfleet.runs import DEFAULT_CANCEL_GRACE, JobRef, Outcome, RunStatus
 
@@ -30,7 +31,7 @@ __all__ = ["LocalBackend"]
 _START_PATIENCE, _START_POLL = 5.0, 0.05  # seconds that a run to attach to may take to begin
 
 
-class LocalBackend(Backend):
+class LocalBackend(Backend[None]):
     """Runs jobs as processes on this machine, each in a session of its own, so that Ctrl-C reaches only this process.
 
     Leaving the backend ends what still runs.
@@ -38,6 +39,8 @@ class LocalBackend(Backend):
 
     name: ClassVar[str] = "local"
     needs_environment: ClassVar[bool] = True
+    runs_here: ClassVar[bool] = True
+    docker_backend: ClassVar[str | None] = "docker"
 
     def __init__(self) -> None:
         self._runs: set[_LocalRun] = set()
@@ -97,6 +100,31 @@ class LocalBackend(Backend):
         run = _LocalRun(ref.run_id, output, grace, process, partial(durable.conclude, Path(str(ref.data["folder"]))))
         self._keep(run, process)
         return run
+
+    async def list_runs(self) -> Sequence[ListedRun]:
+        """Return the runs of this machine that outlive the process that started them: those of sweeps with a name."""
+        return await FILES.run(list_local)
+
+    async def is_abandoned(self, ref: JobRef) -> bool:
+        """Return True if a run of this machine is over and the process that started it is gone."""
+        return await FILES.run(partial(durable.is_abandoned, ref))
+
+    async def withdraw(self, ref: JobRef) -> bool:
+        """Claim a run that its shell has not claimed yet, so that it never begins.
+
+        Raises:
+            BackendError: The run is on another machine.
+        """
+        if "folder" not in ref.data:
+            return False
+
+        def withdraw() -> bool:
+            if not durable.is_here(ref):
+                text = f"the run {ref.run_id} is on {ref.data.get('host')}: cancel it there"
+                raise BackendError(text, backend=self.name)
+            return durable.withdraw(ref)
+
+        return await FILES.run(withdraw)
 
     async def _find(self, ref: JobRef) -> durable.Living | durable.Ended:
         """Look for a run, and wait a little for one that is just being started."""

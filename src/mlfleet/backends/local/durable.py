@@ -29,6 +29,7 @@ __all__ = [
     "conclude",
     "driver_lives",
     "find",
+    "is_abandoned",
     "is_here",
     "reference",
     "run_folder",
@@ -187,6 +188,21 @@ def is_here(ref: JobRef, *, this_boot: bool = True) -> bool:
         this_boot: False: it may have been booted since.
     """
     return ref.data.get("host") == socket.gethostname() and (not this_boot or ref.data.get("boot") == _boot())
+
+
+def is_abandoned(ref: JobRef) -> bool:
+    """Return True if a run of this machine is over and the process that submitted it is gone. Blocking."""
+    if "folder" not in ref.data or not is_here(ref, this_boot=False):
+        return False
+    if is_here(ref) and driver_lives(ref):
+        return False
+    try:
+        found = find(ref, give_up=False)
+    except RunLost:
+        return True
+    if isinstance(found, Living):
+        found.close()
+    return isinstance(found, Ended)
 
 
 def withdraw(ref: JobRef) -> bool:

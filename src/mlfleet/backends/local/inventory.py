@@ -3,37 +3,18 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from mlfleet._paths import runs_folder
 from mlfleet._process.reattach import CAN_ADOPT, start_time
+from mlfleet.backends.base import ListedRun
 
-__all__ = ["LocalEntry", "list_local"]
-
-
-@dataclass(frozen=True, slots=True)
-class LocalEntry:
-    """A run that can be attached to.
-
-    Attributes:
-        run_id: of the MLflow run.
-        pid: of its shell, which leads its session.
-        created: when it began.
-        supervised: whether the process that started it still lives.
-        output: the file with its output.
-    """
-
-    run_id: str
-    pid: int
-    created: datetime
-    supervised: bool
-    output: Path
+__all__ = ["list_local"]
 
 
-def list_local() -> list[LocalEntry]:
-    """All of them, the newest first. Blocking.
+def list_local() -> list[ListedRun]:
+    """Return all of them, the newest first. Blocking.
 
     Only runs that outlive their process are known: those of sweeps with a name.
     """
@@ -47,7 +28,7 @@ def list_local() -> list[LocalEntry]:
     return sorted(found, key=lambda entry: entry.created, reverse=True)
 
 
-def _entry(folder: Path) -> list[LocalEntry]:
+def _entry(folder: Path) -> list[ListedRun]:
     if (folder / "exit-code").exists():
         return []
     claim = folder / "process"
@@ -58,9 +39,11 @@ def _entry(folder: Path) -> list[LocalEntry]:
         return []
     # A process whose parent has died gets another one: init, if nobody else asked for orphans.
     return [
-        LocalEntry(
+        ListedRun(
             run_id=folder.name,
-            pid=pid,
+            backend="local",
+            state="running",
+            detail={"pid": pid},
             created=datetime.fromtimestamp(claim.stat().st_mtime, UTC),
             supervised=_field(now, 1) == _field(stat, 1) != "1",
             output=folder / "output.log",
