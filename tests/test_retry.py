@@ -83,6 +83,11 @@ async def test_retry_after_lengthens_the_pause_and_is_not_awaited_in_vain() -> N
     assert service.calls == 1
 
 
+async def test_any_function_that_returns_an_awaitable_is_called() -> None:
+    service = Service(1)
+    assert await RetryPolicy(seconds=60, first_pause=0).call(lambda: service(), retry_if=is_busy) == "done"
+
+
 async def test_an_error_may_have_a_policy_of_its_own() -> None:
     service = Service(9)
     strict = RetryPolicy(seconds=60, first_pause=0, attempts=2)

@@ -20,7 +20,7 @@ from mlfleet.errors import BackendNotFound, MlfleetError, UsageError
 from mlfleet.fleet import Fleet
 from mlfleet.runs import JobRef, Outcome, RunStatus
 from mlfleet.tracking import RunInfo
-from mlfleet.tracking.ending import end_run
+from mlfleet.tracking.base import end_run
 
 __all__ = ["cancel_run", "cancel_sweep", "read_logs", "wait_for"]
 

@@ -84,7 +84,11 @@ class RetryPolicy:
             before_sleep=log,
             reraise=True,
         )
-        return await retrying(work)
+
+        async def attempt() -> T:  # tenacity awaits coroutine functions only
+            return await work()
+
+        return await retrying(attempt)
 
     def _pause(self, state: RetryCallState) -> float:
         # tenacity counts attempts from 1. The exponent is bounded, since floats overflow at 2**1024.

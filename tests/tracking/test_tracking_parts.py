@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import pickle
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,6 @@ from mlfleet.tracking import Credentials, EmbeddedTracking, RestTracking, Tracki
 from mlfleet.tracking.auth import split_userinfo
 from mlfleet.tracking.locations import ModelRef, absolute_uri, join, parse_model_uri, parse_run_uri, safe_path
 from mlfleet.tracking.models import batches, run_info, shortened
-from mlfleet.tracking.retry import Patience, RetryPolicy, Transient, retry_after
 
 
 @pytest.mark.parametrize(
@@ -138,36 +135,6 @@ def test_a_run_of_any_version_of_mlflow_is_understood() -> None:
     assert run.metrics["steps"] == 3.0
     with pytest.raises(TrackingError, match="not understood"):
         run_info({"info": {**info, "status": "DREAMING"}})
-
-
-def test_retry_after_is_seconds_or_a_date() -> None:
-    assert retry_after({"retry-after": "7"}) == 7.0
-    later = format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True)
-    waiting = retry_after({"retry-after": later})
-    assert waiting is not None
-    assert 90 < waiting <= 100
-    assert retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0.0
-    for nonsense in ("", "soon", "-3", "٣"):
-        assert retry_after({"retry-after": nonsense}) is None
-
-
-async def test_patience_ends_with_its_time_or_its_tries() -> None:
-    failure = Transient(TrackingError("no answer"))
-    assert not await Patience(RetryPolicy(seconds=0)).wait(failure)
-    limited = Patience(RetryPolicy(backoff=0, tries=3))
-    assert [await limited.wait(failure) for _ in range(3)] == [True, True, False]
-    assert "tried 3 times" in str(limited.verdict(failure))
-    asked = Transient(TrackingError("busy"), retry_after=1000.0)
-    assert not await Patience(RetryPolicy(seconds=100)).wait(asked)
-
-
-async def test_a_server_that_never_answered_is_given_up_earlier_unless_a_time_was_asked_for() -> None:
-    refused = Transient(TrackingError("refused"), connected=False, executed=False)
-    policy = RetryPolicy(backoff=0)
-    unknown = Patience(policy, answered=lambda: False)
-    assert [await unknown.wait(refused) for _ in range(3)] == [True, True, False]
-    for patient in (Patience(policy, answered=lambda: True), Patience(policy, seconds=100, answered=lambda: False)):
-        assert all([await patient.wait(refused) for _ in range(10)])
 
 
 def test_the_error_survives_a_process_pool() -> None:

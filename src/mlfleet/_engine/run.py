@@ -18,8 +18,7 @@ from mlfleet._engine.plan import Plan
 from mlfleet.backends.base import Backend, BackendRun, Job
 from mlfleet.errors import MlfleetError, RunCancelled, RunLost, RunTimeout, TrackingError, UsageError
 from mlfleet.runs import STARTED_TAG, Outcome, RunEvent, RunStatus, Stage, failure
-from mlfleet.tracking.base import RunInfo
-from mlfleet.tracking.ending import end_run
+from mlfleet.tracking.base import RunInfo, end_run
 
 __all__ = ["FleetRun"]
 
@@ -305,8 +304,8 @@ class FleetRun:
                     outcome = replace(outcome, status=RunStatus.KILLED, reason="cancelled by another process")
             except TrackingError as error:
                 logger.error(
-                    "the run %s is %s, but its tracking server could not be told for %g s: %s",
-                    self._info.run_id, outcome.status, self._services.tracking_patience, error,
+                    "the run %s is %s, but its status could not be written to MLflow: %s",
+                    self._info.run_id, outcome.status, error,
                 )  # fmt: skip
                 outcome = replace(outcome, tracking_error=error)
         self._ended(outcome)

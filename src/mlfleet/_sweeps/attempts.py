@@ -19,8 +19,7 @@ from mlfleet._sweeps.source import point_key
 from mlfleet.errors import BackendError, MlfleetError, ParameterError, RunLost, SpecError, TrackingError
 from mlfleet.runs import JobRef, Outcome, RunEvent, RunStatus, Stage, Timeouts
 from mlfleet.spaces import Point
-from mlfleet.tracking.base import RunInfo, Tracking
-from mlfleet.tracking.ending import end_run
+from mlfleet.tracking.base import RunInfo, Tracking, end_run
 
 __all__ = ["Attempts", "Launcher"]
 

@@ -25,8 +25,7 @@ from mlfleet._sweeps.results import SweepCounts
 from mlfleet._sweeps.settings import SweepSettings
 from mlfleet.errors import TrackingError, UsageError
 from mlfleet.runs import RunStatus
-from mlfleet.tracking.base import RunInfo, Tracking
-from mlfleet.tracking.ending import end_run
+from mlfleet.tracking.base import RunInfo, Tracking, end_run
 
 __all__ = ["NAME_TAG", "SPACE_TAG", "STOPPED_TAG", "History", "SweepRecord", "is_driven", "open_record"]
 
@@ -264,7 +263,7 @@ async def _close(tracking: Tracking, record: SweepRecord, patience: float) -> No
             record.status = RunStatus.KILLED  # by another process
     except TrackingError as error:
         logger.error(
-            "the sweep %s is %s, but its tracking server could not be told: %s",
+            "the sweep %s is %s, but its status could not be written to MLflow: %s",
             record.info.run_id, record.status, error,
         )  # fmt: skip
 

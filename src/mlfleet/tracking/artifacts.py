@@ -11,12 +11,11 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
 from urllib.parse import quote
 
-import anyio
-
 from mlfleet._concurrency.threads import TRANSFERS
 from mlfleet._text.masking import mask_uri
 from mlfleet.errors import TrackingError
 from mlfleet.tracking import objectstore
+from mlfleet.tracking.http import ARTIFACTS, ServerClient
 from mlfleet.tracking.locations import (
     ModelRef,
     join,
@@ -27,7 +26,6 @@ from mlfleet.tracking.locations import (
     safe_path,
     split_uri,
 )
-from mlfleet.tracking.transport import ARTIFACTS, Transport
 
 __all__ = ["Artifacts"]
 
@@ -41,8 +39,8 @@ T = TypeVar("T")
 class Artifacts:
     """Reads and writes the artifacts that one server knows of."""
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
+    def __init__(self, client: ServerClient) -> None:
+        self._client = client
 
     async def upload(self, root: str, path: Path, artifact_path: str | None) -> None:
         """Store the file `path` in the folder `artifact_path` below the URI `root`."""
@@ -50,7 +48,7 @@ class Artifacts:
         target = str(PurePosixPath(folder) / path.name)
         served = self._served(root)
         if served is not None:
-            await self._transport.again(partial(self._put, _url(str(PurePosixPath(served) / target)), path))
+            await self._client.retry(partial(self._put, _url(str(PurePosixPath(served) / target)), path))
             return
         local = local_path(root)
         work = (
@@ -69,8 +67,7 @@ class Artifacts:
             await self._fetch(root, half)
             await self._in_thread(partial(os.replace, half, folder / name))
         except BaseException:
-            with anyio.CancelScope(shield=True):
-                await self._in_thread(partial(_remove, half))
+            await TRANSFERS.finish(partial(_remove, half))
             raise
         return folder / name
 
@@ -90,26 +87,26 @@ class Artifacts:
         raise TrackingError(f"{uri!r} stands for another URI, and that for another, without an end", uri=uri)
 
     async def _run_root(self, run_id: str) -> str:
-        answer = await self._transport.call("GET", "runs/get", params={"run_id": run_id})
+        answer = await self._client.call("GET", "runs/get", params={"run_id": run_id})
         return str(answer.get("run", {}).get("info", {}).get("artifact_uri", ""))
 
     async def _model_root(self, model: ModelRef) -> str:
         if model.model_id:
-            answer = await self._transport.call("GET", f"logged-models/{quote(model.model_id, safe='')}")
+            answer = await self._client.call("GET", f"logged-models/{quote(model.model_id, safe='')}")
             return str(answer.get("model", {}).get("info", {}).get("artifact_uri", ""))
         params = {"name": model.name, "version": model.version or await self._model_version(model)}
-        answer = await self._transport.call("GET", "model-versions/get-download-uri", params=params)
+        answer = await self._client.call("GET", "model-versions/get-download-uri", params=params)
         return str(answer.get("artifact_uri", ""))
 
     async def _model_version(self, model: ModelRef) -> str:
         if model.alias:
             params = {"name": model.name, "alias": model.alias}
-            answer = await self._transport.call("GET", "registered-models/alias", params=params)
+            answer = await self._client.call("GET", "registered-models/alias", params=params)
             return str(answer.get("model_version", {}).get("version", ""))
         body: dict[str, Any] = {"name": model.name}
         if model.stage.lower() != "latest":
             body["stages"] = [model.stage]
-        answer = await self._transport.call("POST", "registered-models/get-latest-versions", body=body)
+        answer = await self._client.call("POST", "registered-models/get-latest-versions", body=body)
         versions = [int(version["version"]) for version in answer.get("model_versions") or ()]
         if not versions:
             raise TrackingError(f"the model {model.name!r} has no version in the stage {model.stage!r}")
@@ -119,16 +116,14 @@ class Artifacts:
         """The path of `root` on the server, if the server itself serves it; None if it is kept elsewhere."""
         parts = split_uri(root)
         if parts.scheme == "mlflow-artifacts":
-            path, own = parts.path, not parts.netloc or parts.netloc == split_uri(self._transport.login.url).netloc
+            path, own = parts.path, not parts.netloc or parts.netloc == split_uri(self._client.login.url).netloc
         elif parts.scheme in ("http", "https") and ARTIFACTS in parts.path:
             path = parts.path.partition(ARTIFACTS)[2]
-            own = parts.netloc == split_uri(self._transport.login.url).netloc
+            own = parts.netloc == split_uri(self._client.login.url).netloc
         else:
             return None
         if not own:
-            raise TrackingError(
-                f"{mask_uri(root)} is on another server than {self._transport.login.url}: open that one"
-            )
+            raise TrackingError(f"{mask_uri(root)} is on another server than {self._client.login.url}: open that one")
         return safe_path(path, root)
 
     async def _fetch(self, root: str, target: Path) -> None:
@@ -144,7 +139,7 @@ class Artifacts:
         listed = await self._list(path)
         name = PurePosixPath(path).name
         if not listed or (len(listed) == 1 and listed.get(name) is False):
-            await self._transport.again(partial(self._get, _url(path), target))
+            await self._client.retry(partial(self._get, _url(path), target))
             return
         await self._fetch_folder(path, listed, target, depth=depth)
 
@@ -157,11 +152,11 @@ class Artifacts:
             if is_folder:
                 await self._fetch_folder(inside, await self._list(inside), target / name, depth=depth + 1)
             else:
-                await self._transport.again(partial(self._get, _url(inside), target / name))
+                await self._client.retry(partial(self._get, _url(inside), target / name))
 
     async def _list(self, path: str) -> dict[str, bool]:
         """Name → whether it is a folder."""
-        answer = await self._transport.call("GET", ARTIFACTS, params={"path": path} if path else {})
+        answer = await self._client.call("GET", ARTIFACTS, params={"path": path} if path else {})
         return {safe_name(file.get("path")): bool(file.get("is_dir")) for file in answer.get("files") or ()}
 
     async def _put(self, url: str, path: Path) -> None:
@@ -169,7 +164,7 @@ class Artifacts:
             async with TRANSFERS.open(path, "rb") as file:
                 size = (await self._in_thread(partial(os.fstat, file.fileno()))).st_size
                 content = self._chunks(file, size)
-                async with self._transport.file("PUT", url, content=content, size=size) as answer:
+                async with self._client.stream("PUT", url, content=content, size=size) as answer:
                     await answer.aread()
         except OSError as error:
             raise TrackingError(f"the artifact {path} cannot be read: {error.strerror or error}") from error
@@ -185,7 +180,7 @@ class Artifacts:
 
     async def _get(self, url: str, target: Path) -> None:
         try:
-            async with TRANSFERS.open(target, "wb") as file, self._transport.file("GET", url) as answer:
+            async with TRANSFERS.open(target, "wb") as file, self._client.stream("GET", url) as answer:
                 async for chunk in answer.aiter_bytes(_CHUNK):
                     await self._in_thread(partial(file.write, chunk))
         except OSError as error:
@@ -197,7 +192,7 @@ class Artifacts:
         try:
             return await TRANSFERS.run(work)
         except TrackingError as error:
-            error.uri = error.uri or self._transport.login.url
+            error.uri = error.uri or self._client.login.url
             raise
 
 

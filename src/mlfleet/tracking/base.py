@@ -1,56 +1,33 @@
-"""What mlfleet asks of a tracking server or store. It is little: a fan-out of hundreds of runs hangs on this."""
+"""The interface of tracking servers and stores: the few requests that the life of a run needs."""
 
 from __future__ import annotations
 
+import asyncio
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from mlfleet.errors import TrackingError
 from mlfleet.runs import RunStatus
+from mlfleet.tracking.models import RunInfo
 
-__all__ = ["RunInfo", "Tracking"]
+__all__ = ["RunInfo", "Tracking", "end_run"]
 
-
-@dataclass(frozen=True, slots=True)
-class RunInfo:
-    """A run as the tracking server knows it.
-
-    Attributes:
-        run_id: its id.
-        experiment_id: of its experiment.
-        name: its name.
-        status: as the server tells it.
-        artifact_uri: where its artifacts are.
-        tags: all its tags.
-        params: all its parameters.
-        metrics: the latest value of each of its metrics.
-        start_time: when it was created, in milliseconds since the epoch; None if that is not known.
-        end_time: when it ended, likewise; None as long as it has not.
-    """
-
-    run_id: str
-    experiment_id: str
-    name: str
-    status: RunStatus
-    artifact_uri: str
-    tags: Mapping[str, str] = field(default_factory=dict)
-    params: Mapping[str, str] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    start_time: int | None = None
-    end_time: int | None = None
+_LAST_ATTEMPT_SECONDS = 30.0
+"""Seconds for a last attempt that began before the end of the patience."""
 
 
 class Tracking(ABC):
     """One tracking server or store, shared by all runs of a Fleet.
 
-    Every method retries what is worth it and raises `TrackingError` otherwise. A cancelled call leaves nothing behind
-    but, at worst, what the server had done before it was cancelled.
+    Every method repeats requests that may succeed the next time, and raises `TrackingError` otherwise. A cancelled call
+    leaves at most what the server had done before it was cancelled.
 
     Attributes:
-        uri: the tracking URI.
+        uri: The tracking URI, without credentials.
     """
 
     uri: str
@@ -65,59 +42,59 @@ class Tracking(ABC):
 
     @abstractmethod
     async def environ(self) -> tuple[dict[str, str], dict[str, str]]:
-        """The variables by which code in the run finds this server: plain ones, and those that hold secrets."""
+        """Return the variables by which code in the run finds this server: plain ones, and those that hold secrets."""
 
     @abstractmethod
     async def experiment_id(self, name: str) -> str:
-        """The id of the experiment of that name, which is created if there is none (a race for it is no error).
+        """Return the id of the experiment of that name; create it if there is none.
 
         Raises:
-            TrackingError: also if the experiment was deleted; the text says how to restore it.
+            TrackingError: The request failed, or the experiment was deleted; the text says how to restore it.
         """
 
     @abstractmethod
     async def create_run(
         self, experiment_id: str, *, name: str | None, tags: Mapping[str, str], start_time: int | None = None
     ) -> RunInfo:
-        """Create a run, exactly one also when an answer is lost. One request.
+        """Create exactly one run by one request, also when an answer is lost.
 
         A call that is cancelled before it returns marks the run KILLED if the server has made it by then.
 
         Args:
-            experiment_id: of the experiment.
-            name: of the run; None lets the server choose one.
-            tags: all its tags.
-            start_time: milliseconds since the epoch; None is now.
+            experiment_id: The id of the experiment.
+            name: The name of the run; None lets the server choose one.
+            tags: All tags of the run.
+            start_time: The start of the run, in milliseconds since the epoch; None: now.
         """
 
     @abstractmethod
     async def get_run(self, run_id: str, *, retry_for: float | None = None) -> RunInfo:
-        """What the server knows of a run.
+        """Return a run as the server knows it.
 
         Args:
-            run_id: of the run.
-            retry_for: seconds to keep trying while the server cannot be reached; None: as this `Tracking` was made.
+            run_id: The id of the run.
+            retry_for: Seconds to keep trying while the server cannot be reached; None: the setting of this `Tracking`.
         """
 
     @abstractmethod
     async def search_runs(
         self, experiment_ids: Sequence[str], filter_string: str = "", *, max_results: int = 1000
     ) -> list[RunInfo]:
-        """The runs that match, newest first.
+        """Return the runs that match, newest first.
 
         Args:
-            experiment_ids: where to look.
-            filter_string: in MLflow's search language (``tags.sweep = 'a' and metrics.loss < 1``); empty: all.
-            max_results: no more than these.
+            experiment_ids: The ids of the experiments to search.
+            filter_string: A filter in MLflow's search language (``tags.sweep = 'a' and metrics.loss < 1``); empty: all.
+            max_results: The largest number of runs to return.
         """
 
     @abstractmethod
     async def log(
         self, run_id: str, *, params: Mapping[str, str] | None = None, tags: Mapping[str, str] | None = None
     ) -> None:
-        """Log parameters and tags. One request (more only above the server's limit of 100 each in one).
+        """Log parameters and tags by one request (by more only above the server's limit of 100 each in one).
 
-        A value that the server refuses as too long is cut and logged; a warning says which.
+        A value that the server refuses as too long is cut and logged; a warning names it.
         """
 
     @abstractmethod
@@ -127,10 +104,10 @@ class Tracking(ABC):
         """Set the status, and with a terminal one the end time.
 
         Args:
-            run_id: of the run.
-            status: the new one.
-            end_time: milliseconds since the epoch; None is now.
-            retry_for: seconds to keep trying while the server cannot be reached; None: as this `Tracking` was made.
+            run_id: The id of the run.
+            status: The new status.
+            end_time: The end of the run, in milliseconds since the epoch; None: now.
+            retry_for: Seconds to keep trying while the server cannot be reached; None: the setting of this `Tracking`.
         """
 
     @abstractmethod
@@ -138,19 +115,47 @@ class Tracking(ABC):
         """Store a local file as an artifact of the run, streamed.
 
         Args:
-            run: whose artifact it is to be.
-            path: the file.
-            artifact_path: the folder inside the run's artifacts; None is their root.
+            run: The run that gets the artifact.
+            path: The file.
+            artifact_path: The folder inside the run's artifacts; None: their root.
         """
 
     @abstractmethod
     async def download(self, uri: str, folder: Path) -> Path:
-        """Download what ``runs:/``, ``models:/`` or ``mlflow-artifacts:/`` names, a file or a whole folder.
+        """Download a file or a whole folder of artifacts.
 
         Args:
-            uri: what to download.
-            folder: an existing empty folder to put it into.
+            uri: A URI that begins with ``runs:/``, ``models:/`` or ``mlflow-artifacts:/``.
+            folder: An existing empty folder to download into.
 
         Returns:
             The path of the file or folder inside `folder`.
         """
+
+
+async def end_run(tracking: Tracking, run_id: str, status: RunStatus, *, patience: float) -> RunInfo:
+    """Write a terminal status, unless the run's own code has ended the run already.
+
+    Args:
+        tracking: The server or store that holds the run.
+        run_id: The id of the run.
+        status: The terminal status.
+        patience: Seconds for which each request is repeated while tracking cannot be reached.
+
+    Returns:
+        The run as it was right before: with its own tags, parameters and metrics.
+
+    Raises:
+        TrackingError: The status could not be written in time, or the run was deleted.
+    """
+    end_time = int(time.time() * 1000)
+    try:
+        async with asyncio.timeout(2 * patience + _LAST_ATTEMPT_SECONDS):
+            info = await tracking.get_run(run_id, retry_for=patience)
+            if info.deleted:
+                raise TrackingError(f"the run {run_id} was deleted", uri=tracking.uri, code="INVALID_STATE")
+            if not info.status.is_terminal:
+                await tracking.update_run(run_id, status, end_time=end_time, retry_for=patience)
+            return info
+    except TimeoutError as error:
+        raise TrackingError("no answer in time", uri=tracking.uri) from error

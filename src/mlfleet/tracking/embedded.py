@@ -11,6 +11,7 @@ import uuid
 import warnings
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Self, TypeVar
@@ -23,13 +24,14 @@ from mlfleet._text.masking import mask_uri
 from mlfleet.errors import TrackingError
 from mlfleet.runs import RunStatus
 from mlfleet.tracking.base import RunInfo, Tracking
+from mlfleet.tracking.errors import Transient
+from mlfleet.tracking.http import POLICY, exhausted
 from mlfleet.tracking.locations import absolute_uri, local_path
-from mlfleet.tracking.models import SUBMISSION_TAG, batches, deleted_experiment
-from mlfleet.tracking.retry import RETRY_FOR, Patience, RetryPolicy, Transient
+from mlfleet.tracking.models import SUBMISSION_TAG, batches, checked_id, deleted_experiment
 
 __all__ = ["EmbeddedTracking", "default_uri"]
 
-# With more threads than this on sqlite, mlflow's connection pool runs into its time-out.
+log = logging.getLogger("mlfleet.tracking")
 
 _NOISY = ("mlflow.store.db.utils", "alembic")
 _LIMIT = 500
@@ -62,11 +64,11 @@ class EmbeddedTracking(Tracking):
         retry_for: seconds for which a call keeps trying while a database is locked or cannot be reached.
     """
 
-    def __init__(self, uri: str | None = None, *, retry_for: float = RETRY_FOR) -> None:
+    def __init__(self, uri: str | None = None, *, retry_for: float = POLICY.seconds) -> None:
         self.uri = mask_uri(uri) if uri is not None else "sqlite:///mlflow.db"
         self._given = uri
         self._real = uri or ""
-        self._policy = RetryPolicy(seconds=retry_for)
+        self._policy = replace(POLICY, seconds=retry_for)
         self._lock: Path | None = None
         self._opening: SingleFlight[str, Any] = SingleFlight(keep=True)
         self._experiments: SingleFlight[str, str] = SingleFlight(keep=True)
@@ -184,18 +186,20 @@ class EmbeddedTracking(Tracking):
         retry_for: float | None = None,
         undo: Callable[[T], Awaitable[None]] | None = None,
     ) -> T:
-        patience = Patience(self._policy, seconds=retry_for)
-
         def attempt() -> T:
             with _translated(self._real):
                 return work()
 
-        while True:
-            try:
-                return await STORES.run(attempt, undo=undo)
-            except Transient as failure:
-                if not await patience.wait(failure):
-                    raise patience.verdict(failure) from failure.error.__cause__
+        policy = self._policy if retry_for is None else replace(self._policy, seconds=retry_for)
+        try:
+            return await policy.call(
+                lambda: STORES.run(attempt, undo=undo),
+                retry_if=lambda error: isinstance(error, Transient),
+                before_pause=lambda failure, seconds: log.warning("%s; trying again in %.1f s", failure, seconds),
+                on_exhausted=exhausted,
+            )
+        except Transient as failure:
+            raise failure.error from failure.error.__cause__
 
 
 def _open_store(uri: str) -> Any:
@@ -233,8 +237,8 @@ def _experiment_id(name: str, client: Any) -> str:
 
 def _run_info(run: Any) -> RunInfo:
     return RunInfo(
-        run_id=run.info.run_id,
-        experiment_id=str(run.info.experiment_id),
+        run_id=checked_id(run.info.run_id),
+        experiment_id=checked_id(run.info.experiment_id),
         name=run.info.run_name or "",
         status=RunStatus(run.info.status),
         artifact_uri=run.info.artifact_uri,
@@ -243,6 +247,7 @@ def _run_info(run: Any) -> RunInfo:
         metrics=dict(run.data.metrics),
         start_time=run.info.start_time or None,
         end_time=run.info.end_time or None,
+        deleted=run.info.lifecycle_stage == "deleted",
     )
 
 

@@ -15,8 +15,8 @@ from mlfleet._concurrency.threads import FILES
 from mlfleet.backends.databricks.timing import Timing
 from mlfleet.errors import BackendError, TrackingError
 from mlfleet.tracking.databricks import DatabricksLogin
-from mlfleet.tracking.retry import Transient
-from mlfleet.tracking.transport import Transport, encoded
+from mlfleet.tracking.errors import Transient
+from mlfleet.tracking.http import ServerClient
 
 __all__ = ["PATIENCE", "Workspace", "WorkspaceError"]
 
@@ -62,7 +62,7 @@ class Workspace:
         self._version = version
         uri = f"databricks://{profile}" if profile else "databricks"
         self._login = DatabricksLogin(uri)
-        self._transport = Transport(
+        self._transport = ServerClient(
             self._login,
             uri=uri,
             headers={},
@@ -141,13 +141,13 @@ class Workspace:
         async def attempt() -> dict[str, Any]:
             if pace is not None:
                 await pace.turn()
-            return await self._transport.attempt(method, path, encoded(body), params)
+            return await self._transport.attempt(method, path, body=body, params=params)
 
         return await self.again(attempt)
 
     async def attempt(self, method: str, path: str, *, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Ask once. For use inside `again`, whose errors it raises."""
-        return await self._transport.attempt(method, path, encoded(body))
+        return await self._transport.attempt(method, path, body=body)
 
     async def again(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """Await `attempt()` until it succeeds, is refused, or patience is at its end."""
@@ -162,13 +162,13 @@ class Workspace:
 
         await self.open()
         with _translated():
-            return await self._transport.again(one)
+            return await self._transport.retry(one)
 
     async def send_file(self, method: str, path: str, file: IO[bytes], size: int) -> None:
         """Send a file, from its beginning at each try."""
 
         async def attempt() -> None:
-            async with self._transport.file(method, path, content=_chunks(file), size=size):
+            async with self._transport.stream(method, path, content=_chunks(file), size=size):
                 pass
 
         await self.again(attempt)
@@ -177,7 +177,7 @@ class Workspace:
         """The content of a file; None if there is none."""
 
         async def attempt() -> bytes:
-            async with self._transport.file("GET", path) as answer:
+            async with self._transport.stream("GET", path) as answer:
                 return await answer.aread()
 
         try:
@@ -191,7 +191,7 @@ class Workspace:
         """What HEAD tells of a file's size; None if there is none."""
 
         async def attempt() -> int:
-            async with self._transport.file("HEAD", path) as answer:
+            async with self._transport.stream("HEAD", path) as answer:
                 return int(answer.headers.get("content-length") or -1)
 
         try:
