@@ -74,9 +74,9 @@ def test_what_the_fleet_is_given_counts_instead(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("needed", "message"),
     [
-        (Resources(cpus=5), "5 CPUs are asked for and there are 4"),
-        (Resources(gpus=3), "3 GPUs are asked for and there are 2"),
-        (Resources(memory="9Gi"), r"9Gi of memory are asked for and there are 8\.0Gi"),
+        (Resources(cpus=5), "5 CPUs are requested and the machine has 4"),
+        (Resources(gpus=3), "3 GPUs are requested and the machine has 2"),
+        (Resources(memory="9Gi"), r"9Gi of memory are requested and the machine has 8\.0Gi"),
     ],
 )
 def test_what_never_fits_is_refused(needed: Resources, message: str) -> None:

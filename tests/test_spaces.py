@@ -145,7 +145,7 @@ MISTAKES: list[tuple[Callable[[], object], str]] = [
     (lambda: randint(0, 1.5), "whole numbers"),  # type: ignore[arg-type]
     (lambda: normal(0, -1), "must not be negative"),
     (lambda: choice([]), "has no values"),
-    (lambda: rows([]), "there is no point in it"),
+    (lambda: rows([]), "the list has no points"),
     (lambda: rows([1, 2]), "point 0 is 1"),  # type: ignore[list-item]
     (lambda: rows("points.txt"), r"ends in \.csv"),
 ]
@@ -161,9 +161,9 @@ FILES = [
     ("a.csv", b"alpha,note\n1\n", r"a\.csv, line 2: .*2 fields"),
     ("a.csv", b"alpha,note\n1,2,3\n", r"a\.csv, line 2: .*2 fields"),
     ("a.csv", b"alpha,\n1,2\n", "line 1: the first line must name"),
-    ("a.csv", b'alpha\n"1\n', "no CSV"),
+    ("a.csv", b'alpha\n"1\n', "this is not CSV"),
     ("a.csv", b"alpha\n\xff\n", "UTF-8"),
-    ("a.jsonl", b'{"a": 1}\n{"a": \n', r"a\.jsonl, line 2: this line is no JSON"),
+    ("a.jsonl", b'{"a": 1}\n{"a": \n', r"a\.jsonl, line 2: this line is not JSON"),
     ("a.jsonl", b"[1]\n", "line 1: this line holds list"),
     ("a.jsonl", b"\xff\n", "UTF-8"),
 ]

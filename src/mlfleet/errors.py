@@ -1,22 +1,22 @@
 """Every error that mlfleet raises.
 
     MlfleetError
-    ├── UsageError               the call itself: arguments that contradict each other, an unknown option
+    ├── UsageError               the call: arguments that contradict each other, an unknown option
     ├── SpecError                a file of the project or of the configuration: MLproject, python_env.yaml, …
     ├── ParameterError           the parameters of a run: missing, not a number, no such file
     ├── FetchError               the project or a parameter's file cannot be fetched
     ├── EnvironmentSetupError    the environment cannot be built
     ├── BackendError
-    │   ├── BackendNotFound      no backend of that name is installed
-    │   ├── SubmitError          the backend did not take the run
+    │   ├── BackendNotFound      a backend of that name is not installed
+    │   ├── SubmitError          the backend did not accept the run
     │   └── RunLost              the backend does not know the run any more
     ├── TrackingError            the tracking server or store
     └── ExecutionException       a run that failed
-        ├── RunTimeout           … because it ran out of a time that was set for it
+        ├── RunTimeout           … because it exceeded a time limit
         └── RunCancelled         … because it was cancelled
 
-All but ``ExecutionException`` mean that something could not be done; ``ExecutionException`` means that a run was
-made and did not end well. It has the reference's name (``mlflow.exceptions.ExecutionException``).
+``ExecutionException`` means that a run was made and did not finish well; the other errors mean that something could not
+be done. It has the name of MLflow's own error (``mlflow.exceptions.ExecutionException``).
 
 The fields of every error have defaults and are set by keyword, so that errors survive pickling (process pools).
 """
@@ -45,20 +45,20 @@ __all__ = [
 
 
 class MlfleetError(Exception):
-    """The root of all errors of mlfleet. The message says what was wrong, where, and what to do."""
+    """The base class of all errors of mlfleet. The message says what was wrong, where, and what to do."""
 
 
 class UsageError(MlfleetError, ValueError):
-    """The call was wrong: arguments that contradict each other, an unknown name, a value out of range."""
+    """The call is wrong: arguments that contradict each other, an unknown name, a value out of range."""
 
 
 class SpecError(MlfleetError):
     """A file that describes the project or its configuration is wrong.
 
     Attributes:
-        path: the file, if the text came from one.
-        line: counted from 1, if known.
-        column: counted from 1, if known.
+        path: The file; None if the text is not from a file.
+        line: The line, counted from 1; None if it is unknown.
+        column: The column, counted from 1; None if it is unknown.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class SpecError(MlfleetError):
         self.column = column
 
     def __reduce__(self) -> tuple[object, ...]:
-        # The message holds the place already; __init__ must not put it there twice.
+        # The message already contains the place; __init__ would add it again.
         return (_restore, (type(self), self.args, self.__dict__))
 
 
@@ -87,7 +87,7 @@ class ParameterError(MlfleetError):
     """Parameters of a run are missing or wrong.
 
     Attributes:
-        names: the parameters that the error is about.
+        names: The names of the parameters that are missing or wrong.
     """
 
     def __init__(self, message: str, *, names: Sequence[str] = ()) -> None:
@@ -99,7 +99,7 @@ class FetchError(MlfleetError):
     """A project, or the file of a ``path`` parameter, cannot be fetched.
 
     Attributes:
-        uri: what was to be fetched, without its credentials.
+        uri: The URI of the project or file, without credentials.
     """
 
     def __init__(self, message: str, *, uri: str | None = None) -> None:
@@ -111,8 +111,8 @@ class EnvironmentSetupError(MlfleetError):
     """The environment of a project cannot be built. Nothing of the attempt is left on disk.
 
     Attributes:
-        manager: ``virtualenv``, ``uv``, ``conda`` or ``local``.
-        output: the last lines that the build printed.
+        manager: The environment manager: ``virtualenv``, ``uv``, ``conda`` or ``local``.
+        output: The last lines that the build printed.
     """
 
     def __init__(self, message: str, *, manager: str | None = None, output: Sequence[str] = ()) -> None:
@@ -122,10 +122,10 @@ class EnvironmentSetupError(MlfleetError):
 
 
 class BackendError(MlfleetError):
-    """A backend cannot do what it was asked to.
+    """A backend could not carry out an operation.
 
     Attributes:
-        backend: its name.
+        backend: The name of the backend.
     """
 
     def __init__(self, message: str, *, backend: str | None = None) -> None:
@@ -134,24 +134,24 @@ class BackendError(MlfleetError):
 
 
 class BackendNotFound(BackendError):
-    """No backend of that name is installed, or its optional dependencies are missing."""
+    """A backend of that name is not installed, or its optional dependencies are missing."""
 
 
 class SubmitError(BackendError):
-    """The backend did not take the run."""
+    """The backend did not accept the run."""
 
 
 class RunLost(BackendError):
-    """The backend does not know the run any more, and its end was not seen."""
+    """The backend does not know the run any more, and its end was not observed."""
 
 
 class TrackingError(MlfleetError):
-    """The tracking server or store refused, or cannot be reached.
+    """The tracking server or store refused a request, or cannot be reached.
 
     Attributes:
-        uri: the tracking URI, without credentials.
-        status: the HTTP status of the answer, if there was one.
-        code: MLflow's error code (``RESOURCE_DOES_NOT_EXIST``), if there was one.
+        uri: The tracking URI, without credentials.
+        status: The HTTP status of the response; None if there was none.
+        code: MLflow's error code, such as ``RESOURCE_DOES_NOT_EXIST``; None if there was none.
     """
 
     def __init__(
@@ -164,13 +164,13 @@ class TrackingError(MlfleetError):
 
 
 class ExecutionException(MlfleetError):
-    """A run did not end well.
+    """A run failed or was cancelled.
 
     Attributes:
-        run_id: the MLflow run.
-        exit_code: of the project's process, if it got that far; negative for a signal.
-        reason: a short text: ``exit code 3``, ``out of memory``, ``the environment cannot be built``.
-        output: the last lines of what it printed, if its output was captured.
+        run_id: The id of the MLflow run.
+        exit_code: The exit code of the project's process, negative for a signal; None if the process did not start.
+        reason: The reason in a few words: ``exit code 3``, ``out of memory``, ``the environment cannot be built``.
+        output: The last lines that the run printed; empty if its output was not captured.
     """
 
     def __init__(
@@ -190,11 +190,11 @@ class ExecutionException(MlfleetError):
 
 
 class RunTimeout(ExecutionException):
-    """A run was ended because it ran out of time.
+    """A run was ended because it exceeded a time limit.
 
     Attributes:
-        stage: which timeout it was: ``queue``, ``setup`` or ``run``.
-        seconds: how long that stage was allowed to take.
+        stage: The stage whose limit was exceeded: ``queue``, ``setup`` or ``run``.
+        seconds: The limit in seconds.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """mlfleet as a backend of mlflow: ``mlflow run -b mlfleet --backend-config '{"backend": "docker"}'``.
 
-mlflow finds it by the entry-point group ``mlflow.project_backend``, and asks for no base class.
+mlflow finds it by the entry-point group ``mlflow.project_backend``, and does not require a base class.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _RUN_ID = "_mlflow_local_backend_run_id"
 
 
 class MlfleetBackend:
-    """Takes what ``mlflow.projects.run`` hands to a plugin, and passes it on to `mlfleet.run`."""
+    """A project backend of mlflow that passes its arguments on to `mlfleet.run`."""
 
     def run(
         self,
@@ -30,23 +30,23 @@ class MlfleetBackend:
         tracking_uri: str,
         experiment_id: str,
     ) -> BlockingRun:
-        """Submit the run, and return its handle as soon as its MLflow run exists.
+        """Submit a run, and return its handle as soon as its MLflow run exists.
 
         Args:
-            project_uri: of the project.
-            entry_point: its name.
-            params: of the entry point.
-            version: of a Git project.
-            backend_config: ``backend`` names the backend of mlfleet, by default ``local``; the rest is that backend's
-                own, but for the keys of mlflow itself.
-            tracking_uri: of the tracking server or store.
-            experiment_id: of the experiment.
+            project_uri: The URI of the project.
+            entry_point: The name of the entry point.
+            params: The parameters of the entry point.
+            version: The commit, branch or tag of a Git project.
+            backend_config: The name of mlfleet's backend under the key ``backend`` (default: ``local``), the settings
+                of that backend, and the keys that mlflow adds.
+            tracking_uri: The URI of the tracking server or store.
+            experiment_id: The id of the experiment.
 
         Raises:
-            mlflow.exceptions.ExecutionException: no run was made; what mlflow's command line knows how to tell.
+            mlflow.exceptions.ExecutionException: The run was not made. mlflow's command line shows the message.
         """
         config = dict(backend_config)
-        config.pop("SYNCHRONOUS", None)  # mlflow waits for the handle, or does not
+        config.pop("SYNCHRONOUS", None)  # mlflow itself decides whether to wait for the handle
         try:
             return run(
                 project_uri,
@@ -67,6 +67,6 @@ class MlfleetBackend:
                 output="inherit",
             )
         except MlfleetError as error:
-            # Whoever calls us has imported it; mlfleet itself needs no mlflow.
+            # The caller has imported mlflow; mlfleet itself works without it.
             failure: type[Exception] = importlib.import_module("mlflow.exceptions").ExecutionException
             raise failure(str(error)) from error

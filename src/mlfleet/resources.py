@@ -1,4 +1,4 @@
-"""What a run needs of a machine, and what this machine has to give."""
+"""The resources that a run needs, and those that this machine has."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
-    """What one run needs.
+    """The resources of one run.
 
-    On this machine a run waits until so much is free, and sees only its own GPUs (``CUDA_VISIBLE_DEVICES``); nobody
-    keeps it from using more CPU or memory. In containers these are its limits.
+    On this machine a run waits until they are free, and sees only its own GPUs (``CUDA_VISIBLE_DEVICES``); it is not
+    kept from using more CPU or memory. In containers they are limits.
 
     Attributes:
-        cpus: how many; fractions are fine.
-        gpus: how many whole GPUs.
-        memory: in bytes, or with a unit as Kubernetes writes it: ``"512Mi"``, ``"4Gi"``, ``"4G"``. None: not counted.
+        cpus: The number of CPUs; fractions are allowed.
+        gpus: The number of whole GPUs.
+        memory: The memory in bytes, or with a unit as Kubernetes writes it: ``"512Mi"``, ``"4Gi"``, ``"4G"``. None if
+            memory is not counted.
     """
 
     cpus: float = 1.0
@@ -58,12 +59,12 @@ class Resources:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What a machine has for runs.
+    """The resources of a machine.
 
     Attributes:
-        cpus: how many.
-        gpus: by what ``CUDA_VISIBLE_DEVICES`` calls them.
-        memory: bytes; None if that is not known, and then not counted.
+        cpus: The number of CPUs.
+        gpus: The names of the GPUs, as ``CUDA_VISIBLE_DEVICES`` takes them.
+        memory: The memory in bytes; None if it is unknown, and then not counted.
     """
 
     cpus: float
@@ -71,18 +72,18 @@ class Machine:
     memory: int | None = None
 
     def lacks(self, needed: Resources) -> str | None:
-        """Why a run could never start here; None if it could."""
+        """Return why a run could never start on this machine; None if it could."""
         wanted = needed.memory_bytes
         if needed.cpus > self.cpus:
-            return f"{needed.cpus:g} CPUs are asked for and there are {self.cpus:g}"
+            return f"{needed.cpus:g} CPUs are requested and the machine has {self.cpus:g}"
         if needed.gpus > len(self.gpus):
-            return f"{needed.gpus} GPUs are asked for and there are {len(self.gpus)}"
+            return f"{needed.gpus} GPUs are requested and the machine has {len(self.gpus)}"
         if wanted is not None and self.memory is not None and wanted > self.memory:
-            return f"{needed.memory} of memory are asked for and there are {self.memory / 2**30:.1f}Gi"
+            return f"{needed.memory} of memory are requested and the machine has {self.memory / 2**30:.1f}Gi"
         return None
 
     def fits(self, needed: Resources) -> int:
-        """How many such runs can go on at once; at least 1."""
+        """Return how many such runs fit at the same time; at least 1."""
         counts = [self.cpus / needed.cpus] if needed.cpus else []
         counts += [len(self.gpus) / needed.gpus] if needed.gpus else []
         if needed.memory_bytes and self.memory is not None:
@@ -92,41 +93,46 @@ class Machine:
 
 
 def this_machine(given: Resources | None = None) -> Machine:
-    """What this process may use of its machine: no more than its container's limits. Blocking, but quick.
+    """Return the resources that this process may use, within the limits of its container. Blocking, but quick.
 
     Args:
-        given: counts instead of what is found; of the GPUs the first ones.
+        given: The resources to use instead of those found; of the GPUs the first ones.
 
     Raises:
-        UsageError: more GPUs are given than there are.
+        UsageError: `given` has more GPUs than there are.
     """
     gpus = _gpus()
     if given is None:
         return Machine(cpus=_cpus(), gpus=gpus, memory=_memory())
     if given.gpus > len(gpus) and gpus:
-        raise UsageError(f"the Fleet is given {given.gpus} GPUs, and there are {len(gpus)}: {', '.join(gpus)}")
+        raise UsageError(
+            f"resources: the Fleet is given {given.gpus} GPUs, and there are {len(gpus)}: {', '.join(gpus)}"
+        )
     named = gpus or tuple(str(number) for number in range(given.gpus))
     memory = given.memory_bytes
     return Machine(cpus=given.cpus, gpus=named[: given.gpus], memory=_memory() if memory is None else memory)
 
 
 def _cpus() -> float:
-    """CPUs that this process may use: https://docs.kernel.org/admin-guide/cgroup-v2.html, ``cpu.max``."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    import psutil
+
+    # A process's affinity is known on Linux only: https://psutil.readthedocs.io/en/latest/#psutil.Process.cpu_affinity.
+    count = len(psutil.Process().cpu_affinity() or ()) if hasattr(psutil.Process, "cpu_affinity") else 0
+    count = count or psutil.cpu_count() or 1
+    # psutil does not know control groups: https://docs.kernel.org/admin-guide/cgroup-v2.html, ``cpu.max``.
     quota, _, period = _read(_CGROUP / "cpu.max").partition(" ")
     if not quota:
         quota, period = _read(_CGROUP / "cpu/cpu.cfs_quota_us"), _read(_CGROUP / "cpu/cpu.cfs_period_us")
     if quota.isdigit() and period.isdigit() and int(period) > 0:
-        # A run is to start even where there is less than one CPU.
+        # At least 1, so that a run can start in a container with less than one CPU.
         return max(1.0, min(float(count), int(quota) / int(period)))
     return float(count)
 
 
-def _memory() -> int | None:
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return None
+def _memory() -> int:
+    import psutil
+
+    total = int(psutil.virtual_memory().total)
     limit = _read(_CGROUP / "memory.max") or _read(_CGROUP / "memory/memory.limit_in_bytes")
     return min(total, int(limit)) if limit.isdigit() else total
 
@@ -135,10 +141,10 @@ def _gpus() -> tuple[str, ...]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         names = [name.strip() for name in visible.split(",")]
-        # CUDA ignores everything from the first invalid one on; -1 is how people say "none".
+        # CUDA ignores everything from the first invalid name on; -1 is the customary way to hide all GPUs.
         end = next((at for at, name in enumerate(names) if not name or name == "-1"), len(names))
         return tuple(names[:end])
-    # CUDA counts the devices that it can open from 0, whatever the numbers of their files are.
+    # CUDA numbers the devices that it can open from 0, whatever the numbers of their files are.
     return tuple(str(number) for number, _ in enumerate(Path("/dev").glob("nvidia[0-9]*")))
 
 

@@ -1,7 +1,7 @@
-"""Spaces: which points a sweep runs. Pure; a space of a million points costs no memory.
+"""Spaces: the points that a sweep runs. A space of a million points takes no memory.
 
-A point is a mapping of parameter names to values. Any iterable of points is a space, and any async iterable; what is
-here are the usual ones, which know their length and can say in one line what they are.
+A point is a mapping of parameter names to values. Sweeps take any iterable or asynchronous iterable of points; the
+spaces of this module know their length, too, and describe themselves in one line.
 """
 
 from __future__ import annotations
@@ -44,39 +44,39 @@ __all__ = [
 ]
 
 Point: TypeAlias = Mapping[str, Any]
-"""Parameter names and values of one run."""
+"""The names and values of one run's parameters."""
 
 Points: TypeAlias = Iterable[Point] | AsyncIterable[Point]
-"""What `Fleet.sweep` takes: a space, or any iterable or async iterable of points."""
+"""The points of a sweep: a space, or any iterable or asynchronous iterable of points."""
 
-_CHUNK = 256  # rows that are read from a file at a time
+_CHUNK = 256  # rows that are read from a file at once
 
 
 class Space(ABC):
-    """Points that can be gone through any number of times, always the same and in the same order."""
+    """Points that can be iterated any number of times, always the same ones in the same order."""
 
     @abstractmethod
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The points, made one by one."""
+        """Iterate over the points, which are made one by one."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many there are."""
+        """Return the number of points."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What this space is, in a few JSON values."""
+        """Return a description of this space in a few JSON values."""
 
 
 def grid(axes: Mapping[str, Collection[Any]] | None = None, /, **more: Collection[Any]) -> Space:
-    """Every combination of the values of its axes; the last axis changes fastest.
+    """Return the space of all combinations of the axes' values; the last axis changes fastest.
 
     Args:
-        axes: parameter name → its values, where a name cannot be a keyword: ``grid({"batch-size": [16, 32]})``.
-        more: likewise, as keywords.
+        axes: The values of each parameter, for names that cannot be keywords: ``grid({"batch-size": [16, 32]})``.
+        more: The values of each parameter, as keywords.
 
     Raises:
-        UsageError: an axis is no collection of values, or is empty.
+        UsageError: An axis is not a collection of values, or is empty.
 
     Example:
         >>> len(grid(alpha=[0.1, 0.5], l1=[0, 0.5, 1]))
@@ -86,14 +86,14 @@ def grid(axes: Mapping[str, Collection[Any]] | None = None, /, **more: Collectio
 
 
 def zip_(axes: Mapping[str, Collection[Any]] | None = None, /, **more: Collection[Any]) -> Space:
-    """The first values of all axes together, then the second ones, and so on.
+    """Return the space that takes the first values of all axes together, then the second ones, and so on.
 
     Args:
-        axes: parameter name → its values, all of the same length, where a name cannot be a keyword.
-        more: likewise, as keywords.
+        axes: The values of each parameter, for names that cannot be keywords.
+        more: The values of each parameter, as keywords. All axes have the same length.
 
     Raises:
-        UsageError: an axis is no collection of values, or the lengths differ.
+        UsageError: An axis is not a collection of values, or the lengths differ.
     """
     checked = _axes("zip_", axes, more)
     if len({len(values) for values in checked.values()}) > 1:
@@ -110,14 +110,14 @@ def sample(
     seed: int = 0,
     **more: Distribution | Collection[Any],
 ) -> Space:
-    """`n` random points.
+    """Return a space of random points.
 
     Args:
-        n: how many.
-        axes: parameter name → `uniform`, `loguniform`, `randint`, `normal`, `choice`, or a collection to choose from,
-            where a name cannot be a keyword, as in ``sample(10, {"seed": randint(0, 99)})``.
-        seed: of the random numbers. The same seed gives the same points, so that a sweep can be resumed.
-        more: like `axes`, as keywords.
+        n: The number of points.
+        axes: The distribution of each parameter (`uniform`, `loguniform`, `randint`, `normal`, `choice`) or a
+            collection to choose from, for names that cannot be keywords: ``sample(10, {"seed": randint(0, 99)})``.
+        seed: The seed of the random numbers. The same seed gives the same points, so that a sweep can be resumed.
+        more: The distribution of each parameter, as keywords.
 
     Raises:
         UsageError: `n` is less than 1, or an axis is neither a distribution nor a collection of values.
@@ -135,15 +135,15 @@ def sample(
 
 
 def rows(source: Iterable[Point] | str | os.PathLike[str]) -> Space:
-    """The points of a list, a CSV file or a file with one JSON object a line.
+    """Return the points of a list, of a CSV file, or of a file with one JSON object per line.
 
     Args:
-        source: a list of points, or the path of a file that ends in ``.csv``, ``.jsonl`` or ``.ndjson``. The first line
+        source: A list of points, or the path of a file that ends in ``.csv``, ``.jsonl`` or ``.ndjson``. The first line
             of a CSV file names the parameters; an empty field means that the parameter is not given.
 
     Raises:
-        UsageError: it is none of these, or holds no point.
-        SpecError: when the file is read: a row is wrong; with the file and the line.
+        UsageError: The source is none of these, or has no points.
+        SpecError: A row is wrong, when the file is read; the error has the file and the line.
     """
     if isinstance(source, str | os.PathLike):
         path = Path(source)
@@ -152,12 +152,12 @@ def rows(source: Iterable[Point] | str | os.PathLike[str]) -> Space:
         return _FileRows(path.absolute())
     points = [_point(point, index) for index, point in enumerate(source)]
     if not points:
-        raise UsageError("rows(): there is no point in it")
+        raise UsageError("rows(): the list has no points: give at least one")
     return _Rows(points)
 
 
 def describe(points: Points) -> dict[str, Any]:
-    """What a space is, in a few JSON values."""
+    """Return a description of a space in a few JSON values."""
     if isinstance(points, Space):
         return points.describe()
     if isinstance(points, Sequence):
@@ -169,81 +169,84 @@ def describe(points: Points) -> dict[str, Any]:
 
 
 class Distribution(ABC):
-    """How the values of one parameter are drawn."""
+    """A distribution of the values of one parameter."""
 
     @abstractmethod
     def draw(self, random: random.Random) -> Any:
-        """One value."""
+        """Draw one value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Uniform(Distribution):
-    """See `uniform`."""
+    """The distribution that `uniform` returns."""
 
     low: float
     high: float
 
     def draw(self, random: random.Random) -> float:
-        """One value."""
+        """Draw one value."""
         return random.uniform(self.low, self.high)
 
 
 @dataclass(frozen=True, slots=True)
 class LogUniform(Distribution):
-    """See `loguniform`."""
+    """The distribution that `loguniform` returns."""
 
     low: float
     high: float
 
     def draw(self, random: random.Random) -> float:
-        """One value."""
+        """Draw one value."""
         value = math.exp(random.uniform(math.log(self.low), math.log(self.high)))
         return min(max(value, self.low), self.high)
 
 
 @dataclass(frozen=True, slots=True)
 class RandInt(Distribution):
-    """See `randint`."""
+    """The distribution that `randint` returns."""
 
     low: int
     high: int
 
     def draw(self, random: random.Random) -> int:
-        """One value."""
+        """Draw one value."""
         return random.randint(self.low, self.high)
 
 
 @dataclass(frozen=True, slots=True)
 class Normal(Distribution):
-    """See `normal`."""
+    """The distribution that `normal` returns."""
 
     mean: float
     deviation: float
 
     def draw(self, random: random.Random) -> float:
-        """One value."""
+        """Draw one value."""
         return random.gauss(self.mean, self.deviation)
 
 
 @dataclass(frozen=True, slots=True)
 class Choice(Distribution):
-    """See `choice`."""
+    """The distribution that `choice` returns."""
 
     values: Sequence[Any]
 
     def draw(self, random: random.Random) -> Any:
-        """One value."""
+        """Draw one value."""
         return random.choice(self.values)
 
 
 def uniform(low: float, high: float) -> Distribution:
-    """Evenly from `low` to `high`."""
+    """Return the distribution in which all numbers from `low` to `high` are equally likely."""
     _bounds("uniform", low, high)
     return Uniform(low, high)
 
 
 def loguniform(low: float, high: float) -> Distribution:
-    """From `low` to `high`, each order of magnitude as likely as the next: for learning rates and the like."""
+    """Return the distribution from `low` to `high` in which all orders of magnitude are equally likely.
+
+    It suits learning rates and regularization strengths.
+    """
     _bounds("loguniform", low, high)
     if low <= 0:
         raise UsageError(f"loguniform({low!r}, {high!r}): the bounds must be above 0")
@@ -251,7 +254,7 @@ def loguniform(low: float, high: float) -> Distribution:
 
 
 def randint(low: int, high: int) -> Distribution:
-    """A whole number from `low` to `high`, both included."""
+    """Return the distribution of the whole numbers from `low` to `high`, both included."""
     _bounds("randint", low, high)
     if int(low) != low or int(high) != high:
         raise UsageError(f"randint({low!r}, {high!r}): the bounds must be whole numbers")
@@ -259,14 +262,14 @@ def randint(low: int, high: int) -> Distribution:
 
 
 def normal(mean: float, deviation: float) -> Distribution:
-    """Around `mean`, with the standard deviation `deviation`."""
+    """Return the normal distribution around `mean` with the standard deviation `deviation`."""
     if not deviation >= 0:
         raise UsageError(f"normal({mean!r}, {deviation!r}): the deviation must not be negative")
     return Normal(mean, deviation)
 
 
 def choice(values: Collection[Any]) -> Distribution:
-    """One of `values`, each as likely as the others."""
+    """Return the distribution in which all `values` are equally likely."""
     return Choice(_values("choice", "values", values))
 
 
@@ -342,7 +345,7 @@ class _Rows(Space):
 
 
 class _FileRows(Space):
-    """Iterating reads the file (blocking); iterating asynchronously reads it in a thread, some rows at a time."""
+    """The points of a file. Iteration blocks; asynchronous iteration reads some rows at a time in a thread."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -377,7 +380,7 @@ def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
                     )  # fmt: skip
                 yield {name: value for name, value in row.items() if value != ""}
         except csv.Error as error:
-            raise SpecError(f"this is no CSV: {error}", path=path, line=reader.line_num) from error
+            raise SpecError(f"this is not CSV: {error}", path=path, line=reader.line_num) from error
         except UnicodeDecodeError as error:
             raise SpecError("the file is not UTF-8", path=path) from error
 
@@ -391,9 +394,11 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 try:
                     point = json.loads(line)
                 except ValueError as error:
-                    raise SpecError(f"this line is no JSON: {error}", path=path, line=number) from error
+                    raise SpecError(f"this line is not JSON: {error}", path=path, line=number) from error
                 if not isinstance(point, dict):
-                    raise SpecError(f"this line holds {type(point).__name__}, no JSON object", path=path, line=number)
+                    raise SpecError(
+                        f"this line holds {type(point).__name__}, not a JSON object", path=path, line=number
+                    )
                 yield point
         except UnicodeDecodeError as error:
             raise SpecError("the file is not UTF-8", path=path) from error
@@ -419,7 +424,7 @@ def _axes(function: str, axes: Mapping[str, Any] | None, more: Mapping[str, Any]
 def _values(function: str, name: str, values: Any) -> Sequence[Any]:
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise UsageError(f"{function}: {name} is {values!r}: give a list of values")
-    # A range stays a range, however long it is; everything else is copied, so that the caller's list may change.
+    # A range stays a range, however long it is. Other collections are copied: the caller may change them.
     kept = values if isinstance(values, range) else tuple(values)
     if not kept:
         raise UsageError(f"{function}: {name} has no values")

@@ -189,7 +189,7 @@ async def test_a_sweep_that_has_not_begun_is_a_page_too() -> None:
 async def test_what_is_no_sweep_says_so() -> None:
     tracking = FakeTracking()
     run = await tracking.create_run("0", name="alone", tags={})
-    with pytest.raises(UsageError, match=f"the run {run.run_id} is no sweep"):
+    with pytest.raises(UsageError, match=f"the run {run.run_id} is not a sweep"):
         await load_sweep(tracking, run.run_id, "0")
     with pytest.raises(UsageError, match="there is no sweep 'nothing' in the experiment 0"):
         await load_sweep(tracking, "nothing", "0")

@@ -1,4 +1,4 @@
-"""What a caller asks for: the arguments of one run, checked as far as that needs no project."""
+"""The request for one run: its arguments, checked as far as that is possible without the project."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ __all__ = ["Output", "RunOptions", "RunRequest", "SweepMember", "active_run_id",
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepMember:
-    """A run's place in its sweep.
+    """The place of a run in its sweep.
 
     Attributes:
-        sweep_id: the MLflow run of the sweep.
-        index: which point of the space it runs, counted from 0.
-        key: of the point: a hash of the project's content, the entry point and the parameters; None if the sweep cannot
-            be resumed.
-        attempt: counted from 1.
-        retry_reason: why the attempt before failed.
-        durable: whether the run is to be found again after this process died, also on this machine.
+        sweep_id: The id of the sweep's MLflow run.
+        index: The number of its point in the space, counted from 0.
+        key: The key of the point, a hash of the project's content, the entry point and the parameters; None if the
+            sweep cannot be resumed.
+        attempt: The number of the attempt, counted from 1.
+        retry_reason: The reason why the previous attempt failed; None for the first one.
+        durable: Let the run outlive this process on this machine, so that it can be found again.
     """
 
     sweep_id: str
@@ -47,7 +47,7 @@ class SweepMember:
 
     @classmethod
     def from_tags(cls, tags: Mapping[str, str]) -> Self | None:
-        """What `tags` wrote; None if the run belongs to no sweep."""
+        """Return the place that `tags` wrote; None if the run does not belong to a sweep."""
         sweep_id, index, attempt = tags.get(cls.ID_TAG), tags.get(cls.INDEX_TAG, ""), tags.get(cls.ATTEMPT_TAG, "1")
         if sweep_id is None or not (index.isdigit() and attempt.isdigit()):
             return None
@@ -60,7 +60,7 @@ class SweepMember:
         )
 
     def tags(self) -> dict[str, str]:
-        """The tags of the MLflow run that say so."""
+        """Return the tags of the MLflow run that hold this place."""
         tags = {
             self.ID_TAG: self.sweep_id,
             self.KEY_TAG: self.key,
@@ -73,31 +73,12 @@ class SweepMember:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRequest:
-    """One run, as asked for. The first fifteen fields are the reference's arguments (``synchronous`` is the caller's).
+    """The request for one run. `OPTIONS` describes its fields; the first fifteen are arguments of mlflow.projects.run.
 
     Attributes:
-        uri: of the project: a folder, a Git URI or a zip, with ``#sub/folder``.
-        entry_point: a name from MLproject, or a script of the project.
-        version: commit, branch or tag of a Git project.
-        parameters: of the entry point; those that it does not declare are appended to the command.
-        docker_args: flags of ``docker run``.
-        experiment_name: which is created if there is none.
-        experiment_id: instead of the name.
-        backend: its name.
-        backend_config: a mapping, or the path of a ``.json`` file.
-        storage_dir: where ``path`` parameters are downloaded to.
-        run_id: an existing MLflow run to use.
-        run_name: of the MLflow run.
-        env_manager: ``local``, ``virtualenv``, ``uv`` or ``conda``; None: by the project's files.
-        build_image: Docker: build an image with the project's files in it.
-        docker_auth: credentials of the image registry (secret).
-        parent_run_id: the MLflow run to nest this one under.
-        tags: more tags for the MLflow run.
-        timeouts: of the stages; None: those of the Fleet.
-        output: where its output goes.
-        log_output: log the captured output as the artifact ``output.log`` when the run ends.
-        resources: what the run needs.
-        member: its place, if it belongs to a sweep.
+        docker_auth: The credentials of the image's registry (secret).
+        timeouts: The time limits of the stages; None for those of the Fleet.
+        member: The place of the run in its sweep; None if it does not belong to one.
     """
 
     uri: str
@@ -127,7 +108,7 @@ class RunRequest:
         if self.experiment_name and self.experiment_id:
             raise UsageError("both experiment_name and experiment_id are given: give one of them")
         for name in ("parameters", "docker_args", "tags"):
-            # None is what the reference takes for "none"; the copy keeps the caller's mapping out of reach.
+            # mlflow takes None for an empty mapping. The copy is safe from later changes of the caller's mapping.
             given = getattr(self, name)
             if given is not None and not isinstance(given, Mapping):
                 raise UsageError(f"{name} is {type(given).__name__}: give a mapping of names to values")
@@ -146,17 +127,17 @@ class RunRequest:
         parameters: Mapping[str, Any] | None = None,
         **options: Unpack[RunOptions],
     ) -> Self:
-        """A request from the arguments of a public function; a run's parent is by default mlflow's active run."""
+        """Make a request from the arguments of a public function. The default parent is mlflow's active run."""
         if options.get("parent_run_id") is None:
             options["parent_run_id"] = active_run_id()
         return cls(uri=os.fspath(uri), entry_point=entry_point, version=version, parameters=parameters or {}, **options)
 
     def read_backend_config(self) -> dict[str, Any]:
-        """``backend_config`` as a fresh dictionary. Blocking if it is a file.
+        """Return ``backend_config`` as a new dictionary. Blocking if it is a file.
 
         Raises:
-            UsageError: it is none of what it may be.
-            SpecError: the file is missing or malformed; with line and column.
+            UsageError: The value is neither a mapping nor the path of a ``.json`` file with an object.
+            SpecError: The file is missing or malformed; the error has the line and the column.
         """
         config = self.backend_config
         if config is None or config == "":
@@ -176,7 +157,7 @@ class RunRequest:
 
 
 def active_run_id() -> str | None:
-    """The run that mlflow has active in this thread, if this process has imported mlflow: the parent by default."""
+    """Return the id of mlflow's active run in this thread; None if there is none or mlflow is not imported."""
     mlflow = sys.modules.get("mlflow")
     active_run = getattr(mlflow, "active_run", None)
     run = active_run() if active_run is not None else None

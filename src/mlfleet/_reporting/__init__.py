@@ -1,4 +1,4 @@
-"""A sweep as one page of HTML, made of what tracking knows."""
+"""The HTML report about a sweep, made from tracking alone, and links to runs."""
 
 from mlfleet._reporting.links import run_url
 from mlfleet._reporting.page import render

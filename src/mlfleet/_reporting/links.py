@@ -1,4 +1,4 @@
-"""Where a run can be looked at."""
+"""Addresses of runs in MLflow's user interface."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ __all__ = ["run_url"]
 
 
 def run_url(tracking: str, experiment_id: str, run_id: str) -> str | None:
-    """The page of a run on its server, in the workspace of ``MLFLOW_WORKSPACE``; None for a store without a server.
+    """Return the address of a run's page, in the workspace of ``MLFLOW_WORKSPACE``; None without a server.
 
     Args:
-        tracking: the tracking URI, without credentials.
-        experiment_id: of the run.
-        run_id: of the run.
+        tracking: The tracking URI, without credentials.
+        experiment_id: The id of the run's experiment.
+        run_id: The id of the run.
     """
     if not tracking.startswith(("http://", "https://")):
         return None

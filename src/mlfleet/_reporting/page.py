@@ -1,4 +1,4 @@
-"""The page: self-contained HTML. What runs logged is data in it, never markup and never code."""
+"""The report as self-contained HTML. Values that runs logged are data in it, never markup and never code."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ __all__ = ["render"]
 
 
 def render(report: SweepReport, *, metric: str | None = None, goal: Goal = "min") -> str:
-    """The page of a sweep. Blocking, as long as it takes for thousands of runs.
+    """Return the report about a sweep as HTML. Blocking; takes seconds for thousands of runs.
 
     Args:
-        report: of it.
-        metric: to begin with; None: the first by name. The page lets its reader choose.
-        goal: which values of it are good.
+        report: The sweep and its runs.
+        metric: The metric that the page shows first; None for the first one by name.
+        goal: Whether low (``min``) or high (``max``) values are the best.
 
     Raises:
-        UsageError: no run has that metric.
+        UsageError: None of the runs has that metric.
     """
     if metric is not None and metric not in report.metrics:
         known = ", ".join(report.metrics) or "none"
         raise UsageError(f"no run of the sweep has the metric {metric!r}; the metrics are: {known}")
     script = _asset("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # No other script than ours runs, and nothing is loaded from anywhere.
+    # The browser runs only the script with this hash, and loads nothing from elsewhere.
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return _PAGE.format(
         policy=policy,
@@ -76,7 +76,7 @@ def _asset(name: str) -> str:
 
 
 def _embedded(data: Any) -> str:
-    """JSON that no HTML parser takes for anything else."""
+    """Return JSON that an HTML parser cannot take for markup."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

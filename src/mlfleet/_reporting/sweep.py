@@ -1,4 +1,4 @@
-"""What a report tells of a sweep, read from tracking alone."""
+"""The content of a report: a sweep and its runs, read from tracking alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mlfleet.tracking.base import RunInfo, Tracking
 
 __all__ = ["ReportedRun", "SweepReport", "find_sweep", "load_sweep"]
 
-_MOST_RUNS = 50_000  # what mlflow's own stores give at most
+_MOST_RUNS = 50_000  # the most that mlflow's own stores return
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -26,18 +26,18 @@ class ReportedRun:
     """One attempt at one point.
 
     Attributes:
-        run_id: of the MLflow run.
-        name: of it.
-        index: of the point.
-        attempt: counted from 1.
-        latest: whether it is the last attempt at its point.
-        status: of it.
-        params: as MLflow has them.
-        metrics: the finite ones.
-        created: when it was created, in milliseconds since the epoch.
-        started: when its command began, likewise; as `created` if it hardly waited.
-        ended: when it ended; None as long as it has not.
-        reason: why the attempt before failed.
+        run_id: The id of the MLflow run.
+        name: The name of the MLflow run.
+        index: The number of the point, counted from 0.
+        attempt: The number of the attempt, counted from 1.
+        latest: True for the last attempt at its point.
+        status: The status of the run.
+        params: The parameters that MLflow has logged.
+        metrics: The metrics whose last value is finite.
+        created: The time of its creation, in milliseconds since the epoch.
+        started: The time at which its command began, in the same unit; `created` if it hardly waited.
+        ended: The time of its end, in the same unit; None before the end.
+        reason: The reason why the previous attempt failed; None for the first one.
     """
 
     run_id: str
@@ -55,12 +55,12 @@ class ReportedRun:
 
     @property
     def waited(self) -> float | None:
-        """Seconds between its creation and the start of its command."""
+        """The seconds between its creation and the start of its command."""
         return None if self.created is None or self.started is None else (self.started - self.created) / 1000
 
     @property
     def ran(self) -> float | None:
-        """Seconds that the command ran."""
+        """The seconds that the command ran."""
         return None if self.started is None or self.ended is None else max(self.ended - self.started, 0) / 1000
 
 
@@ -69,11 +69,11 @@ class SweepReport:
     """A sweep with all its runs.
 
     Attributes:
-        info: its MLflow run.
-        tracking: the URI of the server or store, without credentials.
-        space: what it went through, as far as it was written down.
-        stopped: why it ended early.
-        runs: all attempts, by point and attempt.
+        info: The MLflow run of the sweep.
+        tracking: The URI of the server or store, without credentials.
+        space: The description of its space; empty if none was recorded.
+        stopped: The reason why it ended early; None if it did not.
+        runs: All attempts, sorted by point and attempt.
     """
 
     info: RunInfo
@@ -84,13 +84,13 @@ class SweepReport:
 
     @property
     def metrics(self) -> list[str]:
-        """Names of all metrics; those that MLflow itself measures of the machine last."""
+        """The names of all metrics; MLflow's own system metrics are the last."""
         names = {name for run in self.runs for name in run.metrics}
         return sorted(names, key=lambda name: (name.startswith("system/"), name))
 
     @property
     def varied(self) -> list[str]:
-        """The parameters whose values differ, in the order of the runs' own."""
+        """The parameters whose values differ, in the order in which the runs logged them."""
         return [name for name, values in self._values().items() if len(values) > 1]
 
     @property
@@ -102,7 +102,7 @@ class SweepReport:
 
     def _values(self) -> dict[str, set[str | None]]:
         names = dict.fromkeys(name for run in self.runs for name in run.params)
-        # A run that never began has no parameters, and says nothing about them.
+        # A run that never began has no parameters: that does not make a shared parameter a varied one.
         known = [run.params for run in self.runs if run.params]
         return {name: {params.get(name) for params in known} for name in names}
 
@@ -111,13 +111,13 @@ async def load_sweep(tracking: Tracking, sweep: str, experiment_id: str) -> Swee
     """Read a sweep and all its runs.
 
     Args:
-        tracking: where they are.
-        sweep: its name, or the id of its MLflow run.
-        experiment_id: where a name is looked for.
+        tracking: The tracking store with the sweep.
+        sweep: The name of the sweep, or the id of its MLflow run.
+        experiment_id: The experiment in which a name is searched.
 
     Raises:
-        UsageError: there is no such sweep.
-        TrackingError: tracking cannot be reached.
+        UsageError: The sweep does not exist.
+        TrackingError: Tracking cannot be reached.
     """
     info = await find_sweep(tracking, sweep, experiment_id)
     children = await tracking.search_runs(
@@ -133,16 +133,16 @@ async def load_sweep(tracking: Tracking, sweep: str, experiment_id: str) -> Swee
 
 
 async def find_sweep(tracking: Tracking, sweep: str, experiment_id: str) -> RunInfo:
-    """The MLflow run of a sweep.
+    """Return the MLflow run of a sweep.
 
     Args:
-        tracking: where it is.
-        sweep: its name, or the id of its MLflow run.
-        experiment_id: where a name is looked for.
+        tracking: The tracking store with the sweep.
+        sweep: The name of the sweep, or the id of its MLflow run.
+        experiment_id: The experiment in which a name is searched.
 
     Raises:
-        UsageError: there is no such sweep.
-        TrackingError: tracking cannot be reached.
+        UsageError: The sweep does not exist.
+        TrackingError: Tracking cannot be reached.
     """
     if not any(c in "'\"`\\%" or c < " " for c in sweep):
         found = await tracking.search_runs([experiment_id], f"tags.`{NAME_TAG}` = '{sweep}'", max_results=1)
@@ -162,7 +162,7 @@ async def find_sweep(tracking: Tracking, sweep: str, experiment_id: str) -> RunI
     if SPACE_TAG not in info.tags:
         parent = info.tags.get(SweepMember.ID_TAG)
         hint = f"; it belongs to the sweep {parent}" if parent else ""
-        raise UsageError(f"the run {sweep} is no sweep{hint}")
+        raise UsageError(f"the run {sweep} is not a sweep{hint}")
     return info
 
 
