@@ -38,6 +38,14 @@ from mlfleet.errors import UsageError
         ('"0:1:0.5"', "0:1:0.5"),
         ('"0:1:1",0:1:1', ["0:1:1", 0, 1]),
         ('"choice(a,b)"', "choice(a,b)"),
+        ("[64,32]", "[64,32]"),
+        ("[64,32],[8]", ["[64,32]", "[8]"]),
+        ('{"a": 1, "b": [2, 3]}', '{"a": 1, "b": [2, 3]}'),
+        ('{"a": "x]}", "b": 1},0', ['{"a": "x]}", "b": 1}', "0"]),
+        ("(1,2),3:5:1", ["(1,2)", 3, 4, 5]),
+        ("[a,b]c,d", ["[a,b]c", "d"]),
+        ("a[0],b", ["a[0]", "b"]),
+        ("[0", "[0"),
         ('"say ""no"""', 'say "no"'),
     ],
 )
@@ -62,7 +70,10 @@ def test_quoted_texts_come_out_as_they_went_in(texts: list[str]) -> None:
         (["a=1:0:1"], "never comes from 1 to 0"),
         (["a=0:1:0"], "never comes from 0 to 1"),
         (["a=0:1:1e-9"], "1000000001 values, more than 1000000"),
-        (['a="b'], "Quotes are as in a CSV file"),
+        (['a="b'], "a quote has no match. Quotes are as in a CSV file"),
+        (['a="b"c,d'], "a quote has no match. Quotes are as in a CSV file"),
+        (["a=[64,32"], "a bracket has no match"),
+        (["a=[64,(32],1)"], "a bracket has no match"),
         (["a=uniform(0,1)"], "say with --sample N how many points"),
         (["a=logunifrom(0,1)"], "there is no distribution 'logunifrom', only uniform, loguniform, randint, normal"),
         (["a=uniform(1)"], "uniform(…) takes two numbers"),
@@ -99,6 +110,11 @@ def test_samples_draw_from_lists_ranges_and_distributions() -> None:
     assert all(1e-5 <= point["c"] <= 1 for point in points)
     assert points == list(read_space(texts, draws=40, seed=7)[1])
     assert points != list(read_space(texts, draws=40, seed=8)[1])
+
+
+def test_choices_may_be_lists() -> None:
+    _, space = read_space(["layers=choice([64,32],[8])"], draws=20)
+    assert {point["layers"] for point in space} == {"[64,32]", "[8]"}
 
 
 def test_points_come_from_a_file_with_what_is_fixed(tmp_path: Path) -> None:

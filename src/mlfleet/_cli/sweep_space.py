@@ -5,12 +5,12 @@ alpha=0.1,0.2,0.5       each of these values
 l1=0:1:0.25             from 0 to 1 (included) in steps of 0.25
 depth=1:3:1,10          a range and a value
 lr=loguniform(1e-5,1)   drawn, with --sample
+layers=[64,32],[8]      two texts: brackets keep their commas
 note="a,b"              one text, whatever is in it: quotes as in a CSV file
 """
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +25,10 @@ from mlfleet.spaces import Distribution, Space, choice, grid, loguniform, normal
 __all__ = ["read_axis", "read_space"]
 
 _CALL = re.compile(r"\s*([A-Za-z_]\w*)\((.*)\)\s*", re.S)
+_QUOTED = re.compile(r'"((?:[^"]|"")*)"')
+_CLOSING = {"[": "]", "{": "}", "(": ")"}
+# In a list or a JSON object: a text in quotes, or a bracket.
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}()]')
 _MOST_STEPS = 1_000_000
 _DRAWS: Mapping[str, Callable[[Any, Any], Distribution]] = {
     "uniform": uniform,
@@ -113,23 +117,41 @@ def _distribution(name: str, text: str, function: str, arguments: str) -> Distri
 
 
 def _items(name: str, text: str) -> list[tuple[str, bool]]:
-    """Return the parts between commas, each with True if it was in quotes."""
+    """Return the parts between commas, each with True if it was in quotes. Brackets keep their commas."""
     if "," not in text and not text.startswith('"'):
         return [(text, False)]
-    try:
-        parsed = next(csv.reader([text], strict=True))
-    except csv.Error as error:
-        raise click.UsageError(
-            f'-P {name}={text}: {error}. Quotes are as in a CSV file: "a,b" is one text, "" in it is a quote'
-        ) from None
-    # The reader does not say which parts were quoted: the quotes are in the text that it has read.
-    items, rest = [], text
-    for value in parsed:
-        quoted = rest.startswith('"')
-        length = len(value) + (2 + value.count('"') if quoted else 0)
-        items.append((value, quoted))
-        rest = rest[length + 1 :]
-    return items
+    items: list[tuple[str, bool]] = []
+    start = 0
+    while True:
+        quoted = _QUOTED.match(text, start)
+        end = quoted.end() if quoted else _end_of_brackets(text, start)
+        if end < 0 or (not quoted and text.startswith('"', start)) or (quoted and text[end : end + 1] not in ("", ",")):
+            what = "bracket" if end < 0 else "quote"
+            raise click.UsageError(
+                f"-P {name}={text}: a {what} has no match. Quotes are as in a CSV file: put a text with commas into "
+                'quotes ("a,b"), and write "" for a quote in it'
+            )
+        comma = text.find(",", end)
+        stop = comma if comma >= 0 else len(text)
+        items.append((quoted[1].replace('""', '"'), True) if quoted else (text[start:stop], False))
+        if comma < 0:
+            return items
+        start = comma + 1
+
+
+def _end_of_brackets(text: str, start: int) -> int:
+    """Return the end of the brackets that begin at `start`: `start` if there are none, -1 if they are not closed."""
+    if text[start : start + 1] not in tuple(_CLOSING):
+        return start
+    open_ones: list[str] = []
+    for token in _TOKEN.finditer(text, start):
+        if token[0] in _CLOSING:
+            open_ones.append(_CLOSING[token[0]])
+        elif token[0] == open_ones[-1]:
+            open_ones.pop()
+            if not open_ones:
+                return token.end()
+    return -1
 
 
 def _range(name: str, item: str) -> list[int] | list[float] | None:
