@@ -254,6 +254,32 @@ def test_a_dry_run_masks_secrets(tmp_path: Path) -> None:
     assert found["environment"] == {"manager": "local", "python": None, "built": None, "image": None}
 
 
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_dry_run_masks_passwords_in_parameters(tmp_path: Path, form: list[str]) -> None:
+    uri = write_project(tmp_path / "demo", "curl {data}; key=1 true", parameters="data: string")
+    done = mlfleet(
+        "run", uri, *LOCAL, "--dry-run", *form, "-P", "data=https://ada:s3cret@files.example/x?token=t0ken&page=2",
+        "-P", "other=postgresql://ada:s3cret@db/x",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "s3cret" not in done.stdout + done.stderr
+    assert "t0ken" not in done.stdout + done.stderr
+    assert "https://***@files.example/x?token=***&page=2" in done.stdout
+    assert "key=1 true" in done.stdout  # not a part of a URI
+
+
+def test_control_characters_from_elsewhere_do_not_reach_the_terminal(server: MlflowServer, tmp_path: Path) -> None:
+    title = "\\033]0;owned\\007"
+    uri = write_project(tmp_path / "demo", f"printf '{title}bad \\033[2J\\233H\\n' >&2; exit 3")
+    done = mlfleet("run", uri, *LOCAL, "--log-output")
+    assert done.returncode == 1
+    assert re.search(r"^  \| bad", done.stderr, re.M), done.stderr  # the last lines of its output, in the error
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]|owned", done.stderr)
+    shown = mlfleet("run", uri, *LOCAL, "--dry-run", "-P", "name=\x1b[2Jcleared", "--run-name", "\x9b2Jnamed")
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", shown.stdout)
+    assert "name=cleared" in shown.stdout
+
+
 def test_a_dry_run_of_a_docker_project_names_its_image(tmp_path: Path) -> None:
     uri = write_project(tmp_path / "demo", "true", extra="docker_env: {image: 'registry.example/train:3'}\n")
     done = mlfleet("run", uri, "--dry-run")

@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 import anyio.to_thread
-import click
 
+from mlfleet._cli.output import clean, print_line
 from mlfleet._cli.progress import Progress
 from mlfleet._engine.job import draft
 from mlfleet._engine.plan import Plan, Planner
@@ -19,7 +19,6 @@ from mlfleet._environments.store import list_environments
 from mlfleet._project.fetch import ProjectFetcher
 from mlfleet._signals import Interrupts
 from mlfleet._text.masking import MASK
-from mlfleet._text.plain import plain_text
 from mlfleet.backends.base import Backend
 from mlfleet.errors import MlfleetError
 from mlfleet.runs import DEFAULT_CANCEL_GRACE, RunEvent, RunStatus, Stage
@@ -54,7 +53,7 @@ class DryRun:
         """Plan the run and keep its description."""
         with interrupts.scope:
             try:
-                self.found = await self._describe(progress)
+                self.found = _masked(await self._describe(progress))
             except MlfleetError as error:
                 self.error = error
 
@@ -99,6 +98,19 @@ class DryRun:
         }
 
 
+def _masked(value: Any) -> Any:
+    """Return JSON data with the secrets of the URIs in its texts masked."""
+    match value:
+        case str() if "://" in value:
+            return clean(value)
+        case Mapping():
+            return {name: _masked(each) for name, each in value.items()}
+        case list() | tuple():
+            return [_masked(each) for each in value]
+        case _:
+            return value
+
+
 def show(found: Mapping[str, Any]) -> None:
     """Print the description of a run."""
     environment = found["environment"]
@@ -122,9 +134,9 @@ def show(found: Mapping[str, Any]) -> None:
         rows["environment"] += ", built already" if environment["built"] else ", to be built"
     for name, text in rows.items():
         if text:
-            click.echo(f"{name:<12} " + plain_text(text).replace("\n", f"\n{'':<13}"))
+            print_line(f"{name:<12} " + text.replace("\n", f"\n{'':<13}"))
     if found["request"] is not None:
-        click.echo(plain_text(f"\n{found['request']}"))
+        print_line(f"\n{found['request']}")
 
 
 def _absolute(uri: str | None) -> str:

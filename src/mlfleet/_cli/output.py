@@ -1,7 +1,7 @@
 """What the commands write: messages on standard error, results on standard output, and the exit code.
 
 Standard output belongs to the project, or with ``--json`` to JSON. Text that comes from elsewhere (errors, names,
-output of runs) loses its control characters before it reaches the terminal.
+output of runs) loses its control characters, and URIs lose their secrets, before it reaches the terminal.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -19,18 +20,20 @@ import anyio.to_thread
 import click
 
 from mlfleet._reporting import run_url
-from mlfleet._text.masking import MASK
+from mlfleet._text.masking import MASK, mask_uri
 from mlfleet._text.plain import plain_text
 from mlfleet.errors import BackendNotFound, FetchError, MlfleetError, ParameterError, SpecError, UsageError
 from mlfleet.tracking import RunInfo
 
 __all__ = [
+    "clean",
     "complain",
     "duration_text",
     "error_as_json",
     "exit_code",
     "is_interactive",
     "print_json",
+    "print_line",
     "print_output",
     "print_table",
     "say",
@@ -40,6 +43,7 @@ __all__ = [
 ]
 
 _LIBRARY = "mlfleet"
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
 _MISTAKES = (UsageError, SpecError, ParameterError, FetchError, BackendNotFound)
 
 
@@ -48,7 +52,7 @@ _MISTAKES = (UsageError, SpecError, ParameterError, FetchError, BackendNotFound)
 
 def say(text: str) -> None:
     """Write one message of mlfleet to standard error."""
-    _write(f"mlfleet: {plain_text(text)}")
+    _write(f"mlfleet: {clean(text)}")
 
 
 def complain(text: str, *, word: str = "Error", color: str = "red") -> None:
@@ -56,7 +60,7 @@ def complain(text: str, *, word: str = "Error", color: str = "red") -> None:
     # NO_COLOR: https://no-color.org. click itself finds out whether there is a terminal.
     plain = bool(os.environ.get("NO_COLOR"))
     label = f"{word}:" if plain else click.style(f"{word}:", fg=color, bold=True)
-    _write(f"{label} {plain_text(text)}")
+    _write(f"{label} {clean(text)}")
 
 
 def is_interactive() -> bool:
@@ -89,7 +93,7 @@ class _Handler(logging.Handler):
             elif record.levelno >= logging.WARNING:
                 complain(text, word="Warning", color="yellow")
             else:
-                _write(plain_text(f"{record.levelname.lower()} {record.name}: {text}"))
+                _write(clean(f"{record.levelname.lower()} {record.name}: {text}"))
         except Exception:
             self.handleError(record)
 
@@ -116,11 +120,16 @@ def print_json(data: Mapping[str, Any] | list[dict[str, Any]], *, indent: int | 
             raise
 
 
+def print_line(text: str) -> None:
+    """Print one line, or several, of text that may contain values from elsewhere."""
+    click.echo(clean(text))
+
+
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Print rows of cells in aligned columns; the first row is the heading."""
-    clean = [[plain_text(cell).replace("\n", " ") for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*clean, strict=True)]
-    for row in clean:
+    cells = [[clean(cell).replace("\n", " ") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
         click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
 
 
@@ -144,9 +153,15 @@ def _write_all(data: bytes) -> None:
 # ---- words and numbers ----------------------------------------------------------------------------------------------
 
 
+def clean(text: str) -> str:
+    """Return `text` without control characters, and with the secrets of URIs masked."""
+    plain = plain_text(text)
+    return _URI.sub(lambda match: mask_uri(match[0]), plain) if "://" in plain else plain
+
+
 def short(value: object) -> str:
     """Return a value in one short line."""
-    text = f"{value:g}" if isinstance(value, float) else " ".join(plain_text(str(value)).split())
+    text = f"{value:g}" if isinstance(value, float) else " ".join(clean(str(value)).split())
     return text if len(text) <= 40 else f"{text[:39]}…"
 
 

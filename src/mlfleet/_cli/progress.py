@@ -5,8 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from mlfleet._cli.output import is_interactive, say
-from mlfleet._text.plain import plain_text
+from mlfleet._cli.output import clean, is_interactive, say
 from mlfleet.runs import RunEvent, Stage
 
 if TYPE_CHECKING:
@@ -102,7 +101,7 @@ class _Spinner:
             self._status = Status("", console=Console(stderr=True))
             self._status.start()
         room = max(self._status.console.width - 4, 10)
-        plain = " ".join(plain_text(text).split())
+        plain = " ".join(clean(text).split())
         self._status.update(Text(plain if len(plain) <= room else f"{plain[: room - 1]}…"))
 
     def hide(self) -> None:

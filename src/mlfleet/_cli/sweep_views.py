@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 
-from mlfleet._cli.output import complain, duration_text, say, short
+from mlfleet._cli.output import clean, complain, duration_text, say, short
 from mlfleet._concurrency.threads import TERMINAL
 from mlfleet._engine.run import FleetRun
 from mlfleet._sweeps import PointResult, Sweep, SweepCounts
 from mlfleet._text.lines import last_lines
-from mlfleet._text.plain import plain_line, plain_text
+from mlfleet._text.plain import plain_line
 from mlfleet.runs import RunEvent, RunStatus, Stage
 
 if TYPE_CHECKING:
@@ -380,7 +380,7 @@ class SweepScreen:
             for style, line in picture.lines:
                 # Only the terminal wraps the line, so that ids and addresses can be copied in one piece.
                 live.console.print(
-                    plain_text(line), style=style or None, markup=False, highlight=False, emoji=False, soft_wrap=True
+                    clean(line), style=style or None, markup=False, highlight=False, emoji=False, soft_wrap=True
                 )
             live.update(self._region(picture, live.console.width), refresh=True)
         except OSError:
@@ -405,7 +405,7 @@ class SweepScreen:
             parts.append(_bar(picture, picture.counts))
             parts.append(_counts(picture, picture.counts))
         if picture.activity:
-            parts.append(Text(_fit(plain_text(picture.activity), width), style="dim"))
+            parts.append(Text(_fit(clean(picture.activity), width), style="dim"))
         parts += [self._running(row, width) for row in picture.rows]
         if picture.hidden and picture.rows:
             parts.append(Text(f"  and {picture.hidden} more", style="dim"))
@@ -501,7 +501,7 @@ def result_as_json(result: PointResult) -> dict[str, Any]:
         "index": result.index,
         "status": result.status,
         "run_id": result.run_id,
-        "parameters": dict(result.parameters),
+        "parameters": {name: _masked(value) for name, value in result.parameters.items()},
         "metrics": dict(result.metrics),
         "attempts": result.attempts,
         "seconds": result.seconds,
@@ -510,6 +510,11 @@ def result_as_json(result: PointResult) -> dict[str, Any]:
         "kind": result.kind,
         "earlier": result.earlier,
     }
+
+
+def _masked(value: object) -> object:
+    """Return a value with the secrets of URIs masked; MLflow has the parameter as it was given."""
+    return clean(value) if isinstance(value, str) and "://" in value else value
 
 
 def _opening_line(sweep: Sweep) -> str:
