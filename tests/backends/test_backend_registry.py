@@ -66,7 +66,7 @@ def test_plugin(tmp_path: Path) -> None:
 def test_plugin_cannot_take_the_name_of_a_built_in_backend(tmp_path: Path) -> None:
     (tmp_path / "mlfleet_slurm.py").write_text(PLUGIN)
     install(tmp_path, local="mlfleet_slurm:Slurm")
-    assert ask(tmp_path, "print(find('local').__module__)") == "mlfleet.backends.local"
+    assert ask(tmp_path, "print(find('local').__module__)") == "mlfleet.backends.local.backend"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import anyio
 
 from mlfleet._concurrency.threads import FILES
 
-__all__ = ["LineSplitter", "follow_file", "last_lines"]
+__all__ = ["LineSplitter", "follow_file", "last_lines", "write_all"]
 
 _LONGEST_LINE = 64 * 1024  # characters
 # One piece's lines are handled in one turn of the event loop: 16 KiB of nothing but line ends take 1 to 3 ms.
@@ -151,3 +151,21 @@ def _read(path: Path, offset: int) -> bytes:
             return file.read(_CHUNK)
     except FileNotFoundError:
         return b""
+
+
+def write_all(descriptor: int, data: bytes, at: int | None = None) -> None:
+    """Write all of `data`, however little of it each system call takes. Blocking.
+
+    Args:
+        descriptor: The open file, pipe or terminal.
+        data: The bytes to write.
+        at: The position in the file; None: the current one.
+
+    Raises:
+        OSError: The rest cannot be written.
+    """
+    view = memoryview(data)
+    while view:
+        written = os.write(descriptor, view) if at is None else os.pwrite(descriptor, view, at)
+        view = view[written:]
+        at = None if at is None else at + written

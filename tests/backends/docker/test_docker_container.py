@@ -1,4 +1,4 @@
-"""What a container is made of: image names, reach of the tracking store, credentials, the command."""
+"""What a container is made of: image names, mounts for the tracking store, credentials, the command."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import pytest
 from mlfleet._oci.login import check_auth, registry_of
 from mlfleet._project.spec import DockerEnv
 from mlfleet.backends.base import DockerRequest, Job
-from mlfleet.backends.docker.container import container_body
+from mlfleet.backends.docker.container import TrackingMounts, container_body, tracking_mounts
 from mlfleet.backends.docker.image import Image, check_reference
 from mlfleet.backends.docker.run_options import ContainerOptions, parse_arguments
-from mlfleet.backends.docker.tracking import Reach, reach
 from mlfleet.errors import SubmitError, UsageError
 from mlfleet.resources import Resources
 
@@ -40,8 +39,8 @@ def test_names_of_images(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "Team/Image", "a b", "image:tag\nRUN evil", "-v", "a//b", "x:y:z"])
-def test_what_is_no_name_of_an_image(name: str) -> None:
-    with pytest.raises(UsageError, match="is no name of an image"):
+def test_a_text_that_is_not_the_name_of_an_image_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="is not the name of an image"):
         check_reference(name)
 
 
@@ -70,7 +69,9 @@ def test_docker_auth_is_checked_without_telling_it() -> None:
 
 def test_the_command_is_one_argument_and_variables_have_an_order() -> None:
     options = parse_arguments({"env": ["BOTH=caller"], "label": "team=x"}, environ={}, folder=Path("/"))
-    body = container_body(job(environ={"ONLY": "mlfleet", "M": "1"}, secrets={"S": "hush"}), options, IMAGE, Reach())
+    body = container_body(
+        job(environ={"ONLY": "mlfleet", "M": "1"}, secrets={"S": "hush"}), options, IMAGE, TrackingMounts()
+    )
     assert body["Cmd"][-1] == "echo 'a b' | cat"
     assert {"BOTH=caller", "ONLY=project", "M=1", "S=hush"} <= set(body["Env"])
     assert body["Labels"]["team"] == "x"
@@ -81,24 +82,24 @@ def test_the_command_is_one_argument_and_variables_have_an_order() -> None:
 
 def test_an_image_with_an_init_of_its_own_gets_no_second_one() -> None:
     image = Image("i", "sha256:0", entrypoint=("/usr/bin/tini", "--"))
-    assert container_body(job(), ContainerOptions(), image, Reach())["HostConfig"]["Init"] is False
+    assert container_body(job(), ContainerOptions(), image, TrackingMounts())["HostConfig"]["Init"] is False
     options = ContainerOptions(host={"Init": True})
-    assert container_body(job(), options, image, Reach())["HostConfig"]["Init"] is True
+    assert container_body(job(), options, image, TrackingMounts())["HostConfig"]["Init"] is True
 
 
 def test_what_parameters_name_is_mounted_under_the_same_path() -> None:
     paths = (Path("/data/in.csv"), Path("/data/in.csv"), Path("/mine"))
     options = ContainerOptions(host={"Binds": ["/elsewhere:/mine:ro"]})
-    body = container_body(job(paths=paths), options, IMAGE, Reach())
+    body = container_body(job(paths=paths), options, IMAGE, TrackingMounts())
     assert body["HostConfig"]["Binds"] == ["/elsewhere:/mine:ro", "/data/in.csv:/data/in.csv"]
 
 
 def test_resources_are_limits_unless_docker_args_say_otherwise() -> None:
     resources = Resources(cpus=1.5, gpus=2, memory="1Gi")
-    host = container_body(job(resources=resources), ContainerOptions(), IMAGE, Reach())["HostConfig"]
+    host = container_body(job(resources=resources), ContainerOptions(), IMAGE, TrackingMounts())["HostConfig"]
     assert (host["NanoCpus"], host["Memory"], host["DeviceRequests"][0]["Count"]) == (1_500_000_000, 2**30, 2)
     options = parse_arguments({"memory": "2g", "cpu-quota": 1, "gpus": "all"}, environ={}, folder=Path("/"))
-    host = container_body(job(resources=resources), options, IMAGE, Reach())["HostConfig"]
+    host = container_body(job(resources=resources), options, IMAGE, TrackingMounts())["HostConfig"]
     assert (host["Memory"], host["DeviceRequests"][0]["Count"]) == (2 * 2**30, -1)
     assert "NanoCpus" not in host
 
@@ -110,8 +111,8 @@ def where(
     *,
     local: bool = True,
     home: Path = Path("/home/me"),
-) -> Reach:
-    return reach(
+) -> TrackingMounts:
+    return tracking_mounts(
         {"MLFLOW_TRACKING_URI": uri}, artifacts, here=here or {}, home=home, engine="tcp://elsewhere:2375", local=local
     )
 
@@ -143,7 +144,7 @@ def test_a_server_on_loopback_needs_the_network_of_the_host(uri: str) -> None:
 
 @pytest.mark.parametrize("uri", ["https://mlflow.example.com", "databricks", "databricks://profile", "http://10.0.0.1"])
 def test_other_servers_need_nothing(uri: str) -> None:
-    assert where(uri) == Reach()
+    assert where(uri) == TrackingMounts()
 
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:5000", "sqlite:////data/mlflow.db", "file:///data"])
@@ -167,4 +168,4 @@ def test_credentials_go_along_for_the_kind_of_store_only(tmp_path: Path) -> None
     assert (gcs.binds, gcs.environ) == (["/g.json:/.gcs:ro"], {"GOOGLE_APPLICATION_CREDENTIALS": "/.gcs"})
     hdfs = where("https://x", "hdfs://h/0", {"MLFLOW_KERBEROS_TICKET_CACHE": "/tmp/krb", "MLFLOW_KERBEROS_USER": "u"})
     assert hdfs.binds == ["/tmp/krb:/tmp/krb:ro"]
-    assert where("https://x", "mlflow-artifacts:/0/r1", keys) == Reach()
+    assert where("https://x", "mlflow-artifacts:/0/r1", keys) == TrackingMounts()

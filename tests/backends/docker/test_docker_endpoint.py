@@ -15,7 +15,7 @@ from components.certificates import write_certificates
 from components.own_engine import OwnEngine, start_engine
 from components.projects import write_project
 from mlfleet import Fleet
-from mlfleet.backends.docker.endpoint import Endpoint, find_endpoint
+from mlfleet.backends.docker.client import Endpoint, find_endpoint
 from mlfleet.testing import FakeTracking
 
 pytestmark = pytest.mark.timeout(120)  # an engine starts, on a busy machine

@@ -16,8 +16,9 @@ from components.docker import DockerEngine
 from components.own_engine import OwnEngine
 from components.projects import write_project
 from mlfleet import FailureKind, Fleet, FleetRun, RunStatus
+from mlfleet._retry import RetryPolicy
 from mlfleet.backends.docker.client import Engine
-from mlfleet.backends.docker.watch import Containers, Phase
+from mlfleet.backends.docker.watch import ContainerWatch, Phase
 from mlfleet.errors import RunLost
 from mlfleet.testing import FakeTracking
 
@@ -140,7 +141,7 @@ async def test_an_engine_that_stays_away_is_given_up(
     body["HostConfig"] = {"NetworkMode": "none"}
     made = await anyio.to_thread.run_sync(engine.call, "POST", "/containers/create", body)
     await anyio.to_thread.run_sync(engine.call, "POST", f"/containers/{made['Id']}/start")
-    async with Engine() as client, Containers(client, patience=0.5) as containers:
+    async with Engine() as client, ContainerWatch(client, retries=RetryPolicy(seconds=0.5)) as containers:
         cell = containers.track(made["Id"])
         await cell.until(lambda state: state.phase is Phase.RUNNING)
         await anyio.to_thread.run_sync(engine.stop)

@@ -300,7 +300,7 @@ async def test_a_local_store_and_its_artifacts_are_mounted(
         ({}, {"docker_args": {"memroy": "2g"}}, "did you mean 'memory'"),
         ({}, {"docker_args": {"restart": "always"}}, "'restart' cannot be used"),
         ({}, {"docker_auth": {"user": "me"}}, "docker_auth has user"),
-        ({"image": "Not An Image"}, {}, "no name of an image"),
+        ({"image": "Not An Image"}, {}, "not the name of an image"),
     ],
 )
 async def test_mistakes_show_before_anything_exists(

@@ -1,4 +1,4 @@
-"""What handles of runs elsewhere have in common: one task sees a run to its end, and anybody may wait for that."""
+"""Handles of runs elsewhere: one task sees a run to its end, and any number of others may wait for that."""
 
 from __future__ import annotations
 
@@ -12,34 +12,35 @@ from typing import ClassVar
 import anyio
 
 from mlfleet._concurrency.cancellation import wait_done
+from mlfleet._concurrency.grace import StopRequest
 from mlfleet._concurrency.tasks import TaskOwner
 from mlfleet._concurrency.threads import FILES
 from mlfleet._text.lines import follow_file, last_lines
 from mlfleet.errors import MlfleetError, RunLost
-from mlfleet.runs import Outcome, RunStatus
+from mlfleet.runs import DEFAULT_CANCEL_GRACE, Outcome, RunStatus
 
 __all__ = ["AwaitedRun", "SupervisedRun", "SupervisedRuns"]
 
 
 class SupervisedRuns:
-    """The runs of a backend that have not ended, and their tasks."""
+    """The runs of a backend that have not ended, and the tasks that supervise them."""
 
     def __init__(self) -> None:
         self._runs: set[SupervisedRun] = set()
         self._tasks = TaskOwner()
 
     def start(self, run: SupervisedRun, *, name: str, then: Callable[[], Awaitable[None]] | None = None) -> None:
-        """See a run to its end in a task of its own.
+        """Supervise a run in a task of its own.
 
         Args:
-            run: the handle.
-            name: of the task.
-            then: what is to be done after its end.
+            run: The handle.
+            name: The name of the task.
+            then: A coroutine function to call after the run's end.
         """
         self._runs.add(run)
-        self._tasks.start(self._look_after(run, then), name=name)
+        self._tasks.start(self._supervise(run, then), name=name)
 
-    async def _look_after(self, run: SupervisedRun, then: Callable[[], Awaitable[None]] | None) -> None:
+    async def _supervise(self, run: SupervisedRun, then: Callable[[], Awaitable[None]] | None) -> None:
         try:
             await run.supervise()
         finally:
@@ -48,9 +49,9 @@ class SupervisedRuns:
                 await then()
 
     async def close(self) -> None:
-        """Cancel the runs that were submitted here and leave the others alone; returns when no task is left.
+        """Cancel the runs that were submitted here, leave the others alone, and return when no task is left.
 
-        To be shielded by the caller.
+        The caller must call it in `mlfleet._concurrency.cancellation.complete`.
         """
         async with anyio.create_task_group() as group:
             for run in tuple(self._runs):
@@ -62,15 +63,17 @@ class SupervisedRuns:
 
 
 class AwaitedRun:
-    """A handle that any number of tasks may wait for: `_outcome` is set, and then `_done`.
+    """A handle that any number of tasks may wait for.
+
+    A subclass sets `_outcome` and then `_done`.
 
     Args:
-        run_id: of the MLflow run.
+        run_id: The id of the MLflow run.
     """
 
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
-        # Not anyio's: hundreds of runs wait at the same time.
+        # Not anyio.Event, which makes one asyncio.Event more for each run.
         self._done = asyncio.Event()
         self._outcome: Outcome | None = None
 
@@ -80,55 +83,59 @@ class AwaitedRun:
         return self._run_id
 
     async def wait(self) -> bool:
-        """Wait until it has ended and its output is here; True if it finished well."""
+        """Wait until the run has ended and its output is here. Return True if it finished well."""
         return (await self.outcome()).status is RunStatus.FINISHED
 
     async def outcome(self) -> Outcome:
-        """Wait like `wait`, and tell how it ended."""
+        """Wait like `wait`, and return the outcome."""
         await self._done.wait()
         assert self._outcome is not None  # noqa: S101 - set before the event
         return self._outcome
 
 
 class SupervisedRun(AwaitedRun, ABC):
-    """A handle. `supervise` is started once by the backend, which owns its task.
+    """The handle of a run that one task supervises: the backend starts `supervise` once and owns the task.
 
     Args:
-        run_id: of the MLflow run.
-        output: the file for the run's output; None: it goes to the output of this process.
-        submitted: whether it was submitted here: then it does not outlive its backend.
+        run_id: The id of the MLflow run.
+        output: The file for the run's output; None: it goes to the output of this process.
+        submitted: True if this process submitted the run: then it does not outlive its backend.
+        grace: Seconds between the request to stop and the end by force, for calls of `cancel` that name none.
 
     Attributes:
-        submitted: likewise.
+        submitted: The argument `submitted`.
     """
 
     backend: ClassVar[str]
     """The name of the backend."""
 
     noun: ClassVar[str]
-    """What the run is there."""
+    """The backend's word for a run, such as ``container``."""
 
-    def __init__(self, run_id: str, output: Path | None, *, submitted: bool) -> None:
+    def __init__(
+        self, run_id: str, output: Path | None, *, submitted: bool, grace: float = DEFAULT_CANCEL_GRACE
+    ) -> None:
         super().__init__(run_id)
         self.submitted = submitted
         self._output = output
+        self._stop_request = StopRequest(grace)
         self._task: asyncio.Task[None] | None = None
         self._detached = False
 
     # ---- the handle -------------------------------------------------------------------------------------------------
 
     async def cancel(self, *, grace: float | None = None) -> None:
-        """Have it ended, and wait for that. A cancelled call has begun it all the same.
+        """Request the end of the run and wait for it. A cancelled call has requested it all the same.
 
         Args:
-            grace: seconds between the request and the end by force; None: as the run was submitted with.
+            grace: Seconds between the request and the end by force; None: the grace that the run was submitted with.
         """
-        # The run's own task does the work.
+        # The run's own task does the work, so that a cancelled caller cannot interrupt it.
         self._begin_stop(grace)
         await self._done.wait()
 
     async def logs(self, *, follow: bool = True) -> AsyncIterator[str]:
-        """The lines of its output; none if it goes to the output of this process."""
+        """Yield the lines of the output; none if it goes to the output of this process."""
         if self._output is None:
             return
         async for line in follow_file(self._output, self._done.wait if follow else None):
@@ -137,13 +144,13 @@ class SupervisedRun(AwaitedRun, ABC):
     # ---- its task ---------------------------------------------------------------------------------------------------
 
     def detach(self) -> None:
-        """Leave the run alone from now on; who waits is told that its end is not known."""
+        """Stop supervising the run and leave it alone. Waiters get an outcome with `RunLost`."""
         self._detached = True
         if self._task is not None and self._outcome is None:
             self._task.cancel()
 
     async def supervise(self) -> None:
-        """See the run to its end."""
+        """Supervise the run until it has ended, and set its outcome."""
         self._task = task = asyncio.current_task()
         while self._outcome is None and not self._detached:
             try:
@@ -156,7 +163,7 @@ class SupervisedRun(AwaitedRun, ABC):
                 if not self._detached:
                     # asyncio.run cancels every task at its end: then the run has to end, too.
                     self._begin_stop(None)
-                # Taken note of: else a task group that fails later would cancel this task again (Python 3.13).
+                # Without uncancel() a task group that fails later would cancel this task again (Python 3.13).
                 while task is not None and task.uncancel():
                     pass
         if self._outcome is None:
@@ -173,17 +180,17 @@ class SupervisedRun(AwaitedRun, ABC):
     async def _last_lines(self) -> tuple[str, ...]:
         return () if self._output is None else await FILES.run(partial(last_lines, self._output))
 
-    @abstractmethod
     def _begin_stop(self, grace: float | None) -> None:
-        """Have the task end the run, in `grace` seconds; of several calls the shortest counts."""
+        """Request that the task ends the run; see `StopRequest`."""
+        self._stop_request.request(grace)
 
     @abstractmethod
     async def _live(self) -> Outcome:
-        """All of the run's life, or the rest of it after a cancellation of the task."""
+        """Wait for the end of the run, and end it when requested. Called again after a cancellation of the task."""
 
     async def _abandon(self) -> None:
-        """Nobody looks any more, for an error: see to it that the run does not go on unseen."""
+        """Do not let the run go on unseen, after an error because of which it is not watched any more."""
 
     @abstractmethod
     async def _tidy(self) -> None:
-        """Give back what the run holds here. Must not be torn by a cancellation."""
+        """Release what the run holds in this process. Must not be interrupted by a cancellation."""

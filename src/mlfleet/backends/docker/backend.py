@@ -1,7 +1,8 @@
-"""The backend: from a job to a container that runs, and back from a reference to its handle."""
+"""The Docker backend: from a job to a running container, and from a reference back to its handle."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,23 +13,28 @@ from typing import Any, ClassVar, Self
 
 import anyio
 
-from mlfleet._concurrency.cancellation import complete
+from mlfleet._concurrency.cancellation import complete, wait_done
 from mlfleet._concurrency.threads import FILES
-from mlfleet._oci import login as auth
+from mlfleet._oci import login
 from mlfleet._paths import runs_folder
 from mlfleet.backends._remote.run import SupervisedRuns
 from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job, ListedRun
-from mlfleet.backends.docker.client import Engine, EngineError
-from mlfleet.backends.docker.container import container_body, container_name
-from mlfleet.backends.docker.endpoint import Endpoint
+from mlfleet.backends.docker.client import Endpoint, Engine, EngineError
+from mlfleet.backends.docker.container import TrackingMounts, container_body, container_name, tracking_mounts
 from mlfleet.backends.docker.image import Image, Images, check_reference
-from mlfleet.backends.docker.inventory import list_containers, prune_containers
-from mlfleet.backends.docker.output import Custody
-from mlfleet.backends.docker.run import Container, DockerRun, remove_container
+from mlfleet.backends.docker.output import ContainerLock
+from mlfleet.backends.docker.run import Container, DockerRun
 from mlfleet.backends.docker.run_options import ContainerOptions, parse_arguments
-from mlfleet.backends.docker.tracking import Reach, reach
 from mlfleet.backends.docker.values import Wrong, add_volume
-from mlfleet.backends.docker.watch import DRIVER_LABEL, OUTPUT_LABEL, RUN_LABEL, Containers
+from mlfleet.backends.docker.watch import (
+    DRIVER_LABEL,
+    OUTPUT_LABEL,
+    RUN_LABEL,
+    ContainerWatch,
+    list_containers,
+    prune_containers,
+    remove_container,
+)
 from mlfleet.errors import RunLost, SubmitError, UsageError
 from mlfleet.runs import JobRef
 
@@ -49,22 +55,24 @@ class DockerBackend(Backend[None]):
     def __init__(self) -> None:
         self._engine = Engine()
         self._images = Images(self._engine)
-        self._containers = Containers(self._engine)
+        self._watch = ContainerWatch(self._engine)
         self._runs = SupervisedRuns()
         self._starting = anyio.CapacityLimiter(_AT_ONCE)
 
     async def __aenter__(self) -> Self:
-        await self._engine.located()
-        await self._containers.__aenter__()
+        await self._engine.locate()
+        await self._watch.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with anyio.CancelScope(shield=True):
-            await self._runs.close()
-            await self._containers.__aexit__(None, None, None)
-            await self._engine.__aexit__(None, None, None)
+        await complete(self._close)
+
+    async def _close(self) -> None:
+        await self._runs.close()
+        await self._watch.__aexit__(None, None, None)
+        await self._engine.__aexit__(None, None, None)
 
     def check(self, docker: DockerRequest | None, folder: Path) -> None:
         """Check image, flags, volumes, variables and credentials; see `Backend.check`."""
@@ -73,26 +81,26 @@ class DockerBackend(Backend[None]):
                 "the backend 'docker' runs projects whose MLproject has a docker_env with an image; this one has none"
             )
         check_reference(docker.env.image)
-        auth.check_auth(docker.auth)
+        login.check_auth(docker.auth)
         _options(docker, folder)
 
     def reference(self, job: Job) -> JobRef:
-        """The engine and the name of the container."""
+        """Return the engine's address and the container's name."""
         endpoint = self._engine.endpoint
         url = endpoint.url if endpoint is not None else ""
         return JobRef(self.name, job.run_id, {"engine": url, "container": container_name(job.run_id, _names(job))})
 
     async def submit(self, job: Job) -> DockerRun:
-        """Pull or build the image if it must be, and start the job's container.
+        """Pull or build the image if necessary, and start the job's container.
 
         Raises:
-            SubmitError: the image cannot be had, or the engine does not take or start the container; nothing is left.
-            EngineError: there is no engine, or no permission to use it.
+            SubmitError: There is no image, or the engine does not create or start the container; nothing is left.
+            EngineError: There is no engine, or no permission to use it.
         """
         docker = job.docker
         if docker is None:
             raise SubmitError("the job brings no docker_env", backend=self.name)
-        endpoint = await self._engine.located()
+        endpoint = await self._engine.locate()
         prepared = await FILES.run(partial(_prepare, job, docker, endpoint))
         image = await self._images.base(
             docker.env.image,
@@ -108,26 +116,28 @@ class DockerBackend(Backend[None]):
         return await self._launch(job, prepared, image)
 
     def tags(self, run: BackendRun) -> Mapping[str, str]:
-        """What image the run is of."""
+        """Return the tags that name the image."""
         return run.tags if isinstance(run, DockerRun) else {}
 
     async def attach(self, ref: JobRef) -> DockerRun:
-        """The handle of a container that an earlier process submitted.
+        """Return the handle of a container that an earlier process submitted.
 
         If that process is gone, this one copies the output from its beginning and removes the container at its end.
 
         Raises:
-            RunLost: there is no such container any more.
-            EngineError: the engine cannot be reached.
+            RunLost: The container does not exist any more.
+            EngineError: The engine cannot be reached.
         """
         name = str(ref.data.get("container") or f"mlfleet-{ref.run_id}")
         try:
-            found = await self._engine.call("asked for a container", "GET", f"containers/{name}/json")
+            found = await self._engine.call(
+                "asked for a container", lambda docker: docker.containers.container(name).show()
+            )
         except EngineError as error:
             if error.status != 404:
                 raise
             text = f"the container {name} of the run {ref.run_id} is not on the engine (any more)"
-            there, here = ref.data.get("engine"), (await self._engine.located()).url
+            there, here = ref.data.get("engine"), (await self._engine.locate()).url
             if there and there != here:
                 text += f"; it was started by that at {there}, and this one is at {here}: set DOCKER_HOST"
             raise RunLost(text, backend=self.name) from error
@@ -135,7 +145,7 @@ class DockerBackend(Backend[None]):
         labels: Mapping[str, str] = config.get("Labels") or {}
         if labels.get(RUN_LABEL) != ref.run_id:
             raise RunLost(f"the container {name} is not that of the run {ref.run_id}", backend=self.name)
-        # From the container, not from the reference: whoever may write tags shall not choose a file to write to.
+        # From the container and not from the reference: those who may write tags must not choose a file to write to.
         output = labels.get(OUTPUT_LABEL)
         container = Container(
             id=str(found["Id"]),
@@ -146,9 +156,9 @@ class DockerBackend(Backend[None]):
             output=Path(output) if output else runs_folder() / ref.run_id / "output.log",
             stop_signal=str(config.get("StopSignal") or "SIGTERM"),
         )
-        held = Custody.told_by(labels.get(DRIVER_LABEL, ""), ref.run_id)
-        custody = await FILES.run(partial(_take, held))
-        return self._supervise(container, custody, submitted=False)
+        named = ContainerLock.from_label(labels.get(DRIVER_LABEL, ""), ref.run_id)
+        lock = await FILES.run(partial(_acquire, named))
+        return self._supervise(container, lock, submitted=False)
 
     async def list_runs(self) -> Sequence[ListedRun]:
         """Return the runs whose container the engine has; see `Backend.list_runs`."""
@@ -174,42 +184,49 @@ class DockerBackend(Backend[None]):
         body: dict[str, Any] = {}
 
         async def create() -> None:
-            params = {"name": name, "platform": options.platform}
+            params = {"name": name} if options.platform is None else {"name": name, "platform": options.platform}
             answer = await self._engine.call(
-                "asked to create a container", "POST", "containers/create", params=params, body=body
+                "asked to create a container",
+                # Not containers.create, which knows no platform.
+                lambda docker: docker._query_json("containers/create", "POST", params=params, data=body),
             )
             made.append(str(answer["Id"]))
 
         async def start() -> None:
-            await self._engine.call("asked to start a container", "POST", f"containers/{made[0]}/start")
+            await self._engine.call(
+                "asked to start a container", lambda docker: docker.containers.container(made[0]).start()
+            )
 
         run: DockerRun | None = None
         try:
             async with self._starting:
-                # Cut off in the middle, nobody would know whether there is a container: an answer is waited for.
-                custody = await FILES.run(partial(_take, Custody.of(job.run_id)))
-                body = container_body(job, options, image, prepared.reach, driver=custody.label)
-                if not custody.held:
+                # Wait for the answer although this call is cancelled: otherwise the container, if any, is unknown.
+                lock = await FILES.run(partial(_acquire, ContainerLock.of_run(job.run_id)))
+                body = container_body(job, options, image, prepared.mounts, driver=lock.label)
+                if not lock.is_held:
                     text = f"another process of this machine looks after a container of the run {job.run_id}"
                     raise SubmitError(text, backend=self.name)
                 await complete(create, limit=_GRACE)
-                run = self._supervise(_container(made[0], name, job, body, image), custody, submitted=True)
+                run = self._supervise(_container(made[0], name, job, body, image), lock, submitted=True)
                 await run.attached()
                 await complete(start, limit=_GRACE)
             return run
         except BaseException as error:
-            with anyio.move_on_after(_GRACE, shield=True):
-                if run is not None:
-                    run.detach()
-                    await run.outcome()
-                for container_id in made:
-                    await remove_container(self._engine, container_id)
+            await wait_done(asyncio.ensure_future(self._take_back(run, made)))
             if isinstance(error, EngineError) and not error.unreachable:
                 raise SubmitError(_refusal(name, image, error), backend=self.name) from error
             raise
 
-    def _supervise(self, container: Container, custody: Custody, *, submitted: bool) -> DockerRun:
-        run = DockerRun(container, self._engine, self._containers, custody, submitted=submitted)
+    async def _take_back(self, run: DockerRun | None, containers: Sequence[str]) -> None:
+        with anyio.move_on_after(_GRACE):
+            if run is not None:
+                run.detach()
+                await run.outcome()
+            for container in containers:
+                await remove_container(self._engine, container)
+
+    def _supervise(self, container: Container, lock: ContainerLock, *, submitted: bool) -> DockerRun:
+        run = DockerRun(container, self._engine, self._watch, lock, submitted=submitted)
         self._runs.start(run, name=f"mlfleet container {container.name}")
         return run
 
@@ -217,14 +234,14 @@ class DockerBackend(Backend[None]):
 @dataclass(frozen=True, slots=True)
 class _Prepared:
     options: ContainerOptions
-    reach: Reach
+    mounts: TrackingMounts
 
 
 def _prepare(job: Job, docker: DockerRequest, engine: Endpoint) -> _Prepared:
-    """All that needs this machine's files. Blocking."""
+    """Read and make the files of this machine that the container needs. Blocking."""
     options = _options(docker, job.project_dir)
     environ = {**job.environ, **job.secrets}
-    reached = reach(
+    mounts = tracking_mounts(
         environ,
         job.artifact_uri,
         paths=job.paths,
@@ -233,20 +250,20 @@ def _prepare(job: Job, docker: DockerRequest, engine: Endpoint) -> _Prepared:
         engine=engine.url,
         local=engine.local,
     )
-    for folder in reached.folders:
+    for folder in mounts.folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             text = f"the folder {folder} cannot be made for the container: {error.strerror}"
             raise SubmitError(text, backend="docker") from error
-    return _Prepared(options, reached)
+    return _Prepared(options, mounts)
 
 
 def _options(docker: DockerRequest, folder: Path) -> ContainerOptions:
-    """The flags, with the volumes and variables of docker_env. Blocking where a flag names a file.
+    """Return the flags, with the volumes and variables of docker_env. Blocking where a flag names a file.
 
     Raises:
-        UsageError: a flag or a volume is wrong, or a variable that is to be copied is not set.
+        UsageError: A flag or a volume is wrong, or a variable that is to be copied is not set.
     """
     environ = dict(os.environ)
     options = parse_arguments(docker.args, environ=environ, folder=folder)
@@ -282,9 +299,9 @@ def _container(container_id: str, name: str, job: Job, body: Mapping[str, Any], 
     )
 
 
-def _take(custody: Custody) -> Custody:
-    custody.take()
-    return custody
+def _acquire(lock: ContainerLock) -> ContainerLock:
+    lock.acquire()
+    return lock
 
 
 def _refusal(name: str, image: Image, error: EngineError) -> str:

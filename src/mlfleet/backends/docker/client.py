@@ -1,16 +1,19 @@
-"""The one connection to a Docker engine: requests, streams, and what their failures mean."""
+"""The one client of a Docker engine: where the engine is, requests, streams, and the meaning of their failures."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import hashlib
 import json
 import os
 import ssl
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import aiohttp
 import anyio
@@ -18,26 +21,80 @@ from aiodocker import Docker
 from aiodocker.exceptions import DockerError
 
 from mlfleet._concurrency.threads import LOGINS
+from mlfleet._hosts import has_loopback_host
+from mlfleet._oci.docker_config import config_folder, read_config
+from mlfleet._retry import RetryPolicy
 from mlfleet._text.masking import mask_query
-from mlfleet.backends.docker.endpoint import Endpoint, find_endpoint
 from mlfleet.errors import BackendError
 
-__all__ = ["Engine", "EngineError"]
+__all__ = ["RETRIES", "Endpoint", "Engine", "EngineError", "find_endpoint"]
 
-# Seconds. A busy engine may take long to create and start a hundred containers; it always takes a connection at once.
+RETRIES = RetryPolicy(seconds=60.0, first_pause=0.1, longest_pause=2.0)
+"""The policy for every request that is repeated while the engine is away, because it restarts for example."""
+
+# Seconds. A busy engine may take long to create and start a hundred containers; it always accepts connections at once.
 _CONNECT, _ANSWER = 10.0, 300.0
+_DEFAULT = "unix:///var/run/docker.sock"
 _UNREACHABLE = 900  # aiodocker's status for it
 _LONGEST_MESSAGE = 1000
 _LONGEST_LINE = 2**22  # of a stream of JSON lines
 _CERTIFICATES = "DOCKER_CERT_PATH to the folder with ca.pem, cert.pem and key.pem that it takes"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """The address of an engine.
+
+    Attributes:
+        url: The URL, ``unix:///path`` or ``tcp://host:port``.
+        tls: The TLS settings for a ``tcp`` engine that asks for it.
+        certificates: The folder of the client's certificates.
+    """
+
+    url: str
+    tls: ssl.SSLContext | None = field(default=None, repr=False, compare=False)
+    certificates: Path | None = None
+
+    @property
+    def socket(self) -> str | None:
+        """The path of the Unix socket; None if the engine is reached over the network."""
+        return self.url.removeprefix("unix://") if self.url.startswith("unix://") else None
+
+    @property
+    def local(self) -> bool:
+        """True if the engine is on this machine, as far as its address shows."""
+        return self.socket is not None or has_loopback_host(self.url)
+
+
+def find_endpoint(environ: Mapping[str, str]) -> Endpoint:
+    """Return the engine that ``DOCKER_HOST``, ``DOCKER_CONTEXT`` or else the current context names. Blocking.
+
+    Args:
+        environ: The environment variables of this process.
+
+    Raises:
+        BackendError: The engine named there cannot be used; the text says why.
+    """
+    url = environ.get("DOCKER_HOST")
+    if url:
+        folder = Path(environ.get("DOCKER_CERT_PATH") or config_folder(environ))
+        verify = bool(environ.get("DOCKER_TLS_VERIFY"))
+        wanted = verify or bool(environ.get("DOCKER_TLS"))
+        return _endpoint(url, folder if wanted else None, "DOCKER_HOST", verify=verify)
+    name = environ.get("DOCKER_CONTEXT") or read_config(environ).get("currentContext")
+    if name and name != "default":
+        return _context(str(name), config_folder(environ))
+    return Endpoint(_DEFAULT)
 
 
 class EngineError(BackendError):
     """The engine refused something, or cannot be reached.
 
     Attributes:
-        status: the HTTP status of its answer; None if there was none.
-        message: what it said.
+        status: The HTTP status of the engine's answer; None if there was no answer.
+        message: The engine's message.
     """
 
     def __init__(self, text: str, *, status: int | None = None, message: str = "") -> None:
@@ -47,7 +104,7 @@ class EngineError(BackendError):
 
     @property
     def unreachable(self) -> bool:
-        """Whether the engine gave no answer at all."""
+        """True if the engine gave no answer at all."""
         return self.status is None
 
 
@@ -55,7 +112,7 @@ class Engine:
     """A Docker engine. Opened at its first use, so that one that is down now can be used later.
 
     Attributes:
-        endpoint: where it is, once it was opened.
+        endpoint: The engine's address; None before the first use.
     """
 
     def __init__(self) -> None:
@@ -72,28 +129,32 @@ class Engine:
         docker, self._docker = self._docker, None
         if docker is not None:
             await docker.close()
-            await docker.session.close()
+            await docker.session.close()  # a session that was handed in is left open by aiodocker
 
-    async def located(self) -> Endpoint:
-        """Where the engine is. Asks nobody but the environment and Docker's configuration."""
+    async def locate(self) -> Endpoint:
+        """Return the engine's address, from the environment and Docker's configuration. Sends nothing.
+
+        Raises:
+            BackendError: The engine named there cannot be used.
+        """
         if self.endpoint is None:
             self.endpoint = await LOGINS.run(lambda: find_endpoint(os.environ))
         return self.endpoint
 
-    async def opened(self) -> Docker:
-        """The client, whose API version is that of the engine.
+    async def open(self) -> Docker:
+        """Return the client, whose API version is that of the engine.
 
         Raises:
-            EngineError: there is no engine, or no permission to use it.
+            EngineError: The engine is not there, or this user has no permission to use it.
         """
         if self._docker is None:
             async with self._opening:
                 if self._docker is None:
-                    self._docker = await self._open(await self.located())
+                    self._docker = await self._connect(await self.locate())
         return self._docker
 
-    async def _open(self, endpoint: Endpoint) -> Docker:
-        # Without a limit of connections: every running container holds one for its output.
+    async def _connect(self, endpoint: Endpoint) -> Docker:
+        # Without a limit on connections: every running container holds one for its output.
         connector: aiohttp.BaseConnector
         if endpoint.socket is not None:
             connector = aiohttp.UnixConnector(endpoint.socket, limit=0)
@@ -111,37 +172,26 @@ class Engine:
             docker.docker_host = "http://localhost"
         try:
             with self._explained("asked for its version", endpoint):
-                await docker._check_version()
+                await docker.version()  # also sets the version of the API
         except BaseException:
             await docker.close()
             await session.close()
             raise
         return docker
 
-    async def call(
-        self,
-        doing: str,
-        method: str,
-        path: str,
-        *,
-        params: Mapping[str, Any] | None = None,
-        body: object = None,
-    ) -> Any:
-        """Ask the engine for something; its answer, from JSON.
+    async def call(self, doing: str, work: Callable[[Docker], Awaitable[T]]) -> T:
+        """Make a request.
 
         Args:
-            doing: completes "the Docker engine was …", for the error.
-            method: of HTTP.
-            path: below the API's version.
-            params: of the query.
-            body: becomes JSON.
+            doing: The words that complete "the Docker engine was …" in an error.
+            work: A function that makes the request with the client.
 
         Raises:
-            EngineError: it refuses or cannot be reached.
+            EngineError: The engine refuses, or cannot be reached.
         """
-        docker = await self.opened()
-        with self._explained(doing):
-            return await docker._query_json(path, method, params=_query(params), data=body)
+        docker = await self.open()
+        with self._explained(doing), anyio.fail_after(_ANSWER):
+            return await work(docker)
 
     @asynccontextmanager
     async def stream(
@@ -154,11 +204,26 @@ class Engine:
         headers: Mapping[str, str] | None = None,
         data: AsyncIterator[bytes] | None = None,
     ) -> AsyncIterator[aiohttp.StreamReader]:
-        """Like `call`, for an answer that goes on and on. Its connection is closed at the end.
+        """Make a request with an endless answer, and close its connection at the end of the ``async with``.
 
-        Errors of the body of the ``async with`` are translated, too.
+        aiodocker has no public methods for such answers: ``events.run`` does not say when the stream is open,
+        ``container.log`` decodes the bytes, ``container.attach`` cannot be told from a connection that broke,
+        ``images.pull`` and ``images.push`` take credentials only for names with a host, and ``images.build`` reads its
+        file in the event loop.
+
+        Args:
+            doing: The words that complete "the Docker engine was …" in an error.
+            method: The HTTP method.
+            path: The path below the API's version.
+            params: The parameters of the query; those that are None are left out.
+            headers: The headers to send.
+            data: The body to send.
+
+        Raises:
+            EngineError: The engine refuses or cannot be reached. Errors of the body of the ``async with`` become this,
+                too.
         """
-        docker = await self.opened()
+        docker = await self.open()
         endless = aiohttp.ClientTimeout(sock_connect=_CONNECT)
         with self._explained(doing):
             async with docker._query(
@@ -179,10 +244,10 @@ class Engine:
         headers: Mapping[str, str] | None = None,
         data: AsyncIterator[bytes] | None = None,
     ) -> AsyncIterator[dict[str, Any]]:
-        """The objects of a stream of JSON lines.
+        """Yield the objects of an answer of JSON lines; for the arguments see `stream`.
 
         Raises:
-            EngineError: also for an error that the stream tells of.
+            EngineError: Also for an error that a line reports.
         """
         async with self.stream(doing, method, path, params=params, headers=headers, data=data) as content:
             async for line in content:
@@ -220,7 +285,7 @@ class Engine:
 
 
 def _query(params: Mapping[str, Any] | None) -> dict[str, str]:
-    """Parameters of a URL: what is None is left out, what is a mapping becomes JSON."""
+    """Return the parameters of a URL: without those that are None, and with mappings as JSON."""
     given = {name: value for name, value in (params or {}).items() if value is not None}
     return {name: json.dumps(value) if isinstance(value, dict | bool) else str(value) for name, value in given.items()}
 
@@ -254,7 +319,7 @@ def _unreachable(endpoint: Endpoint, error: BaseException | None) -> EngineError
 
 
 def _plain(message: str) -> str:
-    """The text of an answer, also of engines that declare their JSON otherwise than Docker does."""
+    """Return the text of an answer, also of engines that label their JSON differently from Docker."""
     try:
         return str(json.loads(message)["message"])
     except (ValueError, KeyError, TypeError):
@@ -264,3 +329,48 @@ def _plain(message: str) -> str:
 def _short(message: str) -> str:
     message = mask_query(message.strip())
     return message if len(message) <= _LONGEST_MESSAGE else message[:_LONGEST_MESSAGE] + " …"
+
+
+def _context(name: str, folder: Path) -> Endpoint:
+    # https://github.com/docker/cli/blob/master/cli/context/store/doc.go
+    key = hashlib.sha256(name.encode()).hexdigest()
+    path = folder / "contexts" / "meta" / key / "meta.json"
+    try:
+        endpoint = json.loads(path.read_bytes())["Endpoints"]["docker"]
+        url, verify = str(endpoint["Host"]), not endpoint.get("SkipTLSVerify", False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        text = f"the Docker context {name!r} cannot be read from {path}: choose another with 'docker context use'"
+        raise BackendError(text, backend="docker") from error
+    certificates = folder / "contexts" / "tls" / key / "docker"
+    given = certificates if certificates.is_dir() else None
+    return _endpoint(url, given, f"the Docker context {name!r}", verify=verify)
+
+
+def _endpoint(url: str, certificates: Path | None, source: str, *, verify: bool) -> Endpoint:
+    if not url.startswith(("unix://", "tcp://", "http://", "https://")):
+        hint = "; for a machine behind ssh, forward its socket: ssh -L /tmp/docker.sock:/var/run/docker.sock HOST"
+        text = f"{source} is {url!r}: unix:///path and tcp://host:port are understood{hint}"
+        raise BackendError(text, backend="docker")
+    # A socket of this machine has no use for them, whatever else is set.
+    if certificates is None or url.startswith("unix://"):
+        return Endpoint(url)
+    return Endpoint(url, _tls(certificates, verify=verify), certificates)
+
+
+def _tls(folder: Path, *, verify: bool) -> ssl.SSLContext:
+    files = folder / "ca.pem", folder / "cert.pem", folder / "key.pem"
+    try:
+        authority, certificate, key = (path if path.exists() else None for path in files)
+        context = ssl.create_default_context(cafile=authority)
+        if not verify:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        if certificate is not None and key is not None:
+            context.load_cert_chain(certificate, key)
+    except (OSError, ssl.SSLError) as error:
+        text = f"the certificates for the Docker engine in {folder} cannot be used: {error}"
+        raise BackendError(text, backend="docker") from error
+    if (certificate is None) != (key is None):
+        text = f"the certificates for the Docker engine in {folder} need both, cert.pem and key.pem"
+        raise BackendError(text, backend="docker")
+    return context

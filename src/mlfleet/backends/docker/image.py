@@ -1,4 +1,4 @@
-"""Images: pulled or built once for all runs that need the same."""
+"""Images: pulled or built once for all runs that need the same one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.threads import PROJECTS
-from mlfleet._oci import login as auth
+from mlfleet._oci import login
 from mlfleet._project.content import content_hash, pack
 from mlfleet.backends.docker.client import Engine, EngineError
 from mlfleet.errors import SubmitError, UsageError
@@ -43,10 +43,10 @@ class Image:
     """An image that the engine has.
 
     Attributes:
-        uri: the name to run it by.
-        id: ``sha256:…``.
-        entrypoint: what it starts commands with.
-        stop_signal: what asks its programs to stop.
+        uri: The name to run it by.
+        id: The id, ``sha256:…``.
+        entrypoint: The program and arguments that start its commands.
+        stop_signal: The signal that asks its programs to stop.
     """
 
     uri: str
@@ -59,20 +59,20 @@ def check_reference(image: str) -> None:
     """Check the name of an image.
 
     Raises:
-        UsageError: it is none.
+        UsageError: It is not a name of an image.
     """
     if not (_REFERENCE.fullmatch(image) or _ID.fullmatch(image)):
         hint = "; it is written in small letters" if _REFERENCE.fullmatch(image.lower()) else ""
         raise UsageError(
-            f"docker_env: {image!r} is no name of an image such as python:3.11 or host:5000/team/image{hint}"
+            f"docker_env: {image!r} is not the name of an image, such as python:3.11 or host:5000/team/image{hint}"
         )
 
 
 class Images:
-    """The images of one engine.
+    """The images of one engine, pulled and built once for all runs.
 
     Args:
-        engine: that has them.
+        engine: The engine.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -89,17 +89,17 @@ class Images:
         credentials: Mapping[str, Any] | None = None,
         on_progress: Progress,
     ) -> Image:
-        """The image of that name, pulled if it must be.
+        """Return the image of that name; pull it if necessary.
 
         Args:
-            name: of the image.
+            name: The name of the image.
             pull: ``missing``, ``always`` or ``never``.
-            platform: such as ``linux/arm64``; None is the engine's.
-            credentials: the argument ``docker_auth``.
-            on_progress: is called with lines that tell how far it is.
+            platform: The platform, such as ``linux/arm64``; None: the engine's.
+            credentials: The argument ``docker_auth``.
+            on_progress: Called with lines on the progress.
 
         Raises:
-            SubmitError: it is not there and cannot be pulled; the text says why and what to do.
+            SubmitError: The engine neither has nor can pull it; the text says why and what to do.
         """
         if pull != "always":
             found = await self._find(name)
@@ -112,17 +112,17 @@ class Images:
         return await self._pulls((name, platform), work)
 
     async def built(self, base: Image, folder: Path, *, project: str, on_progress: Progress) -> Image:
-        """An image of `base` with the project in it, built once for the same base and content.
+        """Return an image of `base` with the project in it, built once for the same base and content.
 
         Args:
-            base: to build on.
-            folder: of the project.
-            project: its name, which becomes the image's.
-            on_progress: is called with lines that tell how far it is.
+            base: The image to build on.
+            folder: The folder of the project.
+            project: The project's name, which becomes the image's.
+            on_progress: Called with lines on the progress.
 
         Raises:
-            SubmitError: the engine cannot build it.
-            FetchError: the project's files cannot be read.
+            SubmitError: The engine cannot build it.
+            FetchError: The project's files cannot be read.
         """
         digest = await content_hash(folder)
         name = _tag(base, digest, project)
@@ -133,7 +133,7 @@ class Images:
 
     async def _find(self, name: str) -> Image | None:
         try:
-            found = await self._engine.call("asked for an image", "GET", f"images/{name}/json")
+            found = await self._engine.call("asked for an image", lambda docker: docker.images.inspect(name))
         except EngineError as error:
             if error.status == 404:
                 return None
@@ -144,7 +144,7 @@ class Images:
     async def _pull(
         self, name: str, platform: str | None, given: Mapping[str, Any] | None, on_progress: Progress
     ) -> Image:
-        credentials = await auth.find_credentials(name, given)
+        credentials = await login.find_credentials(name, given)
         on_progress(f"pulling the image {name}")
         layers: dict[str, bool] = {}
         told = ""
@@ -153,7 +153,7 @@ class Images:
             params["tag"] = "latest"  # without it the engine pulls every tag there is
         try:
             async for item in self._engine.json_lines(
-                "asked to pull an image", "POST", "images/create", params=params, headers=auth.header(credentials)
+                "asked to pull an image", "POST", "images/create", params=params, headers=login.header(credentials)
             ):
                 line = _pull_progress(name, layers, item)
                 if line and line != told:
@@ -206,7 +206,7 @@ async def _chunks(file: IO[bytes]) -> AsyncIterator[bytes]:
 
 
 def _tag(base: Image, digest: str, project: str) -> str:
-    """``<project>:<hash of base and content>``: other content never takes the place of an image."""
+    """Return ``<project>:<hash of base and content>``, so that other content never replaces an image."""
     name = re.sub(r"[^a-z0-9]+", "-", project.lower()).strip("-")[:100] or "docker-project"
     content = hashlib.sha256(f"{base.id} {digest}".encode()).hexdigest()
     return f"{name}:{content[:16]}"
@@ -222,7 +222,7 @@ def _pull_progress(name: str, layers: dict[str, bool], item: Mapping[str, Any]) 
 
 def _cannot_pull(name: str, error: EngineError, *, with_credentials: bool) -> SubmitError:
     message = error.message.lower()
-    registry = auth.registry_of(name)
+    registry = login.registry_of(name)
     if error.unreachable:
         return SubmitError(str(error), backend="docker")
     if any(text in message for text in ("no basic auth", "unauthorized", "denied", "authentication required")):

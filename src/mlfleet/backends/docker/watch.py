@@ -1,19 +1,28 @@
-"""One stream of the engine's events for all containers, rather than one waiting request for each."""
+"""The containers of runs: one event stream for all that run, and lists of what an engine has."""
 
 from __future__ import annotations
 
 import json
 import logging
-import time
-from collections.abc import Mapping
+import socket
+from collections.abc import Collection, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from enum import StrEnum
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import aiohttp
 import anyio
 
+from mlfleet._concurrency.threads import FILES
+from mlfleet._retry import RetryPolicy
 from mlfleet.backends._remote.state_cache import StateCache
-from mlfleet.backends.docker.client import Engine, EngineError
+from mlfleet.backends.base import ListedRun
+from mlfleet.backends.docker.client import RETRIES, Engine, EngineError
+from mlfleet.backends.docker.output import ContainerLock
 from mlfleet.errors import RunLost
 
 __all__ = [
@@ -22,9 +31,12 @@ __all__ = [
     "OUTPUT_LABEL",
     "PROJECT_LABEL",
     "RUN_LABEL",
-    "Containers",
+    "ContainerState",
+    "ContainerWatch",
     "Phase",
-    "State",
+    "list_containers",
+    "prune_containers",
+    "remove_container",
 ]
 
 RUN_LABEL = "mlfleet.run-id"
@@ -32,16 +44,13 @@ PROJECT_LABEL = "mlfleet.project"
 OUTPUT_LABEL = "mlfleet.output"
 DRIVER_LABEL = "mlfleet.driver"
 EXPERIMENT_LABEL = "mlfleet.experiment-id"
-PATIENCE = 60.0
-"""Seconds that an engine may be away (it restarts) before its runs count as lost."""
 
-_FIRST_DELAY, _LAST_DELAY = 0.1, 2.0  # seconds between attempts to reach it again
-_REFRESH = 300.0
+_REFRESH = 300.0  # seconds until the list is fetched again although no event came
 _log = logging.getLogger("mlfleet.docker")
 
 
 class Phase(StrEnum):
-    """What a container is at, as far as a run is concerned."""
+    """The phase of a container's life, as far as a run is concerned."""
 
     CREATED = "created"
     RUNNING = "running"
@@ -50,15 +59,15 @@ class Phase(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class State:
-    """A container as the engine last told of it.
+class ContainerState:
+    """The latest known state of a container.
 
     Attributes:
-        phase: what it is at.
-        exit_code: once it has exited, if that was seen.
-        oom: whether something in it was ended for want of memory.
-        unseen: whether it ended while the engine could not be reached.
-        signal: the last one that the engine sent to it, whoever asked for that.
+        phase: The phase of its life.
+        exit_code: The exit code, once it has exited and if that was seen.
+        oom: True if a process in it was ended because memory ran out.
+        unseen: True if it ended while the engine could not be reached.
+        signal: The last signal that the engine sent to it, for whatever reason.
     """
 
     phase: Phase
@@ -69,83 +78,96 @@ class State:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing of it runs any more."""
+        """True if nothing in it runs any more."""
         return self.phase in (Phase.EXITED, Phase.GONE)
 
 
-class Containers(StateCache[State]):
+class ContainerWatch(StateCache[ContainerState]):
     """The states of containers by id, fed by the engine's event stream.
 
     The stream is opened before the containers are listed, so that no end falls between the two. When it breaks, it is
-    opened again and the list compared with what was known: an engine that restarts loses nobody.
+    opened again and the list compared with the known states, so that the restart of an engine loses no run.
 
     Args:
-        engine: whose events they are.
-        patience: seconds that it may be away.
+        engine: The engine to watch.
+        retries: The policy for reconnecting; after its time the runs count as lost.
 
     Attributes:
-        breaks: how often the stream has broken off.
+        breaks: The number of times that the stream broke.
     """
 
-    def __init__(self, engine: Engine, *, patience: float = PATIENCE) -> None:
+    def __init__(self, engine: Engine, *, retries: RetryPolicy = RETRIES) -> None:
         super().__init__(self._follow, name="mlfleet Docker events")
         self._engine = engine
-        self._patience = patience
+        self._retries = retries
+        self._away = False
         self.breaks = 0
 
-    async def _follow(self, watch: StateCache[State]) -> None:
-        await watch.wanted()  # an engine that no run asks for need not be there
-        broken_since: float | None = None
-        delay = _FIRST_DELAY
+    async def _follow(self, watch: StateCache[ContainerState]) -> None:
+        await watch.wanted()  # without runs, the engine need not be there
         while True:
-            problem: EngineError | None = None
-            refresh = anyio.CancelScope()
             try:
-                async with self._engine.stream("asked for its events", "GET", "events", params=_events()) as content:
-                    await self._list(away=broken_since is not None)
-                    broken_since, delay = None, _FIRST_DELAY
-                    # A connection can die without a word (a laptop that slept): look anew from time to time.
-                    refresh.deadline = anyio.current_time() + _REFRESH
-                    with refresh:
+                async with AsyncExitStack() as stack:
+                    content = await self._connect(stack)
+                    # A connection can die silently (a laptop that slept): list again from time to time.
+                    with anyio.move_on_after(_REFRESH) as refresh:
                         async for line in content:
                             self._apply(line)
+                if refresh.cancelled_caught:
+                    continue
             except EngineError as error:
-                problem = error
-            if refresh.cancelled_caught:
-                continue
+                _log.warning("the Docker engine's events have broken off: %s", error)
             self.breaks += 1
-            if broken_since is None:
-                broken_since = time.monotonic()
-            elif problem is not None and time.monotonic() - broken_since > self._patience:
-                text = f"the Docker engine was away for {self._patience:g} s: {problem}"
-                raise RunLost(text, backend="docker") from problem
-            if problem is not None and delay == _FIRST_DELAY:
-                _log.warning("the Docker engine's events have broken off: %s", problem)
-            await anyio.sleep(delay)
-            delay = min(delay * 2, _LAST_DELAY)
+            self._away = True
+            await anyio.sleep(self._retries.first_pause)
 
-    async def _list(self, *, away: bool) -> None:
-        """Take the list for the truth; `away`: it is the first one since the engine could not be reached."""
+    async def _connect(self, stack: AsyncExitStack) -> aiohttp.StreamReader:
+        """Open the stream, then list the containers; again and again while the engine is away."""
+
+        async def connect() -> aiohttp.StreamReader:
+            async with AsyncExitStack() as opened:
+                stream = self._engine.stream("asked for its events", "GET", "events", params=_events())
+                content = await opened.enter_async_context(stream)
+                await self._list()
+                stack.push_async_exit(opened.pop_all())
+            return content
+
+        try:
+            content = await self._retries.call(
+                connect, retry_if=lambda error: isinstance(error, EngineError), before_pause=self._note_break
+            )
+        except EngineError as error:
+            text = f"the Docker engine was away for {self._retries.seconds:g} s: {error}"
+            raise RunLost(text, backend="docker") from error
+        self._away = False
+        return content
+
+    def _note_break(self, error: BaseException, pause: float) -> None:
+        if not self._away:
+            self._away = True
+            self.breaks += 1
+            _log.warning("the Docker engine cannot be reached: %s", error)
+
+    async def _list(self) -> None:
+        """Replace the known states by a list of all containers."""
         asked_at = self.now()
-        params = {"all": True, "filters": {"label": [RUN_LABEL]}}
-        listed = await self._engine.call("asked for its containers", "GET", "containers/json", params=params)
-        states: dict[str, State] = {}
-        for item in listed:
+        states: dict[str, ContainerState] = {}
+        for item in await _list(self._engine):
             key, phase = str(item["Id"]), _phase(item["State"])
             known = self.get(key)
             if known is None:
-                states[key] = State(phase)
+                states[key] = ContainerState(phase)
             elif known.ended:
                 states[key] = known
             else:
-                states[key] = replace(known, phase=phase, unseen=away and phase is Phase.EXITED)
+                states[key] = replace(known, phase=phase, unseen=self._away and phase is Phase.EXITED)
         self.replace(states, asked_at=asked_at, gone=_gone)
 
     def _apply(self, line: bytes) -> None:
         event = json.loads(line)
         actor: Mapping[str, Any] = event.get("Actor") or {}
         key = str(actor.get("ID"))
-        state = self.get(key) or State(Phase.CREATED)
+        state = self.get(key) or ContainerState(Phase.CREATED)
         match event.get("Action"):
             case "start":
                 state = replace(state, phase=Phase.RUNNING)
@@ -168,9 +190,9 @@ def _events() -> dict[str, Any]:
     }
 
 
-def _gone(state: State | None) -> State:
-    """What has exited stays so when it is removed."""
-    return replace(state, phase=Phase.GONE) if state is not None else State(Phase.GONE)
+def _gone(state: ContainerState | None) -> ContainerState:
+    """Return the state of a removed container: its exit code stays known."""
+    return replace(state, phase=Phase.GONE) if state is not None else ContainerState(Phase.GONE)
 
 
 def _phase(text: str) -> Phase:
@@ -188,3 +210,91 @@ def _number(actor: Mapping[str, Any], name: str) -> int | None:
         return int(actor["Attributes"][name])
     except (KeyError, TypeError, ValueError):
         return None
+
+
+# ---- lists ----------------------------------------------------------------------------------------------------------
+
+
+async def list_containers(engine: Engine, run_id: str | None = None) -> list[ListedRun]:
+    """Return the runs that have a container, the newest first.
+
+    Args:
+        engine: The engine to ask.
+        run_id: The only run to look for; None: all.
+
+    Raises:
+        EngineError: The engine cannot be asked.
+    """
+    return [await _listed(item) for item in await _list(engine, run_id)]
+
+
+async def prune_containers(
+    engine: Engine, run_ids: Collection[str], *, running: bool, dry_run: bool
+) -> list[ListedRun]:
+    """Remove the containers that no process looks after; see `Backend.prune`."""
+    chosen: list[ListedRun] = []
+    for item in await _list(engine):
+        run = await _listed(item)
+        if run.supervised or (run_ids and run.run_id not in run_ids):
+            continue
+        if running or run.state in ("created", "exited", "dead"):
+            if not dry_run:
+                await remove_container(engine, str(item["Id"]))
+            chosen.append(run)
+    return chosen
+
+
+async def remove_container(engine: Engine, container: str, *, retries: RetryPolicy | None = None) -> None:
+    """Remove a container, running or not. One that is gone already is fine; other failures are only logged.
+
+    Args:
+        engine: The engine that has it.
+        container: The container's id.
+        retries: The policy for an engine that is away; None: one attempt.
+    """
+
+    async def remove() -> None:
+        await engine.call(
+            "asked to remove a container",
+            lambda docker: docker.containers.container(container).delete(force=True, v=True),
+        )
+
+    def is_away(error: BaseException) -> bool:
+        return retries is not None and isinstance(error, EngineError) and error.unreachable
+
+    try:
+        await (retries or RETRIES).call(remove, retry_if=is_away)
+    except EngineError as error:
+        if error.status not in (404, 409):  # 409: somebody else is removing it
+            _log.warning("the container %s is left behind: %s ('mlfleet prune' removes it)", container[:12], error)
+
+
+async def _list(engine: Engine, run_id: str | None = None) -> list[Any]:
+    """Return the engine's entries for the containers of runs, the newest first."""
+    filters = json.dumps({"label": [RUN_LABEL if run_id is None else f"{RUN_LABEL}={run_id}"]})
+    found = await engine.call(
+        "asked for its containers", lambda docker: docker.containers.list(all=True, filters=filters)
+    )
+    return sorted(found, key=lambda item: int(item["Created"]), reverse=True)
+
+
+async def _listed(item: Any) -> ListedRun:
+    labels = item["Labels"]
+    return ListedRun(
+        run_id=str(labels[RUN_LABEL]),
+        backend="docker",
+        created=datetime.fromtimestamp(int(item["Created"]), UTC),
+        state=str(item["State"]),
+        supervised=await FILES.run(partial(_is_supervised, str(labels.get(DRIVER_LABEL, "")))),
+        detail={
+            "project": str(labels.get(PROJECT_LABEL, "")),
+            "image": str(item["Image"]),
+            "container": str(((item["Names"] if "Names" in item else None) or ["/?"])[0]).removeprefix("/"),
+        },
+    )
+
+
+def _is_supervised(label: str) -> bool:
+    host, _, path = label.partition(":")
+    # Processes of another machine cannot be seen from here: its containers count as supervised.
+    return host != socket.gethostname() or ContainerLock(Path(path)).is_taken()

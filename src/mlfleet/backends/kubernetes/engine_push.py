@@ -37,7 +37,7 @@ async def push_from_engine(
         SubmitError: the registry refused it.
     """
     name, tag = parse_reference(repository).name, image.uri.rpartition(":")[2]
-    await engine.call("asked to tag an image", "POST", f"images/{image.uri}/tag", params={"repo": name, "tag": tag})
+    await engine.call("asked to tag an image", lambda docker: docker.images.tag(image.uri, name, tag=tag))
     found = await auth.find_credentials(name, credentials)
     on_progress(f"pushing the image {name}:{tag}")
     digest = ""

@@ -35,7 +35,7 @@ async def push(job: Job, config: KubernetesConfig, base: str) -> str:
     repository = config.repository_uri or ""
     if config.builder == "docker":
         async with Engine() as engine:
-            await engine.located()
+            await engine.locate()
             images = Images(engine)
             found = await images.base(base, platform=config.platform, credentials=auth, on_progress=job.on_progress)
             built = await images.built(found, job.project_dir, project=job.project_name, on_progress=job.on_progress)
