@@ -289,7 +289,7 @@ async def _listed(item: Any) -> ListedRun:
         detail={
             "project": str(labels.get(PROJECT_LABEL, "")),
             "image": str(item["Image"]),
-            "container": str(((item["Names"] if "Names" in item else None) or ["/?"])[0]).removeprefix("/"),
+            "container": str((item["Names"] or ["/?"])[0]).removeprefix("/"),
         },
     )
 
