@@ -51,6 +51,7 @@ MAX_IN_FLIGHT = 7
 # The longest values of parameters and tags that servers take: of MLflow 2.9 and newer, 1.28, and before that.
 _LENGTHS: tuple[Lengths, ...] = ((6000, 8000), (500, 5000), (250, 250))
 _PAGE = 1000
+_LOOK_SECONDS = 5.0  # for a last search after a creation has failed
 _SEARCH_PAUSE = 0.5  # seconds between two searches for a run whose creation was cancelled
 # Where a server tells about itself; the second is the name that MLflow 3.10 had for it.
 _SERVER_INFO = ("/api/3.0/mlflow/server-info", "/api/3.0/mlflow/server-features")
@@ -161,7 +162,7 @@ class RestTracking(Tracking):
             "runs/get",
             params={"run_id": run_id},
             retry_for=retry_for,
-            check=lambda answer: _run_id(answer.get("run")) in (run_id, None) and bool(answer),
+            check=lambda answer: _run_id(answer.get("run")) == run_id,
         )
         return run_info(answer.get("run", {}))
 
@@ -319,7 +320,7 @@ class _Creation:
         try:
             return await self._client.retry(self._attempt)
         except TrackingError as error:
-            if self._is_unclear and not self._is_cancelled and (made := await self._look_once()):
+            if self._is_unclear and not self._is_cancelled and (made := await self._find_made()):
                 log.warning("run %s was created, although the answer was: %s", made.run_id, error)
                 return made
             raise
@@ -355,7 +356,9 @@ class _Creation:
         self._is_sending = self._is_unclear = True
 
     def _is_ours(self, answer: Mapping[str, Any]) -> bool:
-        """Return False for the answer to the creation of another run."""
+        """Return False for the answer to another request, such as the creation of another run."""
+        if _run_id(answer.get("run")) is None:
+            return False
         try:
             tags = {tag["key"]: tag.get("value") for tag in answer["run"]["data"]["tags"]}
         except (KeyError, TypeError, AttributeError):
@@ -365,14 +368,14 @@ class _Creation:
     async def _look(self) -> list[RunInfo]:
         wanted = f"tags.`{SUBMISSION_TAG}` = '{self._submission}'"
         body = {"experiment_ids": [self._experiment_id], "filter": wanted, "max_results": 10}
-        answer = await self._client.attempt("POST", "runs/search", body=body)
+        answer = await self._client.attempt("POST", "runs/search", body=body, check=_is_search)
         found = [run_info(raw) for raw in answer.get("runs") or ()]
         return [run for run in found if run.tags.get(SUBMISSION_TAG) == self._submission]
 
-    async def _look_once(self) -> RunInfo | None:
+    async def _find_made(self) -> RunInfo | None:
         try:
-            return next(iter(await self._look()), None)
-        except (Transient, TrackingError):
+            return next(iter(await self._client.retry(self._look, _LOOK_SECONDS)), None)
+        except TrackingError:
             log.warning("a run may be left RUNNING: %s", self._place)
             return None
 
@@ -421,12 +424,17 @@ async def _search_runs(
     body: dict[str, Any] = {"experiment_ids": list(experiment_ids), "filter": filter_string}
     while len(found) < max_results:
         body["max_results"] = min(_PAGE, max_results - len(found))
-        answer = await client.call("POST", "runs/search", body=body)
+        answer = await client.call("POST", "runs/search", body=body, check=_is_search)
         found += [run_info(raw) for raw in answer.get("runs") or ()]
         if not answer.get("next_page_token"):
             break
         body["page_token"] = answer["next_page_token"]
     return found[:max_results]
+
+
+def _is_search(answer: Mapping[str, Any]) -> bool:
+    """Return False for an answer that a search cannot have; without runs it is empty."""
+    return answer.keys() <= {"runs", "next_page_token"}
 
 
 def _run_id(run: Any) -> str | None:
