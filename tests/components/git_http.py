@@ -20,12 +20,13 @@ class GitServer:
     """Serves the bare repositories below a folder.
 
     Attributes:
-        root: that folder.
-        credentials: ``user:password`` to ask for; None lets everybody in.
-        requests: the paths that were asked for, with their queries.
-        agents: the User-Agents that asked.
-        requested: is set by every request.
-        down: answer everything with 503.
+        root: The folder.
+        credentials: The ``user:password`` to ask for; None lets everybody in.
+        requests: The paths that were asked for, with their queries.
+        agents: The User-Agents of the requests.
+        requested: An event that every request sets.
+        down: True to answer everything with 503.
+        busy: The number of requests to answer with 503 from now on.
     """
 
     def __init__(self, root: Path) -> None:
@@ -35,6 +36,7 @@ class GitServer:
         self.agents: set[str] = set()
         self.requested = threading.Event()
         self.down = False
+        self.busy = 0
         self.url = ""
 
     @property
@@ -83,7 +85,8 @@ class _Handler(BaseHTTPRequestHandler):
         server.agents.add(self.headers.get("User-Agent", ""))
         server.requested.set()
         body = self._body()
-        if server.down:
+        if server.down or server.busy:
+            server.busy = max(server.busy - 1, 0)
             self._answer(503, [], b"")
         elif server.credentials is not None and self.headers.get("Authorization") != _basic(server.credentials):
             self._answer(401, [("WWW-Authenticate", 'Basic realm="git"')], b"")

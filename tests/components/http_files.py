@@ -15,15 +15,16 @@ import pytest
 
 @dataclass
 class FileServer:
-    """What is served, and what was asked for.
+    """The files to serve, and the answers that were given.
 
     Attributes:
-        url: of the server, without a slash at its end.
-        files: path → content; a path that is not there is a 404.
-        redirects: path → URL.
-        credentials: ``user:password`` to ask for.
-        etags: whether to send ETags and to answer 304.
-        answers: path and status of every answer.
+        url: The URL of the server, without a slash at its end.
+        files: Path → content; any other path is a 404.
+        redirects: Path → URL.
+        credentials: The ``user:password`` to ask for; None lets everybody in.
+        etags: True to send ETags and to answer 304.
+        busy: The number of requests to answer with 503 from now on.
+        answers: The path and status of every answer.
     """
 
     url: str = ""
@@ -31,6 +32,7 @@ class FileServer:
     redirects: dict[str, str] = field(default_factory=dict)
     credentials: str | None = None
     etags: bool = True
+    busy: int = 0
     answers: list[tuple[str, int]] = field(default_factory=list)
 
 
@@ -68,7 +70,10 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.file_server
         path = self.path.partition("?")[0]
         given = self.headers.get("Authorization", "")
-        if server.credentials and given != "Basic " + base64.b64encode(server.credentials.encode()).decode():
+        if server.busy:
+            server.busy -= 1
+            self._answer(503, b"", {"Retry-After": "0"})
+        elif server.credentials and given != "Basic " + base64.b64encode(server.credentials.encode()).decode():
             self._answer(401, b"", {"WWW-Authenticate": "Basic"})
         elif path in server.redirects:
             self._answer(302, b"", {"Location": server.redirects[path]})

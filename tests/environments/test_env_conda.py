@@ -85,9 +85,9 @@ async def test_the_command_gets_the_activated_environment(
     assert run(environment, "echo $CONDA_PREFIX $CONDA_DEFAULT_ENV") == f"{environment.root} {environment.root}\n"
     assert run(environment, "echo $PATH", PATH="/usr/bin:/bin") == f"{environment.root}/bin:/usr/bin:/bin\n"
     (stored,) = await to_thread.run_sync(list_environments)
-    assert (stored.manager, stored.python, stored.complete) == ("conda", conda_channel.python, True)
+    assert (stored.kind, stored.version, stored.complete) == ("conda", conda_channel.python, True)
     # Nothing that may hold a channel's token is left beside it.
-    assert sorted(path.name for path in stored.folder.iterdir()) == sorted(
+    assert sorted(path.name for path in stored.path.iterdir()) == sorted(
         [environment.root.name, "environment.json", "in-use"]
     )
     # conda and py-rattler make the same thing; who comes later does not build.
@@ -100,7 +100,7 @@ async def test_an_environment_without_python(tool: str, conda_channel: Channel, 
     environment = await prepare(tmp_path / "project", f"channels: [{conda_channel.url}]\ndependencies: [hello-tool]\n")
     assert run(environment, "hello-tool") == f"hello 2.0 {environment.root}\n"
     (stored,) = await to_thread.run_sync(list_environments)
-    assert stored.python is None
+    assert stored.version is None
 
 
 async def test_a_package_that_the_channel_does_not_have(tool: str, conda_channel: Channel, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ async def test_the_command_gets_the_packages(package: Package) -> None:
     environment = await prepare(*write_env(package, "dependencies: [./package]\n"))
     assert run(environment, "python", "-c", ASK) == f"{environment.root} forty-two"
     (stored,) = await to_thread.run_sync(list_environments)
-    assert (stored.manager, stored.python) == ("uv", sys.version.split()[0])
+    assert (stored.kind, stored.version) == ("uv", sys.version.split()[0])
 
 
 async def test_a_conda_file_under_uv(package: Package) -> None:

@@ -78,8 +78,8 @@ async def test_the_command_gets_the_python_and_the_packages(package: Package) ->
     assert "PYTHONHOME" not in environment.apply({"PYTHONHOME": "/x"})
     (stored,) = await to_thread.run_sync(list_environments)
     assert stored.complete
-    assert stored.source == str(package.folder.parent / "python_env.yaml")
-    assert stored.python == sys.version.split()[0]
+    assert stored.uri == str(package.folder.parent / "python_env.yaml")
+    assert stored.version == sys.version.split()[0]
     # A project's own tree is not written to, but by its own build.
     assert not [path for path in package.folder.parent.iterdir() if path.name not in ("package", "python_env.yaml")]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from mlfleet._environments.store import Store, list_environments, prune
+from mlfleet._environments.store import list_environments, open_store, prune
 
 NAME = "virtualenv-" + "0" * 32
 OTHER = "uv-" + "1" * 32
@@ -19,38 +19,38 @@ OTHER = "uv-" + "1" * 32
 
 def build(root: Path, name: str = NAME, *, days_ago: float = 0) -> Path:
     """An environment that no process uses, as if it was last used some days ago."""
-    store = Store(root)
+    store = open_store(root)
     attempt = store.begin(name)
     (attempt / "bin").mkdir(parents=True)
     (attempt / "bin" / "python").write_text("x" * 5000)
-    store.publish(name, attempt, python="3.11.7", source="/p/python_env.yaml", must_exist=("bin/python",))
+    store.publish(name, attempt, {"python": "3.11.7", "source": "/p/python_env.yaml", "must_exist": ["bin/python"]})
     then = datetime.now(UTC).timestamp() - days_ago * 86400
     os.utime(root / name / "in-use", (then, then))
     return attempt
 
 
 def test_only_what_was_published_is_an_environment(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = open_store(tmp_path)
     attempt = store.begin(NAME)
     (attempt / "bin").mkdir(parents=True)
-    assert store.take(NAME) is None
+    assert store.acquire(NAME) is None
     assert [each.complete for each in list_environments(tmp_path)] == [False]
     finished = build(tmp_path)
     assert finished != attempt
     assert not attempt.exists()
-    taken = store.take(NAME)
+    taken = store.acquire(NAME)
     assert taken is not None
-    assert taken[0] == finished
+    assert taken == finished
 
 
 def test_an_environment_that_lost_its_interpreter_is_none(tmp_path: Path) -> None:
     attempt = build(tmp_path)
-    store = Store(tmp_path)
-    assert store.take(NAME) is not None
+    store = open_store(tmp_path)
+    assert store.acquire(NAME) is not None
     (attempt / "bin" / "python").unlink()
-    assert store.take(NAME) is None
+    assert store.acquire(NAME) is None
     assert build(tmp_path) != attempt
-    assert store.take(NAME) is not None
+    assert store.acquire(NAME) is not None
     assert not attempt.exists()
 
 
@@ -58,8 +58,22 @@ def test_an_environment_that_lost_its_interpreter_is_none(tmp_path: Path) -> Non
 def test_a_damaged_description_is_no_environment(tmp_path: Path, text: str) -> None:
     build(tmp_path)
     (tmp_path / NAME / "environment.json").write_text(text)
-    assert Store(tmp_path).take(NAME) is None
+    assert open_store(tmp_path).acquire(NAME) is None
     assert [each.complete for each in list_environments(tmp_path)] == [False]
+
+
+def test_an_environment_of_the_first_version_is_used(tmp_path: Path) -> None:
+    content = tmp_path / NAME / "0a1b2c"
+    (content / "bin").mkdir(parents=True)
+    (content / "bin" / "python").touch()
+    (tmp_path / NAME / "in-use").touch()
+    (tmp_path / NAME / "environment.json").write_text(
+        '{"attempt": "0a1b2c", "python": "3.11.7", "source": "/p/conda.yaml", "created": 1.5, "size": 77, '
+        '"must_exist": ["bin/python"]}'
+    )
+    assert open_store(tmp_path).acquire(NAME) == content
+    (listed,) = list_environments(tmp_path)
+    assert (listed.version, listed.uri, listed.size, listed.complete) == ("3.11.7", "/p/conda.yaml", 77, True)
 
 
 def test_the_list_tells_what_there_is(tmp_path: Path) -> None:
@@ -67,15 +81,14 @@ def test_the_list_tells_what_there_is(tmp_path: Path) -> None:
     (tmp_path / "mlflow-0123").mkdir()  # of the reference, which may share the folder
     build(tmp_path, OTHER, days_ago=3)
     build(tmp_path)
-    used = Store(tmp_path)
-    used.take(NAME)
+    used = open_store(tmp_path)
+    used.acquire(NAME)
     one, two = list_environments(tmp_path)
-    assert (one.name, one.manager, one.python, one.source) == (NAME, "virtualenv", "3.11.7", "/p/python_env.yaml")
+    assert (one.path.name, one.kind, one.version, one.uri) == (NAME, "virtualenv", "3.11.7", "/p/python_env.yaml")
     assert one.complete
     assert one.in_use
     assert one.size >= 5000
-    assert (two.name, two.manager, two.in_use) == (OTHER, "uv", False)
-    assert two.last_used is not None
+    assert (two.path.name, two.kind, two.in_use) == (OTHER, "uv", False)
     assert timedelta(days=2.9) < datetime.now(UTC) - two.last_used < timedelta(days=3.1)
 
 
@@ -83,28 +96,29 @@ def test_prune_removes_what_was_not_used_for_long(tmp_path: Path) -> None:
     (tmp_path / "mlflow-0123").mkdir()
     build(tmp_path, NAME, days_ago=31)
     build(tmp_path, OTHER, days_ago=29)
-    assert [each.name for each in prune(timedelta(days=30), root=tmp_path)] == [NAME]
-    assert [each.name for each in list_environments(tmp_path)] == [OTHER]
-    assert [each.name for each in prune(root=tmp_path)] == [OTHER]
+    assert [each.path.name for each in prune(timedelta(days=30), root=tmp_path)] == [NAME]
+    assert [each.path.name for each in list_environments(tmp_path)] == [OTHER]
+    assert [each.path.name for each in prune(root=tmp_path)] == [OTHER]
     assert list_environments(tmp_path) == []
     assert (tmp_path / "mlflow-0123").exists()
 
 
 def test_prune_spares_what_is_in_use(tmp_path: Path) -> None:
     build(tmp_path)
-    user = Store(tmp_path)
-    assert user.take(NAME) is not None
+    user = open_store(tmp_path)
+    assert user.acquire(NAME) is not None
     os.utime(tmp_path / NAME / "in-use", (0, 0))
     assert prune(root=tmp_path) == []
     del user
-    assert [each.name for each in prune(root=tmp_path)] == [NAME]
+    assert [each.path.name for each in prune(root=tmp_path)] == [NAME]
 
 
 def test_prune_spares_what_another_process_uses(tmp_path: Path) -> None:
     build(tmp_path)
     code = (
-        "import sys, pathlib; from mlfleet._environments.store import Store; s = Store(pathlib.Path(sys.argv[1]));"
-        "s.take(sys.argv[2]); print('taken', flush=True); sys.stdin.read()"
+        "import sys, pathlib; from mlfleet._environments.store import open_store;"
+        "s = open_store(pathlib.Path(sys.argv[1]));"
+        "s.acquire(sys.argv[2]); print('taken', flush=True); sys.stdin.read()"
     )
     argv = [sys.executable, "-c", code, str(tmp_path), NAME]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as user:
@@ -112,12 +126,13 @@ def test_prune_spares_what_another_process_uses(tmp_path: Path) -> None:
         assert user.stdout.readline() == b"taken\n"
         assert prune(root=tmp_path) == []
         user.communicate()
-    assert [each.name for each in prune(root=tmp_path)] == [NAME]
+    assert [each.path.name for each in prune(root=tmp_path)] == [NAME]
 
 
 def test_prune_spares_what_is_being_built_and_removes_what_was_left(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = open_store(tmp_path)
     store.begin(NAME).mkdir()
+    store.lock_path(NAME).parent.mkdir()
     with FileLock(store.lock_path(NAME)):
         assert prune(timedelta(days=1), root=tmp_path) == []
     assert [each.complete for each in prune(timedelta(days=1), root=tmp_path)] == [False]
@@ -126,9 +141,9 @@ def test_prune_spares_what_is_being_built_and_removes_what_was_left(tmp_path: Pa
 
 def test_an_environment_that_was_pruned_is_gone_for_its_earlier_users(tmp_path: Path) -> None:
     build(tmp_path)
-    store = Store(tmp_path)
-    assert store.take(NAME) is not None
+    store = open_store(tmp_path)
+    assert store.acquire(NAME) is not None
     subprocess.run(["rm", "-r", str(tmp_path / NAME)], check=True)
-    assert store.take(NAME) is None
+    assert store.acquire(NAME) is None
     build(tmp_path)
-    assert store.take(NAME) is not None
+    assert store.acquire(NAME) is not None

@@ -14,8 +14,9 @@ import pytest
 
 from components.git_repository import Repository, git, make_repository
 from mlfleet._paths import runs_folder
-from mlfleet._project.cache import CacheEntry, list_entries, list_runs, prune, prune_runs
+from mlfleet._project.cache import list_entries, list_runs, prune, prune_runs
 from mlfleet._project.fetch import ProjectFetcher
+from mlfleet._store.content_store import StoredEntry
 from mlfleet.errors import FetchError
 
 DAY = timedelta(days=1)
@@ -31,7 +32,7 @@ def make_old(path: Path) -> None:
     os.utime(path, (then, then))
 
 
-async def entries() -> list[CacheEntry]:
+async def entries() -> list[StoredEntry]:
     return await asyncio.to_thread(list_entries)
 
 
@@ -111,7 +112,7 @@ async def test_project_pruned_between_fetch_and_run_is_an_error_that_says_so(rep
 
 async def test_leftovers_of_killed_processes_go_and_running_ones_stay(repository: Repository) -> None:
     project = await ProjectFetcher().fetch(str(repository.bare))
-    leftover = project.folder.parents[2] / "tmp-dead"
+    leftover = project.folder.parents[3] / "tmp-dead"
     (leftover / "half").mkdir(parents=True)
     removed = await asyncio.to_thread(prune, DAY)
     assert [entry.kind for entry in removed] == ["leftover"]

@@ -18,8 +18,8 @@ import pytest
 
 from components.command_line import mlfleet
 from components.git_repository import Repository, make_repository
-from mlfleet._project.copies import list_copies
 from mlfleet._project.fetch import ProjectFetcher
+from mlfleet._project.working_copies import list_copies
 
 # A process that has a run in a working copy; the run outlives it, as that of a named sweep does.
 _DRIVER = """\

@@ -10,8 +10,8 @@ from urllib.parse import quote
 import pytest
 
 from components.git_repository import Repository, git, make_repository
-from mlfleet._project.checkout import ignored_by_git
 from mlfleet._project.fetch import ProjectFetcher
+from mlfleet._project.git import ignored_by_git
 from mlfleet.errors import FetchError
 
 

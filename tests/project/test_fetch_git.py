@@ -115,6 +115,15 @@ async def test_five_hundred_callers_make_one_clone(git_http: GitServer, served: 
     assert git_http.discoveries == asked
 
 
+async def test_a_server_that_is_busy_for_a_moment_is_asked_again(git_http: GitServer, served: Repository) -> None:
+    git_http.busy = 1
+    assert (await ProjectFetcher().fetch(f"{git_http.url}/project.git")).commit == served.head
+    git_http.busy = 100
+    with pytest.raises(FetchError, match=r"cannot read the Git repository .*503"):
+        await ProjectFetcher().fetch(f"{git_http.url}/project.git")
+    assert git_http.busy == 100 - 3
+
+
 async def test_known_commit_needs_no_network(git_http: GitServer, served: Repository) -> None:
     uri = f"{git_http.url}/project.git"
     commit = (await ProjectFetcher().fetch(uri)).commit
@@ -331,7 +340,7 @@ async def test_short_hash_of_two_commits_asks_for_more_digits(local: Repository)
     subprocess.run(["git", "fast-import", "--quiet"], cwd=local.bare, input=commits.encode(), check=True)
     hashes = git(local.bare, "rev-list", "many").splitlines()
     alike = next(one for one in hashes if sum(other.startswith(one[:4]) for other in hashes) > 1)
-    with pytest.raises(FetchError, match=f"short hash {alike[:4]} is that of several objects .*more digits"):
+    with pytest.raises(FetchError, match=f"short hash {alike[:4]} names several objects .*more digits"):
         await ProjectFetcher().fetch(str(local.bare), alike[:4])
     assert (await ProjectFetcher().fetch(str(local.bare), alike[:12])).commit == alike
 
@@ -376,7 +385,7 @@ async def test_without_git_the_error_says_what_to_install(
 async def test_locked_mirror_of_a_killed_process_is_replaced(git_http: GitServer, served: Repository) -> None:
     uri = f"{git_http.url}/project.git"
     project = await ProjectFetcher().fetch(uri)
-    mirror = project.folder.parents[2] / "mirror"
+    mirror = project.folder.parents[3] / "mirror"
     new = served.commit(a__txt="new")
     (mirror / "packed-refs.lock").touch()
     (mirror / "HEAD.lock").touch()
@@ -428,7 +437,7 @@ async def test_killed_clone_leaves_a_usable_cache(git_http: GitServer, served: R
     project = await ProjectFetcher().fetch(uri)
     assert project.commit == served.head
     assert (project.folder / "steps" / "train.py").read_text() == "print('step')\n"
-    assert not list(project.folder.parents[2].glob("tmp-*"))
+    assert not list(project.folder.parents[3].glob("tmp-*"))
 
 
 async def test_what_a_host_says_cannot_write_on_the_terminal(local: Repository, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import io
 import os
 import stat
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from components.http_files import FileServer
+from mlfleet._project.cache import list_entries, prune
 from mlfleet._project.fetch import ProjectFetcher
 from mlfleet.errors import FetchError
 
@@ -88,6 +90,39 @@ async def test_zip_over_http_is_downloaded_once_and_asked_for_later(http_files: 
     assert [status for path, status in http_files.answers if path == "/p.zip"] == [200, 304, 304, 304]
     http_files.files["/p.zip"] = make_zip({"MLproject": "name: newer\n"})
     assert ((await fetcher.fetch(uri)).folder / "MLproject").read_text() == "name: newer\n"
+
+
+async def test_a_server_that_is_busy_for_a_moment_is_asked_again(http_files: FileServer) -> None:
+    http_files.files["/p.zip"] = make_zip()
+    http_files.busy = 1
+    assert (await ProjectFetcher().fetch(f"{http_files.url}/p.zip")).cached
+    assert http_files.answers == [("/p.zip", 503), ("/p.zip", 200)]
+
+
+async def test_a_zip_in_the_cache_of_the_first_version_is_used_and_pruned(write: Callable[[bytes], Path]) -> None:
+    path = write(make_zip())
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    folder = Path(os.environ["MLFLEET_CACHE_DIR"]) / "projects" / f"zip-{digest[:32]}"
+    tree = folder / "trees" / digest
+    (tree / "project").mkdir(parents=True)
+    (tree / "project" / "MLproject").write_text("name: kept")
+    (tree / "in-use").touch()
+    (tree / "tree.json").write_text('{"name": "project"}')
+    (folder / "shelf.json").write_text('{"uri": "/old/project.zip"}')
+    (folder / "lock").touch()
+    fetcher = ProjectFetcher()
+    async with fetcher.working_copy(await fetcher.fetch(str(path))) as copy:
+        assert (copy.name, (copy / "MLproject").read_text()) == ("project", "name: kept")
+    fetcher.close()
+    (folder / "trees" / "broken").mkdir()
+    (folder / "tmp-0123").mkdir()
+    removed = await asyncio.to_thread(prune)
+    assert {(entry.kind, entry.uri, entry.path) for entry in removed} == {
+        ("zip", "/old/project.zip", tree),
+        ("leftover", "/old/project.zip", folder / "trees" / "broken"),
+        ("leftover", "/old/project.zip", folder / "tmp-0123"),
+    }
+    assert await asyncio.to_thread(list_entries) == []
 
 
 async def test_zip_without_validators_is_downloaded_again(http_files: FileServer) -> None:

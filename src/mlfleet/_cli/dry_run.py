@@ -150,7 +150,7 @@ def _environment(plan: Plan) -> dict[str, Any]:
         return {"manager": "docker" if image else None, "python": None, "built": None, "image": image}
     environment = plan.environment
     name = f"{environment.manager}-{environment.key}"
-    built = any(each.name == name and each.complete for each in list_environments()) if environment.key else None
+    built = any(each.path.name == name and each.complete for each in list_environments()) if environment.key else None
     return {"manager": environment.manager, "python": environment.python, "built": built, "image": None}
 
 

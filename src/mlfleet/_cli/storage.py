@@ -10,11 +10,12 @@ import click
 
 from mlfleet._cli.options import debug_option, duration, json_option
 from mlfleet._cli.output import print_json
-from mlfleet._environments.store import StoredEnvironment, list_environments
+from mlfleet._environments.store import list_environments
 from mlfleet._environments.store import prune as prune_environments
-from mlfleet._project.cache import CacheEntry, list_entries, list_runs, prune_runs
+from mlfleet._project.cache import list_entries, list_runs, prune_runs
 from mlfleet._project.cache import prune as prune_entries
-from mlfleet._project.copies import list_copies, prune_copies
+from mlfleet._project.working_copies import list_copies, prune_copies
+from mlfleet._store.content_store import StoredEntry
 
 __all__ = ["cache", "envs"]
 
@@ -80,7 +81,7 @@ def prune_envs(*, older_than: float | None, as_json: bool) -> None:
     _removed([_built(environment) for environment in prune_environments(_age(older_than))], as_json=as_json)
 
 
-def _cached(entry: CacheEntry) -> dict[str, Any]:
+def _cached(entry: StoredEntry) -> dict[str, Any]:
     return {
         "kind": entry.kind,
         "uri": entry.uri,
@@ -92,16 +93,16 @@ def _cached(entry: CacheEntry) -> dict[str, Any]:
     }
 
 
-def _built(environment: StoredEnvironment) -> dict[str, Any]:
+def _built(environment: StoredEntry) -> dict[str, Any]:
     return {
-        "name": environment.name,
-        "python": environment.python,
-        "source": environment.source,
+        "name": environment.path.name,
+        "python": environment.version,
+        "source": environment.uri or None,
         "complete": environment.complete,
         "size": environment.size,
         "last_used": environment.last_used,
         "in_use": environment.in_use,
-        "path": environment.folder,
+        "path": environment.path,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from anyio import CapacityLimiter, to_thread
 from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._environments.base import EnvironmentManager, EnvironmentPlan, PreparedEnvironment
 from mlfleet._environments.build import Build
-from mlfleet._environments.store import Store
+from mlfleet._environments.store import open_store
+from mlfleet._paths import size_on_disk
 from mlfleet._project.spec import EnvironmentFileKind
 from mlfleet._store.locks import file_lock
 from mlfleet.errors import EnvironmentSetupError
@@ -53,7 +55,7 @@ class BuildingManager(EnvironmentManager):
     """
 
     def __init__(self, root: Path | None = None) -> None:
-        self._store = Store(root)
+        self._store = open_store(root)
         self._once: SingleFlight[str, Path] = SingleFlight()
         self._listeners: dict[str, list[Callable[[str], None]]] = {}
         self._threads = CapacityLimiter(_THREADS)
@@ -92,16 +94,14 @@ class BuildingManager(EnvironmentManager):
     async def _take_or_build(self, name: str, plan: EnvironmentPlan) -> Path:
         if (root := await self._take(name)) is not None:
             return root
-        lock = await to_thread.run_sync(self._store.lock_path, name, limiter=self._threads)
         if await to_thread.run_sync((self._store.root / name).exists):
             self._tell(name, "another process may be building this environment: waiting for it")
-        async with file_lock(lock):
+        async with file_lock(self._store.lock_path(name)):
             # Another process may have built it while this one waited.
             return await self._take(name) or await self._build(name, plan)
 
     async def _take(self, name: str) -> Path | None:
-        taken = await to_thread.run_sync(self._store.take, name, limiter=self._threads)
-        return None if taken is None else taken[0]
+        return await to_thread.run_sync(self._store.acquire, name, limiter=self._threads)
 
     async def _build(self, name: str, plan: EnvironmentPlan) -> Path:
         what = str(plan.source.path if plan.source else plan.project_dir)
@@ -109,9 +109,7 @@ class BuildingManager(EnvironmentManager):
             build = Build(self.name, what, _folder(plan), target, lambda line: self._tell(name, line))
             built = await self.build(plan, build)
             await to_thread.run_sync(
-                lambda: self._store.publish(
-                    name, target, python=built.python, source=what, must_exist=built.must_exist
-                ),
+                lambda: self._store.publish(name, target, _facts(built, what, target)),
                 limiter=self._threads,
             )
         if (root := await self._take(name)) is None:
@@ -129,7 +127,7 @@ class BuildingManager(EnvironmentManager):
             yield target
         except BaseException:
             with anyio.move_on_after(_CLEANUP, shield=True):
-                await to_thread.run_sync(self._store.abandon, name, target, limiter=self._threads)
+                await to_thread.run_sync(self._store.discard, name, target, limiter=self._threads)
             raise
 
     def _tell(self, name: str, line: str) -> None:
@@ -147,6 +145,16 @@ class BuildingManager(EnvironmentManager):
             "set MLFLOW_ENV_ROOT to a folder that can be written",
             manager=self.name,
         )
+
+
+def _facts(built: Built, what: str, target: Path) -> dict[str, object]:
+    return {
+        "python": built.python,
+        "source": what,
+        "created": time.time(),
+        "size": size_on_disk(target),
+        "must_exist": list(built.must_exist),
+    }
 
 
 def _folder(plan: EnvironmentPlan) -> Path:

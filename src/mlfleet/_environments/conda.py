@@ -87,7 +87,7 @@ class CondaManager(BuildingManager):
         program = await to_thread.run_sync(conda_program)
         if program is not None:
             # conda's package cache does not bear two at once: https://github.com/conda/conda/issues/8870
-            async with file_lock(await to_thread.run_sync(self._store.lock_path, "conda")):
+            async with file_lock(self._store.lock_path("conda")):
                 await _by_program(program, build, needs)
         else:
             await _by_rattler(build, needs)

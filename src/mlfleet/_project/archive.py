@@ -1,8 +1,9 @@
-"""Unpacks zip files that nobody has to trust."""
+"""Hashes zip files, and unpacks those that nobody vetted."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import lzma
 import os
@@ -18,10 +19,11 @@ from pathlib import Path, PurePosixPath
 from mlfleet._project.blocking import Stopped
 from mlfleet.errors import FetchError
 
-__all__ = ["ArchiveLimits", "unpack"]
+__all__ = ["ArchiveLimits", "FileHashes", "unpack"]
 
 _CHUNK = 1 << 20
 _LONGEST_TARGET = 4096  # PATH_MAX
+_REMEMBERED = 256
 # A small archive may well unpack to a thousand times its size (an empty table, a log); a bomb is large, too.
 _RATIO_COUNTS_FROM = 100 * 2**20
 _BROKEN = (zipfile.BadZipFile, zlib.error, struct.error, lzma.LZMAError, EOFError, ValueError, OverflowError)
@@ -63,6 +65,35 @@ def _setting(name: str, default: int) -> int:
     if not text.isascii() or not text.isdigit() or int(text) == 0:
         raise FetchError(f"{name} is {text!r}: give a positive whole number")
     return int(text)
+
+
+class FileHashes:
+    """The SHA-256 of files, remembered by path, size, time and inode."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Path, int, int, int], str] = {}
+
+    def compute(self, path: Path, stop: threading.Event) -> str:
+        """Return the hash of a file's content, in hexadecimal. Blocking.
+
+        Raises:
+            OSError: The file cannot be read.
+            Stopped: `stop` was set.
+        """
+        status = path.stat()
+        key = (path, status.st_size, status.st_mtime_ns, status.st_ino)
+        if (known := self._known.get(key)) is not None:
+            return known
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while data := file.read(_CHUNK):
+                if stop.is_set():
+                    raise Stopped
+                digest.update(data)
+        if len(self._known) >= _REMEMBERED:
+            self._known.clear()
+        self._known[key] = digest.hexdigest()
+        return digest.hexdigest()
 
 
 def unpack(archive: Path, folder: Path, *, shown: str, limits: ArchiveLimits, stop: threading.Event) -> None:

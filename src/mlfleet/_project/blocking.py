@@ -1,4 +1,4 @@
-"""The threads in which projects are hashed, copied and unpacked."""
+"""Blocking work in threads that ends early when its caller is cancelled: hashing, copying, unpacking."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ V = TypeVar("V")
 
 
 class Stopped(Exception):
-    """Blocking work saw that nobody wants its result any more. Never leaves this package."""
+    """Blocking work was asked to stop. It never leaves this package."""
 
 
 async def stoppable(work: Callable[[threading.Event], V]) -> V:
     """Call `work` in a thread with an event that is set when the caller is cancelled.
 
-    `work` looks at it between small pieces and raises `Stopped`. A cancelled caller waits for the thread's end, so that
-    it may then clean up what the thread has written.
+    `work` checks the event between small pieces and raises `Stopped`. A cancelled caller waits for the thread's end, so
+    that it may then remove what the thread has written.
     """
     stop = threading.Event()
     task = asyncio.ensure_future(PROJECTS.run(lambda: work(stop)))
@@ -33,6 +33,6 @@ async def stoppable(work: Callable[[threading.Event], V]) -> V:
         stop.set()
         await wait_done(task)
         if not task.cancelled():
-            task.exception()  # looked at: asyncio shall not complain that nobody did
+            task.exception()  # retrieved, or asyncio logs it as never retrieved
         raise
     return task.result()

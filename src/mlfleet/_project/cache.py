@@ -1,324 +1,242 @@
 """The cache of fetched projects, shared by all runs and processes of a machine.
 
-    <cache folder>/projects/
-        git-<hash of the URL>/         one shelf for each repository
-            lock                       held while something is added or removed
-            shelf.json                 what it is of
-            mirror/                    a bare clone
-            trees/<commit>/
-                in-use                 locked (shared) by every process that uses the tree; its time is the last use
-                tree.json
-                <name>/                the pristine files
-            tmp-…/                     being made, or left by a process that was killed
-        zip-<hash of the content>/     likewise, with one tree and no mirror
-        copies/                        where the working copies of runs are: see copies.py
-        downloads/                     what is known of URLs of zips: state for asking whether they changed
-
-A tree is made in ``tmp-…`` and renamed when it is complete: what is below ``trees`` is whole, whatever was killed.
+<cache folder>/projects/
+    git-<hash of the URL>/         one folder for each repository
+        lock                       held while something is added or removed
+        shelf.json                 the URI of the repository
+        mirror/                    a bare clone
+        trees/<commit>/            an entry of a content store: the pristine files of a commit
+        tmp-…/                     a clone in progress, or left by a process that was killed
+    zip-<hash of the content>/     the same with one tree, without a mirror
+    copies/                        where the working copies of runs are: see working_copies.py
+    downloads/                     what is known of URLs of zips, for asking whether they changed
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import secrets
-import shutil
-import stat
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 from mlfleet._paths import cache_folder, runs_folder, size_on_disk
-from mlfleet._store.lease import Marks, unused
+from mlfleet._store.content_store import (
+    ContentStore,
+    StoredEntry,
+    claim,
+    is_unleased,
+    modified_at,
+    prune_entry,
+    read_facts,
+    remove_tree,
+    subfolders,
+    write_facts,
+)
+from mlfleet._store.lease import Leases
 
 __all__ = [
-    "CacheEntry",
-    "Shelf",
-    "is_older",
+    "ProjectStore",
     "list_entries",
     "list_runs",
     "projects_folder",
     "prune",
     "prune_runs",
-    "remove_tree",
-    "time_of",
 ]
 
-_IN_USE = "in-use"
 _TMP = "tmp-"
+_SOURCE = "shelf.json"
 
 
-@dataclass(frozen=True, slots=True)
-class CacheEntry:
-    """Something on disk that `prune` or `prune_runs` may remove.
-
-    Attributes:
-        kind: ``git``, ``zip``, ``mirror`` (the history of a Git repository), ``copy`` (for one run to work in),
-            ``leftover`` or ``run``.
-        uri: of the project, without credentials; the run's id for a run; the path of a copy.
-        version: the commit, or the hash of a zip's content; None for what has none.
-        path: its folder.
-        size: bytes on disk.
-        last_used: when a run last asked for it.
-        in_use: whether a process uses it now; it is not removed then.
-    """
-
-    kind: str
-    uri: str
-    version: str | None
-    path: Path
-    size: int
-    last_used: datetime
-    in_use: bool
-
-
-class Shelf:
-    """All that the cache has of one repository or of one zip. Every method blocks; call it in a thread."""
-
-    def __init__(self, root: Path, kind: str, key: str) -> None:
-        """Name a shelf; nothing is made yet.
-
-        Args:
-            root: the folder of fetched projects.
-            kind: ``git`` or ``zip``.
-            key: what is the same for the same content, fit for a file name.
-        """
-        self.folder = root / f"{kind}-{key}"
-        self.lock_path = self.folder / "lock"
-        self.mirror = self.folder / "mirror"
-
-    def take(self, version: str, marks: Marks, *, pin: bool = False) -> Path | None:
-        """The pristine folder of that version, marked as in use from now on; None: there is none."""
-        tree = self.tree(version)
-        if not marks.take(tree / _IN_USE, pin=pin):
-            return None
-        facts = _read(tree / "tree.json")
-        if facts is None:
-            return None
-        return tree / str(facts["name"])
-
-    def tree(self, version: str) -> Path:
-        """Where the tree of that version is, or will be."""
-        return self.folder / "trees" / version
-
-    def mark(self, version: str) -> Path:
-        """The file that tells that the tree of that version is in use."""
-        return self.tree(version) / _IN_USE
-
-    def begin(self, uri: str) -> Path:
-        """A new empty folder to make something in, after leftovers were removed. The lock must be held."""
-        (self.folder / "trees").mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(f"{_TMP}*"):
-            remove_tree(leftover)
-        if not (self.folder / "shelf.json").exists():
-            _write(self.folder / "shelf.json", {"uri": uri})
-        folder = self._spare()
-        folder.mkdir()
-        return folder
-
-    def publish(self, made: Path, version: str, name: str) -> None:
-        """Make the folder that `begin` gave, with `name` in it, the tree of that version. The lock must be held."""
-        _write(made / "tree.json", {"name": name})
-        (made / _IN_USE).touch()
-        if self.tree(version).exists():
-            self.tree(version).rename(self._spare())
-        made.rename(self.tree(version))
-
-    def publish_mirror(self, made: Path) -> None:
-        """Make a complete bare clone the mirror, in place of another one. The lock must be held."""
-        if self.mirror.exists():
-            self.mirror.rename(self._spare())
-        made.rename(self.mirror)
-
-    def _spare(self) -> Path:
-        return self.folder / f"{_TMP}{secrets.token_hex(4)}"
-
-
-def list_entries(root: Path | None = None) -> list[CacheEntry]:
-    """All fetched projects on this machine, the last used first. Blocking.
+class ProjectStore:
+    """All that the cache has of one repository or of one zip. Every method blocks; call it in a thread.
 
     Args:
-        root: the folder of fetched projects; None is the one in the user's cache (``MLFLEET_CACHE_DIR``).
+        folder: The folder of the repository or zip in the folder of fetched projects.
+        leases: The leases on the trees that are in use.
+
+    Attributes:
+        trees: The pristine files of each version.
+        mirror: The bare clone of a repository.
+        lock_path: The lock file to hold while something is added or removed.
     """
-    entries = [entry for shelf in _shelves(root) for entry in _on_shelf(shelf)]
+
+    def __init__(self, folder: Path, leases: Leases) -> None:
+        self.folder = folder
+        self.lock_path = folder / "lock"
+        self.mirror = folder / "mirror"
+        self.trees = ContentStore(
+            folder / "trees", leases, facts_file="tree.json", content_key="name", lock=lambda _: self.lock_path
+        )
+
+    @property
+    def uri(self) -> str:
+        """The URI of the repository or zip, without credentials."""
+        return str((read_facts(self.folder / _SOURCE) or {}).get("uri", self.folder.name))
+
+    def begin(self, version: str, uri: str) -> Path:
+        """Return a path for the files of a version (see `ContentStore.begin`). The lock must be held."""
+        self._keep_uri(uri)
+        attempt = self.trees.begin(version)
+        attempt.mkdir()
+        return attempt
+
+    def begin_mirror(self, uri: str) -> Path:
+        """Return a new empty folder for a clone, after leftovers were removed. The lock must be held."""
+        self._keep_uri(uri)
+        for leftover in self.leftovers():
+            remove_tree(leftover)
+        attempt = self._temporary_path()
+        attempt.mkdir()
+        return attempt
+
+    def publish_mirror(self, attempt: Path) -> None:
+        """Make a complete bare clone the mirror, instead of the present one. The lock must be held."""
+        # The path of the mirror must stay the same: trees and working copies name it.
+        if self.mirror.exists():
+            self.mirror.rename(self._temporary_path())
+        attempt.rename(self.mirror)
+
+    def leftovers(self) -> list[Path]:
+        """Return the clones in progress, or left by processes that were killed."""
+        return [folder for folder in subfolders(self.folder) if folder.name.startswith(_TMP)]
+
+    def entries(self) -> list[StoredEntry]:
+        """Return all that is there."""
+        found = [self._as_tree(self.trees.describe(tree.name)) for tree in subfolders(self.trees.root)]
+        found += [self._as_leftover(folder) for folder in self.leftovers()]
+        if self.mirror.is_dir():
+            found.append(self._as_mirror())
+        return found
+
+    def prune(self, older_than: timedelta | None) -> list[StoredEntry]:
+        """Remove what no process uses or makes, and return what was removed.
+
+        Args:
+            older_than: Only what no run asked for in this time; None: all. Leftovers go in any case.
+        """
+        removed = [self.trees.prune(tree.name, older_than) for tree in subfolders(self.trees.root)]
+        found = [self._as_tree(entry) for entry in removed if entry is not None]
+        with claim(self.lock_path) as is_mine:
+            if is_mine:
+                for folder in self.leftovers():
+                    found.append(self._as_leftover(folder))
+                    remove_tree(folder)
+                # Trees and working copies read the history that is in the mirror.
+                if self.mirror.is_dir() and not subfolders(self.trees.root):
+                    entry = self._as_mirror()
+                    if entry.is_expired(older_than):
+                        found.append(entry)
+                        # Renamed first: what is half removed must not be taken for whole.
+                        gone = self._temporary_path()
+                        self.mirror.rename(gone)
+                        remove_tree(gone)
+        return found
+
+    def _keep_uri(self, uri: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / _SOURCE).exists():
+            write_facts(self.folder / _SOURCE, {"uri": uri})
+
+    def _temporary_path(self) -> Path:
+        return self.folder / f"{_TMP}{secrets.token_hex(4)}"
+
+    def _as_tree(self, entry: StoredEntry) -> StoredEntry:
+        kind = self.folder.name.partition("-")[0] if entry.complete else "leftover"
+        return replace(entry, kind=kind, uri=self.uri, version=entry.path.name if entry.complete else None)
+
+    def _as_leftover(self, folder: Path) -> StoredEntry:
+        return StoredEntry(
+            "leftover", self.uri, None, folder, size_on_disk(folder), modified_at(folder), in_use=False, complete=False
+        )
+
+    def _as_mirror(self) -> StoredEntry:
+        used = modified_at(self.mirror)
+        return StoredEntry("mirror", self.uri, None, self.mirror, size_on_disk(self.mirror), used, in_use=False)
+
+
+def list_entries(root: Path | None = None) -> list[StoredEntry]:
+    """Return all fetched projects on this machine, the last used first. Blocking.
+
+    Args:
+        root: The folder of fetched projects; None is the one in the user's cache (``MLFLEET_CACHE_DIR``).
+    """
+    entries = [entry for store in _stores(root) for entry in store.entries()]
     return sorted(entries, key=lambda entry: entry.last_used, reverse=True)
 
 
-def prune(older_than: timedelta | None = None, root: Path | None = None) -> list[CacheEntry]:
+def prune(older_than: timedelta | None = None, root: Path | None = None) -> list[StoredEntry]:
     """Remove fetched projects that no process uses, and what killed processes left. Blocking.
 
-    Safe while others use the cache: what is being fetched or used is skipped.
+    It is safe while others use the cache: what is being fetched or used is skipped.
 
     Args:
-        older_than: only what no run asked for in this time; None: all.
-        root: the folder of fetched projects; None is the one in the user's cache.
+        older_than: Only what no run asked for in this time; None: all.
+        root: The folder of fetched projects; None is the one in the user's cache.
 
     Returns:
         What was removed.
     """
-    removed: list[CacheEntry] = []
-    for shelf in _shelves(root):
-        with _free_lock(shelf / "lock") as free:
-            if free:
-                removed += _prune_shelf(shelf, older_than)
+    removed = [entry for store in _stores(root) for entry in store.prune(older_than)]
     _prune_downloads((root or projects_folder()) / "downloads", older_than)
     return removed
 
 
-def list_runs(root: Path | None = None) -> list[CacheEntry]:
-    """The folders with the captured output of runs, the last used first. Blocking.
+def list_runs(root: Path | None = None) -> list[StoredEntry]:
+    """Return the folders with the captured output of runs, the last used first. Blocking.
 
     Args:
-        root: the folder of the runs; None is the user's own (``MLFLEET_STATE_DIR``).
+        root: The folder of the runs; None is the user's own (``MLFLEET_STATE_DIR``).
     """
-    entries = [_run_entry(folder) for folder in _folders(root or runs_folder())]
+    folders = subfolders(root or runs_folder())
+    entries = [_run_entry(folder, in_use=not is_unleased(folder / "output.log")) for folder in folders]
     return sorted(entries, key=lambda entry: entry.last_used, reverse=True)
 
 
-def prune_runs(older_than: timedelta | None = None, root: Path | None = None) -> list[CacheEntry]:
+def prune_runs(older_than: timedelta | None = None, root: Path | None = None) -> list[StoredEntry]:
     """Remove the captured output of runs. Blocking.
 
-    A run whose ``output.log`` is locked (``flock``) is still running and is skipped.
+    A run whose ``output.log`` is locked (``flock``) is still active and is skipped.
 
     Args:
-        older_than: only what was not written to in this time; None: all.
-        root: the folder of the runs; None is the user's own.
+        older_than: Only what was not written to in this time; None: all.
+        root: The folder of the runs; None is the user's own.
 
     Returns:
         What was removed.
     """
     removed = []
-    for folder in _folders(root or runs_folder()):
-        with unused(folder / "output.log") as free:
-            entry = _run_entry(folder, in_use=not free)
-            if free and is_older(entry.last_used, older_than):
-                remove_tree(folder)
-                removed.append(entry)
+    for folder in subfolders(root or runs_folder()):
+
+        def describe(folder: Path = folder) -> StoredEntry:
+            return _run_entry(folder, in_use=False)
+
+        if (entry := prune_entry(describe, folder / "output.log", older_than)) is not None:
+            removed.append(entry)
     return removed
 
 
 def projects_folder() -> Path:
-    """Where fetched projects are kept."""
+    """Return the folder of fetched projects."""
     return cache_folder() / "projects"
 
 
-def remove_tree(folder: Path) -> None:
-    """Remove a folder, also where a program took away its own permissions. What cannot be removed stays. Blocking."""
-
-    def open_and_retry(function: Callable[[str], object], path: str, _: object) -> None:
-        with contextlib.suppress(OSError):
-            parent = Path(path).parent
-            parent.chmod(stat.S_IMODE(parent.stat().st_mode) | stat.S_IRWXU)
-            if function in (os.open, os.scandir, os.lstat):
-                Path(path).chmod(stat.S_IRWXU)
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                function(path)
-
-    shutil.rmtree(folder, onerror=open_and_retry)
-
-
-def _prune_shelf(shelf: Path, older_than: timedelta | None) -> list[CacheEntry]:
-    removed = []
-    for entry in _on_shelf(shelf):
-        if entry.version is not None and not is_older(entry.last_used, older_than):
-            continue
-        if entry.kind == "mirror" and (_folders(shelf / "trees") or not is_older(entry.last_used, older_than)):
-            continue  # working copies read the history that is in the mirror
-        with unused(entry.path / _IN_USE) as free:
-            if free:
-                # Renamed first: what is half removed must not be taken for whole.
-                gone = shelf / f"{_TMP}{secrets.token_hex(4)}"
-                entry.path.rename(gone)
-                remove_tree(gone)
-                removed.append(entry)
-    return removed
+def _stores(root: Path | None) -> list[ProjectStore]:
+    leases = Leases()
+    folders = [folder for folder in subfolders(root or projects_folder()) if folder.name.startswith(("git-", "zip-"))]
+    return [ProjectStore(folder, leases) for folder in folders]
 
 
 def _prune_downloads(folder: Path, older_than: timedelta | None) -> None:
     with contextlib.suppress(FileNotFoundError):
         for path in sorted(folder.iterdir()):
-            if path.suffix != ".lock" and is_older(time_of(path), older_than):
-                with _free_lock(path.with_suffix(".lock")) as free:
-                    if free:
+            is_old = older_than is None or modified_at(path) < datetime.now(UTC) - older_than
+            if path.suffix != ".lock" and is_old:
+                with claim(path.with_suffix(".lock")) as is_mine:
+                    if is_mine:
                         path.unlink(missing_ok=True)
 
 
-def _on_shelf(shelf: Path) -> list[CacheEntry]:
-    uri = str((_read(shelf / "shelf.json") or {}).get("uri", shelf.name))
-    kind = shelf.name.partition("-")[0]
-    found: list[tuple[str, str | None, Path, datetime]] = [
-        (kind, tree.name, tree, time_of(tree / _IN_USE)) for tree in _folders(shelf / "trees")
-    ]
-    found += [("leftover", None, folder, time_of(folder)) for folder in _folders(shelf) if folder.name.startswith(_TMP)]
-    if (shelf / "mirror").is_dir():
-        found.append(("mirror", None, shelf / "mirror", time_of(shelf / "mirror")))
-    return [
-        CacheEntry(kind, uri, version, path, size_on_disk(path), used, in_use=_is_used(path / _IN_USE))
-        for kind, version, path, used in found
-    ]
-
-
-def _run_entry(folder: Path, *, in_use: bool | None = None) -> CacheEntry:
-    output = folder / "output.log"
-    used = max(time_of(folder), time_of(output))
-    if in_use is None:
-        in_use = _is_used(output)
-    return CacheEntry("run", folder.name, None, folder, size_on_disk(folder), used, in_use=in_use)
-
-
-def _shelves(root: Path | None) -> list[Path]:
-    return [folder for folder in _folders(root or projects_folder()) if folder.name.startswith(("git-", "zip-"))]
-
-
-def _folders(parent: Path) -> list[Path]:
-    try:
-        return sorted(path for path in parent.iterdir() if path.is_dir() and not path.is_symlink())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-@contextlib.contextmanager
-def _free_lock(path: Path) -> Iterator[bool]:
-    from filelock import FileLock, Timeout
-
-    try:
-        with FileLock(path, timeout=0):
-            yield True
-    except Timeout:
-        yield False
-
-
-def _is_used(mark: Path) -> bool:
-    with unused(mark) as free:
-        return not free
-
-
-def is_older(used: datetime, older_than: timedelta | None) -> bool:
-    """Whether something was last used before that time; None: always."""
-    return older_than is None or used < datetime.now(UTC) - older_than
-
-
-def time_of(path: Path) -> datetime:
-    """When something was written to. Blocking."""
-    try:
-        return datetime.fromtimestamp(path.stat().st_mtime, UTC)
-    except OSError:
-        return datetime.fromtimestamp(0, UTC)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return raw if isinstance(raw, dict) else None
-
-
-def _write(path: Path, facts: dict[str, Any]) -> None:
-    unfinished = path.with_name(f"{path.name}.new")
-    unfinished.write_text(json.dumps(facts), encoding="utf-8")
-    unfinished.replace(path)
+def _run_entry(folder: Path, *, in_use: bool) -> StoredEntry:
+    used = max(modified_at(folder), modified_at(folder / "output.log"))
+    return StoredEntry("run", folder.name, None, folder, size_on_disk(folder), used, in_use=in_use)

@@ -1,26 +1,54 @@
-"""Brings the remote files of ``path`` parameters to this machine."""
+"""Brings the remote files of ``path`` parameters to this machine: over HTTP, from MLflow, from object stores."""
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Awaitable, Callable, Sequence
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
 import anyio
 
 from mlfleet._concurrency.threads import PROJECTS
-from mlfleet._project.object_stores import DRIVERS, download_objects
+from mlfleet._project.blocking import Stopped, stoppable
+from mlfleet._project.http_downloads import download_file
 from mlfleet._project.parameters import Download
-from mlfleet.errors import MlfleetError
+from mlfleet.errors import FetchError, MlfleetError
 
 __all__ = ["Artifacts", "download_all"]
 
 Artifacts = Callable[[str, Path], Awaitable[Path]]
 """Downloads an artifact of MLflow into a folder and returns its path there (`Tracking.download`)."""
 
+T = TypeVar("T")
+
 _ARTIFACTS = ("runs", "models", "mlflow-artifacts")
+_CHUNK = 2**20
 _AT_ONCE = 4
+
+_DRIVERS: Mapping[str, str] = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+    "wasb": "adlfs",
+    "wasbs": "adlfs",
+    "az": "adlfs",
+    "hdfs": "pyarrow",
+    "webhdfs": "requests",
+    "dbfs": "requests",
+    "sftp": "paramiko",
+    "ftp": "",
+}
+"""Scheme → the package that fsspec needs for it. Others of fsspec's (``file``, ``memory``, chains) are refused."""
+
+_FSSPEC_NAMES: Mapping[str, str] = {"wasb": "abfs", "wasbs": "abfs", "abfss": "abfs", "s3a": "s3"}
+"""What fsspec calls a scheme, where it has another name for it. Azure's host is the same account by any of them."""
 
 
 async def download_all(downloads: Sequence[Download], storage: Path, artifacts: Artifacts) -> dict[str, str]:
@@ -29,40 +57,49 @@ async def download_all(downloads: Sequence[Download], storage: Path, artifacts: 
     When one fails, or the call is cancelled, what was downloaded is removed.
 
     Args:
-        downloads: what to download.
-        storage: the folder of one run.
-        artifacts: for ``runs:/``, ``models:/`` and ``mlflow-artifacts:/``.
+        downloads: What to download.
+        storage: The folder of one run.
+        artifacts: A function that downloads ``runs:/``, ``models:/`` and ``mlflow-artifacts:/``.
 
     Returns:
         Parameter name → local path of the file or folder.
 
     Raises:
-        FetchError: with the parameter's name and the URI without its secrets.
-        TrackingError: from `artifacts`.
+        FetchError: A download fails; the text names the parameter and hides the secrets of the URI.
+        TrackingError: Raised by `artifacts`.
     """
-    failed: list[MlfleetError] = []
     paths: dict[str, str] = {}
-    slots = anyio.CapacityLimiter(_AT_ONCE)
 
-    async def one(download: Download) -> None:
-        async with slots:
-            try:
-                paths[download.name] = str(await _download(download, storage, artifacts))
-            except MlfleetError as error:
-                failed.append(error)
-                group.cancel_scope.cancel()
+    async def fetch(download: Download) -> None:
+        paths[download.name] = str(await _download(download, storage, artifacts))
 
     try:
-        async with anyio.create_task_group() as group:
-            for download in downloads:
-                group.start_soon(one, download)
-        if failed:
-            raise failed[0]
+        await _for_each(downloads, fetch)
     except BaseException:
         folders = [_folder(download, storage) for download in downloads]
         await PROJECTS.finish(lambda: _remove(folders))
         raise
     return paths
+
+
+async def _for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]]) -> None:
+    """Do some work for each item, a few at a time; the first error ends the others and is raised."""
+    failed: list[Exception] = []
+    limiter = anyio.CapacityLimiter(_AT_ONCE)
+
+    async def one(item: T) -> None:
+        async with limiter:
+            try:
+                await work(item)
+            except (MlfleetError, OSError) as error:
+                failed.append(error)
+                group.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as group:
+        for item in items:
+            group.start_soon(one, item)
+    if failed:
+        raise failed[0]
 
 
 async def _download(download: Download, storage: Path, artifacts: Artifacts) -> Path:
@@ -73,20 +110,13 @@ async def _download(download: Download, storage: Path, artifacts: Artifacts) -> 
         if scheme in _ARTIFACTS:
             return await artifacts(download.uri, folder)
         if scheme in ("http", "https"):
-            # The import of httpx takes long, and reads files.
-            return await (await PROJECTS.run(_http))(download, folder)
-        if scheme in DRIVERS:
-            return await download_objects(download, folder)
+            return await download_file(download, folder)
+        if scheme in _DRIVERS:
+            return await _download_objects(download, folder)
     except OSError as error:
         raise download.failed(f"it cannot be stored, {error}") from error
-    known = ", ".join(sorted({*_ARTIFACTS, "http", "https", *DRIVERS}))
+    known = ", ".join(sorted({*_ARTIFACTS, "http", "https", *_DRIVERS}))
     raise download.failed(f"the scheme {scheme}: is unknown, give a local path or one of {known}")
-
-
-def _http() -> Callable[[Download, Path], Awaitable[Path]]:
-    from mlfleet._project.http_file import download_file
-
-    return download_file
 
 
 def _folder(download: Download, storage: Path) -> Path:
@@ -96,3 +126,109 @@ def _folder(download: Download, storage: Path) -> Path:
 def _remove(folders: Sequence[Path]) -> None:
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _download_objects(download: Download, folder: Path) -> Path:
+    """Download the file or prefix of an object store, and return the path of the file or of a folder with its files.
+
+    A cancelled call returns when its threads have ended, after one chunk or the store's own time-out.
+    """
+    store, path = await PROJECTS.run(lambda: _open_store(download))
+    files = await PROJECTS.run(lambda: _list(download, store, path))
+    top = folder / (PurePosixPath(path).name or "download")
+    if not files:
+        await stoppable(lambda stop: _copy(download, store, path, top, stop))
+        return top
+
+    async def copy(remote: str) -> None:
+        await stoppable(lambda stop: _copy(download, store, remote, top.joinpath(*files[remote]), stop))
+
+    await _for_each(files, copy)
+    return top
+
+
+def _open_store(download: Download) -> tuple[Any, str]:
+    """Return the file system of fsspec, and the path in it."""
+    scheme = download.uri.partition(":")[0].lower()
+    if "::" in download.uri:
+        raise download.failed("chained URLs are not supported")
+    try:
+        import fsspec
+
+        # A driver that is missing is an ImportError, or a protocol that is not known.
+        fsspec.get_filesystem_class(_FSSPEC_NAMES.get(scheme, scheme))
+    except (ImportError, ValueError) as error:
+        driver = f" {_DRIVERS[scheme]}" if _DRIVERS[scheme] else ""
+        reason = f"a driver is missing; run: pip install 'mlfleet[remote]'{driver}"
+        raise download.failed(reason) from error
+    try:
+        rest = download.uri[len(scheme) + 1 :]
+        # Without the slashes fsspec would take dbfs:/data for a file of this machine.
+        uri = f"{_FSSPEC_NAMES.get(scheme, scheme)}:{rest if rest.startswith('//') else f'//{rest}'}"
+        store, path = fsspec.core.url_to_fs(uri, **_options(download, scheme))
+        # Instances are shared, and what they listed earlier may have changed.
+        store.invalidate_cache()
+    except FetchError:
+        raise
+    except Exception as error:
+        if scheme == "hdfs":
+            # pyarrow's own words are a list of all places where it has looked.
+            reason = str(error).partition("\n")[0]
+            raise download.failed(f"{reason}; hdfs: needs Java and Hadoop's client here, webhdfs: does not") from error
+        raise download.failed(error) from error
+    return store, str(path)
+
+
+def _options(download: Download, scheme: str) -> dict[str, Any]:
+    """Return the options that the store's driver does not find out itself."""
+    if scheme == "dbfs":
+        host, token = os.environ.get("DATABRICKS_HOST", ""), os.environ.get("DATABRICKS_TOKEN", "")
+        if not host or not token:
+            raise download.failed("set DATABRICKS_HOST and DATABRICKS_TOKEN")
+        return {"instance": host.removeprefix("https://").rstrip("/"), "token": token}
+    if _DRIVERS[scheme] == "adlfs":
+        # The first is MLflow's name. adlfs reads the second itself, but would share an instance that was made before it
+        # changed.
+        names = {"account_key": "AZURE_STORAGE_ACCESS_KEY", "connection_string": "AZURE_STORAGE_CONNECTION_STRING"}
+        return {option: os.environ[name] for option, name in names.items() if os.environ.get(name)}
+    endpoint = os.environ.get("MLFLOW_S3_ENDPOINT_URL")
+    if scheme in ("s3", "s3a") and endpoint:
+        return {"client_kwargs": {"endpoint_url": endpoint}}
+    return {}
+
+
+def _list(download: Download, store: Any, path: str) -> dict[str, tuple[str, ...]]:
+    """Return each file under a prefix with its place below the prefix; empty if `path` is itself a file."""
+    try:
+        if store.isfile(path):
+            return {}
+        names = [name for name, entry in store.find(path, detail=True).items() if entry["type"] == "file"]
+    except Exception as error:
+        raise download.failed(error) from error
+    prefix = path.rstrip("/") + "/"
+    files = {}
+    for name in names:
+        below = name.removeprefix(prefix)
+        parts = tuple(part for part in below.split("/") if part not in ("", "."))
+        if below == name or ".." in parts or "\0" in name:
+            raise download.failed(f"the name {name!r} leads out of the folder")
+        if parts and not name.endswith("/"):
+            files[name] = parts
+    if not files:
+        raise download.failed("there is nothing of that name")
+    return files
+
+
+def _copy(download: Download, store: Any, remote: str, local: Path, stop: threading.Event) -> None:
+    local.parent.mkdir(parents=True, exist_ok=True)
+    with local.open("wb") as target:
+        try:
+            with store.open(remote, "rb") as source:
+                while chunk := source.read(_CHUNK):
+                    if stop.is_set():
+                        raise Stopped
+                    target.write(chunk)
+        except Stopped:
+            raise
+        except Exception as error:
+            raise download.failed(error) from error

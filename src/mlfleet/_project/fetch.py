@@ -1,4 +1,4 @@
-"""From a URI to a folder on this machine."""
+"""Fetches projects: from a URI to a folder on this machine."""
 
 from __future__ import annotations
 
@@ -18,18 +18,15 @@ from urllib.parse import quote, urlsplit
 
 from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.threads import PROJECTS
-from mlfleet._project.archive import ArchiveLimits, unpack
+from mlfleet._project.archive import ArchiveLimits, FileHashes, unpack
 from mlfleet._project.blocking import stoppable
-from mlfleet._project.cache import Shelf, projects_folder, remove_tree
-from mlfleet._project.checkout import Checkout, Checkouts
-from mlfleet._project.copies import WorkingCopies
-from mlfleet._project.copying import copy_tree
-from mlfleet._project.git import Git
-from mlfleet._project.hashing import FileHashes
-from mlfleet._project.http_archive import HttpArchive
+from mlfleet._project.cache import ProjectStore, projects_folder
+from mlfleet._project.git import Checkout, Checkouts, Git
+from mlfleet._project.http_downloads import HttpArchive
 from mlfleet._project.repository import Repository
 from mlfleet._project.uri import ProjectUri, UriKind, check_version, parse_uri
-from mlfleet._store.lease import Marks
+from mlfleet._project.working_copies import WorkingCopies, copy_tree
+from mlfleet._store.lease import Leases
 from mlfleet._store.locks import file_lock
 from mlfleet.errors import FetchError
 
@@ -41,17 +38,18 @@ _REMEMBERED = 256
 
 @dataclass(frozen=True, slots=True)
 class Project:
-    """A project that is there.
+    """A project that was fetched.
 
     Attributes:
-        uri: as the caller gave it, without quotes and credentials.
-        folder: of the project (the ``#subdir`` if one was given): the user's own, or a pristine one in the cache.
-        cached: whether `folder` is in the cache, so that a run needs a `working_copy`.
-        source_name: for the tag ``mlflow.source.name``: the URI, or ``file://<top of the checkout>#<path>`` for a
-            folder inside a Git checkout.
-        commit: full hash, if it is (in) a Git repository.
-        repo_url: of its repository, without credentials, if there is one.
-        branch: if `version` named a branch.
+        uri: The URI that the caller gave, without quotes and credentials.
+        folder: The folder of the project (the ``#subdir`` if one was given): the user's own, or a pristine one in the
+            cache.
+        cached: True if `folder` is in the cache, so that a run needs a `working_copy`.
+        source_name: The value of the tag ``mlflow.source.name``: the URI, or ``file://<top of the checkout>#<path>``
+            for a folder inside a Git checkout.
+        commit: The full hash, if the project is (in) a Git repository.
+        repo_url: The URL of its repository, without credentials, if there is one.
+        branch: The branch, if `version` named one.
     """
 
     uri: str
@@ -64,7 +62,7 @@ class Project:
 
 
 class _Kind(StrEnum):
-    """What is to be fetched, and how."""
+    """The kinds of projects, by the way to fetch them."""
 
     FOLDER = "folder"
     ZIP = "zip"
@@ -81,20 +79,18 @@ _Key = tuple[str, Path, str | None]
 class ProjectFetcher:
     """Fetches projects into the cache; one instance serves any number of callers of one event loop.
 
-    What it fetched stays marked as in use for a while, so that ``mlfleet cache prune`` leaves it to runs that wait.
+    It holds leases on what it fetched for a while, so that ``mlfleet cache prune`` leaves it to runs that wait.
+
+    Args:
+        cache: The folder for fetched projects; None is the one in the user's cache (``MLFLEET_CACHE_DIR``).
+        fresh: The time in seconds for which the answer of a Git remote or HTTP server counts as new, so that hundreds
+            of runs in a row do not ask it hundreds of times. Default 2.
     """
 
     def __init__(self, cache: Path | None = None, *, fresh: float = _FRESH) -> None:
-        """Make a fetcher.
-
-        Args:
-            cache: the folder for fetched projects; None: the one in the user's cache (``MLFLEET_CACHE_DIR``).
-            fresh: seconds for which the answer of a Git remote or HTTP server is taken for new, so that hundreds of
-                runs in a row do not ask it hundreds of times.
-        """
         self._root = cache or projects_folder()
         self._fresh = fresh
-        self._marks = Marks()
+        self._leases = Leases()
         self._once: SingleFlight[_Key, Project] = SingleFlight()
         self._answers: dict[_Key, tuple[float, Project]] = {}
         self._checkouts = Checkouts()
@@ -104,18 +100,19 @@ class ProjectFetcher:
     async def fetch(
         self, uri: str, version: str | None = None, *, on_progress: Callable[[str], None] | None = None
     ) -> Project:
-        """The project that `uri` and `version` name. One fetch for all callers that ask for the same at the same time.
+        """Fetch the project that `uri` and `version` name, once for all callers that ask for it at the same time.
 
         Nothing is ever written into a folder of the user's own. A cancelled call leaves the work to other callers; when
         the last is gone, the work ends and leaves no part in the cache.
 
         Args:
-            uri: a folder, a Git repository or a zip; ``#sub/dir`` picks a folder inside.
-            version: of a Git repository: a full commit, a tag, a branch or a short commit, looked for in this order.
-            on_progress: is called with a line when something is fetched that takes its time.
+            uri: A folder, a Git repository or a zip; ``#sub/dir`` picks a folder inside.
+            version: A version of a Git repository: a full commit, a tag, a branch or a short commit, looked for in this
+                order.
+            on_progress: A function to call with a line when something is fetched that takes long.
 
         Raises:
-            FetchError: it cannot be fetched, or is refused; the text says why and what to do.
+            FetchError: The project cannot be fetched, or is refused; the text says why and what to do.
         """
         parsed = parse_uri(uri)
         if version is not None:
@@ -139,10 +136,10 @@ class ProjectFetcher:
         return await self._fetched(key, lambda: self._git(parsed, url, version, report))
 
     def look(self, uri: str, version: str | None = None) -> Project | None:
-        """What `fetch` gives for a folder of the user's own, where git need not be asked; else None. Blocking.
+        """Return what `fetch` returns for a folder of the user's own, where git need not be asked; else None. Blocking.
 
         Raises:
-            FetchError: as `fetch`.
+            FetchError: See `fetch`.
         """
         parsed = parse_uri(uri)
         if version is not None:
@@ -151,56 +148,59 @@ class ProjectFetcher:
 
     @asynccontextmanager
     async def working_copy(self, project: Project) -> AsyncIterator[Path]:
-        """The folder for one run to work in, a private one if the project is cached; it is removed at the end.
+        """Yield the folder for one run to work in, a private one if the project is cached; it is removed at the end.
 
         A private one is a copy, in the folder for temporary files (``TMPDIR``), of all that the repository or zip
         holds. That of a Git project has a small ``.git``, at the commit, which finds the history in the cache. If this
         process is killed, a later one that makes copies removes it, once nothing runs in it any more.
 
         Args:
-            project: that this fetcher fetched.
+            project: A project that this fetcher fetched.
 
         Raises:
-            FetchError: the copy cannot be made.
+            FetchError: The copy cannot be made.
         """
         if not project.cached:
             yield project.folder
             return
-        # <root>/<shelf>/trees/<version>/<name>[/<sub-folder>]
-        inside = project.folder.relative_to(self._root).parts
-        source, mark = self._root.joinpath(*inside[:4]), self._root.joinpath(*inside[:3], "in-use")
-        if not await PROJECTS.run(lambda: self._marks.take(mark, pin=True)):
-            raise FetchError(f"{project.uri} was removed from the cache in the meantime: submit again", uri=project.uri)
+        # <root>/<repository or zip>/trees/<version>/<attempt>/<name>[/<sub-folder>]
+        place, _, version = project.folder.relative_to(self._root).parts[:3]
+        store = ProjectStore(self._root / place, self._leases).trees
+        source = await PROJECTS.run(lambda: store.acquire(version, pin=True))
+        if source is None:
+            raise _removed_meanwhile(project)
         try:
+            if not project.folder.is_relative_to(source):  # It was removed and fetched again.
+                raise _removed_meanwhile(project)
             async with self._temporary_folder() as folder:
                 await stoppable(lambda stop: copy_tree(source, folder / source.name, stop))
-                yield folder.joinpath(*inside[3:])
+                yield folder / source.name / project.folder.relative_to(source)
         finally:
-            self._marks.unpin(mark)
+            self._leases.release(store.lease_path(version))
 
     @asynccontextmanager
     async def _temporary_folder(self) -> AsyncIterator[Path]:
-        """An empty folder that is gone afterwards, however the block ends."""
+        """Yield an empty folder, which is removed afterwards, however the block ends."""
 
         async def remove(folder: Path) -> None:
-            await PROJECTS.finish(lambda: self._copies.end(folder))
+            await PROJECTS.finish(lambda: self._copies.remove_folder(folder))
 
         try:
-            folder = await PROJECTS.run(self._copies.begin, undo=remove)
+            folder = await PROJECTS.run(self._copies.make_folder, undo=remove)
         except OSError as error:
-            raise FetchError(f"no folder for a working copy can be made: {error}") from error
+            raise FetchError(f"the folder for a working copy cannot be made: {error}") from error
         try:
             yield folder
         finally:
             await remove(folder)
 
     def close(self) -> None:
-        """Let ``mlfleet cache prune`` remove what was fetched here, as it may when this object is gone."""
-        self._marks.close()
+        """Give up the leases, so that ``mlfleet cache prune`` may remove what was fetched here."""
+        self._leases.close()
         self._answers.clear()
 
     async def _fetched(self, key: _Key, work: Callable[[], Awaitable[Project]]) -> Project:
-        """The project of that key: a fresh answer, or one piece of work for all who ask now."""
+        """Return the project of that key: a fresh answer, or the result of one piece of work for all who ask now."""
         fetched_at, project = self._answers.get(key, (-math.inf, None))
         if project is not None and time.monotonic() - fetched_at < self._fresh:
             return project
@@ -212,7 +212,7 @@ class ProjectFetcher:
         return project
 
     def _look(self, uri: ProjectUri, version: str | None) -> tuple[_Kind, Path, Project | None]:
-        """What a local URI names, and the project itself if git need not be asked. Blocking, in one go for speed."""
+        """Return the kind and path of a local URI, and the project itself if git need not be asked. Blocking."""
         kind, path = _classify(uri)
         if version is not None and kind is not _Kind.BARE:
             raise _no_versions(uri, path)
@@ -223,9 +223,9 @@ class ProjectFetcher:
         return kind, path, _own_project(uri, path, checkout) if is_known else None
 
     async def _git(self, uri: ProjectUri, url: str, version: str | None, report: Callable[[str], None]) -> Project:
-        shelf = Shelf(self._root, "git", hashlib.sha256(os.fsencode(url)).hexdigest()[:32])
+        key = hashlib.sha256(os.fsencode(url)).hexdigest()[:32]
         report(f"fetching {uri.text}")
-        repository = Repository(uri, Git(uri, url), shelf, self._marks)
+        repository = Repository(uri, Git(uri, url), ProjectStore(self._root / f"git-{key}", self._leases))
         try:
             revision = await repository.resolve(version)
             commit, tree = await repository.tree(revision)
@@ -239,7 +239,7 @@ class ProjectFetcher:
 
     async def _local_zip(self, uri: ProjectUri, path: Path) -> Project:
         try:
-            digest = await stoppable(lambda stop: self._hashes.of(path, stop))
+            digest = await stoppable(lambda stop: self._hashes.compute(path, stop))
         except OSError as error:
             raise FetchError(f"the zip {uri.text} cannot be read: {error.strerror or error}", uri=uri.text) from error
         tree = await self._unpacked(uri, digest, path)
@@ -264,18 +264,20 @@ class ProjectFetcher:
         return Project(uri.text, folder, cached=True, source_name=source_name)
 
     async def _unpacked_before(self, digest: str) -> Path | None:
-        shelf = Shelf(self._root, "zip", digest[:32])
-        return await PROJECTS.run(lambda: shelf.take(digest, self._marks))
+        return await PROJECTS.run(lambda: self._zip_store(digest).trees.acquire(digest))
+
+    def _zip_store(self, digest: str) -> ProjectStore:
+        return ProjectStore(self._root / f"zip-{digest[:32]}", self._leases)
 
     async def _unpacked(self, uri: ProjectUri, digest: str, path: Path | None) -> Path:
-        """The tree of the zip with that hash, which is unpacked from `path` if it is not there yet."""
+        """Return the tree of the zip with that hash, which is unpacked from `path` if it is not in the cache."""
         if (found := await self._unpacked_before(digest)) is not None:
             return found
-        shelf = Shelf(self._root, "zip", digest[:32])
+        store = self._zip_store(digest)
         try:
-            async with file_lock(shelf.lock_path):
+            async with file_lock(store.lock_path):
                 if (found := await self._unpacked_before(digest)) is None and path is not None:
-                    await stoppable(lambda stop: _unpack_into(shelf, digest, uri, path, stop))
+                    await stoppable(lambda stop: _unpack_into(store, digest, uri, path, stop))
                     found = await self._unpacked_before(digest)
         except OSError as error:
             raise _cache_failure(uri, error) from error
@@ -298,7 +300,7 @@ def _own_project(uri: ProjectUri, path: Path, checkout: Checkout | None) -> Proj
 
 
 def _classify(uri: ProjectUri) -> tuple[_Kind, Path]:
-    """What the path of a local URI is. Blocking."""
+    """Find out what the path of a local URI is. Blocking."""
     try:
         path = Path(os.path.abspath(uri.location))  # noqa: PTH100 - unlike resolve(), it keeps symbolic links
         mode = path.stat().st_mode
@@ -324,7 +326,7 @@ def _is_bare(path: Path) -> bool:
 
 
 def _no_versions(uri: ProjectUri, path: Path) -> FetchError:
-    """Why a project has no versions. Blocking."""
+    """Return the error for a version of something without versions. Blocking."""
     git = path / ".git"
     if uri.kind is UriKind.LOCAL and git.is_dir():
         hint = f": the folder is run as it is; for a version of its repository give file://{quote(str(git))}"
@@ -334,7 +336,7 @@ def _no_versions(uri: ProjectUri, path: Path) -> FetchError:
 
 
 def _subfolder(uri: ProjectUri, top: Path, *, stay_inside: bool = True) -> Path:
-    """The sub-folder that the URI picks. Blocking."""
+    """Return the sub-folder that the URI picks. Blocking."""
     folder = top / uri.subdir
     if not folder.is_dir():
         there = sorted(path.name for path in top.iterdir() if path.is_dir() and path.name != ".git")
@@ -350,16 +352,20 @@ def _subfolder(uri: ProjectUri, top: Path, *, stay_inside: bool = True) -> Path:
     return folder
 
 
-def _unpack_into(shelf: Shelf, digest: str, uri: ProjectUri, path: Path, stop: threading.Event) -> None:
-    made = shelf.begin(uri.text.partition("#")[0])
+def _unpack_into(store: ProjectStore, digest: str, uri: ProjectUri, path: Path, stop: threading.Event) -> None:
+    attempt = store.begin(digest, uri.text.partition("#")[0])
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(urlsplit(uri.location).path).stem).strip(".-")[:100] or "project"
     try:
-        (made / name).mkdir()
-        unpack(path, made / name, shown=uri.text, limits=ArchiveLimits.from_environ(), stop=stop)
-        shelf.publish(made, digest, name)
+        (attempt / name).mkdir()
+        unpack(path, attempt / name, shown=uri.text, limits=ArchiveLimits.from_environ(), stop=stop)
+        store.trees.publish(digest, attempt / name, {})
     except BaseException:
-        remove_tree(made)
+        store.trees.discard(digest, attempt)
         raise
+
+
+def _removed_meanwhile(project: Project) -> FetchError:
+    return FetchError(f"{project.uri} was removed from the cache in the meantime: submit again", uri=project.uri)
 
 
 def _cache_failure(uri: ProjectUri, error: OSError) -> FetchError:

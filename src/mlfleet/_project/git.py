@@ -1,19 +1,31 @@
-"""The ``git`` program: how to call it so that it never asks nor runs what a repository brings; what it says."""
+"""The ``git`` program: calls that never ask nor run what a repository brings, and what Git knows of a user's folder."""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from mlfleet._concurrency.single_flight import SingleFlight
+from mlfleet._concurrency.threads import PROJECTS
 from mlfleet._process.process import Completed, run_process
-from mlfleet._project.uri import ProjectUri
+from mlfleet._project.uri import ProjectUri, without_credentials
+from mlfleet._retry import RetryPolicy
 from mlfleet._text.masking import mask
 from mlfleet.errors import FetchError
 
-__all__ = ["Git", "clean_environ"]
+__all__ = ["Checkout", "Checkouts", "Git", "clean_environ", "ignored_by_git"]
+
+_log = logging.getLogger("mlfleet.project")
+
+_RETRIES = RetryPolicy(seconds=60, attempts=3)
+_REMEMBERED = 256
+
+_Signature = tuple[tuple[int, int, int] | None, ...]
 
 # What ties a git command to one repository; a service may have been started by a hook, where they are set.
 _LOCAL_VARIABLES = (
@@ -56,13 +68,20 @@ _UNKNOWN_HOST = re.compile(r"Host key verification failed", re.I)
 _NO_KEY = re.compile(r"Permission denied \(|Too many authentication failures", re.I)
 _NO_CREDENTIALS = re.compile(r"could not read (Username|Password)|terminal prompts disabled", re.I)
 _REFUSED = re.compile(r"Authentication failed|HTTP Basic: Access denied|returned error: 40[13]|Invalid username", re.I)
+# What may be gone at the next attempt, in the words of git, curl and ssh.
+_TRANSIENT = re.compile(
+    r"returned error: (429|5\d\d)|Could not resolve host|Temporary failure in name resolution|timed? ?out"
+    r"|Connection (refused|reset|closed)|early EOF|hung up unexpectedly|RPC failed|Empty reply from server"
+    r"|Network is unreachable|No route to host|Operation too slow",
+    re.I,
+)
 _NOT_THERE = re.compile(
     r"repository '.*' not found|returned error: 404|does not appear to be a git repository|not a git repository", re.I
 )
 
 
 def clean_environ() -> dict[str, str]:
-    """This process's variables, changed so that git is tied to no repository, does not ask and does not translate."""
+    """Return this process's variables, changed so that git uses no repository of theirs, does not ask or translate."""
     environ = {name: value for name, value in os.environ.items() if name not in _LOCAL_VARIABLES}
     environ |= {
         "LC_ALL": "C",
@@ -78,44 +97,61 @@ def clean_environ() -> dict[str, str]:
 
 
 class Git:
-    """Calls git for one repository, which is far away or a bare one on this machine."""
+    """Calls git for one repository, which is remote or a bare one on this machine.
+
+    Args:
+        uri: The URI that the caller asked for; its credentials are handed to git in variables.
+        url: The repository as git takes it, without credentials: a URL, host:path or an absolute path.
+    """
 
     def __init__(self, uri: ProjectUri, url: str) -> None:
-        """Prepare the calls; nothing runs yet.
-
-        Args:
-            uri: what the caller asked for; its credentials are handed to git in variables.
-            url: the repository as git takes it, without credentials: a URL, host:path or an absolute path.
-        """
         self._uri = uri
         self.url = url
         self.is_local = url.startswith("/")
         self._environ: dict[str, str] | None = None
 
     async def run(
-        self, *args: str, cwd: Path, environ: Mapping[str, str] | None = None, what: str, offline: bool = False
+        self, *args: str, cwd: Path, environ: Mapping[str, str] | None = None, what: str, is_remote: bool = False
     ) -> str:
-        """Run a git command and give what it printed.
+        """Run a git command and return what it printed.
 
         Args:
-            args: of git.
-            cwd: its working directory.
-            environ: more variables, such as GIT_DIR.
-            what: for the error: "cannot <what>".
-            offline: it must not fetch missing objects from the remote.
+            args: The arguments of git.
+            cwd: The working directory.
+            environ: More variables, such as GIT_DIR.
+            what: The words for the error: "cannot <what>".
+            is_remote: True to repeat the command when the remote fails for a moment.
 
         Raises:
-            FetchError: it failed.
+            FetchError: The command failed.
         """
-        done = await self.attempt(*args, cwd=cwd, environ=environ, offline=offline)
-        if done.returncode:
-            raise self.failure(done, what)
+
+        async def attempt() -> Completed:
+            done = await self.attempt(*args, cwd=cwd, environ=environ)
+            if done.returncode:
+                raise _GitFailed(done)
+            return done
+
+        try:
+            done = await (_RETRIES.call(attempt, retry_if=_may_succeed_later) if is_remote else attempt())
+        except _GitFailed as error:
+            raise self.failure(error.done, what) from None
         return os.fsdecode(done.stdout)
 
     async def attempt(
         self, *args: str, cwd: Path, environ: Mapping[str, str] | None = None, offline: bool = False
     ) -> Completed:
-        """Like `run`, for commands that may fail: nothing is raised but for a missing git."""
+        """Run a git command that may fail, and return how it ended.
+
+        Args:
+            args: The arguments of git.
+            cwd: The working directory.
+            environ: More variables.
+            offline: True if it must not fetch missing objects from the remote.
+
+        Raises:
+            FetchError: Git cannot be started.
+        """
         if self._environ is None:
             self._environ = await self._make_environ(cwd)
         variables = self._environ | dict(environ or {})
@@ -124,7 +160,7 @@ class Git:
         return await self._start(args, cwd, variables)
 
     def failure(self, done: Completed, what: str) -> FetchError:
-        """The error that tells why git failed, and what to do."""
+        """Return the error that says why git failed, and what to do."""
         # A host may say anything, and what it says ends on a terminal.
         said = re.sub(r"[^\S\n]|[\x00-\x09\x0b-\x1f\x7f-\x9f]", " ", os.fsdecode(done.stderr or done.stdout))
         said = mask(said, self._uri.secrets)
@@ -214,3 +250,163 @@ class Git:
             ) from error
         except OSError as error:
             raise FetchError(f"git cannot be started: {error.strerror or error}", uri=self._uri.text) from error
+
+
+class _GitFailed(Exception):
+    """A command of git that failed. It never leaves this module."""
+
+    def __init__(self, done: Completed) -> None:
+        self.done = done
+        super().__init__(done.returncode)
+
+
+def _may_succeed_later(error: BaseException) -> bool:
+    return isinstance(error, _GitFailed) and _TRANSIENT.search(os.fsdecode(error.done.stderr)) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Checkout:
+    """The Git working tree that a folder is in.
+
+    Attributes:
+        top: The topmost folder of the working tree.
+        inside: The path of the folder in it; ``.`` for the top.
+        commit: The commit of its HEAD; None if Git ignores the folder.
+        repo_url: The URL of the remote ``origin``, else of the first one, without credentials.
+    """
+
+    top: Path
+    inside: str
+    commit: str | None
+    repo_url: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    checkout: Checkout
+    files: tuple[Path, ...]
+    signature: _Signature
+
+
+class Checkouts:
+    """Finds the working trees and commits of folders.
+
+    Git is started only if HEAD, its branch or the configuration changed since the last time: hundreds of runs of one
+    folder cost a few calls of ``stat`` each.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Path, _Known] = {}
+        self._once: SingleFlight[Path, Checkout | None] = SingleFlight()
+
+    def recall(self, folder: Path) -> tuple[bool, Checkout | None]:
+        """Return whether the working tree of a folder is known without asking git, and that working tree. Blocking."""
+        known = self._known.get(folder)
+        if known is not None and _signature(known.files) == known.signature:
+            return True, known.checkout
+        return not _may_be_inside(folder), None
+
+    async def find(self, folder: Path) -> Checkout | None:
+        """Return the working tree that `folder` is in; None if there is none, or git is not installed."""
+        return await self._once(folder, lambda: self._ask(folder))
+
+    async def _ask(self, folder: Path) -> Checkout | None:
+        try:
+            asked = await _run_git(
+                folder,
+                *("rev-parse", "--show-toplevel", "--absolute-git-dir", "--git-common-dir"),
+                *("HEAD", "--symbolic-full-name", "HEAD"),
+            )
+            lines = os.fsdecode(asked.stdout).splitlines()
+            if len(lines) < 3:
+                _log.debug("%s is in no Git working tree that can be read: %s", folder, asked.stderr[-500:])
+                return None
+            top, git_dir, common = Path(lines[0]), Path(lines[1]), folder / lines[2]
+            has_commit = asked.returncode == 0 and len(lines) >= 5
+            files = _ref_files(git_dir, common, lines[4] if has_commit else "HEAD")
+            # Before the answers: what changes while git is asked is asked again.
+            signature = await PROJECTS.run(lambda: _signature(files))
+            ignored = (await _run_git(folder, "check-ignore", "--quiet", ".")).returncode == 0
+            commit = lines[3] if has_commit and not ignored else None
+            inside = await PROJECTS.run(lambda: os.path.relpath(folder.resolve(), top.resolve()))
+            checkout = Checkout(top, inside, commit, await _remote(folder))
+        except OSError as error:
+            _log.debug("git cannot be started, so the commit of %s is not known: %s", folder, error)
+            return None
+        self._known.pop(folder, None)
+        if has_commit:
+            self._known[folder] = _Known(checkout, files, signature)
+            while len(self._known) > _REMEMBERED:
+                self._known.pop(next(iter(self._known)))
+        return checkout
+
+
+async def ignored_by_git(folder: Path) -> frozenset[str]:
+    """Return what Git leaves out of a folder: by ``.gitignore`` and the user's own excludes, but nothing tracked.
+
+    Returns:
+        Files and whole folders, relative with ``/``. Empty if the folder is in no Git working tree, or if Git ignores
+        the folder itself, so that it has nothing to say about what is in it.
+    """
+    if not await PROJECTS.run(lambda: _may_be_inside(folder)):
+        return frozenset()
+    wanted = ("ls-files", "--others", "--ignored", "--exclude-standard", "--directory", "-z")
+    try:
+        listed = await _run_git(folder, *wanted)
+        if listed.returncode == 0 and (await _run_git(folder, "check-ignore", "--quiet", ".")).returncode == 0:
+            return frozenset()
+    except OSError as error:
+        _log.warning("git cannot be started, so that .gitignore in %s does not count: %s", folder, error)
+        return frozenset()
+    if listed.returncode:
+        reason = os.fsdecode(listed.stderr).strip()[-500:]
+        _log.warning("git does not tell what it ignores in %s, so that .gitignore does not count: %s", folder, reason)
+        return frozenset()
+    return frozenset(name.rstrip("/") for name in os.fsdecode(listed.stdout).split("\0") if name)
+
+
+async def _remote(folder: Path) -> str | None:
+    printed = (await _run_git(folder, "config", "--get-regexp", r"^remote\..*\.url$")).stdout
+    remotes: dict[str, str] = {}
+    for line in os.fsdecode(printed).splitlines():
+        key, _, url = line.partition(" ")
+        remotes.setdefault(key, url)
+    first = remotes.get("remote.origin.url") or next(iter(remotes.values()), None)
+    return without_credentials(first) if first else None
+
+
+async def _run_git(folder: Path, *args: str) -> Completed:
+    environ = clean_environ()
+    return await run_process(
+        ["git", "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", *args], cwd=folder, env=environ
+    )
+
+
+def _ref_files(git_dir: Path, common: Path, ref: str) -> tuple[Path, ...]:
+    """Return the files that change when HEAD moves or the remotes change, in either format of refs."""
+    return (
+        git_dir / "HEAD",
+        common / ref,
+        common / "packed-refs",
+        common / "reftable" / "tables.list",
+        git_dir / "reftable" / "tables.list",
+        common / "config",
+        git_dir / "config.worktree",
+    )
+
+
+def _signature(files: tuple[Path, ...]) -> _Signature:
+    return tuple(_stamp(file) for file in files)
+
+
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _may_be_inside(folder: Path) -> bool:
+    real = folder.resolve()
+    return any((parent / ".git").exists() for parent in (real, *real.parents))

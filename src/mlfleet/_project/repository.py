@@ -1,6 +1,6 @@
 """Git repositories in the cache: a mirror of each, and a pristine tree of each commit that was asked for.
 
-What a version means: a full hash is that commit. Anything else is asked of the remote: a name that begins with
+The meaning of a version: a full hash is that commit. Anything else is asked of the remote: a name that begins with
 ``refs/`` is that ref; otherwise a tag comes before a branch of the same name (as in ``git checkout`` after a clone, and
 so in the reference), ``refs/heads/<name>`` picks the branch; then a short hash of 4 or more digits. No version is the
 remote's HEAD.
@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlfleet._concurrency.threads import PROJECTS
-from mlfleet._project.cache import Shelf
+from mlfleet._project.cache import ProjectStore
 from mlfleet._project.git import Git
 from mlfleet._project.uri import ProjectUri
-from mlfleet._store.lease import Marks
+from mlfleet._store.content_store import remove_tree
 from mlfleet._store.locks import file_lock
 from mlfleet.errors import FetchError
 
@@ -32,12 +32,12 @@ _REFSPECS = ("+refs/heads/*:refs/heads/*", "+refs/tags/*:refs/tags/*")
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """What a version means in a repository, now.
+    """The present meaning of a version in a repository.
 
     Attributes:
-        commit: its hash, which may be short, or that of a tag, until the mirror was asked.
-        branch: if the version is the name of a branch.
-        ref: the name under which the remote has it, if it was named so.
+        commit: The hash of the commit, which may be short, or that of a tag, until the mirror was asked.
+        branch: The name of the branch, if the version is one.
+        ref: The name under which the remote has it, if it was named so.
     """
 
     commit: str
@@ -46,26 +46,31 @@ class Revision:
 
 
 class Repository:
-    """One Git repository and what the cache has of it."""
+    """One Git repository and what the cache has of it.
 
-    def __init__(self, uri: ProjectUri, git: Git, shelf: Shelf, marks: Marks) -> None:
+    Args:
+        uri: The URI that the caller asked for.
+        git: Calls git for the repository.
+        store: What the cache has of the repository.
+    """
+
+    def __init__(self, uri: ProjectUri, git: Git, store: ProjectStore) -> None:
         self._uri = uri
         self._git = git
-        self._shelf = shelf
-        self._marks = marks
+        self._store = store
 
     async def resolve(self, version: str | None) -> Revision:
-        """What `version` means: one question to the remote, or none for a full hash.
+        """Find out what `version` means, by one question to the remote, or none for a full hash.
 
         Raises:
-            FetchError: the remote cannot be asked, or does not know it.
+            FetchError: The remote cannot be asked, or does not know the version.
         """
         if version is not None and _FULL.fullmatch(version):
             return Revision(version.lower())
         candidates = _candidates(version)
         # Outside of any repository, whose configuration would count.
         printed = await self._git.run(
-            "ls-remote", "--", self._git.url, *candidates, cwd=Path("/"), what="read the Git repository"
+            "ls-remote", "--", self._git.url, *candidates, cwd=Path("/"), what="read the Git repository", is_remote=True
         )
         refs = _parse_refs(printed)
         for ref in candidates:
@@ -77,42 +82,42 @@ class Repository:
         raise await self._unknown(version)
 
     async def tree(self, revision: Revision) -> tuple[str, Path]:
-        """The full commit and its pristine folder in the cache, which is made if it is not there.
+        """Return the full commit and its pristine folder in the cache, which is made if it is not there.
 
-        A call that is cancelled leaves the cache as it was, or with a complete tree more.
+        A call that is cancelled leaves the cache as it was, or with one more complete tree.
 
         Raises:
-            FetchError: the commit cannot be fetched.
+            FetchError: The commit cannot be fetched.
         """
-        if (found := await self._take(revision.commit)) is not None:
+        if (found := await self._acquire(revision.commit)) is not None:
             return revision.commit, found
-        async with file_lock(self._shelf.lock_path):
+        async with file_lock(self._store.lock_path):
             commit = await self._commit(revision)
-            if (found := await self._take(commit)) is None:
+            if (found := await self._acquire(commit)) is None:
                 await self._build(commit)
-                found = await self._take(commit)
+                found = await self._acquire(commit)
         if found is None:
             raise FetchError(f"the tree of {commit} vanished from the cache while it was made", uri=self._uri.text)
         return commit, found
 
-    async def _take(self, commit: str) -> Path | None:
-        return await PROJECTS.run(lambda: self._shelf.take(commit, self._marks))
+    async def _acquire(self, commit: str) -> Path | None:
+        return await PROJECTS.run(lambda: self._store.trees.acquire(commit))
 
     async def _commit(self, revision: Revision) -> str:
-        """The full hash of a commit that is in the mirror afterwards."""
-        if await PROJECTS.run(self._shelf.mirror.is_dir):
+        """Return the full hash of a commit, which is in the mirror afterwards."""
+        if await PROJECTS.run(self._store.mirror.is_dir):
             if found := await self._lookup(revision.commit):
                 return found
             await self._update()
         else:
-            await self._clone(revision)
+            await self._clone(_object_format(revision.commit))
         if found := await self._lookup(revision.commit):
             return found
         if revision.ref or _FULL.fullmatch(revision.commit):
             # Behind no branch or tag: a pull request, a commit that was pushed away. Most hosts give it all the same.
             wanted = revision.ref or revision.commit
             done = await self._git.attempt(
-                "fetch", "--quiet", *self._filter(), "--", "origin", wanted, cwd=self._shelf.mirror
+                "fetch", "--quiet", *self._filter(), "--", "origin", wanted, cwd=self._store.mirror
             )
             if not done.returncode and (found := await self._lookup(revision.commit)):
                 return found
@@ -120,43 +125,41 @@ class Repository:
 
     async def _lookup(self, commit: str) -> str | None:
         done = await self._git.attempt(
-            "rev-parse", "--verify", f"{commit}^{{commit}}", cwd=self._shelf.mirror, offline=True
+            "rev-parse", "--verify", f"{commit}^{{commit}}", cwd=self._store.mirror, offline=True
         )
         if b"ambiguous" in done.stderr:
             raise FetchError(
-                f"the short hash {commit} is that of several objects in {self._uri.text}: give more digits of it",
+                f"the short hash {commit} names several objects in {self._uri.text}: give more digits of it",
                 uri=self._uri.text,
             )
         return os.fsdecode(done.stdout).strip() or None if not done.returncode else None
 
-    async def _clone(self, revision: Revision) -> None:
-        made = await PROJECTS.run(lambda: self._shelf.begin(self._uri.text.partition("#")[0]))
-        form = "sha256" if len(revision.commit) == 64 else "sha1"
+    async def _clone(self, object_format: str) -> None:
+        attempt = await PROJECTS.run(lambda: self._store.begin_mirror(self._shown))
+        try:
+            await self._init(attempt, object_format, "--bare")
+            await self._git.run("config", "remote.origin.url", self._git.url, cwd=attempt, what="cache")
+            await self._fetch(attempt)
+            await PROJECTS.run(lambda: self._store.publish_mirror(attempt))
+        except BaseException:
+            await PROJECTS.finish(lambda: remove_tree(attempt))
+            raise
+
+    async def _init(self, folder: Path, object_format: str, *options: str) -> None:
+        """Make an empty repository, without the hooks of the user's template."""
         await self._git.run(
-            "init",
-            "--quiet",
-            "--bare",
-            "--template=",
-            f"--object-format={form}",
-            "--",
-            str(made),
-            cwd=made,
+            *("init", "--quiet", "--template=", f"--object-format={object_format}", *options, "--", str(folder)),
+            cwd=folder.parent,
             what="cache",
         )
-        await self._git.run("config", "remote.origin.url", self._git.url, cwd=made, what="cache")
-        await self._fetch(made)
-        await PROJECTS.run(lambda: self._shelf.publish_mirror(made))
 
     async def _update(self) -> None:
         try:
-            await self._fetch(self._shelf.mirror)
+            await self._fetch(self._store.mirror)
         except FetchError:
             # A process that was killed may have left the mirror broken or locked. If that is not it, this fails, too.
-            await self._clone(Revision("0" * await self._hash_length()))
-
-    async def _hash_length(self) -> int:
-        done = await self._git.attempt("rev-parse", "--show-object-format", cwd=self._shelf.mirror, offline=True)
-        return 64 if b"sha256" in done.stdout else 40
+            done = await self._git.attempt("rev-parse", "--show-object-format", cwd=self._store.mirror, offline=True)
+            await self._clone("sha256" if b"sha256" in done.stdout else "sha1")
 
     async def _fetch(self, mirror: Path) -> None:
         await self._git.run(
@@ -164,36 +167,55 @@ class Repository:
             *("--", "origin", *_REFSPECS),
             cwd=mirror,
             what="fetch the Git repository",
+            is_remote=True,
         )
-        await self._git.run("pack-refs", "--all", "--prune", cwd=mirror, what="cache")  # one file for `_tie` to read
+        await self._git.run(
+            "pack-refs", "--all", "--prune", cwd=mirror, what="cache"
+        )  # one file for `_link_to_mirror` to read
 
     def _filter(self) -> tuple[str, ...]:
         # Without the files of old commits; a server that does not know filters sends everything.
         return () if self._git.is_local else ("--filter=blob:none",)
 
     async def _build(self, commit: str) -> None:
-        made = await PROJECTS.run(lambda: self._shelf.begin(self._uri.text.partition("#")[0]))
-        name = _folder_name(self._git.url)
-        tree = made / name
-        form = "sha256" if len(commit) == 64 else "sha1"
-        await self._git.run(
-            "init", "--quiet", "--template=", f"--object-format={form}", "--", str(tree), cwd=made, what="cache"
-        )
+        attempt = await PROJECTS.run(lambda: self._store.begin(commit, self._shown))
+        try:
+            tree = attempt / _folder_name(self._git.url)
+            await self._check_out(commit, tree, attempt)
+            await PROJECTS.run(lambda: self._store.trees.publish(commit, tree, {}))
+        except BaseException:
+            # Git has ended by now, also when this task is cancelled (see `run_process`).
+            await PROJECTS.finish(lambda: self._store.trees.discard(commit, attempt))
+            raise
+
+    async def _check_out(self, commit: str, tree: Path, attempt: Path) -> None:
+        await self._init(tree, _object_format(commit))
         # A ref that keeps the commit from garbage collection when its branch moves on.
-        mirror = self._shelf.mirror
+        mirror = self._store.mirror
         await self._git.run("update-ref", f"refs/mlfleet/{commit}", commit, cwd=mirror, what="cache")
-        await PROJECTS.run(lambda: _tie(tree, mirror, commit))
+        await PROJECTS.run(lambda: _link_to_mirror(tree, mirror, commit))
         # By the mirror, so that the files it fetches stay there for the next commit.
         files = {"GIT_DIR": str(mirror), "GIT_WORK_TREE": str(tree), "GIT_INDEX_FILE": str(tree / ".git" / "index")}
         await self._git.run(
-            "read-tree", "--reset", "-u", commit, cwd=tree, environ=files, what=f"check out commit {commit} of"
+            *("read-tree", "--reset", "-u", commit),
+            cwd=tree,
+            environ=files,
+            what=f"check out commit {commit} of",
+            is_remote=True,
         )
         if await PROJECTS.run((tree / ".gitmodules").is_file):
             await self._git.run(
-                "submodule", "--quiet", "update", "--init", "--recursive", cwd=tree, what="fetch the submodules of"
+                *("submodule", "--quiet", "update", "--init", "--recursive"),
+                cwd=tree,
+                what="fetch the submodules of",
+                is_remote=True,
             )
-            await PROJECTS.run(lambda: _part_modules(tree, made, self._shelf.tree(commit)))
-        await PROJECTS.run(lambda: self._shelf.publish(made, commit, name))
+            await PROJECTS.run(lambda: _move_module_objects(tree, attempt))
+
+    @property
+    def _shown(self) -> str:
+        """The URI of the repository without the sub-folder."""
+        return self._uri.text.partition("#")[0]
 
     async def _unknown(self, version: str | None) -> FetchError:
         shown = self._uri.text
@@ -233,8 +255,12 @@ def _folder_name(url: str) -> str:
     return name[:100] or "project"
 
 
-def _tie(tree: Path, mirror: Path, commit: str) -> None:
-    """Let the tree's own small ``.git`` find the commit, its history and its tags in the mirror. Blocking."""
+def _object_format(commit: str) -> str:
+    return "sha256" if len(commit) == 64 else "sha1"
+
+
+def _link_to_mirror(tree: Path, mirror: Path, commit: str) -> None:
+    """Make the tree's own small ``.git`` find the commit, its history and its tags in the mirror. Blocking."""
     git = tree / ".git"
     for empty in ("objects/pack", "refs/heads", "refs/tags"):  # git makes them when it needs them
         (git / empty).rmdir()
@@ -261,12 +287,12 @@ def _tags(lines: list[bytes]) -> list[bytes]:
     return kept
 
 
-def _part_modules(tree: Path, made: Path, final: Path) -> None:
+def _move_module_objects(tree: Path, attempt: Path) -> None:
     """Move the histories of submodules out of the tree, so that a working copy does not copy them. Blocking."""
     heads = [head.parent for head in (tree / ".git" / "modules").rglob("HEAD") if (head.parent / "objects").is_dir()]
     for number, module in enumerate(sorted(heads)):
-        place = Path("modules") / str(number)
-        (made / place).parent.mkdir(exist_ok=True)
-        shutil.move(module / "objects", made / place)
+        place = attempt / "modules" / str(number)
+        place.parent.mkdir(exist_ok=True)
+        shutil.move(module / "objects", place)
         (module / "objects" / "info").mkdir(parents=True)
-        (module / "objects" / "info" / "alternates").write_bytes(os.fsencode(final / place) + b"\n")
+        (module / "objects" / "info" / "alternates").write_bytes(os.fsencode(place) + b"\n")

@@ -1,4 +1,4 @@
-"""Marks what is in use on disk, so that nobody removes it: shared locks that end with their process at the latest."""
+"""Leases on what is in use on disk: shared file locks, which end with their process at the latest."""
 
 from __future__ import annotations
 
@@ -10,52 +10,53 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["Marks", "unused"]
+__all__ = ["Leases", "unleased"]
 
 
-class Marks:
-    """The marks that one part of this process holds, each on a file of its own. Every method blocks, if only shortly.
+class Leases:
+    """The leases that one part of this process holds, each on a file of its own. Every method blocks for a moment.
 
-    The last ones stay held although nobody pinned them, since what was just fetched is about to be used. They end when
-    this object is gone.
+    The latest leases stay held after their last user has released them, since what was just fetched is about to be
+    used. All end when this object is garbage.
+
+    Args:
+        idle: How many leases to hold beyond the pinned ones; the longest unused is given up first. None: all.
     """
 
     def __init__(self, idle: int | None = 64) -> None:
-        """Make an empty set of marks.
-
-        Args:
-            idle: how many marks to hold beyond the pinned ones; the longest unused is given up first. None: all.
-        """
         self._idle = idle
         self._held: dict[Path, int] = {}
         self._pins: dict[Path, int] = {}
         self._lock = threading.Lock()
         weakref.finalize(self, _close_all, self._held)
 
-    def take(self, path: Path, *, pin: bool = False) -> bool:
-        """Mark `path` as in use, and as used now. False: it is not there, or is being removed.
+    def acquire(self, path: Path, *, pin: bool = False) -> bool:
+        """Hold a lease on a file, and set the file's time to now.
 
         Args:
-            path: a file beside what is in use.
-            pin: keep the mark until `unpin`.
+            path: The lease file beside what is in use.
+            pin: True to hold the lease until `release`.
+
+        Returns:
+            False if the file does not exist or is being removed.
         """
         with self._lock:
-            mark = self._held.pop(path, None)
-            if mark is not None and not _is_same(mark, path):
-                os.close(mark)
-                mark = None
-            if mark is None and (mark := _hold(path)) is None:
+            descriptor = self._held.pop(path, None)
+            if descriptor is not None and not _is_same(descriptor, path):
+                os.close(descriptor)
+                descriptor = None
+            if descriptor is None and (descriptor := _lock_shared(path)) is None:
                 return False
-            self._held[path] = mark
+            self._held[path] = descriptor
             if pin:
                 self._pins[path] = self._pins.get(path, 0) + 1
             with contextlib.suppress(OSError):
-                os.utime(mark)
+                os.utime(descriptor)
             self._trim(self._idle)
             return True
 
-    def unpin(self, path: Path) -> None:
-        """Take back one `pin`."""
+    def release(self, path: Path) -> None:
+        """Undo one `acquire` with `pin`."""
         with self._lock:
             self._pins[path] -= 1
             if not self._pins[path]:
@@ -63,13 +64,13 @@ class Marks:
             self._trim(self._idle)
 
     def drop(self, path: Path) -> None:
-        """Give up the mark on `path`, if there is one and nobody pinned it."""
+        """Give up the lease on a file at once, if there is one and nobody pinned it."""
         with self._lock:
-            if path not in self._pins and (mark := self._held.pop(path, None)) is not None:
-                os.close(mark)
+            if path not in self._pins and (descriptor := self._held.pop(path, None)) is not None:
+                os.close(descriptor)
 
     def close(self) -> None:
-        """Give up all marks that nobody pinned. They may be taken again."""
+        """Give up all leases that nobody pinned. They may be acquired again."""
         with self._lock:
             self._trim(0)
 
@@ -82,10 +83,10 @@ class Marks:
 
 
 @contextlib.contextmanager
-def unused(path: Path) -> Iterator[bool]:
-    """Whether nobody holds a mark on `path`; nobody gets one while this is held. Blocking, if only shortly."""
+def unleased(path: Path) -> Iterator[bool]:
+    """Yield True if nobody holds a lease on a file; nobody gets one inside of the block. Blocks for a moment."""
     try:
-        mark = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         yield True
         return
@@ -94,42 +95,42 @@ def unused(path: Path) -> Iterator[bool]:
         return
     try:
         try:
-            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             yield False
             return
         yield True
     finally:
-        os.close(mark)
+        os.close(descriptor)
 
 
-def _hold(path: Path) -> int | None:
+def _lock_shared(path: Path) -> int | None:
     try:
         # For reading only: the folder may be one that an administrator filled.
-        mark = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:
-        # Waits for one who removes it, or looks whether it is used.
-        fcntl.flock(mark, fcntl.LOCK_SH)
+        # Waits for `unleased` in another thread or process.
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
     except OSError:
-        # A file system without locks: what is used is not protected, but can be used.
-        return mark
-    if _is_same(mark, path):
-        return mark
-    os.close(mark)
+        # A file system without locks: the content can be used, but is not protected.
+        return descriptor
+    if _is_same(descriptor, path):
+        return descriptor
+    os.close(descriptor)
     return None
 
 
-def _is_same(mark: int, path: Path) -> bool:
-    """Whether an open file is still the one of that name."""
+def _is_same(descriptor: int, path: Path) -> bool:
+    """Return True if an open file is still the one of that name."""
     try:
-        return os.path.samestat(os.fstat(mark), path.stat())
+        return os.path.samestat(os.fstat(descriptor), path.stat())
     except OSError:
         return False
 
 
 def _close_all(held: dict[Path, int]) -> None:
-    for mark in held.values():
-        os.close(mark)
+    for descriptor in held.values():
+        os.close(descriptor)
     held.clear()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlfleet._paths import sweeps_folder
-from mlfleet._store.lease import unused
+from mlfleet._store.lease import unleased
 from mlfleet._text.masking import mask_uri
 from mlfleet.tracking.base import RunInfo, Tracking
 
@@ -63,7 +63,7 @@ def list_sweeps() -> list[SweepEntry]:
     """All of them, the newest first. Blocking."""
     found = []
     for note in sweeps_folder().glob("*.json"):
-        with suppress(OSError, ValueError, KeyError, TypeError), unused(note.with_suffix(".lock")) as free:
+        with suppress(OSError, ValueError, KeyError, TypeError), unleased(note.with_suffix(".lock")) as free:
             facts: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
             began = datetime.fromtimestamp(note.stat().st_mtime, UTC)
             named = {key: str(facts[key]) for key in ("run_id", "name", "project", "tracking")}

@@ -10,8 +10,8 @@ import anyio
 
 from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._oci.references import parse_reference
-from mlfleet._project.checkout import Checkouts
 from mlfleet._project.content import content_hash
+from mlfleet._project.git import Checkouts
 from mlfleet.backends.base import Job
 from mlfleet.backends.kubernetes.client import Api
 from mlfleet.backends.kubernetes.config import CodeDelivery, KubernetesConfig

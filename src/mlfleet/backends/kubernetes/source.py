@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlfleet._process.process import run_process
-from mlfleet._project.checkout import Checkouts
-from mlfleet._project.git import clean_environ
+from mlfleet._project.git import Checkouts, clean_environ
 from mlfleet._text.masking import mask_uri
 from mlfleet.errors import SubmitError
 
