@@ -73,7 +73,10 @@ def test_plugin_cannot_take_the_name_of_a_built_in_backend(tmp_path: Path) -> No
     ("target", "message"),
     [
         ("mlfleet_slurm:Slrm", "announced as 'mlfleet_slurm:Slrm': module 'mlfleet_slurm' has no attribute 'Slrm'"),
-        ("mlfleet_slurm:not_a_backend", "announced as 'mlfleet_slurm:not_a_backend', which is no subclass of Backend"),
+        (
+            "mlfleet_slurm:not_a_backend",
+            "announced as 'mlfleet_slurm:not_a_backend', which is not a subclass of Backend",
+        ),
         ("mlfleet_gone:Slurm", "cannot be loaded: No module named 'mlfleet_gone'"),
     ],
 )

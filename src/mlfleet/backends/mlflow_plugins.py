@@ -2,30 +2,37 @@
 
 https://mlflow.org/docs/latest/ml/plugins/#project-execution-backends
 
-Such a plugin reads the project and sees to the environment by itself. Those that go by the run id in their
-``backend_config``, as MLflow's own local backend does, log to the MLflow run that is there already. The others make one
-of their own; then there are two, and the Fleet puts theirs below ours (`Backend.second_run`).
+Such a plugin reads the project and prepares the environment by itself. Some use the run id in their ``backend_config``,
+as MLflow's own local backend does: they log to the MLflow run that exists already. Others make a run of their own; then
+there are two, and the Fleet puts theirs below ours (`Backend.second_run`).
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import copy
+import logging
 import sys
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import anyio
 
+from mlfleet._concurrency.cancellation import complete
+from mlfleet._concurrency.grace import StopRequest
 from mlfleet._concurrency.tasks import TaskOwner
-from mlfleet._concurrency.threads import PLUGIN_SUBMITS
+from mlfleet._concurrency.threads import PLUGIN_QUESTIONS, PLUGIN_SUBMITS
 from mlfleet._text.masking import is_secret_name, mask
+from mlfleet.backends._remote.run import AwaitedRun
 from mlfleet.backends.base import Backend, BackendRun, Job, ProjectCall
-from mlfleet.backends.mlflow_plugin_run import BlockingHandle, PluginRun
 from mlfleet.errors import BackendError, SubmitError, UsageError
+from mlfleet.runs import FailureKind, Outcome, RunStatus
 from mlfleet.tracking import open_tracking
 from mlfleet.tracking.locations import absolute_uri
 
@@ -34,16 +41,27 @@ __all__ = ["GROUP", "PluginBackend"]
 GROUP = "mlflow.project_backend"
 """The entry-point group in which these plugins announce themselves."""
 
+_log = logging.getLogger("mlfleet.plugins")
+_CONFIRMS = 10.0  # seconds beyond the grace in which a plugin must confirm the end of a run that it was told to cancel
+# The numbers of mlflow's own statuses, which some plugins give rather than their names.
+_NUMBERS = {
+    1: RunStatus.RUNNING,
+    2: RunStatus.SCHEDULED,
+    3: RunStatus.FINISHED,
+    4: RunStatus.FAILED,
+    5: RunStatus.KILLED,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
     """A plugin that is ready for one run.
 
     Attributes:
-        plugin: what its entry point gave; it has ``run``.
-        config: the caller's ``backend_config``.
-        mlflow_uri: of the tracking that mlflow uses in this process; empty if the plugin has not imported it.
-        mlflow_store: the same, as a Fleet on it tells it.
+        plugin: The object that the entry point returned; it has ``run``.
+        config: The caller's ``backend_config``.
+        mlflow_uri: The URI of the tracking that mlflow uses in this process; empty if mlflow is not imported.
+        mlflow_store: The same URI, in the form of `Tracking.uri`.
     """
 
     plugin: Any
@@ -52,11 +70,11 @@ class _Prepared:
     mlflow_store: str = ""
 
 
-class PluginBackend(Backend):
-    """Runs jobs by a plugin of mlflow. `named` makes the class of one plugin.
+class PluginBackend(Backend[_Prepared]):
+    """A backend that runs jobs by a plugin of mlflow. `named` makes the class of one plugin.
 
     Attributes:
-        builder: what its entry point names; called without arguments, it gives the plugin.
+        builder: The function or class that the entry point names; called without arguments, it returns the plugin.
     """
 
     name: ClassVar[str]
@@ -64,11 +82,11 @@ class PluginBackend(Backend):
 
     @classmethod
     def named(cls, name: str, builder: Callable[[], Any]) -> type[PluginBackend]:
-        """The backend of one plugin."""
+        """Return the class of the backend of one plugin."""
         return type(cls.__name__, (cls,), {"name": name, "builder": staticmethod(builder), "__doc__": cls.__doc__})
 
     def place(self, path: str, index: int, folder: Path) -> str | None:
-        """URIs are downloaded by the plugin, which goes by `Job.call`."""
+        """Leave URIs to the plugin, which downloads them itself and reads `Job.call`."""
         return None if path.startswith("/") else path
 
     def __init__(self) -> None:
@@ -80,21 +98,24 @@ class PluginBackend(Backend):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._open = False
+        await complete(self._cancel_all)
+
+    async def _cancel_all(self) -> None:
         async with anyio.create_task_group() as group:
             for run in tuple(self._runs):
                 group.start_soon(run.cancel)
         await self._tasks.join()
 
-    def configure(self, config: Mapping[str, Any]) -> object:
-        """Make the plugin for one run; only the plugin knows its keys.
+    def configure(self, config: Mapping[str, Any]) -> _Prepared:
+        """Make the plugin for one run. Its keys are not checked, since only the plugin knows them.
 
         Raises:
-            BackendError: it cannot be made.
+            BackendError: The plugin cannot be made.
         """
         try:
             plugin = self.builder()
         except (Exception, SystemExit) as error:
-            raise BackendError(f"the plugin {self.name!r} cannot be used: {_told(error)}", backend=self.name) from error
+            raise BackendError(f"the plugin {self.name!r} cannot be used: {_text(error)}", backend=self.name) from error
         if not callable(getattr(plugin, "run", None)):
             text = f"the plugin {self.name!r} is {type(plugin).__name__}, which has no method run"
             raise BackendError(
@@ -107,13 +128,13 @@ class PluginBackend(Backend):
         uri = str(where())
         return _Prepared(plugin, dict(config), uri, open_tracking(absolute_uri(uri)).uri)
 
-    def check_tracking(self, uri: str, config: object = None) -> None:
-        """Plugins find the tracking server by mlflow's setting for the whole process, which must be that of the Fleet.
+    def check_tracking(self, uri: str, config: _Prepared | None = None) -> None:
+        """Check that mlflow's setting for the whole process, by which plugins find tracking, is that of the Fleet.
 
         Raises:
-            UsageError: it is another one.
+            UsageError: It is another one.
         """
-        theirs = config.mlflow_store if isinstance(config, _Prepared) else ""
+        theirs = "" if config is None else config.mlflow_store
         if theirs and theirs != uri:
             raise UsageError(
                 f"the plugin {self.name!r} would log to {theirs}, which mlflow uses in this process, but the run is to"
@@ -123,11 +144,11 @@ class PluginBackend(Backend):
     async def submit(self, job: Job) -> PluginRun:
         """Call the plugin's ``run`` in a thread.
 
-        A cancelled call waits until ``run`` has returned, and then cancels what it gave.
+        A cancelled call waits until ``run`` has returned, and then cancels the run that it returned.
 
         Raises:
-            SubmitError: the plugin failed.
-            BackendError: the call was cancelled, and the plugin cannot cancel what it gave.
+            SubmitError: The plugin failed.
+            BackendError: The call was cancelled, and the plugin cannot cancel the run.
         """
         handle = await PLUGIN_SUBMITS.run(partial(self._submit, job), undo=partial(self._take_back, job))
         run = PluginRun(job.run_id, handle, self.name, job.cancel_grace, self._tasks)
@@ -139,11 +160,11 @@ class PluginBackend(Backend):
         return run
 
     def second_run(self, run: BackendRun) -> str | None:
-        """The MLflow run that the plugin made."""
+        """Return the id of the MLflow run that the plugin made, if it made one."""
         return run.second_run if isinstance(run, PluginRun) else None
 
     def _submit(self, job: Job) -> BlockingHandle:
-        """Blocking."""
+        """Call the plugin. Blocking."""
         assert job.call is not None  # noqa: S101 - the Fleet gives it to every job
         call, prepared = job.call(), job.config
         assert isinstance(prepared, _Prepared)  # noqa: S101 - what `configure` gave
@@ -158,7 +179,7 @@ class PluginBackend(Backend):
                 job.experiment_id,
             )
         except (Exception, SystemExit) as error:
-            text = mask(_told(error), [*job.secrets.values(), *_secrets(call.docker_auth)])
+            text = mask(_text(error), [*job.secrets.values(), *_secrets(call.docker_auth)])
             raise SubmitError(f"the plugin {self.name!r} did not take the run: {text}", backend=self.name) from error
         lacks = [name for name in ("wait", "cancel", "get_status", "run_id") if not hasattr(handle, name)]
         if lacks:
@@ -170,7 +191,7 @@ class PluginBackend(Backend):
         return handle  # type: ignore[no-any-return]
 
     async def _take_back(self, job: Job, handle: BlockingHandle) -> None:
-        """End what nobody will get any more."""
+        """End a run whose submission was cancelled."""
         run = PluginRun(job.run_id, handle, self.name, job.cancel_grace, self._tasks)
         await run.cancel()
         if error := (await run.outcome()).error:
@@ -178,8 +199,8 @@ class PluginBackend(Backend):
 
 
 def _config(given: Mapping[str, Any], call: ProjectCall, run_id: str) -> dict[str, Any]:
-    """``backend_config`` with what the reference puts there (mlflow/projects/utils.py), all of it the plugin's own."""
-    # The reference's own handles wait for the command only if the call is a synchronous one. Ours always waits.
+    """Return a copy of ``backend_config`` with the keys that mlflow adds to it (mlflow/projects/utils.py)."""
+    # mlflow's own handles wait for the command only after a synchronous call. Ours always wait.
     return copy.deepcopy(dict(given)) | {
         "ENV_MANAGER": call.env_manager,
         "SYNCHRONOUS": True,
@@ -191,9 +212,212 @@ def _config(given: Mapping[str, Any], call: ProjectCall, run_id: str) -> dict[st
     }
 
 
-def _told(error: BaseException) -> str:
+def _text(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
 def _secrets(auth: Mapping[str, Any] | None) -> list[str]:
     return [str(value) for name, value in (auth or {}).items() if is_secret_name(name)]
+
+
+# ---- the handle ------------------------------------------------------------------------------------------------------
+
+
+class BlockingHandle(Protocol):
+    """The handle that a plugin's ``run`` returns (mlflow/projects/submitted_run.py)."""
+
+    @property
+    def run_id(self) -> Any:
+        """The id of the MLflow run that it logs to."""
+        ...
+
+    def wait(self) -> Any:
+        """Block until the end. Return a true value if the run finished well."""
+        ...
+
+    def cancel(self) -> Any:
+        """End the run."""
+        ...
+
+    def get_status(self) -> Any:
+        """Return a name or a number of mlflow's statuses."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """The result or the error of a call of the plugin."""
+
+    value: Any = None
+    error: BaseException | None = None
+
+
+class PluginRun(AwaitedRun):
+    """The handle of a run that a blocking plugin made.
+
+    A thread of its own waits for the run: in a pool, a queued wait would not see the end. Plugins give no exit code.
+
+    Args:
+        run_id: The id of the Fleet's MLflow run.
+        handle: The plugin's handle.
+        plugin: The plugin's name.
+        grace: Seconds that a cancelled run has until its end.
+        tasks: The owner of the task that cancels.
+    """
+
+    def __init__(self, run_id: str, handle: BlockingHandle, plugin: str, grace: float, tasks: TaskOwner) -> None:
+        super().__init__(run_id)
+        self._handle = handle
+        self._plugin = plugin
+        self._tasks = tasks
+        self._stop_request = StopRequest(grace + _CONFIRMS)
+        self._callbacks: list[Callable[[], None]] = []
+        self._ended = self._in_own_thread(handle.wait)
+        self._ended.add_done_callback(self._when_ended)
+
+    @property
+    def second_run(self) -> str | None:
+        """The id of the MLflow run that the plugin made, if it did not use the Fleet's."""
+        its = self._handle.run_id
+        return None if its is None or str(its) == self._run_id else str(its)
+
+    def add_done_callback(self, callback: Callable[[], None]) -> None:
+        """Call `callback` at the end of the run, which must not have ended yet."""
+        self._callbacks.append(callback)
+
+    async def started(self) -> None:
+        """Return at once: plugins do not report when the command begins, so a submitted run counts as started."""
+
+    async def cancel(self, *, grace: float | None = None) -> None:
+        """Let the plugin cancel the run, and wait for the end of its ``wait``.
+
+        The plugin gets the grace and ten seconds more. After that the run is FAILED, with a reason that says that it
+        may still go on: only the plugin could end it.
+        """
+        # A task of the backend does the work, so that it is done although this caller is cancelled.
+        if self._outcome is None:
+            first = not self._stop_request.is_requested
+            self._stop_request.request(None if grace is None else grace + _CONFIRMS)
+            if first:
+                self._tasks.start(self._stop(), name=f"mlfleet cancel of {self._plugin}", then=self._give_up)
+        await self._done.wait()
+
+    async def get_status(self) -> RunStatus:
+        """Return the plugin's status of the run; after the end the terminal status.
+
+        Raises:
+            BackendError: The plugin fails to answer.
+        """
+        if self._outcome is not None:
+            return self._outcome.status
+        try:
+            status = _status(await PLUGIN_QUESTIONS.run(self._handle.get_status))
+        except Exception as error:
+            text = f"the plugin {self._plugin!r} cannot tell the status of its run: {_text(error)}"
+            raise BackendError(text, backend=self._plugin) from error
+        return RunStatus.RUNNING if status is None or status.is_terminal else status
+
+    async def logs(self, *, follow: bool = True) -> AsyncIterator[str]:
+        """Yield nothing: plugins keep the output, or let it go where the output of this process goes.
+
+        Args:
+            follow: True to wait for the end all the same.
+        """
+        if follow:
+            await self._done.wait()
+        nothing: tuple[str, ...] = ()
+        for line in nothing:
+            yield line
+
+    # ---- its end ----------------------------------------------------------------------------------------------------
+
+    def _in_own_thread(self, function: Callable[[], Any]) -> asyncio.Future[_Answer]:
+        """Call `function` in a daemon thread: one that hangs delays neither others nor the end of this process."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[_Answer] = loop.create_future()
+
+        def call() -> None:
+            try:
+                given = _Answer(function())
+            except BaseException as error:
+                given = _Answer(error=error)
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                loop.call_soon_threadsafe(_set, answer, given)
+
+        threading.Thread(target=call, name=f"mlfleet plugin {self._plugin}", daemon=True).start()
+        return answer
+
+    def _when_ended(self, ended: asyncio.Future[_Answer]) -> None:
+        if not self._stop_request.is_requested and not ended.cancelled():
+            self._finish(self._seen(ended.result()))
+
+    async def _stop(self) -> None:
+        cancelled = self._in_own_thread(self._handle.cancel)
+
+        async def give_up() -> None:
+            await self._stop_request.expired()
+            group.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(give_up)
+            await asyncio.wait([cancelled, self._ended])
+            group.cancel_scope.cancel()
+        failed = cancelled.result().error if cancelled.done() else None
+        if failed is not None:
+            _log.warning("the plugin %r failed to cancel the run %s: %s", self._plugin, self._run_id, _text(failed))
+        if not self._ended.done():
+            self._finish(self._still_there(failed))
+            return
+        answer = self._ended.result()
+        well = answer.error is None and bool(answer.value)
+        confirmed = failed is None or answer.error is None
+        self._finish(Outcome(RunStatus.KILLED, reason="cancelled") if confirmed and not well else self._seen(answer))
+
+    def _give_up(self) -> None:
+        """Release waiters if the task that cancels was itself cancelled, at the end of the event loop."""
+        self._finish(self._still_there(None))
+
+    def _finish(self, outcome: Outcome) -> None:
+        if self._outcome is not None:
+            return
+        self._outcome = outcome
+        self._done.set()
+        for callback in self._callbacks:
+            callback()
+
+    def _seen(self, answer: _Answer) -> Outcome:
+        if answer.error is not None:
+            error = BackendError(
+                f"the plugin {self._plugin!r} lost the run while it waited: {_text(answer.error)}",
+                backend=self._plugin,
+            )
+            error.__cause__ = answer.error
+            return Outcome(RunStatus.FAILED, reason=str(error), error=error)
+        if answer.value:
+            return Outcome(RunStatus.FINISHED)
+        return Outcome(RunStatus.FAILED, reason=f"the plugin {self._plugin!r} says that it failed")
+
+    def _still_there(self, failed: BaseException | None) -> Outcome:
+        why = (
+            f"cancelling failed: {_text(failed)}"
+            if failed is not None
+            else "it was cancelled, but has not ended in time"
+        )
+        error = BackendError(f"the run may still go on at the plugin {self._plugin!r}: {why}", backend=self._plugin)
+        error.__cause__ = failed
+        return Outcome(RunStatus.FAILED, reason=str(error), error=error, cause=FailureKind.INFRASTRUCTURE)
+
+
+def _set(answer: asyncio.Future[_Answer], given: _Answer) -> None:
+    if not answer.done():
+        answer.set_result(given)
+
+
+def _status(given: object) -> RunStatus | None:
+    """Return the status for the name or number that a plugin gave; None if it is unknown."""
+    if isinstance(given, int):
+        return _NUMBERS.get(given)
+    try:
+        return RunStatus(str(given))
+    except ValueError:
+        return None

@@ -1,4 +1,4 @@
-"""Which backends there are, by name."""
+"""The registry of backends by name."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class _BuiltIn:
     """A backend of mlfleet itself.
 
     Attributes:
-        target: ``module:class``, imported only when it is asked for.
-        extra: the extra of mlfleet that its dependencies come with.
+        target: The class as ``module:class``, imported only on demand.
+        extra: The extra of mlfleet that installs its dependencies.
     """
 
     target: str
@@ -47,14 +47,14 @@ _BUILT_IN = {
 
 @cache
 def find(name: str) -> type[Backend]:
-    """The class of the backend of that name. Imports it: blocking, the first time.
+    """Return the class of the backend of that name. Blocking the first time, because it is imported.
 
-    Those of mlfleet itself come first, then plugins of mlfleet, then plugins of mlflow.
+    The backends of mlfleet itself come first, then plugins of mlfleet, then plugins of mlflow.
 
     Raises:
-        BackendNotFound: there is none, or what it needs is not installed.
+        BackendNotFound: There is no such backend, or its dependencies are not installed.
     """
-    # A tenth of the time that `import mlfleet` takes, if it were imported with this module.
+    # Late: with this module it would take a tenth of the time of `import mlfleet`.
     from importlib.metadata import EntryPoint
 
     built_in = _BUILT_IN.get(name)
@@ -101,7 +101,7 @@ def _native(name: str, entry: EntryPoint, extra: str | None) -> type[Backend]:
     backend = _load(name, entry, extra)
     if not (isinstance(backend, type) and issubclass(backend, Backend)):
         raise BackendNotFound(
-            f"the backend {name!r} is announced as {entry.value!r}, which is no subclass of Backend",
+            f"the backend {name!r} is announced as {entry.value!r}, which is not a subclass of Backend",
             backend=name,
         )
     return backend
@@ -116,6 +116,6 @@ def _load(name: str, entry: EntryPoint, extra: str | None) -> object:
     except AttributeError as error:
         raise BackendNotFound(f"the backend {name!r} is announced as {entry.value!r}: {error}", backend=name) from error
     except Exception as error:
-        # The module is somebody else's, and may do anything when it is imported.
+        # A plugin's module may raise anything when it is imported.
         text = f"the backend {name!r} cannot be loaded: {type(error).__name__}: {error}"
         raise BackendNotFound(text, backend=name) from error

@@ -1,4 +1,4 @@
-"""The latest state of many remote things, fed by one watcher: nobody polls for a single run."""
+"""The latest states of many remote things, fed by one watcher, so that no run needs a poll of its own."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ V = TypeVar("V")
 class CachedState(Generic[V]):
     """The latest state of one thing. Waiters see states, not changes.
 
-    Whether a state is the one that a waiter wants is decided when it comes, so that hundreds of states which nobody
-    waits for wake nobody.
+    Each waiter's condition is tested when a state arrives, so that states which nobody waits for wake no task.
 
     Attributes:
-        value: the latest state; None before the first one is known.
+        value: The latest state; None before the first one is known.
+        born: The moment of the first `StateCache.track`; see `StateCache.replace`.
     """
 
     __slots__ = ("_error", "_users", "_waiters", "born", "value")
@@ -43,13 +43,13 @@ class CachedState(Generic[V]):
         self._waiters: dict[asyncio.Future[V], Callable[[V], bool]] = {}
 
     async def until(self, accept: Callable[[V], bool]) -> V:
-        """Wait for a state that `accept` takes, and return it; at once if it is there. Any number of waiters.
+        """Wait for a state for which `accept` returns True, and return it. Any number of tasks may wait.
 
         Args:
-            accept: is asked by whoever has a new state; must be quick.
+            accept: A quick function that is called with the current state and every new one.
 
         Raises:
-            MlfleetError: the watcher has ended, so that no state will come any more.
+            MlfleetError: The watcher has ended, so that there will be no further state.
         """
         if self.value is not None and accept(self.value):
             return self.value
@@ -62,23 +62,23 @@ class CachedState(Generic[V]):
         finally:
             self._waiters.pop(waiter, None)
             if waiter.done() and not waiter.cancelled():
-                waiter.exception()  # asked for, so that nobody is told of it whose waiter was cancelled meanwhile
+                waiter.exception()  # retrieve it: asyncio logs an error that nobody retrieved
 
     def put(self, value: V) -> None:
-        """Set the state and wake those who wait for it."""
+        """Set the state and wake the waiters that accept it."""
         self.value = value
         for waiter, accept in tuple(self._waiters.items()):
             if not waiter.done():
                 try:
                     wanted = accept(value)
-                except Exception as error:  # the waiter's own fault, not that of whoever has the news
+                except Exception as error:  # the fault of the waiter and not of the watcher
                     waiter.set_exception(error)
                 else:
                     if wanted:
                         waiter.set_result(value)
 
     def fail(self, error: MlfleetError) -> None:
-        """Tell the waiters that no further state will come."""
+        """Raise `error` in all waiters, since there will be no further state."""
         self._error = error
         for waiter in self._waiters:
             if not waiter.done():
@@ -90,13 +90,13 @@ class CachedState(Generic[V]):
 class StateCache(Generic[V]):
     """A cache of states by key, and the one task that feeds it.
 
-    What feeds it calls `put` for a state that has changed, and `replace` for a complete list. A state is kept for as
-    long as somebody tracks its key; of what nobody tracks, nothing is kept. When the feeder ends, by an error or
-    otherwise, everybody who waits is told so, and everybody who comes later.
+    The feeder calls `put` for a state that has changed, and `replace` for a complete list. A state is kept for as long
+    as its key is tracked. When the feeder ends, by an error or otherwise, all waiters and all later ones get an error.
 
     Args:
-        feed: runs until it is cancelled, and sees to reconnecting itself. Its error is that of all waiters.
-        name: of its task.
+        feed: A coroutine function that runs until it is cancelled, and reconnects by itself. Its error becomes that of
+            all waiters.
+        name: The name of its task.
 
     Example:
         >>> async with StateCache(feed, name="containers") as watch:
@@ -133,10 +133,10 @@ class StateCache(Generic[V]):
         if cancelled is not None:
             raise cancelled
 
-    # ---- for those who wait -----------------------------------------------------------------------------------------
+    # ---- for waiters ------------------------------------------------------------------------------------------------
 
     def track(self, key: str) -> CachedState[V]:
-        """Keep the state of `key` from now on; `untrack` as often as this was called."""
+        """Keep the state of `key` from now on. Every call needs a call of `untrack`."""
         cell = self._cells.get(key)
         if cell is None:
             cell = self._cells[key] = CachedState(next(self._clock))
@@ -147,7 +147,7 @@ class StateCache(Generic[V]):
         return cell
 
     def untrack(self, key: str) -> None:
-        """Take back one `track`."""
+        """Undo one call of `track`."""
         cell = self._cells[key]
         cell._users -= 1
         if cell._users == 0:
@@ -155,39 +155,39 @@ class StateCache(Generic[V]):
             if not self._cells:
                 self._wanted = anyio.Event()
 
-    # ---- for what feeds it ------------------------------------------------------------------------------------------
+    # ---- for the feeder ---------------------------------------------------------------------------------------------
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """What is tracked now."""
+        """The keys that are tracked now."""
         return tuple(self._cells)
 
     async def wanted(self) -> None:
-        """Wait until something is tracked, so that a poll for nothing can be spared."""
+        """Wait until a key is tracked, so that the feeder need not poll for nothing."""
         await self._wanted.wait()
 
     def get(self, key: str) -> V | None:
-        """The latest state of `key`; None if there is none, or nobody tracks it."""
+        """Return the latest state of `key`; None if it is unknown or not tracked."""
         cell = self._cells.get(key)
         return None if cell is None else cell.value
 
     def put(self, key: str, value: V) -> None:
-        """A new state of `key`."""
+        """Set the state of `key`, if it is tracked."""
         cell = self._cells.get(key)
         if cell is not None:
             cell.put(value)
 
     def now(self) -> int:
-        """A moment, to be taken before a list is asked for and given to `replace` with its answer."""
+        """Return the moment before a list is requested, for `replace`."""
         return next(self._clock)
 
     def replace(self, values: Mapping[str, V], *, asked_at: int, gone: Callable[[V | None], V]) -> None:
-        """Take over a complete list of states.
+        """Set all states from a complete list.
 
         Args:
-            values: all there are.
-            asked_at: `now()` before the list was asked for: what is tracked since then may not be in it yet.
-            gone: makes the new state of what is tracked, but not in the list, from its last one.
+            values: The states by key.
+            asked_at: The value of `now()` before the list was requested. Keys tracked since may not be in it yet.
+            gone: A function that returns the new state of a tracked key that is not in the list, from its last state.
         """
         for key, cell in tuple(self._cells.items()):
             if key in values:
@@ -199,7 +199,7 @@ class StateCache(Generic[V]):
         error: MlfleetError = BackendError(f"{self._name} has ended")
         try:
             while not self._closing:
-                # asyncio.run cancels every task at its end; those who clean up then still need to hear of states.
+                # asyncio.run cancels every task at its end; tasks that clean up then still need states.
                 with contextlib.suppress(asyncio.CancelledError):
                     await self._feed(self)
                     break
