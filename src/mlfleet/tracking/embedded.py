@@ -308,7 +308,8 @@ def _translated(uri: str) -> Iterator[None]:
                 "use a database (MLFLOW_TRACKING_URI=sqlite:///mlflow.db; `mlflow migrate-filestore` moves it)"
             )
         problem = TrackingError(text, uri=mask_uri(uri), code=str(code) if code else None)
-        problem.__cause__ = error
+        # A cause that quotes the URI with its password is left out, since logs show causes, too.
+        problem.__cause__ = error if mask_uri(str(error)) == str(error) else None
         if code == "TEMPORARILY_UNAVAILABLE":
-            raise Transient(problem) from error
-        raise problem from error
+            raise Transient(problem) from problem.__cause__
+        raise problem from problem.__cause__

@@ -123,6 +123,7 @@ class ServerClient:
         self._client: httpx.AsyncClient | None = None
         self._failures: Failures | None = None
         self._answered = False
+        self._is_own_tls = False
         self._times: httpx.Timeout | None = None
         self._problems: tuple[type[Exception], ...] = ()
 
@@ -379,7 +380,9 @@ class ServerClient:
             is_own_transport=is_own,
         )
         _warn_of_header_plugins()
-        self._times = httpx.Timeout(self._timeout, connect=min(self._timeout, _CONNECT_SECONDS), pool=None)
+        self._is_own_tls = is_own and split_uri(self.login.url).scheme == "https"
+        # Before the end of the whole request, so that httpx closes what it could not connect.
+        self._times = httpx.Timeout(self._timeout, connect=min(self._timeout / 2, _CONNECT_SECONDS), pool=None)
         self._problems = (httpx.HTTPError, httpx.InvalidURL, UnicodeEncodeError)
         if not is_own:
             self._problems += _aiohttp_errors()
@@ -468,6 +471,23 @@ def _target(path: str) -> str:
 def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
     port = url.port or {"http": 80, "https": 443}.get(url.scheme)
     return url.scheme, url.host, port
+
+
+def _closing_torn_handshakes() -> Callable[[str, dict[str, Any]], Awaitable[None]]:
+    """Return a trace function that closes the connection of a TLS handshake that was cancelled.
+
+    httpcore 1.0 closes it after errors only, so that it would stay open as long as the server likes. The events are
+    documented: https://www.encode.io/httpcore/extensions/#trace.
+    """
+    connected: list[Any] = []
+
+    async def trace(event: str, details: dict[str, Any]) -> None:
+        if event.endswith("connect_tcp.complete"):
+            connected.append(details["return_value"])
+        elif event.endswith("start_tls.failed") and connected:
+            await connected.pop().aclose()
+
+    return trace
 
 
 def _tls(url: str) -> ssl.SSLContext:

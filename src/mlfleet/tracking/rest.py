@@ -100,7 +100,7 @@ class RestTracking(Tracking):
         is_given = client is not None or any(name.lower() == "authorization" for name in headers or ())
         login = DatabricksLogin(uri) if is_databricks(uri) else ServerLogin(uri, credentials, read_netrc=not is_given)
         if isinstance(login, ServerLogin):
-            self.uri = login.url
+            self.uri = mask_uri(login.url)
         self._client = ServerClient(
             login,
             uri=self.uri,
