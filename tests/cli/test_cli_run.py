@@ -278,6 +278,9 @@ def test_control_characters_from_elsewhere_do_not_reach_the_terminal(server: Mlf
     shown = mlfleet("run", uri, *LOCAL, "--dry-run", "-P", "name=\x1b[2Jcleared", "--run-name", "\x9b2Jnamed")
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", shown.stdout)
     assert "name=cleared" in shown.stdout
+    found = mlfleet("run", uri, *LOCAL, "--dry-run", "--json", "-P", "name=\x9b2Jcleared")
+    assert "\x9b" not in found.stdout
+    assert json.loads(found.stdout)["parameters"] == {"name": "\x9b2Jcleared"}
 
 
 def test_a_dry_run_of_a_docker_project_names_its_image(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import click
 
 from mlfleet._reporting import run_url
 from mlfleet._text.masking import MASK, mask_uri
-from mlfleet._text.plain import plain_text
+from mlfleet._text.plain import CONTROLS, plain_text
 from mlfleet.errors import BackendNotFound, FetchError, MlfleetError, ParameterError, SpecError, UsageError
 from mlfleet.tracking import RunInfo
 
@@ -39,6 +39,7 @@ __all__ = [
     "say",
     "short",
     "show_logs",
+    "to_json",
     "where_to_look",
 ]
 
@@ -112,12 +113,19 @@ def _write(text: str) -> None:
 def print_json(data: Mapping[str, Any] | list[dict[str, Any]], *, indent: int | None = 2) -> None:
     """Print one JSON value."""
     try:
-        click.echo(json.dumps(data, indent=indent, ensure_ascii=False, default=str))
+        click.echo(to_json(data, indent=indent))
     except OSError as error:
         # Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):  # without a reader, the exit code still tells how it went
             raise
+
+
+def to_json(data: object, *, indent: int | None = None) -> str:
+    """Return `data` as JSON that people can read, in which control characters are escaped."""
+    text = json.dumps(data, indent=indent, ensure_ascii=False, default=str)
+    # json escapes only those below U+0020.
+    return CONTROLS.sub(lambda match: match[0] if match[0] == "\n" else f"\\u{ord(match[0]):04x}", text)
 
 
 def print_line(text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 
-from mlfleet._cli.output import clean, complain, duration_text, say, short
+from mlfleet._cli.output import clean, complain, duration_text, say, short, to_json
 from mlfleet._concurrency.threads import TERMINAL
 from mlfleet._engine.run import FleetRun
 from mlfleet._sweeps import PointResult, Sweep, SweepCounts
@@ -226,7 +225,7 @@ class SweepJson:
 
     async def _write(self) -> None:
         while self._lines:
-            text = "".join(_json_line(self._lines.popleft()) for _ in range(min(len(self._lines), 100)))
+            text = "".join(f"{to_json(self._lines.popleft())}\n" for _ in range(min(len(self._lines), 100)))
             if not self._broken:
                 await TERMINAL.run(partial(self._put, text.encode(errors="replace")))
 
@@ -488,11 +487,6 @@ def _fit(text: str, width: int) -> str:
 
 
 # ---- texts of all views ---------------------------------------------------------------------------------------------
-
-
-def _json_line(found: Mapping[str, Any]) -> str:
-    """Return one object as a line, with its line end."""
-    return json.dumps(found, ensure_ascii=False, default=str) + "\n"
 
 
 def result_as_json(result: PointResult) -> dict[str, Any]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["plain_line", "plain_text"]
+__all__ = ["CONTROLS", "plain_line", "plain_text"]
 
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|.)?", re.S)
 # C0 but for tab and line feed, DEL, C1 (a single 0x9b begins a control sequence, too: ECMA-48, 5.4), and the characters
 # that reorder the text around them (https://trojansource.codes).
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def plain_text(text: str) -> str:
@@ -20,7 +20,7 @@ def plain_text(text: str) -> str:
     """
     if text.isascii() and text.isprintable():
         return text
-    return _CONTROLS.sub("", _ESCAPES.sub("", text.replace("\r\n", "\n")))
+    return CONTROLS.sub("", _ESCAPES.sub("", text.replace("\r\n", "\n")))
 
 
 def plain_line(line: str) -> str:
