@@ -101,7 +101,7 @@ def commands(group: click.Group, prefix: str = "mlfleet") -> dict[str, click.Com
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_lead_to_pages_and_headings(page: Path) -> None:
     for match in _LINK.finditer(_FENCE.sub("", page.read_text())):
         target, _, anchor = match["target"].partition("#")
         if "://" in target:
@@ -171,7 +171,7 @@ def test_command_lines_are_understood(block: Block) -> None:
             command.make_context("mlfleet", arguments, parent=context)
 
 
-def test_there_are_blocks_to_check() -> None:
+def test_the_pages_have_blocks_to_check() -> None:
     assert len(blocks("python")) >= 5
     assert sum(len(command_lines(block)) for block in blocks("bash")) >= 5
 
@@ -188,7 +188,7 @@ def test_every_variable_is_documented() -> None:
     assert not undocumented
 
 
-def test_no_variable_is_made_up() -> None:
+def test_every_documented_variable_exists() -> None:
     known = set(_VARIABLE.findall(sources())) | TEST_VARIABLES
     for page in PAGES:
         assert set(_VARIABLE.findall(page.read_text())) <= known, page.name

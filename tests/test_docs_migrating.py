@@ -148,5 +148,5 @@ def test_mlfleet_leaves_the_same_runs_as_mlflow(example: Example, place: Place) 
         assert place.runs_of(*code) == expected
 
 
-def test_there_are_examples() -> None:
+def test_the_page_has_examples() -> None:
     assert len(examples()) >= 8

@@ -33,7 +33,7 @@ def mlfleet(*arguments: str, tracking_uri: str) -> str:
 
 
 @pytest.mark.timeout(300)  # installs mlflow-skinny and what it needs into a fresh environment
-async def test_quickstart(mlflow_server: MlflowServer, tmp_path: Path) -> None:
+async def test_the_quickstart_trains_and_logs(mlflow_server: MlflowServer, tmp_path: Path) -> None:
     shown = mlfleet(
         "examples/quickstart", "-P", "alpha=0.5", "-P", "epochs=5", "--experiment-name", "quickstart",
         tracking_uri=mlflow_server.url,
@@ -60,7 +60,7 @@ async def test_quickstart(mlflow_server: MlflowServer, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(180)  # six processes that import mlflow one after the other
-async def test_multistep(mlflow_server: MlflowServer, tmp_path: Path) -> None:
+async def test_each_step_of_multistep_is_a_run_below_the_main_run(mlflow_server: MlflowServer, tmp_path: Path) -> None:
     shown = mlfleet(
         "examples/multistep", "--env-manager", "local", "-P", "alphas=0.01,1", "--experiment-name", "multistep",
         tracking_uri=mlflow_server.url,

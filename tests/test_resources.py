@@ -42,7 +42,7 @@ def test_memory_is_written_as_for_kubernetes(memory: int | str, count: int) -> N
         (lambda: Resources(memory=True), "memory is True"),
     ],
 )
-def test_wrong_resources_are_told(make: Callable[[], object], message: str) -> None:
+def test_wrong_resources_are_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make()
 
@@ -64,7 +64,7 @@ def test_gpus_are_those_that_cuda_would_show(
     assert this_machine().gpus == gpus
 
 
-def test_what_the_fleet_is_given_counts_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_given_resources_replace_those_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     assert this_machine(Resources(cpus=8, gpus=2, memory="1Gi")) == Machine(cpus=8, gpus=("4", "5"), memory=2**30)
     with pytest.raises(UsageError, match="4 GPUs, and there are 3: 4, 5, 6"):
@@ -79,13 +79,13 @@ def test_what_the_fleet_is_given_counts_instead(monkeypatch: pytest.MonkeyPatch)
         (Resources(memory="9Gi"), r"9Gi of memory are requested and the machine has 8\.0Gi"),
     ],
 )
-def test_what_never_fits_is_refused(needed: Resources, message: str) -> None:
+def test_runs_that_can_never_fit_are_refused(needed: Resources, message: str) -> None:
     slots = MachineSlots(Machine(cpus=4, gpus=("0", "1"), memory=8 * 2**30))
     with pytest.raises(UsageError, match=f"can never start on this machine: {message}"):
         slots.check(needed)
 
 
-def test_how_many_fit() -> None:
+def test_a_machine_says_how_many_runs_fit() -> None:
     machine = Machine(cpus=4, gpus=("0", "1"), memory=8 * 2**30)
     assert machine.fits(Resources(cpus=0.1)) == 40
     assert machine.fits(Resources(gpus=1)) == 2
@@ -131,7 +131,7 @@ async def test_a_big_run_is_not_starved_by_small_ones() -> None:
     assert order == ["first", "big", "small"]
 
 
-async def test_who_gives_up_waiting_holds_up_nobody() -> None:
+async def test_a_cancelled_waiter_does_not_block_others() -> None:
     slots = MachineSlots(Machine(cpus=2))
     async with slots.share(Resources(cpus=2)):
         with anyio.move_on_after(0.01) as scope:

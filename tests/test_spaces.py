@@ -87,7 +87,7 @@ def test_randint_reaches_both_bounds() -> None:
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".ndjson"])
-async def test_rows_of_a_file(tmp_path: Path, suffix: str) -> None:
+async def test_rows_are_read_from_a_file(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"points{suffix}"
     if suffix == ".csv":
         path.write_text('\ufeffalpha,note\n0.1,"a, b"\n0.2,\n', encoding="utf-8")
@@ -114,7 +114,7 @@ async def test_a_long_file_is_read_some_rows_at_a_time(tmp_path: Path) -> None:
     assert 700 <= seen <= 1000
 
 
-def test_rows_of_a_list() -> None:
+def test_rows_are_read_from_a_list() -> None:
     points = [{"a": 1}, {"a": 2, "b": 3}]
     assert list(rows(points)) == points
     assert describe(points) == {"rows": 2}
@@ -125,7 +125,7 @@ def test_rows_of_a_list() -> None:
     [grid(a=[1, 2.5, "x", None, Path("p")]), zip_(a=[1], b=[2]), sample(3, a=uniform(0, 1)), rows([{"a": 1}])],
     ids=lambda space: type(space).__name__,
 )
-def test_every_space_can_say_in_json_what_it_is(space: Space) -> None:
+def test_every_space_describes_itself_in_json(space: Space) -> None:
     assert json.loads(json.dumps(describe(space))) == describe(space)
 
 
@@ -152,7 +152,7 @@ MISTAKES: list[tuple[Callable[[], object], str]] = [
 
 
 @pytest.mark.parametrize(("make", "message"), MISTAKES, ids=[message for _, message in MISTAKES])
-def test_mistakes_are_told_at_once(make: Callable[[], object], message: str) -> None:
+def test_mistakes_are_reported_at_once(make: Callable[[], object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make()
 
@@ -182,7 +182,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 @given(st.binary(max_size=200), st.sampled_from([".csv", ".jsonl"]))
-def test_whatever_is_in_the_file_the_error_is_ours(
+def test_any_content_of_a_file_gives_points_or_our_error(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, suffix: str
 ) -> None:
     path = tmp_path_factory.mktemp("rows") / f"points{suffix}"

@@ -47,18 +47,18 @@ from mlfleet.tracking import RunInfo
         (10.0, 10),
     ],
 )
-def test_durations(text: str | float, seconds: float) -> None:
+def test_texts_are_read_as_durations(text: str | float, seconds: float) -> None:
     assert duration(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", " ", "s", "-5", "5x", "1e3", "inf", "nan", "5 minutes", "1:30"])
-def test_no_durations(text: str) -> None:
+def test_other_texts_are_not_durations(text: str) -> None:
     with pytest.raises(click.BadParameter, match="give seconds, or a number with a unit"):
         duration(text)
 
 
 @given(st.text())
-def test_any_text_is_a_duration_or_refused(text: str) -> None:
+def test_any_text_is_a_duration_or_is_refused(text: str) -> None:
     with contextlib.suppress(click.BadParameter):
         assert duration(text) >= 0
 
@@ -94,7 +94,7 @@ def test_a_configuration_is_a_path_or_json() -> None:
         (RunTimeout("x"), 1),
     ],
 )
-def test_exit_codes(error: MlfleetError | None, code: int) -> None:
+def test_errors_and_signals_have_exit_codes(error: MlfleetError | None, code: int) -> None:
     assert exit_code(error) == code
     assert exit_code(error, signal.SIGINT) == 130
 
@@ -109,6 +109,6 @@ def test_exit_codes(error: MlfleetError | None, code: int) -> None:
         ("databricks://profile", "the experiment 7 in the workspace of databricks://profile"),
     ],
 )
-def test_where_to_look(tracking: str, place: str) -> None:
+def test_the_message_says_where_to_look_at_a_run(tracking: str, place: str) -> None:
     info = RunInfo("abc", "7", "name", RunStatus.FINISHED, "artifacts")
     assert where_to_look(tracking, info) == place

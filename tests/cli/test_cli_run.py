@@ -32,7 +32,7 @@ def pairs(run: dict[str, Any], kind: str) -> dict[str, str]:
     return {each["key"]: each["value"] for each in run["data"].get(kind, [])}
 
 
-def test_the_output_is_the_projects_and_the_end_is_told_on_stderr(server: MlflowServer, tmp_path: Path) -> None:
+def test_stdout_is_the_projects_and_stderr_says_how_the_run_ended(server: MlflowServer, tmp_path: Path) -> None:
     uri = write_project(
         tmp_path / "demo", "echo alpha={alpha} run=$MLFLOW_RUN_ID; echo oops >&2; echo", parameters="alpha: float"
     )
@@ -67,7 +67,7 @@ def test_quiet_leaves_only_errors(server: MlflowServer, tmp_path: Path) -> None:
     assert len(failed.stderr.splitlines()) == 1
 
 
-def test_json_is_all_there_is_on_stdout(server: MlflowServer, tmp_path: Path) -> None:
+def test_json_is_the_only_text_on_stdout(server: MlflowServer, tmp_path: Path) -> None:
     uri = write_project(tmp_path / "demo", "echo to stdout; echo to stderr >&2; exit 3")
     done = mlfleet("run", uri, *LOCAL, "--json", "--run-name", "for machines")
     result = json.loads(done.stdout)
@@ -125,7 +125,7 @@ def test_a_mistake_leaves_no_new_database(tmp_path: Path, monkeypatch: pytest.Mo
     assert (done.returncode, list(here.iterdir())) == (2, []), done.stderr
 
 
-def test_a_project_that_is_not_there_is_a_mistake_in_json_too(server: MlflowServer, tmp_path: Path) -> None:
+def test_a_missing_project_is_reported_in_json_too(server: MlflowServer, tmp_path: Path) -> None:
     done = mlfleet("run", str(tmp_path / "nowhere"), "--json")
     result = json.loads(done.stdout)
     assert done.returncode == 2
@@ -134,7 +134,7 @@ def test_a_project_that_is_not_there_is_a_mistake_in_json_too(server: MlflowServ
     assert "nowhere" in result["error"]["message"]
 
 
-def test_a_server_that_is_not_there_exits_with_1(tmp_path: Path) -> None:
+def test_an_unreachable_server_exits_with_1(tmp_path: Path) -> None:
     uri = write_project(tmp_path / "demo", "echo never")
     done = mlfleet("run", uri, *LOCAL, "--tracking-uri", f"http://ada:s3cret@127.0.0.1:{free_port()}")
     assert (done.returncode, done.stdout) == (1, "")
@@ -152,7 +152,7 @@ def test_a_timeout_ends_the_command_and_is_named(server: MlflowServer, tmp_path:
     assert run_on(server, id_in(done.stderr))["info"]["status"] == "FAILED"
 
 
-def test_logged_output_is_printed_too(server: MlflowServer, tmp_path: Path) -> None:
+def test_output_that_is_logged_is_printed_too(server: MlflowServer, tmp_path: Path) -> None:
     uri = write_project(tmp_path / "demo", "echo one; echo two >&2")
     done = mlfleet("run", uri, *LOCAL, "--log-output")
     assert (done.returncode, done.stdout) == (0, "one\ntwo\n")
@@ -203,7 +203,7 @@ def test_without_a_server_runs_go_to_sqlite_in_this_folder(tmp_path: Path) -> No
     database.close()
 
 
-def test_a_dry_run_shows_all_and_makes_nothing(tmp_path: Path) -> None:
+def test_a_dry_run_shows_everything_and_makes_nothing(tmp_path: Path) -> None:
     uri = write_project(
         tmp_path / "demo",
         "python train.py --name {name} --data {data}",

@@ -50,7 +50,7 @@ def test_only_what_is_old_enough_is_pruned(outputs: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["cache", "envs"])
-def test_an_empty_store_is_no_error(what: str) -> None:
+def test_an_empty_store_is_not_an_error(what: str) -> None:
     assert mlfleet(what, "list").stdout == "nothing\n"
     assert json.loads(mlfleet(what, "list", "--json").stdout) == []
     assert mlfleet(what, "prune").stdout == "0 removed, 0 B\n"
@@ -106,7 +106,7 @@ def test_wrong_usage_is_json_where_json_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("arguments", "code"), [(["cache", "list"], 1), (["cache", "list", "--json"], 0), (["run", "nowhere", "--json"], 2)]
 )
-def test_a_reader_that_goes_away_is_no_traceback(arguments: list[str], code: int) -> None:
+def test_a_reader_that_goes_away_causes_no_traceback(arguments: list[str], code: int) -> None:
     with subprocess.Popen([*ARGV, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -121,7 +121,7 @@ def test_a_full_disk_below_stdout_is_a_short_error() -> None:
     assert (done.returncode, done.stderr) == (1, "Error: [Errno 28] No space left on device\n")
 
 
-def test_a_closed_stderr_is_no_trouble() -> None:
+def test_a_closed_stderr_does_no_harm() -> None:
     done = subprocess.run(["bash", "-c", 'exec "$@" 2>&-', "bash", *ARGV, "run", "nowhere"])
     assert done.returncode == 2
 

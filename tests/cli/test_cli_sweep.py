@@ -102,7 +102,7 @@ def test_json_is_one_object_a_line(server: MlflowServer, tmp_path: Path) -> None
 
 
 @pytest.mark.timeout(90)  # seven processes after one another
-def test_a_sweep_goes_on_where_it_was(server: MlflowServer, tmp_path: Path) -> None:
+def test_a_sweep_is_resumed_where_it_ended(server: MlflowServer, tmp_path: Path) -> None:
     uri = write_project(tmp_path / "again", "[ {x} != 2 -o -e ../mended ]", parameters="x: string")
     arguments = ("sweep", uri, *LOCAL, "-P", "x=1,2,3", "--name", "again", "--json", "-q")
     assert mlfleet(*arguments).returncode == 1
@@ -152,7 +152,7 @@ def test_the_first_failure_can_stop_it(server: MlflowServer, tmp_path: Path) -> 
     assert "50 not run" in done.stderr
 
 
-def test_a_metric_that_no_run_has_is_told(server: MlflowServer, tmp_path: Path) -> None:
+def test_an_unknown_metric_is_reported(server: MlflowServer, tmp_path: Path) -> None:
     done = mlfleet("sweep", measuring(tmp_path / "m"), *LOCAL, "-P", "x=1,2", "-P", "y=1", "--metric", "los")
     assert (done.returncode, done.stdout) == (0, "")
     assert "Warning: no finished run has the metric 'los'; there are: loss" in done.stderr
@@ -209,7 +209,7 @@ def test_failures_stay_above_the_live_view(server: MlflowServer, tmp_path: Path)
     assert "\x1b[2J" not in terminal.seen  # what a run prints cannot clear the terminal
 
 
-def test_sigterm_ends_a_sweep_in_a_pipe_as_well(server: MlflowServer, tmp_path: Path) -> None:
+def test_sigterm_ends_a_sweep_that_writes_to_a_pipe(server: MlflowServer, tmp_path: Path) -> None:
     uri = waiting(tmp_path / "piped")
     with started("sweep", uri, *LOCAL, "-P", "x=1,2,3", "--jobs", "1", "--json") as job:
         job.read_until('"started"')

@@ -49,12 +49,12 @@ from mlfleet.errors import UsageError
         ('"say ""no"""', 'say "no"'),
     ],
 )
-def test_what_an_axis_is(text: str, axis: str | list[object]) -> None:
+def test_a_parameter_is_a_text_a_list_or_a_range(text: str, axis: str | list[object]) -> None:
     assert read_axis("x", text) == axis
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc"])), min_size=2))
-def test_quoted_texts_come_out_as_they_went_in(texts: list[str]) -> None:
+def test_quoted_texts_are_read_unchanged(texts: list[str]) -> None:
     line = io.StringIO()
     csv.writer(line, quoting=csv.QUOTE_ALL, lineterminator="").writerow(texts)
     assert read_axis("x", line.getvalue()) == texts
@@ -80,13 +80,13 @@ def test_quoted_texts_come_out_as_they_went_in(texts: list[str]) -> None:
         (["a=choice(uniform(0,1))"], "choice(…) takes values"),
     ],
 )
-def test_what_is_no_space_says_so(texts: Sequence[str], message: str) -> None:
+def test_options_without_a_space_are_refused(texts: Sequence[str], message: str) -> None:
     with pytest.raises(click.UsageError) as caught:
         read_space(texts)
     assert message in caught.value.message
 
 
-def test_bounds_are_checked_like_in_python() -> None:
+def test_bounds_are_checked_as_in_python() -> None:
     with pytest.raises(UsageError, match="the bounds must be above 0"):
         read_space(["a=loguniform(0,1)"], draws=3)
 
@@ -117,7 +117,7 @@ def test_choices_may_be_lists() -> None:
     assert {point["layers"] for point in space} == {"[64,32]", "[8]"}
 
 
-def test_points_come_from_a_file_with_what_is_fixed(tmp_path: Path) -> None:
+def test_points_of_a_file_are_joined_by_fixed_parameters(tmp_path: Path) -> None:
     file = tmp_path / "points.csv"
     file.write_text("a,b\n1,x\n2,y\n")
     fixed, space = read_space(["c=3"], points=str(file))

@@ -30,7 +30,7 @@ def grandchild(text: str) -> int:
     return int(text.partition("grandchild ")[2].split()[0])
 
 
-def test_ctrl_c_ends_all_of_the_run_and_marks_it_killed(server: MlflowServer, tmp_path: Path) -> None:
+def test_ctrl_c_ends_every_process_of_the_run_and_marks_it_killed(server: MlflowServer, tmp_path: Path) -> None:
     with on_terminal("run", write_project(tmp_path / "demo", STUBBORN), *LOCAL, "--cancel-grace", "0.5s") as terminal:
         pid = grandchild(terminal.read_until("is ready"))
         terminal.press_ctrl_c()
@@ -55,9 +55,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_grace(server: MlflowServer, tmp_p
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGQUIT, 131)])
-def test_other_signals_end_the_run_as_well(
-    server: MlflowServer, tmp_path: Path, number: signal.Signals, code: int
-) -> None:
+def test_other_signals_end_the_run_too(server: MlflowServer, tmp_path: Path, number: signal.Signals, code: int) -> None:
     with started("run", write_project(tmp_path / "demo", STUBBORN), *LOCAL, "--cancel-grace", "0.5") as job:
         pid = grandchild(job.read_until("is ready"))
         job.signal(number)
@@ -106,7 +104,7 @@ def test_the_spinner_is_gone_before_the_project_writes(server: MlflowServer, tmp
     assert "\x1b" not in after
 
 
-def test_errors_are_red_on_a_terminal_and_plain_where_no_color_is_wanted(tmp_path: Path) -> None:
+def test_errors_are_red_on_a_terminal_and_plain_with_no_color(tmp_path: Path) -> None:
     with on_terminal("run", str(tmp_path / "nowhere"), "--dry-run") as terminal:
         assert terminal.finish() == 2
     assert "\x1b[31m\x1b[1mError:\x1b[0m " in terminal.seen

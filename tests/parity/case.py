@@ -1,4 +1,4 @@
-"""One call of one project, made by mlflow and by mlfleet."""
+"""The description of one call of one project, which mlflow and mlfleet both make."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ if TYPE_CHECKING:
 __all__ = ["SIMPLE", "Case", "entry_point"]
 
 SIMPLE = "name: simple\nentry_points: {main: {command: echo hello}}\n"
-"""An MLproject for cases that are about something else."""
+"""An MLproject for cases about other things."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A call and its project. In all its texts ``@project``, ``@case`` and the like stand for what `Place` made.
+    """A call and its project. In all its texts ``@project``, ``@case`` and other words stand for the paths of `Place`.
 
     Attributes:
-        name: of the test.
-        differs: the ids of the differences that it shows, as in docs/differences.md, but for those that all cases show.
-        mlproject: the text of its MLproject; None if it has none.
-        mlproject_name: of that file.
-        files: more files of the project.
-        uri: the first argument.
-        arguments: the others.
-        environ: variables of the caller; None takes one away.
-        prepare: makes what is more than files; is given the place.
-        own_experiment: the case itself says which experiment.
-        cancel: cancel it when the project has written into the FIFO ``@case/begun``.
-        docker: it needs an engine and ``@image``.
+        name: The name of the test.
+        differs: The ids of the differences in docs/differences.md that it shows, without those that all cases show.
+        mlproject: The text of its MLproject; None if it has none.
+        mlproject_name: The name of that file.
+        files: More files of the project.
+        uri: The first argument.
+        arguments: The other arguments, by name.
+        environ: Variables of the caller; None removes one.
+        prepare: A function that prepares the place beyond files.
+        own_experiment: The case itself chooses the experiment.
+        cancel: Cancel the run when the project has written into the FIFO ``@case/begun``.
+        docker: The case needs an engine and ``@image``.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Case:
 
 
 def entry_point(command: str, parameters: str = "") -> str:
-    """An MLproject with one entry point; the command is a line, the parameters are YAML in one line."""
+    """Return an MLproject with one entry point; the parameters are YAML in one line."""
     lines = ["name: parity", "entry_points:", "  main:"]
     if parameters:
         lines.append(f"    parameters: {{{parameters}}}")

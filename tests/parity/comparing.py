@@ -1,4 +1,4 @@
-"""Holds two observations of one case side by side."""
+"""The comparison of two observations of one case."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _TRACKED = ("status", "end time", "experiment", "parameters ", "tags ")
 
 @dataclass(frozen=True)
 class Pair:
-    """What mlflow did, and what mlfleet did."""
+    """The observations of mlflow and of mlfleet."""
 
     theirs: Observed
     ours: Observed
 
     def describe(self, aspects: Iterable[str]) -> str:
-        """Those aspects on both sides, for a person to read."""
+        """Return those aspects of both sides as text."""
         lines = []
         for aspect in aspects:
             lines += [aspect, f"    mlflow:  {self.theirs.aspects.get(aspect)!r}"]
@@ -33,9 +33,9 @@ class Pair:
 
 
 def differing(pair: Pair) -> list[str]:
-    """The aspects that differ, of those that can be compared.
+    """Return the aspects that differ, of those that can be compared.
 
-    Where only one side got to a run or to a command, that is the difference; what the other has of it is none.
+    If only one side made a run or started a command, that is the difference, and its details are not compared.
     """
     theirs, ours = pair.theirs.aspects, pair.ours.aspects
     names = theirs.keys() | ours.keys()

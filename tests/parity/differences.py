@@ -1,7 +1,7 @@
 """The differences that docs/differences.md lists, and how each of them is recognised.
 
-The page says where each is seen and with which mlflow; the functions here say what it is, so that neither the page nor
-the behaviour can change without the other.
+The page says where each is seen and with which mlflow. The functions recognise it, so that neither the page nor the
+behaviour can change without the other.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from parity.observing import Observed
 __all__ = ["EVERYWHERE", "RULES", "Listed", "read_page"]
 
 Rule = Callable[[str, Observed, Observed], bool]
-"""Whether what differs is this: the aspect, what mlflow did, what mlfleet did."""
+"""A function that returns True if it recognises the difference: given an aspect and both observations."""
 
 _ROW = re.compile(r"^\| `(?P<id>[a-z0-9-]+)` \| (?P<mlflow>[^|]+) \| (?P<seen>[^|]+) \|(?P<rest>.*)\|$")
 
@@ -28,10 +28,10 @@ class Listed:
     """A row of the page.
 
     Attributes:
-        id: of the difference.
-        references: with which mlflow it is seen, as in ``sides.REFERENCES``.
-        aspects: patterns of what it is seen in.
-        cells: what mlflow does, what mlfleet does, and why.
+        id: The id of the difference.
+        references: The versions of mlflow that show it, as in ``sides.REFERENCES``.
+        aspects: Patterns of the aspects that show it.
+        cells: The cells about mlflow, about mlfleet, and about the reason.
     """
 
     id: str
@@ -44,7 +44,7 @@ class Listed:
 
 
 def read_page(page: Path, references: Iterable[str]) -> dict[str, Listed]:
-    """The rows of all tables of the page, by id."""
+    """Return the rows of all tables of the page, by id."""
     found: dict[str, Listed] = {}
     for line in page.read_text().splitlines():
         if match := _ROW.match(line):
@@ -64,12 +64,12 @@ def read_page(page: Path, references: Iterable[str]) -> dict[str, Listed]:
 
 
 def _works(error: str) -> Rule:
-    """mlflow raises that, mlfleet runs the project."""
+    """Recognise that mlflow raises `error` and mlfleet runs the project."""
     return lambda aspect, theirs, ours: error in _raised(theirs) and not ours.error and ours["runs"] == "FINISHED"
 
 
 def _refuses(error: str) -> Rule:
-    """mlflow runs the project, whatever comes of it; mlfleet raises that before there is a run."""
+    """Recognise that mlflow makes a run and mlfleet raises `error` before it makes one."""
     return lambda aspect, theirs, ours: error in ours.error and ours["runs"] == "none" and theirs["runs"] in _ENDED
 
 
@@ -99,7 +99,7 @@ def _activated(aspect: str, theirs: Observed, ours: Observed) -> bool:
 
 
 def _own_environment(aspect: str, theirs: Observed, ours: Observed) -> bool:
-    """The command is in an environment that was made for it, only in ours."""
+    """Recognise that only mlfleet runs the command in an environment that was built for it."""
     root = ours["variables VIRTUAL_ENV"]
     return bool(root) and (aspect != "variables PATH" or ours[aspect] == f"{root}/bin:{theirs[aspect]}")
 
@@ -115,7 +115,7 @@ def _untouched(aspect: str, theirs: Observed, ours: Observed) -> bool:
 
 
 def _own_end(aspect: str, theirs: Observed, ours: Observed) -> bool:
-    """mlflow's status is that of the exit code, mlfleet's is another one."""
+    """Recognise that mlflow's status follows the exit code and mlfleet's does not."""
     return theirs["runs"] == ("FINISHED" if theirs["exit code"] == "0" else "FAILED") and ours["runs"] != "RUNNING"
 
 
@@ -134,7 +134,7 @@ def _in_container(aspect: str, theirs: Observed, ours: Observed) -> bool:
 
 
 def _config_untouched(aspect: str, theirs: Observed, ours: Observed) -> bool:
-    """mlflow puts in what a plugin needs to know, and our test's plugin empties what it gets."""
+    """Recognise that mlflow adds keys for plugins to the caller's mapping, or that the test's plugin emptied it."""
     return "ENV_MANAGER" not in ours[aspect] and ("ENV_MANAGER" in theirs[aspect] or theirs[aspect] == "{}")
 
 
@@ -145,7 +145,7 @@ def _command_is(command: str) -> Rule:
 EVERYWHERE = frozenset(
     ["error-classes", "legacy-git-tags", "own-tags", "parameters-raw", "storage-removed", "temporary-files"]
 )
-"""What cases need not name."""
+"""The differences that cases need not name."""
 
 RULES: dict[str, Rule] = {
     # Everywhere

@@ -1,4 +1,4 @@
-"""What can be seen of a call, as texts that are the same wherever both sides did the same."""
+"""The observation of a call, as texts that are equal where both sides did the same."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["Observed", "observe"]
 
 @dataclass(frozen=True)
 class Observed:
-    """What happened.
+    """The observation of one call.
 
     Attributes:
-        aspects: name → text of all that is compared; what did not happen is not there.
-        error: the text of the error that was raised, or empty.
-        classes: its class and those above it.
+        aspects: The text of each aspect that is compared. Aspects that do not apply are missing.
+        error: The text of the error that was raised; empty if there was none.
+        classes: The error's class and its base classes.
     """
 
     aspects: Mapping[str, str]
@@ -34,14 +34,14 @@ class Observed:
 def observe(
     place: Place, before: Mapping[str, str], answer: dict[str, Any], *, known: set[str], paths: Mapping[str, str]
 ) -> Observed:
-    """Gather what the call left behind.
+    """Collect what the call left behind.
 
     Args:
-        place: of the case.
-        before: its snapshot before the call.
-        answer: of the side's process.
-        known: the MLflow runs of the cases before this one; those of this one are added.
-        paths: of the side → what stands for them.
+        place: The place of the case.
+        before: The snapshot of the place before the call.
+        answer: The answer of the side's process.
+        known: The MLflow runs of the cases before this one. The runs of this case are added.
+        paths: The paths of the side, with the words that replace them.
     """
     records = [_Record.read(folder) for folder in sorted((place.folder / "record").iterdir())]
     command = next((record for record in reversed(records) if record.is_command), None)
@@ -75,7 +75,7 @@ def observe(
 
 @dataclass(frozen=True)
 class _Record:
-    """What the first bash on PATH was called with."""
+    """The arguments and the environment of a call of the first bash on PATH."""
 
     argv: list[str]
     variables: dict[str, str]
@@ -95,7 +95,7 @@ class _Record:
 
     @property
     def is_command(self) -> bool:
-        """Not a script, nor a step of an environment's build, which both have no run."""
+        """True if this is the project's command: scripts and the steps of a build do not belong to a run."""
         return self.argv[:1] == ["-c"] and "MLFLOW_RUN_ID" in self.variables
 
 
@@ -133,7 +133,7 @@ def _tracked(place: Place, run: dict[str, Any]) -> dict[str, str]:
 
 
 def _inside(folder: Path) -> dict[str, str]:
-    """What a container wrote there."""
+    """Return the aspects that a container wrote into `folder`."""
     aspects: dict[str, str] = {}
     for path in folder.iterdir():
         text = path.read_text()
@@ -151,7 +151,7 @@ def _changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
 
 @dataclass
 class _Mask:
-    """Puts words for what is another text on each side."""
+    """Replaces texts that are different on each side by words."""
 
     place: Place
     paths: Mapping[str, str]
@@ -168,6 +168,6 @@ class _Mask:
     def __call__(self, text: str) -> str:
         for found, word in self._pairs:
             text = text.replace(found, word)
-        # Names that nobody chose.
+        # Random names.
         text = re.sub(r"@case/temporary/[^/\s'\"]+", "@case/temporary/@folder", text)
         return re.sub(r"(@case/storage/(?:new/)?)[^/\s'\"]+", r"\1@folder", text)

@@ -34,16 +34,16 @@ def case(
     storage: str = "",
     prepare: Callable[[Place], None] | None = None,
 ) -> Case:
-    """A case of one entry point.
+    """Return a case with one entry point.
 
     Args:
-        name: of the case.
-        differs: as in `Case`.
-        command: of the entry point.
-        declared: its parameters, as YAML in one line.
-        given: the parameters of the call.
-        storage: the ``storage_dir``.
-        prepare: as in `Case`.
+        name: The name of the case.
+        differs: The differences that it shows, as in `Case`.
+        command: The command of the entry point.
+        declared: The parameters of the entry point, as YAML in one line.
+        given: The parameters of the call.
+        storage: The ``storage_dir``.
+        prepare: A function that prepares the place, as in `Case`.
     """
     arguments: dict[str, Any] = {"parameters": given}
     if storage:

@@ -1,4 +1,4 @@
-"""Where a case happens: a folder of its own for each side, and what all of them share."""
+"""The places of cases: a folder for each side of each case, and the services that all of them share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Ground", "Place", "TrackingServer"]
 
 
 class TrackingServer:
-    """Asks the tracking server what became of runs, independently of both sides."""
+    """A client of the tracking server that is independent of both sides."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -69,18 +69,18 @@ class TrackingServer:
 
 @dataclass(frozen=True)
 class Ground:
-    """What all cases of both sides share.
+    """The services and folders that all cases of both sides share.
 
     Attributes:
-        tracking: the one tracking server.
-        root: the folder below which all happens, served over HTTP by `git`.
-        tools: a folder with the programs that are first on PATH.
-        home: an empty home.
-        git: serves repositories.
-        files: serves zips and data.
-        plugins: a folder for PYTHONPATH with a plugin of mlflow.
-        unique: a name that no other session has; what is made outside of `root` begins with ``parity-<unique>``.
-        words: what stands for what is not known before some fixture was asked for, as in `Place`.
+        tracking: The tracking server.
+        root: The folder that contains the places of all cases; `git` serves it over HTTP.
+        tools: A folder with programs that come first on PATH.
+        home: An empty home.
+        git: A server of repositories.
+        files: A server of zips and data.
+        plugins: A folder for PYTHONPATH with a plugin of mlflow.
+        unique: A name that other sessions do not have. Everything outside `root` is named ``parity-<unique>…``.
+        words: Words for texts that fixtures determine, as in `Place`.
     """
 
     tracking: TrackingServer
@@ -96,14 +96,14 @@ class Ground:
 
 @dataclass
 class Place:
-    """Where one side runs one case.
+    """The place in which one side runs one case.
 
     Attributes:
-        ground: what it stands on.
-        case: that happens here.
-        folder: all of it; ``@case`` in the texts of the case.
-        project: the project's folder; ``@project``.
-        words: what else stands for what is known only here: ``@name`` → text.
+        ground: The services that it shares.
+        case: The case.
+        folder: The folder with everything of the case; ``@case`` in the texts of the case.
+        project: The project's folder; ``@project`` in the texts of the case.
+        words: Other words in the texts of the case, with the texts that replace them.
     """
 
     ground: Ground
@@ -113,13 +113,13 @@ class Place:
 
     @classmethod
     def make(cls, ground: Ground, folder: Path, case: Case, experiment_id: str) -> Place:
-        """Write the case's project.
+        """Make the place and write the case's project.
 
         Args:
-            ground: what it stands on.
-            folder: for all of it.
-            case: that happens here.
-            experiment_id: of its run, unless it wants an experiment of its own.
+            ground: The services that it shares.
+            folder: The folder for everything of the case.
+            case: The case.
+            experiment_id: The experiment of its run, unless the case needs one of its own.
         """
         place = cls(ground, case, folder)
         for name in ("record", "inside", "temporary", "storage", "project"):
@@ -152,7 +152,7 @@ class Place:
         return self.folder / "project"
 
     def fill(self, value: Any) -> Any:
-        """The value with what its words stand for."""
+        """Replace the words in a value by their texts."""
         if isinstance(value, str):
             for word in sorted(self.words, key=len, reverse=True):
                 value = value.replace(word, self.words[word])
@@ -162,7 +162,7 @@ class Place:
         return [self.fill(each) for each in value] if isinstance(value, list | tuple) else value
 
     def call(self) -> dict[str, Any]:
-        """What the side's process is told."""
+        """Return the call for the side's process."""
         case = self.case
         arguments = dict(case.arguments)
         arguments.setdefault("env_manager", "local")

@@ -1,4 +1,4 @@
-"""The same calls of the same projects by mlflow and by mlfleet; what differs is what docs/differences.md lists.
+"""The same calls of the same projects by mlflow and by mlfleet differ as docs/differences.md says, and only so.
 
 To see everything that both sides did in one case: ``pytest tests/parity -k name``, and the message of its failure.
 """
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.timeout(900)
 
 
 def explained(case: Case, reference: str, pair: Pair) -> dict[str, set[str]]:
-    """Each aspect that differs, and which of the differences that the case may show it is."""
+    """Return each aspect that differs, with the listed differences that explain it."""
     rows = [LISTED[name] for name in {*case.differs, *EVERYWHERE}]
     return {
         aspect: {

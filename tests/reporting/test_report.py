@@ -93,7 +93,7 @@ async def sweep(mlflow_server: MlflowServer, tmp_path: Path) -> SweepReport:
         return await load_sweep(tracking, f"of {tmp_path}", "0")
 
 
-async def test_the_numbers_are_those_of_the_runs(
+async def test_the_report_has_the_numbers_of_the_runs(
     mlflow_server: MlflowServer, sweep: SweepReport, tmp_path: Path
 ) -> None:
     page = await page_of(sweep, metric="loss")
@@ -165,7 +165,7 @@ def test_the_page_needs_nothing_from_elsewhere(sweep: SweepReport) -> None:
     assert {run["params"]["mode"] for run in data["runs"]} == {"a", EVIL}
 
 
-async def test_what_waited_is_told_apart_from_what_ran() -> None:
+async def test_waiting_and_running_are_shown_apart() -> None:
     tracking = FakeTracking()
     parent = await tracking.create_run("0", name="s", tags={"mlfleet.sweep.name": "s", "mlfleet.sweep.space": "{}"})
     for index, wait in enumerate((0, 4000)):
@@ -178,7 +178,7 @@ async def test_what_waited_is_told_apart_from_what_ran() -> None:
     assert [(row["waited"].text, row["ran"].text) for row in rows] == [("0.0 s", "6.5 s"), ("4.0 s", "2.5 s")]
 
 
-async def test_a_sweep_that_has_not_begun_is_a_page_too() -> None:
+async def test_a_sweep_that_has_not_begun_has_a_report_too() -> None:
     tracking = FakeTracking()
     await tracking.create_run("0", name="empty", tags={"mlfleet.sweep.name": "empty", "mlfleet.sweep.space": "{}"})
     page = await page_of(await load_sweep(tracking, "empty", "0"))
@@ -186,7 +186,7 @@ async def test_a_sweep_that_has_not_begun_is_a_page_too() -> None:
     assert "empty RUNNING" in page.root.text
 
 
-async def test_what_is_no_sweep_says_so() -> None:
+async def test_other_runs_are_refused() -> None:
     tracking = FakeTracking()
     run = await tracking.create_run("0", name="alone", tags={})
     with pytest.raises(UsageError, match=f"the run {run.run_id} is not a sweep"):
