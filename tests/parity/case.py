@@ -31,6 +31,7 @@ class Case:
         prepare: A function that prepares the place beyond files.
         own_experiment: The case itself chooses the experiment.
         cancel: Cancel the run when the project has written into the FIFO ``@case/begun``.
+        as_paths: Pass the project's folder and the ``storage_dir`` as ``pathlib.Path``.
         docker: The case needs an engine and ``@image``.
     """
 
@@ -45,6 +46,7 @@ class Case:
     prepare: Callable[[Place], None] | None = None
     own_experiment: bool = False
     cancel: bool = False
+    as_paths: bool = False
     docker: bool = False
 
 

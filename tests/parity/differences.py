@@ -167,6 +167,9 @@ RULES: dict[str, Rule] = {
     "version-of-checkout": _refuses("a version can be given only for a Git repository"),
     "user-files-untouched": _untouched,
     # MLproject and entry points
+    "path-objects": _works("'PosixPath' object has no attribute 'strip'"),
+    "entry-point-names": _works("among entry points ["),
+    "keys-once": _refuses("twice"),
     "script-checked": _refuses("there is no entry point"),
     "script-inside": _refuses("is outside the project"),
     "empty-keys": _works("AttributeError: 'NoneType'"),
@@ -180,6 +183,7 @@ RULES: dict[str, Rule] = {
     "quoted-in-place": lambda aspect, theirs, ours: ours[aspect] in ('echo "is x y"', "echo 'is $(date)'"),
     "braces-stay": _works("KeyError: "),
     "format-specs": _command_is("echo {a:5}."),
+    "extra-after-backslash": _refuses("backslash"),
     "extra-after-newline": _command_is("echo hello --a 1"),
     # Runs
     "status-of-user-code": _own_end,

@@ -59,13 +59,18 @@ def make(run: Any, call: dict[str, Any]) -> dict[str, Any]:
     tempfile.tempdir = None  # TMPDIR may be another one now
     os.chdir(call["cwd"])
     arguments = copy.deepcopy(call["arguments"])
+    uri = call["uri"]
+    if call["as_paths"]:
+        uri = Path(uri)
+        if "storage_dir" in arguments:
+            arguments["storage_dir"] = Path(arguments["storage_dir"])
     answer: dict[str, Any] = {}
     try:
         with ExitStack() as stack:
             if call["parent"] is not None:
                 mlflow = importlib.import_module("mlflow")
                 stack.enter_context(mlflow.start_run(run_id=call["parent"]))
-            handle = run(call["uri"], **arguments)
+            handle = run(uri, **arguments)
         answer["run_id"] = handle.run_id
         if call["cancel_after"] is not None:
             Path(call["cancel_after"]).read_text()  # a FIFO, into which the project writes when it has begun

@@ -60,6 +60,8 @@ PARAMETERS = [
     case("parameter-default-typed", command="echo {a} {b} {c} {d}", declared=TYPED),
     case("parameter-empty", declared="a: string", given={"a": ""}),
     case("parameter-boolean", declared="a: string", given={"a": True}),
+    case("parameter-path-object", declared="a: string", given={"a": "data.csv"}),
+    case("parameter-backslash", declared="a: string", given={"a": "x\\"}),
     case("parameter-none", "plain-values", declared="a: string", given={"a": None}),
     case("parameter-list", "plain-values", declared="a: string", given={"a": [1, 2]}),
     case("parameter-unknown-type", declared="a: int", given={"a": "x"}),
@@ -116,6 +118,8 @@ COMMANDS = [
     case("command-json", "braces-stay", command="echo '{\"a\": 1}'"),
     case("command-undeclared", "braces-stay", command="echo {b}"),
     case("command-format", "format-specs", command="echo {a:5}.", declared="a: string", given={"a": "x"}),
+    case("command-backslash", command="echo hello \\"),
+    case("command-backslash-and-extra", "extra-after-backslash", command="echo hello \\", given={"a": 1}),
     case("command-pipes", command="echo hello | tr a-z A-Z && false || echo other; echo $?"),
     case("command-reads-stdin", command="cat"),
     Case(

@@ -60,6 +60,7 @@ SHOW = entry_point("git log --format=%s; ls")
 URIS = [
     Case("uri-folder"),
     Case("uri-relative", uri="project"),
+    Case("uri-path", ("path-objects",), as_paths=True),
     Case("uri-file", ("source-name",), uri="file://@project"),
     Case("uri-file-escaped", ("file-uri-escapes",), uri="file://@case/a%20b", prepare=renamed("a b")),
     Case("uri-quoted", ("source-name",), uri="'@project'"),
@@ -153,6 +154,18 @@ ENTRY_POINTS = [
         files={"train.py": PRINT},
         arguments={"entry_point": "train.py", "parameters": {"alpha": 0.5, "name": "a b"}},
     ),
+    Case(
+        "entry-point-number",
+        ("entry-point-names",),
+        mlproject="entry_points: {1: {command: echo hello}}\n",
+        arguments={"entry_point": "1"},
+    ),
+    Case(
+        "entry-point-yes",
+        ("entry-point-names",),
+        mlproject="entry_points: {yes: {command: echo hello}}\n",
+        arguments={"entry_point": "yes"},
+    ),
     Case("entry-point-script-missing", ("script-checked",), arguments={"entry_point": "nowhere.py"}),
     Case("entry-point-script-outside", ("script-inside",), arguments={"entry_point": "../train.py"}),
 ]
@@ -188,6 +201,13 @@ MLPROJECT = [
         "mlproject-no-command",
         ("no-run-left",),
         mlproject="entry_points: {main: {parameters: {a: float}}}\n",
+        arguments={"parameters": {"a": 1}},
+    ),
+    Case("mlproject-key-twice", ("keys-once",), mlproject=SIMPLE + "name: again\n"),
+    Case(
+        "mlproject-parameter-twice",
+        ("keys-once",),
+        mlproject=entry_point("echo {a}", "a: float, a: string"),
         arguments={"parameters": {"a": 1}},
     ),
     Case("mlproject-not-yaml", mlproject="name: [\n"),

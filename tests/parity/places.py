@@ -170,6 +170,7 @@ class Place:
             arguments["experiment_id"] = "@experiment"
         return {
             "name": case.name,
+            "as_paths": case.as_paths,
             "uri": self.fill(case.uri),
             "arguments": self.fill(arguments),
             "environ": self.fill(
