@@ -24,7 +24,7 @@ from mlfleet._engine.attach import AttachedRun, find_again, read_reference
 from mlfleet._engine.plan import Plan, Planner
 from mlfleet._engine.request import RunOptions, RunRequest, choose_experiment
 from mlfleet._engine.run import FleetRun
-from mlfleet._environments import EnvironmentManager, manager
+from mlfleet._environments.manager import EnvironmentManager, create_manager
 from mlfleet._paths import runs_folder
 from mlfleet._project.fetch import ProjectFetcher
 from mlfleet._sweeps import GIVE_UP_AFTER, OnFailure, Resume, Retry, Sweep, SweepSettings
@@ -349,7 +349,7 @@ class Fleet:
     def environment_manager(self, name: str) -> EnvironmentManager:
         """The manager of that name; one for all runs, so that one build serves them all."""
         if name not in self._managers:
-            self._managers[name] = manager(name)
+            self._managers[name] = create_manager(name)
         return self._managers[name]
 
     async def experiment_id(self, plan: Plan) -> str:

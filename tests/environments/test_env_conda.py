@@ -13,8 +13,7 @@ from anyio import to_thread
 from components import missing
 from components.conda import Channel, make_stand_in
 from components.packages import make_package
-from mlfleet._environments import manager
-from mlfleet._environments.base import PreparedEnvironment
+from mlfleet._environments.manager import PreparedEnvironment, create_manager
 from mlfleet._environments.store import list_environments
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
 from mlfleet.errors import EnvironmentSetupError
@@ -53,7 +52,7 @@ def write_env(project: Path, text: str) -> EnvironmentFile:
 
 
 async def prepare(project: Path, text: str) -> PreparedEnvironment:
-    conda = manager("conda")
+    conda = create_manager("conda")
     return await conda.prepare(await to_thread.run_sync(conda.plan, project, write_env(project, text)))
 
 
@@ -91,7 +90,7 @@ async def test_the_command_gets_the_activated_environment(
         [environment.root.name, "environment.json", "in-use"]
     )
     # conda and py-rattler make the same thing; who comes later does not build.
-    again = manager("conda")
+    again = create_manager("conda")
     source = EnvironmentFile(EnvironmentFileKind.CONDA, project / "conda.yaml")
     assert await again.prepare(await to_thread.run_sync(again.plan, project, source)) == environment
 

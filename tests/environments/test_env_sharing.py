@@ -14,8 +14,7 @@ import pytest
 from anyio import to_thread
 
 from components.packages import Package, make_package
-from mlfleet._environments import manager
-from mlfleet._environments.base import EnvironmentManager, EnvironmentPlan, PreparedEnvironment
+from mlfleet._environments.manager import EnvironmentManager, EnvironmentPlan, PreparedEnvironment, create_manager
 from mlfleet._environments.store import list_environments, prune
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
 from mlfleet.errors import EnvironmentSetupError
@@ -25,12 +24,12 @@ pytestmark = pytest.mark.timeout(120)  # real builds on a busy machine
 DRIVER = """
 import asyncio, sys
 from pathlib import Path
-from mlfleet._environments import manager
+from mlfleet._environments.manager import create_manager
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
 
 async def main():
     project = Path(sys.argv[1])
-    chosen = manager("virtualenv")
+    chosen = create_manager("virtualenv")
     plan = chosen.plan(project, EnvironmentFile(EnvironmentFileKind.PYTHON_ENV, project / "python_env.yaml"))
     prepared = await asyncio.gather(*(chosen.prepare(plan) for _ in range(5)))
     assert len(set(each.root for each in prepared)) == 1
@@ -49,7 +48,7 @@ def package(tmp_path: Path) -> Package:
 
 @pytest.fixture
 def chosen() -> EnvironmentManager:
-    return manager("virtualenv")
+    return create_manager("virtualenv")
 
 
 async def plan_of(chosen: EnvironmentManager, package: Package) -> EnvironmentPlan:

@@ -13,9 +13,8 @@ from anyio import to_thread
 
 from components import missing
 from components.packages import Package, make_package
-from mlfleet._environments import manager
-from mlfleet._environments.base import EnvironmentPlan, PreparedEnvironment
 from mlfleet._environments.interpreters import installed
+from mlfleet._environments.manager import EnvironmentPlan, PreparedEnvironment, create_manager
 from mlfleet._environments.store import list_environments
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
 from mlfleet.errors import EnvironmentSetupError, SpecError
@@ -53,11 +52,11 @@ def package(tmp_path: Path) -> Package:
 
 
 async def plan(project: Path, source: EnvironmentFile | None) -> EnvironmentPlan:
-    return await to_thread.run_sync(manager("uv").plan, project, source)
+    return await to_thread.run_sync(create_manager("uv").plan, project, source)
 
 
 async def prepare(project: Path, source: EnvironmentFile | None = None) -> PreparedEnvironment:
-    return await manager("uv").prepare(await plan(project, source))
+    return await create_manager("uv").prepare(await plan(project, source))
 
 
 def write_env(package: Package, text: str) -> tuple[Path, EnvironmentFile]:

@@ -14,9 +14,8 @@ from anyio import to_thread
 
 from components import missing
 from components.packages import Package, make_package
-from mlfleet._environments import manager
-from mlfleet._environments.base import PreparedEnvironment
 from mlfleet._environments.interpreters import Interpreter, find, installed
+from mlfleet._environments.manager import PreparedEnvironment, create_manager
 from mlfleet._environments.store import list_environments
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
 from mlfleet.errors import EnvironmentSetupError
@@ -38,7 +37,7 @@ def write_env(package: Package, text: str) -> tuple[Path, EnvironmentFile]:
 
 
 async def prepare(name: str, project: Path, source: EnvironmentFile | None) -> PreparedEnvironment:
-    chosen = manager(name)
+    chosen = create_manager(name)
     return await chosen.prepare(await to_thread.run_sync(chosen.plan, project, source))
 
 
@@ -152,7 +151,7 @@ async def test_passwords_of_an_index_are_not_told(package: Package, monkeypatch:
         "- --extra-index-url http://127.0.0.1:9/${INDEX_PASSWORD}/simple\n- no-such-package-anywhere\n",
     )
     lines: list[str] = []
-    chosen = manager("virtualenv")
+    chosen = create_manager("virtualenv")
     plan = await to_thread.run_sync(chosen.plan, *source)
     with pytest.raises(EnvironmentSetupError) as caught:
         await chosen.prepare(plan, on_progress=lines.append)

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from anyio import to_thread
 
-from mlfleet._environments import manager
-from mlfleet._environments.choose import choose
+from mlfleet._environments.manager import choose_manager, create_manager
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
 from mlfleet.errors import EnvironmentSetupError, UsageError
 
@@ -34,7 +33,7 @@ CONDA = EnvironmentFile(EnvironmentFileKind.CONDA, Path("/p/conda.yaml"))
 def test_the_projects_files_choose_unless_the_caller_does(
     asked: str | None, source: EnvironmentFile | None, name: str
 ) -> None:
-    assert choose(asked, source) == name
+    assert choose_manager(asked, source) == name
 
 
 @pytest.mark.parametrize(
@@ -56,14 +55,14 @@ def test_the_projects_files_choose_unless_the_caller_does(
 )
 def test_what_cannot_be(asked: str, source: EnvironmentFile | None, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        choose(asked, source)
+        choose_manager(asked, source)
 
 
 def test_uv_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setitem(sys.modules, "uv", None)
     with pytest.raises(EnvironmentSetupError, match="uv is not installed: `pip install uv`"):
-        manager("uv").plan(tmp_path, None)
+        create_manager("uv").plan(tmp_path, None)
 
 
 def test_conda_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,21 +73,21 @@ def test_conda_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_CONDA_HOME", str(tmp_path))
     with pytest.raises(EnvironmentSetupError, match=f"MLFLOW_CONDA_HOME is {tmp_path}, but there is no .*/bin/conda"):
-        manager("conda").plan(tmp_path, source)
+        create_manager("conda").plan(tmp_path, source)
     monkeypatch.delenv("MLFLOW_CONDA_HOME")
     monkeypatch.setenv("MLFLOW_CONDA_CREATE_ENV_CMD", "mamba")
     with pytest.raises(EnvironmentSetupError, match="MLFLOW_CONDA_CREATE_ENV_CMD is 'mamba', which is not on PATH"):
-        manager("conda").plan(tmp_path, source)
+        create_manager("conda").plan(tmp_path, source)
     monkeypatch.delenv("MLFLOW_CONDA_CREATE_ENV_CMD")
     monkeypatch.setitem(sys.modules, "rattler", None)
     with pytest.raises(EnvironmentSetupError, match=r"no conda, mamba or micromamba.*pip install 'mlfleet\[conda\]'"):
-        manager("conda").plan(tmp_path, source)
+        create_manager("conda").plan(tmp_path, source)
 
 
 async def test_local_leads_to_the_environment_that_this_runs_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    local = manager("local")
+    local = create_manager("local")
     own = os.path.dirname(sys.executable)
     monkeypatch.setenv("PATH", f"{own}:/usr/bin:/bin")
     prepared = await local.prepare(await to_thread.run_sync(local.plan, tmp_path, None))

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.packages import make_package
-from mlfleet._environments.base import EnvironmentPlan
-from mlfleet._environments.needs import matches, read_conda_needs, read_python_needs
+from mlfleet._environments.env_files import matches, read_conda_file, read_python_requirements
+from mlfleet._environments.manager import EnvironmentPlan
 from mlfleet._environments.virtualenv import plan_python
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
 from mlfleet.errors import SpecError
@@ -68,7 +68,7 @@ def test_lines_keep_their_text_and_paths_become_absolute(tmp_path: Path) -> None
             "more/limits.txt": "six<2\n",
         },
     )
-    needs = read_python_needs(tmp_path, python_env(tmp_path))
+    needs = read_python_requirements(tmp_path, python_env(tmp_path))
     assert needs.python == "3.10"  # not 3.1, although YAML takes it for a number
     assert needs.build.lines == ("pip", "setuptools==70.0")
     assert needs.packages.lines == (
@@ -130,8 +130,8 @@ def test_projects_with_the_same_needs_share_a_key(tmp_path: Path) -> None:
     files = {"python_env.yaml": "dependencies: [six, -c limits.txt]\n", "limits.txt": "six<2\n"}
     one, two = (write(tmp_path / name, files) for name in ("one", "two"))
     assert (
-        read_python_needs(one, python_env(one)).packages.contents
-        == read_python_needs(two, python_env(two)).packages.contents
+        read_python_requirements(one, python_env(one)).packages.contents
+        == read_python_requirements(two, python_env(two)).packages.contents
     )
     assert plan(one).key == plan(two).key
 
@@ -139,7 +139,10 @@ def test_projects_with_the_same_needs_share_a_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"python_env.yaml": "python: 3.x\n"}, r"python_env.yaml, line 1, column 9: .*'3.x' is no version of Python"),
+        (
+            {"python_env.yaml": "python: 3.x\n"},
+            r"python_env.yaml, line 1, column 9: .*'3.x' is not a version of Python",
+        ),
         ({"python_env.yaml": "python: [3]\n"}, "expected a version of Python, found a list"),
         ({"python_env.yaml": "dependencies: six\n"}, "line 1, column 15: dependencies: expected a list, found the str"),
         ({"python_env.yaml": "- six\n"}, "expected a mapping with python and dependencies, found a list"),
@@ -198,7 +201,7 @@ def test_whatever_a_list_holds_only_our_errors_come(
         tmp_path_factory.getbasetemp() / "fuzz",
         {"python_env.yaml": f"dependencies: {items}", "conda.yaml": f"dependencies: {items}"},
     )
-    for read in (lambda: plan(folder), lambda: read_python_needs(folder, conda_env(folder))):
+    for read in (lambda: plan(folder), lambda: read_python_requirements(folder, conda_env(folder))):
         with contextlib.suppress(SpecError):
             read()
 
@@ -224,7 +227,7 @@ def test_of_a_conda_file_python_and_pip_count(tmp_path: Path, caplog: pytest.Log
     )
     with caplog.at_level(logging.WARNING, "mlfleet"):
         for _ in range(3):
-            needs = read_python_needs(tmp_path, conda_env(tmp_path))
+            needs = read_python_requirements(tmp_path, conda_env(tmp_path))
     assert needs.python == "3.10"
     assert needs.build.lines == ("pip==24.0.*", "setuptools>=65,<80", "wheel")
     assert needs.packages.lines == ("six",)
@@ -250,7 +253,7 @@ def test_of_a_conda_file_python_and_pip_count(tmp_path: Path, caplog: pytest.Log
 )
 def test_a_conda_spec_of_python(tmp_path: Path, spec: str, wanted: str | None) -> None:
     write(tmp_path, {"conda.yaml": f"dependencies: ['{spec}']\n"})
-    assert read_python_needs(tmp_path, conda_env(tmp_path)).python == wanted
+    assert read_python_requirements(tmp_path, conda_env(tmp_path)).python == wanted
 
 
 def test_what_conda_is_to_install(tmp_path: Path) -> None:
@@ -261,7 +264,7 @@ def test_what_conda_is_to_install(tmp_path: Path) -> None:
             "dependencies: [python=3.10, numpy, {pip: [six]}]\nvariables: {THREADS: 4}\n"
         },
     )
-    needs = read_conda_needs(tmp_path / "conda.yaml")
+    needs = read_conda_file(tmp_path / "conda.yaml")
     assert needs.channels == ("conda-forge", "file:///c")
     assert needs.specs == ("python=3.10", "numpy")
     assert needs.packages.lines == ("six",)
@@ -283,7 +286,7 @@ def test_what_conda_is_to_install(tmp_path: Path) -> None:
 def test_a_mistake_in_a_conda_file(tmp_path: Path, text: str, message: str) -> None:
     write(tmp_path, {"conda.yaml": text})
     with pytest.raises(SpecError, match=message):
-        read_conda_needs(tmp_path / "conda.yaml")
+        read_conda_file(tmp_path / "conda.yaml")
 
 
 @pytest.mark.parametrize(

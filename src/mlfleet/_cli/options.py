@@ -14,7 +14,7 @@ from click.shell_completion import CompletionItem
 from mlfleet._cli.output import show_logs
 from mlfleet._engine.options import OPTIONS, RunOption
 from mlfleet._engine.request import choose_experiment
-from mlfleet._environments.choose import NAMES
+from mlfleet._environments.manager import NAMES
 from mlfleet.resources import Resources
 from mlfleet.runs import Timeouts
 from mlfleet.tracking import Tracking

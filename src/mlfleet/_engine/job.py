@@ -16,7 +16,7 @@ import anyio
 
 from mlfleet._engine.admission import Slot
 from mlfleet._engine.plan import Plan
-from mlfleet._environments.base import EnvironmentManager
+from mlfleet._environments.manager import EnvironmentManager
 from mlfleet._project.downloads import download_all
 from mlfleet._project.fetch import ProjectFetcher
 from mlfleet._project.uri import UriKind, parse_uri

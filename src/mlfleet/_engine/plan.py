@@ -13,8 +13,7 @@ from mlfleet._concurrency.single_flight import Coalescing
 from mlfleet._concurrency.threads import PROJECTS
 from mlfleet._concurrency.throttle import Throttle
 from mlfleet._engine.request import RunRequest
-from mlfleet._environments import choose, manager
-from mlfleet._environments.base import EnvironmentPlan
+from mlfleet._environments.manager import EnvironmentPlan, choose_manager, create_manager, validate_manager
 from mlfleet._project.command import render
 from mlfleet._project.fetch import Project, ProjectFetcher
 from mlfleet._project.parameters import ResolvedParameters, resolve
@@ -169,8 +168,8 @@ class Planner:
             )
         backend.check(docker, spec.folder)
         if docker is None and backend.needs_environment:
-            name = choose.choose(request.env_manager, spec.environment)
-            environment = manager(name).plan(spec.folder, spec.environment)
+            name = choose_manager(request.env_manager, spec.environment)
+            environment = create_manager(name).plan(spec.folder, spec.environment)
         _user()  # which may have to read files: the event loop shall find it known
         return Ground(
             project=project,
@@ -226,7 +225,7 @@ def _signature(folder: Path) -> object:
 
 def _check_names(backend: str, env_manager: str | None) -> None:
     find(backend)
-    choose.validate(env_manager)
+    validate_manager(env_manager)
 
 
 def _backend_name(request: RunRequest, spec: ProjectSpec) -> str:

@@ -7,18 +7,18 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from anyio import to_thread
 
 from mlfleet._concurrency.single_flight import SingleFlight
-from mlfleet._environments.activation import activate
-from mlfleet._environments.base import EnvironmentPlan, PreparedEnvironment
-from mlfleet._environments.build import Build, clean_environ, pip_install
-from mlfleet._environments.built import BuildingManager, Built
-from mlfleet._environments.needs import CondaNeeds, content_key, read_conda_needs
+from mlfleet._environments.builder import Build, BuildingManager, Built, clean_environ, pip_install
+from mlfleet._environments.env_files import CondaRequirements, content_key, read_conda_file
+from mlfleet._environments.manager import EnvironmentPlan, PreparedEnvironment
 from mlfleet._paths import cache_folder
+from mlfleet._process.process import run_process
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
 from mlfleet._store.locks import file_lock
 from mlfleet._text.masking import mask_uri
@@ -27,15 +27,20 @@ from mlfleet.errors import EnvironmentSetupError
 __all__ = ["CondaManager", "RattlerRequest", "conda_program"]
 
 
+_SCRIPT = 'for script in "$@"; do . "$script" || exit; done 1>&2; exec env -0'
+# Variables that bash sets for itself.
+_OF_BASH = {"_", "SHLVL", "PWD", "OLDPWD"}
+
+
 @dataclass(frozen=True, slots=True)
 class RattlerRequest:
-    """What the process that runs py-rattler is to do.
+    """The request to the process that runs py-rattler.
 
     Attributes:
-        prefix: where to build the environment.
-        channels: in their order.
-        specs: what must be in it.
-        cache: for packages and channel indexes.
+        prefix: The folder to build the environment in.
+        channels: The channels, in their order.
+        specs: The packages.
+        cache: The folder for packages and channel indexes.
     """
 
     prefix: str
@@ -68,7 +73,7 @@ class CondaManager(BuildingManager):
                 "without them; or set MLFLOW_CONDA_HOME to the folder of your conda",
                 manager=self.name,
             )
-        needs = _with_pip(read_conda_needs(source.path))
+        needs = _with_pip(read_conda_file(source.path))
         packages = needs.packages
         return EnvironmentPlan(
             manager=self.name,
@@ -92,12 +97,12 @@ class CondaManager(BuildingManager):
         else:
             await _by_rattler(build, needs)
         if needs.packages:
-            environ = (await activate(build.target, {})).apply(clean_environ())
+            environ = (await _activate_prefix(build.target, {})).apply(clean_environ())
             await build.install(pip_install(build.target), needs.packages, environ)
         return await to_thread.run_sync(_describe, build.target)
 
     async def enter(self, plan: EnvironmentPlan, root: Path) -> PreparedEnvironment:
-        """Activate it, once for all runs, as long as the variables stay as they are that scripts may read."""
+        """Activate the environment, once for all runs, unless the variables change that scripts may read."""
         return await self._activating(
             (root, _needs(plan).variables), lambda: self._activate(root, _needs(plan).variables)
         )
@@ -106,15 +111,15 @@ class CondaManager(BuildingManager):
         before = (variables, dict(os.environ))
         known = self._activated.get(root)
         if known is None or known[0] != before:
-            known = self._activated[root] = (before, await activate(root, dict(variables)))
+            known = self._activated[root] = (before, await _activate_prefix(root, dict(variables)))
         return known[1]
 
 
 def conda_program() -> str | None:
-    """The program that creates conda environments; None if there is none. Blocking (looks through PATH).
+    """Return the program that creates conda environments; None if there is none. Blocking (looks through PATH).
 
     Raises:
-        EnvironmentSetupError: the environment names one that is not there.
+        EnvironmentSetupError: A variable names a program that does not exist.
     """
     asked = os.environ.get("MLFLOW_CONDA_CREATE_ENV_CMD")
     home = os.environ.get("MLFLOW_CONDA_HOME")
@@ -135,7 +140,7 @@ def conda_program() -> str | None:
     return next(filter(None, map(shutil.which, candidates)), None)
 
 
-def _with_pip(needs: CondaNeeds) -> CondaNeeds:
+def _with_pip(needs: CondaRequirements) -> CondaRequirements:
     """Add pip where there is a list for it, if the project does not name it."""
     if not needs.packages or any(_is(spec, "pip") for spec in needs.specs):
         return needs
@@ -143,21 +148,21 @@ def _with_pip(needs: CondaNeeds) -> CondaNeeds:
 
 
 def _is(spec: str, name: str) -> bool:
-    """Whether a conda spec is of the package of that name."""
+    """Return True if a conda spec names that package."""
     rest = spec.rpartition("::")[2].removeprefix(name)
     return spec.rpartition("::")[2].startswith(name) and rest[:1] in ("", "=", "<", ">", "!", "~", " ", "[")
 
 
-def _needs(plan: EnvironmentPlan) -> CondaNeeds:
-    if not isinstance(plan.details, CondaNeeds):
-        raise TypeError(f"a plan of the manager {plan.manager} was expected to hold CondaNeeds")
+def _needs(plan: EnvironmentPlan) -> CondaRequirements:
+    if not isinstance(plan.details, CondaRequirements):
+        raise TypeError(f"a plan of the manager {plan.manager} was expected to hold CondaRequirements")
     return plan.details
 
 
-async def _by_program(program: str, build: Build, needs: CondaNeeds) -> None:
+async def _by_program(program: str, build: Build, needs: CondaRequirements) -> None:
     create = ("create", "--yes") if "micromamba" in Path(program).name else ("env", "create", "--quiet")
     environ = clean_environ() | {"CONDA_ALWAYS_YES": "true", "MAMBA_ALWAYS_YES": "true"}
-    # An active environment of the caller is not this one's business.
+    # An active environment of the caller must not count.
     for name in ("CONDA_PREFIX", "CONDA_DEFAULT_ENV", "CONDA_SHLVL"):
         environ.pop(name, None)
     # JSON is YAML; a file, since URLs of channels may hold tokens.
@@ -166,7 +171,7 @@ async def _by_program(program: str, build: Build, needs: CondaNeeds) -> None:
         await build.run([program, *create, "--prefix", str(build.target), "--file", str(path)], environ)
 
 
-async def _by_rattler(build: Build, needs: CondaNeeds) -> None:
+async def _by_rattler(build: Build, needs: CondaRequirements) -> None:
     # In a process of its own: it can be ended at any moment, and nothing of it goes on writing.
     request = RattlerRequest(str(build.target), needs.channels, needs.specs, str(cache_folder() / "conda"))
     # By its path, without mlfleet; -P, since the project's folder may hold files that are named like modules.
@@ -176,7 +181,77 @@ async def _by_rattler(build: Build, needs: CondaNeeds) -> None:
 
 
 def _describe(prefix: Path) -> Built:
-    """The Python of a conda prefix, which need not have one."""
+    """Return the Python of a conda prefix, which need not have one."""
     versions = [path.name.split("-")[1] for path in (prefix / "conda-meta").glob("python-[0-9]*.json")]
     must_exist = ("conda-meta", *(("bin/python",) if versions else ()))
     return Built(versions[0] if versions else None, must_exist)
+
+
+async def _activate_prefix(root: Path, variables: Mapping[str, str]) -> PreparedEnvironment:
+    """Return the environment at `root`, activated on top of this process's variables.
+
+    The steps are those of conda's own activator: a few variables, ``bin`` before PATH, the variables of the
+    environment, and the scripts that packages put into ``etc/conda/activate.d``. They are done once, so that no run
+    needs ``conda run`` or ``conda activate``.
+    https://docs.conda.io/projects/conda/en/stable/dev-guide/deep-dives/activation.html
+
+    Args:
+        root: A conda prefix.
+        variables: More variables to set, which win over those that its packages set.
+
+    Raises:
+        EnvironmentSetupError: An activation script fails.
+    """
+    packages, scripts = await to_thread.run_sync(_read_packages, root)
+    basic = PreparedEnvironment(
+        "conda",
+        root,
+        path=(str(root / "bin"),),
+        environ={
+            **packages,
+            **variables,
+            "CONDA_PREFIX": str(root),
+            "CONDA_DEFAULT_ENV": str(root),
+            "CONDA_SHLVL": "1",
+            "CONDA_PROMPT_MODIFIER": f"({root}) ",
+            "PYTHONHOME": None,
+            "VIRTUAL_ENV": None,
+        },
+    )
+    return await _run_scripts(basic, scripts) if scripts else basic
+
+
+def _read_packages(root: Path) -> tuple[dict[str, str], list[Path]]:
+    """Return the variables and the scripts that packages bring."""
+    variables: dict[str, str] = {}
+    for path in sorted((root / "etc" / "conda" / "env_vars.d").glob("*.json")):
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise EnvironmentSetupError(f"{path} cannot be read: {error}", manager="conda") from error
+        variables |= {str(name): str(value) for name, value in raw.items()}
+    return variables, sorted((root / "etc" / "conda" / "activate.d").glob("*.sh"))
+
+
+async def _run_scripts(basic: PreparedEnvironment, scripts: list[Path]) -> PreparedEnvironment:
+    """Run the scripts, and add the variables that they changed."""
+    before = basic.apply(os.environ)
+    completed = await run_process(["bash", "-c", _SCRIPT, "activate", *map(str, scripts)], cwd=basic.root, env=before)
+    if completed.returncode != 0:
+        output = tuple(completed.stderr.decode("utf-8", "replace").splitlines()[-20:])
+        raise EnvironmentSetupError(
+            "\n  ".join((f"a script in {scripts[0].parent} failed with exit code {completed.returncode}", *output)),
+            manager="conda",
+            output=output,
+        )
+    entries = (entry.partition("=") for entry in os.fsdecode(completed.stdout).split("\0") if entry)
+    after = {name: value for name, _, value in entries}
+    environ = dict(basic.environ)
+    for name in (before.keys() | after.keys()) - _OF_BASH - {"PATH"}:
+        if before.get(name) != after.get(name):
+            environ[name] = after.get(name)
+    caller, path = os.environ.get("PATH", ""), after.get("PATH", "")
+    if path.endswith(f":{caller}"):
+        folders = path.removesuffix(f":{caller}").split(":")
+        return PreparedEnvironment(basic.manager, basic.root, tuple(folders), environ)
+    return PreparedEnvironment(basic.manager, basic.root, (), {**environ, "PATH": path})

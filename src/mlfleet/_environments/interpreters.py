@@ -14,7 +14,7 @@ import anyio
 from anyio import to_thread
 from packaging.version import InvalidVersion, Version
 
-from mlfleet._environments.needs import matches
+from mlfleet._environments.env_files import matches
 from mlfleet._process.process import run_process
 
 __all__ = ["Interpreter", "current", "find", "installed"]
@@ -26,11 +26,11 @@ _NAME = re.compile(r"python(3(\.\d+)?)?")
 
 @dataclass(frozen=True, slots=True)
 class Interpreter:
-    """A Python that was seen to run.
+    """A Python that runs.
 
     Attributes:
-        path: of its program.
-        version: such as ``3.11.7``.
+        path: The path of the program.
+        version: The version, such as ``3.11.7``.
     """
 
     path: Path
@@ -38,17 +38,17 @@ class Interpreter:
 
 
 def current() -> Interpreter:
-    """The interpreter of this process."""
+    """Return the interpreter of this process."""
     return Interpreter(Path(sys.executable), platform.python_version())
 
 
 async def find(wanted: str | None) -> Interpreter | None:
-    """The current interpreter if it is of that version, else the newest such of pyenv, else the newest on PATH.
+    """Return the current interpreter if it has that version, else the newest one of pyenv, else the newest on PATH.
 
-    Each is run before it is believed: pyenv puts programs on PATH that only tell that they are not installed.
+    Each candidate is run first: pyenv puts programs on PATH that only say that they are not installed.
 
     Args:
-        wanted: a version or conditions, as `matches` takes them; None is satisfied by the current one.
+        wanted: A version or conditions, as `matches` takes them; None is the current interpreter.
     """
     if matches(platform.python_version(), wanted):
         return current()
@@ -62,7 +62,7 @@ async def find(wanted: str | None) -> Interpreter | None:
 
 
 async def installed() -> list[str]:
-    """The versions of Python that there are, newest first; for error messages."""
+    """Return the installed versions of Python, newest first; for error messages."""
     paths = await to_thread.run_sync(lambda: [*_in_pyenv(), *_on_path()])
     versions = {each.version for each in (current(), *await _probe_all(paths))}
     return sorted(versions, key=Version, reverse=True)
@@ -111,7 +111,7 @@ async def _probe_all(paths: list[Path]) -> list[Interpreter]:
 
 
 async def _probe(path: Path) -> Interpreter | None:
-    """The interpreter behind a program, which may be a script of pyenv; None if it does not run."""
+    """Return the interpreter behind a program, which may be a script of pyenv; None if it does not run."""
     with anyio.move_on_after(_PROBE_TIMEOUT):
         try:
             completed = await run_process([str(path), "-I", "-S", "-c", _PROBE], cwd=Path("/"))

@@ -14,13 +14,12 @@ from typing import Any, NoReturn
 
 from anyio import to_thread
 
-from mlfleet._environments.base import EnvironmentPlan, PreparedEnvironment
-from mlfleet._environments.build import Build, clean_environ
-from mlfleet._environments.built import BuildingManager, Built, venv_environment
+from mlfleet._environments.builder import Build, BuildingManager, Built, clean_environ, venv_environment
+from mlfleet._environments.env_files import content_key, read_python_requirements
 from mlfleet._environments.interpreters import find, installed
-from mlfleet._environments.needs import content_key, read_python_needs
-from mlfleet._environments.requirements import content_of
-from mlfleet._environments.virtualenv import plan_python, python_needs
+from mlfleet._environments.manager import EnvironmentPlan, PreparedEnvironment
+from mlfleet._environments.pip_requirements import content_of
+from mlfleet._environments.virtualenv import plan_python, python_requirements
 from mlfleet._project.spec import EnvironmentFile
 from mlfleet.errors import EnvironmentSetupError, SpecError
 
@@ -36,8 +35,8 @@ class Locked:
     """A project with a ``uv.lock``.
 
     Attributes:
-        contents: hashes of what the environment depends on.
-        python: the version or conditions that the project asks for.
+        contents: The hashes of what the environment depends on.
+        python: The version or conditions that the project asks for.
     """
 
     contents: tuple[str, ...]
@@ -62,7 +61,7 @@ class UvManager(BuildingManager):
         return plan_python(self.name, project_dir, source)
 
     def _plan_locked(self, project_dir: Path, source: EnvironmentFile | None) -> EnvironmentPlan:
-        needs = read_python_needs(project_dir, source)
+        needs = read_python_requirements(project_dir, source)
         if source is not None and (needs.build or needs.packages):
             _warn_locked(source.path)
         locked = _read_lock(project_dir)
@@ -90,7 +89,7 @@ class UvManager(BuildingManager):
             environ["UV_PROJECT_ENVIRONMENT"] = str(build.target)
             await self._run(plan, build, [uv, "sync", "--frozen", "--no-dev", "--python", python], environ)
         else:
-            needs = python_needs(plan)
+            needs = python_requirements(plan)
             await self._run(plan, build, [uv, "venv", "--no-project", "--python", python, str(build.target)], environ)
             environ = venv_environment(self.name, build.target).apply(environ)
             install = (uv, "pip", "install", "--python", str(build.target / "bin" / "python"))
@@ -99,7 +98,7 @@ class UvManager(BuildingManager):
         return Built(interpreter.version if interpreter else plan.python, ("bin/python",))
 
     async def _run(self, plan: EnvironmentPlan, build: Build, argv: list[str], environ: dict[str, str]) -> None:
-        """Run the command that needs an interpreter; if it fails for want of one, say which there are."""
+        """Run the command that needs an interpreter; if it fails because there is none, list the installed ones."""
         completed = await build.run(argv, environ, check=False)
         if completed.returncode == 0:
             return
@@ -114,7 +113,7 @@ class UvManager(BuildingManager):
 
 
 def _program() -> str:
-    """The uv on PATH, else that of the package ``uv``."""
+    """Return the uv on PATH, else that of the package ``uv``."""
     if found := shutil.which("uv"):
         return found
     try:
@@ -145,7 +144,7 @@ def _read_lock(folder: Path) -> Locked:
 
 
 def _local_source(package: dict[str, Any]) -> tuple[str, bool] | None:
-    """The path that a locked package is installed from, and whether it is editable; None if it is not local."""
+    """Return the path that a locked package is installed from, and if it is editable; None if it is not local."""
     source = package.get("source")
     if not isinstance(source, dict):
         return None
@@ -156,7 +155,7 @@ def _local_source(package: dict[str, Any]) -> tuple[str, bool] | None:
 
 
 def _python(folder: Path, lock: dict[str, Any]) -> str | None:
-    """The version that uv itself would look for."""
+    """Return the version that uv itself would look for."""
     try:
         pinned = (folder / ".python-version").read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError):
@@ -190,5 +189,5 @@ def _missing(path: Path) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _warn_locked(path: Path) -> None:
-    """Once for a file, not once for each of a thousand runs."""
+    """Warn once for a file, not once for each of a thousand runs."""
     _log.warning("%s: only its Python counts, since the project has a %s for uv", path, LOCK)

@@ -10,15 +10,21 @@ from pathlib import Path
 
 from anyio import to_thread
 
-from mlfleet._environments.base import EnvironmentPlan, PreparedEnvironment
-from mlfleet._environments.build import Build, clean_environ, pip_install
-from mlfleet._environments.built import BuildingManager, Built, venv_environment
+from mlfleet._environments.builder import (
+    Build,
+    BuildingManager,
+    Built,
+    clean_environ,
+    pip_install,
+    venv_environment,
+)
+from mlfleet._environments.env_files import PythonRequirements, content_key, read_python_requirements
 from mlfleet._environments.interpreters import find, installed
-from mlfleet._environments.needs import PythonNeeds, content_key, read_python_needs
+from mlfleet._environments.manager import EnvironmentPlan, PreparedEnvironment
 from mlfleet._project.spec import EnvironmentFile
 from mlfleet._text.masking import mask_uri
 
-__all__ = ["VirtualenvManager", "plan_python", "python_needs"]
+__all__ = ["VirtualenvManager", "plan_python", "python_requirements"]
 
 
 class VirtualenvManager(BuildingManager):
@@ -42,7 +48,7 @@ class VirtualenvManager(BuildingManager):
                 hint="install it, with pyenv for example, or use the environment manager uv, which can download it",
             )
         await _create(build, interpreter.path)
-        needs = python_needs(plan)
+        needs = python_requirements(plan)
         environ = venv_environment(self.name, build.target).apply(clean_environ())
         pip = pip_install(build.target)
         await build.install(pip, needs.build, environ)
@@ -55,15 +61,15 @@ class VirtualenvManager(BuildingManager):
 
 
 def plan_python(manager: str, project_dir: Path, source: EnvironmentFile | None, *more: str) -> EnvironmentPlan:
-    """The plan for an environment that pip or uv fills.
+    """Return the plan for an environment that pip or uv fills.
 
     Args:
-        manager: its name.
-        project_dir: the folder of the project.
-        source: the file that tells what it needs.
-        more: what else its key depends on.
+        manager: The name of the manager.
+        project_dir: The folder of the project.
+        source: The file that lists what the project needs.
+        more: What else the key depends on.
     """
-    needs = read_python_needs(project_dir, source)
+    needs = read_python_requirements(project_dir, source)
     key = content_key(
         manager,
         needs.python or platform.python_version(),
@@ -82,15 +88,15 @@ def plan_python(manager: str, project_dir: Path, source: EnvironmentFile | None,
     )
 
 
-def python_needs(plan: EnvironmentPlan) -> PythonNeeds:
-    """What `plan_python` read."""
-    if not isinstance(plan.details, PythonNeeds):
-        raise TypeError(f"a plan of the manager {plan.manager} was expected to hold PythonNeeds")
+def python_requirements(plan: EnvironmentPlan) -> PythonRequirements:
+    """Return what `plan_python` read."""
+    if not isinstance(plan.details, PythonRequirements):
+        raise TypeError(f"a plan of the manager {plan.manager} was expected to hold PythonRequirements")
     return plan.details
 
 
 async def _create(build: Build, python: Path) -> None:
-    """Make the virtual environment: by virtualenv, which is faster and needs no ensurepip, else by venv.
+    """Create the virtual environment: by virtualenv, which is faster and needs no ensurepip, else by venv.
 
     virtualenv's current versions cannot make environments of every old Python; venv is part of each.
     """

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self
 
-from mlfleet._environments.base import PreparedEnvironment
+from mlfleet._environments.manager import PreparedEnvironment
 from mlfleet._project.spec import DockerEnv, EnvironmentFile
 from mlfleet.errors import BackendError, UsageError
 from mlfleet.resources import Resources

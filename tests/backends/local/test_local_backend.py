@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mlfleet._environments.base import PreparedEnvironment
+from mlfleet._environments.manager import PreparedEnvironment
 from mlfleet.backends.base import Job
 from mlfleet.backends.local.backend import LocalBackend
 from mlfleet.errors import SubmitError, UsageError

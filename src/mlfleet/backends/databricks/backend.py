@@ -19,7 +19,7 @@ import anyio
 from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.threads import LOGINS
-from mlfleet._environments.needs import read_python_needs
+from mlfleet._environments.env_files import read_python_requirements
 from mlfleet._paths import runs_folder
 from mlfleet.backends._remote.run import SupervisedRuns
 from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job
@@ -322,7 +322,7 @@ def _profile(job: Job, config: DatabricksConfig) -> str | None:
 def _requirements(job: Job) -> tuple[str, ...]:
     """What the project needs, as lines for pip. Blocking."""
     spark = tuple((job.spark_job or {}).get("python_libraries", ()))
-    needs = read_python_needs(job.project_dir, job.environment_file)
+    needs = read_python_requirements(job.project_dir, job.environment_file)
     if needs.packages.arguments:
         found = " ".join(needs.packages.arguments)[:200]
         text = (

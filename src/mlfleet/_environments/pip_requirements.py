@@ -1,4 +1,4 @@
-"""Lines for pip: which files they name, what those hold, and how they are handed to pip or uv.
+"""Reads lines for pip: the files that they name, the contents of those, and the arguments for pip or uv.
 
 Relative paths follow pip: ``-r`` and ``-c`` are relative to the file that names them, and so are the paths of
 ``--find-links``; those of packages (``./package``, ``-e .``) are relative to the project's folder everywhere.
@@ -43,13 +43,13 @@ Fail = Callable[[str], NoReturn]
 
 @dataclass(frozen=True, slots=True)
 class PipInput:
-    """What one call of pip installs.
+    """The packages that one call of pip installs.
 
     Attributes:
-        lines: for a requirements file of its own, as they were written.
-        arguments: for the command line: options and packages that name files, with absolute paths.
-        contents: for the key of the environment, what stands for `arguments`: hashes of what those files hold.
-            Paths are in it only where what is installed depends on them, so that copies of a project share.
+        lines: The lines for a requirements file of its own, as they were written.
+        arguments: The arguments for the command line: options and packages that name files, with absolute paths.
+        contents: The part of the environment's key that stands for `arguments`: hashes of what those files hold. It has
+            paths only where what is installed depends on them, so that copies of a project share an environment.
     """
 
     lines: tuple[str, ...] = ()
@@ -61,7 +61,7 @@ class PipInput:
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """All of it as lines, for a person."""
+        """All of it as lines, for people to read."""
         shown = list(self.lines)
         arguments = iter(self.arguments)
         for argument in arguments:
@@ -78,7 +78,7 @@ class Reader:
     configured by, since changes of its sources need no new environment. Files behind URLs are not looked at.
 
     Attributes:
-        folder: that paths of packages, and the files that the items of a list name, are relative to: the project's.
+        folder: The project's folder. Paths of packages, and of files that the items of a list name, are relative to it.
     """
 
     folder: Path
@@ -91,18 +91,18 @@ class Reader:
         """Read the items of a list in a YAML file.
 
         Raises:
-            SpecError: an item is no line, or names a file that is not there.
+            SpecError: An item is not a line, or names a file that does not exist.
         """
         for node in nodes:
             text = node.string(expected="a requirement, as pip takes it")
             if "\n" in text.strip():
                 node.fail("a requirement is one line")
             if line := _COMMENT.sub("", text).strip():
-                self._top(line, node.fail)
+                self._read_item(line, node.fail)
         return PipInput(tuple(self._lines), tuple(self._arguments), tuple(self._contents))
 
-    def _top(self, line: str, fail: Fail) -> None:
-        """A line of our own: its paths become absolute."""
+    def _read_item(self, line: str, fail: Fail) -> None:
+        """Read a line of the project's list: its paths become absolute."""
         option, value = _split(line)
         local: str | None = None
         if option in ("-r", "-c"):
@@ -120,7 +120,7 @@ class Reader:
             self._arguments += [option, local] if option else [local]
 
     def _requirements(self, option: str, value: str, base: Path, fail: Fail) -> str | None:
-        """Take the text of a requirements or constraints file, and of those it names; its path, unless it is a URL."""
+        """Add the text of a requirements file and of those it names; return its path, unless it is a URL."""
         value = _expand(value)
         if "://" in value:
             return None
@@ -137,11 +137,11 @@ class Reader:
             fail(f"the requirements file {value!r} cannot be read: {reason} ({path})")
         self._contents.append(f"{option} {hashlib.sha256(data).hexdigest()}")
         for number, line in _logical_lines(data.decode("utf-8", "replace")):
-            self._nested(line, path.parent, _failure(path, number))
+            self._read_nested(line, path.parent, _failure(path, number))
         return str(path)
 
-    def _nested(self, line: str, base: Path, fail: Fail) -> None:
-        """A line of a file that pip reads itself: only its contents matter here."""
+    def _read_nested(self, line: str, base: Path, fail: Fail) -> None:
+        """Read a line of a file that pip reads itself: only the contents of files that it names count here."""
         option, value = _split(line)
         if option in ("-r", "-c"):
             self._requirements(option, value, base, fail)
@@ -151,7 +151,7 @@ class Reader:
             self._package(line, False, fail)
 
     def _wheels(self, value: str, fail: Fail) -> str | None:
-        """Take the names in a folder of wheels; its path, unless it is a URL."""
+        """Add the names in a folder of wheels; return its path, unless it is a URL."""
         if "://" in value or not _exists(path := _join(self.folder, _expand(value)), fail):
             return None
         found = sorted(path.iterdir()) if path.is_dir() else [path]
@@ -159,7 +159,7 @@ class Reader:
         return str(path)
 
     def _package(self, line: str, editable: bool, fail: Fail) -> str | None:
-        """The line with its path made absolute, if it names a local package; its content is taken."""
+        """Return the line with an absolute path, if it names a local package, and add its content."""
         spec, marker = _split_marker(_expand(line))
         match = _EXTRAS.match(spec)
         path_text, extras = (match["path"], match["extras"] or "") if match else (spec, "")
@@ -173,7 +173,7 @@ class Reader:
 
 
 def _split(line: str) -> tuple[str, str]:
-    """The option of a line that names a file, in its short form, and its value; an empty option if it is no such."""
+    """Return the option of a line that names a file, in its short form, and its value; without one, an empty option."""
     match = _OPTION.match(line)
     if match is None:
         return "", line
@@ -186,7 +186,7 @@ def _split(line: str) -> tuple[str, str]:
 
 
 def _logical_lines(text: str) -> Iterable[tuple[int, str]]:
-    """The lines of a requirements file with their numbers; continued ones joined, without comments and empty ones."""
+    """Return the lines of a requirements file with their numbers: continued ones joined, without comments."""
     joined, first = "", 0
     for number, line in enumerate([*text.splitlines(), ""], start=1):
         first = first or number
@@ -211,7 +211,7 @@ def _exists(path: Path, fail: Fail) -> bool:
 
 
 def _read(path: Path) -> bytes:
-    """A regular file: a device or a pipe would never end."""
+    """Read a regular file: a device or a pipe would never end."""
     if path.exists() and not path.is_file():
         raise ValueError("not a regular file")
     with path.open("rb") as file:
@@ -229,30 +229,30 @@ def _failure(path: Path, line: int) -> Fail:
 
 
 def _expand(text: str) -> str:
-    """``${NAME}`` of the environment, as pip does it; an unknown one stays."""
+    """Replace ``${NAME}`` by variables of the environment, as pip does; an unknown one stays."""
     return _VARIABLE.sub(lambda match: os.environ.get(match[1]) or match[0], text)
 
 
 def _split_marker(line: str) -> tuple[str, str]:
-    """A requirement without, and with only, what begins at its marker (``; python_version < "3.9"``) or options."""
+    """Split a requirement before its marker (``; python_version < "3.9"``) or options."""
     cut = min((at for at in (line.find(";"), line.find(" --")) if at >= 0), default=len(line))
     return line[:cut].strip(), f" {line[cut:].strip()}" if cut < len(line) else ""
 
 
 def _is_local(text: str) -> bool:
-    """Whether pip takes this for a path rather than a name."""
+    """Return True if pip takes this for a path rather than a name."""
     if "://" in text or " @" in text:
         return False
     return text.startswith(".") or "/" in text or _ARCHIVE.search(text) is not None
 
 
 def content_of(path: Path, editable: bool, fail: Fail) -> str:
-    """A hash of what the installation of a local package depends on: its sources, or only what configures its build.
+    """Hash what the installation of a local package depends on: its sources, or only what configures its build.
 
     Args:
-        path: a folder, or a wheel or other archive.
-        editable: whether changes of its sources show without installing it again.
-        fail: raises the error.
+        path: A folder, or a wheel or other archive.
+        editable: True if changes of its sources have an effect without installing it again.
+        fail: A function that raises the error.
     """
     digest = hashlib.sha256()
     if path.is_file():

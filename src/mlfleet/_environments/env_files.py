@@ -1,4 +1,4 @@
-"""What the files of a project ask for: ``python_env.yaml`` and ``conda.yaml``. Reading them blocks."""
+"""Reads the files that list what a project needs: ``python_env.yaml`` and ``conda.yaml``. Reading blocks."""
 
 from __future__ import annotations
 
@@ -14,15 +14,22 @@ from pathlib import Path
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from mlfleet._environments.requirements import PipInput, Reader
+from mlfleet._environments.pip_requirements import PipInput, Reader
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
 from mlfleet._text.documents import Node, read_yaml
 
-__all__ = ["CondaNeeds", "PythonNeeds", "content_key", "matches", "read_conda_needs", "read_python_needs"]
+__all__ = [
+    "CondaRequirements",
+    "PythonRequirements",
+    "content_key",
+    "matches",
+    "read_conda_file",
+    "read_python_requirements",
+]
 
 _log = logging.getLogger("mlfleet.environments")
 
-# Environments that another version of this layout built are not this one's.
+# Part of every key: raise it when environments must be built again.
 _FORMAT = 1
 _PREFIX_VERSION = re.compile(r"\d+(\.\d+){0,2}")
 _CONDA_SPEC = re.compile(
@@ -32,13 +39,13 @@ _BUILD_PACKAGES = ("pip", "setuptools", "wheel")
 
 
 @dataclass(frozen=True, slots=True)
-class PythonNeeds:
-    """What an environment of pip packages needs.
+class PythonRequirements:
+    """The contents of an environment of pip packages.
 
     Attributes:
-        python: a version (``3``, ``3.11``, ``3.11.7``) or conditions (``>=3.9,<3.12``); None: the current one.
-        build: is installed first.
-        packages: is installed then.
+        python: A version (``3``, ``3.11``, ``3.11.7``) or conditions (``>=3.9,<3.12``); None: the current one.
+        build: The packages that are installed first.
+        packages: The packages that are installed then.
     """
 
     python: str | None = None
@@ -47,14 +54,14 @@ class PythonNeeds:
 
 
 @dataclass(frozen=True, slots=True)
-class CondaNeeds:
-    """What an environment of conda packages needs. ``name`` and ``prefix`` of the file do not matter here.
+class CondaRequirements:
+    """The contents of an environment of conda packages. ``name`` and ``prefix`` of the file do not count.
 
     Attributes:
-        channels: in their order.
-        specs: of conda packages.
-        packages: what pip installs after them.
-        variables: to set in the environment.
+        channels: The channels, in their order.
+        specs: The conda packages.
+        packages: The packages that pip installs after them.
+        variables: The variables to set in the environment.
     """
 
     channels: tuple[str, ...] = ()
@@ -63,34 +70,34 @@ class CondaNeeds:
     variables: tuple[tuple[str, str], ...] = ()
 
 
-def read_python_needs(folder: Path, source: EnvironmentFile | None) -> PythonNeeds:
-    """What an environment of pip packages must hold for the project in `folder`.
+def read_python_requirements(folder: Path, source: EnvironmentFile | None) -> PythonRequirements:
+    """Read what an environment of pip packages must hold for the project in `folder`.
 
     Of a ``conda.yaml``, Python, pip, setuptools, wheel and the ``pip:`` list count; other packages are one warning.
 
     Raises:
-        SpecError: the file is wrong, or names one that is not there.
+        SpecError: The file is wrong, or names a file that does not exist.
     """
     if source is None:
-        return PythonNeeds()
+        return PythonRequirements()
     if source.kind is EnvironmentFileKind.CONDA:
         return _from_conda(source.path)
     document = read_yaml(source.path).mapping(
         ("python", "build_dependencies", "dependencies"), expected="a mapping with python and dependencies"
     )
     python = document.get("python")
-    return PythonNeeds(
+    return PythonRequirements(
         python=_python_version(python) if python is not None and not python.is_null else None,
         build=Reader(folder).read(_items(document, "build_dependencies")),
         packages=Reader(folder).read(_items(document, "dependencies")),
     )
 
 
-def read_conda_needs(path: Path) -> CondaNeeds:
-    """What ``conda.yaml`` asks for. Paths in its ``pip:`` list are relative to its folder, as conda has it.
+def read_conda_file(path: Path) -> CondaRequirements:
+    """Read a ``conda.yaml``. Paths in its ``pip:`` list are relative to its folder, as conda has it.
 
     Raises:
-        SpecError: the file is wrong, or names one that is not there.
+        SpecError: The file is wrong, or names a file that does not exist.
     """
     document = read_yaml(path).mapping(
         ("name", "channels", "dependencies", "prefix", "variables", "platforms"),
@@ -104,7 +111,7 @@ def read_conda_needs(path: Path) -> CondaNeeds:
         elif spec := node.text(expected="a conda package").strip():
             specs.append(spec)
     variables = document["variables"].mapping() if "variables" in document else {}
-    return CondaNeeds(
+    return CondaRequirements(
         channels=tuple(node.string(expected="a channel") for node in _items(document, "channels")),
         specs=tuple(specs),
         packages=Reader(path.parent).read(pip),
@@ -113,7 +120,7 @@ def read_conda_needs(path: Path) -> CondaNeeds:
 
 
 def matches(version: str, wanted: str | None) -> bool:
-    """Whether a Python of that version is what was asked for."""
+    """Return True if a Python of that version is what was asked for."""
     if wanted is None:
         return True
     if _PREFIX_VERSION.fullmatch(wanted):
@@ -126,11 +133,11 @@ def matches(version: str, wanted: str | None) -> bool:
 
 
 def content_key(manager: str, *parts: object) -> str:
-    """The key of an environment: a hash of all that it depends on, and of the machine's kind.
+    """Return the key of an environment: a hash of all that it depends on, and of the kind of machine.
 
     Args:
-        manager: its name.
-        parts: strings, and sequences and pairs of them.
+        manager: The name of the manager.
+        parts: Strings, and sequences and pairs of strings.
     """
     text = json.dumps([_FORMAT, manager, sysconfig.get_platform(), parts], ensure_ascii=True)
     # 128 bits tell all environments apart; the folder's name is part of every script's first line, whose length is
@@ -150,7 +157,7 @@ def _pip_list(node: Node) -> list[Node]:
 
 
 def _python_version(node: Node) -> str:
-    """The version that is asked for; ``3.10`` may stand without quotes."""
+    """Return the version that is asked for; ``3.10`` may stand without quotes."""
     text = node.text(expected="a version of Python").strip().removeprefix("python").strip()
     text = text.removesuffix(".*") if text[:1].isdigit() else text
     if _PREFIX_VERSION.fullmatch(text):
@@ -158,11 +165,13 @@ def _python_version(node: Node) -> str:
     try:
         SpecifierSet(text)
     except InvalidSpecifier:
-        node.fail(f"{text!r} is no version of Python: write one like 3.11 or 3.11.7, or conditions like '>=3.10,<3.13'")
+        node.fail(
+            f"{text!r} is not a version of Python: write one like 3.11 or 3.11.7, or conditions like '>=3.10,<3.13'"
+        )
     return text
 
 
-def _from_conda(path: Path) -> PythonNeeds:
+def _from_conda(path: Path) -> PythonRequirements:
     document = read_yaml(path).mapping(expected="a mapping with channels and dependencies")
     python: str | None = None
     build: list[str] = []
@@ -181,15 +190,15 @@ def _from_conda(path: Path) -> PythonNeeds:
             others.append(name)
     if others:
         _warn_ignored(path, tuple(others))
-    return PythonNeeds(python, PipInput(lines=tuple(build)), Reader(path.parent).read(pip))
+    return PythonRequirements(python, PipInput(lines=tuple(build)), Reader(path.parent).read(pip))
 
 
 def _split_conda_spec(node: Node) -> tuple[str, str]:
-    """The name and the version of a conda package: ``channel::name=version=build`` or ``name version build``."""
+    """Return name and version of a conda package: ``channel::name=version=build`` or ``name version build``."""
     spec = node.text(expected="a conda package").strip()
     match = _CONDA_SPEC.match(spec)
     if match is None:
-        node.fail(f"{spec!r} is no conda package")
+        node.fail(f"{spec!r} is not a conda package")
     return match["name"].lower(), (match["version"] or "").strip()
 
 
@@ -208,7 +217,7 @@ def _conda_python(node: Node, version: str) -> str | None:
 
 
 def _pip_condition(version: str) -> str:
-    """A conda version as pip takes it: ``=24.0=build`` is ``==24.0.*``."""
+    """Return a conda version as pip takes it: ``=24.0=build`` is ``==24.0.*``."""
     if match := re.match(r"^=(?P<version>[^=,|]+)(=.*)?$", version):
         return f"=={match['version'].removesuffix('.*').removesuffix('*')}.*"
     if version[:1].isdigit():
@@ -218,7 +227,7 @@ def _pip_condition(version: str) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _warn_ignored(path: Path, names: tuple[str, ...]) -> None:
-    """Once for a file, not once for each of a thousand runs."""
+    """Warn once for a file, not once for each of a thousand runs."""
     _log.warning(
         "%s: these conda packages are not installed, since the environment is made by pip: %s; "
         "use --env-manager conda to have them",
