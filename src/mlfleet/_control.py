@@ -1,4 +1,4 @@
-"""Runs of other processes: watched, waited for and cancelled, without becoming this process's own."""
+"""Runs of other processes: wait for them, cancel them and read their output, without supervising them here."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ __all__ = ["cancel_run", "cancel_sweep", "read_logs", "wait_for"]
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.2, 2.0  # seconds between two looks
 _MOST_RUNS = 50_000  # what mlflow's own stores give at most
-_DRIVER_PATIENCE = 5.0  # seconds that a driver gets to see that its sweep was cancelled
+_DRIVER_PATIENCE = 5.0  # seconds in which a driver must see that its sweep was cancelled
 
 
 async def wait_for(fleet: Fleet, run_id: str) -> RunInfo:
     """Wait until a run has its terminal status. A cancelled call leaves the run as it is.
 
-    If the process that should write that status is gone, the run is ended here as soon as it is over.
+    If the process that should write the status is gone, it is written here when the run is over.
 
     Args:
-        fleet: whose tracking is asked.
-        run_id: of the MLflow run.
+        fleet: The Fleet whose tracking and backends are used.
+        run_id: The id of the MLflow run.
 
     Raises:
-        UsageError: it is a sweep that nobody drives.
-        MlfleetError: tracking or the backend cannot be reached.
+        UsageError: The run is a sweep whose driver is gone.
+        MlfleetError: Tracking or the backend cannot be reached.
     """
     pause, seen = _SHORTEST_PAUSE, 0
     while True:
@@ -49,11 +49,11 @@ async def wait_for(fleet: Fleet, run_id: str) -> RunInfo:
             return info
         if SPACE_TAG in info.tags and not await is_driven(fleet.tracking, info):
             seen += 1
-            # One without a name may be driven all the same.
+            # Only a sweep with a name has a lock that shows its driver.
             if seen > 1 and NAME_TAG in info.tags:
                 raise UsageError(f"no process drives the sweep {info.name!r} ({run_id}) any more: resume it")
         elif await _is_abandoned(fleet, info):
-            # Seen twice: whoever took it back from the process that is gone may be about to write.
+            # Look twice: a process that has reattached to the run may be about to write its status.
             seen += 1
             if seen > 1:
                 await (await fleet.attach(run_id)).outcome()
@@ -63,19 +63,20 @@ async def wait_for(fleet: Fleet, run_id: str) -> RunInfo:
 
 
 async def cancel_run(fleet: Fleet, run_id: str, *, grace: float | None = None) -> RunInfo:
-    """End a run of another process; returns once nothing of it runs any more and tracking tells so (KILLED).
+    """End a run of another process, and return when nothing of it runs any more and its status is KILLED.
 
-    A run that has ended keeps its status. If its process lives, it sees its run cancelled.
+    A run that has ended keeps its status. The process that supervises the run, if it lives, sees a cancelled run.
 
     Args:
-        fleet: whose tracking and backends are used.
-        run_id: of the MLflow run.
-        grace: seconds between the request to stop and the end by force; None: as the run was submitted with.
+        fleet: The Fleet whose tracking and backends are used.
+        run_id: The id of the MLflow run.
+        grace: Seconds between the request to stop and the end by force; None: the grace that the run was submitted
+            with.
 
     Raises:
-        UsageError: it ends with its process only.
-        BackendError: it cannot be found where it should be.
-        MlfleetError: tracking cannot be reached.
+        UsageError: The run can be ended only by ending its process.
+        BackendError: The run is not where it should be.
+        MlfleetError: Tracking cannot be reached.
     """
     info = await fleet.tracking.get_run(run_id)
     if SPACE_TAG in info.tags:
@@ -95,16 +96,16 @@ async def cancel_run(fleet: Fleet, run_id: str, *, grace: float | None = None) -
 
 
 async def cancel_sweep(fleet: Fleet, info: RunInfo, *, grace: float | None = None) -> RunInfo:
-    """End a sweep and all its runs, whether its driver lives or not.
+    """End a sweep and all its runs, also if its driver is gone.
 
     Args:
-        fleet: whose tracking and backends are used.
-        info: the sweep's MLflow run.
-        grace: see `cancel_run`.
+        fleet: The Fleet whose tracking and backends are used.
+        info: The sweep's MLflow run.
+        grace: The grace of each run; see `cancel_run`.
 
     Raises:
-        ExceptionGroup: of the errors of runs that could not be cancelled.
-        MlfleetError: tracking cannot be reached.
+        ExceptionGroup: Some runs could not be cancelled; it holds their errors.
+        MlfleetError: Tracking cannot be reached.
     """
     name = info.tags.get(NAME_TAG)
     if name is not None and not await is_driven(fleet.tracking, info):
@@ -135,16 +136,16 @@ async def cancel_sweep(fleet: Fleet, info: RunInfo, *, grace: float | None = Non
 
 
 async def read_logs(fleet: Fleet, run_id: str, *, follow: bool) -> AsyncGenerator[str, None]:
-    """The lines of a run's output from its beginning.
+    """Yield the lines of a run's output from its beginning.
 
     Args:
-        fleet: whose tracking and backends are used.
-        run_id: of the MLflow run.
-        follow: go on until the run has ended.
+        fleet: The Fleet whose tracking and backends are used.
+        run_id: The id of the MLflow run.
+        follow: True to go on until the run has ended.
 
     Raises:
-        UsageError: its output is not kept where it could be read from here.
-        MlfleetError: tracking or the backend cannot be reached.
+        UsageError: The output is not kept on this machine.
+        MlfleetError: Tracking or the backend cannot be reached.
     """
     info = await fleet.tracking.get_run(run_id)
     kept = runs_folder() / run_id / "output.log"
@@ -164,7 +165,7 @@ async def read_logs(fleet: Fleet, run_id: str, *, follow: bool) -> AsyncGenerato
                 f"the output of the run {run_id} is not kept on this machine ({kept}). A run that `mlfleet run` prints "
                 "keeps none; --log-output stores it with MLflow"
             )
-        ended = partial(_over, fleet, run_id) if follow and not info.status.is_terminal else None
+        ended = partial(_wait_over, fleet, run_id) if follow and not info.status.is_terminal else None
         lines = follow_file(kept, ended)
     async for line in lines:
         yield line
@@ -173,7 +174,7 @@ async def read_logs(fleet: Fleet, run_id: str, *, follow: bool) -> AsyncGenerato
 
 
 async def _settle(fleet: Fleet, run_id: str, outcome: Outcome) -> None:
-    """Write how a run ended that was followed to its end, unless its own process does: its backend may forget it."""
+    """Write the status of a run whose end was seen here, unless its own process does; backends forget ends."""
     for _ in range(int(_DRIVER_PATIENCE / _SHORTEST_PAUSE)):
         if (await fleet.tracking.get_run(run_id)).status.is_terminal:
             return
@@ -181,8 +182,8 @@ async def _settle(fleet: Fleet, run_id: str, outcome: Outcome) -> None:
     await end_run(fleet.tracking, run_id, outcome.status, patience=fleet.tracking_patience)
 
 
-async def _over(fleet: Fleet, run_id: str) -> None:
-    """Wait until nothing more will be written, whether or not tracking knows."""
+async def _wait_over(fleet: Fleet, run_id: str) -> None:
+    """Wait until the run writes no more output, even if tracking does not know that yet."""
     pause = _SHORTEST_PAUSE
     while True:
         info = await fleet.tracking.get_run(run_id)
@@ -193,7 +194,7 @@ async def _over(fleet: Fleet, run_id: str) -> None:
 
 
 async def _end(fleet: Fleet, info: RunInfo, handle: BackendRun, grace: float | None) -> None:
-    """Tracking first: the run's own process, if it lives, takes it for cancelled rather than failed."""
+    """Write KILLED first, so that the run's own process, if it lives, takes it for cancelled and not for failed."""
     await fleet.tracking.update_run(info.run_id, RunStatus.KILLED)
     try:
         await handle.cancel(grace=grace)

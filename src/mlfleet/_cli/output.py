@@ -20,6 +20,7 @@ import anyio.to_thread
 import click
 
 from mlfleet._reporting import run_url
+from mlfleet._text.lines import write_all
 from mlfleet._text.masking import MASK, mask_uri
 from mlfleet._text.plain import CONTROLS, plain_text
 from mlfleet.errors import BackendNotFound, FetchError, MlfleetError, ParameterError, SpecError, UsageError
@@ -150,12 +151,7 @@ async def print_output(data: bytes) -> None:
     Raises:
         OSError: The terminal or the reader is gone.
     """
-    await anyio.to_thread.run_sync(_write_all, data, abandon_on_cancel=True)
-
-
-def _write_all(data: bytes) -> None:
-    while data:
-        data = data[os.write(sys.stdout.fileno(), data) :]
+    await anyio.to_thread.run_sync(write_all, sys.stdout.fileno(), data, abandon_on_cancel=True)
 
 
 # ---- words and numbers ----------------------------------------------------------------------------------------------

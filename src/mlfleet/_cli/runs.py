@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
 
 import anyio
-import anyio.to_thread
 import click
 
 from mlfleet._cli.options import debug_option, duration, experiment_options, find_experiment, tracking_option
-from mlfleet._cli.output import complain, exit_code, say
+from mlfleet._cli.output import complain, exit_code, print_output, say
 from mlfleet._control import cancel_run, read_logs, wait_for
 from mlfleet._reporting import find_sweep
 from mlfleet.errors import MlfleetError
@@ -26,7 +23,7 @@ __all__ = ["cancel", "logs", "wait"]
 
 @click.command()
 @click.argument("run_id")
-@click.option("-f", "--follow", is_flag=True, help="Go on until the run has ended.")
+@click.option("-f", "--follow", is_flag=True, help="Continue until the run has ended.")
 @tracking_option
 @debug_option
 def logs(*, run_id: str, follow: bool, tracking_uri: str | None) -> None:
@@ -38,8 +35,7 @@ def logs(*, run_id: str, follow: bool, tracking_uri: str | None) -> None:
             aclosing(read_logs(fleet, run_id, follow=follow)) as lines,
         ):
             async for line in lines:
-                # In a thread, or whoever does not read our pipe would keep Ctrl-C from us.
-                await anyio.to_thread.run_sync(partial(_write, f"{line}\n"), abandon_on_cancel=True)
+                await print_output(f"{line}\n".encode(errors="replace"))
 
     try:
         anyio.run(show)
@@ -54,7 +50,7 @@ def logs(*, run_id: str, follow: bool, tracking_uri: str | None) -> None:
 def wait(*, run_ids: tuple[str, ...], tracking_uri: str | None) -> int:
     """Wait until runs have ended, whichever process started them. Ctrl-C leaves them alone.
 
-    Exit codes: 0 all finished, 1 some did not.
+    Exit codes: 0 all FINISHED, 1 some FAILED or KILLED.
     """
     say("waiting; Ctrl-C leaves the runs alone")
     return anyio.run(_for_each, run_ids, tracking_uri, wait_for, (RunStatus.FINISHED,))
@@ -62,8 +58,14 @@ def wait(*, run_ids: tuple[str, ...], tracking_uri: str | None) -> int:
 
 @click.command()
 @click.argument("run_ids", metavar="[RUN_ID]...", nargs=-1)
-@click.option("--sweep", metavar="NAME", help="A sweep with all its runs, by its name or the id of its MLflow run.")
-@click.option("--cancel-grace", "grace", type=duration, metavar="TIME", help="Instead of what the run was given.")
+@click.option("--sweep", metavar="NAME", help="A sweep to cancel with all its runs: its name or MLflow run id.")
+@click.option(
+    "--cancel-grace",
+    "grace",
+    type=duration,
+    metavar="TIME",
+    help="Time between SIGTERM and SIGKILL, as in 30s or 2m.  [default: the grace that the run was submitted with]",
+)
 @experiment_options
 @tracking_option
 @debug_option
@@ -76,10 +78,10 @@ def cancel(
     experiment_name: str | None,
     experiment_id: str | None,
 ) -> int:
-    """End runs, whichever process started them; returns when nothing of them runs any more.
+    """End runs, whichever process started them, and return when nothing of them runs any more.
 
-    They become KILLED, also for the process that started them. What has ended keeps its status. A run that its own
-    process alone can end (mlfleet run; a sweep without a name) is ended by ending that process.
+    They become KILLED, also for the process that started them. Runs that have ended keep their status. A local run of
+    mlfleet run, or of a sweep without a name, can be ended only by ending its process.
     """
     if not run_ids and sweep is None:
         raise click.UsageError("give the ids of runs, or --sweep NAME")
@@ -101,7 +103,7 @@ async def _for_each(
     work: Callable[[Fleet, str], Awaitable[RunInfo]],
     good: Sequence[RunStatus],
 ) -> int:
-    """Do it for all runs at the same time, and print a line for each that is through."""
+    """Call `work` for all runs at the same time, print a line for each, and return the highest exit code."""
     codes = [0]
 
     async def one(fleet: Fleet, run_id: str) -> None:
@@ -119,9 +121,3 @@ async def _for_each(
         for run_id in dict.fromkeys(run_ids):
             group.start_soon(one, fleet, run_id)
     return max(codes)
-
-
-def _write(text: str) -> None:
-    data = text.encode(errors="replace")
-    while data:
-        data = data[os.write(sys.stdout.fileno(), data) :]

@@ -18,7 +18,7 @@ from mlfleet._cli.output import clean, complain, duration_text, say, short, to_j
 from mlfleet._concurrency.threads import TERMINAL
 from mlfleet._engine.run import FleetRun
 from mlfleet._sweeps import PointResult, Sweep, SweepCounts
-from mlfleet._text.lines import last_lines
+from mlfleet._text.lines import last_lines, write_all
 from mlfleet._text.plain import plain_line
 from mlfleet.runs import RunEvent, RunStatus, Stage
 
@@ -231,8 +231,7 @@ class SweepJson:
 
     def _put(self, data: bytes) -> None:
         try:
-            while data:
-                data = data[os.write(sys.stdout.fileno(), data) :]
+            write_all(sys.stdout.fileno(), data)
         except OSError:
             self._broken = True  # the reader is gone; the sweep goes on
 

@@ -1,4 +1,4 @@
-"""What every backend does alike. A backend's tests subclass `BackendContract` and give it a harness.
+"""The contract suite for backends. The tests of a backend subclass `BackendContract` and give it a harness.
 
 So::
 
@@ -30,15 +30,15 @@ FOREVER = f"echo {READY}; sleep 600"
 
 @dataclass(frozen=True)
 class Harness:
-    """How the suite handles one backend.
+    """The suite's access to one backend.
 
     Attributes:
-        open: a new instance of the backend, to be entered.
-        job: makes a Job of a run id and a command for ``bash -c`` (or ``sh -c``); its output is captured, its project
-            folder holds the file ``project.txt`` with the one line ``of the project``.
-        leftovers: what still exists of the job of that run id where it runs, one text for each process or container.
-        cancel_grace: seconds for jobs that are to be ended by force.
-        lag: seconds after which output and states are known here.
+        open: Returns a new instance of the backend, to be entered.
+        job: Makes a Job from a run id and a command for ``bash -c`` (or ``sh -c``). Its output is captured, and its
+            project folder holds the file ``project.txt`` with the one line ``of the project``.
+        leftovers: Returns one text for each process or container that still exists of the job with that run id.
+        cancel_grace: Seconds of grace for jobs that must be ended by force.
+        lag: Seconds after which output and states are known here.
     """
 
     open: Callable[[], AbstractAsyncContextManager[Backend]]
@@ -50,12 +50,12 @@ class Harness:
 
 @dataclass(frozen=True)
 class Bench:
-    """An open backend, and what was submitted to it.
+    """An open backend and the jobs that were submitted to it.
 
     Attributes:
-        harness: how it is handled.
-        backend: the backend.
-        run_ids: of all jobs that were made.
+        harness: The access to the backend.
+        backend: The backend.
+        run_ids: The run ids of all jobs that were made.
     """
 
     harness: Harness
@@ -81,7 +81,7 @@ class Bench:
 
 
 async def seen(run: SubmittedRun, text: str) -> list[str]:
-    """The lines of the run up to the one that is `text`, as soon as it is there."""
+    """Return the lines of the run up to the line `text`, as soon as it is there."""
     lines: list[str] = []
     async for line in run.logs():
         lines.append(line)
@@ -96,7 +96,7 @@ async def everything(run: SubmittedRun, *, follow: bool = True) -> list[str]:
 
 @pytest.mark.asyncio
 class BackendContract:
-    """Subclass it as ``Test…`` with a fixture ``harness``.
+    """The suite. Subclass it as ``Test…`` with a fixture ``harness``.
 
     The jobs are lines of bash that print, sleep, fail and ignore signals. After each test nothing of them may be left.
     """

@@ -25,7 +25,7 @@ from mlfleet.backends.docker.image import Image, Images, check_reference
 from mlfleet.backends.docker.output import ContainerLock
 from mlfleet.backends.docker.run import Container, DockerRun
 from mlfleet.backends.docker.run_options import ContainerOptions, parse_arguments
-from mlfleet.backends.docker.values import Wrong, add_volume
+from mlfleet.backends.docker.values import FlagValueError, add_volume
 from mlfleet.backends.docker.watch import (
     DRIVER_LABEL,
     OUTPUT_LABEL,
@@ -270,7 +270,7 @@ def _options(docker: DockerRequest, folder: Path) -> ContainerOptions:
     for volume in docker.env.volumes:
         try:
             add_volume(options.config, options.host, volume, environ=environ, folder=folder)
-        except Wrong as error:
+        except FlagValueError as error:
             raise UsageError(f"docker_env: volumes: {error}") from error
     copied = [name for name, value in docker.env.environment if value is None]
     missing = [name for name in copied if name not in environ and name not in options.environ]

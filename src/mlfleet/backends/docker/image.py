@@ -22,7 +22,7 @@ from mlfleet.errors import SubmitError, UsageError
 __all__ = ["CONTENT_LABEL", "WORKDIR", "Image", "Images", "check_reference"]
 
 WORKDIR = "/mlflow/projects/code/"
-"""Where an image that is built has the project, as in the reference."""
+"""The folder of the project in an image that is built, the same as mlflow's."""
 CONTENT_LABEL = "mlfleet.content"
 
 _log = logging.getLogger("mlfleet.docker")

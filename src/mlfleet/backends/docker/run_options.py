@@ -1,4 +1,4 @@
-"""The flags of ``docker run``, as they are given in ``docker_args``, and what they are in the engine's API.
+"""The flags of ``docker run`` in ``docker_args``, and their equivalents in the engine's API.
 
 https://docs.docker.com/reference/cli/docker/container/run/ and
 https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operation/ContainerCreate
@@ -13,7 +13,7 @@ from typing import Any
 
 from mlfleet._text.documents import nearest
 from mlfleet.backends.docker import values
-from mlfleet.backends.docker.values import Wrong
+from mlfleet.backends.docker.values import FlagValueError
 from mlfleet.errors import UsageError
 
 __all__ = ["ContainerOptions", "parse_arguments"]
@@ -21,15 +21,15 @@ __all__ = ["ContainerOptions", "parse_arguments"]
 
 @dataclass(slots=True)
 class ContainerOptions:
-    """What flags ask for.
+    """The container settings that the flags ask for.
 
     Attributes:
-        config: of the container, in the API's words.
-        host: its ``HostConfig``.
-        endpoint: the settings of its one network.
-        environ: variables to set.
-        name: of the container.
-        platform: of the image.
+        config: The container's configuration, in the API's words.
+        host: The container's ``HostConfig``.
+        endpoint: The settings of its one network.
+        environ: Variables to set.
+        name: The name of the container; None: a name from the run's id.
+        platform: The platform of the image; None: the engine's.
         pull: ``missing``, ``always`` or ``never``.
     """
 
@@ -43,14 +43,14 @@ class ContainerOptions:
 
     @property
     def network(self) -> str | None:
-        """The network that was asked for."""
+        """The network in the flags; None: the engine's default."""
         mode = self.host.get("NetworkMode")
         return None if mode is None else str(mode)
 
 
 @dataclass(frozen=True, slots=True)
 class _Context:
-    """What the text of a flag may refer to."""
+    """The variables and the folder that the text of a flag may refer to."""
 
     environ: Mapping[str, str]
     folder: Path
@@ -70,14 +70,14 @@ def parse_arguments(args: Mapping[str, Any], *, environ: Mapping[str, str], fold
     """Read ``docker_args``. Blocking only for the flags that name a file (``env-file``, a seccomp profile).
 
     Args:
-        args: flag (long or short, without dashes) → value. True is a bare flag, False is that flag's ``=false``, None
+        args: Flag (long or short, without dashes) → value. True is a bare flag, False is that flag's ``=false``, None
             leaves a flag out, and so does False for a flag that has a value; a list repeats it.
-        environ: where ``env: NAME`` copies from.
-        folder: relative paths of volumes and files start here.
+        environ: The variables that ``env: NAME`` copies.
+        folder: The folder at which relative paths of volumes and files start.
 
     Raises:
-        UsageError: an unknown flag (naming the nearest), a value that it cannot have, or a flag that makes no sense
-            for a run.
+        UsageError: An unknown flag (the message names the nearest), a value that it cannot have, or a flag that makes
+            no sense for a run.
     """
     options = ContainerOptions()
     context = _Context(environ, folder, set())
@@ -94,7 +94,7 @@ def parse_arguments(args: Mapping[str, Any], *, environ: Mapping[str, str], fold
         for text in _texts(str(key), value, flag):
             try:
                 flag.apply(options, text, context)
-            except Wrong as error:
+            except FlagValueError as error:
                 raise UsageError(f"docker_args: {key!r}: {error}") from error
     if context.missing:
         names = ", ".join(sorted(context.missing))
@@ -121,11 +121,11 @@ def _texts(key: str, value: object, flag: _Flag) -> list[str]:
     return texts
 
 
-# ---- one maker for each shape of flag --------------------------------------------------------------------------------
+# ---- one function for each form of flag ------------------------------------------------------------------------------
 
 
 def _set(part: str, key: str, read: Callable[[str], object] = str) -> _Flag:
-    """A flag whose last value counts."""
+    """Return a flag whose last value counts."""
 
     def apply(options: ContainerOptions, text: str, context: _Context) -> None:
         getattr(options, part)[key] = read(text)
@@ -134,7 +134,7 @@ def _set(part: str, key: str, read: Callable[[str], object] = str) -> _Flag:
 
 
 def _add(part: str, key: str, read: Callable[[str], object] = str) -> _Flag:
-    """A flag that makes a list."""
+    """Return a flag that makes a list."""
 
     def apply(options: ContainerOptions, text: str, context: _Context) -> None:
         getattr(options, part).setdefault(key, []).append(read(text))
@@ -143,12 +143,12 @@ def _add(part: str, key: str, read: Callable[[str], object] = str) -> _Flag:
 
 
 def _map(part: str, key: str) -> _Flag:
-    """A flag ``name=value`` that makes a mapping."""
+    """Return a flag ``name=value`` that makes a mapping."""
 
     def apply(options: ContainerOptions, text: str, context: _Context) -> None:
         name, _, value = text.partition("=")
         if not name:
-            raise Wrong(f"{text!r} should be NAME=VALUE")
+            raise FlagValueError(f"{text!r} should be NAME=VALUE")
         getattr(options, part).setdefault(key, {})[name] = value
 
     return _Flag(apply)
@@ -157,7 +157,7 @@ def _map(part: str, key: str) -> _Flag:
 def _attribute(name: str, choices: tuple[str, ...] = ()) -> _Flag:
     def apply(options: ContainerOptions, text: str, context: _Context) -> None:
         if not text or (choices and text not in choices):
-            raise Wrong(f"{text!r} should be " + (" or ".join(choices) if choices else "a name"))
+            raise FlagValueError(f"{text!r} should be " + (" or ".join(choices) if choices else "a name"))
         setattr(options, name, text)
 
     return _Flag(apply)
@@ -173,7 +173,7 @@ def _ignore(*, bare: bool = True) -> _Flag:
 def _env(options: ContainerOptions, text: str, context: _Context) -> None:
     name, given, value = text.partition("=")
     if not name:
-        raise Wrong("expected NAME=VALUE, or the NAME of a variable to copy")
+        raise FlagValueError("expected NAME=VALUE, or the NAME of a variable to copy")
     if given:
         options.environ[name] = value
     elif name in context.environ:
@@ -187,7 +187,7 @@ def _env_file(options: ContainerOptions, text: str, context: _Context) -> None:
         name, given, value = line.partition("=")
         if given:
             options.environ[name.strip()] = value
-        elif name in context.environ:  # as docker does, what is not set is left out
+        elif name in context.environ:  # docker, too, leaves out a variable that is not set
             options.environ[name] = context.environ[name]
 
 
@@ -226,7 +226,7 @@ def _device(options: ContainerOptions, text: str, context: _Context) -> None:
 def _tmpfs(options: ContainerOptions, text: str, context: _Context) -> None:
     path, _, settings = text.partition(":")
     if not path.startswith("/"):
-        raise Wrong(f"{text!r} should begin with an absolute path")
+        raise FlagValueError(f"{text!r} should begin with an absolute path")
     options.host.setdefault("Tmpfs", {})[path] = settings
 
 
@@ -238,12 +238,12 @@ def _security(options: ContainerOptions, text: str, context: _Context) -> None:
 
 
 def _throttle(name: str, read: Callable[[str], object], key: str = "Rate") -> _Flag:
-    """A limit for one device: ``/dev/sda:1mb``."""
+    """Return a flag that limits one device: ``/dev/sda:1mb``."""
 
     def apply(options: ContainerOptions, text: str, context: _Context) -> None:
         path, _, limit = text.rpartition(":")
         if not path.startswith("/"):
-            raise Wrong(f"{text!r} should be DEVICE:{key.upper()}")
+            raise FlagValueError(f"{text!r} should be DEVICE:{key.upper()}")
         options.host.setdefault(name, []).append({"Path": path, key: read(limit)})
 
     return _Flag(apply)
@@ -279,7 +279,7 @@ def _log_driver(options: ContainerOptions, text: str, context: _Context) -> None
 def _log_option(options: ContainerOptions, text: str, context: _Context) -> None:
     name, given, value = text.partition("=")
     if not given:
-        raise Wrong(f"{text!r} should be NAME=VALUE")
+        raise FlagValueError(f"{text!r} should be NAME=VALUE")
     options.host.setdefault("LogConfig", {}).setdefault("Config", {})[name] = value
 
 
@@ -399,7 +399,7 @@ _REFUSED = {
     "attach": "the output is captured already; use output='inherit' to see it here",
     "cidfile": "the container is named after the run: mlfleet-<run id>",
     "detach": "a run ends when its container does; submit() returns at once",
-    "detach-keys": "there is no terminal to detach from",
+    "detach-keys": "a run has no terminal to detach from",
     "restart": "a run has one end, and its status is written when it has come; submit it again instead",
     "sig-proxy": "a run is ended with cancel()",
     "stop-timeout": "set the time between SIGTERM and SIGKILL with Timeouts(cancel_grace=…)",
