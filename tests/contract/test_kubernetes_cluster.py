@@ -17,7 +17,7 @@ import pytest
 
 from mlfleet.backends.base import Job
 from mlfleet.backends.kubernetes import KubernetesBackend
-from mlfleet.backends.kubernetes.client import Api, ApiError
+from mlfleet.backends.kubernetes.client import ApiError, KubernetesClient
 from mlfleet.backends.kubernetes.config import StartTimeouts, parse_config
 from mlfleet.testing import BackendContract, Harness
 
@@ -54,7 +54,7 @@ class TestKubernetesCluster(BackendContract):
                 **options,  # type: ignore[arg-type]
             )
 
-        async with Api(config.cluster) as api:
+        async with KubernetesClient(config.cluster) as api:
 
             async def leftovers(run_id: str) -> Sequence[str]:
                 path = f"/api/v1/namespaces/{namespace}/pods"
@@ -73,7 +73,7 @@ class TestKubernetesCluster(BackendContract):
                     await api.call("removing a namespace", "DELETE", f"/api/v1/namespaces/{namespace}")
 
 
-async def _service_account(api: Api, namespace: str) -> None:
+async def _service_account(api: KubernetesClient, namespace: str) -> None:
     """A new namespace takes no pods before it has one."""
     for _ in range(100):
         try:

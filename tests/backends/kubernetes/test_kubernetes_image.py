@@ -17,11 +17,11 @@ from components.registry import Registry
 from mlfleet._oci.references import Reference, parse_reference
 from mlfleet._project.spec import DockerEnv
 from mlfleet.backends.base import DockerRequest, Job
-from mlfleet.backends.kubernetes.cluster import Cluster
 from mlfleet.backends.kubernetes.config import KubernetesConfig
 from mlfleet.backends.kubernetes.delivering import Deliveries
 from mlfleet.backends.kubernetes.delivery import FOLDER
 from mlfleet.backends.kubernetes.image import push_project
+from mlfleet.backends.kubernetes.login import Cluster
 from mlfleet.backends.kubernetes.registry import Registries, RegistryError
 from mlfleet.errors import SubmitError, UsageError
 

@@ -19,9 +19,8 @@ from cryptography import x509
 from components.fake_kubernetes import FakeCluster
 from fakes.kubernetes import KubernetesApi, serving
 from mlfleet.backends.kubernetes import KubernetesBackend
-from mlfleet.backends.kubernetes.client import Api, ApiError
-from mlfleet.backends.kubernetes.cluster import IN_CLUSTER, Cluster, find_cluster
-from mlfleet.backends.kubernetes.credentials import Credentials, proxy_for
+from mlfleet.backends.kubernetes.client import ApiError, KubernetesClient
+from mlfleet.backends.kubernetes.login import IN_CLUSTER, Cluster, find_cluster, proxy_for
 from mlfleet.errors import BackendError, UsageError
 
 PODS = "/api/v1/namespaces/default/pods"
@@ -90,7 +89,7 @@ def embedded(folder: Path, names: Mapping[str, str]) -> dict[str, str]:
 
 
 async def look(cluster: Cluster) -> None:
-    async with Api(cluster) as api:
+    async with KubernetesClient(cluster) as api:
         await api.call("looking", "GET", PODS)
 
 
@@ -116,7 +115,7 @@ async def test_renewed_client_certificate_is_shown(secured: Secured) -> None:
     """The kubelet and cert-manager write the new one over the old one."""
     secured.api.certificates = {client(secured, secured.folder)}
     cluster = await secured.cluster({"client-certificate": "client.pem", "client-key": "client.key"})
-    async with Api(cluster) as api:
+    async with KubernetesClient(cluster) as api:
         await api.call("looking", "GET", PODS)
         secured.api.certificates = {client(secured, secured.folder)}
         await api.call("looking", "GET", PODS)
@@ -198,7 +197,7 @@ async def test_token_file_is_read_again(secured: Secured) -> None:
     secured.api.tokens = {"one"}
     (secured.folder / "token").write_text("one\n")
     cluster = await secured.cluster({"tokenFile": "token"})
-    async with Api(cluster) as api:
+    async with KubernetesClient(cluster) as api:
         await api.call("looking", "GET", PODS)
         (secured.folder / "token").write_text("two\n")
         await api.call("looking", "GET", PODS)  # it is good for another minute
@@ -218,7 +217,7 @@ async def test_token_of_a_plugin_is_renewed_before_it_expires(secured: Secured) 
     user = {"exec": {"apiVersion": "client.authentication.k8s.io/v1", "command": "./plugin"}}
     soon = (datetime.now(UTC) + timedelta(seconds=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
     (secured.folder / "until").write_text(soon)
-    async with Api(await secured.cluster(user)) as api:
+    async with KubernetesClient(await secured.cluster(user)) as api:
         (secured.folder / "until").write_text("2999-01-01T00:00:00Z")
         while "Bearer number-2" not in secured.api.shown:
             await api.call("looking", "GET", PODS)
@@ -274,7 +273,7 @@ async def test_account_of_the_pod(secured: Secured, tmp_path: Path, monkeypatch:
     cluster = await anyio.to_thread.run_sync(find_cluster, None, config, account)
     assert (cluster.context, cluster.namespace) == (IN_CLUSTER, "team")
     secured.api.tokens = {"one", "two"}
-    async with Api(cluster, Credentials(cluster, account, reread=0.0)) as api:
+    async with KubernetesClient(cluster, account=account, reread=0.0) as api:
         await api.call("looking", "GET", PODS)
         await secured.account("two")
         await api.call("looking", "GET", PODS)
@@ -290,7 +289,7 @@ async def test_token_of_the_pod_is_read_when_it_is_refused(secured: Secured, mon
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", secured.port)
     cluster = Cluster(IN_CLUSTER, "team")
     secured.api.tokens = {"one"}
-    async with Api(cluster, Credentials(cluster, account)) as api:
+    async with KubernetesClient(cluster, account=account) as api:
         await api.call("looking", "GET", PODS)
         await secured.account("two")
         await api.call("looking", "GET", PODS)

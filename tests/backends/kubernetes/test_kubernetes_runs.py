@@ -15,7 +15,7 @@ from components.fake_kubernetes import FakeCluster
 from fakes.kubernetes import ApiFailure
 from fakes.kubernetes_node import Acting
 from mlfleet.backends.kubernetes import KubernetesBackend
-from mlfleet.backends.kubernetes.client import Api
+from mlfleet.backends.kubernetes.client import KubernetesClient
 from mlfleet.backends.kubernetes.manifest import Code, job_manifest
 from mlfleet.backends.kubernetes.run import KubernetesRun
 from mlfleet.backends.kubernetes.state import read_job
@@ -376,7 +376,7 @@ async def test_cluster_that_was_restored_from_a_backup(fake_cluster: FakeCluster
     )
     api.version += 100_000
     cluster = config.cluster
-    async with Api(cluster) as opened, NamespaceWatch(opened, "default", idle=0.3) as watch:
+    async with KubernetesClient(cluster) as opened, NamespaceWatch(opened, "default", idle=0.3) as watch:
         cell = watch.track(read_job(made))
         api.version = 2000
         api.history.clear()

@@ -20,16 +20,15 @@ from mlfleet._text.masking import MASK
 from mlfleet.backends._remote.run import SupervisedRuns
 from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job
 from mlfleet.backends.kubernetes.config import KubernetesConfig, parse_config
-from mlfleet.backends.kubernetes.connections import Connections, Shared
-from mlfleet.backends.kubernetes.deletion import delete_job
 from mlfleet.backends.kubernetes.delivering import Deliveries, previewed
 from mlfleet.backends.kubernetes.environ import check_copied, check_tracking, variables
+from mlfleet.backends.kubernetes.jobs import create_job, create_secret, delete_job, find_job
 from mlfleet.backends.kubernetes.manifest import grace_of, host_volumes, image_of, job_manifest, secret_manifest
 from mlfleet.backends.kubernetes.names import job_name
 from mlfleet.backends.kubernetes.output import Streams
 from mlfleet.backends.kubernetes.run import KubernetesRun, Target
 from mlfleet.backends.kubernetes.state import read_job
-from mlfleet.backends.kubernetes.submission import create_job, create_secret, find_job
+from mlfleet.backends.kubernetes.watch import SharedWatch, WatchPool
 from mlfleet.errors import MlfleetError, SubmitError, UsageError
 from mlfleet.runs import JobRef
 
@@ -49,7 +48,7 @@ class KubernetesBackend(Backend):
     needs_login: ClassVar[bool] = True
 
     def __init__(self) -> None:
-        self._connections = Connections()
+        self._watches = WatchPool()
         self._deliveries = Deliveries()
         self._streams = Streams()
         self._runs = SupervisedRuns()
@@ -61,7 +60,7 @@ class KubernetesBackend(Backend):
     ) -> None:
         with anyio.CancelScope(shield=True):
             await self._runs.close()
-            await self._connections.close()
+            await self._watches.close()
 
     def configure(self, config: Mapping[str, Any]) -> KubernetesConfig:
         """Check ``backend_config``; see `Backend.configure`. Blocking: reads the kubeconfig and the template."""
@@ -120,9 +119,9 @@ class KubernetesBackend(Backend):
         await self._throttle.wait()
         plain, secret = variables(job, config.tracking_uri, os.environ)
         image = image_of(job, config)
-        api = await self._connections.api(config.cluster)
-        code = await self._deliveries.deliver(api, job, config, image)
-        shared = await self._connections.watch(config.cluster, config.namespace)
+        client = await self._watches.client(config.cluster)
+        code = await self._deliveries.deliver(client, job, config, image)
+        shared = await self._watches.acquire(config.cluster, config.namespace)
         try:
             async with self._creating:
                 submission = uuid.uuid4().hex
@@ -161,9 +160,9 @@ class KubernetesBackend(Backend):
         context = str(data.get("context") or "")
         config = await anyio.to_thread.run_sync(lambda: _attached_config(context, str(data.get("namespace") or "")))
         name = str(data.get("name") or "")
-        shared = await self._connections.watch(config.cluster, config.namespace)
+        shared = await self._watches.acquire(config.cluster, config.namespace)
         try:
-            found = await find_job(shared.api, config.namespace, name, ref.run_id)
+            found = await find_job(shared.client, config.namespace, name, ref.run_id)
             target = Target(
                 namespace=config.namespace,
                 name=name,
@@ -182,7 +181,7 @@ class KubernetesBackend(Backend):
 
     async def _create(
         self,
-        shared: Shared,
+        shared: SharedWatch,
         job: Job,
         config: KubernetesConfig,
         manifest: Mapping[str, Any],
@@ -191,11 +190,11 @@ class KubernetesBackend(Backend):
         made: list[dict[str, Any]] = []
 
         async def create() -> None:
-            made.append(await create_job(shared.api, config.namespace, manifest, job.run_id))
+            made.append(await create_job(shared.client, config.namespace, manifest, job.run_id))
             if secret:
                 # After the Job, which owns it, so that nothing is left if this process dies in between: the kubelet
                 # waits for a Secret.
-                await create_secret(shared.api, config.namespace, secret_manifest(job, secret, made[0]))
+                await create_secret(shared.client, config.namespace, secret_manifest(job, secret, made[0]))
 
         try:
             # Cut off in the middle, nobody would know whether there is a Job: an answer is waited for.
@@ -207,20 +206,22 @@ class KubernetesBackend(Backend):
             raise
         return made[0]
 
-    async def _take_back(self, shared: Shared, made: dict[str, Any]) -> None:
+    async def _take_back(self, shared: SharedWatch, made: dict[str, Any]) -> None:
         """Delete a Job that nobody will get a handle of, and see it go."""
         meta = made["metadata"]
         cell = shared.watch.track(read_job(made))
         try:
-            await delete_job(shared.api, meta["namespace"], meta["name"], meta["uid"])
+            await delete_job(shared.client, meta["namespace"], meta["name"], meta["uid"])
             await cell.until(lambda seen: seen.job is not None and seen.job.deleted)
         except MlfleetError as error:
             raise SubmitError(f"the Job {meta['name']} may be left behind: {error}", backend=self.name) from error
         finally:
             shared.watch.untrack(meta["uid"])
 
-    def _supervise(self, shared: Shared, made: dict[str, Any], target: Target, *, submitted: bool) -> KubernetesRun:
-        run = KubernetesRun(target, read_job(made), shared.api, self._streams, shared.watch, submitted=submitted)
+    def _supervise(
+        self, shared: SharedWatch, made: dict[str, Any], target: Target, *, submitted: bool
+    ) -> KubernetesRun:
+        run = KubernetesRun(target, read_job(made), shared.client, self._streams, shared.watch, submitted=submitted)
         self._runs.start(run, name=f"mlfleet Job {target.name}", then=shared.release)
         return run
 

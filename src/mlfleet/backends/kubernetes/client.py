@@ -1,4 +1,4 @@
-"""Requests to the API server: three kinds with limits of their own, one kind of error, patience where it helps."""
+"""The client of one cluster: kubernetes-asyncio's requests, with one kind of error and one policy for retries."""
 
 from __future__ import annotations
 
@@ -7,40 +7,44 @@ import functools
 import json
 import logging
 import random
-import ssl
-from collections.abc import Coroutine, Mapping
-from contextlib import AbstractAsyncContextManager, nullcontext
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, nullcontext
+from dataclasses import replace
 from enum import StrEnum
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import urlencode, urlsplit
 
-import anyio
+import aiohttp
 
-from mlfleet.backends.kubernetes.cluster import Cluster
-from mlfleet.backends.kubernetes.credentials import Credentials, Login
+from mlfleet._concurrency.cancellation import complete
+from mlfleet._concurrency.single_flight import SingleFlight
+from mlfleet._concurrency.threads import FILES
+from mlfleet._retry import RetryPolicy, parse_retry_after
+from mlfleet.backends.kubernetes.login import CERTIFICATES, SERVICE_ACCOUNT, Cluster, Login, load_login
 from mlfleet.errors import BackendError
-from mlfleet.http1.client import Client
-from mlfleet.http1.connection import Connection
-from mlfleet.http1.origin import Origin
 
-__all__ = ["Api", "ApiError", "Pool", "pause"]
+__all__ = ["RETRIES", "ApiError", "KubernetesClient", "Pool", "reconnect_pause"]
 
 _log = logging.getLogger("mlfleet.kubernetes")
+
+RETRIES = RetryPolicy(seconds=90.0, first_pause=0.8, longest_pause=30.0)
+"""How requests to every Kubernetes API server are repeated; some calls give up sooner."""
+
 _CONNECT = 10.0  # seconds
-_SILENCE = 60.0  # seconds without a byte of an answer
-_KEEPALIVE = 15.0  # seconds for which an idle connection is kept
-_PATIENCE = 90.0  # seconds for which a request is tried again
-_CONTROLS = 50  # requests at the same time, besides watches and logs
-_OPENING = 4  # logs at the same time: each is a connection of its own
-_LOGINS = 4  # tokens that are tried, each another
-_UNTRUSTED = "Untrusted"
-_RETRIED = (408, 429, 500, 502, 503, 504)
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.8, 30.0
+_READ_TIMEOUT = 60.0  # seconds without a byte of an answer
+_REQUESTS = 50  # requests at the same time, besides watches and logs
+_OPENING_LOGS = 4  # logs that are opened at the same time: each is a connection of its own
+_TOKENS = 4  # different tokens to try for one request
+_LARGEST_ERROR = 2**16  # bytes of a refusal to read
+_READ_BUFFER = 2**21  # bytes, as kubernetes-asyncio has it: events may be larger than aiohttp's default
+_PERMANENT = "Permanent"
+_TRANSIENT = (408, 429, 500, 502, 503, 504)
 
 
 class Pool(StrEnum):
-    """Limits of its own for each, so that a hundred log streams do not keep a cancel from being sent."""
+    """The kinds of requests. Each has connections of its own, so that a hundred log streams never delay a cancel."""
 
     CONTROL = "control"
     WATCH = "watch"
@@ -48,13 +52,13 @@ class Pool(StrEnum):
 
 
 class ApiError(BackendError):
-    """The API server refused, or did not answer.
+    """The API server refused a request, or did not answer.
 
     Attributes:
-        status: of HTTP; None if there was no answer.
-        reason: as Kubernetes says it: ``AlreadyExists``, ``Expired``.
-        detail: what it said.
-        retry_after: seconds that it asked to wait.
+        status: The HTTP status code; None if there was no answer.
+        reason: The reason as Kubernetes names it, such as ``AlreadyExists`` or ``Expired``.
+        detail: The message of the server.
+        retry_after: The seconds that the server asks to wait; None if it does not say.
     """
 
     def __init__(
@@ -74,60 +78,91 @@ class ApiError(BackendError):
         self.retry_after = retry_after
 
     @classmethod
-    def about(
+    def of_request(
         cls, what: str, detail: str, *, status: int | None = None, reason: str = "", retry_after: float | None = None
     ) -> Self:
-        """The error of a request.
+        """Return the error of a request.
 
         Args:
-            what: was being done.
-            detail: what was said.
-            status: of HTTP.
-            reason: as Kubernetes says it.
-            retry_after: seconds that it asked to wait.
+            what: The purpose of the request, such as "creating a Job".
+            detail: The message of the server, or the reason why there is none.
+            status: The HTTP status code; None if there was no answer.
+            reason: The reason as Kubernetes names it.
+            retry_after: The seconds that the server asks to wait.
         """
         code = f" ({status} {reason})".replace(" )", ")") if status is not None else ""
         text = f"the Kubernetes API, {what}: {detail}{code}{_hint(status, detail)}"
         return cls(text, status=status, reason=reason, detail=detail, retry_after=retry_after)
 
     @property
-    def is_passing(self) -> bool:
-        """Whether the same request may well succeed later."""
-        return self.status in _RETRIED or (self.status is None and self.reason != _UNTRUSTED)
+    def is_transient(self) -> bool:
+        """True if the same request may succeed later."""
+        return self.status in _TRANSIENT or (self.status is None and self.reason != _PERMANENT)
 
 
-def pause(attempt: int, asked: float | None = None) -> float:
-    """Seconds before the next attempt: as the server asked, else growing, and never two clients alike.
+def reconnect_pause(attempt: int, retry_after: float | None = None) -> float:
+    """Return the seconds to wait before a watch or a log stream is opened again.
+
+    Not `RETRIES`: a stream has no deadline, and its pauses start anew with every event that arrives. They are random
+    from 0 on, so that clients which lost the same server do not come back together.
 
     Args:
-        attempt: counted from 0.
-        asked: what the server asked for.
+        attempt: The number of attempts without an event before this one.
+        retry_after: The seconds that the server asked to wait.
     """
-    if asked is not None:
-        return asked * random.uniform(1.0, 1.25)  # noqa: S311 - no secret
-    return random.uniform(0.0, min(_FIRST_PAUSE * 2.0 ** min(attempt, 10), _LONGEST_PAUSE))  # noqa: S311
+    if retry_after is not None:
+        return retry_after * random.uniform(1.0, 1.25)  # noqa: S311 - no secret
+    longest = min(RETRIES.first_pause * 2.0 ** min(attempt, 10), RETRIES.longest_pause)
+    return random.uniform(0.0, longest)  # noqa: S311 - no secret
 
 
-class Api:
-    """One cluster."""
+class KubernetesClient:
+    """The requests to one cluster.
 
-    def __init__(self, cluster: Cluster, credentials: Credentials | None = None) -> None:
+    Args:
+        cluster: The cluster.
+        account: The folder of the pod's service account, for a process that runs in the cluster.
+        reread: Seconds after which a token file is read again.
+    """
+
+    def __init__(self, cluster: Cluster, *, account: Path = SERVICE_ACCOUNT, reread: float = 60.0) -> None:
         self.cluster = cluster
-        self._credentials = credentials or Credentials(cluster)
-        self._client = Client(keepalive=_KEEPALIVE, connect=_CONNECT)
-        self._place: tuple[Login, Origin, str] | None = None
-        self._controls = asyncio.Semaphore(_CONTROLS)
-        self._opening_logs = asyncio.Semaphore(_OPENING)
+        self._account = account
+        self._reread = reread
+        self._folder: Path | None = None
+        self._clients: _Clients | None = None
+        self._replaced: set[_Clients] = set()
+        self._logins = 0
+        self._loading: SingleFlight[int, None] = SingleFlight()
+        self._requests = asyncio.Semaphore(_REQUESTS)
+        self._opening_logs = asyncio.Semaphore(_OPENING_LOGS)
 
     async def __aenter__(self) -> Self:
-        await self._credentials.login()
+        async def give_back(folder: Path) -> None:
+            await FILES.run(CERTIFICATES.release)
+
+        self._folder = await FILES.run(CERTIFICATES.acquire, undo=give_back)
+        try:
+            await self._load(0)
+        except BaseException:
+            await complete(self._close)
+            raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with anyio.CancelScope(shield=True):
-            await self._client.close()
+        await complete(self._close)
+
+    async def _close(self) -> None:
+        for clients in (self._clients, *self._replaced):
+            if clients is not None:
+                await clients.close()
+        self._clients = None
+        self._replaced.clear()
+        await FILES.run(CERTIFICATES.release)
+
+    # ---- requests ---------------------------------------------------------------------------------------------------
 
     async def call(
         self,
@@ -137,48 +172,50 @@ class Api:
         *,
         params: Mapping[str, str] | None = None,
         body: Mapping[str, Any] | None = None,
-        patience: float = _PATIENCE,
+        seconds: float = RETRIES.seconds,
     ) -> dict[str, Any]:
-        """A request and its whole answer.
+        """Make a request and return its JSON.
 
-        What passes (429, 5xx, a broken connection) is tried again: also a POST, whose objects all have names that tell
-        whether it had succeeded (409).
+        After a transient error (429, 5xx, a broken connection) the request is repeated. That is safe for a POST, too:
+        all objects have names that tell (409) that an earlier attempt had succeeded.
 
         Args:
-            what: is being done, for the error.
-            method: of HTTP.
-            path: from the root.
-            params: of the query.
-            body: JSON.
-            patience: seconds for which to try again.
+            what: The purpose of the request, for errors, such as "creating a Job".
+            method: The HTTP method.
+            path: The path from the root of the server.
+            params: The parameters of the query.
+            body: The JSON to send.
+            seconds: The time in which the request may be repeated.
 
         Raises:
-            ApiError: it was refused, or not answered in time.
+            ApiError: The server refused the request, or did not answer in time.
         """
-        given_up_at = anyio.current_time() + patience
-        attempt = 0
-        while True:
-            try:
-                async with (
-                    self._controls,
-                    self.stream(what, path, method=method, params=params, body=body, silence=_SILENCE) as answered,
-                ):
-                    data = await answered.read()
-                    for warning in answered.headers("warning"):
-                        _warn(what, warning)
-                answer = json.loads(data)
-                return answer if isinstance(answer, dict) else {}
-            except ApiError as error:
-                seconds = pause(attempt, error.retry_after)
-                if not error.is_passing or anyio.current_time() + seconds > given_up_at:
-                    raise
-                _log.debug("%s; again in %.1f s", error, seconds)
-            except ValueError as error:
-                raise ApiError.about(what, f"an answer that is no JSON: {error}") from error
-            await anyio.sleep(seconds)
-            attempt += 1
 
-    def stream(
+        async def attempt() -> dict[str, Any]:
+            async with (
+                self._requests,
+                self.stream(
+                    what, path, method=method, params=params, body=body, read_timeout=_READ_TIMEOUT
+                ) as response,
+            ):
+                data = await response.read()
+            for warning in response.headers.getall("Warning", ()):
+                _warn(what, warning)
+            try:
+                answer = json.loads(data)
+            except ValueError as error:
+                detail = f"the answer is not JSON: {error}"
+                raise ApiError.of_request(what, detail, reason=_PERMANENT) from error
+            return answer if isinstance(answer, dict) else {}
+
+        return await replace(RETRIES, seconds=seconds).call(
+            attempt,
+            retry_if=lambda error: isinstance(error, ApiError) and error.is_transient,
+            before_pause=lambda error, pause: _log.debug("%s; again in %.1f s", error, pause),
+        )
+
+    @asynccontextmanager
+    async def stream(
         self,
         what: str,
         path: str,
@@ -187,122 +224,194 @@ class Api:
         method: str = "GET",
         params: Mapping[str, str] | None = None,
         body: Mapping[str, Any] | None = None,
-        silence: float | None,
-    ) -> AbstractAsyncContextManager[Connection]:
-        """A request, and its answer as it comes. A token that the server refuses is renewed once.
+        read_timeout: float | None,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Make a request and yield its answer while it arrives. A login that the server refuses is renewed.
 
         Args:
-            what: is being done, for the error.
-            path: from the root.
-            pool: whose limits count.
-            method: of HTTP.
-            params: of the query.
-            body: JSON.
-            silence: seconds without a byte, after which the connection is taken for dead; None: never.
+            what: The purpose of the request, for errors.
+            path: The path from the root of the server.
+            pool: The connections to use.
+            method: The HTTP method.
+            params: The parameters of the query.
+            body: The JSON to send.
+            read_timeout: Seconds without a byte after which the connection counts as broken; None: never.
 
         Raises:
-            ApiError: it was refused; also what breaks the connection inside of the block.
+            ApiError: The server refused the request; also if the connection breaks inside the block.
         """
-        data = None if body is None else json.dumps(body).encode()
-        target = f"{path}?{urlencode(params)}" if params else path
-        return _Stream(self, self._open(what, pool, method, target, data, silence), what)
+        with self._explaining(what):
+            # Hundreds of pods may start at the same moment, and opening a log costs a TLS handshake.
+            async with self._opening_logs if pool is Pool.LOGS else nullcontext():
+                clients, response = await self._open(what, pool, method, path, params, body, read_timeout)
+            try:
+                yield response
+            finally:
+                response.release()
+                clients.users -= 1
+                if self._replaced:
+                    await complete(self._close_unused)
 
     async def _open(
-        self, what: str, pool: Pool, method: str, target: str, data: bytes | None, silence: float | None
-    ) -> Connection:
-        refused: Login | None = None
+        self,
+        what: str,
+        pool: Pool,
+        method: str,
+        path: str,
+        params: Mapping[str, str] | None,
+        body: Mapping[str, Any] | None,
+        read_timeout: float | None,
+    ) -> tuple[_Clients, aiohttp.ClientResponse]:
         tried: set[str] = set()
-        # A thousand pods may begin at once; the event loop has others to serve meanwhile.
-        async with self._opening_logs if pool is Pool.LOGS else nullcontext():
-            while True:
-                login = await self._credentials.login(refused=refused)
-                origin, prefix = self._way(login)
-                headers = _headers(login, method, data)
-                answer = await self._client.request(origin, method, prefix + target, headers, data, silence=silence)
-                if answer.status < 400:
-                    return answer
-                try:
-                    shown = login.authorization or ""
-                    # Short-lived tokens may expire again while a new one is fetched on a busy machine.
-                    if answer.status != 401 or shown in tried or len(tried) >= _LOGINS:
-                        raise await _refusal(what, answer)
-                    await answer.read()
-                    refused = login
-                    tried.add(shown)
-                finally:
-                    self.release(answer)
+        while True:
+            clients, login = await self._current()
+            token = clients.token
+            clients.users += 1
+            response: aiohttp.ClientResponse | None = None
+            try:
+                response = await clients.request(pool, method, path, params, body, read_timeout)
+                if response.status < 400:
+                    return clients, response
+                # Short-lived tokens may expire again while a new one is loaded on a busy machine.
+                if response.status != 401 or token in tried or len(tried) >= _TOKENS:
+                    raise await _refusal(what, response)
+            except aiohttp.ClientError:
+                raise  # some are ValueErrors, too
+            except ValueError as error:
+                detail = f"the request cannot be sent: {error}"
+                raise ApiError.of_request(what, detail, reason=_PERMANENT) from error
+            finally:
+                if response is None or response.status >= 400:
+                    if response is not None:
+                        response.release()
+                    clients.users -= 1
+            tried.add(token)
+            await self._load(login)
 
-    def release(self, answer: Connection) -> None:
-        """Give a connection back.
-
-        Args:
-            answer: that nobody reads any more.
-        """
-        self._client.release(answer)
-
-    def _way(self, login: Login) -> tuple[Origin, str]:
-        """Where a login leads: to the server, and what all its paths begin with."""
-        if self._place is None or self._place[0] is not login:
-            parts = urlsplit(login.host)
-            # A renewed certificate makes new connections.
-            origin = Origin(parts.scheme, parts.netloc, login.tls, login.server_name, login.proxy)
-            self._place = login, origin, parts.path
-        return self._place[1:]
-
-
-def _headers(login: Login, method: str, data: bytes | None) -> list[tuple[str, str]]:
-    headers = [("User-Agent", "mlfleet"), ("Accept", "application/json, */*")]
-    if login.authorization is not None:
-        headers.append(("Authorization", login.authorization))
-    if data is not None:
-        kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
-        headers.append(("Content-Type", kind))
-    return headers
-
-
-class _Stream:
-    """What `Api.stream` gives. No generator: each log that is followed keeps it for the life of its container."""
-
-    __slots__ = ("_answer", "_api", "_opening", "_what")
-
-    def __init__(self, api: Api, opening: Coroutine[Any, Any, Connection], what: str) -> None:
-        self._api = api
-        self._opening = opening
-        self._what = what
-
-    async def __aenter__(self) -> Connection:
+    @contextmanager
+    def _explaining(self, what: str) -> Iterator[None]:
+        name = self.cluster.context
         try:
-            self._answer = await self._opening
-        except ValueError as error:
-            raise ApiError.about(self._what, f"it cannot be sent: {error}", reason=_UNTRUSTED) from error
-        except Exception as error:
-            self._tell(error)
-            raise
-        finally:
-            del self._opening
-        return self._answer
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._api.release(self._answer)
-        self._tell(error)
-
-    def _tell(self, error: BaseException | None) -> None:
-        """Raise what the connection's error means, if it is one."""
-        if not isinstance(error, OSError | EOFError):
-            return
-        name = self._api.cluster.context
-        if isinstance(error.__cause__, ssl.SSLCertVerificationError):
-            text = f"the certificate of {name} is not trusted: {error.__cause__}"
+            yield
+        except aiohttp.ClientConnectorCertificateError as error:
+            text = f"the certificate of {name} is not trusted: {error.certificate_error}"
             hint = "; see certificate-authority and tls-server-name in the kubeconfig"
-            raise ApiError.about(self._what, text + hint, reason=_UNTRUSTED) from error
-        raise ApiError.about(self._what, f"no answer from {name}: {str(error) or type(error).__name__}") from error
+            raise ApiError.of_request(what, text + hint, reason=_PERMANENT) from error
+        except (aiohttp.ClientError, OSError, EOFError) as error:
+            detail = f"no answer from {name}: {str(error) or type(error).__name__}"
+            raise ApiError.of_request(what, detail) from error
+
+    # ---- login ------------------------------------------------------------------------------------------------------
+
+    async def _current(self) -> tuple[_Clients, int]:
+        """Return the clients and the number of the login that they use."""
+        if self._clients is None or self._clients.login.is_due:
+            await self._load(self._logins)
+        assert self._clients is not None  # noqa: S101 - loaded
+        return self._clients, self._logins
+
+    async def _load(self, login: int) -> None:
+        """Load the configuration again, once for all requests that `login` does not serve any more."""
+        if self._logins == login:
+            await self._loading(login, partial(self._load_once, login))
+
+    async def _load_once(self, number: int) -> None:
+        assert self._folder is not None  # noqa: S101 - entered
+        login = await load_login(self.cluster, self._folder, account=self._account, reread=self._reread)
+        old = self._clients
+        if old is not None and old.login.connection_key == login.connection_key:
+            old.renew(login)
+        else:
+            # New certificates need new clients. The old ones serve their watches and logs to the end.
+            self._clients = _Clients(login)
+            if old is not None:
+                self._replaced.add(old)
+                await self._close_unused()
+        self._logins = number + 1
+
+    async def _close_unused(self) -> None:
+        for clients in tuple(self._replaced):
+            if clients.users == 0:
+                self._replaced.discard(clients)
+                await clients.close()
+
+
+class _Clients:
+    """The three ``ApiClient`` objects of one login, each made at its first use.
+
+    Attributes:
+        login: The login; see `renew`.
+        users: The number of requests and streams that use a client now.
+    """
+
+    def __init__(self, login: Login) -> None:
+        self.login = login
+        self.users = 0
+        self._configuration = login.configuration
+        # Without a limit of connections: the semaphores of `KubernetesClient` limit requests, and each log is one.
+        self._configuration.connection_pool_maxsize = 0
+        self._clients: dict[Pool, Any] = {}
+
+    @property
+    def token(self) -> str:
+        """The value of the ``Authorization`` header."""
+        return self.login.token
+
+    def renew(self, login: Login) -> None:
+        """Use the token of another login from now on."""
+        self.login = login
+        self._configuration.api_key.clear()
+        self._configuration.api_key.update(login.configuration.api_key)
+
+    async def request(
+        self,
+        pool: Pool,
+        method: str,
+        path: str,
+        params: Mapping[str, str] | None,
+        body: Mapping[str, Any] | None,
+        read_timeout: float | None,
+    ) -> aiohttp.ClientResponse:
+        """Send a request. The status of the answer is not checked, since kubernetes-asyncio does so only for models."""
+        response: aiohttp.ClientResponse = await self._client(pool).call_api(
+            path,
+            method,
+            query_params=dict(params or {}),
+            header_params={"Accept": "application/json, */*"},
+            body=None if body is None else dict(body),
+            auth_settings=["BearerToken"],
+            _preload_content=False,
+            _request_timeout=aiohttp.ClientTimeout(sock_connect=_CONNECT, sock_read=read_timeout),
+        )
+        return response
+
+    def _client(self, pool: Pool) -> Any:
+        client = self._clients.get(pool)
+        if client is None:
+            from kubernetes_asyncio.client import ApiClient
+
+            # Its aiohttp session must be made on the event loop, and its TLS context is made with it: 1 ms with a
+            # certificate-authority, 30 ms with those of the system. So the three are made at different times.
+            client = ApiClient(self._configuration)
+            client.user_agent = "mlfleet"
+            # aiohttp would apply the environment's proxies and a NO_PROXY without CIDRs: the login has chosen already.
+            session = client.rest_client.pool_manager
+            connector = session.connector
+            session.detach()
+            client.rest_client.pool_manager = aiohttp.ClientSession(connector=connector, read_bufsize=_READ_BUFFER)
+            self._clients[pool] = client
+        return client
+
+    async def close(self) -> None:
+        """Close the connections."""
+        for client in self._clients.values():
+            await client.close()
+        self._clients.clear()
 
 
 @functools.lru_cache(maxsize=256)
 def _warn(what: str, header: str) -> None:
-    """Once, not for each of hundreds of runs: a field of the template that is not known, or is deprecated.
+    """Log a warning of the server, such as an unknown field of the template, once for hundreds of runs.
 
     https://www.rfc-editor.org/rfc/rfc7234#section-5.5
     """
@@ -310,25 +419,23 @@ def _warn(what: str, header: str) -> None:
     _log.warning("the cluster warns (%s): %s", what, text.replace('\\"', '"'))
 
 
-async def _refusal(what: str, answer: Connection) -> ApiError:
-    text = (await answer.read(2**16)).decode(errors="replace")
+async def _refusal(what: str, response: aiohttp.ClientResponse) -> ApiError:
+    text = (await response.content.read(_LARGEST_ERROR)).decode(errors="replace")
     try:
         body = json.loads(text)
     except ValueError:
         body = {}
     if not isinstance(body, dict):
         body = {}
-    seconds = next(iter(answer.headers("retry-after")), None) or (body.get("details") or {}).get("retryAfterSeconds")
-    try:
-        retry_after = float(seconds) if seconds is not None else None
-    except ValueError:  # a date
-        retry_after = None
-    return ApiError.about(
+    retry_after = parse_retry_after(response.headers)
+    if retry_after is None:
+        retry_after = (body.get("details") or {}).get("retryAfterSeconds")
+    return ApiError.of_request(
         what,
-        str(body.get("message") or " ".join(text.split())[:300] or answer.reason),
-        status=answer.status,
+        str(body.get("message") or " ".join(text.split())[:300] or response.reason),
+        status=response.status,
         reason=str(body.get("reason") or ""),
-        retry_after=retry_after,
+        retry_after=float(retry_after) if isinstance(retry_after, int | float) else None,
     )
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from mlfleet._text.documents import Node, nearest, read_yaml
-from mlfleet.backends.kubernetes.cluster import Cluster, find_cluster
 from mlfleet.backends.kubernetes.diagnosis import Kind
+from mlfleet.backends.kubernetes.login import Cluster, find_cluster
 from mlfleet.backends.kubernetes.names import NAME
 from mlfleet.errors import SpecError, UsageError
 

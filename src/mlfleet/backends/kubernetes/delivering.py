@@ -13,7 +13,7 @@ from mlfleet._oci.references import parse_reference
 from mlfleet._project.content import content_hash
 from mlfleet._project.git import Checkouts
 from mlfleet.backends.base import Job
-from mlfleet.backends.kubernetes.client import Api
+from mlfleet.backends.kubernetes.client import KubernetesClient
 from mlfleet.backends.kubernetes.config import CodeDelivery, KubernetesConfig
 from mlfleet.backends.kubernetes.delivery import ConfigMaps, configmap_code, git_code
 from mlfleet.backends.kubernetes.manifest import Code
@@ -33,11 +33,11 @@ class Deliveries:
         self._checkouts = Checkouts()
         self._pushes: SingleFlight[tuple[str, ...], str] = SingleFlight(keep=True)
 
-    async def deliver(self, api: Api, job: Job, config: KubernetesConfig, image: str) -> Code:
+    async def deliver(self, client: KubernetesClient, job: Job, config: KubernetesConfig, image: str) -> Code:
         """Bring the code there.
 
         Args:
-            api: of the cluster.
+            client: of the cluster.
             job: the run.
             config: of its backend.
             image: to run in, or to build on.
@@ -49,7 +49,7 @@ class Deliveries:
             case CodeDelivery.NONE:
                 return Code(image=image)
             case CodeDelivery.CONFIGMAP:
-                return configmap_code(image, await self._configmaps.put(api, job, config.namespace))
+                return configmap_code(image, await self._configmaps.put(client, job, config.namespace))
             case CodeDelivery.GIT:
                 folder = job.project_dir
                 return _git(image, config, await self._sources(folder, partial(git_source, self._checkouts, folder)))

@@ -12,7 +12,7 @@ from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.threads import PROJECTS
 from mlfleet._project.content import content_hash, pack
 from mlfleet.backends.base import Job
-from mlfleet.backends.kubernetes.client import Api, ApiError
+from mlfleet.backends.kubernetes.client import ApiError, KubernetesClient
 from mlfleet.backends.kubernetes.config import KubernetesConfig
 from mlfleet.backends.kubernetes.launch import escape
 from mlfleet.backends.kubernetes.manifest import Code
@@ -100,7 +100,7 @@ class ConfigMaps:
     def __init__(self) -> None:
         self._made: SingleFlight[tuple[str, str, str], str] = SingleFlight(keep=True)
 
-    async def put(self, api: Api, job: Job, namespace: str) -> str:
+    async def put(self, client: KubernetesClient, job: Job, namespace: str) -> str:
         """The name of the ConfigMap with the project.
 
         Raises:
@@ -109,10 +109,10 @@ class ConfigMaps:
             FetchError: the project's files cannot be read.
         """
         digest = await content_hash(job.project_dir)
-        key = (api.cluster.context, namespace, digest)
-        return await self._made(key, partial(self._make, api, job, namespace))
+        key = (client.cluster.context, namespace, digest)
+        return await self._made(key, partial(self._make, client, job, namespace))
 
-    async def _make(self, api: Api, job: Job, namespace: str) -> str:
+    async def _make(self, client: KubernetesClient, job: Job, namespace: str) -> str:
         packed = await pack(job.project_dir)
         with closing(packed.file):
             data = await PROJECTS.run(partial(_compress, packed.file))
@@ -131,7 +131,7 @@ class ConfigMaps:
             "binaryData": {"project.tar.gz": await PROJECTS.run(lambda: base64.b64encode(data).decode())},
         }
         try:
-            await api.call("storing the project", "POST", f"/api/v1/namespaces/{namespace}/configmaps", body=body)
+            await client.call("storing the project", "POST", f"/api/v1/namespaces/{namespace}/configmaps", body=body)
         except ApiError as error:
             if error.status != 409:  # somebody made it before: the same content has the same name
                 raise

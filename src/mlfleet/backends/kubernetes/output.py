@@ -14,7 +14,7 @@ from typing import Protocol
 import anyio
 
 from mlfleet._concurrency.threads import FILES
-from mlfleet.backends.kubernetes.client import Api, ApiError, Pool, pause
+from mlfleet.backends.kubernetes.client import ApiError, KubernetesClient, Pool, reconnect_pause
 from mlfleet.errors import SubmitError
 
 __all__ = ["Copier", "End", "LogStream", "Streams"]
@@ -210,14 +210,14 @@ class Copier:
     """Copies the logs of the pods of one run.
 
     Args:
-        api: of the cluster.
+        client: of the cluster.
         streams: of all runs.
         namespace: of the pods.
         path: of the file to write; None: the stdout of this process.
     """
 
-    def __init__(self, api: Api, streams: Streams, namespace: str, path: Path | None) -> None:
-        self._api = api
+    def __init__(self, client: KubernetesClient, streams: Streams, namespace: str, path: Path | None) -> None:
+        self._client = client
         self._streams = streams
         self._namespace = namespace
         self._path = path
@@ -266,7 +266,7 @@ class Copier:
                 _log.warning("the output of the pod %s is not all there: the API server gives no more of it", pod)
                 break
             # Never for long: the end of the run waits for its output.
-            seconds = pause(min(attempt, 2))
+            seconds = reconnect_pause(min(attempt, 2))
             if end.is_there and not complete:
                 await anyio.sleep(seconds)
             with anyio.move_on_after(seconds):
@@ -287,10 +287,12 @@ class Copier:
             params["sinceTime"] = stream.since
         path = f"/api/v1/namespaces/{self._namespace}/pods/{pod}/log"
         silence = None if follow else _SILENCE
-        async with self._api.stream("reading a log", path, pool=Pool.LOGS, params=params, silence=silence) as answer:
-            while data := await answer.chunk():
+        async with self._client.stream(
+            "reading a log", path, pool=Pool.LOGS, params=params, read_timeout=silence
+        ) as answer:
+            while data := await answer.content.readany():
                 await self._write(stream.feed(data))
-                if len(data) < _SMALL and not answer.is_complete:
+                if len(data) < _SMALL and not answer.content.at_eof():
                     await anyio.sleep(_GATHER)
 
     async def _write(self, data: bytes) -> None:

@@ -17,7 +17,7 @@ import anyio
 from mlfleet._hosts import has_loopback_host
 from mlfleet._oci.login import find_credentials
 from mlfleet._oci.references import HUB, Reference
-from mlfleet.backends.kubernetes.client import pause
+from mlfleet.backends.kubernetes.client import reconnect_pause as pause
 from mlfleet.errors import BackendError
 
 __all__ = ["Registries", "RegistryError"]

@@ -7,16 +7,17 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import anyio
 
 from mlfleet._concurrency.cancellation import wait_done
 from mlfleet.backends._remote.run import SupervisedRun
 from mlfleet.backends._remote.state_cache import CachedState
-from mlfleet.backends.kubernetes.client import Api, ApiError
+from mlfleet.backends.kubernetes.client import ApiError, KubernetesClient
 from mlfleet.backends.kubernetes.config import StartTimeouts
-from mlfleet.backends.kubernetes.deletion import delete_job, warnings_of
 from mlfleet.backends.kubernetes.diagnosis import Hindrance, Kind, hindrance, outcome
+from mlfleet.backends.kubernetes.jobs import delete_job, warnings_of
 from mlfleet.backends.kubernetes.output import Copier, Streams
 from mlfleet.backends.kubernetes.state import JobState, PodState, Seen, job_of_pod, read_pod
 from mlfleet.backends.kubernetes.watch import NamespaceWatch
@@ -66,14 +67,21 @@ class KubernetesRun(SupervisedRun):
     noun = "Job"
 
     def __init__(
-        self, target: Target, job: JobState, api: Api, streams: Streams, watch: NamespaceWatch, *, submitted: bool
+        self,
+        target: Target,
+        job: JobState,
+        client: KubernetesClient,
+        streams: Streams,
+        watch: NamespaceWatch,
+        *,
+        submitted: bool,
     ) -> None:
         super().__init__(target.run_id, target.output, submitted=submitted)
         self.target = target
-        self._api = api
+        self._client = client
         self._watch = watch
         self._cell = watch.track(job)
-        self._copier = Copier(api, streams, target.namespace, target.output)
+        self._copier = Copier(client, streams, target.namespace, target.output)
         self._started = asyncio.Event()
         self._grace: float | None = None
         self._stop_changed: asyncio.Event | None = None  # hundreds of runs live at the same time, and few are stopped
@@ -117,7 +125,7 @@ class KubernetesRun(SupervisedRun):
 
     async def _remove(self) -> None:
         try:
-            await delete_job(self._api, self.target.namespace, self.target.name, self.target.uid)
+            await delete_job(self._client, self.target.namespace, self.target.name, self.target.uid)
         except MlfleetError as error:
             _log.warning("the Job %s stays: %s", self.target.name, error)
 
@@ -126,7 +134,7 @@ class KubernetesRun(SupervisedRun):
         if not self.submitted:
             return
         try:
-            await delete_job(self._api, self.target.namespace, self.target.name, self.target.uid, patience=10)
+            await delete_job(self._client, self.target.namespace, self.target.name, self.target.uid, seconds=10)
         except MlfleetError as error:
             _log.warning("the Job %s may still run: %s", self.target.name, error)
 
@@ -181,12 +189,12 @@ class KubernetesRun(SupervisedRun):
         with anyio.move_on_after(_POD_COMES):
             return await self._cell.until(told)
         try:
-            answer = await self._api.call(
+            answer = await self._client.call(
                 "looking for the pods of a Job",
                 "GET",
                 f"/api/v1/namespaces/{self.target.namespace}/pods",
                 params={"labelSelector": f"batch.kubernetes.io/job-name={self.target.name}"},
-                patience=10,
+                seconds=10,
             )
         except ApiError as error:
             _log.debug("%s", error)
@@ -249,7 +257,7 @@ class KubernetesRun(SupervisedRun):
 
     async def _warn(self, found: Hindrance) -> None:
         # Why there is no pod, such as a quota, only the Job's events tell; a pod says by itself why it waits.
-        said = () if found.pod else await warnings_of(self._api, self.target.namespace, self.target.name)
+        said = () if found.pod else await warnings_of(self._client, self.target.namespace, self.target.name)
         _log.warning("the run %s does not start yet: %s", self.run_id, "; ".join((found.text, *said[-1:])))
 
     async def _passes(self, kind: Kind, seconds: float | None) -> bool:
@@ -263,7 +271,7 @@ class KubernetesRun(SupervisedRun):
 
     async def _never_started(self, error: _NeverStarts) -> Outcome:
         found = error.hindrance
-        said = await warnings_of(self._api, self.target.namespace, found.pod or self.target.name)
+        said = await warnings_of(self._client, self.target.namespace, found.pod or self.target.name)
         reason = f"the run did not start within {error.seconds:g} s: {found.text}"
         await self._abandon()
         with anyio.move_on_after(self.target.grace + _STUCK):
@@ -279,7 +287,7 @@ class KubernetesRun(SupervisedRun):
         if self._cell.value is not None and self._cell.value.ended:
             return
         target, sent = self.target, self.target.grace
-        self._cut = await delete_job(self._api, target.namespace, target.name, target.uid)
+        self._cut = await delete_job(self._client, target.namespace, target.name, target.uid)
         stuck_at = anyio.current_time() + self._grace + _STUCK
         while True:
             self._stop_changed.clear()
@@ -296,13 +304,15 @@ class KubernetesRun(SupervisedRun):
                 raise RunLost(text, backend="kubernetes")
 
     async def _hurry(self, grace: float) -> None:
-        body = {"kind": "DeleteOptions", "apiVersion": "v1", "gracePeriodSeconds": max(1, round(grace))}
+        body: dict[str, Any] = {"kind": "DeleteOptions", "apiVersion": "v1", "gracePeriodSeconds": max(1, round(grace))}
         for pod in self._pods:
             if pod.ended:
                 continue
             path = f"/api/v1/namespaces/{self.target.namespace}/pods/{pod.name}"
             try:
-                await self._api.call("ending a pod", "DELETE", path, body={**body, "preconditions": {"uid": pod.uid}})
+                await self._client.call(
+                    "ending a pod", "DELETE", path, body={**body, "preconditions": {"uid": pod.uid}}
+                )
             except ApiError as error:
                 if error.status not in (404, 409):
                     _log.warning("a shorter grace time cannot be given to the pod %s: %s", pod.name, error)

@@ -9,18 +9,21 @@ import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
 import anyio
 
+from mlfleet._concurrency.cancellation import complete
 from mlfleet.backends._remote.state_cache import CachedState, StateCache
-from mlfleet.backends.kubernetes.client import Api, ApiError, Pool, pause
+from mlfleet.backends.kubernetes.client import ApiError, KubernetesClient, Pool, reconnect_pause
+from mlfleet.backends.kubernetes.login import Cluster
 from mlfleet.backends.kubernetes.state import MANAGED_BY, JobState, PodState, Seen, job_of_pod, read_job, read_pod
 from mlfleet.errors import BackendError, MlfleetError
 
-__all__ = ["NamespaceWatch"]
+__all__ = ["NamespaceWatch", "SharedWatch", "WatchPool"]
 
 _log = logging.getLogger("mlfleet.kubernetes")
 _PAGE = "100"  # objects of a list at once: thousands would be decoded in one piece, and hold up the event loop
@@ -39,19 +42,19 @@ class NamespaceWatch:
     """What is known of the runs of one namespace, by the uid of the Job. Somebody who waits costs no request.
 
     Args:
-        api: of the cluster.
+        client: of the cluster.
         namespace: in it.
         idle: seconds without a byte, after which a connection is taken for dead; bookmarks come once a minute.
     """
 
-    def __init__(self, api: Api, namespace: str, *, idle: float = _IDLE) -> None:
+    def __init__(self, client: KubernetesClient, namespace: str, *, idle: float = _IDLE) -> None:
         self._store = _Store()
         self._watch: StateCache[Seen] = StateCache(self._feed, name=f"the watch of the namespace {namespace}")
         jobs, pods = f"/apis/batch/v1/namespaces/{namespace}/jobs", f"/api/v1/namespaces/{namespace}/pods"
         labels, now = {"labelSelector": f"{MANAGED_BY}=mlfleet"}, self._watch.now
         self._followers = (
-            _Follower(api, jobs, labels, self._take_job, self._take_jobs, now, idle),
-            _Follower(api, pods, labels, self._take_pod, self._take_pods, now, idle),
+            _Follower(client, jobs, labels, self._take_job, self._take_jobs, now, idle),
+            _Follower(client, pods, labels, self._take_pod, self._take_pods, now, idle),
         )
         self._synced = anyio.Event()
         self.failed: MlfleetError | None = None
@@ -252,7 +255,7 @@ class _Follower:
 
     def __init__(
         self,
-        api: Api,
+        client: KubernetesClient,
         path: str,
         selector: Mapping[str, str],
         take: Callable[[str, Mapping[str, Any]], None],
@@ -260,7 +263,7 @@ class _Follower:
         now: Callable[[], int],
         idle: float,
     ) -> None:
-        self._api = api
+        self._client = client
         self._idle = idle
         self._now = now
         self._path = path
@@ -293,7 +296,7 @@ class _Follower:
                 self._doubt_silence()
                 if error.status == 410:
                     self._version = None
-                elif not error.is_passing and error.status != 401:
+                elif not error.is_transient and error.status != 401:
                     raise
                 self._check_patience(error, _REFUSED if error.status == 401 else _AWAY)
                 _log.debug("%s", error)
@@ -304,7 +307,7 @@ class _Follower:
                 await self._rest(None)
 
     async def _rest(self, asked: float | None) -> None:
-        seconds = pause(self._attempt, asked)
+        seconds = reconnect_pause(self._attempt, asked)
         self._attempt += 1
         await anyio.sleep(seconds)
 
@@ -333,8 +336,8 @@ class _Follower:
             items: list[Mapping[str, Any]] = []
             params = {**self._selector, "limit": _PAGE}
             while True:
-                answer = await self._api.call(
-                    self._what, "GET", self._path, params=params, patience=_PATIENCE if self.listed else _FIRST
+                answer = await self._client.call(
+                    self._what, "GET", self._path, params=params, seconds=_PATIENCE if self.listed else _FIRST
                 )
                 items += answer.get("items") or ()
                 meta = answer.get("metadata") or {}
@@ -361,10 +364,10 @@ class _Follower:
             "resourceVersion": self._version or "",
         }
         count = 0
-        stream = self._api.stream(self._what, self._path, pool=Pool.WATCH, params=params, silence=self._idle)
+        stream = self._client.stream(self._what, self._path, pool=Pool.WATCH, params=params, read_timeout=self._idle)
         async with stream as answer:
             pending = bytearray()
-            while data := await answer.chunk():
+            while data := await answer.content.readany():
                 start = len(pending)
                 pending += data
                 if pending.find(b"\n", start) < 0:
@@ -386,11 +389,11 @@ class _Follower:
             if kind != "ERROR":
                 version = str(raw["metadata"]["resourceVersion"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ApiError.about(self._what, f"an event that cannot be read: {error!r}") from error
+            raise ApiError.of_request(self._what, f"an event that cannot be read: {error!r}") from error
         if kind == "ERROR":
             code = raw.get("code")
             seconds = (raw.get("details") or {}).get("retryAfterSeconds")
-            raise ApiError.about(
+            raise ApiError.of_request(
                 self._what,
                 str(raw.get("message")),
                 status=code if isinstance(code, int) else 500,
@@ -401,3 +404,86 @@ class _Follower:
         if kind in ("ADDED", "MODIFIED", "DELETED"):
             self._take(kind, raw)
         self._version = version
+
+
+@dataclass(slots=True)
+class SharedWatch:
+    """The watch of a namespace, shared by all its runs.
+
+    Attributes:
+        owner: The pool that opened it.
+        client: The client of its cluster.
+        watch: The watch itself.
+        key: The cluster and the namespace.
+        users: The number of runs that use it.
+    """
+
+    owner: WatchPool
+    client: KubernetesClient
+    watch: NamespaceWatch
+    key: tuple[Cluster, str]
+    users: int = 0
+
+    async def release(self) -> None:
+        """Give the watch back; the last user closes it."""
+        await self.owner.release(self)
+
+
+class WatchPool:
+    """Opens the client of each cluster and the watch of each namespace at its first use.
+
+    The last run of a namespace closes its watch; clients stay open for the next run.
+    """
+
+    def __init__(self) -> None:
+        self._clients: dict[Cluster, KubernetesClient] = {}
+        self._watches: dict[tuple[Cluster, str], SharedWatch] = {}
+        self._opened = AsyncExitStack()
+        self._lock = asyncio.Lock()
+
+    async def client(self, cluster: Cluster) -> KubernetesClient:
+        """Return the client of a cluster.
+
+        Raises:
+            BackendError: The login failed.
+        """
+        async with self._lock:
+            return await self._client(cluster)
+
+    async def _client(self, cluster: Cluster) -> KubernetesClient:
+        if cluster not in self._clients:
+            self._clients[cluster] = await self._opened.enter_async_context(KubernetesClient(cluster))
+        return self._clients[cluster]
+
+    async def acquire(self, cluster: Cluster, namespace: str) -> SharedWatch:
+        """Return the watch of a namespace; `SharedWatch.release` it.
+
+        Raises:
+            BackendError: The cluster cannot be reached, or it does not allow the watch.
+        """
+        async with self._lock:
+            key = (cluster, namespace)
+            shared = self._watches.get(key)
+            if shared is None or shared.watch.failed is not None:
+                client = await self._client(cluster)
+                shared = SharedWatch(self, client, await NamespaceWatch(client, namespace).__aenter__(), key)
+                self._watches[key] = shared
+            shared.users += 1
+            return shared
+
+    async def release(self, shared: SharedWatch) -> None:
+        """Give a watch back; the last user closes it."""
+
+        async def release() -> None:
+            async with self._lock:
+                shared.users -= 1
+                if shared.users == 0:
+                    if self._watches.get(shared.key) is shared:
+                        del self._watches[shared.key]
+                    await shared.watch.__aexit__(None, None, None)
+
+        await complete(release)
+
+    async def close(self) -> None:
+        """Close the clients. Every watch must have been released before."""
+        await self._opened.aclose()

@@ -1,0 +1,172 @@
+"""Requests about the Job of one run: to create it, to find it again, to delete it, and to read what was said of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from mlfleet.backends.kubernetes.client import RETRIES, ApiError, KubernetesClient
+from mlfleet.backends.kubernetes.manifest import SUBMISSION
+from mlfleet.backends.kubernetes.names import label_value
+from mlfleet.backends.kubernetes.state import RUN_LABEL, read_job
+from mlfleet.errors import RunLost, SubmitError
+
+__all__ = ["create_job", "create_secret", "delete_job", "find_job", "job_path", "warnings_of"]
+
+_log = logging.getLogger("mlfleet.kubernetes")
+_QUOTED = 5  # events
+
+
+def job_path(namespace: str, name: str = "") -> str:
+    """Return the path of a Job, or of all Jobs of a namespace."""
+    return f"/apis/batch/v1/namespaces/{namespace}/jobs" + (f"/{name}" if name else "")
+
+
+async def create_job(
+    client: KubernetesClient, namespace: str, manifest: Mapping[str, Any], run_id: str
+) -> dict[str, Any]:
+    """Create the Job of a run, or adopt the one that an earlier attempt has created.
+
+    A request without an answer is repeated; the name tells whether the first one had succeeded.
+
+    Args:
+        client: The client of the cluster.
+        namespace: The namespace of the Job.
+        manifest: The manifest of the Job.
+        run_id: The id of the MLflow run.
+
+    Returns:
+        The Job as the API server has it.
+
+    Raises:
+        SubmitError: The server refused it; the text says why.
+    """
+    name = manifest["metadata"]["name"]
+    while True:
+        try:
+            return await client.call("creating a Job", "POST", job_path(namespace), body=manifest)
+        except ApiError as error:
+            if error.status != 409:
+                raise _refusal(error, namespace) from error
+        try:
+            found = await client.call("looking for a Job", "GET", job_path(namespace, name))
+        except ApiError as error:
+            if error.status == 404:
+                continue  # deleted between the two requests
+            raise
+        return _adopt(found, manifest, run_id)
+
+
+def _adopt(found: dict[str, Any], manifest: Mapping[str, Any], run_id: str) -> dict[str, Any]:
+    meta = found["metadata"]
+    name = meta["name"]
+    if (meta.get("labels") or {}).get(RUN_LABEL) != label_value(run_id):
+        raise SubmitError(f"a Job {name} exists already and does not belong to this run", backend="kubernetes")
+    if "deletionTimestamp" in meta:
+        raise SubmitError(
+            f"the Job {name} of an earlier attempt at this run is being deleted: try again when it is gone",
+            backend="kubernetes",
+        )
+    mine = manifest["metadata"]["annotations"][SUBMISSION]
+    if (meta.get("annotations") or {}).get(SUBMISSION) != mine:
+        ended = (
+            "has ended: its result is taken. To run it again, delete the Job" if read_job(found).ended else "is there"
+        )
+        _log.warning("the Job %s of this run, that an earlier process created, %s", name, ended)
+    return found
+
+
+async def create_secret(client: KubernetesClient, namespace: str, manifest: Mapping[str, Any]) -> None:
+    """Create the Secret of a run, unless the Job that was adopted has one.
+
+    Raises:
+        SubmitError: The server refused it.
+    """
+    try:
+        await client.call("creating a Secret", "POST", f"/api/v1/namespaces/{namespace}/secrets", body=manifest)
+    except ApiError as error:
+        if error.status == 409:
+            return
+        raise _refusal(error, namespace) from error
+
+
+async def find_job(client: KubernetesClient, namespace: str, name: str, run_id: str) -> dict[str, Any]:
+    """Return the Job that an earlier process created.
+
+    Raises:
+        RunLost: It does not exist any more.
+    """
+    try:
+        found = await client.call("looking for a Job", "GET", job_path(namespace, name))
+    except ApiError as error:
+        if error.status != 404:
+            raise
+        where = f"the namespace {namespace} of {client.cluster.context}"
+        text = f"the Job {name} of the run {run_id} is not in {where} any more"
+        raise RunLost(text, backend="kubernetes") from error
+    if (found["metadata"].get("labels") or {}).get(RUN_LABEL) != label_value(run_id):
+        raise RunLost(f"the Job {name} does not belong to the run {run_id}", backend="kubernetes")
+    return found
+
+
+async def delete_job(
+    client: KubernetesClient, namespace: str, name: str, uid: str, *, seconds: float = RETRIES.seconds
+) -> bool:
+    """Ask for the deletion of a Job, after that of its pods. It may take their grace time until they are gone.
+
+    Args:
+        client: The client of the cluster.
+        namespace: The namespace of the Job.
+        name: The name of the Job.
+        uid: The uid of the Job; another one with the same name is left alone.
+        seconds: The time in which the request may be repeated.
+
+    Returns:
+        True if this cut the Job short: it existed and had not ended before.
+
+    Raises:
+        ApiError: It cannot be deleted.
+    """
+    # In the body: without it batch/v1 leaves the pods running and only says so in a warning. With "Background" the Job
+    # would be gone at once, and the end of its pods could not be seen.
+    body = {
+        "kind": "DeleteOptions",
+        "apiVersion": "v1",
+        "propagationPolicy": "Foreground",
+        "preconditions": {"uid": uid},
+    }
+    try:
+        answer = await client.call("deleting a Job", "DELETE", job_path(namespace, name), body=body, seconds=seconds)
+    except ApiError as error:
+        if error.status in (404, 409):  # gone, or another Job has its name
+            return False
+        raise
+    if answer.get("kind") != "Job":
+        return True
+    return not read_job(answer).ended
+
+
+async def warnings_of(client: KubernetesClient, namespace: str, name: str) -> list[str]:
+    """Return the last warnings that the cluster gave about a pod or a Job, newest last; none if they cannot be read."""
+    params = {"fieldSelector": f"involvedObject.name={name}"}
+    path = f"/api/v1/namespaces/{namespace}/events"
+    try:
+        answer = await client.call("reading the events of a pod", "GET", path, params=params, seconds=5)
+    except ApiError:
+        return []
+    found = [each for each in answer.get("items") or () if each.get("type") != "Normal"]
+    found.sort(key=lambda event: str(event.get("lastTimestamp") or event.get("eventTime") or ""))
+    return [_line(event) for event in found[-_QUOTED:]]
+
+
+def _line(event: dict[str, Any]) -> str:
+    message = " ".join(str(event.get("message") or "").split())
+    return f"{event.get('reason')}: {message[:400]}"
+
+
+def _refusal(error: ApiError, namespace: str) -> SubmitError:
+    if error.status == 404:
+        text = f"there is no namespace {namespace}: {error.detail}. Create it, or give another in backend_config"
+        return SubmitError(text, backend="kubernetes")
+    return SubmitError(str(error), backend="kubernetes")
