@@ -8,16 +8,16 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import anyio
 
 from mlfleet._concurrency.threads import LOGINS
-from mlfleet._oci.docker_config import config_folder, read_config
 from mlfleet._process.process import run_process
 from mlfleet.errors import BackendError, UsageError
 
-__all__ = ["check_auth", "find_credentials", "header", "registry_of"]
+__all__ = ["check_auth", "config_folder", "find_credentials", "header", "read_config", "registry_of"]
 
 HUB = "https://index.docker.io/v1/"
 _KEYS = ("username", "password", "email", "registry", "reauth", "dockercfg_path", "identitytoken")
@@ -39,6 +39,30 @@ def check_auth(auth: Mapping[str, Any] | None) -> None:
         raise UsageError(f"docker_auth has {', '.join(unknown)}: it takes {', '.join(_KEYS)}")
     if not auth.get("identitytoken") and not (auth.get("username") and auth.get("password")):
         raise UsageError("docker_auth needs username and password, or identitytoken")
+
+
+def config_folder(environ: Mapping[str, str]) -> Path:
+    """The folder of Docker's own configuration: ``DOCKER_CONFIG``, else ``~/.docker``."""
+    given = environ.get("DOCKER_CONFIG")
+    return Path(given) if given else Path.home() / ".docker"
+
+
+def read_config(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Docker's ``config.json``; empty if there is none. Blocking.
+
+    Raises:
+        BackendError: it is no JSON object.
+    """
+    path = config_folder(environ) / "config.json"
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError:
+        return {}
+    except ValueError as error:
+        raise BackendError(f"Docker's configuration {path} is no JSON: {error}", backend="docker") from error
+    if not isinstance(data, dict):
+        raise BackendError(f"Docker's configuration {path} is no JSON object", backend="docker")
+    return data
 
 
 def registry_of(image: str) -> str:

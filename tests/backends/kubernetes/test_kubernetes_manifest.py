@@ -20,8 +20,7 @@ from mlfleet.backends.base import DockerRequest, Job
 from mlfleet.backends.kubernetes import KubernetesBackend
 from mlfleet.backends.kubernetes.config import KubernetesConfig, parse_config
 from mlfleet.backends.kubernetes.delivery import configmap_code
-from mlfleet.backends.kubernetes.launch import launch
-from mlfleet.backends.kubernetes.manifest import Code, job_manifest
+from mlfleet.backends.kubernetes.manifest import Code, job_manifest, launch
 from mlfleet.backends.kubernetes.names import NAME, container_name, job_name
 from mlfleet.errors import MlfleetError, SpecError, UsageError
 from mlfleet.resources import Resources

@@ -22,7 +22,7 @@ from aiodocker.exceptions import DockerError
 
 from mlfleet._concurrency.threads import LOGINS
 from mlfleet._hosts import has_loopback_host
-from mlfleet._oci.docker_config import config_folder, read_config
+from mlfleet._oci.login import config_folder, read_config
 from mlfleet._retry import RetryPolicy
 from mlfleet._text.masking import mask_query
 from mlfleet.errors import BackendError

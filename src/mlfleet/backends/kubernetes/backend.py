@@ -20,10 +20,18 @@ from mlfleet._text.masking import MASK
 from mlfleet.backends._remote.run import SupervisedRuns
 from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job
 from mlfleet.backends.kubernetes.config import KubernetesConfig, parse_config
-from mlfleet.backends.kubernetes.delivering import Deliveries, previewed
-from mlfleet.backends.kubernetes.environ import check_copied, check_tracking, variables
+from mlfleet.backends.kubernetes.delivery import Deliveries, preview_code
 from mlfleet.backends.kubernetes.jobs import create_job, create_secret, delete_job, find_job
-from mlfleet.backends.kubernetes.manifest import grace_of, host_volumes, image_of, job_manifest, secret_manifest
+from mlfleet.backends.kubernetes.manifest import (
+    check_copied,
+    check_tracking,
+    grace_of,
+    host_volumes,
+    image_of,
+    job_manifest,
+    secret_manifest,
+    variables,
+)
 from mlfleet.backends.kubernetes.names import job_name
 from mlfleet.backends.kubernetes.output import Streams
 from mlfleet.backends.kubernetes.run import KubernetesRun, Target
@@ -100,7 +108,7 @@ class KubernetesBackend(Backend):
 
         config = _config(job)
         plain, secret = variables(job, config.tracking_uri, os.environ)
-        code = previewed(job, config, image_of(job, config))
+        code = preview_code(job, config, image_of(job, config))
         manifest = job_manifest(job, config, code, plain, secrets=tuple(secret), submission="(of the run)")
         documents = [manifest]
         if secret:

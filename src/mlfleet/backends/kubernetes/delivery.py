@@ -1,32 +1,36 @@
-"""Getting the project's files into the container without a registry: not at all, by a ConfigMap, by Git."""
+"""Bringing the project's code to the cluster, in the way that ``code-delivery`` names."""
 
 from __future__ import annotations
 
 import base64
 import gzip
+from collections.abc import Awaitable, Callable
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import IO, Any
 
 from mlfleet._concurrency.single_flight import SingleFlight
-from mlfleet._concurrency.threads import PROJECTS
+from mlfleet._concurrency.threads import LOGINS, PROJECTS
+from mlfleet._oci.references import parse_reference
+from mlfleet._process.process import run_process
 from mlfleet._project.content import content_hash, pack
+from mlfleet._project.git import Checkouts, clean_environ
+from mlfleet._text.masking import mask_uri
 from mlfleet.backends.base import Job
 from mlfleet.backends.kubernetes.client import ApiError, KubernetesClient
-from mlfleet.backends.kubernetes.config import KubernetesConfig
-from mlfleet.backends.kubernetes.launch import escape
-from mlfleet.backends.kubernetes.manifest import Code
+from mlfleet.backends.kubernetes.config import CodeDelivery, KubernetesConfig
+from mlfleet.backends.kubernetes.manifest import PROJECT_FOLDER, Code, escape
 from mlfleet.backends.kubernetes.state import MANAGED_BY
 from mlfleet.errors import SubmitError
 
-__all__ = ["FOLDER", "ConfigMaps", "configmap_code", "git_code"]
+__all__ = ["Deliveries", "configmap_code", "preview_code"]
 
-FOLDER = "/mlflow/projects/code"
-"""Where the project is in the container, as in the reference."""
 _LARGEST = 900 * 1024
 _ARCHIVE = "/mlflow/projects/archive"
 _VOLUME, _ARCHIVE_VOLUME, _GIT_VOLUME = "mlfleet-code", "mlfleet-archive", "mlfleet-git"
-_UNPACK = f"tar -xzf {_ARCHIVE}/project.tar.gz -C {FOLDER}"
+_UNPACK = f"tar -xzf {_ARCHIVE}/project.tar.gz -C {PROJECT_FOLDER}"
 
 # Everything comes in by variables, so that nothing of it is code for the shell. A password never gets into argv or
 # .git/config: Git asks this shell's helper for it.
@@ -48,13 +52,13 @@ git fetch -q --depth 1 -- "$MLFLEET_GIT_URL" "$MLFLEET_GIT_COMMIT" ||
   git fetch -q -- "$MLFLEET_GIT_URL" '+refs/heads/*:refs/remotes/origin/*' '+refs/tags/*:refs/tags/*'
 git -c advice.detachedHead=false checkout -q --detach "$MLFLEET_GIT_COMMIT"
 git config --unset credential.helper || true
-cp -RP "./$MLFLEET_GIT_FOLDER/." {FOLDER}/
+cp -RP "./$MLFLEET_GIT_FOLDER/." {PROJECT_FOLDER}/
 """
 
 
 def configmap_code(image: str, name: str) -> Code:
     """The project unpacked from the ConfigMap of that name, by the image itself: it needs sh, tar and gzip."""
-    code_mount = {"name": _VOLUME, "mountPath": FOLDER}
+    code_mount = {"name": _VOLUME, "mountPath": PROJECT_FOLDER}
     unpack = {
         "name": "mlfleet-code",
         "image": image,
@@ -65,7 +69,7 @@ def configmap_code(image: str, name: str) -> Code:
         {"name": _VOLUME, "emptyDir": {}},
         {"name": _ARCHIVE_VOLUME, "configMap": {"name": name}},
     ]
-    return Code(image=image, init=[unpack], volumes=volumes, mounts=[code_mount], folder=FOLDER)
+    return Code(image=image, init=[unpack], volumes=volumes, mounts=[code_mount], folder=PROJECT_FOLDER)
 
 
 def git_code(image: str, config: KubernetesConfig, *, url: str, commit: str, folder: str) -> Code:
@@ -78,7 +82,7 @@ def git_code(image: str, config: KubernetesConfig, *, url: str, commit: str, fol
         commit: in full.
         folder: of the project in the repository.
     """
-    code_mount = {"name": _VOLUME, "mountPath": FOLDER}
+    code_mount = {"name": _VOLUME, "mountPath": PROJECT_FOLDER}
     values = {"MLFLEET_GIT_URL": url, "MLFLEET_GIT_COMMIT": commit, "MLFLEET_GIT_FOLDER": folder or "."}
     clone: dict[str, Any] = {
         "name": "mlfleet-code",
@@ -91,7 +95,75 @@ def git_code(image: str, config: KubernetesConfig, *, url: str, commit: str, fol
     if config.git_secret is not None:
         clone["volumeMounts"].append({"name": _GIT_VOLUME, "mountPath": "/mlflow/git", "readOnly": True})
         volumes.append({"name": _GIT_VOLUME, "secret": {"secretName": config.git_secret}})
-    return Code(image=image, init=[clone], volumes=volumes, mounts=[code_mount], folder=FOLDER)
+    return Code(image=image, init=[clone], volumes=volumes, mounts=[code_mount], folder=PROJECT_FOLDER)
+
+
+class Deliveries:
+    """Each content is brought to a place once, for all runs that need it."""
+
+    def __init__(self) -> None:
+        self._configmaps = ConfigMaps()
+        self._sources: SingleFlight[Path, GitSource] = (
+            SingleFlight()
+        )  # looked at anew for who comes later: files change
+        self._checkouts = Checkouts()
+        self._pushes: SingleFlight[tuple[str, ...], str] = SingleFlight(keep=True)
+
+    async def deliver(self, client: KubernetesClient, job: Job, config: KubernetesConfig, image: str) -> Code:
+        """Bring the code there.
+
+        Args:
+            client: of the cluster.
+            job: the run.
+            config: of its backend.
+            image: to run in, or to build on.
+
+        Raises:
+            MlfleetError: it cannot be brought there; the text says why.
+        """
+        match config.delivery:
+            case CodeDelivery.NONE:
+                return Code(image=image)
+            case CodeDelivery.CONFIGMAP:
+                return configmap_code(image, await self._configmaps.put(client, job, config.namespace))
+            case CodeDelivery.GIT:
+                folder = job.project_dir
+                return _git(image, config, await self._sources(folder, partial(git_source, self._checkouts, folder)))
+            case CodeDelivery.IMAGE:
+                return Code(image=await self._push(job, config, image))
+
+    async def _push(self, job: Job, config: KubernetesConfig, base: str) -> str:
+        digest = await content_hash(job.project_dir)
+        key = (config.builder, base, str(config.repository_uri), config.platform, digest)
+        push_image = await LOGINS.run(_import_image)
+        return await self._pushes(key, partial(push_image, job, config, base))
+
+
+def _import_image() -> Callable[[Job, KubernetesConfig, str], Awaitable[str]]:
+    """Import the clients of registries and of Docker, which most deliveries do not need. Blocking."""
+    from mlfleet.backends.kubernetes.image import push_image
+
+    return push_image
+
+
+def preview_code(job: Job, config: KubernetesConfig, image: str) -> Code:
+    """The same as far as it is known before anything is made."""
+    match config.delivery:
+        case CodeDelivery.NONE:
+            return Code(image=image)
+        case CodeDelivery.CONFIGMAP:
+            return configmap_code(image, "mlfleet-code-of-the-run")
+        case CodeDelivery.GIT:
+            return _git(image, config, GitSource("(of the project)", job.commit or "(of the project)", "."))
+        case CodeDelivery.IMAGE:
+            return Code(image=f"{parse_reference(config.repository_uri or '').name}:of-the-run")
+
+
+def _git(image: str, config: KubernetesConfig, source: GitSource) -> Code:
+    return git_code(image, config, url=source.url, commit=source.commit, folder=source.inside)
+
+
+# ---- by a ConfigMap ------------------------------------------------------------------------------------------------
 
 
 class ConfigMaps:
@@ -140,3 +212,56 @@ class ConfigMaps:
 
 def _compress(file: IO[bytes]) -> bytes:
     return gzip.compress(file.read(), mtime=0)
+
+
+# ---- by Git --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class GitSource:
+    """A folder of a repository at a commit.
+
+    Attributes:
+        url: of the repository, without credentials.
+        commit: in full.
+        inside: the folder; ``.`` for the top.
+    """
+
+    url: str
+    commit: str
+    inside: str
+
+
+async def git_source(checkouts: Checkouts, folder: Path) -> GitSource:
+    """Where a pod can clone a project from.
+
+    Args:
+        checkouts: remembers the commits of folders.
+        folder: of the project.
+
+    Raises:
+        SubmitError: it is in no repository with a remote, or differs from its commit.
+    """
+    found = await checkouts.find(folder)
+    if found is None or found.commit is None or found.repo_url is None:
+        lacks = "in no Git repository" if found is None or found.commit is None else "in a repository without a remote"
+        text = f"code-delivery is 'git', and the project is {lacks}: give a Git URI, or code-delivery: 'configmap'"
+        raise SubmitError(text, backend="kubernetes")
+    url = found.repo_url
+    if url.startswith(("/", ".", "file:")):
+        raise SubmitError(
+            f"code-delivery is 'git', and the repository {mask_uri(url)} is on this machine, where no pod reaches it",
+            backend="kubernetes",
+        )
+    changed = await run_process(
+        ["git", "-c", "core.fsmonitor=false", "status", "--porcelain", "--", "."], cwd=folder, env=clean_environ()
+    )
+    if changed.returncode or changed.stdout.strip():
+        names = changed.stdout.decode(errors="replace").split("\n")[:3]
+        raise SubmitError(
+            "code-delivery is 'git', and the project differs from its commit "
+            f"{found.commit[:12]} ({', '.join(name.strip() for name in names if name)}): commit and push it, or use"
+            " code-delivery: 'configmap' or 'image'",
+            backend="kubernetes",
+        )
+    return GitSource(url, found.commit, found.inside)

@@ -1,4 +1,4 @@
-"""From a job to the manifest of its Kubernetes Job. Pure; the template is copied, never changed."""
+"""The manifest of a run's Job: template, command, variables, resources. Pure; the template is copied, not changed."""
 
 from __future__ import annotations
 
@@ -6,23 +6,45 @@ import copy
 import functools
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
-from mlfleet.backends.base import Job
+from mlfleet._hosts import is_loopback
+from mlfleet._text.masking import is_secret_name, mask_uri
+from mlfleet.backends.base import DockerRequest, Job
 from mlfleet.backends.kubernetes.config import KubernetesConfig
-from mlfleet.backends.kubernetes.launch import escape, launch
 from mlfleet.backends.kubernetes.names import container_name, job_name, label_value
 from mlfleet.backends.kubernetes.state import CONTAINER_ANNOTATION, MANAGED_BY, RUN_LABEL, SWEEP_LABEL
-from mlfleet.errors import UsageError
+from mlfleet.errors import SubmitError, UsageError
 
-__all__ = ["SUBMISSION", "Code", "grace_of", "host_volumes", "image_of", "job_manifest", "labels_of", "secret_manifest"]
+__all__ = [
+    "PROJECT_FOLDER",
+    "SUBMISSION",
+    "Code",
+    "check_copied",
+    "check_tracking",
+    "escape",
+    "grace_of",
+    "host_volumes",
+    "image_of",
+    "job_manifest",
+    "labels_of",
+    "launch",
+    "secret_manifest",
+    "variables",
+]
 
 _log = logging.getLogger("mlfleet.kubernetes")
 SUBMISSION = "mlfleet.submission"
 """An annotation: which attempt to create it made this Job."""
 PROJECT = "mlfleet.project"
+PROJECT_FOLDER = "/mlflow/projects/code"
+"""The folder of the project in the container, as in the reference."""
+_URI = "MLFLOW_TRACKING_URI"
+_NAME = re.compile(r"[A-Za-z_.-][A-Za-z0-9_.-]*")
 _SHORT_TTL = 300
 
 
@@ -302,3 +324,109 @@ def _set_pod(pod: dict[str, Any], job: Job, config: KubernetesConfig) -> None:
     if config.image_pull_secrets:
         named = [{"name": name} for name in config.image_pull_secrets]
         pod["imagePullSecrets"] = [*(pod.get("imagePullSecrets") or ()), *named]
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+# Process 1 of a container ignores every signal that it has no handler for, so that a Python program there would not
+# end by SIGTERM. This shell is process 1 instead: it has a handler, and passes the signal to the command's group.
+# stderr goes where stdout does: the runtime reads the two apart, and would lose their order. What this shell itself has
+# to say ("Killed") is for nobody. A shell that has reaped
+# its child by itself tells the child's end only to the next `wait`; 127 is also "no such child".
+_SUPERVISE = """\
+exec 2>/dev/null
+[ -n "$BASH_VERSION" ] && set -m
+"$1" -c "$0" </dev/null 2>&1 &
+p=$!
+trap 'kill -TERM -$p || kill -TERM $p' TERM INT QUIT
+while :; do wait $p; c=$?; kill -0 $p || break; done
+wait $p; d=$?
+[ $d = 127 ] || c=$d
+exit $c
+"""
+# Not every image has bash. The command stays one argument from here to the shell that runs it.
+_CHOOSE = 'if command -v bash >/dev/null 2>&1; then exec bash -c "$1" "$0" bash; fi; exec sh -c "$1" "$0" sh'
+
+
+def launch(command: str) -> list[str]:
+    """``command`` of a container, for the project's command."""
+    return ["sh", "-c", _ESCAPED[0], escape(command), _ESCAPED[1]]
+
+
+def escape(text: str) -> str:
+    """`text` as Kubernetes gives it back: it makes ``$(NAME)`` the value of a variable, and ``$$`` a dollar sign.
+
+    https://kubernetes.io/docs/tasks/inject-data-application/define-interdependent-environment-variables/
+    """
+    return text.replace("$", "$$")
+
+
+_ESCAPED = escape(_CHOOSE), escape(_SUPERVISE)
+
+
+# ---- variables -----------------------------------------------------------------------------------------------------
+
+
+def check_copied(docker: DockerRequest | None, here: Mapping[str, str]) -> None:
+    """Check that the variables which ``docker_env`` copies are there.
+
+    Raises:
+        UsageError: some are not.
+    """
+    names = [name for name, value in docker.env.environment if value is None] if docker is not None else []
+    missing = [name for name in names if name not in here]
+    if missing:
+        raise UsageError(f"docker_env copies variables that are not set here: {', '.join(missing)}")
+
+
+def variables(job: Job, tracking_uri: str | None, here: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """The plain and the secret variables of a run.
+
+    Args:
+        job: of the run.
+        tracking_uri: as pods reach it, if that is another one than here.
+        here: the variables of this process.
+
+    Raises:
+        UsageError: tracking is in a file of this machine.
+        SubmitError: a variable has a name that none in a container can have.
+    """
+    plain, secret = dict(job.environ), dict(job.secrets)
+    if job.docker is not None:
+        for name, value in job.docker.env.environment:
+            if value is not None:
+                plain[name] = value
+            elif name in here:
+                (secret if is_secret_name(name) else plain)[name] = here[name]
+    if tracking_uri is not None:
+        plain[_URI] = tracking_uri
+    check_tracking(plain.get(_URI) or secret.get(_URI) or "")
+    for name, value in tuple(plain.items()):
+        if name in secret or (name.endswith("_URI") and mask_uri(value) != value):
+            secret.setdefault(name, value)
+            del plain[name]
+    wrong = next((name for name in (*plain, *secret) if not _NAME.fullmatch(name)), None)
+    if wrong is not None:
+        raise SubmitError(f"{wrong!r} is no name that a variable of a container can have", backend="kubernetes")
+    return plain, secret
+
+
+def check_tracking(uri: str) -> None:
+    """Check that pods may reach a tracking server or store.
+
+    Raises:
+        UsageError: it is in a file of this machine.
+    """
+    parts = urlsplit(uri)
+    scheme = parts.scheme.partition("+")[0]
+    if uri and scheme in ("", "file", "sqlite"):
+        raise UsageError(
+            f"the tracking store {mask_uri(uri)} is on this machine, where no pod reaches it. Start a server"
+            " ('mlflow server') that the cluster reaches, and give its address as MLFLOW_TRACKING_URI; or as"
+            " tracking-uri in backend_config (or KUBE_MLFLOW_TRACKING_URI) if pods know another one"
+        )
+    if is_loopback(parts.hostname):
+        _log.warning(
+            "the tracking server %s is on loopback, which in a pod is the pod itself: give tracking-uri",
+            mask_uri(uri),
+        )
