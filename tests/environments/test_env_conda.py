@@ -95,6 +95,15 @@ async def test_the_command_gets_the_activated_environment(
     assert await again.prepare(await to_thread.run_sync(again.plan, project, source)) == environment
 
 
+@pytest.mark.parametrize(
+    "spec", ["hello-tool=1.0=0", "hello-tool 1.0", "hello-tool 1.0 0", "hello-tool=1.0.*", "hello-tool[version=1.0]"]
+)
+async def test_every_spelling_of_a_version(tool: str, conda_channel: Channel, tmp_path: Path, spec: str) -> None:
+    text = f"channels: [{conda_channel.url}]\ndependencies:\n- {spec!r}\n"
+    environment = await prepare(tmp_path / "project", text)
+    assert run(environment, "hello-tool") == f"hello 1.0 {environment.root}\n"
+
+
 async def test_an_environment_without_python(tool: str, conda_channel: Channel, tmp_path: Path) -> None:
     environment = await prepare(tmp_path / "project", f"channels: [{conda_channel.url}]\ndependencies: [hello-tool]\n")
     assert run(environment, "hello-tool") == f"hello 2.0 {environment.root}\n"

@@ -35,6 +35,7 @@ _PREFIX_VERSION = re.compile(r"\d+(\.\d+){0,2}")
 _CONDA_SPEC = re.compile(
     r"^(?:(?P<channel>[^\s]+)::)?(?P<name>[A-Za-z0-9_.-]+?)(?:\[.*\])?\s*(?P<version>(?:[=<>!~]|\s)[^\s]*)?(?:\s+[^\s]+)?$"
 )
+_CONDA_LONG_VERSION = re.compile(r"\[(?:.*,)?\s*version\s*=\s*(?P<quote>['\"]?)(?P<version>[^'\"\],]+)(?P=quote).*\]$")
 _BUILD_PACKAGES = ("pip", "setuptools", "wheel")
 
 
@@ -196,6 +197,8 @@ def _from_conda(path: Path) -> PythonRequirements:
 def _split_conda_spec(node: Node) -> tuple[str, str]:
     """Return name and version of a conda package: ``channel::name=version=build`` or ``name version build``."""
     spec = node.text(expected="a conda package").strip()
+    # The long form, as in "python[version='3.11.*']".
+    spec = _CONDA_LONG_VERSION.sub(r" \g<version>", spec)
     match = _CONDA_SPEC.match(spec)
     if match is None:
         node.fail(f"{spec!r} is not a conda package")

@@ -1,6 +1,6 @@
 """Builds a conda environment with py-rattler: ``python -P rattler.py request.json``.
 
-`CondaManager` runs this as a process of its own, so that py-rattler's threads end with it.
+`CondaManager` runs this program in a process of its own, so that py-rattler's threads end with it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ANACONDA = ("https://repo.anaconda.com/pkgs/main", "https://repo.anaconda.com/p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Build what the request file asks for; the exit code is 1 if that fails, with the reason on stderr."""
+    """Build what the request file asks for. Return the exit code: 1 if it fails, with the reason on stderr."""
     (path,) = sys.argv[1:] if argv is None else argv
     request = json.loads(Path(path).read_text(encoding="utf-8"))
     try:
@@ -38,7 +38,8 @@ async def _build(request: dict[str, Any]) -> None:
     cache = Path(request["cache"])
     records = await rattler.solve(
         sources=_channels(request["channels"]),
-        specs=list(request["specs"]),
+        # As strings they would be parsed strictly, which refuses what `conda env export` writes: "name=1.0=build".
+        specs=[rattler.MatchSpec(spec, strict=False) for spec in request["specs"]],
         gateway=rattler.Gateway(cache_dir=cache / "repodata"),
         virtual_packages=rattler.VirtualPackage.detect(),
     )
