@@ -1,4 +1,4 @@
-"""Where mlfleet keeps what outlives a run."""
+"""The folders for what outlives a run."""
 
 from __future__ import annotations
 
@@ -12,27 +12,30 @@ __all__ = ["cache_folder", "environments_folder", "runs_folder", "size_on_disk",
 
 
 def cache_folder() -> Path:
-    """Fetched projects: ``MLFLEET_CACHE_DIR``, else the user's cache folder. May be deleted when nothing runs."""
+    """Return the folder of fetched projects: ``MLFLEET_CACHE_DIR``, else the user's cache folder.
+
+    It may be deleted when nothing runs.
+    """
     return _folder("MLFLEET_CACHE_DIR") or platformdirs.user_cache_path("mlfleet")
 
 
 def environments_folder() -> Path:
-    """Built environments: ``MLFLOW_ENV_ROOT`` (the reference's name), else ``envs`` in the cache folder."""
+    """Return the folder of built environments: ``MLFLOW_ENV_ROOT``, as in the reference, else in the cache folder."""
     return _folder("MLFLOW_ENV_ROOT") or cache_folder() / "envs"
 
 
 def runs_folder() -> Path:
-    """One folder for each run, with its captured output: ``MLFLEET_STATE_DIR``, else the user's state folder."""
+    """Return the folder with a folder for each run: in ``MLFLEET_STATE_DIR``, else in the user's state folder."""
     return (_folder("MLFLEET_STATE_DIR") or platformdirs.user_state_path("mlfleet")) / "runs"
 
 
 def sweeps_folder() -> Path:
-    """The locks of named sweeps, next to `runs_folder`."""
+    """Return the folder for the locks of named sweeps, next to `runs_folder`."""
     return runs_folder().with_name("sweeps")
 
 
 def size_on_disk(folder: Path) -> int:
-    """The bytes that a folder takes with all that is in it. Blocking."""
+    """Return the bytes on disk of a folder with all that is in it. Blocking."""
     total = 0
     for parent, _, files in os.walk(folder):
         for name in files:

@@ -245,7 +245,7 @@ def test_of_a_conda_file_python_and_pip_count(tmp_path: Path, caplog: pytest.Log
         ("python=3.10.*", "3.10"),
         ("python 3.10", "3.10"),
         ("python[version=3.10]", "3.10"),
-        ("python[version='3.10.*']", "3.10"),
+        ('python[build=h0, version="3.10.*"]', "3.10"),
         ("python =3.10", "3.10"),
         ("python=3.10=h123_cpython", "3.10"),
         ("python 3.10.4 h123_cpython", "3.10.4"),

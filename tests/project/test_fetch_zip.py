@@ -172,7 +172,7 @@ async def test_downloads_that_fail_say_why(http_files: FileServer, monkeypatch: 
         ("none.zip", r"none\.zip: HTTP 404 Not Found"),
         ("round.zip", r"round\.zip: .*redirects"),
         ("away.zip", r"away\.zip: .*protocol"),
-        ("page.zip", r"page\.zip is no zip file"),
+        ("page.zip", r"page\.zip is not a zip file"),
         ("large.zip", r"larger than 4096 bytes \(MLFLEET_MAX_ARCHIVE_BYTES\)"),
     ):
         with pytest.raises(FetchError, match=message):
@@ -263,9 +263,9 @@ async def test_broken_and_encrypted_zips_are_refused(write: Callable[[bytes], Pa
         odd[whole.index(signature) + offset] = 99
     for data, message in (
         (bytes(encrypted), "is encrypted: unpack it yourself"),
-        (whole[:-30], "is no zip file, or is broken"),
-        (b"", "is no zip file, or is broken"),
-        (bytes(damaged), "is no zip file, or is broken"),
+        (whole[:-30], "is not a zip file, or is broken"),
+        (b"", "is not a zip file, or is broken"),
+        (bytes(damaged), "is not a zip file, or is broken"),
         (bytes(odd), "packed in a way that cannot be read"),
     ):
         with pytest.raises(FetchError, match=message):

@@ -76,7 +76,7 @@ def test_values_that_have_no_text(value: object) -> None:
 @pytest.mark.parametrize("value", ["a\0b", "\ud800"])
 def test_values_that_no_command_can_hold(value: str) -> None:
     assert "NUL" in fault(Parameter("x"), value)
-    with pytest.raises(ParameterError, match="no name for a parameter"):
+    with pytest.raises(ParameterError, match="cannot be the name of a parameter"):
         resolve(entry_point(), {value: "1"})
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlfleet._project.content import content_hash, pack
-from mlfleet._project.ignoring import Ignore
+from mlfleet._project.content import Ignore, content_hash, pack
 from mlfleet.errors import FetchError, SpecError
 
 
@@ -125,7 +124,7 @@ def test_patterns(pattern: str, path: str, ignored: bool) -> None:
 
 async def test_mistakes_are_told(project: Path) -> None:
     (project / ".dockerignore").write_text("fine\n[a-\n")
-    with pytest.raises(SpecError, match=r"\.dockerignore, line 2: '\[a-' is no pattern"):
+    with pytest.raises(SpecError, match=r"\.dockerignore, line 2: '\[a-' is not a pattern"):
         await content_hash(project)
     (project / ".dockerignore").unlink()
     os.mkfifo(project / "pipe")

@@ -176,7 +176,10 @@ ENTRY = "entry_points: {main: {command: ls, parameters: {p: path}}}\n"
         ("docker_env: {image: a, environment: {A: b}}", "docker_env.environment: expected a list such as [["),
         ("docker_env: {image: a, environment: [[A]]}", "environment[0]: expected a pair"),
         ("docker_env: {image: a, environment: [5]}", "environment[0]: expected a pair"),
-        ("docker_env: {image: a, environment: ['A=b']}", "'A=b' is no name of a variable; to set one, write [\"NAME\""),
+        (
+            "docker_env: {image: a, environment: ['A=b']}",
+            "'A=b' is not the name of a variable; to set one, write [\"NAME\"",
+        ),
         ("docker_env: {image: a, environment: [[A, [b]]]}", "expected a string, a number, a boolean or a date"),
         ("databricks_spark_job: {}", "databricks_spark_job: python_file or entry_points must say what to run"),
         (ENTRY + "databricks_spark_job: {python_file: a}", "cannot both be given"),

@@ -31,12 +31,12 @@ _BROKEN = (zipfile.BadZipFile, zlib.error, struct.error, lzma.LZMAError, EOFErro
 
 @dataclass(frozen=True, slots=True)
 class ArchiveLimits:
-    """What an archive may hold, so that it fills neither the disk nor the memory.
+    """The limits of an archive, so that it fills neither the disk nor the memory.
 
     Attributes:
-        size: bytes, of a download and of all that is unpacked from it.
-        files: members, folders among them.
-        ratio: of the unpacked to the packed size, looked at beyond the first 100 MiB.
+        size: The largest size of a download, and of all that is unpacked from it, in bytes.
+        files: The largest number of members, including folders.
+        ratio: The largest ratio of the unpacked to the packed size, checked beyond the first 100 MiB.
     """
 
     size: int = 2 * 2**30
@@ -45,10 +45,10 @@ class ArchiveLimits:
 
     @classmethod
     def from_environ(cls) -> ArchiveLimits:
-        """The limits that ``MLFLEET_MAX_ARCHIVE_BYTES``, ``…_FILES`` and ``…_RATIO`` set.
+        """Return the limits that ``MLFLEET_MAX_ARCHIVE_BYTES``, ``…_FILES`` and ``…_RATIO`` set.
 
         Raises:
-            FetchError: one of them is no positive whole number.
+            FetchError: One of them is not a positive whole number.
         """
         default = cls()
         return cls(
@@ -99,25 +99,25 @@ class FileHashes:
 def unpack(archive: Path, folder: Path, *, shown: str, limits: ArchiveLimits, stop: threading.Event) -> None:
     """Unpack a zip file into the empty `folder`. Blocking.
 
-    What is unpacked is counted while it is written: the sizes that an archive claims mean nothing. Symbolic links and
+    What is unpacked is counted while it is written: the sizes that an archive claims do not count. Symbolic links and
     permissions are kept; set-uid bits are not.
 
     Args:
-        archive: the zip file.
-        folder: is there and empty; after an error it holds part of the archive.
-        shown: what to call the archive in errors.
-        limits: more is refused.
-        stop: ends the work.
+        archive: The zip file.
+        folder: An existing empty folder; after an error it holds part of the archive.
+        shown: The name of the archive in errors.
+        limits: The limits; a larger archive is refused.
+        stop: An event that ends the work when it is set.
 
     Raises:
-        FetchError: it is broken, encrypted, too large, or would write outside of `folder`.
+        FetchError: The archive is broken, encrypted, too large, or would write outside of `folder`.
         Stopped: `stop` was set.
     """
     try:
         with _Bounded(archive, limits) as file, zipfile.ZipFile(file) as opened:
             _Unpacking(opened, folder, shown, limits, stop).run(archive.stat().st_size)
     except _BROKEN as error:
-        raise FetchError(f"{shown} is no zip file, or is broken: {error}", uri=shown) from error
+        raise FetchError(f"{shown} is not a zip file, or is broken: {error}", uri=shown) from error
     except NotImplementedError as error:
         raise FetchError(f"{shown} is packed in a way that cannot be read here: {error}", uri=shown) from error
     except OSError as error:
@@ -125,7 +125,7 @@ def unpack(archive: Path, folder: Path, *, shown: str, limits: ArchiveLimits, st
 
 
 class _Bounded(io.FileIO):
-    """Keeps zipfile from reading a directory of millions of members into memory before anybody can count them."""
+    """A file that refuses large reads: zipfile reads the whole directory into memory before members can be counted."""
 
     def __init__(self, path: Path, limits: ArchiveLimits) -> None:
         super().__init__(path)
@@ -138,7 +138,7 @@ class _Bounded(io.FileIO):
 
 
 class _Unpacking:
-    """One archive on its way to one folder."""
+    """The unpacking of one archive into one folder."""
 
     def __init__(
         self, opened: zipfile.ZipFile, folder: Path, shown: str, limits: ArchiveLimits, stop: threading.Event

@@ -1,4 +1,4 @@
-"""From an entry point and its parameters to the command that bash gets. Pure."""
+"""Renders the command for bash from an entry point and its parameters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
 def render(entry_point: EntryPoint, parameters: ResolvedParameters, downloaded: Mapping[str, str] | None = None) -> str:
-    """The command for ``bash -c``, every value quoted for the shell.
+    """Render the command for ``bash -c``, with every value quoted for the shell.
 
     ``{name}`` of a declared parameter is replaced by its value, quoted for where it stands: outside of quotes, in
     ``'…'``, ``"…"`` and ``$'…'`` any value arrives as it is. Where bash would read the value as code (here-documents,
@@ -34,12 +34,12 @@ def render(entry_point: EntryPoint, parameters: ResolvedParameters, downloaded: 
     Extra parameters are appended as ``--name value``.
 
     Args:
-        entry_point: whose command it is.
-        parameters: as resolved for it.
-        downloaded: parameter name → local path, for each of ``parameters.downloads``.
+        entry_point: The entry point with the command.
+        parameters: The parameters as resolved for it.
+        downloaded: Parameter name → local path, for each of ``parameters.downloads``.
 
     Raises:
-        SpecError: a value would be read as code where the command puts it; the text says where and what to do.
+        SpecError: A value would be read as code where the command puts it; the text says where and what to do.
     """
     values = {**parameters.declared, **(downloaded or {})}
     _check_text(entry_point, values, parameters.extra)
@@ -57,9 +57,9 @@ def render(entry_point: EntryPoint, parameters: ResolvedParameters, downloaded: 
 
 @lru_cache(maxsize=256)
 def _read(template: str, declared: frozenset[str]) -> tuple[str, tuple[str, ...], tuple[Context, ...], Context]:
-    """The command with a hole for each placeholder, their names, where they stand, and where its end stands.
+    """Return the command with a hole for each placeholder, their names and contexts, and the context of its end.
 
-    It is the same for all runs of an entry point.
+    The result is cached, since it is the same for all runs of an entry point.
     """
     text, names = _with_holes(template, declared)
     *places, end = contexts(text)
@@ -105,7 +105,7 @@ def _check_text(entry_point: EntryPoint, values: Mapping[str, str], extra: Mappi
 
 
 def _with_holes(template: str, declared: Collection[str]) -> tuple[str, list[str]]:
-    """The command with a hole for each placeholder, and the names of the holes."""
+    """Return the command with a hole for each placeholder, and the names of the holes."""
     text: list[str] = []
     names: list[str] = []
     # For each open brace whether it was written twice.

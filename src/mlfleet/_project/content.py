@@ -1,6 +1,9 @@
-"""A project's files as one thing: a tar that is the same for the same files, and the hash of it.
+"""A project's files as a whole: which of them count, their hash, and a tar that is the same for the same files.
 
 Names, contents, permissions and the targets of symlinks count; times, owners and the order on disk do not.
+
+``.dockerignore`` leaves files out, as the matching code of the docker command reads it
+(https://docs.docker.com/build/concepts/context/#dockerignore-files, https://github.com/moby/patternmatcher).
 """
 
 from __future__ import annotations
@@ -9,27 +12,42 @@ import hashlib
 import io
 import logging
 import os
+import posixpath
+import re
 import stat
 import tarfile
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Protocol
 
 from mlfleet._project.blocking import Stopped, stoppable
-from mlfleet._project.ignoring import Ignore, read_ignore
-from mlfleet.errors import FetchError
+from mlfleet.errors import FetchError, SpecError
 
-__all__ = ["Packed", "content_hash", "pack"]
+__all__ = ["DEFAULTS", "FILE_NAME", "Ignore", "Packed", "content_hash", "pack", "read_ignore"]
 
 _log = logging.getLogger("mlfleet.project")
 # A time that every tool takes (zip knows none before 1980): 2000-01-01.
 _TIME = 946684800
 _CHUNK = 2**18
 _IN_MEMORY = 2**23
+
+FILE_NAME = ".dockerignore"
+DEFAULTS = (
+    ".git",
+    "**/__pycache__",
+    # Where MLflow keeps runs by default: the content would differ after every run.
+    "mlruns",
+    "mlartifacts",
+    "mlflow.db",
+    "mlflow.db-journal",
+    "mlflow.db-shm",
+    "mlflow.db-wal",
+)
+_LARGEST = 2**20
 
 
 class _Sink(Protocol):
@@ -41,9 +59,9 @@ class Packed:
     """A packed project.
 
     Attributes:
-        file: the tar, at its beginning; small ones are in memory only. To be closed.
-        digest: SHA-256 of the content, in hex.
-        size: of the tar in bytes.
+        file: The tar, at its beginning; small ones are in memory only. The caller must close it.
+        digest: The SHA-256 of the content, in hexadecimal.
+        size: The size of the tar in bytes.
     """
 
     file: IO[bytes]
@@ -52,14 +70,14 @@ class Packed:
 
 
 async def content_hash(folder: Path, *, left_out: Collection[str] = frozenset()) -> str:
-    """SHA-256 of the content of a project, in hex. Reads every file, in a thread.
+    """Return the SHA-256 of the content of a project, in hexadecimal. Reads every file, in a thread.
 
     Args:
-        folder: of the project.
-        left_out: files and folders in it that do not count, unless ``.dockerignore`` takes them back.
+        folder: The folder of the project.
+        left_out: The files and folders in it that do not count, unless ``.dockerignore`` takes them back.
 
     Raises:
-        FetchError: a file cannot be read, or changes meanwhile.
+        FetchError: A file cannot be read, or changes meanwhile.
         SpecError: ``.dockerignore`` is wrong.
     """
     return await stoppable(lambda stop: _hash(folder, left_out, stop))
@@ -75,13 +93,13 @@ async def pack(
     """Pack a project, in a thread.
 
     Args:
-        folder: of the project.
-        prefix: the folder inside the tar for its files; empty is the root.
-        extra: name and content of further files at the root. They do not count for the hash.
-        left_out: see `content_hash`.
+        folder: The folder of the project.
+        prefix: The folder inside the tar for its files; empty is the root.
+        extra: The name and content of further files at the root. They do not count for the hash.
+        left_out: See `content_hash`.
 
     Raises:
-        FetchError: a file cannot be read, or changes meanwhile.
+        FetchError: A file cannot be read, or changes meanwhile.
         SpecError: ``.dockerignore`` is wrong.
     """
     made: list[Packed] = []
@@ -89,7 +107,7 @@ async def pack(
     try:
         await stoppable(lambda stop: made.append(_pack(folder, read, prefix, extra, stop)))
     except BaseException:
-        for packed in made:  # for a caller that does not want it any more
+        for packed in made:  # The caller was cancelled when it was packed already.
             packed.file.close()
         raise
     return made[0]
@@ -137,7 +155,7 @@ def _check(stop: threading.Event) -> None:
 
 
 def _files(folder: Path, ignore: Ignore) -> Iterator[tuple[Path, str]]:
-    """Every wanted file, link and folder, sorted by name at each level."""
+    """Yield every file, link and folder that counts, sorted by name at each level."""
 
     def walk(at: Path, prefix: str) -> Iterator[tuple[Path, str]]:
         try:
@@ -158,7 +176,7 @@ def _files(folder: Path, ignore: Ignore) -> Iterator[tuple[Path, str]]:
 
 
 def _add(path: Path, name: str, digest: hashlib._Hash, into: tuple[tarfile.TarFile, str] | None) -> None:
-    """Hash one entry and, if there is a tar, put it in."""
+    """Hash one entry and, if there is a tar, add it."""
     try:
         status = path.lstat()
         mode = stat.S_IMODE(status.st_mode) & 0o777
@@ -194,7 +212,7 @@ def _add_file(
 
 
 class _HashingReader:
-    """Hashes what is read through it."""
+    """A file that hashes what is read from it."""
 
     def __init__(self, file: IO[bytes], digest: hashlib._Hash) -> None:
         self._file = file
@@ -232,3 +250,111 @@ def _unreadable(path: Path, error: OSError) -> FetchError:
     return FetchError(
         f"the project's file {path} cannot be read: {error.strerror or error}; .dockerignore can leave it out"
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Pattern:
+    expression: re.Pattern[str]
+    exception: bool
+
+
+class Ignore:
+    """The patterns of a ``.dockerignore``. The last one that matches a path, or a folder above it, decides.
+
+    Args:
+        lines: The lines of the file; ``!`` begins an exception.
+        left_out: The files and folders that are left out unless an exception takes them back.
+    """
+
+    def __init__(self, lines: Iterable[str], left_out: Collection[str] = frozenset()) -> None:
+        self._left_out = left_out
+        self._patterns = [pattern for line in lines if (pattern := _pattern(line)) is not None]
+        self._has_exceptions = any(pattern.exception for pattern in self._patterns)
+
+    def __call__(self, path: str) -> bool:
+        """Return True if the file or folder `path` (relative, with ``/``) is left out."""
+        parts = path.split("/")
+        prefixes = ["/".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        ignored = any(prefix in self._left_out for prefix in prefixes)
+        for pattern in self._patterns:
+            if pattern.exception == ignored and any(pattern.expression.fullmatch(prefix) for prefix in prefixes):
+                ignored = not pattern.exception
+        return ignored
+
+    def prunes(self, folder: str) -> bool:
+        """Return True if everything below `folder` is left out."""
+        return not self._has_exceptions and self(folder)
+
+
+def read_ignore(folder: Path, left_out: Collection[str] = frozenset()) -> Ignore:
+    """Read the patterns for a project: the defaults, then its ``.dockerignore``, which may take them back. Blocking.
+
+    Args:
+        folder: The folder of the project.
+        left_out: See `Ignore`.
+
+    Raises:
+        SpecError: The file cannot be read, or a line is not a pattern.
+    """
+    path = folder / FILE_NAME
+    try:
+        with path.open("rb") as file:
+            text = file.read(_LARGEST).decode("utf-8-sig")
+    except FileNotFoundError:
+        text = ""
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise SpecError(f"it cannot be read: {reason}", path=path) from error
+    lines = text.splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            _pattern(line)
+        except re.error as error:
+            raise SpecError(f"{line!r} is not a pattern: {error}", path=path, line=number) from error
+    return Ignore([*DEFAULTS, *lines], left_out)
+
+
+def _pattern(line: str) -> _Pattern | None:
+    if line.startswith("#"):
+        return None
+    text = line.strip()
+    exception = text.startswith("!")
+    text = text[1:].strip() if exception else text
+    if not text:
+        return None
+    text = posixpath.normpath(text).lstrip("/")
+    if text in ("", "."):
+        return None
+    return _Pattern(re.compile(_expression(text), re.S), exception)
+
+
+def _expression(text: str) -> str:
+    made: list[str] = []
+    at = 0
+    while at < len(text):
+        if text.startswith("**/", at):
+            made.append("(?:.*/)?")
+            at += 3
+        elif text.startswith("**", at):
+            made.append(".*")
+            at += 2
+        elif text[at] == "*":
+            made.append("[^/]*")
+            at += 1
+        elif text[at] == "?":
+            made.append("[^/]")
+            at += 1
+        elif text[at] == "[":
+            end = text.find("]", at + 2)
+            if end < 0:
+                raise re.error("a bracket is not closed")
+            inside = text[at + 1 : end].replace("\\", "\\\\").replace("[", "\\[")
+            made.append(f"[{inside}]")
+            at = end + 1
+        elif text[at] == "\\" and at + 1 < len(text):
+            made.append(re.escape(text[at + 1]))
+            at += 2
+        else:
+            made.append(re.escape(text[at]))
+            at += 1
+    return "".join(made)

@@ -48,7 +48,7 @@ _DRIVERS: Mapping[str, str] = {
 """Scheme → the package that fsspec needs for it. Others of fsspec's (``file``, ``memory``, chains) are refused."""
 
 _FSSPEC_NAMES: Mapping[str, str] = {"wasb": "abfs", "wasbs": "abfs", "abfss": "abfs", "s3a": "s3"}
-"""What fsspec calls a scheme, where it has another name for it. Azure's host is the same account by any of them."""
+"""Scheme → fsspec's name for it, where that differs. Azure's host is the same account by any of them."""
 
 
 async def download_all(downloads: Sequence[Download], storage: Path, artifacts: Artifacts) -> dict[str, str]:

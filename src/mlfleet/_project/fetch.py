@@ -291,7 +291,7 @@ def _local_name(uri: ProjectUri, path: Path) -> str:
 
 
 def _own_project(uri: ProjectUri, path: Path, checkout: Checkout | None) -> Project:
-    """A project in a folder of the user's own."""
+    """Return a project in a folder of the user's own."""
     folder = path / uri.subdir
     if checkout is None:
         return Project(uri.text, folder, cached=False, source_name=_local_name(uri, path))

@@ -1,4 +1,4 @@
-"""The parameters of a run: checked, resolved, ready for the command."""
+"""Checks and resolves the parameters of a run."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Download:
     """A ``path`` parameter that names a remote URI.
 
     Attributes:
-        name: of the parameter.
-        uri: what to download.
-        index: of the sub-folder ``param_<index>`` of the run's storage folder.
+        name: The name of the parameter.
+        uri: The URI to download.
+        index: The number in ``param_<index>``, the sub-folder of the run's storage folder.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Download:
     index: int
 
     def failed(self, reason: str | Exception) -> FetchError:
-        """The error that says why it could not be downloaded, without the secrets of its URI."""
+        """Return the error that says why it could not be downloaded, without the secrets of its URI."""
         if isinstance(reason, Exception):
             reason = f"{type(reason).__name__}: {reason}"
         uri, text = mask_query(self.uri), mask_query(reason)[:500]
@@ -52,11 +52,11 @@ class ResolvedParameters:
     """All parameters of a run.
 
     Attributes:
-        logged: name → raw text for MLflow, declared and extra ones.
-        declared: name → text for the command. Those in `downloads` still hold their URI.
-        extra: not declared; appended to the command as ``--name value``, in this order.
-        downloads: what must be downloaded before the command can be rendered.
-        placed: text for the command → value, of the ``path`` parameters whose files are elsewhere.
+        logged: Name → raw text for MLflow, of declared and extra parameters.
+        declared: Name → text for the command. Those in `downloads` still hold their URI.
+        extra: The undeclared parameters, appended to the command as ``--name value``, in this order.
+        downloads: The files to download before the command can be rendered.
+        placed: Text for the command → value, of the ``path`` parameters whose files are elsewhere.
     """
 
     logged: Mapping[str, str]
@@ -71,19 +71,20 @@ def resolve(
     given: Mapping[str, object] | None,
     place: Callable[[str, int], str | None] = lambda path, index: None,
 ) -> ResolvedParameters:
-    """Check `given` against what the entry point declares. Reads the disk only to see that local paths exist.
+    """Check `given` against what the entry point declares. It reads the disk only to check that local paths exist.
 
     Values are texts, numbers, booleans and paths, which count as what ``str()`` makes of them. A relative path is
     relative to the caller's working directory, as in the reference.
 
     Args:
-        entry_point: what it declares.
-        given: name → value.
-        place: takes the URI or absolute path of a ``path`` parameter and its index, and gives the text for the command
-            if the command finds the file elsewhere than on this machine. Its ValueError says why it cannot.
+        entry_point: The entry point with its declared parameters.
+        given: Name → value.
+        place: A function that takes the URI or absolute path of a ``path`` parameter and its index, and returns the
+            text for the command if the command finds the file elsewhere than on this machine. Its ValueError says why
+            it cannot.
 
     Raises:
-        ParameterError: names every missing or wrong parameter in one text.
+        ParameterError: Parameters are missing or wrong; the text names all of them.
     """
     faults: dict[str, str] = {}
     texts = _texts(given or {}, faults)
@@ -123,7 +124,7 @@ def _texts(given: Mapping[str, object], faults: dict[str, str]) -> dict[str, str
     for key, value in given.items():
         name = str(key)
         if not name or _NO_TEXT.search(name):
-            faults[name] = "this is no name for a parameter"
+            faults[name] = "this cannot be the name of a parameter"
         elif not isinstance(value, str | Number | PurePath):
             kind = "nothing" if value is None else type(value).__name__
             faults[name] = f"a string, a number, a boolean or a path was expected, got {kind}"
@@ -135,7 +136,7 @@ def _texts(given: Mapping[str, object], faults: dict[str, str]) -> dict[str, str
 
 
 def _checked(parameter: Parameter, text: str) -> str:
-    """The text for the command; ValueError says what is wrong with it."""
+    """Return the text for the command; a ValueError says what is wrong with the value."""
     match parameter.type:
         case "float":
             try:
@@ -154,7 +155,7 @@ def _checked(parameter: Parameter, text: str) -> str:
 
 
 def _uri_or_path(text: str) -> str:
-    """A URI as it is; of anything else the absolute path."""
+    """Return a URI as it is; of anything else the absolute path."""
     if _is_remote(text):
         return text
     path = text
@@ -201,7 +202,7 @@ def _raise_faults(entry_point: EntryPoint, missing: list[str], faults: Mapping[s
 
 @functools.lru_cache(maxsize=1024)
 def _warn_misspelt(entry_point: str, hints: str) -> None:
-    """Once, not for each of a thousand runs."""
+    """Warn once, not for each of a thousand runs."""
     _log.warning(
         "%s The entry point %r does not declare it: it goes to the command as one more option", hints, entry_point
     )

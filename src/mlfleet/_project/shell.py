@@ -1,8 +1,7 @@
-r"""Where in a bash command a value is going to stand, and how it must be quoted there. Pure.
+r"""Finds the quoting context of each value in a bash command, and quotes values for it.
 
 `shlex.quote` alone is right only outside of quotes: in ``echo "{x}"`` it puts ``'$(rm -r .)'`` between double quotes,
-and bash runs it. So the command is read as bash reads it (Bash Reference Manual, 3.1 and 3.5), as far as honest
-commands go:
+and bash runs it. So the command is read as bash reads it (Bash Reference Manual, 3.1 and 3.5):
 
     outside of quotes           shlex.quote
     '…'  "…"  $'…'              escaped for that kind of quotes
@@ -28,7 +27,7 @@ HOLE = "\0"
 
 
 class Context(StrEnum):
-    """Where a value stands, in words for a message."""
+    """The context of a value, in words for a message."""
 
     UNQUOTED = "outside of quotes"
     SINGLE = "in single quotes"
@@ -100,7 +99,7 @@ _ARITHMETIC = re.compile(
     re.X | re.S,
 )
 
-# What may stand before the name of a command. Not every word can: "train.py eval {x}" is no eval.
+# What may stand before the name of a command. Not every word can: "train.py eval {x}" is not an eval.
 _BEFORE = (
     r"(?:^|[&!{]|\b(?:then|do|else|if|while|until|exec|command|builtin|sudo|nohup|time|env)\s)(?:\s|\\\n)*"
     r"(?:(?:\w+=|[<>])\S*\s+)*(?:\\|[^\s=]*/)?"
@@ -113,9 +112,9 @@ _SUBSCRIPT = re.compile(r"[A-Za-z_]\w*\[[^\]]*")
 
 
 def quote(value: str, context: Context) -> str | None:
-    """The text that makes bash see `value` in this context; None if there is none.
+    """Return the text that makes bash see `value` in this context; None if that is impossible.
 
-    A comment and a variable (``${name}``) take no value: they are the caller's to leave alone.
+    A comment and a variable (``${name}``) do not take a value: the caller leaves them as they are.
     """
     match context:
         case Context.UNQUOTED:
@@ -133,7 +132,7 @@ def quote(value: str, context: Context) -> str | None:
 
 
 def contexts(command: str) -> list[Context]:
-    """The context of each `HOLE` in `command`, and last that of its end."""
+    """Return the context of each `HOLE` in `command`, and last that of its end."""
     return _Reader(command).read()
 
 
@@ -142,9 +141,9 @@ class _Frame:
     """A piece of the command that ends by itself: the whole, ``( )``, ``$( )`` or ``" "``.
 
     Attributes:
-        kind: what it began with.
-        command: where the present simple command begins.
-        word: where the present word begins; None between words.
+        kind: The text that it began with.
+        command: The position at which the present simple command begins.
+        word: The position at which the present word begins; None between words.
     """
 
     kind: str
@@ -248,7 +247,7 @@ class _Reader:
                 self.word(text, start)
 
     def track(self, frame: _Frame, kind: str, text: str, start: int) -> None:
-        """Keep account of where commands and words begin."""
+        """Keep the positions at which commands and words begin."""
         if kind == "separator" or (kind == "open" and text == "("):
             frame.command, frame.word = self.position, None
         elif kind in ("blank", "here_string", "hash"):
@@ -257,12 +256,12 @@ class _Reader:
             frame.word = start
 
     def seen(self, context: Context, at: int, *, begins: bool = False) -> Context:
-        """`context`, or what is known of the command around it that is worse.
+        """Return `context`, or a stricter one that follows from the command around it.
 
         Args:
-            context: of the quotes.
-            at: the place.
-            begins: whether a word begins there.
+            context: The context by the quotes.
+            at: The position of the value.
+            begins: True if a word begins there.
         """
         frame = next(frame for frame in reversed(self.frames) if frame.kind != '"')
         before = self.text[frame.command : at].lstrip()
@@ -313,7 +312,7 @@ class _Reader:
             self.lost = Context.UNCLOSED
 
     def word(self, text: str, start: int) -> None:
-        """The beginning of a word: those that change how the rest is read."""
+        """Handle the words that change how the rest is read."""
         if text == "case" and any(frame.kind not in ("", "(") for frame in self.frames):
             # The parentheses of its patterns would close $( ) too early.
             self.lost = Context.CASE

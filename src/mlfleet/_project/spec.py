@@ -1,4 +1,4 @@
-"""MLproject: what a project says of itself."""
+"""Reads MLproject, the file in which a project declares its entry points, parameters and environment."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _LISTED = 20
 
 
 class EnvironmentFileKind(StrEnum):
-    """Which file of a project tells what it needs."""
+    """The kinds of files in which a project lists what it needs."""
 
     PYTHON_ENV = "python_env"
     CONDA = "conda"
@@ -40,11 +40,11 @@ class EnvironmentFileKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentFile:
-    """The file of a project that tells what it needs.
+    """The file of a project that lists what it needs.
 
     Attributes:
-        kind: its format.
-        path: absolute.
+        kind: The format of the file.
+        path: The absolute path.
     """
 
     kind: EnvironmentFileKind
@@ -56,9 +56,9 @@ class Parameter:
     """A declared parameter of an entry point.
 
     Attributes:
-        name: as in ``{name}`` in the command.
-        type: ``string``, ``float``, ``path`` or ``uri``; any other is taken as a string.
-        default: its text; None: the parameter is required.
+        name: The name, as in ``{name}`` in the command.
+        type: ``string``, ``float``, ``path`` or ``uri``; any other counts as a string.
+        default: The text of the default; None: the parameter is required.
     """
 
     name: str
@@ -68,12 +68,12 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class EntryPoint:
-    """Something of the project that can be run.
+    """A command of the project that can be run.
 
     Attributes:
-        name: its name, or the path of a script inside the project.
-        command: a format string for ``bash -c``.
-        parameters: the declared ones, in their order.
+        name: The name, or the path of a script inside the project.
+        command: The format string of the command for ``bash -c``.
+        parameters: The declared parameters, in their order.
     """
 
     name: str
@@ -86,9 +86,9 @@ class DockerEnv:
     """``docker_env`` of MLproject.
 
     Attributes:
-        image: the base image.
-        volumes: as ``docker run -v`` takes them.
-        environment: name and value to set; a value of None copies the caller's.
+        image: The base image.
+        volumes: The volumes, as ``docker run -v`` takes them.
+        environment: The names and values of variables; None copies the caller's value.
     """
 
     image: str
@@ -98,14 +98,14 @@ class DockerEnv:
 
 @dataclass(frozen=True, slots=True)
 class ProjectSpec:
-    """What MLproject says, or what stands for it where there is none.
+    """The content of MLproject, or the defaults of a project without one.
 
     Attributes:
-        folder: the project's folder, absolute.
-        name: from MLproject; None if it says none.
-        path: the MLproject file; None if there is none.
-        entry_points: the declared ones.
-        environment: the file that tells what Python and libraries it needs.
+        folder: The absolute path of the project's folder.
+        name: The name in MLproject, or None.
+        path: The MLproject file; None if it does not exist.
+        entry_points: The declared entry points.
+        environment: The file that lists the Python and libraries that the project needs.
         docker: ``docker_env``.
         databricks_spark_job: ``python_file`` (or None), ``parameters`` and ``python_libraries`` (lists of text).
     """
@@ -119,12 +119,12 @@ class ProjectSpec:
     databricks_spark_job: Mapping[str, Any] | None = None
 
     def entry_point(self, name: str) -> EntryPoint:
-        """The entry point of that name, declared or a script of the project. Blocking: looks for scripts on disk.
+        """Return the entry point of that name, declared or a script of the project. Blocking (looks for scripts).
 
         A Databricks Spark job that names its file has that one entry point, whatever the name, as in the reference.
 
         Raises:
-            SpecError: there is none; the text lists those there are.
+            SpecError: The entry point does not exist; the text lists those that do.
         """
         job = self.databricks_spark_job
         if job is not None and job["python_file"] is not None:
@@ -181,7 +181,7 @@ def read_project(folder: Path) -> ProjectSpec:
     """Read the project in `folder`. Blocking; call it in a thread.
 
     Raises:
-        SpecError: MLproject is wrong; with file, line, column and what was expected.
+        SpecError: MLproject is wrong; the text has file, line, column and what was expected.
     """
     folder = Path(os.path.abspath(folder))  # noqa: PTH100 - like absolute(), but without the dots
     path = _find(folder)
@@ -222,7 +222,7 @@ def _find(folder: Path) -> Path | None:
 
 
 def _environment(folder: Path, keys: Mapping[str, Node]) -> EnvironmentFile | None:
-    """The file that MLproject names; as in the reference it may lie outside the project."""
+    """Return the file that MLproject names; as in the reference it may be outside of the project."""
     for key, kind in (("python_env", EnvironmentFileKind.PYTHON_ENV), ("conda_env", EnvironmentFileKind.CONDA)):
         if key in keys:
             name = keys[key].string(expected="the path of a file")
@@ -281,7 +281,7 @@ def _parameter(name: str, node: Node) -> Parameter:
 
 
 def _plain_text(node: Node) -> str:
-    """A plain value as the reference writes it: the text of what YAML makes of it (0.10 is 0.1, yes is True)."""
+    """Return a plain value as the reference writes it: the text of the parsed value (0.10 is 0.1, yes is True)."""
     node.text(expected="a string, a number, a boolean or a date")
     return str(node.value)
 
@@ -314,7 +314,7 @@ def _variable(node: Node) -> tuple[str, str | None]:
             node.fail(f"expected {expected}, found a list of {len(pair)}")
         name, value = pair[0], _plain_text(pair[1])
     if not name.string(expected="the name of a variable") or "=" in name.value:
-        name.fail(f'{name.value!r} is no name of a variable; to set one, write ["NAME", "value"]')
+        name.fail(f'{name.value!r} is not the name of a variable; to set one, write ["NAME", "value"]')
     return name.value, value
 
 
@@ -345,7 +345,7 @@ def _spark_job(keys: Mapping[str, Node], entry_points: Mapping[str, EntryPoint])
 
 
 def _literal(command: str) -> str:
-    """A command as a format string that stands for exactly it."""
+    """Return the format string that renders exactly this command."""
     return command.replace("{", "{{").replace("}", "}}")
 
 

@@ -1,4 +1,4 @@
-"""What the URI of a project says: where the project is and how it is fetched. Pure: nothing here looks at the disk.
+"""Parses the URI of a project: where the project is and how it is fetched. Nothing here reads the disk.
 
     what it looks like                                    kind
     ──────────────────────────────────────────────────    ────────────────────────────────────────────
@@ -9,7 +9,7 @@
     [user@]host:path, no slash before the colon           GIT over ssh, as Git itself reads it
     anything else                                         LOCAL, ``~`` expanded
 
-What a LOCAL path is (folder, bare repository, zip) only the disk can tell. The first ``#`` begins the sub-folder.
+Only the disk can tell what a LOCAL path is (folder, bare repository, zip). The first ``#`` begins the sub-folder.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _NO_REF = re.compile(r"[\s~^:?*\[\\]|\.\.|@\{|//|/$|\.$|\.lock(/|$)")
 
 
 class UriKind(StrEnum):
-    """How a project is fetched."""
+    """The ways to fetch a project."""
 
     LOCAL = "local"
     GIT = "git"
@@ -47,11 +47,11 @@ class UriKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """A user name and a password or token that stood in a URI. They go to no command line, log or error.
+    """The user name and password or token of a URI. They must not reach a command line, log or error.
 
     Attributes:
-        username: may itself be a token if there is no password.
-        password: None if only a user name was given.
+        username: The user name; it may be a token if there is no password.
+        password: The password; None if only a user name was given.
     """
 
     username: str = field(repr=False)
@@ -60,14 +60,14 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True)
 class ProjectUri:
-    """A URI taken apart.
+    """The parts of a URI.
 
     Attributes:
-        text: as it was given, without quotes, credentials and query: fit to be seen.
-        kind: how it is fetched.
-        location: a path, or a URL without credentials. The query of an archive's URL may be a secret too.
-        subdir: the folder inside, with single slashes; empty for the top.
-        credentials: those that stood in the URL.
+        text: The URI as it was given, without quotes, credentials and query, so that it may be shown.
+        kind: The way to fetch the project.
+        location: A path, or a URL without credentials. The query of an archive's URL may be a secret, too.
+        subdir: The folder inside, with single slashes; empty for the top.
+        credentials: The credentials in the URL.
     """
 
     text: str
@@ -78,7 +78,7 @@ class ProjectUri:
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        """What must be masked in whatever is said about this URI."""
+        """The texts to mask in every message about this URI."""
         given = self.credentials
         words = [given.password or given.username] if given else []
         if self.kind is UriKind.ARCHIVE:
@@ -87,10 +87,10 @@ class ProjectUri:
 
 
 def parse_uri(uri: str) -> ProjectUri:
-    """Take the URI of a project apart.
+    """Parse the URI of a project.
 
     Raises:
-        FetchError: it is refused, or means nothing.
+        FetchError: The URI is refused, or has no meaning.
     """
     text = uri.strip("'\"")
     _check_text(text, "the URI of the project")
@@ -113,18 +113,18 @@ def parse_uri(uri: str) -> ProjectUri:
 
 
 def check_version(version: str) -> None:
-    """Refuse what cannot be the name of a commit, branch or tag.
+    """Check that a version can be the name of a commit, branch or tag.
 
     Raises:
-        FetchError: it is refused.
+        FetchError: The version is refused.
     """
     _check_text(version, "the version")
     if _NO_REF.search(version) or version.startswith(("/", ".")):
-        raise FetchError(f"the version {version!r} is no name of a commit, a branch or a tag")
+        raise FetchError(f"the version {version!r} is not the name of a commit, a branch or a tag")
 
 
 def without_credentials(url: str) -> str:
-    """The URL of a Git remote, fit to be seen: without the user information, except for the user name of ssh."""
+    """Return the URL of a Git remote as it may be shown: without user information, except for the user name of ssh."""
     masked = mask_uri(url)
     return masked.replace(f"://{MASK}@", "://", 1)
 
@@ -172,7 +172,7 @@ def _parse_url(base: str, scheme: str, fragment: str) -> ProjectUri:
 def _split(url: str, scheme: str) -> tuple[SplitResult, str]:
     # What is wrong with a URL may be a password with an unescaped '/', '#' or ':' in it: never repeat such a URL.
     broken = FetchError(
-        f"the URI is no valid {scheme}:// URL (in a user name or password, escape '#', '/', '@' and ':' by %XX)",
+        f"the URI is not a valid {scheme}:// URL (in a user name or password, escape '#', '/', '@' and ':' by %XX)",
         uri=f"{scheme}://{MASK}",
     )
     try:

@@ -26,15 +26,15 @@ _queues: RunVar[WeakValueDictionary[Path, anyio.Lock]] = RunVar("mlfleet lock qu
 async def file_lock(path: Path) -> AsyncIterator[None]:
     """Hold the lock file at `path` against other processes and other tasks of this one.
 
-    The file is made if it is missing, and its folder, too.
+    The file and its folder are created if they do not exist.
 
     Waiting does not block the event loop and may be cancelled. The lock ends with its process at the latest. The file
-    stays where it is: to delete it would let two others hold a lock of this name each.
+    stays where it is: if it were deleted, two others could hold a lock of this name each.
 
     Raises:
-        OSError: the file cannot be made or written.
+        OSError: The file cannot be created or written.
     """
-    # Of the tasks here one at a time asks the system, so that hundreds of waiters cost no more than one.
+    # One task of this process at a time asks the system, so that hundreds of waiters cost no more than one.
     async with _queue(path):
         lock = await FILES.run(lambda: _lock(path))
         await _acquire(lock)
@@ -45,7 +45,7 @@ async def file_lock(path: Path) -> AsyncIterator[None]:
 
 
 def _lock(path: Path) -> FileLock:
-    from filelock import FileLock  # late, and in a thread: most programs need none of it
+    from filelock import FileLock  # late, and in a thread: most programs do not need it
 
     return FileLock(path, thread_local=False)
 

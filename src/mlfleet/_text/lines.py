@@ -1,4 +1,4 @@
-"""From bytes in any pieces to lines of text."""
+"""Splits streams of bytes into lines of text, and reads lines of files."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class LineSplitter:
         self._after_return = False
 
     def feed(self, data: bytes) -> list[str]:
-        """The lines that `data` completes."""
+        """Return the lines that `data` completes."""
         return self._split(self._decode(data))
 
     def close(self) -> list[str]:
-        """The last line, if it had no end."""
+        """Return the last line, if it had no line end."""
         lines = self._split(self._decode(b"", final=True))
         if self._pieces:
-            lines.append(self._take())
+            lines.append(self._end_line())
         return lines
 
     def _split(self, text: str) -> list[str]:
@@ -58,22 +58,22 @@ class LineSplitter:
         lines: list[str] = []
         for line in ended:
             self._add(line, lines)
-            lines.append(self._take())
+            lines.append(self._end_line())
         self._add(rest, lines)
         return lines
 
     def _add(self, text: str, lines: list[str]) -> None:
-        """Lengthen the line that has not ended; one that gets too long is cut into several."""
+        """Add text to the line that has not ended; cut one that gets too long into several."""
         while self._length + len(text) > _LONGEST_LINE:
             room = _LONGEST_LINE - self._length
             self._pieces.append(text[:room])
-            lines.append(self._take())
+            lines.append(self._end_line())
             text = text[room:]
         if text:
             self._pieces.append(text)
             self._length += len(text)
 
-    def _take(self) -> str:
+    def _end_line(self) -> str:
         line = "".join(self._pieces)
         self._pieces.clear()
         self._length = 0
@@ -81,12 +81,12 @@ class LineSplitter:
 
 
 def last_lines(path: Path, count: int = 20, limit: int = 16 * 1024) -> tuple[str, ...]:
-    """The last lines of a file, read from its end. Blocking, but bounded.
+    """Return the last lines of a file, read from its end. Blocking, but bounded.
 
     Args:
-        path: the file; if it is not there, there are no lines.
-        count: how many lines at most.
-        limit: of the bytes that are read.
+        path: The file; if it does not exist, the result is empty.
+        count: The largest number of lines. Default 20.
+        limit: The largest number of bytes to read. Default 16 KiB.
     """
     try:
         with path.open("rb") as file:
@@ -103,14 +103,14 @@ def last_lines(path: Path, count: int = 20, limit: int = 16 * 1024) -> tuple[str
 
 
 async def follow_file(path: Path, ended: Callable[[], Awaitable[object]] | None = None) -> AsyncIterator[str]:
-    """The lines of a growing file from its beginning, until nothing more will come.
+    """Yield the lines of a growing file from its beginning, until nothing more will come.
 
     Nothing is held open between two reads, so a follower may be dropped at any time.
 
     Args:
-        path: the file; it may not be there yet.
-        ended: returns when the writer has ended, at once if it has already: ``event.wait``, ``process.wait``. It is
-            awaited over and over and cancelled each time. None: give what there is now.
+        path: The file; it need not exist yet.
+        ended: A function that returns when the writer has ended, at once if it has already: ``event.wait``,
+            ``process.wait``. It is awaited over and over and cancelled each time. None: yield the present lines.
     """
     splitter = LineSplitter()
     offset = 0

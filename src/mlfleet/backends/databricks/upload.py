@@ -16,9 +16,8 @@ from typing import IO
 
 from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.threads import PROJECTS
-from mlfleet._project.content import content_hash, pack
+from mlfleet._project.content import content_hash, pack, read_ignore
 from mlfleet._project.git import ignored_by_git
-from mlfleet._project.ignoring import read_ignore
 from mlfleet.backends.databricks.storage import Storage
 from mlfleet.errors import SubmitError
 
