@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +13,7 @@ from pathlib import Path
 import anyio
 
 from mlfleet._concurrency.threads import FILES
+from mlfleet.backends._remote.output import write_output
 from mlfleet.errors import SubmitError
 
 __all__ = ["Ending", "OutputCopy"]
@@ -98,23 +97,10 @@ class OutputCopy:
         return data if mark and length.isdigit() and len(data) == int(length) else None
 
     async def _append(self, data: bytes) -> None:
-        await FILES.run(partial(_write, self._path, self._offset, data))
-        self._offset += len(data)
-
-
-def _write(path: Path | None, offset: int, data: bytes) -> None:
-    """Write at a place rather than the end: another process that has attached to the run may copy the same."""
-    if path is None:
-        sys.stdout.flush()
-        os.write(sys.stdout.fileno(), data)
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            os.pwrite(descriptor, data, offset)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        text = f"the output of the run cannot be written to {path}: {error.strerror}"
-        raise SubmitError(text, backend="databricks") from error
+            # At a position: another process that has attached to the run may copy the same output.
+            await FILES.run(partial(write_output, self._path, data, backend="databricks", at=self._offset))
+        except OSError as error:
+            text = f"the output of the run cannot be written to {self._path}: {error.strerror}"
+            raise SubmitError(text, backend="databricks") from error
+        self._offset += len(data)
