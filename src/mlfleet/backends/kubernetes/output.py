@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import re
 import resource
 from functools import partial
@@ -14,6 +13,7 @@ from typing import Protocol
 import anyio
 
 from mlfleet._concurrency.threads import FILES
+from mlfleet.backends._remote.output import write_output
 from mlfleet.backends.kubernetes.client import ApiError, KubernetesClient, Pool, reconnect_pause
 from mlfleet.errors import SubmitError
 
@@ -302,26 +302,9 @@ class Copier:
         self._last_byte = data[-1:]
         self.copied += len(data)
         try:
-            await FILES.run(partial(_append, self._path, data, first=first))
+            await FILES.run(partial(write_output, self._path, data, backend="kubernetes", begin=first))
         except OSError as error:
             if first:
                 text = f"the output of the run cannot be written to {self._path}: {error.strerror}"
                 raise SubmitError(text, backend="kubernetes") from error
             _log.warning("output of a run is lost: %s", error)
-
-
-def _append(path: Path | None, data: bytes, *, first: bool) -> None:
-    if path is None:
-        file, opened = 1, False
-    else:
-        if first:  # over what an earlier process has copied of the same
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        how = os.O_TRUNC if first else os.O_APPEND
-        file, opened = os.open(path, os.O_WRONLY | os.O_CREAT | how | os.O_CLOEXEC, 0o600), True
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(file, view) :]
-    finally:
-        if opened:
-            os.close(file)
