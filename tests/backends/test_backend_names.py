@@ -53,7 +53,7 @@ def test_nothing_above_the_backends_compares_a_name_or_imports_a_backend() -> No
         'here = reference.backend not in ("docker", "kubernetes")',
         'match request.backend:\n    case "databricks": pass',
         'limit = LIMITS_OF_BACKENDS["local"]',
-        "from mlfleet.backends.local import durable",
+        "from mlfleet.backends.local import run_folder",
         "from mlfleet.backends import docker",
         "import mlfleet.backends.docker.inventory",
     ],

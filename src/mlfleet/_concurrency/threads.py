@@ -124,6 +124,9 @@ TRANSFERS = ThreadLimiter("transfers", 8)
 PROCESSES = ThreadLimiter("processes", 2)
 """Starting processes: ``vfork`` takes about a millisecond, and more threads do not make it faster."""
 
+SESSIONS = ThreadLimiter("sessions", 1)
+"""Looking at the processes of sessions that are being ended; starts and files must not hold this up."""
+
 STORES = ThreadLimiter("stores", 4)
 """Calls of the mlflow client. More than eight threads exhaust the connections that it keeps to a sqlite database."""
 

@@ -1,7 +1,8 @@
-"""The only place where mlfleet starts processes. Nothing here blocks the event loop.
+"""Starts and ends processes; the only place where mlfleet starts any. Nothing here blocks the event loop.
 
-Processes are started in two threads of their own (``vfork`` takes about a millisecond) and their ends are awaited
-through pidfds in the event loop itself, so that hundreds in flight cost neither threads nor tasks.
+Processes are started in threads (``vfork`` takes about a millisecond). On Linux their ends are awaited through pidfds
+in the event loop itself, so that hundreds in flight cost neither threads nor tasks; elsewhere each process takes a
+thread that waits for its end.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ from functools import partial
 from pathlib import Path
 
 from mlfleet._concurrency.cancellation import wait_done
+from mlfleet._concurrency.grace import StopRequest
 from mlfleet._concurrency.threads import PROCESSES
-from mlfleet._process.sessions import SessionWatch
+from mlfleet._process.sessions import SessionWatch, signal_group
 from mlfleet._process.streams import Stream
 
-__all__ = ["Command", "Completed", "Process", "run_process", "start", "start_process"]
+__all__ = ["Command", "Completed", "Process", "open_pidfd", "run_process", "start", "start_process"]
 
 _log = logging.getLogger("mlfleet.process")
-_CANCEL_GRACE = 2.0  # seconds that a short command gets to tidy up
-_LINGER = 1.0  # seconds that the output of what outlives a short command is waited for
-_UNKNOWN = 255  # what asyncio's child watchers say, too
+_CANCEL_GRACE = 2.0  # seconds between SIGTERM and SIGKILL for a short command
+_DRAIN_TIMEOUT = 1.0  # seconds to wait for the end of a short command's output after the command's own end
+_UNKNOWN = 255  # the exit code that asyncio's child watchers report, too
 _HINTS = {
     errno.EAGAIN: "the limit of processes is reached (ulimit -u, or the container's pids limit)",
     errno.EMFILE: "this process has too many open files (ulimit -n)",
@@ -41,15 +43,15 @@ _HINTS = {
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What is to be started, with stdin from /dev/null.
+    """A program with its arguments and surroundings. Its stdin is /dev/null.
 
     Attributes:
-        argv: the program and its arguments. Everybody on the machine can read them: never a secret.
-        cwd: its working directory.
-        env: all its variables; None: this process's.
-        stdout: a file descriptor; None: it is inherited.
-        stderr: likewise.
-        program: the file to run, where it is known; None: it is looked for as ``argv[0]``.
+        argv: The program and its arguments. Every user of the machine can read them: they must not hold secrets.
+        cwd: The working directory; None: this process's.
+        env: All environment variables; None: this process's.
+        stdout: The file descriptor for stdout; None: it is inherited.
+        stderr: The file descriptor for stderr; None: it is inherited.
+        program: The file to run, if it is known; None: ``argv[0]`` is searched for.
     """
 
     argv: Sequence[str]
@@ -62,12 +64,12 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """What a short command left.
+    """The result of a short command.
 
     Attributes:
-        returncode: negative for a signal.
-        stdout: all of it (up to a limit).
-        stderr: likewise; the same as stdout if they were merged.
+        returncode: The exit code; negative for a signal.
+        stdout: The output, or its end if it was longer than the limit.
+        stderr: The errors, or their end; the same as stdout if they were merged.
     """
 
     returncode: int
@@ -78,16 +80,17 @@ class Completed:
 class Process:
     """A running process that leads a session and process group of its own.
 
-    Made by `start_process`; whoever started it sees to its end by `wait` or `stop`.
+    `start_process` makes it; its caller ensures that it ends, by `wait` or `stop`.
 
     Attributes:
-        pid: of the process, and of its session and group.
-        stopped: whether `stop` came before its end.
+        pid: The id of the process, of its session and of its group.
+        stopped: True if `stop` was called before the process ended by itself.
     """
 
-    # How a pid is kept from being signalled after the system has given it to somebody else: while a stop is under way,
-    # the ended leader is not reaped, and as long as it is a zombie neither its pid nor its group can be given away.
-    # It is reaped when all of its session is gone. Nothing is signalled after that.
+    # A pid must not be signalled after the system has given it to another process. So while a stop is in progress, the
+    # ended leader is not reaped: as long as it is a zombie, neither its pid nor its group can be given away. It is
+    # reaped when all of its session is gone, and nothing is signalled after that. Without pidfds a thread reaps it at
+    # once, since macOS has os.waitid (and so WNOWAIT) from Python 3.13 on only: there a small risk is left.
 
     __slots__ = (
         "_callbacks",
@@ -98,7 +101,8 @@ class Process:
         "_loop",
         "_pidfd",
         "_reaped",
-        "_told",
+        "_signalled",
+        "_stop",
         "pid",
         "stopped",
     )
@@ -112,11 +116,12 @@ class Process:
         self._gone = asyncio.Event()
         self._callbacks: list[Callable[[], object]] = []
         self._reaped = False
+        self._stop: StopRequest | None = None
         self._kill: asyncio.TimerHandle | None = None
-        self._told: set[int] = set()
+        self._signalled: set[int] = set()
         self._forced = False
         if pidfd is None:
-            threading.Thread(target=self._block, name=f"mlfleet wait {pid}", daemon=True).start()
+            threading.Thread(target=self._wait_in_thread, name=f"mlfleet wait {pid}", daemon=True).start()
         else:
             self._loop.add_reader(pidfd, self._poll)
 
@@ -129,34 +134,33 @@ class Process:
         return self._code if self._gone.is_set() else None
 
     def add_done_callback(self, callback: Callable[[], object]) -> None:
-        """Call `callback` in the event loop when `wait` would return. It must not raise."""
+        """Call `callback` in the event loop when `wait` would return. The callback must not raise."""
         if self._gone.is_set():
             self._loop.call_soon(callback)
         else:
             self._callbacks.append(callback)
 
     async def wait(self) -> int:
-        """Wait for the end of the process; any number of tasks may. A cancelled waiter changes nothing.
+        """Wait for the end of the process, and after `stop` for the end of its whole session.
 
-        Once `stop` was called this means the end of its whole group.
+        Any number of tasks may wait. A cancelled waiter changes nothing.
         """
         await self._gone.wait()
         assert self._code is not None  # noqa: S101 - set before the event
         return self._code
 
     async def stop(self, grace: float) -> None:
-        """SIGTERM to the whole group, up to `grace` seconds, SIGKILL to what is left; returns once all of it is gone.
+        """Send SIGTERM to the whole session, after the grace SIGKILL, and wait until all of it is gone.
 
         Runs to its end also when the calling task is cancelled. Any number of tasks may call it; the shortest grace
         counts. A process that has ended by itself is left as it is, together with what it left behind.
 
         Args:
-            grace: seconds.
+            grace: Seconds between SIGTERM and SIGKILL.
         """
         self.begin_stop(grace)
         if self._gone.is_set():
             return
-        # No task, which asyncio.run would cancel at its end with all others.
         gone: asyncio.Future[None] = self._loop.create_future()
         self.add_done_callback(partial(gone.set_result, None))
         cancelled = await wait_done(gone)
@@ -164,19 +168,21 @@ class Process:
             raise cancelled
 
     def begin_stop(self, grace: float) -> None:
-        """What `stop` does, without waiting for it."""
+        """Begin what `stop` does, without waiting for it."""
         self._poll()
         if self._gone.is_set():
             return
-        deadline = self._loop.time() + grace
-        watch = SessionWatch.of_running_loop()
-        if self._kill is None:
-            watch.in_turn(self._terminate)
-        elif self._kill.when() <= deadline:
+        is_first = self._stop is None
+        if self._stop is None:
+            self._stop = StopRequest(grace)
+        if not self._stop.request(grace):
             return
-        else:
+        watch = SessionWatch.of_running_loop()
+        if is_first:
+            watch.signal_soon(self._terminate)
+        if self._kill is not None:
             self._kill.cancel()
-        self._kill = self._loop.call_at(deadline, watch.in_turn, self._force)
+        self._kill = self._loop.call_later(self._stop.remaining or 0, watch.signal_soon, self._force)
 
     def _terminate(self) -> None:
         self._poll()
@@ -186,37 +192,37 @@ class Process:
             SessionWatch.of_running_loop().add(self.pid, self._look)
 
     def _ask(self, group: int) -> None:
-        self._told.add(group)
-        _signal(group, signal.SIGTERM)
-        _signal(group, signal.SIGCONT)  # one that is stopped (SIGSTOP, SIGTTIN) does not see SIGTERM before
+        self._signalled.add(group)
+        signal_group(group, signal.SIGTERM)
+        signal_group(group, signal.SIGCONT)  # a stopped process (SIGSTOP, SIGTTIN) does not see SIGTERM before
 
     def _force(self) -> None:
         self._forced = True
         if self._gone.is_set():
             return
-        for group in self._told:
-            _signal(group, signal.SIGKILL)
+        for group in self._signalled:
+            signal_group(group, signal.SIGKILL)
 
     def _look(self, groups: set[int]) -> None:
-        """What the watch has seen of the session."""
+        """Signal the living groups of the session, or conclude the stop if there are none."""
         self._poll()
         if self._gone.is_set():
             return
         for group in groups:
             if self._forced:
-                _signal(group, signal.SIGKILL)
-            elif group not in self._told:
+                signal_group(group, signal.SIGKILL)
+            elif group not in self._signalled:
                 self._ask(group)
-        self._told = groups | {self.pid} if not self._reaped else groups
+        self._signalled = groups | {self.pid} if not self._reaped else groups
         if not groups and self._code is not None:
             self._finish()
 
     def _poll(self) -> None:
-        """Notice the end of the process, if it has come."""
+        """Notice the end of the process, if it has ended."""
         if self._code is not None or self._pidfd is None:
             return
         try:
-            code = self._look_at() if self._kill is not None else self._reap()
+            code = self._peek() if self._stop is not None else self._reap()
         except ChildProcessError:
             self._reaped = True
             _log.warning("the exit status of process %d was taken by another part of this program", self.pid)
@@ -224,15 +230,15 @@ class Process:
         if code is not None:
             self._end(code)
 
-    def _look_at(self) -> int | None:
-        """The exit code, if there is one; the process stays a zombie."""
+    def _peek(self) -> int | None:
+        """Return the exit code if the process has ended, and leave it a zombie."""
         state = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if state is None:
             return None
         return state.si_status if state.si_code == os.CLD_EXITED else -state.si_status
 
     def _reap(self) -> int | None:
-        """The exit code, if there is one; then the process is no more."""
+        """Return the exit code if the process has ended, and reap it."""
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         if pid == 0:
             return None
@@ -262,33 +268,32 @@ class Process:
         for callback in self._callbacks:
             callback()
 
-    def _block(self) -> None:
-        """Wait in a thread, where the system has no pidfds."""
+    def _wait_in_thread(self) -> None:
+        """Wait for the end, on systems without pidfds."""
+        code = self._wait_blocking()
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._end, code)
+
+    def _wait_blocking(self) -> int:
         try:
             code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         except ChildProcessError:
             code = _UNKNOWN
         self._reaped = True
-        with suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._end, code)
-
-
-def _signal(group: int, number: int) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, number)
+        return code
 
 
 async def start(make: Callable[[], AbstractContextManager[Command]]) -> Process:
-    """Start a long-running command that takes blocking work to make. A cancelled call leaves nothing running.
+    """Start a long-running command whose preparation blocks. A cancelled call leaves nothing running.
 
     Args:
-        make: is called in a thread, and left there as soon as the process runs or cannot be started: so all that a
-            start needs costs one turn in a thread.
+        make: Called in a thread, and its context is left there as soon as the process runs or failed to start: so all
+            that a start needs takes one turn in a thread.
 
     Raises:
-        OSError: the program (``filename`` is its name) or the folder (``filename`` is ``str(cwd)``) is not there, or
+        OSError: The program (``filename`` is its name) or the folder (``filename`` is ``str(cwd)``) does not exist, or
             the system has no room for another process.
-        ValueError: a NUL character in the arguments or the variables.
+        ValueError: There is a NUL character in the arguments or the variables.
     """
 
     def spawn() -> tuple[int, int | None]:
@@ -304,10 +309,10 @@ async def start_process(
     """Start a long-running command, as `start` does.
 
     Args:
-        argv: the program and its arguments. Everybody on the machine can read them: never a secret.
-        cwd: its working directory.
-        env: all its variables; None: this process's.
-        output: a file descriptor for stdout and stderr; None: they are inherited.
+        argv: The program and its arguments. Every user of the machine can read them: they must not hold secrets.
+        cwd: The working directory; None: this process's.
+        env: All environment variables; None: this process's.
+        output: The file descriptor for stdout and stderr; None: they are inherited.
     """
     command = Command(list(argv), cwd, env, output, output)
     return await start(lambda: nullcontext(command))
@@ -322,20 +327,20 @@ async def run_process(
     on_line: Callable[[str], None] | None = None,
     limit: int = 16 * 2**20,
 ) -> Completed:
-    """Run a short command to its end and collect what it prints. A cancelled call ends its whole group and reaps it.
+    """Run a short command and collect its output. A cancelled call ends and reaps its whole session.
 
     Args:
-        argv: the program and its arguments. Everybody on the machine can read them: never a secret.
-        cwd: its working directory.
-        env: all its variables; None: this process's.
-        merge: send stderr into stdout.
-        on_line: is called with every line of output as it comes. What it raises ends the command.
-        limit: of the bytes kept of each stream; of more, the end is kept.
+        argv: The program and its arguments. Every user of the machine can read them: they must not hold secrets.
+        cwd: The working directory; None: this process's.
+        env: All environment variables; None: this process's.
+        merge: True to send stderr into stdout.
+        on_line: Called with every line of output as it comes. An exception that it raises ends the command.
+        limit: Bytes of each stream to keep; of longer output the end is kept.
 
     Raises:
-        OSError: the program (``filename`` is its name) or the folder (``filename`` is ``str(cwd)``) is not there, or
+        OSError: The program (``filename`` is its name) or the folder (``filename`` is ``str(cwd)``) does not exist, or
             the system has no room for another process.
-        ValueError: a NUL character in the arguments or the variables.
+        ValueError: There is a NUL character in the arguments or the variables.
     """
     with ExitStack() as stack:
         streams = [stack.enter_context(Stream(limit, on_line)) for _ in range(1 if merge else 2)]
@@ -345,7 +350,7 @@ async def run_process(
             for stream in streams:
                 stream.read(lambda: process.begin_stop(_CANCEL_GRACE))
             code = await process.wait()
-            await asyncio.wait([stream.ended for stream in streams], timeout=_LINGER)
+            await asyncio.wait([stream.ended for stream in streams], timeout=_DRAIN_TIMEOUT)
         finally:
             await process.stop(_CANCEL_GRACE)
         for stream in streams:
@@ -360,7 +365,7 @@ async def _take_back(spawned: tuple[int, int | None]) -> None:
 
 
 def _spawn(command: Command) -> tuple[int, int | None]:
-    """Start the process; its pid, and a pidfd where the system has them. Blocking."""
+    """Start the process; return its pid, and a pidfd where the system has them. Blocking."""
     try:
         # Never preexec_fn: without it Popen uses vfork, whose cost does not grow with this process's memory.
         popen = subprocess.Popen(
@@ -376,24 +381,33 @@ def _spawn(command: Command) -> tuple[int, int | None]:
     except OSError as error:
         raise _explained(error) from error
     try:
-        pidfd = _open_pidfd(popen.pid)
+        pidfd = open_pidfd(popen.pid)
     except OSError as error:
         popen.kill()
         popen.wait()
         raise _explained(error) from error
-    popen.returncode = 0  # it is ours to reap from here on; Popen would complain of one that it leaves behind
+    popen.returncode = 0  # `Process` reaps it; Popen would warn about a process that it leaves behind
     return popen.pid, pidfd
 
 
-def _open_pidfd(pid: int) -> int | None:
+def open_pidfd(pid: int) -> int | None:
+    """Open a descriptor of a process, which can be waited for.
+
+    Returns:
+        The descriptor; None where the system has none: not Linux, an old kernel, or a container that forbids it.
+
+    Raises:
+        ProcessLookupError: There is no such process.
+        OSError: The system has no room for another descriptor.
+    """
     if not hasattr(os, "pidfd_open"):
         return None
     try:
         return os.pidfd_open(pid)
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESRCH):
             raise
-        return None  # an old kernel, or a container that forbids it
+        return None
 
 
 def _explained(error: OSError) -> OSError:

@@ -18,11 +18,10 @@ import anyio
 
 from mlfleet._concurrency.threads import FILES
 from mlfleet._process.process import Command, Process, start
-from mlfleet._process.reattach import AdoptedProcess
+from mlfleet._process.reattach import ReattachedProcess
 from mlfleet._text.lines import follow_file, last_lines
 from mlfleet.backends.base import Backend, BackendRun, Job, ListedRun
-from mlfleet.backends.local import durable
-from mlfleet.backends.local.inventory import list_local
+from mlfleet.backends.local import run_folder
 from mlfleet.errors import BackendError, RunLost, SubmitError
 from mlfleet.runs import DEFAULT_CANCEL_GRACE, JobRef, Outcome, RunStatus
 
@@ -48,7 +47,7 @@ class LocalBackend(Backend[None]):
         self._here: Mapping[str, object] = {}
 
     async def __aenter__(self) -> Self:
-        self._here = await FILES.run(durable.this_process)
+        self._here = await FILES.run(run_folder.this_process)
         return self
 
     async def __aexit__(
@@ -70,7 +69,7 @@ class LocalBackend(Backend[None]):
         except (OSError, ValueError) as error:
             raise SubmitError(_refusal(job, error), backend=self.name) from error
         # Not the job itself: hundreds of handles would keep its environment and secrets.
-        conclude = partial(durable.conclude, durable.run_folder(job.run_id)) if durable.applies(job) else None
+        conclude = partial(run_folder.conclude, run_folder.run_folder(job.run_id)) if job.durable else None
         run = _LocalRun(job.run_id, job.output, job.cancel_grace, process, conclude)
         if not self._open:
             await process.stop(0)
@@ -80,7 +79,7 @@ class LocalBackend(Backend[None]):
 
     def reference(self, job: Job) -> JobRef | None:
         """The folder of a durable job; others end with this process."""
-        return durable.reference(job, self._here)
+        return run_folder.reference(job, self._here)
 
     async def attach(self, ref: JobRef) -> BackendRun:
         """The handle of a durable run; from now on leaving this backend ends it, too.
@@ -94,20 +93,20 @@ class LocalBackend(Backend[None]):
         found = await self._find(ref)
         output = None if ref.data.get("output") is None else Path(str(ref.data["output"]))
         grace = float(ref.data.get("grace", DEFAULT_CANCEL_GRACE))
-        if isinstance(found, durable.Ended):
+        if isinstance(found, run_folder.Ended):
             return _LocalRun(ref.run_id, output, grace, _Ended(), lambda: found.code)
-        process = AdoptedProcess(found.pid, found.pidfd)
-        run = _LocalRun(ref.run_id, output, grace, process, partial(durable.conclude, Path(str(ref.data["folder"]))))
+        process = ReattachedProcess(found.identity, found.pidfd)
+        run = _LocalRun(ref.run_id, output, grace, process, partial(run_folder.conclude, Path(str(ref.data["folder"]))))
         self._keep(run, process)
         return run
 
     async def list_runs(self) -> Sequence[ListedRun]:
         """Return the runs of this machine that outlive the process that started them: those of sweeps with a name."""
-        return await FILES.run(list_local)
+        return await FILES.run(run_folder.list_runs)
 
     async def is_abandoned(self, ref: JobRef) -> bool:
         """Return True if a run of this machine is over and the process that started it is gone."""
-        return await FILES.run(partial(durable.is_abandoned, ref))
+        return await FILES.run(partial(run_folder.is_abandoned, ref))
 
     async def withdraw(self, ref: JobRef) -> bool:
         """Claim a run that its shell has not claimed yet, so that it never begins.
@@ -119,18 +118,18 @@ class LocalBackend(Backend[None]):
             return False
 
         def withdraw() -> bool:
-            if not durable.is_here(ref):
+            if not run_folder.is_here(ref):
                 text = f"the run {ref.run_id} is on {ref.data.get('host')}: cancel it there"
                 raise BackendError(text, backend=self.name)
-            return durable.withdraw(ref)
+            return run_folder.withdraw(ref)
 
         return await FILES.run(withdraw)
 
-    async def _find(self, ref: JobRef) -> durable.Living | durable.Ended:
+    async def _find(self, ref: JobRef) -> run_folder.Living | run_folder.Ended:
         """Look for a run, and wait a little for one that is just being started."""
         waited = 0.0
         while True:
-            found = await FILES.run(partial(durable.find, ref, give_up=waited >= _START_PATIENCE), undo=_let_go)
+            found = await FILES.run(partial(run_folder.find, ref, give_up=waited >= _START_PATIENCE), undo=_let_go)
             if found is not None:
                 return found
             if waited >= _START_PATIENCE:
@@ -232,18 +231,18 @@ def _ended_by(code: int | None, *, stopped: bool) -> Outcome:
     return Outcome(RunStatus.FAILED, code, reason)
 
 
-async def _let_go(found: durable.Living | durable.Ended | None) -> None:
-    if isinstance(found, durable.Living):
-        os.close(found.pidfd)
+async def _let_go(found: run_folder.Living | run_folder.Ended | None) -> None:
+    if isinstance(found, run_folder.Living):
+        found.close()
 
 
 @contextmanager
 def _command(job: Job) -> Iterator[Command]:
     """What to start for a job, while its output is open. Blocking."""
     argv: tuple[str, ...] = ("bash", "-c", job.command)
-    if durable.applies(job):
-        argv = durable.argv(job)
-        durable.run_folder(job.run_id).mkdir(parents=True, exist_ok=True, mode=0o700)
+    if job.durable:
+        argv = run_folder.argv(job)
+        run_folder.run_folder(job.run_id).mkdir(parents=True, exist_ok=True, mode=0o700)
     environ = _environ(job)
     output = None if job.output is None else _open_output(job.output)
     try:

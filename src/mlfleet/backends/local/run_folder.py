@@ -1,0 +1,291 @@
+"""The folders of durable runs, which outlive the process that started them and are found again.
+
+A small shell stands between mlfleet and the command. Before it starts the command it records itself in the run's
+folder, and after the command's end it records the exit code there: so nothing is lost whenever mlfleet is killed. The
+shell claims the run by creating the file ``process``, which only one process can create. A process that looks for a run
+without a claim creates the file itself; the shell, if it still starts later, then leaves the command alone: no run
+starts after it was given up.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from mlfleet._paths import runs_folder
+from mlfleet._process.reattach import Identity, ProcessRecord, boot_id, identify, machine, open_process, pid_namespace
+from mlfleet._process.sessions import kill_session
+from mlfleet.backends.base import Job, ListedRun
+from mlfleet.errors import RunLost
+from mlfleet.runs import JobRef
+
+__all__ = [
+    "Ended",
+    "Living",
+    "argv",
+    "conclude",
+    "driver_lives",
+    "find",
+    "is_abandoned",
+    "is_here",
+    "list_runs",
+    "reference",
+    "run_folder",
+    "this_process",
+    "withdraw",
+]
+
+# $0 is the folder of the run, $1 the command. The trap lets the shell outlive a signal to the whole group, and the
+# command inherits no trap. The shell's own messages ("Terminated") do not go into the command's output. All of it is
+# built into the shell, so that it costs one process. The record is for `ProcessRecord`.
+_SCRIPT = """\
+{ read -r record < /proc/$$/stat; } 2> /dev/null || record="$$ $PPID"
+set -C
+exec 3>&2 2> /dev/null
+echo "$record" > "$0/process" || exit 125
+set +C
+trap : HUP INT QUIT TERM
+(exec bash -c "$1" 2>&3 3>&-)
+code=$?
+echo "$code" > "$0/exit-code"
+exit "$code"
+"""
+_LOST = "lost"
+_WRITE_TIMEOUT = 2.0  # seconds that a shell gets between creating its file and writing it
+
+
+@dataclass(frozen=True, slots=True)
+class Living:
+    """A run that goes on.
+
+    Attributes:
+        identity: The run's shell.
+        pidfd: A descriptor of the shell, where the system has them.
+    """
+
+    identity: Identity
+    pidfd: int | None
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self.pidfd is not None:
+            os.close(self.pidfd)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A run that has ended by itself.
+
+    Attributes:
+        code: The exit code of the command.
+    """
+
+    code: int
+
+
+def run_folder(run_id: str) -> Path:
+    """Return the folder that a run's shell writes to."""
+    return runs_folder() / run_id
+
+
+def argv(job: Job) -> tuple[str, ...]:
+    """Return the program and arguments to start for a durable job."""
+    return ("sh", "-c", _SCRIPT, str(run_folder(job.run_id)), job.command)
+
+
+def reference(job: Job, here: Mapping[str, object]) -> JobRef | None:
+    """Return where the job can be found; None if it is not durable.
+
+    Args:
+        job: The job.
+        here: The result of `this_process`.
+    """
+    if not job.durable:
+        return None
+    data: dict[str, object] = {
+        "folder": str(run_folder(job.run_id)),
+        "output": None if job.output is None else str(job.output),
+        **here,
+        "grace": job.cancel_grace,
+    }
+    return JobRef("local", job.run_id, data)
+
+
+def this_process() -> dict[str, object]:
+    """Return the facts by which runs of this process are found again. Blocking."""
+    me = identify(os.getpid())
+    return {
+        "host": machine(),
+        "boot": boot_id(),
+        "pid_namespace": pid_namespace(),
+        "driver": os.getpid(),
+        "driver_started": None if me is None else me.started,
+    }
+
+
+def find(ref: JobRef, *, give_up: bool) -> Living | Ended | None:
+    """Look for a run. Blocking.
+
+    Args:
+        ref: The reference of the run.
+        give_up: True to stop waiting for a run that has not begun although its driver lives, if that is this process.
+
+    Returns:
+        None if it has not begun, and its driver may still start it.
+
+    Raises:
+        RunLost: It cannot end well any more. Nothing of it runs, unless on another machine.
+    """
+    if not is_here(ref):
+        raise _lost(ref, f"it was started on {ref.data.get('host')}, which is another machine or was booted since")
+    folder = Path(str(ref.data["folder"]))
+    if not (folder / "process").exists() and driver_lives(ref) and not (give_up and ref.data["driver"] == os.getpid()):
+        return None
+    record = _claimed(folder)
+    if record is None:
+        raise _lost(ref, "it was never started")
+    identity = record.identity()
+    if identity is not None:
+        lives, pidfd = open_process(identity)
+        if lives:
+            return Living(identity, pidfd)
+    code = conclude(folder)
+    if code is None:
+        raise _lost(ref, "its process was killed")
+    return Ended(code)
+
+
+def conclude(folder: Path) -> int | None:
+    """Return the exit code of the command, after its shell has ended. Blocking.
+
+    Returns:
+        None if the shell was killed before it could record the code. The processes that it left are killed then.
+    """
+    code = _read(folder / "exit-code")
+    if code.endswith("\n") and code.strip().isdigit():
+        return int(code)
+    with suppress(OSError, ValueError):
+        record = _read_record(folder)
+        # The id of a session is not given to another process while a process is in it: if another one has it now, the
+        # session has ended.
+        if not record.pid_was_reused():
+            kill_session(record.pid)
+    return None
+
+
+def is_here(ref: JobRef, *, this_boot: bool = True) -> bool:
+    """Return True if a run was submitted on this machine. Blocking.
+
+    Args:
+        ref: The reference of the run.
+        this_boot: True to ask also that it was submitted since the machine was booted, where its processes are seen.
+    """
+    if ref.data.get("host") != machine():
+        return False
+    # References of earlier versions have no PID namespace.
+    return not this_boot or (
+        ref.data.get("boot") == boot_id() and ref.data.get("pid_namespace", pid_namespace()) == pid_namespace()
+    )
+
+
+def is_abandoned(ref: JobRef) -> bool:
+    """Return True if a run of this machine is over and the process that submitted it is gone. Blocking."""
+    if "folder" not in ref.data or not is_here(ref, this_boot=False):
+        return False
+    if is_here(ref) and driver_lives(ref):
+        return False
+    try:
+        found = find(ref, give_up=False)
+    except RunLost:
+        return True
+    if isinstance(found, Living):
+        found.close()
+    return isinstance(found, Ended)
+
+
+def withdraw(ref: JobRef) -> bool:
+    """Keep a run of this machine from beginning. Blocking.
+
+    Args:
+        ref: The reference of the run.
+
+    Returns:
+        False if it has begun already.
+    """
+    return _claimed(Path(str(ref.data["folder"]))) is None
+
+
+def driver_lives(ref: JobRef) -> bool:
+    """Return True if the process that submitted a run of this machine still lives. Blocking."""
+    started = ref.data["driver_started"]
+    return started is not None and Identity(int(ref.data["driver"]), started).is_alive()
+
+
+def list_runs() -> list[ListedRun]:
+    """Return the durable runs of this machine that still run, whichever process started them. Blocking."""
+    found = []
+    with suppress(FileNotFoundError, NotADirectoryError):
+        for folder in runs_folder().iterdir():
+            with suppress(OSError, ValueError):
+                found += _listed(folder)
+    return found
+
+
+def _listed(folder: Path) -> list[ListedRun]:
+    if (folder / "exit-code").exists():
+        return []
+    record = _read_record(folder)
+    identity = record.identity()
+    if identity is None or not identity.is_alive():
+        return []
+    return [
+        ListedRun(
+            run_id=folder.name,
+            backend="local",
+            state="running",
+            detail={"pid": record.pid},
+            created=datetime.fromtimestamp(record.written, UTC),
+            supervised=record.has_its_parent(),
+            output=folder / "output.log",
+        )
+    ]
+
+
+def _claimed(folder: Path) -> ProcessRecord | None:
+    """Claim the run; return the record of its shell, or None if the shell will never run the command."""
+    file = folder / "process"
+    deadline = time.monotonic() + _WRITE_TIMEOUT
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with file.open("x") as claim:
+                claim.write(f"{_LOST}\n")
+            return None
+        except FileExistsError:
+            text = file.read_text(errors="replace")
+        if text.endswith("\n"):
+            return None if text.strip() == _LOST else _read_record(folder)
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.02)
+
+
+def _read_record(folder: Path) -> ProcessRecord:
+    file = folder / "process"
+    return ProcessRecord.parse(file.read_text(errors="replace"), file.stat().st_mtime)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _lost(ref: JobRef, why: str) -> RunLost:
+    return RunLost(f"the run {ref.run_id} is lost: {why}", backend="local")
