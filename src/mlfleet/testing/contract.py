@@ -312,7 +312,7 @@ class BackendContract:
             with pytest.raises(BackendError, match="end with the process that started them"):
                 await bench.backend.attach(JobRef(bench.backend.name, job.run_id))
             return
-        await bench.backend.submit(job)
+        await seen(await bench.backend.submit(job), "ready")  # until then it could be withdrawn
         assert await bench.backend.is_abandoned(reference) is False  # this process writes its status
         assert await bench.backend.withdraw(reference) is False  # it is on its way already
         async with bench.harness.open() as other:
