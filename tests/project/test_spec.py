@@ -254,6 +254,19 @@ def test_scripts_stay_inside_the_project(tmp_path: Path) -> None:
     assert spec.entry_point("sub/../sub/in.py").command == "python sub/../sub/in.py"
 
 
+@pytest.mark.parametrize("name", ["tr\ud800.py", "main\ud800", "loop.py", "a\0.py", "x" * 300 + ".py"])
+def test_an_entry_point_that_cannot_be_a_file_is_an_error_of_ours(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop.py").symlink_to("loop.py")
+    with pytest.raises(SpecError, match="there is no entry point"):
+        read_project(tmp_path).entry_point(name)
+
+
+def test_an_mlproject_that_is_a_loop_of_links_is_an_error_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "MLproject").symlink_to("MLproject")
+    with pytest.raises(SpecError, match="MLproject: cannot be read: Too many levels of symbolic links"):
+        read_project(tmp_path)
+
+
 def test_an_unknown_entry_point_lists_those_there_are(tmp_path: Path) -> None:
     text = "entry_points: {main: {command: a}, validate: {command: b}}"
     spec = project(tmp_path, text, "train.py", "data.csv")

@@ -140,7 +140,7 @@ class ProjectSpec:
             file = (self.folder / name).resolve()
             inside = file.is_relative_to(self.folder.resolve())
             found = file.is_file()
-        except (OSError, RuntimeError):
+        except (OSError, RuntimeError, ValueError):  # A loop of links, a name that no file can have.
             inside, found = True, False
         if not inside:
             raise SpecError(f"the script {name!r} is outside the project", path=self.folder)
