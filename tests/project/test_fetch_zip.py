@@ -125,6 +125,30 @@ async def test_a_zip_in_the_cache_of_the_first_version_is_used_and_pruned(write:
     assert await asyncio.to_thread(list_entries) == []
 
 
+@pytest.mark.parametrize(
+    ("files", "suffix", "inside"),
+    [
+        ({"repo-main/MLproject": "", "repo-main/steps/a.py": ""}, "", "repo-main"),
+        ({"repo-main/README.md": "", "repo-main/train.py": ""}, "", "repo-main"),
+        ({"p/mlproject": "", "__MACOSX/p/._mlproject": "", ".DS_Store": ""}, "", "p"),
+        ({"repo-main/MLproject": "", "repo-main/steps/a.py": ""}, "#steps", "repo-main/steps"),
+        ({"repo-main/MLproject": ""}, "#repo-main", "repo-main"),
+        ({"src/train.py": ""}, "", "."),
+        ({"steps/MLproject": "", "train.py": ""}, "", "."),
+    ],
+)
+async def test_a_zip_with_one_folder_that_holds_the_project(
+    write: Callable[[bytes], Path], files: dict[str, str], suffix: str, inside: str
+) -> None:
+    path = write(make_zip(files))
+    fetcher = ProjectFetcher()
+    project = await fetcher.fetch(f"{path}{suffix}")
+    assert str(project.folder).endswith(f"/{Path('project') / inside}")
+    async with fetcher.working_copy(project) as copy:
+        assert {entry.name for entry in copy.iterdir()} == {entry.name for entry in project.folder.iterdir()}
+        assert str(copy).endswith(f"/{Path('project') / inside}")
+
+
 async def test_zip_without_validators_is_downloaded_again(http_files: FileServer) -> None:
     http_files.etags = False
     http_files.files["/p.zip"] = make_zip()

@@ -34,6 +34,13 @@ __all__ = ["Project", "ProjectFetcher"]
 
 _FRESH = 2.0  # seconds
 _REMEMBERED = 256
+_ADDED_BY_MACOS = ("__MACOSX", ".DS_Store")
+# Files that are at the top of a project or repository.
+_TOP_FILE = re.compile(
+    r"MLproject|python_env\.yaml|conda\.yaml|requirements\.txt|pyproject\.toml|uv\.lock|setup\.(py|cfg)"
+    r"|README(\..*)?|LICENSE(\..*)?|\.gitignore",
+    re.I,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +267,7 @@ class ProjectFetcher:
         return await self._zip_project(uri, tree, uri.text)
 
     async def _zip_project(self, uri: ProjectUri, tree: Path, source_name: str) -> Project:
-        folder = await PROJECTS.run(lambda: _subfolder(uri, tree))
+        folder = await PROJECTS.run(lambda: _subfolder(uri, _project_root(uri, tree)))
         return Project(uri.text, folder, cached=True, source_name=source_name)
 
     async def _unpacked_before(self, digest: str) -> Path | None:
@@ -350,6 +357,21 @@ def _subfolder(uri: ProjectUri, top: Path, *, stay_inside: bool = True) -> Path:
             f"the sub-folder {uri.subdir!r} is a symbolic link that leads out of the project", uri=uri.text
         )
     return folder
+
+
+def _project_root(uri: ProjectUri, tree: Path) -> Path:
+    """Return the folder in an unpacked zip that is the project. Blocking.
+
+    Zips of code hosts ("Download ZIP") and of file managers hold one folder with everything in it. It is the project if
+    it looks like one; a zip with, for example, only a folder of scripts is itself the project.
+    """
+    if uri.subdir and (tree / uri.subdir).is_dir():
+        return tree
+    entries = [entry for entry in tree.iterdir() if entry.name not in _ADDED_BY_MACOS]
+    if len(entries) != 1 or entries[0].is_symlink() or not entries[0].is_dir():
+        return tree
+    is_project = any(_TOP_FILE.fullmatch(entry.name) for entry in entries[0].iterdir())
+    return entries[0] if is_project else tree
 
 
 def _unpack_into(store: ProjectStore, digest: str, uri: ProjectUri, path: Path, stop: threading.Event) -> None:
