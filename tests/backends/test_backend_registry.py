@@ -50,7 +50,7 @@ def test_local() -> None:
     assert issubclass(find("local"), Backend)
 
 
-def test_unknown_name_tells_the_nearest_and_what_is_installed() -> None:
+def test_an_unknown_name_is_an_error_that_names_the_nearest_and_the_installed() -> None:
     with pytest.raises(BackendNotFound) as caught:
         find("Locl")
     assert str(caught.value).startswith("there is no backend 'Locl'. Did you mean 'local'? Installed are: ")

@@ -186,7 +186,7 @@ def test_plugin_that_gives_no_handle(place: Workplace) -> None:
     assert [run["info"]["status"] for run in place.runs] == ["FAILED"]
 
 
-def test_the_caller_keeps_his_configuration(place: Workplace) -> None:
+def test_the_callers_configuration_is_not_changed(place: Workplace) -> None:
     project = write_project(place.tmp_path / "hello", "echo hello")
     done = place.script(f"""
 config = {{"nested": {{"key": 1}}}}
@@ -214,7 +214,7 @@ print(run.get_status(), run.wait())
     assert [run["info"]["status"] for run in place.runs] == ["KILLED"]
 
 
-def test_a_run_that_cannot_be_cancelled_is_not_said_to_be_gone(place: Workplace) -> None:
+def test_a_run_that_cannot_be_cancelled_is_reported_as_possibly_running(place: Workplace) -> None:
     project = write_project(place.tmp_path / "long", "echo $$ > pid; echo > begun; exec sleep 600 >/dev/null 2>&1")
     os.mkfifo(Path(project, "begun"))
     done = place.script(f"""
@@ -232,7 +232,7 @@ print(run.get_status())
     assert "RuntimeError: the spool is locked" in done.stderr
 
 
-def test_what_a_plugin_gives_too_late_and_cannot_cancel_is_not_said_to_be_gone(place: Workplace) -> None:
+def test_a_run_returned_too_late_that_cannot_be_cancelled_is_reported(place: Workplace) -> None:
     project = write_project(place.tmp_path / "long", "echo $$ > pid; echo > begun; exec sleep 600 >/dev/null 2>&1")
     os.mkfifo(Path(project, "begun"))
     os.mkfifo(place.tmp_path / "hold")
@@ -295,7 +295,7 @@ def test_plugin_gets_a_git_project_at_the_commit_that_was_planned(place: Workpla
     assert tags_of(place.runs[0])["mlflow.source.git.commit"] == commit
 
 
-def test_plugin_of_somebody_else(place: Workplace) -> None:
+def test_a_published_plugin(place: Workplace) -> None:
     """mlflow-slurm as it is on PyPI. It asks for the project's environment before it asks for Slurm."""
     if importlib.util.find_spec("mlflow_slurm") is None:
         missing("mlflow-slurm", "pip install mlflow-slurm")
@@ -350,7 +350,7 @@ def test_mlflow_run_names_the_backend_of_mlfleet(place: Workplace) -> None:
     assert "good morning\nworld\n" in done.stdout + done.stderr
 
 
-def test_mistakes_are_told_as_those_of_mlflow(place: Workplace) -> None:
+def test_mistakes_are_reported_as_mlflow_reports_them(place: Workplace) -> None:
     project = write_project(place.tmp_path / "hello", "echo hello")
     done = place.mlflow_run(project, "--backend-config", '{"backend": "kubernets"}')
     assert done.returncode == 1
@@ -373,7 +373,7 @@ except mlflow.exceptions.ExecutionException as error:
     assert run_on(place.server, run["info"]["run_id"])["info"]["status"] == "FAILED"
 
 
-def test_mlfleet_is_no_backend_of_itself(place: Workplace) -> None:
+def test_mlfleet_is_not_a_backend_of_itself(place: Workplace) -> None:
     project = write_project(place.tmp_path / "hello", "echo hello")
     done = place.run(project, "mlfleet")
     assert done.returncode == 2

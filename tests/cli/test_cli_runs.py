@@ -165,7 +165,7 @@ def test_a_run_that_needs_its_process_cannot_be_cancelled_from_outside(server: M
         (["logs", "0" * 32], 1, "RESOURCE_DOES_NOT_EXIST"),
     ],
 )
-def test_mistakes_are_told(server: MlflowServer, arguments: list[str], code: int, message: str) -> None:
+def test_mistakes_are_short_errors(server: MlflowServer, arguments: list[str], code: int, message: str) -> None:
     done = mlfleet(*arguments)
     assert (done.returncode, done.stdout) == (code, "")
     assert message in done.stderr

@@ -43,7 +43,7 @@ def test_a_cancelled_container_is_killed_for_its_driver_too(project: str, mlflow
     assert run_id not in mlfleet("ps", "--json").stdout
 
 
-def test_who_waits_for_a_container_without_a_driver_writes_its_end(
+def test_the_waiter_for_a_container_without_a_driver_writes_its_status(
     project: str, mlflow_server: MlflowServer, tmp_path: Path
 ) -> None:
     with started("run", project, "--json") as driver:

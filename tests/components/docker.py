@@ -1,4 +1,4 @@
-"""A Docker engine, the one that is there (this module starts none), and images for it that need no registry.
+"""The machine's Docker engine (this module starts none), and images for it that need no registry.
 
 The images are made from what is on this machine: busybox (Debian's busybox-static), bash, and the Python that runs the
 tests.
@@ -47,7 +47,7 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 class DockerEngine:
-    """Asks the engine what tests want to know; blocking, and independent of the code under test."""
+    """A blocking client of an engine for tests, independent of the code under test."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -76,7 +76,7 @@ class DockerEngine:
         return lines[0] if len(lines) == 1 else lines
 
     def containers(self, label: str) -> list[dict[str, Any]]:
-        """All containers with that label (``name`` or ``name=value``)."""
+        """Return all containers with that label (``name`` or ``name=value``)."""
         filters = quote(json.dumps({"label": [label]}))
         found = self.call("GET", f"/containers/json?all=1&filters={filters}")
         return found if isinstance(found, list) else [found]
@@ -94,7 +94,7 @@ class DockerEngine:
         self.call("DELETE", f"/images/{name}?force=1", ok=False)
 
     def remove_with_children(self, name: str) -> None:
-        """Remove an image and those that were built on it."""
+        """Remove an image and the images that were built on it."""
         layer = self.call("GET", f"/images/{name}/json")["RootFS"]["Layers"][0]
         filters = quote(json.dumps({"label": ["mlfleet.content"]}))
         built = self.call("GET", f"/images/json?filters={filters}")

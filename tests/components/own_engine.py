@@ -1,4 +1,4 @@
-"""A Docker engine of a test's own, beside the one that is there: to be stopped, killed, filled up or locked.
+"""A Docker engine of a test's own, beside the machine's, that a test may stop, kill, fill up or lock.
 
 It keeps everything in a folder of its own and touches no firewall rules. It has a bridge of its own, since an engine
 without one (``--bridge=none``) deletes that of all others, ``docker0``. Containers get the network of the host or none.
@@ -36,9 +36,9 @@ class OwnEngine(DockerEngine):
     """An engine that can be stopped and started again; see `own_engine`.
 
     Attributes:
-        folder: that has all of it.
-        bridge: a network interface of its own.
-        image: busybox's sh and bash, once `add_image` was called.
+        folder: The folder that holds all its files.
+        bridge: The name of its own network interface.
+        image: An image with busybox's sh and bash, after a call of `add_image`.
     """
 
     image = "mlfleet-test/shell:own"
@@ -74,20 +74,20 @@ class OwnEngine(DockerEngine):
         raise RuntimeError(f"the engine did not start:\n{text[-3000:]}")
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
-        """End it, and wait until it is gone. What becomes of its containers is its own affair."""
+        """Stop it with a signal, and wait until it is gone. Its containers are left to it."""
         process, self._process = self._process, None
         assert process is not None
         process.send_signal(how)
         process.wait(STOPS_WITHIN)
         if how is signal.SIGKILL:
-            # Its containerd dies with it. Where no process 1 reaps, the next engine would take it for a living one.
+            # Its containerd dies with it. Without a process 1 that reaps, the next engine would take it for alive.
             (self.folder / "exec/containerd/containerd.pid").unlink(missing_ok=True)
 
     def add_image(self) -> None:
         self.import_image(self.image, tar(shell_files()), "ENV PATH=/usr/local/bin:/usr/bin:/bin")
 
     def close(self) -> None:
-        """End it with all that runs in it, and leave nothing mounted."""
+        """End the engine and its containers, and leave nothing mounted."""
         if self._process is not None and self._process.poll() is None:
             found = self.call("GET", "/containers/json?all=1")
             for item in found if isinstance(found, list) else [found]:
@@ -119,7 +119,7 @@ def _make_bridge(name: str) -> None:
     """Make a network bridge with an address (linux/sockios.h, netdevice(7)); Debian's minimal systems have no ip(8)."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         fcntl.ioctl(control, 0x89A0, name.encode() + b"\0")  # SIOCBRADDBR
-        # Of the network for tests of devices (RFC 2544), which nobody routes.
+        # From the network for benchmarks of devices (RFC 2544), which is not routed.
         address = socket.inet_aton(f"198.18.{random.randrange(256)}.1")
         for request, value in ((0x8916, address), (0x891C, b"\xff\xff\xff\0")):  # SIOCSIFADDR, SIOCSIFNETMASK
             fcntl.ioctl(control, request, struct.pack("16sHxx4s8x", name.encode(), socket.AF_INET, value))
@@ -133,7 +133,7 @@ def _remove_bridge(name: str) -> None:
 
 
 def _unmount_below(folder: Path) -> None:
-    """Unmount what is mounted below a folder, the innermost first."""
+    """Unmount all mounts below a folder, the innermost first."""
     points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     for point in reversed(points):
         if point.startswith(f"{folder}/"):

@@ -14,7 +14,7 @@ from components.packages import make_package
 __all__ = ["install_plugin", "on_path", "plugin_folder"]
 
 NATIVE_PLUGIN = '''
-"""A native backend: local processes whose command is told first."""
+"""A native backend: local processes that print a greeting first."""
 
 from dataclasses import dataclass, replace
 
@@ -108,11 +108,11 @@ def install_plugin(folder: Path, module: str, code: str, *, group: str, entry: s
     """Build a package with one module that announces one backend, and install it into ``folder/installed``.
 
     Args:
-        folder: that it goes to.
-        module: its name.
-        code: of the module.
-        group: of entry points.
-        entry: ``name = module:object``.
+        folder: The folder to build and install in.
+        module: The name of the module.
+        code: The code of the module.
+        group: The group of entry points.
+        entry: The entry points, one ``name = module:object`` a line.
     """
     package = make_package(folder / module, module)
     (package.folder / f"{module}.py").write_text(code)
@@ -137,6 +137,6 @@ def plugin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def on_path(folder: Path, **variables: str) -> dict[str, str]:
-    """Variables with which a fresh interpreter finds what is installed in `folder`."""
+    """Return variables with which a new interpreter finds the packages installed in `folder`."""
     path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
     return {**os.environ, "PYTHONPATH": path, **variables}

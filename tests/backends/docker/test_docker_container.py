@@ -1,4 +1,4 @@
-"""What a container is made of: image names, mounts for the tracking store, credentials, the command."""
+"""The request for a container: image names, mounts for the tracking store, credentials, the command."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def job(**options: Any) -> Job:
 @pytest.mark.parametrize(
     "name", ["python", "python:3.11", "a/b/c:tag", "host:5000/a_b/c-d@sha256:" + "a" * 64, "0" * 64]
 )
-def test_names_of_images(name: str) -> None:
+def test_the_name_of_an_image_is_accepted(name: str) -> None:
     check_reference(name)
 
 
@@ -55,11 +55,11 @@ def test_a_text_that_is_not_the_name_of_an_image_is_refused(name: str) -> None:
         ("ghcr.io/team/image", "ghcr.io"),
     ],
 )
-def test_registry_of_an_image(image: str, registry: str) -> None:
+def test_the_registry_of_an_image(image: str, registry: str) -> None:
     assert registry_of(image) == registry
 
 
-def test_docker_auth_is_checked_without_telling_it() -> None:
+def test_docker_auth_is_checked_without_showing_its_values() -> None:
     with pytest.raises(UsageError, match="docker_auth has pasword: it takes username, password"):
         check_auth({"username": "me", "pasword": "hush"})
     with pytest.raises(UsageError, match="needs username and password") as caught:
@@ -87,7 +87,7 @@ def test_an_image_with_an_init_of_its_own_gets_no_second_one() -> None:
     assert container_body(job(), options, image, TrackingMounts())["HostConfig"]["Init"] is True
 
 
-def test_what_parameters_name_is_mounted_under_the_same_path() -> None:
+def test_files_of_parameters_are_mounted_at_their_own_path() -> None:
     paths = (Path("/data/in.csv"), Path("/data/in.csv"), Path("/mine"))
     options = ContainerOptions(host={"Binds": ["/elsewhere:/mine:ro"]})
     body = container_body(job(paths=paths), options, IMAGE, TrackingMounts())
@@ -153,7 +153,7 @@ def test_an_engine_elsewhere_cannot_reach_this_machine(uri: str) -> None:
         where(uri, local=False)
 
 
-def test_credentials_go_along_for_the_kind_of_store_only(tmp_path: Path) -> None:
+def test_only_credentials_for_the_kind_of_store_are_passed_on(tmp_path: Path) -> None:
     (tmp_path / ".aws").mkdir()
     keys = {"AWS_SECRET_ACCESS_KEY": "s", "AZURE_STORAGE_ACCESS_KEY": "a", "GOOGLE_APPLICATION_CREDENTIALS": "/g.json"}
     s3 = where(

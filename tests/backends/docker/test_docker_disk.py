@@ -54,7 +54,7 @@ def push_large_image(engine: DockerEngine, registry: Registry) -> str:
     return name
 
 
-async def test_while_pulling(
+async def test_a_full_disk_while_pulling(
     small_engine: OwnEngine, docker_engine: DockerEngine, registry: Registry, tmp_path: Path
 ) -> None:
     image = await anyio.to_thread.run_sync(push_large_image, docker_engine, registry)
@@ -64,7 +64,7 @@ async def test_while_pulling(
     assert text.endswith(TODO)
 
 
-async def test_while_building(small_engine: OwnEngine, tmp_path: Path) -> None:
+async def test_a_full_disk_while_building(small_engine: OwnEngine, tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "large").write_bytes(os.urandom(30 * 2**20))
     text = await reason(tmp_path / "demo", small_engine.image, build_image=True)
@@ -74,7 +74,7 @@ async def test_while_building(small_engine: OwnEngine, tmp_path: Path) -> None:
     assert text.endswith(TODO)
 
 
-async def test_while_creating_a_container(small_engine: OwnEngine, tmp_path: Path) -> None:
+async def test_a_full_disk_while_creating_a_container(small_engine: OwnEngine, tmp_path: Path) -> None:
     await anyio.to_thread.run_sync(fill, small_engine.folder / "data")
     text = await reason(tmp_path / "demo", small_engine.image)
     assert text.startswith(f"the engine does not run the container of the image {small_engine.image}: ")

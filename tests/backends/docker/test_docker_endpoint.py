@@ -1,4 +1,4 @@
-"""Where the engine is: TLS over TCP, and contexts that the docker command has made."""
+"""The address of the engine: TLS over TCP, and contexts made by the docker command."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ pytestmark = pytest.mark.timeout(120)  # an engine starts, on a busy machine
 
 @dataclass(frozen=True, slots=True)
 class TlsEngine:
-    """An engine that asks who calls.
+    """An engine that asks clients for certificates.
 
     Attributes:
-        url: where it listens.
-        certificates: for those who may call; those of somebody else are in ``other`` beside it.
+        url: The URL at which it listens.
+        certificates: The folder of accepted certificates; those of another authority are in ``other`` beside it.
     """
 
     url: str
@@ -59,7 +59,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 async def said(folder: Path) -> str:
-    """What a run prints, or why it failed."""
+    """Return what a run prints, or why it failed."""
     uri = write_project(folder / "demo", "echo hello", extra=f"docker_env: {{image: '{OwnEngine.image}'}}\n")
     async with Fleet(tracking=FakeTracking()) as fleet:
         run = await fleet.submit(uri, docker_args={"network": "none"})

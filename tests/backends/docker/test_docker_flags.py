@@ -138,7 +138,7 @@ ARGUMENTS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("args", ARGUMENTS, ids=lambda args: next(iter(args)))
-def test_the_same_container_as_docker_asks_for(recorder: Recorder, tmp_path: Path, args: dict[str, Any]) -> None:
+def test_the_same_container_as_of_docker_run(recorder: Recorder, tmp_path: Path, args: dict[str, Any]) -> None:
     flags = []
     for name, value in args.items():
         for item in value if isinstance(value, list) else [value]:

@@ -142,7 +142,7 @@ async def test_a_private_image_needs_credentials(
     assert await lines(fleet, uri, docker_auth={**right, "registry": host}) == ["hello"]
 
 
-async def test_what_docker_login_stored_is_used(
+async def test_credentials_stored_by_docker_login_are_used(
     fleet: Fleet, private_image: str, registry_with_password: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = registry_with_password

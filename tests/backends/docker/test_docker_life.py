@@ -89,7 +89,7 @@ async def test_a_driver_that_is_killed_leaves_a_run_to_attach_to(
             await fleet.attach(run_id)
 
 
-async def test_what_dead_drivers_left_is_shown_and_pruned(
+async def test_containers_of_dead_drivers_are_listed_and_pruned(
     docker_engine: DockerEngine, shell_image: str, new_store: Callable[[Path], str], tmp_path: Path
 ) -> None:
     store = new_store(tmp_path / "mlflow.db")
@@ -114,7 +114,7 @@ async def test_what_dead_drivers_left_is_shown_and_pruned(
 
 
 async def listed(*arguments: str) -> dict[str, tuple[str, bool]]:
-    """What the command prints of the engine's containers."""
+    """Return the containers that the command prints: run id → state, supervised."""
     done = await anyio.run_process([sys.executable, "-m", "mlfleet", *arguments, "--json"])
     return {item["run_id"]: (item["state"], item["supervised"]) for item in json.loads(done.stdout)}
 

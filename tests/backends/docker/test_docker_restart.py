@@ -52,7 +52,7 @@ async def left(engine: OwnEngine) -> list[dict[str, object]]:
     return await anyio.to_thread.run_sync(engine.containers, "mlfleet.run-id")
 
 
-async def test_a_run_goes_on_over_a_restart_where_the_engine_lets_it(
+async def test_a_run_survives_a_restart_with_live_restore(
     own_engine: Callable[..., OwnEngine], uri: str, gate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = await anyio.to_thread.run_sync(own_engine, "--live-restore")
@@ -70,7 +70,7 @@ async def test_a_run_goes_on_over_a_restart_where_the_engine_lets_it(
     assert await left(engine) == []
 
 
-async def test_a_run_that_ends_while_the_engine_is_away_is_told_after_it_is_back(
+async def test_a_run_that_ends_while_the_engine_is_away_is_concluded_when_it_is_back(
     own_engine: Callable[..., OwnEngine], uri: str, gate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = await anyio.to_thread.run_sync(own_engine, "--live-restore")
@@ -99,7 +99,7 @@ async def test_a_run_that_ends_while_the_engine_is_away_is_told_after_it_is_back
         (signal.SIGKILL, "the Docker engine was stopped or restarted while the run was in it"),
     ],
 )
-async def test_a_run_that_goes_down_with_the_engine_has_failed_and_says_so(
+async def test_a_run_that_is_stopped_with_the_engine_has_failed_with_a_reason(
     own_engine: Callable[..., OwnEngine], uri: str, monkeypatch: pytest.MonkeyPatch, how: signal.Signals, text: str
 ) -> None:
     engine = await anyio.to_thread.run_sync(own_engine)
@@ -117,7 +117,7 @@ async def test_a_run_that_goes_down_with_the_engine_has_failed_and_says_so(
     assert await left(engine) == []
 
 
-async def test_a_container_that_somebody_stops_has_failed_and_says_so(
+async def test_a_container_that_somebody_stops_has_failed_with_a_reason(
     docker_engine: DockerEngine, shell_image: str, tmp_path: Path
 ) -> None:
     extra = f"docker_env: {{image: '{shell_image}'}}\n"

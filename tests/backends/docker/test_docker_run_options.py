@@ -114,7 +114,7 @@ def test_variables(tmp_path: Path) -> None:
     assert options.environ == {"A": "1", "COPIED": "too", "EMPTY": "", "ONE": "1", "HERE": "yes", "TWO": "a=b c"}
 
 
-def test_volumes_know_home_and_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_and_variables_are_expanded_in_volumes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     options = parse({"DATA": "/mnt/data"}, volume=["~/x:/x", "$DATA/y:/y", "${DATA}:/z:ro"])
     assert options.host["Binds"] == ["/home/me/x:/x", "/mnt/data/y:/y", "/mnt/data:/z:ro"]
@@ -145,12 +145,12 @@ def test_volumes_know_home_and_variables(monkeypatch: pytest.MonkeyPatch) -> Non
         ({"health-interval": "soon"}, "should be a time such as 30s"),
     ],
 )
-def test_mistakes_are_told(args: dict[str, Any], text: str) -> None:
+def test_mistakes_are_usage_errors(args: dict[str, Any], text: str) -> None:
     with pytest.raises(UsageError, match=text):
         parse(**args)
 
 
-def test_the_value_of_a_variable_is_in_no_error() -> None:
+def test_errors_do_not_show_values_of_variables() -> None:
     with pytest.raises(UsageError) as caught:
         parse(env="=hush-hush")
     assert "hush-hush" not in str(caught.value)
@@ -179,6 +179,6 @@ TEXTS = st.text(max_size=30) | st.from_regex(r"[/\w.:=,\[\]\"-]{0,30}", fullmatc
     | st.text(max_size=12),
     value=TEXTS | st.booleans() | st.floats() | st.integers() | st.lists(TEXTS, max_size=3),
 )
-def test_whatever_comes_in_only_our_errors_come_out(name: str, value: object) -> None:
+def test_every_input_is_accepted_or_a_usage_error(name: str, value: object) -> None:
     with contextlib.suppress(UsageError):
         parse_arguments({name: value}, environ={}, folder=FOLDER)

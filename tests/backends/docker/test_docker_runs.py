@@ -135,7 +135,7 @@ async def test_one_event_stream_serves_a_hundred_containers_at_once(
     assert left == []
 
 
-async def test_secrets_are_seen_by_the_run_alone(
+async def test_only_the_run_sees_its_secrets(
     docker_engine: DockerEngine,
     shell_image: str,
     tmp_path: Path,
@@ -186,7 +186,7 @@ async def test_secrets_are_seen_by_the_run_alone(
 
 
 def _command_lines() -> str:
-    """What everybody on this machine can read of processes."""
+    """Return the parts of processes that every user of this machine can read."""
     lines = []
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -197,7 +197,7 @@ def _command_lines() -> str:
 
 
 @pytest.mark.parametrize(("after", "code"), [("", 137), (" || exit 5", 5)])
-async def test_out_of_memory_is_told(fleet: Fleet, shell_image: str, tmp_path: Path, after: str, code: int) -> None:
+async def test_out_of_memory_is_reported(fleet: Fleet, shell_image: str, tmp_path: Path, after: str, code: int) -> None:
     # The kernel ends the one that says so, rather than the shell that tells of it.
     first = "echo 1000 >/proc/self/oom_score_adj"
     command = f"bash -c '{first}; x=$(yes | head -c 500000000); echo ${{{{#x}}}}'{after}"
@@ -232,7 +232,7 @@ async def test_output_can_be_inherited(
     assert seen.err == "to stderr\n"
 
 
-async def test_a_terminal_may_be_asked_for(fleet: Fleet, shell_image: str, tmp_path: Path) -> None:
+async def test_a_terminal_can_be_requested(fleet: Fleet, shell_image: str, tmp_path: Path) -> None:
     uri = docker_project(tmp_path / "demo", shell_image, "[ -t 1 ] && echo a terminal")
     run = await fleet.submit(uri, docker_args={"t": True})
     assert [line async for line in run.logs()] == ["a terminal"]
@@ -303,7 +303,7 @@ async def test_a_local_store_and_its_artifacts_are_mounted(
         ({"image": "Not An Image"}, {}, "not the name of an image"),
     ],
 )
-async def test_mistakes_show_before_anything_exists(
+async def test_mistakes_are_reported_before_anything_exists(
     fleet: Fleet, tracking: FakeTracking, tmp_path: Path, docker_env: dict[str, object], options: dict[str, object],
     text: str,
 ) -> None:  # fmt: skip
@@ -338,7 +338,7 @@ async def test_no_engine_is_one_clear_failure(
     assert [run.status for run in tracking.runs.values()] == [RunStatus.FAILED]
 
 
-async def test_an_engine_that_is_named_wrongly(
+async def test_a_wrong_docker_host_is_an_error(
     tracking: FakeTracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DOCKER_HOST", "ssh://me@there")
@@ -391,7 +391,7 @@ asyncio.run(main())
 """
 
 
-async def test_what_the_engine_refuses_is_told(
+async def test_a_refusal_of_the_engine_is_the_reason(
     fleet: Fleet, docker_engine: DockerEngine, shell_image: str, tmp_path: Path
 ) -> None:
     uri = docker_project(tmp_path / "demo", shell_image, "true")
@@ -414,7 +414,7 @@ async def test_what_the_engine_refuses_is_told(
     assert not [item for item in found if item["Names"] == ["/mlfleet-test-taken"]]
 
 
-async def test_an_image_without_a_shell(fleet: Fleet, docker_engine: DockerEngine, tmp_path: Path) -> None:
+async def test_an_image_without_a_shell_is_an_error(fleet: Fleet, docker_engine: DockerEngine, tmp_path: Path) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         archive.addfile(tarfile.TarInfo("nothing"))
@@ -427,7 +427,7 @@ async def test_an_image_without_a_shell(fleet: Fleet, docker_engine: DockerEngin
         await anyio.to_thread.run_sync(docker_engine.remove_image, name)
 
 
-async def test_errors_are_ours(fleet: Fleet, shell_image: str, tmp_path: Path) -> None:
+async def test_errors_are_subclasses_of_ours(fleet: Fleet, shell_image: str, tmp_path: Path) -> None:
     run = await fleet.submit(docker_project(tmp_path / "demo", shell_image, "exit 9"))
     outcome = await run.outcome()
     assert (outcome.exit_code, outcome.reason, outcome.error) == (9, "exit code 9", None)
