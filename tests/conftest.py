@@ -1,12 +1,22 @@
-"""What every test gets: a home of its own, no settings of the person who runs it, and no blocking of the event loop."""
+"""The surroundings of every test.
+
+Each test has folders of its own, none of the user's settings, the default signals, and a check that mlfleet does not
+block the event loop. Every teardown is bounded, and no process outlives the session.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import signal
+import sys
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
 
+import psutil
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
 
@@ -35,13 +45,56 @@ pytest_plugins: list[str] = [
 ]
 
 
-# Names in files of tests, and what those need that a machine has one of.
+_MARK = "TESTS_OF_MLFLEET"
+"""The environment variable that every process of a test session inherits; its value tells sessions apart."""
+
+_TEARDOWN_TIMEOUT = 120  # seconds; a few servers may have to be stopped at the end
+
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ[_MARK] = str(os.getpid())
+
+# Started by `nohup` or as a background job of a shell, we ignore some signals, and all of our children would inherit
+# that: no Ctrl-C of a test would end anything. A signal with a handler, however, has its default effect in children.
+if threading.current_thread() is threading.main_thread():
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for _number in (signal.SIGHUP, signal.SIGQUIT):
+        if signal.getsignal(_number) == signal.SIG_IGN:
+            signal.signal(_number, lambda number, frame: None)
+
+# Components that take seconds to start, or that do seconds of real work: building environments, pulling images.
+_SLOW_FIXTURES = {
+    "conda_channel",
+    "conda_program",
+    "databricks",
+    "docker_engine",
+    "minilake",
+    "mlflow_behind_nginx",
+    "mlflow_server",
+    "mlflow_server_with_auth",
+    "mlflow_server_with_prefix",
+    "mlflow_server_with_workspaces",
+    "new_store",
+    "oldest_mlflow_server",
+    "own_engine",
+    "plugin_folder",
+    "python_image",
+    "browser",
+    "gcs_emulator",
+    "registry",
+    "registry_with_password",
+    "s3_server",
+    "shell_image",
+}
+_SLOW_PLACES = ("contract/", "environments/test_env_", "parity/", "test_docs.py", "test_examples.py", "test_sync.py")
+
+# Words in the names of test files, and the components that these need and a machine has one of.
 _ONE_OF_A_MACHINE = {"databricks": "minilake", "object_stores": "minilake", "docker": "a Docker engine"}
 
 
 @pytest.fixture(autouse=True)
 def blockbuster() -> Iterator[BlockBuster]:
-    """A call of mlfleet that blocks the event loop fails the test."""
+    """Fail a test in which a call of mlfleet blocks the event loop."""
     with blockbuster_ctx("mlfleet") as checks:
         for function in checks.functions.values():
             # Runs the coroutines of kubernetes-asyncio, which block in between, on a loop of its own in a thread.
@@ -51,7 +104,7 @@ def blockbuster() -> Iterator[BlockBuster]:
 
 @pytest.fixture(autouse=True)
 def own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Caches and state in a temporary folder, and no MLflow or mlfleet settings from outside."""
+    """Put caches and state into a temporary folder, and hide MLflow and mlfleet settings from outside."""
     home: Path = tmp_path_factory.mktemp("home")
     for name in list(os.environ):
         if name.startswith(("MLFLOW_", "MLFLEET_")) and name != "MLFLEET_REQUIRE_ALL":
@@ -60,9 +113,47 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
     monkeypatch.setenv("MLFLEET_STATE_DIR", str(home / "state"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the slow tests, by what they need and where they are."""
+    here = Path(__file__).parent
+    for item in items:
+        place = item.path.relative_to(here).as_posix()
+        if place.startswith(_SLOW_PLACES) or not _SLOW_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None]:
+    """Fail a teardown that takes too long; pytest-timeout bounds the tests themselves (``timeout_func_only``)."""
+
+    def expire(number: int, frame: FrameType | None) -> NoReturn:
+        pytest.fail(f"the teardown of {item.nodeid} took longer than {_TEARDOWN_TIMEOUT} s")
+
+    if threading.current_thread() is not threading.main_thread():
+        return (yield)
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.alarm(_TEARDOWN_TIMEOUT)
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Kill and name the processes that tests have left behind."""
+    if hasattr(config, "workerinput"):
+        return
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.pid != os.getpid() and process.environ().get(_MARK) == os.environ[_MARK]:
+                print(f"left behind by a test, and killed now: {process.pid} {process.cmdline()}", file=sys.stderr)
+                process.kill()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
-    """With ``-n``, a file's tests stay together: they share servers. So do all that need what a machine has one of."""
+    """Keep the tests of a file together, which share servers, and those of components that a machine has one of."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByComponent(LoadScopeScheduling):  # type: ignore[misc] # untyped

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+from contextlib import suppress
 from typing import NoReturn
 
+import psutil
 import pytest
 
 
@@ -17,8 +20,8 @@ def missing(what: str, how: str) -> NoReturn:
     """Skip the test, or fail it where everything is required.
 
     Args:
-        what: the component.
-        how: what installs or starts it.
+        what: The component.
+        how: The way to install or start it.
     """
     text = f"{what} is missing: {how}"
     if os.environ.get("MLFLEET_REQUIRE_ALL") == "1":
@@ -27,7 +30,27 @@ def missing(what: str, how: str) -> NoReturn:
 
 
 def free_port() -> int:
-    """A port of loopback that nothing listens on now."""
+    """Return a port of loopback that nothing listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def stop(process: subprocess.Popen[bytes], *, timeout: float = 10.0) -> None:
+    """End a process and everything that it has started: first by SIGTERM, then by SIGKILL.
+
+    Args:
+        process: The process.
+        timeout: Seconds to wait after each of the signals.
+    """
+    family: list[psutil.Process] = []
+    with suppress(psutil.Error):
+        family = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout)
+    for each in family:
+        with suppress(psutil.Error):
+            each.kill()
+    process.kill()
+    process.wait(timeout)

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import httpx
 
+from components import stop
 from components.mlflow_server import MlflowServer
 
 __all__ = ["ARGV", "Started", "id_in", "mlfleet", "on_terminal", "run_on", "started"]
@@ -76,7 +77,7 @@ class Started:
         """Read to the end; the exit code."""
         while self._read():
             pass
-        return self.process.wait()
+        return self.process.wait(30)
 
     @property
     def plain(self) -> str:
@@ -116,7 +117,8 @@ def started(
         try:
             yield Started(process, process.stdout, None)
         finally:
-            process.kill()
+            # Even if it does not end itself, no run of it may outlive the test.
+            stop(process)
 
 
 @contextmanager
@@ -147,8 +149,7 @@ def on_terminal(*arguments: str, cwd: Path | None = None, env: Mapping[str, str]
         try:
             yield Started(process, output, ours)
         finally:
-            process.kill()
-            process.wait()
+            stop(process)
 
 
 def _take_terminal() -> None:

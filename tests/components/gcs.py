@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from components import free_port, missing
+from components import free_port, missing, stop
 
 __all__ = ["gcs_emulator"]
 
@@ -36,8 +36,7 @@ def gcs_emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         _wait_until_it_answers(f"http://127.0.0.1:{port}/storage/v1/b", process, folder / "log")
         yield f"http://127.0.0.1:{port}"
     finally:
-        process.kill()
-        process.wait()
+        stop(process)
 
 
 def _wait_until_it_answers(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

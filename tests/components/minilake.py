@@ -24,7 +24,7 @@ from pathlib import Path
 import filelock
 import pytest
 
-from components import free_port, missing
+from components import free_port, missing, stop
 from fakes.flaky_proxy import Answer, FlakyProxy, Forward, Request, Rule
 
 __all__ = ["MARK", "SCOPE", "Databricks", "Minilake", "processes_of"]
@@ -100,12 +100,7 @@ def _serve(folder: Path) -> Iterator[Minilake]:
             _put_shell(url)
             yield Minilake(url, folder)
         finally:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            stop(process)
 
 
 def _make_scope(url: str) -> None:

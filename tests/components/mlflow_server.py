@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import secrets
-import signal
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from components import free_port, missing
+from components import free_port, missing, stop
 from fakes.flaky_proxy import FlakyProxy
 
 STARTS_WITHIN = 240.0
@@ -161,7 +160,7 @@ def serve(
             _wait_until_healthy(f"http://127.0.0.1:{port}", process, folder / "server.log", options)
             yield f"http://127.0.0.1:{port}"
         finally:
-            _stop(process)
+            stop(process)
 
 
 def _start(argv: Sequence[str], folder: Path, output: int, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -198,20 +197,6 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path, o
         except (OSError, urllib.error.URLError):
             time.sleep(0.1)
     raise RuntimeError(f"the MLflow server did not start:\n{log.read_text(errors='replace')[-3000:]}")
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server and its workers, which are in a session of its own."""
-    for number, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            continue
-    process.wait()
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from components import free_port, missing
+from components import free_port, missing, stop
 from components.mlflow_server import MlflowServer
 
 __all__ = ["mlflow_behind_nginx"]
@@ -82,8 +82,7 @@ def mlflow_behind_nginx(
         url = f"http://127.0.0.1:{port}/team/mlflow"
         yield replace(mlflow_server, url=url, username=username, password=password)
     finally:
-        process.terminate()
-        process.wait()
+        stop(process)
 
 
 def _wait_until_it_answers(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

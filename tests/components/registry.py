@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from components import free_port, missing
+from components import free_port, missing, stop
 from components.docker import DockerEngine
 
 __all__ = ["Registry", "registry", "registry_with_password"]
@@ -85,8 +85,7 @@ def _serve(folder: Path, more: str) -> Iterator[str]:
             _wait(host, process, folder / "log")
             yield host
         finally:
-            process.terminate()
-            process.wait(10)
+            stop(process)
 
 
 def _wait(host: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from urllib.parse import quote
 
 import pytest
 
-from components import free_port, missing
+from components import free_port, missing, stop
 
 STARTS_WITHIN = 60.0
 
@@ -57,8 +56,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
         _wait_until_it_answers(url, process, log)
         yield S3(url)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        stop(process)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from components import free_port, missing
+from components import free_port, missing, stop
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def ssh_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshServer]:
             user = pwd.getpwuid(os.geteuid()).pw_name
             yield SshServer(port, user, folder / "user", folder / "known_hosts")
         finally:
-            process.terminate()
+            stop(process)
 
 
 def _wait_for_banner(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
