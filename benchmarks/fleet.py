@@ -1,10 +1,11 @@
-"""What a Fleet costs on top of the processes themselves.
+"""Measure what a Fleet costs on top of the processes themselves.
 
 Runs one no-op project many times through one Fleet, and compares with bare ``asyncio.create_subprocess_exec`` of the
 same command, the same number at a time. Tracking is a fake in memory, or with --server a real MLflow server on loopback
-(which is then the bottleneck: what counts is the CPU time of the driver itself for each run). The limit there is the
-same four requests by aiohttp around the same process, with nothing else: no retries, no logs, no status that is true;
-and beside it each of the two alone, to see what the machine takes for a process and for four requests.
+(which is then the bottleneck, so that the CPU time of the driver for each run counts). The limit there is the same four
+requests by bare httpx around the same process, with nothing else: no retries, no logs, no check of the status. Each of
+the two alone, and the same requests by aiohttp, show what the machine takes for a process and for four requests.
+--aiohttp measures a Fleet with the transport of httpx-aiohttp, too.
 """
 
 from __future__ import annotations
@@ -13,23 +14,22 @@ import argparse
 import asyncio
 import contextlib
 import gc
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from _figures import add_options, report
 from mlfleet import Fleet, RunStatus
 from mlfleet.testing import FakeTracking
-from mlfleet.tracking import Tracking, open_tracking
+from mlfleet.tracking import RestTracking, Tracking
 from mlfleet.tracking.rest import MAX_IN_FLIGHT
 from processes import bare, beside, resident, tick, ticker_figures
 
@@ -38,7 +38,7 @@ PROJECT = "name: noop\nentry_points:\n  main:\n    parameters: {n: {type: float,
 
 
 async def timed(work: Callable[[], Awaitable[None]], *, ticking: bool = True) -> Row:
-    """Wall seconds, CPU seconds of this process, the ticker's delays, and the longest garbage collection.
+    """Return wall seconds, CPU seconds of this process, the ticker's delays, and the longest garbage collection.
 
     The ticker's own CPU time counts, too.
     """
@@ -56,7 +56,7 @@ async def timed(work: Callable[[], Awaitable[None]], *, ticking: bool = True) ->
 
 @contextlib.contextmanager
 def collections_timed() -> Iterator[list[float]]:
-    """How long Python's garbage collector held up everything, each time: a matter of all that the process has."""
+    """Collect how long each of Python's garbage collections took, which depends on all objects of the process."""
     pauses: list[float] = []
     began = 0.0
 
@@ -84,29 +84,67 @@ async def bare_processes(count: int, concurrency: int, folder: Path) -> None:
     await asyncio.gather(*(one() for _ in range(count)))
 
 
-async def bare_tracked_processes(uri: str, count: int, concurrency: int, folder: Path, *, start: bool = True) -> None:
-    import aiohttp
+Ask = Callable[[str, str, Mapping[str, Any]], Awaitable[Any]]
 
+
+async def bare_tracked_processes(
+    uri: str, count: int, concurrency: int, folder: Path, *, start: bool = True, library: str = "httpx"
+) -> None:
     slots, turns = asyncio.Semaphore(concurrency), asyncio.Semaphore(MAX_IN_FLIGHT)
     api = f"{uri}/api/2.0/mlflow/runs"
-    async with aiohttp.ClientSession() as session:
 
-        async def ask(method: str, what: str, **arguments: Any) -> Any:
-            async with turns, session.request(method, f"{api}/{what}", **arguments) as answer:
-                answer.raise_for_status()
-                return await answer.json()
+    async def one(ask: Ask, n: int) -> None:
+        async with slots:
+            made = await ask("POST", "create", {"json": {"experiment_id": "0", "tags": [{"key": "a", "value": "b"}]}})
+            run_id = made["run"]["info"]["run_id"]
+            await ask("POST", "log-batch", {"json": {"run_id": run_id, "params": [{"key": "n", "value": str(n)}]}})
+            if start:
+                await bare(":", folder)
+            await ask("GET", "get", {"params": {"run_id": run_id}})
+            await ask("POST", "update", {"json": {"run_id": run_id, "status": "FINISHED"}})
 
-        async def one(n: int) -> None:
-            async with slots:
-                made = await ask("POST", "create", json={"experiment_id": "0", "tags": [{"key": "a", "value": "b"}]})
-                run_id = made["run"]["info"]["run_id"]
-                await ask("POST", "log-batch", json={"run_id": run_id, "params": [{"key": "n", "value": str(n)}]})
-                if start:
-                    await bare(":", folder)
-                await ask("GET", "get", params={"run_id": run_id})
-                await ask("POST", "update", json={"run_id": run_id, "status": "FINISHED"})
+    async def all_of_them(ask: Ask) -> None:
+        await asyncio.gather(*(one(ask, n) for n in range(count)))
 
-        await asyncio.gather(*(one(n) for n in range(count)))
+    if library == "httpx":
+        import httpx
+
+        async with httpx.AsyncClient(trust_env=False, timeout=120) as client:
+
+            async def by_httpx(method: str, what: str, arguments: Mapping[str, Any]) -> Any:
+                async with turns:
+                    answer = await client.request(method, f"{api}/{what}", **arguments)
+                    return answer.raise_for_status().json()
+
+            await all_of_them(by_httpx)
+    else:
+        import aiohttp
+
+        async with aiohttp.ClientSession() as session:
+
+            async def by_aiohttp(method: str, what: str, arguments: Mapping[str, Any]) -> Any:
+                async with turns, session.request(method, f"{api}/{what}", **arguments) as answer:
+                    answer.raise_for_status()
+                    return await answer.json()
+
+            await all_of_them(by_aiohttp)
+
+
+async def requests_per_run(uri: str, folder: Path) -> float:
+    """Count the requests of one run that starts at once and finishes, by a hook of the Fleet's HTTP client."""
+    import httpx
+
+    seen: list[str] = []
+
+    async def note(request: httpx.Request) -> None:
+        seen.append(request.url.path)
+
+    async with httpx.AsyncClient(event_hooks={"request": [note]}, trust_env=False) as client:
+        async with Fleet(tracking=RestTracking(uri, client=client)) as fleet:
+            await fleet_runs(fleet, 1, folder)
+            seen.clear()
+            await fleet_runs(fleet, 20, folder)
+        return len(seen) / 20
 
 
 async def fleet_runs(fleet: Fleet, count: int, folder: Path) -> None:
@@ -119,7 +157,7 @@ async def fleet_runs(fleet: Fleet, count: int, folder: Path) -> None:
 
 
 async def memory_per_run(count: int, folder: Path) -> float:
-    """Bytes of this process for each run in flight."""
+    """Return the bytes of this process for each run in flight."""
     (folder / "MLproject").write_text(PROJECT.replace("':'", "exec sleep 600"))
     async with Fleet(tracking=FakeTracking(), max_concurrent=2 * count) as fleet:
         await asyncio.gather(*(fleet.submit(folder, env_manager="local") for _ in range(20)))
@@ -154,96 +192,107 @@ def mlflow_server(folder: Path) -> Iterator[str]:
 
 
 def works(args: argparse.Namespace, uri: str | None, folder: Path) -> dict[str, Callable[[], Awaitable[None]]]:
-    """What is measured besides the Fleet."""
+    """Return what is measured besides the Fleet; the first one is what the Fleet is compared with."""
     count = args.count, args.concurrency, folder
     if uri is None:
         return {"bare asyncio": partial(bare_processes, *count)}
     return {
-        "bare asyncio": partial(bare_tracked_processes, uri, *count),
+        "bare httpx": partial(bare_tracked_processes, uri, *count),
+        "bare aiohttp": partial(bare_tracked_processes, uri, *count, library="aiohttp"),
         "its processes": partial(bare_processes, *count),
         "its requests": partial(bare_tracked_processes, uri, *count, start=False),
     }
 
 
-async def measure(args: argparse.Namespace, uri: str | None, folder: Path) -> dict[str, object]:
-    others = works(args, uri, folder)
-    rows: dict[str, list[Row]] = {label: [] for label in (*others, "Fleet")}
+def trackings(args: argparse.Namespace, uri: str | None) -> dict[str, Callable[[], Tracking]]:
+    if uri is None:
+        return {"Fleet": FakeTracking}
+
+    def by_aiohttp() -> Tracking:
+        from httpx_aiohttp import AiohttpTransport
+
+        return RestTracking(uri, transport=AiohttpTransport())
+
+    some: dict[str, Callable[[], Tracking]] = {"Fleet": lambda: RestTracking(uri)}
+    return {**some, "Fleet, aiohttp": by_aiohttp} if args.aiohttp else some
+
+
+async def measure(args: argparse.Namespace, uri: str | None, folder: Path) -> dict[str, float]:
+    others, fleets = works(args, uri, folder), trackings(args, uri)
+    rows: dict[str, list[Row]] = {label: [] for label in (*others, *fleets)}
     control: list[list[float]] = []
-
-    def open_() -> Tracking:
-        return FakeTracking() if uri is None else open_tracking(uri)
-
-    memory = await memory_per_run(args.count, folder) if sys.platform == "linux" and not args.server else None
+    figures: dict[str, float] = {}
+    if sys.platform == "linux" and uri is None:
+        figures["driver memory per run in flight, KiB"] = await memory_per_run(args.count, folder) / 1024
     (folder / "MLproject").write_text(PROJECT)
-    for n in range(args.repeat + 1):
-        async with Fleet(tracking=open_(), max_concurrent=args.concurrency) as fleet:
-            await fleet_runs(fleet, 5, folder)  # what is opened and imported at the first use
-            everything: dict[str, Callable[[], Awaitable[None]]] = {
-                **others,
-                "Fleet": partial(fleet_runs, fleet, args.count, folder),
-            }
-            found = {label: await timed(work, ticking=uri is None) for label, work in everything.items()}
+    if uri is not None:
+        figures["requests to tracking per run"] = await requests_per_run(uri, folder)
+    for n in range(args.rounds + 1):
+        found = {label: await timed(work, ticking=uri is None) for label, work in others.items()}
+        for label, open_ in fleets.items():
+            async with Fleet(tracking=open_(), max_concurrent=args.concurrency) as fleet:
+                await fleet_runs(fleet, 5, folder)  # what is opened and imported at the first use
+                found[label] = await timed(partial(fleet_runs, fleet, args.count, folder), ticking=uri is None)
         if n:  # the first round warms up
             for label, row in found.items():
                 rows[label].append(row)
             if uri is None:
                 control.append(await beside(args.count))
-    result: dict[str, object] = {
-        "python": platform.python_version(),
-        "processors": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "runs": args.count,
-        "concurrency": args.concurrency,
-        "repeat": args.repeat,
-        "tracking": "server" if args.server else "memory",
-        "memory_per_run_kib": None if memory is None else memory / 1024,
-    }
-    for label, runs in rows.items():
-        result[label] = {
-            "wall_s": statistics.median(wall for wall, _, _, _ in runs),
-            "driver_cpu_ms_per_run": statistics.median(cpu for _, cpu, _, _ in runs) / args.count * 1000,
-            **(ticker_figures([stalls for _, _, stalls, _ in runs]) if uri is None else {}),
-            "gc_max_ms": statistics.median(pause for _, _, _, pause in runs) * 1000,
-        }
+    show(rows, args.count, ticking=uri is None)
     if control:
-        result["idle beside"] = ticker_figures(control)
-    # Of each pair that was measured one right after the other; the machine may do something else in the next.
-    for figure, column in (("ratio", 0), ("cpu_ratio", 1)):
-        pairs = zip(rows["Fleet"], rows["bare asyncio"], strict=True)
-        ratios = [ours[:2][column] / limit[:2][column] for ours, limit in pairs]
-        result[figure] = statistics.median(ratios)
-        result[f"{figure}s"] = ratios
-    return result
+        idle = ticker_figures(control)
+        print("idle beside: the ticker of an idle loop while another program starts as many processes, two at a time:")
+        print("  " + ", ".join(f"{name} {value:.2f}" for name, value in idle.items()))
+    limit, ours = next(iter(others)), rows["Fleet"]
+    if uri is None:
+        ticks = ticker_figures([stalls for _, _, stalls, _ in ours])
+        figures["500 no-op runs in memory, wall time / bare processes"] = ratio(ours, rows[limit], 0)
+        figures["ticker p99 while 500 runs start, ms"] = ticks["ticker_p99_ms"]
+        figures["longest stall while 500 runs start, ms"] = ticks["ticker_max_ms"]
+        return figures
+    figures["driver CPU per run with a server / bare httpx"] = ratio(ours, rows[limit], 1)
+    for label in rows:
+        figures[f"driver CPU per run, {label}, ms"] = cpu_per_run(rows[label], args.count)
+        figures[f"wall time per run, {label}, ms"] = statistics.median(row[0] for row in rows[label]) / args.count * 1e3
+    if "Fleet, aiohttp" in rows:
+        figures["driver CPU, httpx-aiohttp's transport / httpx's own"] = ratio(rows["Fleet, aiohttp"], ours, 1)
+    return figures
 
 
-def show(result: dict[str, object]) -> None:
+def ratio(ours: Sequence[Row], limit: Sequence[Row], column: int) -> float:
+    """Return the median of the ratios of each pair that was measured one right after the other.
+
+    The machine may do something else in the next round.
+    """
+    return statistics.median(one[:2][column] / other[:2][column] for one, other in zip(ours, limit, strict=True))
+
+
+def cpu_per_run(rows: Sequence[Row], count: int) -> float:
+    return statistics.median(cpu for _, cpu, _, _ in rows) / count * 1000
+
+
+def show(rows: Mapping[str, Sequence[Row]], count: int, *, ticking: bool) -> None:
     columns = ("wall_s", "driver_cpu_ms_per_run", "ticker_p99_ms", "ticker_max_ms", "ticker_worst_ms", "gc_max_ms")
     print(f"{'':14}" + "".join(f"{column:>24}" for column in columns))
-    for label, row in result.items():
-        if isinstance(row, dict):
-            cells = (f"{row[column]:24.2f}" if column in row else f"{'-':>24}" for column in columns)
-            print(f"{label:14}" + "".join(cells))
-    spread = {name: f"{min(result[name]):.2f} to {max(result[name]):.2f}" for name in ("ratios", "cpu_ratios")}  # type: ignore[call-overload]
-    print(f"\ndriver CPU, Fleet / bare: {result['cpu_ratio']:.2f} ({spread['cpu_ratios']})")
-    if result["tracking"] == "server":
-        print("driver CPU for each run, to reach: 3 ms")
-        return
-    print(
-        "gc_max: of the delays, the longest that was a garbage collection of Python's; goals for Fleet: p99 5, max 20"
-    )
-    print("idle beside: the ticker of an idle loop while another program starts as many processes, two at a time")
-    print(f"wall time, Fleet / bare: {result['ratio']:.2f} ({spread['ratios']}; to reach: 1.5)")
-    if result["memory_per_run_kib"] is not None:
-        print(f"driver memory per run in flight: {result['memory_per_run_kib']:.1f} KiB (to reach: 200)")
+    for label, runs in rows.items():
+        row = {
+            "wall_s": statistics.median(wall for wall, _, _, _ in runs),
+            "driver_cpu_ms_per_run": cpu_per_run(runs, count),
+            **(ticker_figures([stalls for _, _, stalls, _ in runs]) if ticking else {}),
+            "gc_max_ms": statistics.median(pause for _, _, _, pause in runs) * 1000,
+        }
+        cells = (f"{row[column]:24.2f}" if column in row else f"{'-':>24}" for column in columns)
+        print(f"{label:14}" + "".join(cells))
+    print("gc_max_ms: the longest garbage collection of Python, which is part of the ticker's delays")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=500, help="runs in each measurement (default: 500)")
-    parser.add_argument("--concurrency", type=int, default=16, help="how many at the same time (default: 16)")
-    parser.add_argument("--repeat", type=int, default=5, help="measurements of each, alternating (default: 5)")
+    parser.add_argument("--concurrency", type=int, default=16, help="runs at the same time (default: 16)")
     parser.add_argument("--server", action="store_true", help="track to a real MLflow server (sqlite) on loopback")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--aiohttp", action="store_true", help="with --server: measure httpx-aiohttp's transport, too")
+    add_options(parser, rounds=5)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
@@ -251,14 +300,9 @@ def main() -> None:
         os.environ["MLFLEET_CACHE_DIR"] = str(folder / "cache")
         project = folder / "project"
         project.mkdir()
-        if args.server:
-            uri = stack.enter_context(mlflow_server(folder))
-            result = asyncio.run(measure(args, uri, project))
-        else:
-            result = asyncio.run(measure(args, None, project))
-    show(result)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        uri = stack.enter_context(mlflow_server(folder)) if args.server else None
+        figures = asyncio.run(measure(args, uri, project))
+    report("fleet --server" if args.server else "fleet", figures, args)
 
 
 if __name__ == "__main__":
