@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mlfleet._project.command import render
 from mlfleet._project.parameters import resolve
 from mlfleet._project.spec import DockerEnv, EnvironmentFile, EnvironmentFileKind, Parameter, ProjectSpec, read_project
-from mlfleet.errors import MlfleetError, SpecError
+from mlfleet.errors import MlfleetError, ParameterError, SpecError
 
 
 def project(folder: Path, text: str | None = None, *files: str, name: str = "MLproject") -> ProjectSpec:
@@ -28,7 +28,7 @@ def project(folder: Path, text: str | None = None, *files: str, name: str = "MLp
 
 def mistake(folder: Path, text: str, *files: str) -> str:
     with pytest.raises(SpecError) as caught:
-        project(folder, text, *files)
+        project(folder, text, *files).entry_point("main")
     return str(caught.value).removeprefix(str(folder / "MLproject") + ", ")
 
 
@@ -157,8 +157,8 @@ ENTRY = "entry_points: {main: {command: ls, parameters: {p: path}}}\n"
             "parameters.a.type: expected a type (string, float, path or uri), found a list",
         ),
         (
-            "entry_points: {main: {command: ls, parameters: {a: {default: {b: c}}}}}",
-            "parameters.a.default: expected a string, a number, a boolean or a date, found a mapping",
+            "entry_points: {main: {command: ls, parameters: {a: float, a: float}}}",
+            "line 1, column 59: entry_points.main.parameters: the key 'a' is there twice",
         ),
         (
             "docker_env: {image: a}\nconda_env: b",
@@ -199,11 +199,49 @@ def test_mistakes_have_a_place_and_say_what_was_expected(tmp_path: Path, text: s
 def test_unknown_keys_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "mlfleet.project")
     project(tmp_path, "entrypoints: {}\nentry_points: {main: {comand: a, command: b}}")
-    messages = [record.getMessage() for record in caplog.records]
-    assert [message.partition(": ")[2] for message in messages] == [
-        "the key 'entrypoints' is unknown and has no effect, did you mean 'entry_points'?",
-        "the key 'comand' in entry_points.main is unknown and has no effect, did you mean 'command'?",
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}/MLproject: keys that are unknown and have no effect: "
+        "'entrypoints' (line 1, did you mean 'entry_points'?), "
+        "'comand' in entry_points.main (line 2, did you mean 'command'?)"
     ]
+
+
+def test_descriptions_of_parameters_are_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "mlfleet.project")
+    text = "entry_points: {main: {command: ls, parameters: {a: {type: float, description: its use}}}}"
+    assert project(tmp_path, text).entry_point("main").parameters["a"] == Parameter("a", "float")
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("{command: ls, command: pwd}", "the key 'command' is there twice"),
+        ("{parameters: {a: float}}", "the command is missing"),
+        ("{command: ls, parameters: {a: {type: 5}}}", "expected a type"),
+        ("{command: ls, parameters: {a: float, a: float}}", "the key 'a' is there twice"),
+        ("ls", "expected a mapping with a command"),
+    ],
+)
+def test_a_mistake_in_another_entry_point_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, wrong: str, message: str
+) -> None:
+    caplog.set_level(logging.WARNING, "mlfleet.project")
+    spec = project(tmp_path, f"entry_points:\n  main: {{command: ls}}\n  other: {wrong}\n")
+    assert spec.entry_point("main").command == "ls"
+    (warning,) = caplog.records
+    assert "another entry point of the project is wrong" in warning.getMessage()
+    assert message in warning.getMessage()
+    with pytest.raises(SpecError, match=message):
+        spec.entry_point("other")
+
+
+def test_a_default_that_cannot_be_used_counts_only_without_a_value(tmp_path: Path) -> None:
+    text = "entry_points: {main: {command: 'ls {a}', parameters: {a: {default: [1, 2]}}}}"
+    entry_point = project(tmp_path, text).entry_point("main")
+    assert render(entry_point, resolve(entry_point, {"a": "x"})) == "ls x"
+    with pytest.raises(ParameterError, match=r"'a': its default is wrong .*line 1, column 68: .*found a list"):
+        resolve(entry_point, {})
 
 
 def test_folders_that_are_none(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_unknown_keys_are_kept_and_reported_once(caplog: pytest.LogCaptureFixtur
         fields = parse_yaml(b"nmae: x\n", "once/MLproject").mapping({"name", "entry_points"})
     assert list(fields) == ["nmae"]
     assert [record.getMessage() for record in caplog.records] == [
-        "once/MLproject, line 1: the key 'nmae' is unknown and has no effect, did you mean 'name'?"
+        "once/MLproject: keys that are unknown and have no effect: 'nmae' (line 1, did you mean 'name'?)"
     ]
 
 

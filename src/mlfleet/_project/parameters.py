@@ -98,6 +98,9 @@ def resolve(
         text = texts.get(parameter.name, parameter.default)
         if parameter.name in faults:
             continue
+        if text is None and parameter.default_error is not None:
+            faults[parameter.name] = parameter.default_error
+            continue
         if text is None:
             missing.append(parameter.name)
             continue

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from mlfleet._text.documents import Node, nearest, read_yaml
+from mlfleet._text.documents import Node, nearest, read_yaml, warn_unknown
 from mlfleet.errors import SpecError
 
 __all__ = [
@@ -23,6 +25,8 @@ __all__ = [
     "ProjectSpec",
     "read_project",
 ]
+
+_log = logging.getLogger("mlfleet.project")
 
 FILE_NAME = "MLproject"
 _KEYS = ("name", "docker_env", "python_env", "conda_env", "entry_points", "databricks_spark_job")
@@ -59,11 +63,13 @@ class Parameter:
         name: The name, as in ``{name}`` in the command.
         type: ``string``, ``float``, ``path`` or ``uri``; any other counts as a string.
         default: The text of the default; None: the parameter is required.
+        default_error: The reason why the default cannot be used; it counts only if no value is given.
     """
 
     name: str
     type: str = "string"
     default: str | None = None
+    default_error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +110,8 @@ class ProjectSpec:
         folder: The absolute path of the project's folder.
         name: The name in MLproject, or None.
         path: The MLproject file; None if it does not exist.
-        entry_points: The declared entry points.
+        entry_points: The declared entry points that can be run.
+        broken: The errors of the other ones. They count only for who runs these, as in the reference.
         environment: The file that lists the Python and libraries that the project needs.
         docker: ``docker_env``.
         databricks_spark_job: ``python_file`` (or None), ``parameters`` and ``python_libraries`` (lists of text).
@@ -114,6 +121,7 @@ class ProjectSpec:
     name: str | None = None
     path: Path | None = None
     entry_points: Mapping[str, EntryPoint] = field(default_factory=dict)
+    broken: Mapping[str, SpecError] = field(default_factory=dict)
     environment: EnvironmentFile | None = None
     docker: DockerEnv | None = None
     databricks_spark_job: Mapping[str, Any] | None = None
@@ -124,8 +132,12 @@ class ProjectSpec:
         A Databricks Spark job that names its file has that one entry point, whatever the name, as in the reference.
 
         Raises:
-            SpecError: The entry point does not exist; the text lists those that do.
+            SpecError: The entry point is wrong, or does not exist; the text lists those that do.
         """
+        if name in self.broken:
+            raise self.broken[name]
+        for error in self.broken.values():
+            _warn_broken(str(error))
         job = self.databricks_spark_job
         if job is not None and job["python_file"] is not None:
             return EntryPoint(name, _literal(shlex.join(["python", job["python_file"], *job["parameters"]])))
@@ -187,20 +199,23 @@ def read_project(folder: Path) -> ProjectSpec:
     path = _find(folder)
     if path is None:
         return ProjectSpec(folder=folder, environment=_default_environment(folder))
-    document = read_yaml(path)
-    keys = document.mapping(_KEYS, expected="a mapping with the keys of an MLproject file")
+    document = read_yaml(path, defer_duplicates=True)
+    unknown: list[str] = []
+    keys = document.mapping(_KEYS, expected="a mapping with the keys of an MLproject file", unknown=unknown)
     keys = {key: node for key, node in keys.items() if not node.is_null}
     environments = [key for key in _ENVIRONMENT_KEYS if key in keys]
     if len(environments) > 1:
         keys[environments[1]].fail(f"only one of {', '.join(_ENVIRONMENT_KEYS)} can be given, here are {environments}")
-    entry_points = _entry_points(keys.get("entry_points"))
-    job = _spark_job(keys, entry_points)
-    docker = _docker(keys["docker_env"]) if "docker_env" in keys else None
+    entry_points, broken = _entry_points(keys.get("entry_points"), unknown)
+    job = _spark_job(keys, [*entry_points, *broken], entry_points, unknown)
+    docker = _docker(keys["docker_env"], unknown) if "docker_env" in keys else None
+    warn_unknown(path, unknown)
     return ProjectSpec(
         folder=folder,
         name=keys["name"].text() if "name" in keys else None,
         path=path,
         entry_points=entry_points,
+        broken=broken,
         environment=None if docker or job else _environment(folder, keys),
         docker=docker,
         databricks_spark_job=job,
@@ -247,37 +262,53 @@ def _default_environment(folder: Path) -> EnvironmentFile | None:
     return None
 
 
-def _entry_points(node: Node | None) -> dict[str, EntryPoint]:
-    if node is None:
-        return {}
-    return {name: _entry_point(name, entry) for name, entry in node.mapping().items()}
+def _entry_points(node: Node | None, unknown: list[str]) -> tuple[dict[str, EntryPoint], dict[str, SpecError]]:
+    entry_points: dict[str, EntryPoint] = {}
+    broken: dict[str, SpecError] = {}
+    for name, entry in node.mapping().items() if node is not None else ():
+        try:
+            entry_points[name] = _entry_point(name, entry, unknown)
+        except SpecError as error:
+            broken[name] = error
+    return entry_points, broken
 
 
-def _entry_point(name: str, node: Node) -> EntryPoint:
-    keys = node.mapping(("parameters", "command"), expected="a mapping with a command and its parameters")
+@functools.lru_cache(maxsize=256)
+def _warn_broken(error: str) -> None:
+    """Warn once, not once for each of a thousand runs."""
+    _log.warning("another entry point of the project is wrong and cannot be run: %s", error)
+
+
+def _entry_point(name: str, node: Node, unknown: list[str]) -> EntryPoint:
+    expected = "a mapping with a command and its parameters"
+    keys = node.mapping(("parameters", "command"), expected=expected, unknown=unknown)
     if "command" not in keys or keys["command"].is_null:
         node.fail("the command is missing")
     parameters = keys["parameters"].mapping(expected="a mapping of names and types") if "parameters" in keys else {}
     return EntryPoint(
         name=name,
         command=keys["command"].string(expected="a command"),
-        parameters={key: _parameter(key, value) for key, value in parameters.items()},
+        parameters={key: _parameter(key, value, unknown) for key, value in parameters.items()},
     )
 
 
-def _parameter(name: str, node: Node) -> Parameter:
+def _parameter(name: str, node: Node, unknown: list[str]) -> Parameter:
     if node.is_null:
         return Parameter(name)
     if isinstance(node.value, str):
         return Parameter(name, node.value)
     if not isinstance(node.value, dict):
         node.wrong("a type, or a mapping with type and default")
-    keys = {key: value for key, value in node.mapping(("type", "default")).items() if not value.is_null}
-    return Parameter(
-        name,
-        type=keys["type"].string(expected="a type (string, float, path or uri)") if "type" in keys else "string",
-        default=_plain_text(keys["default"]) if "default" in keys else None,
-    )
+    # `description` is for people; many projects have it.
+    keys = node.mapping(("type", "default", "description"), unknown=unknown)
+    keys = {key: value for key, value in keys.items() if not value.is_null}
+    kind = keys["type"].string(expected="a type (string, float, path or uri)") if "type" in keys else "string"
+    if "default" not in keys:
+        return Parameter(name, kind)
+    try:
+        return Parameter(name, kind, _plain_text(keys["default"]))
+    except SpecError as error:
+        return Parameter(name, kind, default_error=f"its default is wrong ({error})")
 
 
 def _plain_text(node: Node) -> str:
@@ -286,8 +317,9 @@ def _plain_text(node: Node) -> str:
     return str(node.value)
 
 
-def _docker(node: Node) -> DockerEnv:
-    keys = node.mapping(("image", "volumes", "environment"), expected="a mapping with an image")
+def _docker(node: Node, unknown: list[str]) -> DockerEnv:
+    expected = "a mapping with an image"
+    keys = node.mapping(("image", "volumes", "environment"), expected=expected, unknown=unknown)
     keys = {key: value for key, value in keys.items() if not value.is_null}
     if "image" not in keys:
         node.fail("the image is missing")
@@ -318,15 +350,18 @@ def _variable(node: Node) -> tuple[str, str | None]:
     return name.value, value
 
 
-def _spark_job(keys: Mapping[str, Node], entry_points: Mapping[str, EntryPoint]) -> Mapping[str, Any] | None:
+def _spark_job(
+    keys: Mapping[str, Node], names: Sequence[str], entry_points: Mapping[str, EntryPoint], unknown: list[str]
+) -> Mapping[str, Any] | None:
     if "databricks_spark_job" not in keys:
         return None
     node = keys["databricks_spark_job"]
-    job = {k: v for k, v in node.mapping(("python_file", "parameters", "python_libraries")).items() if not v.is_null}
+    job = node.mapping(("python_file", "parameters", "python_libraries"), unknown=unknown)
+    job = {key: value for key, value in job.items() if not value.is_null}
     file = job["python_file"].string(expected="the path of a Python file") if "python_file" in job else None
-    if file is None and not entry_points:
+    if file is None and not names:
         node.fail("python_file or entry_points must say what to run")
-    if file is not None and entry_points:
+    if file is not None and names:
         node.fail("python_file and entry_points cannot both be given")
     for key in _ENVIRONMENT_KEYS:
         if key in keys:

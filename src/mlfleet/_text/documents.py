@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from mlfleet.errors import SpecError
 
-__all__ = ["Node", "nearest", "parse_yaml", "read_json", "read_yaml"]
+__all__ = ["Node", "nearest", "parse_yaml", "read_json", "read_yaml", "warn_unknown"]
 
 MAX_SIZE = 2**20
 MAX_DEPTH = 64
@@ -51,6 +51,7 @@ class Node:
         path: The file.
         line: The line, counted from 1.
         column: The column, counted from 1.
+        fault: The error to raise when the keys of a mapping are asked for, if some are there twice.
     """
 
     value: Any
@@ -61,6 +62,7 @@ class Node:
     column: int
     # How many values this one stands for, counting an aliased value each time that it is used.
     weight: int = field(default=1, repr=False, compare=False)
+    fault: SpecError | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_null(self) -> bool:
@@ -68,9 +70,13 @@ class Node:
         return self.value is None
 
     def fail(self, message: str) -> NoReturn:
-        """Raise SpecError with the place of this value."""
+        """Raise a SpecError with the place of this value."""
+        raise self.error(message)
+
+    def error(self, message: str) -> SpecError:
+        """Return a SpecError with the place of this value."""
         subject = f"{self.label}: " if self.label else ""
-        raise SpecError(subject + message, path=self.path, line=self.line, column=self.column)
+        return SpecError(subject + message, path=self.path, line=self.line, column=self.column)
 
     def wrong(self, expected: str) -> NoReturn:
         """Raise a SpecError that says what was expected here, and what was found."""
@@ -95,22 +101,36 @@ class Node:
             case _:
                 return f"the date {_short(self.written)}"
 
-    def mapping(self, known: Iterable[str] | None = None, *, expected: str = "a mapping") -> dict[str, Node]:
+    def mapping(
+        self,
+        known: Iterable[str] | None = None,
+        *,
+        expected: str = "a mapping",
+        unknown: list[str] | None = None,
+    ) -> dict[str, Node]:
         """Return the nodes of a mapping, in their order; nothing counts as an empty mapping.
 
         Args:
-            known: The keys that have an effect here. Any other is kept, and reported once as a warning.
+            known: The keys that have an effect here. Any other is kept, and reported in one warning for the mapping.
             expected: The noun phrase in the error, such as "a mapping with an image".
+            unknown: A list that gets the descriptions of unknown keys, for one warning by the caller (see
+                `warn_unknown`).
         """
         if self.value is None:
             return {}
         if not isinstance(self.value, dict):
             self.wrong(expected)
+        if self.fault is not None:
+            raise self.fault
         if known is not None:
             names = tuple(known)
-            for key, node in self.value.items():
-                if key not in names:
-                    _warn_unknown(str(self.path or "the document"), node.line, self.label, key, names)
+            found = [
+                _describe_unknown(key, node, self.label, names) for key, node in self.value.items() if key not in names
+            ]
+            if unknown is not None:
+                unknown += found
+            else:
+                warn_unknown(self.path, found)
         return dict(self.value)
 
     def sequence(self, *, expected: str = "a list") -> list[Node]:
@@ -135,6 +155,8 @@ class Node:
 
     def plain(self) -> Any:
         """Return the data without the places."""
+        if self.fault is not None:
+            raise self.fault
         if isinstance(self.value, dict):
             return {key: node.plain() for key, node in self.value.items()}
         if isinstance(self.value, list):
@@ -148,21 +170,26 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f", did you mean {found[0]!r}?" if found else ""
 
 
-def read_yaml(path: Path) -> Node:
+def read_yaml(path: Path, *, defer_duplicates: bool = False) -> Node:
     """Read the document in a YAML file. Blocking; call it in a thread.
+
+    Args:
+        path: The file.
+        defer_duplicates: True to raise the error of duplicate keys only when the keys of that mapping are asked for.
 
     Raises:
         SpecError: The file cannot be read, is not YAML, or holds more than plain data; with line and column.
     """
-    return parse_yaml(_read(path), path)
+    return parse_yaml(_read(path), path, defer_duplicates=defer_duplicates)
 
 
-def parse_yaml(data: bytes, path: Path | str | None = None) -> Node:
+def parse_yaml(data: bytes, path: Path | str | None = None, *, defer_duplicates: bool = False) -> Node:
     """Parse the one YAML document in `data`.
 
     Args:
         data: The text in UTF-8; at most 1 MiB.
         path: The file to name in errors.
+        defer_duplicates: See `read_yaml`.
 
     Raises:
         SpecError: See `read_yaml`.
@@ -184,7 +211,7 @@ def parse_yaml(data: bytes, path: Path | str | None = None) -> Node:
         raise SpecError(f"not YAML: {error}", path=path) from error
     if composed is None:
         return Node(None, "", "", path, 1, 1)
-    return _Converter(path).convert(composed, "")
+    return _Converter(path, defer_duplicates=defer_duplicates).convert(composed, "")
 
 
 def read_json(path: Path) -> Any:
@@ -214,11 +241,12 @@ class _Converter:
     `_check_structure` has bounded the depth and refused aliases inside of what they name, so the recursion ends.
     """
 
-    def __init__(self, path: Path | str | None) -> None:
+    def __init__(self, path: Path | str | None, *, defer_duplicates: bool) -> None:
         # Imported here: it costs more than all the rest of this module.
         import yaml
 
         self._path = path
+        self._defer_duplicates = defer_duplicates
         self._constructor = yaml.constructor.SafeConstructor()
         self._converted: dict[int, Node] = {}  # By the id of the composed node: aliases share one.
         self._merged = 0
@@ -252,6 +280,7 @@ class _Converter:
     def _mapping(self, composed: Any, label: str) -> Node:
         self._check_tag(composed, label, "map")
         own: dict[str, Node] = {}
+        fault: SpecError | None = None
         merged: list[Node] = []
         for composed_key, composed_value in composed.value:
             if composed_key.tag == _MERGE:
@@ -260,14 +289,17 @@ class _Converter:
             key = self.convert(composed_key, label)
             if key.value is None or isinstance(key.value, dict | list):
                 key.wrong("a key")
-            if key.written in own:
-                key.fail(f"the key {_short(key.written)!r} is there twice")
+            if key.written in own and fault is None:
+                fault = key.error(f"the key {_short(key.written)!r} is there twice")
+                if not self._defer_duplicates:
+                    raise fault
             own[key.written] = self.convert(composed_value, _label(f"{label}.{key.written}".removeprefix(".")))
         # Of several mappings to merge the first wins, and the mapping's own keys win over all.
         for mapping in merged:
             for name, node in mapping.value.items():
                 own.setdefault(name, node)
-        return self._node(composed, own, label, weight=1 + sum(node.weight for node in own.values()))
+        node = self._node(composed, own, label, weight=1 + sum(node.weight for node in own.values()))
+        return node if fault is None else replace(node, fault=fault)
 
     def _merged_mappings(self, node: Node) -> list[Node]:
         mappings = node.value if isinstance(node.value, list) else [node]
@@ -402,9 +434,22 @@ def _short(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def warn_unknown(path: Path | str | None, unknown: Iterable[str]) -> None:
+    """Report the unknown keys of a document in one warning, once for all runs.
+
+    Args:
+        path: The file.
+        unknown: The descriptions that `Node.mapping` collected.
+    """
+    if keys := ", ".join(unknown):
+        _warn_once(str(path or "the document"), keys)
+
+
 @functools.lru_cache(maxsize=1024)
-def _warn_unknown(path: str, line: int, label: str, key: str, known: tuple[str, ...]) -> None:
+def _warn_once(path: str, keys: str) -> None:
+    _log.warning("%s: keys that are unknown and have no effect: %s", path, keys)
+
+
+def _describe_unknown(key: str, node: Node, label: str, known: tuple[str, ...]) -> str:
     where = f" in {label}" if label else ""
-    _log.warning(
-        "%s, line %d: the key %r%s is unknown and has no effect%s", path, line, key, where, nearest(key, known)
-    )
+    return f"{key!r}{where} (line {node.line}{nearest(key, known)})"
