@@ -13,7 +13,7 @@ import pytest
 from fakes.databricks import FakeRun, FakeWorkspace
 from mlfleet.backends.base import Job
 from mlfleet.backends.databricks import DatabricksBackend
-from mlfleet.backends.databricks.timing import Timing
+from mlfleet.backends.databricks.client import Timing
 
 __all__ = ["QUICK", "JobMaker", "lines_of", "make_jobs", "open_workspace", "succeed"]
 

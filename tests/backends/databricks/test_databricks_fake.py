@@ -24,7 +24,7 @@ from components.git_repository import git, make_repository
 from fakes.databricks import FakeRun, FakeWorkspace, not_found, unknown_value
 from fakes.flaky_proxy import Answer, Forward, Request
 from mlfleet.backends.databricks import DatabricksBackend
-from mlfleet.backends.databricks.paths import ROOT
+from mlfleet.backends.databricks.request import ROOT
 from mlfleet.backends.databricks.states import read_state
 from mlfleet.errors import RunLost, SubmitError
 from mlfleet.runs import FailureKind, JobRef, RunStatus

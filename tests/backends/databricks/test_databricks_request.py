@@ -17,8 +17,7 @@ from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
 from mlfleet.backends.base import Job
 from mlfleet.backends.databricks import DatabricksBackend, bootstrap
 from mlfleet.backends.databricks.config import parse_config
-from mlfleet.backends.databricks.paths import ROOT
-from mlfleet.backends.databricks.request import Places, bootstrap_argument, masked, request_body
+from mlfleet.backends.databricks.request import ROOT, Places, bootstrap_argument, masked, request_body
 from mlfleet.errors import SubmitError
 
 RUN = "0123456789abcdef0123456789abcdef"

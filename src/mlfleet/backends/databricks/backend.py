@@ -23,16 +23,13 @@ from mlfleet._environments.env_files import read_python_requirements
 from mlfleet._paths import runs_folder
 from mlfleet.backends._remote.run import SupervisedRuns
 from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job
-from mlfleet.backends.databricks import paths, request
-from mlfleet.backends.databricks.client import Workspace, WorkspaceError
+from mlfleet.backends.databricks import request
+from mlfleet.backends.databricks.client import Timing, Workspace, WorkspaceError
 from mlfleet.backends.databricks.config import DatabricksConfig, TaskKind, Upload, UploadKind, parse_config
 from mlfleet.backends.databricks.run import DatabricksRun, RemoteRun, remove_secret
-from mlfleet.backends.databricks.search import RecentRuns
 from mlfleet.backends.databricks.states import Phase, State, read_state
-from mlfleet.backends.databricks.storage import HOME, Storage, storage_of
-from mlfleet.backends.databricks.timing import Timing
-from mlfleet.backends.databricks.upload import Uploads
-from mlfleet.backends.databricks.watch import Poller
+from mlfleet.backends.databricks.storage import HOME, Storage, Uploads, storage_of
+from mlfleet.backends.databricks.watch import Poller, RecentRuns
 from mlfleet.errors import RunLost, SubmitError, UsageError
 from mlfleet.runs import JobRef
 from mlfleet.tracking.databricks import check_profile, is_databricks, profile_of
@@ -99,7 +96,7 @@ class _Submission:
         )
 
 
-class DatabricksBackend(Backend):
+class DatabricksBackend(Backend[DatabricksConfig]):
     """Runs jobs as one-time runs (``runs/submit``) in Databricks workspaces: that of the tracking URI, or of a profile.
 
     Leaving the backend cancels the runs that it submitted, and leaves those that it attached to alone.
@@ -146,7 +143,7 @@ class DatabricksBackend(Backend):
 
     def place(self, path: str, index: int, folder: Path) -> str | None:
         """Volumes, workspace files and DBFS are there; files of the project are unpacked, and URIs downloaded there."""
-        return paths.place(path, index, folder)
+        return request.place(path, index, folder)
 
     def check_tracking(self, uri: str, config: object = None) -> None:
         """Refuse what only this machine can reach; see `Backend.check_tracking`."""
@@ -259,7 +256,7 @@ class DatabricksBackend(Backend):
         """Bring to the workspace what the run needs there; the request for it."""
         job, config, site, storage = submission.job, submission.config, submission.site, submission.storage
         home = await storage_of(site.workspace, Upload())
-        needs = paths.files_of_project(job.placed)
+        needs = request.files_of_project(job.placed)
         archive = await site.uploads.project(storage, job.project_dir, job.on_progress, needs=needs)
         places = request.Places(
             script=await site.uploads.script(home),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import IO, Any, TypeVar
 
@@ -12,13 +13,12 @@ import anyio
 
 from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.threads import FILES
-from mlfleet.backends.databricks.timing import Timing
 from mlfleet.errors import BackendError, TrackingError
 from mlfleet.tracking.databricks import DatabricksLogin
 from mlfleet.tracking.errors import Transient
 from mlfleet.tracking.http import ServerClient
 
-__all__ = ["PATIENCE", "Workspace", "WorkspaceError"]
+__all__ = ["PATIENCE", "Timing", "Workspace", "WorkspaceError"]
 
 PATIENCE = 300.0
 """Seconds for which a request is tried again."""
@@ -26,6 +26,31 @@ PATIENCE = 300.0
 _IN_FLIGHT = 16
 _ANSWER = 60.0  # seconds without any byte of an answer
 _CHUNK = 2**18
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """How often a workspace is asked; seconds, where nothing else is said.
+
+    Attributes:
+        young: the age up to which a run is polled often.
+        fast: between polls of young runs.
+        slow: between polls of old runs, at most.
+        not_yet: for which a new run may not be known everywhere in Databricks.
+        after_failure: between polls while they fail.
+        paces: requests a second by kind. A workspace takes 35, 100 and 100:
+            https://docs.databricks.com/aws/en/resources/limits
+    """
+
+    young: float = 60.0
+    fast: float = 1.5
+    slow: float = 30.0
+    not_yet: float = 30.0
+    after_failure: float = 10.0
+    paces: Mapping[str, float] = field(
+        default_factory=lambda: {"runs/submit": 30.0, "runs/get": 80.0, "runs/get-output": 80.0, "runs/list": 20.0}
+    )
+
 
 T = TypeVar("T")
 

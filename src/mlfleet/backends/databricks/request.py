@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import json
 import posixpath
+import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from mlfleet._text.masking import MASK, is_secret_name, mask_uri
 from mlfleet.backends.base import Job
-from mlfleet.backends.databricks import paths
 from mlfleet.backends.databricks.config import DatabricksConfig, TaskKind
 from mlfleet.errors import SubmitError
 
 __all__ = [
+    "PROJECT",
+    "ROOT",
     "TASK_KEY",
     "Places",
     "bootstrap_argument",
     "bootstrap_spec",
+    "files_of_project",
     "masked",
+    "place",
     "public_variables",
     "request_body",
     "run_name",
@@ -86,15 +92,15 @@ def bootstrap_spec(job: Job, config: DatabricksConfig, places: Places) -> dict[s
         "run": job.run_id,
         "archive": places.archive,
         "sha256": places.sha256,
-        "root": paths.ROOT,
-        "name": paths.PROJECT,
+        "root": ROOT,
+        "name": PROJECT,
         "mode": "python" if job.spark_job is not None else "command",
         "command": _python_command(job) if job.spark_job is not None else job.command,
         "environ": public_variables(job, config)[0],
         "output": places.output,
         "grace": job.cancel_grace,
     }
-    if downloads := paths.downloads(job.placed):
+    if downloads := _downloads(job.placed):
         spec["downloads"] = downloads
     if places.secret is not None:
         spec["secrets"] = {"scope": config.secret_scope, "key": places.secret}
@@ -230,3 +236,49 @@ def _python_command(job: Job) -> str:
             f"the Python file {file!r} of the databricks_spark_job is outside the project", backend="databricks"
         )
     return words
+
+
+ROOT = "/.mlfleet-run"
+"""Stands in commands for the folder of the run, whose name the bootstrap script alone knows."""
+
+PROJECT = "project"
+"""The folder of the project, in that of the run."""
+
+_THERE = ("/Volumes/", "/Workspace/", "/dbfs/")
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
+
+
+def place(path: str, index: int, folder: Path) -> str | None:
+    """See `mlfleet.backends.base.Backend.place`."""
+    if path.startswith("dbfs:/Volumes/"):
+        return path.removeprefix("dbfs:")
+    if path.startswith(_THERE):
+        return path
+    if not path.startswith("/"):
+        return f"{ROOT}/param_{index}/{_name(path)}"
+    if not Path(path).exists():
+        return None
+    if Path(path).is_relative_to(folder):
+        return posixpath.normpath(posixpath.join(ROOT, PROJECT, str(Path(path).relative_to(folder))))
+    raise ValueError(
+        f"{path!r} is on this machine, where Databricks cannot read it: put it into the project or a volume"
+        " (/Volumes/…), or give a URI such as s3://… that can be read there"
+    )
+
+
+def _downloads(placed: Mapping[str, str]) -> dict[str, str]:
+    """What the run must download: place below its folder → URI."""
+    start = f"{ROOT}/param_"
+    return {there.removeprefix(f"{ROOT}/"): uri for there, uri in placed.items() if there.startswith(start)}
+
+
+def files_of_project(placed: Iterable[str]) -> tuple[str, ...]:
+    """Which of its own files a project is to read, relative to its folder."""
+    start = f"{ROOT}/{PROJECT}/"
+    return tuple(there.removeprefix(start) for there in placed if there.startswith(start))
+
+
+def _name(uri: str) -> str:
+    """The file's own name, for the sake of its ending; without what a shell could mistake."""
+    name = posixpath.basename(unquote(urlsplit(uri).path).rstrip("/"))
+    return _UNSAFE.sub("_", name).lstrip(".") or "data"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import re
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -13,13 +14,13 @@ from typing import Any
 
 import anyio
 
+from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet.backends._remote.state_cache import CachedState, StateCache
-from mlfleet.backends.databricks.client import PATIENCE, Workspace, WorkspaceError
+from mlfleet.backends.databricks.client import PATIENCE, Timing, Workspace, WorkspaceError
 from mlfleet.backends.databricks.states import LOST, State, read_state
-from mlfleet.backends.databricks.timing import Timing
 from mlfleet.errors import BackendError
 
-__all__ = ["Poller"]
+__all__ = ["Poller", "RecentRuns"]
 
 _log = logging.getLogger("mlfleet.databricks")
 
@@ -31,7 +32,7 @@ _A_MINUTE = 50  # requests that polls of runs which are not young cost
 
 
 @dataclass(slots=True)
-class _Timing:
+class _Schedule:
     """When a run was begun to be watched, and when it is due."""
 
     since: float
@@ -50,7 +51,7 @@ class Poller(StateCache[State]):
         super().__init__(self._follow, name="mlfleet Databricks poll")
         self._workspace = workspace
         self._timing = timing
-        self._timings: dict[str, _Timing] = {}
+        self._timings: dict[str, _Schedule] = {}
         self._count = 0  # of the runs that had not ended when the last poll began
         self._changed = anyio.Event()
 
@@ -69,7 +70,7 @@ class Poller(StateCache[State]):
     def hurry(self, key: str) -> None:
         """Treat a run as a young one from now on: somebody waits for its end, or something was done to it."""
         now = time.monotonic()
-        self._timings[key] = _Timing(now, now + self._timing.fast / 2)
+        self._timings[key] = _Schedule(now, now + self._timing.fast / 2)
         changed, self._changed = self._changed, anyio.Event()
         changed.set()
 
@@ -174,3 +175,44 @@ class Poller(StateCache[State]):
         """The list tells less of a run than was known of it."""
         known = self.get(key)
         return state if known is None or known.phase is not state.phase else known
+
+
+_FRESH = 20.0  # seconds for which a listing serves all who attach
+_MOST = 400  # pages of a listing: Databricks keeps runs for 60 days
+_NAME = re.compile(r"\(([0-9a-f]{32})\)$")
+
+
+class RecentRuns:
+    """What ``runs/list`` tells of the runs that mlfleet submitted. One listing serves many who look at a time."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
+        self._listing: SingleFlight[str, None] = SingleFlight()
+        self._found: dict[str, dict[str, Any]] = {}
+        self._listed_at = float("-inf")
+
+    async def find(self, run_id: str) -> dict[str, Any] | None:
+        """The latest run of that MLflow run, as ``runs/get`` tells it; None if there is none."""
+        if run_id not in self._found or time.monotonic() - self._listed_at > _FRESH:
+            await self._listing("", self._list)
+        listed = self._found.get(run_id)
+        if listed is None:
+            return None
+        return await self._workspace.jobs("GET", "runs/get", params={"run_id": str(listed["run_id"])})
+
+    async def _list(self) -> None:
+        params = {"run_type": "SUBMIT_RUN", "limit": "25", "expand_tasks": "false"}
+        found: dict[str, dict[str, Any]] = {}
+        for _ in range(_MOST):
+            page = await self._workspace.jobs("GET", "runs/list", params=params)
+            for run in page.get("runs") or []:
+                match = _NAME.search(str(run.get("run_name") or ""))
+                if match is not None:
+                    latest = found.setdefault(match[1], run)
+                    if int(run.get("run_id") or 0) > int(latest["run_id"]):
+                        found[match[1]] = run
+            token = page.get("next_page_token")
+            if not token:
+                break
+            params = {**params, "page_token": str(token)}
+        self._found, self._listed_at = found, time.monotonic()
