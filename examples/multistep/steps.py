@@ -19,7 +19,7 @@ Table = list[tuple[float, float]]
 
 
 def load(rows: int) -> None:
-    """Make up the data; in life this would be a download or a query."""
+    """Make random data, where a real project would download or query some."""
     source = random.Random(SEED)
     points = [source.uniform(0, 10) for _ in range(rows)]
     table = [(x, INTERCEPT + SLOPE * x + source.gauss(0, NOISE)) for x in points]

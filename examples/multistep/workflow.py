@@ -1,4 +1,4 @@
-"""Load, transform, then train with several penalties at once; each step is a run of its own below this one."""
+"""Load, transform, then train with several penalties at once; each step is an own run below this one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PROJECT = Path(__file__).parent
 
 
 async def workflow(rows: float, alphas: list[float]) -> None:
-    # The active run of mlflow becomes the parent of every run that mlfleet makes meanwhile.
+    # The active run of mlflow becomes the parent of every run that mlfleet makes inside this block.
     with mlflow.start_run():
         loaded = await mlfleet.run_async(PROJECT, "load", parameters={"rows": rows}, env_manager="local")
         print(f"loaded       {loaded.run_id}")
@@ -49,7 +49,7 @@ async def workflow(rows: float, alphas: list[float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=float, default=200)
-    parser.add_argument("--alphas", default="0.01,0.1,1", help="numbers, joined by commas")
+    parser.add_argument("--alphas", default="0.01,0.1,1", help="penalties, separated by commas (default: 0.01,0.1,1)")
     arguments = parser.parse_args()
     asyncio.run(workflow(arguments.rows, [float(alpha) for alpha in arguments.alphas.split(",")]))
 

@@ -1,7 +1,7 @@
 """Let Optuna decide the next point of a sweep from what has finished.
 
-The space is an asynchronous generator: it is asked for a point only when there is a place for a run, and when every
-result so far has been told to the study.
+The space is an asynchronous generator: the sweep pulls a point only when a run can start, and when every
+result so far has been passed to the study.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ async def search(trials: int, jobs: int, env_manager: str | None) -> optuna.Stud
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--jobs", type=int, default=2, help="how many at once")
-    parser.add_argument("--env-manager", help="local: this Python, which then needs mlflow")
+    parser.add_argument("--jobs", type=int, default=2, help="number of runs at the same time (default: 2)")
+    parser.add_argument("--env-manager", help="environment manager; local is this Python, which then needs mlflow")
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = asyncio.run(search(options.trials, options.jobs, options.env_manager))

@@ -8,13 +8,16 @@ from collections.abc import Sequence
 
 import click
 
-from mlfleet._cli.containers import prune, ps
+from mlfleet._cli.cancel import cancel
+from mlfleet._cli.logs import logs
 from mlfleet._cli.output import complain, error_as_json, exit_code, print_json, show_logs
+from mlfleet._cli.prune import prune
+from mlfleet._cli.ps import ps
 from mlfleet._cli.report import report
 from mlfleet._cli.run import run
-from mlfleet._cli.runs import cancel, logs, wait
 from mlfleet._cli.storage import cache, envs
 from mlfleet._cli.sweep import sweep
+from mlfleet._cli.wait import wait
 from mlfleet._version import __version__
 from mlfleet.errors import MlfleetError
 

@@ -1,4 +1,4 @@
-"""``mlfleet cache`` and ``mlfleet envs``: what is kept on this machine, and how to be rid of it."""
+"""``mlfleet cache`` and ``mlfleet envs``: list and remove what is kept on this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from mlfleet._cli.options import debug_option, duration, json_option
-from mlfleet._cli.output import print_json
+from mlfleet._cli.output import print_json, print_table
 from mlfleet._environments.store import list_environments
 from mlfleet._environments.store import prune as prune_environments
 from mlfleet._project.cache import list_entries, list_runs, prune_runs
@@ -23,17 +23,17 @@ _older_than = click.option(
     "--older-than",
     type=duration,
     metavar="TIME",
-    help="Only what no run has used for this long, as in 30d or 12h. Without it: all that nobody uses now.",
+    help="Keep entries that a run has used within this time, as in 30d or 12h. Without it: keep only those in use.",
 )
 _outputs = click.option(
-    "--outputs", is_flag=True, help="The captured output of runs, rather than the projects that were fetched."
+    "--outputs", is_flag=True, help="List or remove the captured output of runs instead of the fetched projects."
 )
 _json = json_option("Print a JSON list.")
 
 
 @click.group(no_args_is_help=False)
 def cache() -> None:
-    """The projects that were fetched, and the captured output of runs."""
+    """List or remove fetched projects, or the captured output of runs."""
 
 
 @cache.command("list")
@@ -41,7 +41,7 @@ def cache() -> None:
 @_json
 @debug_option
 def list_cache(*, outputs: bool, as_json: bool) -> None:
-    """List them, the last used first."""
+    """List fetched projects and working copies, the last used first."""
     entries = list_runs() if outputs else [*list_entries(), *list_copies()]
     _print([_cached(entry) for entry in entries], as_json=as_json)
 
@@ -52,23 +52,23 @@ def list_cache(*, outputs: bool, as_json: bool) -> None:
 @_json
 @debug_option
 def prune_cache(*, older_than: float | None, outputs: bool, as_json: bool) -> None:
-    """Remove those that nobody uses."""
+    """Remove fetched projects and working copies that are not in use."""
     age = _age(older_than)
-    # Copies first: their runs are what uses the projects.
+    # Working copies first: while they exist, the projects are in use.
     removed = prune_runs(age) if outputs else [*prune_copies(age), *prune_entries(age)]
     _removed([_cached(entry) for entry in removed], as_json=as_json)
 
 
 @click.group(no_args_is_help=False)
 def envs() -> None:
-    """The environments that were built for projects."""
+    """List or remove the environments that were built for projects."""
 
 
 @envs.command("list")
 @_json
 @debug_option
 def list_envs(*, as_json: bool) -> None:
-    """List them, the last used first."""
+    """List environments, the last used first."""
     _print([_built(environment) for environment in list_environments()], as_json=as_json)
 
 
@@ -77,7 +77,7 @@ def list_envs(*, as_json: bool) -> None:
 @_json
 @debug_option
 def prune_envs(*, older_than: float | None, as_json: bool) -> None:
-    """Remove those that nobody uses, and what broken builds left."""
+    """Remove environments that are not in use, and the remains of failed builds."""
     _removed([_built(environment) for environment in prune_environments(_age(older_than))], as_json=as_json)
 
 
@@ -120,9 +120,7 @@ def _print(entries: Sequence[dict[str, Any]], *, as_json: bool) -> None:
     names = [name for name in entries[0] if name != "path"]
     rows = [[name.replace("_", " ") for name in names]]
     rows += [[_text(name, entry[name]) for name in names] for entry in entries]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    print_table(rows)
 
 
 def _removed(entries: Sequence[dict[str, Any]], *, as_json: bool) -> None:

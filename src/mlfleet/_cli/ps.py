@@ -1,4 +1,4 @@
-"""``mlfleet ps`` and ``mlfleet prune``: runs that outlive their process, and what is left of them."""
+"""``mlfleet ps``: runs and sweeps that outlive the process that started them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import anyio
 import click
 
 from mlfleet._cli.options import debug_option, json_option
-from mlfleet._cli.output import complain, print_json, short
+from mlfleet._cli.output import complain, print_json, print_line, short
 from mlfleet._concurrency.threads import FILES
 from mlfleet._sweeps.notes import SweepEntry, list_sweeps
 from mlfleet._text.lines import last_lines
@@ -20,10 +20,9 @@ from mlfleet.backends.base import Backend, ListedRun
 from mlfleet.backends.registry import find, native
 from mlfleet.errors import BackendError, BackendNotFound
 
-__all__ = ["prune", "ps"]
+__all__ = ["on_each_backend", "print_rows", "ps", "run_row"]
 
 _log = logging.getLogger("mlfleet.cli")
-_json = json_option("Print a JSON list.")
 _BLANK = dict.fromkeys(
     (
         "run_id",
@@ -48,49 +47,23 @@ _BLANK = dict.fromkeys(
     "asked",
     metavar="NAME",
     multiple=True,
-    help="List also the runs of this backend, which needs a login and is not asked otherwise; repeatable.",
+    help="Also list the runs of this backend, which is otherwise not asked because it needs a login; may be given "
+    "several times.",
 )
-@_json
+@json_option("Print a JSON list.")
 @debug_option
 def ps(*, asked: tuple[str, ...], as_json: bool) -> None:
     """List runs and sweeps that outlive the process that started them, the newest first.
 
-    What nobody looks after was left by a process that died: mlfleet sweep --resume or mlfleet.attach(RUN_ID) picks it
-    up; mlfleet logs, wait and cancel work on all.
+    "nobody looks after it" means that the process that started the run has died. mlfleet sweep --resume or
+    mlfleet.attach(RUN_ID) take over; mlfleet logs, wait and cancel work on all runs.
     """
     rows = [_sweep_row(entry) for entry in list_sweeps()]
-    rows += [_run_row(run) for run in anyio.run(_on_each_backend, asked, lambda backend: backend.list_runs())]
-    _print(sorted(rows, key=lambda row: row["created"], reverse=True), as_json=as_json, none="no runs")
+    rows += [run_row(run) for run in anyio.run(on_each_backend, asked, lambda backend: backend.list_runs())]
+    print_rows(sorted(rows, key=lambda row: row["created"], reverse=True), as_json=as_json, none="no runs")
 
 
-@click.command()
-@click.argument("run_ids", metavar="[RUN_ID]...", nargs=-1)
-@click.option("--running", is_flag=True, help="Remove also what still runs, which ends it.")
-@click.option("--dry-run", is_flag=True, help="Print what would be removed, and remove nothing.")
-@click.option(
-    "-b",
-    "--backend",
-    "asked",
-    metavar="NAME",
-    multiple=True,
-    help="Prune also this backend, which needs a login and is not asked otherwise; repeatable.",
-)
-@_json
-@debug_option
-def prune(*, run_ids: tuple[str, ...], running: bool, dry_run: bool, asked: tuple[str, ...], as_json: bool) -> None:
-    """Remove what backends keep of runs that no process looks after, such as containers.
-
-    With ids of runs, remove only what is kept of these.
-    """
-
-    def work(backend: Backend) -> Awaitable[Sequence[ListedRun]]:
-        return backend.prune(run_ids, running=running, dry_run=dry_run)
-
-    removed = anyio.run(partial(_on_each_backend, asked, work, strict=True))
-    _print([_run_row(run) for run in removed], as_json=as_json, none="nothing to remove")
-
-
-async def _on_each_backend(
+async def on_each_backend(
     asked: Collection[str], work: Callable[[Backend], Awaitable[Sequence[ListedRun]]], *, strict: bool = False
 ) -> list[ListedRun]:
     """Call `work` with every backend that needs no login, and with those that were asked for.
@@ -132,7 +105,8 @@ def _sweep_row(entry: SweepEntry) -> dict[str, Any]:
     }
 
 
-def _run_row(run: ListedRun) -> dict[str, Any]:
+def run_row(run: ListedRun) -> dict[str, Any]:
+    """Return the row of a run that a backend has listed."""
     lines = () if run.output is None else reversed(last_lines(run.output, 3))
     last_line = next((clean for line in lines if (clean := plain_line(line))), "")
     return {
@@ -147,7 +121,8 @@ def _run_row(run: ListedRun) -> dict[str, Any]:
     }
 
 
-def _print(rows: list[dict[str, Any]], *, as_json: bool, none: str) -> None:
+def print_rows(rows: list[dict[str, Any]], *, as_json: bool, none: str) -> None:
+    """Print rows, or `none` to standard error if there are no rows."""
     if as_json:
         print_json(rows)
         return
@@ -162,7 +137,7 @@ def _print(rows: list[dict[str, Any]], *, as_json: bool, none: str) -> None:
             what = f"pid {row['pid']}  {short(row['last_line'] or '')}"
         else:
             what = "  ".join(str(value) for name, value in row.items() if name not in _NAMED and value)
-        click.echo(f"{row['run_id']}  {row['backend']:6}  {row['state']:8}  {created}  {what.rstrip()}{after}")
+        print_line(f"{row['run_id']}  {row['backend']:6}  {row['state']:8}  {created}  {what.rstrip()}{after}")
 
 
 _NAMED = {"run_id", "backend", "state", "supervised", "created", "container"}  # have a column, or are for --json only
