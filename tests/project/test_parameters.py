@@ -73,6 +73,39 @@ def test_values_that_have_no_text(value: object) -> None:
     assert "a string, a number, a boolean or a path was expected, got" in fault(Parameter("x"), value)
 
 
+def test_a_default_path_is_looked_for_in_the_project_after_the_callers_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller, project = tmp_path / "caller", tmp_path / "project"
+    for folder in (caller, project / "data"):
+        folder.mkdir(parents=True)
+    (project / "data" / "a.csv").touch()
+    (tmp_path / "b.csv").touch()
+    (project / "link.csv").symlink_to("../b.csv")
+    monkeypatch.chdir(caller)
+
+    def place(path: str, index: int) -> str | None:
+        return f"/mnt/{Path(path).name}" if Path(path).exists() else None
+
+    def declared(default: str, given: dict[str, object] | None = None) -> str:
+        point = entry_point(Parameter("x", "path", default))
+        placed = resolve(point, given, place, project_dir=project)
+        assert placed.logged == {"x": (given or {}).get("x", default)}
+        assert resolve(point, given, project_dir=project).declared.keys() == {"x"}
+        return placed.declared["x"]
+
+    # The command runs in the project's folder, wherever that is; there is nothing to place.
+    assert declared("data/a.csv") == "data/a.csv"
+    for wrong in ("../b.csv", "link.csv", "data/none.csv"):
+        with pytest.raises(ParameterError, match="there is no file"):
+            declared(wrong)
+    with pytest.raises(ParameterError, match="there is no file"):
+        declared("x", {"x": "data/a.csv"})
+    (caller / "data").mkdir()
+    (caller / "data" / "a.csv").touch()
+    assert declared("data/a.csv") == "/mnt/a.csv"
+
+
 @pytest.mark.parametrize("value", ["a\0b", "\ud800"])
 def test_values_that_no_command_can_hold(value: str) -> None:
     assert "NUL" in fault(Parameter("x"), value)

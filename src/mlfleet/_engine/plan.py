@@ -209,7 +209,12 @@ def _key(request: RunRequest) -> object:
 
 
 def _parameters(entry_point: EntryPoint, request: RunRequest, backend: Backend, folder: Path) -> ResolvedParameters:
-    return resolve(entry_point, request.parameters, lambda path, index: backend.place(path, index, folder))
+    return resolve(
+        entry_point,
+        request.parameters,
+        lambda path, index: backend.place(path, index, folder),
+        project_dir=folder,
+    )
 
 
 def _provisional_command(entry_point: EntryPoint, parameters: ResolvedParameters) -> str:

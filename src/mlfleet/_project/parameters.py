@@ -70,11 +70,14 @@ def resolve(
     entry_point: EntryPoint,
     given: Mapping[str, object] | None,
     place: Callable[[str, int], str | None] = lambda path, index: None,
+    *,
+    project_dir: Path | None = None,
 ) -> ResolvedParameters:
     """Check `given` against what the entry point declares. It reads the disk only to check that local paths exist.
 
     Values are texts, numbers, booleans and paths, which count as what ``str()`` makes of them. A relative path is
-    relative to the caller's working directory, as in the reference.
+    relative to the caller's working directory, as in the reference. Only a default that does not exist there is looked
+    for in the project, too: its author cannot know the folders of callers.
 
     Args:
         entry_point: The entry point with its declared parameters.
@@ -82,6 +85,7 @@ def resolve(
         place: A function that takes the URI or absolute path of a ``path`` parameter and its index, and returns the
             text for the command if the command finds the file elsewhere than on this machine. Its ValueError says why
             it cannot.
+        project_dir: The folder of the project, in which the command will run; None: defaults are not looked for there.
 
     Raises:
         ParameterError: Parameters are missing or wrong; the text names all of them.
@@ -105,6 +109,10 @@ def resolve(
             missing.append(parameter.name)
             continue
         logged[parameter.name] = text
+        if parameter.name not in texts and _is_in_project(parameter, project_dir):
+            # As it is: the command runs in the project's folder, or in a copy of it.
+            declared[parameter.name] = text
+            continue
         try:
             there = place(_uri_or_path(text), index) if parameter.type == "path" else None
             declared[parameter.name] = _checked(parameter, text) if there is None else there
@@ -170,6 +178,20 @@ def _uri_or_path(text: str) -> str:
     if not path:
         raise ValueError("a file or folder was expected, got an empty text")
     return os.path.abspath(path)  # noqa: PTH100 - as the reference: without the dots, links kept
+
+
+def _is_in_project(parameter: Parameter, project_dir: Path | None) -> bool:
+    """Return True if the default of a ``path`` parameter can only mean a file of the project."""
+    text = parameter.default
+    if parameter.type != "path" or project_dir is None or not text or _SCHEME.match(text) or Path(text).is_absolute():
+        return False
+    if _exists(text):
+        return False
+    try:
+        file = (project_dir / text).resolve()
+        return file.exists() and file.is_relative_to(project_dir.resolve())
+    except (OSError, RuntimeError, ValueError):
+        return False
 
 
 def _exists(path: str) -> bool:
