@@ -237,7 +237,7 @@ def test_names_of_images(text: str, expected: Reference) -> None:
 
 @pytest.mark.parametrize("text", ["", "Upper/case", "host:5000/", "a b", "x:-tag", "../x"])
 def test_no_names_of_images(text: str) -> None:
-    with pytest.raises(UsageError, match="is no name of an image"):
+    with pytest.raises(UsageError, match="is not the name of an image"):
         parse_reference(text)
 
 

@@ -30,7 +30,7 @@ def check_auth(auth: Mapping[str, Any] | None) -> None:
     """Check the argument ``docker_auth``.
 
     Raises:
-        UsageError: an unknown key, or something is missing; without any value in the text.
+        UsageError: A key is unknown or missing. The text contains no value.
     """
     if auth is None:
         return
@@ -42,16 +42,16 @@ def check_auth(auth: Mapping[str, Any] | None) -> None:
 
 
 def config_folder(environ: Mapping[str, str]) -> Path:
-    """The folder of Docker's own configuration: ``DOCKER_CONFIG``, else ``~/.docker``."""
+    """Return the folder of Docker's own configuration: ``DOCKER_CONFIG``, else ``~/.docker``."""
     given = environ.get("DOCKER_CONFIG")
     return Path(given) if given else Path.home() / ".docker"
 
 
 def read_config(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Docker's ``config.json``; empty if there is none. Blocking.
+    """Return Docker's ``config.json``; an empty one if the file does not exist. Blocking.
 
     Raises:
-        BackendError: it is no JSON object.
+        BackendError: It is not a JSON object.
     """
     path = config_folder(environ) / "config.json"
     try:
@@ -59,14 +59,14 @@ def read_config(environ: Mapping[str, str]) -> dict[str, Any]:
     except OSError:
         return {}
     except ValueError as error:
-        raise BackendError(f"Docker's configuration {path} is no JSON: {error}", backend="docker") from error
+        raise BackendError(f"Docker's configuration {path} is not JSON: {error}", backend="docker") from error
     if not isinstance(data, dict):
-        raise BackendError(f"Docker's configuration {path} is no JSON object", backend="docker")
+        raise BackendError(f"Docker's configuration {path} is not a JSON object", backend="docker")
     return data
 
 
 def registry_of(image: str) -> str:
-    """The registry of an image, as Docker's configuration names it."""
+    """Return the registry of an image, as Docker's configuration names it."""
     first, slash, _ = image.partition("/")
     if slash and ("." in first or ":" in first or first == "localhost"):
         return HUB if first in ("docker.io", "index.docker.io") else first
@@ -74,14 +74,14 @@ def registry_of(image: str) -> str:
 
 
 def header(credentials: Mapping[str, str] | None) -> dict[str, str]:
-    """The header of a request that carries `credentials`."""
+    """Return the header with which a request shows `credentials`."""
     if not credentials:
         return {}
     return {"X-Registry-Auth": base64.urlsafe_b64encode(json.dumps(dict(credentials)).encode()).decode()}
 
 
 async def find_credentials(image: str, given: Mapping[str, Any] | None) -> dict[str, str] | None:
-    """What to show the registry of `image`; None is nothing.
+    """Return the credentials for the registry of `image`; None if there are none.
 
     Credentials that the caller gave without a registry are for Docker Hub only, as in docker-py: a project must not be
     able to send them to a registry of its choice.
@@ -126,12 +126,12 @@ def _stored(config: Mapping[str, Any], registry: str, folder: str) -> dict[str, 
 
 
 async def _ask_helper(helper: str, registry: str) -> dict[str, str] | None:
-    """What ``docker-credential-<helper> get`` says; None if it knows nothing.
+    """Return the answer of ``docker-credential-<helper> get``; None if it knows no credentials.
 
     https://github.com/docker/docker-credential-helpers#development
     """
     program = f"docker-credential-{helper}"
-    # The program reads the registry's name from its stdin; the name is no secret, the answer is.
+    # The program reads the registry's name from its stdin; the name is not secret, the answer is.
     ask = ("sh", "-c", 'printf %s "$2" | "$1" get', "sh", program, registry)
     try:
         with anyio.fail_after(_HELPER_TIME):
@@ -140,7 +140,7 @@ async def _ask_helper(helper: str, registry: str) -> dict[str, str] | None:
         text = f"{program} gave no credentials for {registry} within {_HELPER_TIME:g} s"
         raise BackendError(text, backend="docker") from error
     if answer.returncode != 0:
-        # "credentials not found in native keychain" is no mistake: the image may be public.
+        # "credentials not found in native keychain" is not an error: the image may be public.
         _log.debug("%s knows no credentials for %s", program, registry)
         if answer.returncode == _NOT_FOUND:
             text = f"Docker's configuration names the credential helper {program}, which is not on PATH"

@@ -1,4 +1,4 @@
-"""The names of images."""
+"""Names of container images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mlfleet.errors import UsageError
 __all__ = ["HUB", "Reference", "parse_reference"]
 
 HUB = "registry-1.docker.io"
-"""Where Docker Hub's registry is."""
+"""The host of Docker Hub's registry."""
 
 _NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*)*")
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(:\d+)?|\[[0-9a-fA-F:]+\](:\d+)?")
@@ -18,12 +18,12 @@ _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(:\d+)?|\[[0-9a-fA-F:]+\](:\d+)?")
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The name of an image, in full.
+    """The full name of an image.
 
     Attributes:
-        host: of the registry, with its port.
-        repository: in the registry.
-        tag: or digest, of the image.
+        host: The host of the registry, with its port.
+        repository: The repository in the registry.
+        tag: The tag or the digest of the image.
     """
 
     host: str
@@ -32,7 +32,7 @@ class Reference:
 
     @property
     def name(self) -> str:
-        """Without the tag, as people write it."""
+        """The name without the tag, as people write it."""
         host = "docker.io" if self.host == HUB else self.host
         return f"{host}/{self.repository}"
 
@@ -41,10 +41,10 @@ class Reference:
 
 
 def parse_reference(text: str) -> Reference:
-    """An image's name as Docker reads it: without a host it is on Docker Hub.
+    """Parse the name of an image as Docker does: without a host it is on Docker Hub.
 
     Raises:
-        UsageError: it is none.
+        UsageError: It is not a valid name.
     """
     rest, _, digest = text.partition("@")
     first, slash, path = rest.partition("/")
@@ -63,5 +63,5 @@ def parse_reference(text: str) -> Reference:
         or (colon and not re.fullmatch(r"\w[\w.-]{0,127}", tag))
     ):
         hint = "; it is written in small letters" if _NAME.fullmatch(repository.lower()) else ""
-        raise UsageError(f"{text!r} is no name of an image such as host:5000/team/image:tag{hint}")
+        raise UsageError(f"{text!r} is not the name of an image such as host:5000/team/image:tag{hint}")
     return Reference(host, repository, digest or (tag if colon else "latest"))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+import os
 import ssl
+import stat
+import tempfile
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -12,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import psutil
 import pytest
 import trustme
 from cryptography import x509
@@ -19,7 +24,7 @@ from cryptography import x509
 from components.fake_kubernetes import FakeCluster
 from fakes.kubernetes import KubernetesApi, serving
 from mlfleet.backends.kubernetes import KubernetesBackend
-from mlfleet.backends.kubernetes.client import ApiError, KubernetesClient
+from mlfleet.backends.kubernetes.client import ApiError, KubernetesClient, Pool
 from mlfleet.backends.kubernetes.login import IN_CLUSTER, Cluster, find_cluster, proxy_for
 from mlfleet.errors import BackendError, UsageError
 
@@ -254,6 +259,68 @@ async def test_secrets_of_a_plugin_that_fails_are_not_told(secured: Secured) -> 
     with pytest.raises(BackendError, match=r"failed \(exit code 3\): the login has expired") as caught:
         await look(await secured.cluster(user))
     assert "hush-hush" not in str(caught.value)
+
+
+async def test_plugin_neither_reads_the_terminal_nor_is_told_that_it_may(secured: Secured) -> None:
+    """kubernetes-asyncio alone lets it inherit standard input, which is the terminal of whoever runs mlfleet."""
+    executable(
+        secured.folder / "plugin",
+        f'cd {secured.folder}; readlink /proc/self/fd/0 > stdin; echo "$KUBERNETES_EXEC_INFO" > info\n'
+        'printf \'{"apiVersion":"client.authentication.k8s.io/v1","kind":"ExecCredential",'
+        '"status":{"token":"given"}}\'',
+    )
+    await look(
+        await secured.cluster({"exec": {"apiVersion": "client.authentication.k8s.io/v1", "command": "./plugin"}})
+    )
+    assert (secured.folder / "stdin").read_text().strip() == "/dev/null"
+    assert json.loads((secured.folder / "info").read_text())["spec"] == {"interactive": False}
+    assert secured.api.shown == ["Bearer given"]
+
+
+async def test_cancelled_login_ends_its_plugin(secured: Secured) -> None:
+    fifo = secured.folder / "fifo"
+    os.mkfifo(fifo)
+    executable(secured.folder / "plugin", f"cd {secured.folder}; echo $$ > fifo; exec sleep 600")
+    user = {"exec": {"apiVersion": "client.authentication.k8s.io/v1", "command": "./plugin"}}
+    looking = asyncio.create_task(look(await secured.cluster(user)))
+    pid = int(await anyio.to_thread.run_sync(fifo.read_text))
+    looking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await looking
+    assert not psutil.pid_exists(pid)
+
+
+async def test_inline_keys_are_in_a_private_folder_that_goes_with_the_last_client(
+    secured: Secured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the next client in this process gets files of its own, although the library remembers those of the first."""
+    (temporary := tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    secured.api.certificates = {client(secured, secured.folder)}
+    user = embedded(secured.folder, {"client-certificate": "client.pem", "client-key": "client.key"})
+    cluster = await secured.cluster(user, **embedded(secured.folder, {"certificate-authority": "ca.pem"}))
+    for _ in range(2):
+        async with KubernetesClient(cluster) as first, KubernetesClient(cluster):
+            await first.call("looking", "GET", PODS)
+            (folder,) = temporary.iterdir()
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+            assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o600}
+            assert len(list(folder.iterdir())) == 3
+        assert list(temporary.iterdir()) == []
+
+
+async def test_replaced_certificate_lets_open_streams_go_on(secured: Secured) -> None:
+    """New certificates need new clients; the watch that is open keeps its connection until it ends by itself."""
+    secured.api.certificates = {client(secured, secured.folder)}
+    cluster = await secured.cluster({"client-certificate": "client.pem", "client-key": "client.key"})
+    async with KubernetesClient(cluster) as api:
+        params = {"watch": "true", "resourceVersion": str(secured.api.version)}
+        async with api.stream("watching", PODS, pool=Pool.WATCH, params=params, read_timeout=None) as watching:
+            secured.api.certificates = {client(secured, secured.folder)}
+            # The server knows a client by its connection: a request on a new one is needed.
+            async with api.stream("watching", PODS, pool=Pool.LOGS, params=params, read_timeout=None):
+                secured.api.create("pods", "default", {"metadata": {"name": "a"}, "spec": {"containers": []}})
+                assert b'"ADDED"' in await watching.content.readline()
 
 
 # --- in a pod

@@ -230,7 +230,7 @@ def test_volumes_of_docker_env(environ: dict[str, str]) -> None:
     assert made["volumes"] == [{"name": "mlfleet-volume-0", "hostPath": {"path": "/here"}}]
     for text in ("data:/there", "./here:/there", "/here:there"):
         wrong = DockerRequest(env=DockerEnv(image="x", volumes=(text,)))
-        with pytest.raises(UsageError, match=r"is no folder of a node.*persistentVolumeClaim"):
+        with pytest.raises(UsageError, match=r"is not a folder of a node.*persistentVolumeClaim"):
             KubernetesBackend().check(wrong, Path())
 
 
@@ -286,7 +286,7 @@ def test_names_are_valid_whatever_the_project_is_called(project: str, run_id: st
         ({"kube-context": "three"}, "no context 'three'; it has one, two: kube-context must be one of them"),
         ({"code-delivery": "ftp"}, "code-delivery is 'ftp': give one of 'image', 'none', 'configmap', 'git'"),
         ({"code-delivery": "image"}, "repository-uri is missing.*'configmap'"),
-        ({"namespace": "Not_Valid"}, "'Not_Valid' is no name of a namespace"),
+        ({"namespace": "Not_Valid"}, "'Not_Valid' is not the name of a namespace"),
         ({"ttl-seconds": -1}, "ttl-seconds is -1: give a whole number of seconds"),
         ({"ttl-seconds": True}, "ttl-seconds is True"),
         ({"keep-jobs": "no"}, "keep-jobs is 'no': give true or false"),

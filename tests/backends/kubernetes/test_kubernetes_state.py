@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from mlfleet.backends.kubernetes.diagnosis import Kind, hindrance, outcome
-from mlfleet.backends.kubernetes.state import JobState, PodState, Seen, job_of_pod, read_job, read_pod
+from mlfleet.backends.kubernetes.diagnosis import PendingKind, outcome, pending_reason
+from mlfleet.backends.kubernetes.state import JobState, PodState, Snapshot, job_of_pod, read_job, read_pod
 from mlfleet.errors import RunLost
 from mlfleet.runs import FailureKind, RunStatus
 
@@ -21,7 +21,7 @@ def lines(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (DATA / name).read_text().splitlines()]
 
 
-def history(scenario: str, *, pods: bool = True) -> Iterator[tuple[float, Seen]]:
+def history(scenario: str, *, pods: bool = True) -> Iterator[tuple[float, Snapshot]]:
     """What was known of the Job after each event of both watches, in the order of their times."""
     events = [(line["t"], "job", line) for line in lines("jobs.jsonl")]
     if pods:
@@ -37,10 +37,10 @@ def history(scenario: str, *, pods: bool = True) -> Iterator[tuple[float, Seen]]
         else:
             pod = read_pod(line["object"], gone=deleted)
             seen[pod.uid] = pod
-        yield time, Seen(job, tuple(sorted(seen.values(), key=lambda pod: pod.created)))
+        yield time, Snapshot(job, tuple(sorted(seen.values(), key=lambda pod: pod.created)))
 
 
-def last(scenario: str) -> Seen:
+def last(scenario: str) -> Snapshot:
     return list(history(scenario))[-1][1]
 
 
@@ -136,20 +136,20 @@ def test_a_pod_that_ended_ends_no_job_that_may_retry() -> None:
     for seen in between:
         assert not seen.ended
         assert seen.status is RunStatus.RUNNING
-        assert hindrance(seen) is None
+        assert pending_reason(seen) is None
 
 
 @pytest.mark.parametrize(
     ("scenario", "kind", "text"),
     [
-        ("no-image", Kind.IMAGE, "registry.invalid/none:1"),
-        ("bad-image-name", Kind.CONFIG, "UPPER/Case::bad"),
-        ("missing-secret", Kind.CONFIG, 'secret "nope" not found'),
-        ("unschedulable", Kind.UNSCHEDULABLE, "0/1 nodes are available"),
+        ("no-image", PendingKind.IMAGE, "registry.invalid/none:1"),
+        ("bad-image-name", PendingKind.CONFIG, "UPPER/Case::bad"),
+        ("missing-secret", PendingKind.CONFIG, 'secret "nope" not found'),
+        ("unschedulable", PendingKind.UNSCHEDULABLE, "0/1 nodes are available"),
     ],
 )
-def test_what_keeps_a_run_from_its_start(scenario: str, kind: Kind, text: str) -> None:
-    found = hindrance(last(scenario))
+def test_what_keeps_a_run_from_its_start(scenario: str, kind: PendingKind, text: str) -> None:
+    found = pending_reason(last(scenario))
     assert found is not None
     assert found.kind is kind
     assert text in found.text
@@ -157,16 +157,16 @@ def test_what_keeps_a_run_from_its_start(scenario: str, kind: Kind, text: str) -
 
 
 def test_the_clock_of_a_missing_image_does_not_start_anew() -> None:
-    """It goes back and forth between ErrImagePull and ImagePullBackOff; that is one hindrance."""
-    kinds = [found.kind if (found := hindrance(seen)) else None for _, seen in history("no-image")]
-    first = kinds.index(Kind.IMAGE)
-    assert set(kinds[first:]) == {Kind.IMAGE}
+    """It goes back and forth between ErrImagePull and ImagePullBackOff; that is one reason."""
+    kinds = [found.kind if (found := pending_reason(seen)) else None for _, seen in history("no-image")]
+    first = kinds.index(PendingKind.IMAGE)
+    assert set(kinds[first:]) == {PendingKind.IMAGE}
 
 
 def test_nothing_hinders_a_suspended_job() -> None:
     suspended = [seen for time, seen in history("suspended") if time < 8.8 and seen.job and seen.job.suspended]
     assert suspended
-    assert [hindrance(seen) for seen in suspended] == [None] * len(suspended)
+    assert [pending_reason(seen) for seen in suspended] == [None] * len(suspended)
     assert {seen.status for seen in suspended} == {RunStatus.SCHEDULED}
 
 
@@ -175,13 +175,13 @@ def test_gated_pod_is_not_hindered() -> None:
         "metadata": {"uid": "p", "name": "p"},
         "status": {"conditions": [{"type": "PodScheduled", "status": "False", "reason": "SchedulingGated"}]},
     }
-    assert hindrance(Seen(job(), (read_pod(raw),))) is None
+    assert pending_reason(Snapshot(job(), (read_pod(raw),))) is None
 
 
 def test_a_job_without_any_pod_is_hindered() -> None:
-    found = hindrance(Seen(job(), ()))
+    found = pending_reason(Snapshot(job(), ()))
     assert found is not None
-    assert found.kind is Kind.UNSCHEDULABLE
+    assert found.kind is PendingKind.UNSCHEDULABLE
 
 
 def test_every_recorded_pod_belongs_to_its_job() -> None:
@@ -197,18 +197,18 @@ def test_deleted_between_the_two_phases_of_its_end() -> None:
     assert interim
     for seen in interim:
         assert seen.job is not None
-        gone = Seen(read_deleted("success", "SuccessCriteriaMet"), seen.pods)
+        gone = Snapshot(read_deleted("success", "SuccessCriteriaMet"), seen.pods)
         assert outcome(gone).status is RunStatus.FINISHED
-    assert outcome(Seen(read_deleted("exit7", "FailureTarget"), last("exit7").pods)).reason == "exit code 7"
+    assert outcome(Snapshot(read_deleted("exit7", "FailureTarget"), last("exit7").pods)).reason == "exit code 7"
 
 
 def test_vanished_job_is_told_by_its_pod_if_that_had_ended() -> None:
     for scenario, status, code in (("success", "FINISHED", 0), ("exit7", "FAILED", 7)):
-        told = outcome(Seen(job(unseen=True, deleted=True, retries=0), last(scenario).pods))
+        told = outcome(Snapshot(job(unseen=True, deleted=True, retries=0), last(scenario).pods))
         assert (told.status, told.exit_code) == (status, code)
-    lost = outcome(Seen(job(unseen=True, deleted=True, retries=3), last("exit7").pods))
+    lost = outcome(Snapshot(job(unseen=True, deleted=True, retries=3), last("exit7").pods))
     assert isinstance(lost.error, RunLost), "a Job that may have tried again"
-    lost = outcome(Seen(job(unseen=True, deleted=True), ()))
+    lost = outcome(Snapshot(job(unseen=True, deleted=True), ()))
     assert isinstance(lost.error, RunLost)
     assert "ttlSecondsAfterFinished" in (lost.reason or "")
 
@@ -231,7 +231,7 @@ def test_evicted_and_preempted() -> None:
             "status": {"conditions": [{"type": "Failed", "status": "True", "reason": "BackoffLimitExceeded"}]},
         }
     )
-    evicted = outcome(Seen(failed, (pod(reason="Evicted", message="The node was low on resource: memory."),)))
+    evicted = outcome(Snapshot(failed, (pod(reason="Evicted", message="The node was low on resource: memory."),)))
     assert evicted.kind is FailureKind.PREEMPTED
     assert evicted.reason == "evicted from the node node1: The node was low on resource: memory."
     target = {
@@ -240,10 +240,10 @@ def test_evicted_and_preempted() -> None:
         "reason": "PreemptionByScheduler",
         "message": "preempted",
     }
-    preempted = outcome(Seen(failed, (pod(conditions=[target]),)))
+    preempted = outcome(Snapshot(failed, (pod(conditions=[target]),)))
     assert preempted.kind is FailureKind.PREEMPTED
     assert preempted.reason == "ended by the cluster (PreemptionByScheduler): preempted"
-    killed = outcome(Seen(failed, (pod(),)))
+    killed = outcome(Snapshot(failed, (pod(),)))
     assert (killed.kind, killed.reason) == (FailureKind.FAILURE, "exit code 143 (SIGTERM)")
 
 

@@ -1,4 +1,4 @@
-"""The backend: from a job to a Kubernetes Job, and back from a reference to its handle."""
+"""The backend: it makes a Kubernetes Job of a job, and a handle of a reference."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import socket
 import uuid
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 import anyio
 
 from mlfleet._concurrency.cancellation import complete
+from mlfleet._concurrency.threads import LOGINS
 from mlfleet._concurrency.throttle import Throttle
 from mlfleet._paths import runs_folder
 from mlfleet._text.masking import MASK
@@ -33,7 +35,7 @@ from mlfleet.backends.kubernetes.manifest import (
     variables,
 )
 from mlfleet.backends.kubernetes.names import job_name
-from mlfleet.backends.kubernetes.output import Streams
+from mlfleet.backends.kubernetes.output import LogSlots
 from mlfleet.backends.kubernetes.run import KubernetesRun, Target
 from mlfleet.backends.kubernetes.state import read_job
 from mlfleet.backends.kubernetes.watch import SharedWatch, WatchPool
@@ -42,14 +44,14 @@ from mlfleet.runs import JobRef
 
 __all__ = ["KubernetesBackend"]
 
-_AT_ONCE = 10  # Jobs that are created at the same time: the API server, and the event loop, have others to serve, too
-_GRACE = 60.0  # seconds to take back a Job whose submission is cancelled
+_AT_ONCE = 10  # Jobs that are created at the same time; more would delay other clients of the server and the event loop
+_GRACE = 60.0  # seconds to delete a Job whose submission is cancelled
 
 
-class KubernetesBackend(Backend):
+class KubernetesBackend(Backend[KubernetesConfig]):
     """Runs each job as a ``batch/v1`` Job of a cluster.
 
-    Leaving the backend ends the Jobs that it submitted, and leaves those that it attached to alone.
+    Leaving the backend ends the Jobs that it submitted. Jobs that it attached to go on.
     """
 
     name: ClassVar[str] = "kubernetes"
@@ -58,7 +60,7 @@ class KubernetesBackend(Backend):
     def __init__(self) -> None:
         self._watches = WatchPool()
         self._deliveries = Deliveries()
-        self._streams = Streams()
+        self._log_slots = LogSlots()
         self._runs = SupervisedRuns()
         self._throttle = Throttle()
         self._creating = asyncio.Semaphore(_AT_ONCE)
@@ -66,9 +68,11 @@ class KubernetesBackend(Backend):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with anyio.CancelScope(shield=True):
+        async def close() -> None:
             await self._runs.close()
             await self._watches.close()
+
+        await complete(close)
 
     def configure(self, config: Mapping[str, Any]) -> KubernetesConfig:
         """Check ``backend_config``; see `Backend.configure`. Blocking: reads the kubeconfig and the template."""
@@ -80,13 +84,13 @@ class KubernetesBackend(Backend):
         if docker is not None:
             host_volumes(docker.env.volumes)
 
-    def check_tracking(self, uri: str, config: object = None) -> None:
+    def check_tracking(self, uri: str, config: KubernetesConfig | None = None) -> None:
         """Refuse a store on this machine, unless ``tracking-uri`` gives pods another; see `Backend.check_tracking`."""
-        own = config.tracking_uri if isinstance(config, KubernetesConfig) else None
+        own = config.tracking_uri if config is not None else None
         check_tracking(own or uri)
 
     def reference(self, job: Job) -> JobRef:
-        """The context, the namespace and the name of the Job."""
+        """Return the context, the namespace and the name of the Job."""
         config = _config(job)
         data: dict[str, Any] = {
             "context": config.cluster.context,
@@ -99,10 +103,10 @@ class KubernetesBackend(Backend):
         return JobRef(self.name, job.run_id, data)
 
     def preview(self, job: Job) -> str:
-        """The manifest of the Job, and that of its Secret without its values, as YAML. Makes nothing.
+        """Return the manifests of the Job, and of its Secret without the values, as YAML. Makes nothing.
 
         Raises:
-            MlfleetError: what is wrong with the configuration, the template or the project.
+            MlfleetError: The configuration, the template or the project is wrong.
         """
         import yaml
 
@@ -119,11 +123,11 @@ class KubernetesBackend(Backend):
         """Bring the project's code to the cluster and create the run's Job, and its Secret if it has secrets.
 
         Raises:
-            SubmitError: the cluster, or the registry, refused; nothing is left.
-            ApiError: the cluster cannot be reached.
+            SubmitError: The cluster, or the registry, refused; nothing is left.
+            ApiError: The cluster cannot be reached.
         """
         config = _config(job)
-        # A thousand submissions at once shall not hold up the event loop.
+        # A thousand submissions at once must not block the event loop.
         await self._throttle.wait()
         plain, secret = variables(job, config.tracking_uri, os.environ)
         image = image_of(job, config)
@@ -152,21 +156,21 @@ class KubernetesBackend(Backend):
             raise
 
     def tags(self, run: BackendRun) -> Mapping[str, str]:
-        """The Job and the image."""
+        """Return the tags that name the Job and the image."""
         return run.target.tags if isinstance(run, KubernetesRun) else {}
 
     async def attach(self, ref: JobRef) -> KubernetesRun:
-        """The handle of a Job that an earlier process submitted.
+        """Return the handle of a Job that an earlier process submitted.
 
-        Its output is copied from the beginning; to a file of its own, if that process still lives.
+        Its output is copied from the beginning; to a file of its own if that process still lives.
 
         Raises:
-            RunLost: there is no such Job any more.
-            ApiError: the cluster cannot be reached.
+            RunLost: The Job does not exist any more.
+            ApiError: The cluster cannot be reached.
         """
         data = ref.data
         context = str(data.get("context") or "")
-        config = await anyio.to_thread.run_sync(lambda: _attached_config(context, str(data.get("namespace") or "")))
+        config = await LOGINS.run(lambda: _attached_config(context, str(data.get("namespace") or "")))
         name = str(data.get("name") or "")
         shared = await self._watches.acquire(config.cluster, config.namespace)
         try:
@@ -195,32 +199,32 @@ class KubernetesBackend(Backend):
         manifest: Mapping[str, Any],
         secret: Mapping[str, str],
     ) -> dict[str, Any]:
-        made: list[dict[str, Any]] = []
+        made: list[dict[str, Any]] = []  # filled by `create`, since a cancelled `complete` loses its result
 
         async def create() -> None:
             made.append(await create_job(shared.client, config.namespace, manifest, job.run_id))
             if secret:
                 # After the Job, which owns it, so that nothing is left if this process dies in between: the kubelet
-                # waits for a Secret.
+                # waits until the Secret exists.
                 await create_secret(shared.client, config.namespace, secret_manifest(job, secret, made[0]))
 
         try:
-            # Cut off in the middle, nobody would know whether there is a Job: an answer is waited for.
+            # Without the answer it would be unknown whether the Job exists.
             await complete(create, limit=_GRACE)
         except BaseException:
-            with anyio.move_on_after(_GRACE, shield=True):
-                for each in made:
-                    await self._take_back(shared, each)
+            for each in made:
+                await complete(partial(self._take_back, shared, each))
             raise
         return made[0]
 
     async def _take_back(self, shared: SharedWatch, made: dict[str, Any]) -> None:
-        """Delete a Job that nobody will get a handle of, and see it go."""
+        """Delete a Job whose handle is not returned, and wait until it is gone."""
         meta = made["metadata"]
-        cell = shared.watch.track(read_job(made))
+        state = shared.watch.track(read_job(made))
         try:
             await delete_job(shared.client, meta["namespace"], meta["name"], meta["uid"])
-            await cell.until(lambda seen: seen.job is not None and seen.job.deleted)
+            with anyio.move_on_after(_GRACE):
+                await state.until(lambda snapshot: snapshot.job is not None and snapshot.job.deleted)
         except MlfleetError as error:
             raise SubmitError(f"the Job {meta['name']} may be left behind: {error}", backend=self.name) from error
         finally:
@@ -229,16 +233,16 @@ class KubernetesBackend(Backend):
     def _supervise(
         self, shared: SharedWatch, made: dict[str, Any], target: Target, *, submitted: bool
     ) -> KubernetesRun:
-        run = KubernetesRun(target, read_job(made), shared.client, self._streams, shared.watch, submitted=submitted)
+        run = KubernetesRun(target, read_job(made), shared.client, self._log_slots, shared.watch, submitted=submitted)
         self._runs.start(run, name=f"mlfleet Job {target.name}", then=shared.release)
         return run
 
 
 def _attached_config(context: str, namespace: str) -> KubernetesConfig:
-    """The configuration to find a Job again. Blocking.
+    """Return the configuration to find a Job again. Blocking.
 
     Raises:
-        UsageError: the kubeconfig has no such context any more.
+        UsageError: The kubeconfig does not have the context any more.
     """
     given: dict[str, Any] = {"code-delivery": "none", "namespace": namespace}
     if context and not context.startswith("("):
@@ -262,7 +266,7 @@ def _me() -> str:
 
 
 def _output(ref: JobRef) -> Path:
-    """The file that the first process wrote to, if it is gone; else one of our own."""
+    """Return the file that the first process wrote to if that is gone, else a file of our own."""
     given = ref.data.get("output")
     path = Path(str(given)) if given else runs_folder() / ref.run_id / "output.log"
     host, _, pid = str(ref.data.get("owner") or "").rpartition(":")

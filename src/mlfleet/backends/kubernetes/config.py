@@ -1,4 +1,4 @@
-"""``backend_config`` of the Kubernetes backend, checked before anything exists."""
+"""The ``backend_config`` of the Kubernetes backend, checked before anything exists."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mlfleet._text.documents import Node, nearest, read_yaml
-from mlfleet.backends.kubernetes.diagnosis import Kind
+from mlfleet.backends.kubernetes.diagnosis import PendingKind
 from mlfleet.backends.kubernetes.login import Cluster, find_cluster
 from mlfleet.backends.kubernetes.names import NAME
 from mlfleet.errors import SpecError, UsageError
@@ -25,7 +25,7 @@ _PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9]+(/[a-z0-9]+)?")
 
 
 class CodeDelivery(StrEnum):
-    """How the project's files come into the container."""
+    """The ways in which the project's files get into the container."""
 
     IMAGE = "image"
     NONE = "none"
@@ -35,47 +35,47 @@ class CodeDelivery(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartTimeouts:
-    """Seconds for which something may keep a run from its start; None is no limit.
+    """Seconds for which a reason may keep a run from starting; None: without limit.
 
     Attributes:
-        image: an image that cannot be pulled.
-        config: a container that cannot be made: an invalid image name, a missing Secret.
-        unschedulable: no node takes the pod. Whoever waits for GPUs wants no limit.
+        image: Seconds for an image that cannot be pulled.
+        config: Seconds for a container that cannot be made: an invalid image name, a missing Secret.
+        unschedulable: Seconds for a pod that no node takes. Without limit by default, for those who wait for GPUs.
     """
 
     image: float | None = 300.0
     config: float | None = 60.0
     unschedulable: float | None = None
 
-    def of(self, kind: Kind) -> float | None:
-        """The limit for that kind of hindrance."""
+    def of(self, kind: PendingKind) -> float | None:
+        """Return the limit for a kind of reason."""
         return cast("float | None", getattr(self, kind.value))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KubernetesConfig:
-    """What ``backend_config`` says.
+    """The checked ``backend_config``.
 
     Attributes:
-        cluster: from ``kube-context``.
-        namespace: of the Jobs.
-        repository_uri: where images with the project are pushed to.
-        image: to run, instead of the one in the project's ``docker_env``.
-        delivery: how the project's files get there.
-        template: of the Job; never changed.
-        tracking_uri: of the tracking server as pods reach it.
-        resources: of the run's container, as Kubernetes writes them.
-        service_account: of the pods.
-        node_selector: of the pods.
-        tolerations: of the pods.
-        image_pull_secrets: names of Secrets.
-        ttl: seconds for which a Job stays after its end.
-        timeouts: for what keeps a run from its start.
-        keep_jobs: whether a Job stays for its TTL at all.
-        builder: who builds the image: ``registry`` (no Docker needed) or ``docker``.
-        platform: of the image, where the base has several: ``linux/amd64``.
-        git_image: an image with git, for ``code-delivery: git``.
-        git_secret: a Secret with ``username`` and ``password``, or ``ssh-privatekey``, for the Git host.
+        cluster: The cluster, from ``kube-context``.
+        namespace: The namespace of the Jobs.
+        repository_uri: The repository to push images with the project to.
+        image: The image to run, instead of the one in the project's ``docker_env``.
+        delivery: The way in which the project's files get there.
+        template: The template of the Job; never changed.
+        tracking_uri: The address of the tracking server as pods reach it; None: the same as here.
+        resources: The resources of the run's container, as Kubernetes writes them.
+        service_account: The service account of the pods.
+        node_selector: The node selector of the pods.
+        tolerations: The tolerations of the pods.
+        image_pull_secrets: The names of the Secrets for pulling images.
+        ttl: Seconds for which a Job stays after its end.
+        timeouts: Limits for the reasons that keep a run from starting.
+        keep_jobs: True if a Job stays for its TTL; False deletes it when its end is known.
+        builder: The builder of the image: ``registry`` (needs no Docker) or ``docker``.
+        platform: The platform of the image, where the base has several: ``linux/amd64``.
+        git_image: An image with git, for ``code-delivery: git``.
+        git_secret: A Secret with ``username`` and ``password``, or ``ssh-privatekey``, for the Git host.
     """
 
     cluster: Cluster
@@ -110,12 +110,12 @@ def parse_config(config: Mapping[str, Any], environ: Mapping[str, str]) -> Kuber
     """Check ``backend_config``. Blocking: reads the template and the kubeconfig.
 
     Args:
-        config: as the caller gave it; not changed.
-        environ: ``KUBECONFIG``, ``KUBE_MLFLOW_TRACKING_URI`` and the like.
+        config: The caller's ``backend_config``; not changed.
+        environ: The variables, such as ``KUBECONFIG`` and ``KUBE_MLFLOW_TRACKING_URI``.
 
     Raises:
-        UsageError: what is wrong, naming the key.
-        SpecError: the template's file is missing or malformed.
+        UsageError: A value is wrong; the text names the key.
+        SpecError: The template's file is missing or malformed.
     """
     unknown = sorted(str(key) for key in config if key not in _KEYS)
     if unknown:
@@ -126,7 +126,7 @@ def parse_config(config: Mapping[str, Any], environ: Mapping[str, str]) -> Kuber
     cluster = find_cluster(read.text("kube-context"), environ)
     namespace = read.text("namespace") or _text_at(template, "metadata", "namespace") or cluster.namespace
     if not NAME.fullmatch(namespace):
-        raise UsageError(f"backend_config: {namespace!r} is no name of a namespace")
+        raise UsageError(f"backend_config: {namespace!r} is not the name of a namespace")
     delivery = _delivery(read)
     builder = read.text("builder") or "registry"
     if builder not in ("registry", "docker"):
@@ -158,7 +158,7 @@ def parse_config(config: Mapping[str, Any], environ: Mapping[str, str]) -> Kuber
 
 
 class _Reader:
-    """The values of a mapping, each with an error that names its key."""
+    """Reads the values of a mapping, with errors that name the key."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._config = config
@@ -204,7 +204,7 @@ class _Reader:
 
 
 def _as_text(value: Any) -> str:
-    """A label's value; YAML and JSON have true where Python writes True."""
+    """Return a label's value; YAML and JSON have true where Python writes True."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -271,7 +271,7 @@ def _text_at(value: Any, *path: str) -> str | None:
 
 
 def _resources(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """As Kubernetes has them, or flat: ``{"cpu": 2, "memory": "4Gi", "nvidia.com/gpu": 1}`` is requests and limits."""
+    """Return resources as Kubernetes has them; ``{"cpu": 2, "nvidia.com/gpu": 1}`` becomes requests and limits."""
     if not given:
         return {}
     if set(given) <= {"requests", "limits", "claims"}:

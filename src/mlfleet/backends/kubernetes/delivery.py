@@ -57,7 +57,7 @@ cp -RP "./$MLFLEET_GIT_FOLDER/." {PROJECT_FOLDER}/
 
 
 def configmap_code(image: str, name: str) -> Code:
-    """The project unpacked from the ConfigMap of that name, by the image itself: it needs sh, tar and gzip."""
+    """Return a project that is unpacked from a ConfigMap by the image itself, which needs sh, tar and gzip."""
     code_mount = {"name": _VOLUME, "mountPath": PROJECT_FOLDER}
     unpack = {
         "name": "mlfleet-code",
@@ -73,14 +73,14 @@ def configmap_code(image: str, name: str) -> Code:
 
 
 def git_code(image: str, config: KubernetesConfig, *, url: str, commit: str, folder: str) -> Code:
-    """The project cloned at a commit.
+    """Return a project that an init container clones at a commit.
 
     Args:
-        image: of the run.
-        config: names the image with git, and the Secret for the Git host.
-        url: as the cluster reaches it, without credentials.
-        commit: in full.
-        folder: of the project in the repository.
+        image: The image of the run.
+        config: The configuration, with the image that has git and the Secret for the Git host.
+        url: The URL of the repository as the cluster reaches it, without credentials.
+        commit: The full commit id.
+        folder: The folder of the project in the repository.
     """
     code_mount = {"name": _VOLUME, "mountPath": PROJECT_FOLDER}
     values = {"MLFLEET_GIT_URL": url, "MLFLEET_GIT_COMMIT": commit, "MLFLEET_GIT_FOLDER": folder or "."}
@@ -99,27 +99,25 @@ def git_code(image: str, config: KubernetesConfig, *, url: str, commit: str, fol
 
 
 class Deliveries:
-    """Each content is brought to a place once, for all runs that need it."""
+    """Brings each content to a place once, for all runs that need it."""
 
     def __init__(self) -> None:
         self._configmaps = ConfigMaps()
-        self._sources: SingleFlight[Path, GitSource] = (
-            SingleFlight()
-        )  # looked at anew for who comes later: files change
+        self._sources: SingleFlight[Path, GitSource] = SingleFlight()  # not kept, since files change
         self._checkouts = Checkouts()
         self._pushes: SingleFlight[tuple[str, ...], str] = SingleFlight(keep=True)
 
     async def deliver(self, client: KubernetesClient, job: Job, config: KubernetesConfig, image: str) -> Code:
-        """Bring the code there.
+        """Bring the code to the cluster.
 
         Args:
-            client: of the cluster.
-            job: the run.
-            config: of its backend.
-            image: to run in, or to build on.
+            client: The client of the cluster.
+            job: The job of the run.
+            config: The configuration of the backend.
+            image: The image to run in, or to build on.
 
         Raises:
-            MlfleetError: it cannot be brought there; the text says why.
+            MlfleetError: The code cannot be brought there; the text says why.
         """
         match config.delivery:
             case CodeDelivery.NONE:
@@ -147,7 +145,7 @@ def _import_image() -> Callable[[Job, KubernetesConfig, str], Awaitable[str]]:
 
 
 def preview_code(job: Job, config: KubernetesConfig, image: str) -> Code:
-    """The same as far as it is known before anything is made."""
+    """Return the same as `Deliveries.deliver`, as far as it is known before anything is made."""
     match config.delivery:
         case CodeDelivery.NONE:
             return Code(image=image)
@@ -167,18 +165,18 @@ def _git(image: str, config: KubernetesConfig, source: GitSource) -> Code:
 
 
 class ConfigMaps:
-    """Packed projects, one ConfigMap for all runs with the same content."""
+    """Packed projects: one ConfigMap for all runs with the same content."""
 
     def __init__(self) -> None:
         self._made: SingleFlight[tuple[str, str, str], str] = SingleFlight(keep=True)
 
     async def put(self, client: KubernetesClient, job: Job, namespace: str) -> str:
-        """The name of the ConfigMap with the project.
+        """Store the project in a ConfigMap, and return its name.
 
         Raises:
-            SubmitError: the project is too large for one.
-            ApiError: it cannot be made.
-            FetchError: the project's files cannot be read.
+            SubmitError: The project is too large for a ConfigMap.
+            ApiError: The ConfigMap cannot be made.
+            FetchError: The project's files cannot be read.
         """
         digest = await content_hash(job.project_dir)
         key = (client.cluster.context, namespace, digest)
@@ -205,7 +203,7 @@ class ConfigMaps:
         try:
             await client.call("storing the project", "POST", f"/api/v1/namespaces/{namespace}/configmaps", body=body)
         except ApiError as error:
-            if error.status != 409:  # somebody made it before: the same content has the same name
+            if error.status != 409:  # made before: the same content has the same name
                 raise
         return name
 
@@ -222,9 +220,9 @@ class GitSource:
     """A folder of a repository at a commit.
 
     Attributes:
-        url: of the repository, without credentials.
-        commit: in full.
-        inside: the folder; ``.`` for the top.
+        url: The URL of the repository, without credentials.
+        commit: The full commit id.
+        inside: The folder; ``.`` for the top.
     """
 
     url: str
@@ -233,14 +231,14 @@ class GitSource:
 
 
 async def git_source(checkouts: Checkouts, folder: Path) -> GitSource:
-    """Where a pod can clone a project from.
+    """Return where a pod can clone a project from.
 
     Args:
-        checkouts: remembers the commits of folders.
-        folder: of the project.
+        checkouts: The cache of the commits of folders.
+        folder: The folder of the project.
 
     Raises:
-        SubmitError: it is in no repository with a remote, or differs from its commit.
+        SubmitError: The project is in no repository with a remote, or differs from its commit.
     """
     found = await checkouts.find(folder)
     if found is None or found.commit is None or found.repo_url is None:

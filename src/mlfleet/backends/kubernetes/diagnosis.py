@@ -1,4 +1,4 @@
-"""Why a run does not start, and how one ended. Pure: from what was seen to what a person is told."""
+"""The reason why a run does not start, and the outcome of one that has ended, both from a snapshot. Pure."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import signal
 from dataclasses import dataclass
 from enum import StrEnum
 
-from mlfleet.backends.kubernetes.state import ContainerState, PodState, Seen
+from mlfleet.backends.kubernetes.state import ContainerState, PodState, Snapshot
 from mlfleet.errors import RunLost
 from mlfleet.runs import FailureKind, Outcome, RunStatus
 
-__all__ = ["Hindrance", "Kind", "exit_code", "hindrance", "outcome"]
+__all__ = ["PendingKind", "PendingReason", "exit_code", "outcome", "pending_reason"]
 
 _IMAGE = (
     "ErrImagePull",
@@ -30,8 +30,8 @@ _CONFIG = (
 _LONGEST = 500
 
 
-class Kind(StrEnum):
-    """What keeps a run from its start; each has a limit of its own."""
+class PendingKind(StrEnum):
+    """The kinds of reasons for which a run does not start; each has a limit of its own."""
 
     IMAGE = "image"
     CONFIG = "config"
@@ -39,73 +39,76 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Hindrance:
-    """What keeps a run from its start now.
+class PendingReason:
+    """The reason why a run does not start now.
 
     Attributes:
-        kind: what kind of hindrance it is.
-        text: for a person.
-        pod: that is hindered; empty if there is none yet.
+        kind: The kind of reason, which has a limit of its own.
+        text: The reason for a person to read.
+        pod: The name of the pod that waits; empty if none was created yet.
     """
 
-    kind: Kind
+    kind: PendingKind
     text: str
     pod: str = ""
 
 
-def hindrance(seen: Seen) -> Hindrance | None:
-    """What keeps the run from its start; None if nothing does, or if it may not start yet (Kueue, a gate)."""
-    job = seen.job
+def pending_reason(snapshot: Snapshot) -> PendingReason | None:
+    """Return the reason why the run does not start; None if there is none, or a queue holds it back (Kueue, a gate)."""
+    job = snapshot.job
     if job is None or job.ended or job.suspended or job.deleting:
         return None
-    waiting = [pod for pod in seen.pods if not pod.ended and not pod.deleting]
+    waiting = [pod for pod in snapshot.pods if not pod.ended and not pod.deleting]
     if not waiting:
         # Between two attempts the Job controller waits; before the first there should be a pod at once.
-        return None if seen.pods else Hindrance(Kind.UNSCHEDULABLE, "no pod was created for the Job")
+        return None if snapshot.pods else PendingReason(PendingKind.UNSCHEDULABLE, "no pod was created for the Job")
     pod = waiting[-1]
     if pod.gated:
         return None
     if pod.unschedulable:
-        return Hindrance(Kind.UNSCHEDULABLE, f"no node takes the pod: {_short(pod.unschedulable)}", pod.name)
+        return PendingReason(PendingKind.UNSCHEDULABLE, f"no node takes the pod: {_short(pod.unschedulable)}", pod.name)
     for container in (*pod.init, pod.main):
-        found = _hindered(container)
+        found = _pending_kind(container)
         if found is not None:
-            return Hindrance(found, f"{container.waiting}: {_short(container.message)}".rstrip(": "), pod.name)
+            return PendingReason(found, f"{container.waiting}: {_short(container.message)}".rstrip(": "), pod.name)
     return None
 
 
-def outcome(seen: Seen) -> Outcome:
-    """How a Job ended that has: by its conditions first, and by its pods where it has none.
+def outcome(snapshot: Snapshot) -> Outcome:
+    """Return the outcome of a Job that has ended: by its conditions first, and by its pods where it has none.
 
-    The error of the outcome is `RunLost` where it cannot be known.
+    The outcome's error is `RunLost` where the end is unknown.
     """
-    job = seen.job
+    job = snapshot.job
     if job is None or not job.ended:
         raise ValueError("the Job has not ended")
-    code = exit_code(seen)
+    code = exit_code(snapshot)
     # A Job that is deleted between the two phases of its end has the first only.
     ending = job.ending.type if job.ending is not None and job.deleted else ""
     if job.complete or ending == "SuccessCriteriaMet":
         return Outcome(RunStatus.FINISHED, 0)
     condition = job.failed or (job.ending if ending else None)
     if condition is None:
-        return _without_condition(seen, code)
+        return _without_condition(snapshot, code)
     return Outcome(
-        RunStatus.FAILED, code, _reason(seen, condition.reason, condition.message), cause=_cause(seen, condition.reason)
+        RunStatus.FAILED,
+        code,
+        _reason(snapshot, condition.reason, condition.message),
+        cause=_cause(snapshot, condition.reason),
     )
 
 
-def exit_code(seen: Seen) -> int | None:
-    """Of the last attempt; None if none is known."""
-    pod = seen.last_pod
+def exit_code(snapshot: Snapshot) -> int | None:
+    """Return the exit code of the last attempt; None if it is unknown."""
+    pod = snapshot.last_pod
     if pod is None or not (pod.main.started or pod.main.exit_code is not None):
         return None
     return pod.main.exit_code
 
 
-def _without_condition(seen: Seen, code: int | None) -> Outcome:
-    """The Job is gone and never said how it ended."""
-    job, pod = seen.job, seen.last_pod
+def _without_condition(snapshot: Snapshot, code: int | None) -> Outcome:
+    """Return the outcome of a Job that is gone and never had a final condition."""
+    job, pod = snapshot.job, snapshot.last_pod
     assert job is not None  # noqa: S101 - checked by the caller
     if not job.unseen:
         reason = f"the Job {job.name} was deleted externally"
@@ -115,15 +118,15 @@ def _without_condition(seen: Seen, code: int | None) -> Outcome:
         if code == 0:
             return Outcome(RunStatus.FINISHED, 0)
         if job.attempts + 1 > job.retries:
-            return Outcome(RunStatus.FAILED, code, _pod_reason(pod, code), cause=_cause(seen, ""))
+            return Outcome(RunStatus.FAILED, code, _pod_reason(pod, code), cause=_cause(snapshot, ""))
     reason = f"the Job {job.name} is gone, and how it ended was not seen"
     hint = "its ttlSecondsAfterFinished may be too short" if not job.deleting else "somebody deleted it"
     lost = RunLost(f"{reason}; {hint}", backend="kubernetes")
     return Outcome(RunStatus.FAILED, code, str(lost), error=lost)
 
 
-def _reason(seen: Seen, reason: str, message: str) -> str:
-    job, pod, code = seen.job, seen.last_pod, exit_code(seen)
+def _reason(snapshot: Snapshot, reason: str, message: str) -> str:
+    job, pod, code = snapshot.job, snapshot.last_pod, exit_code(snapshot)
     why = _pod_reason(pod, code) if pod is not None else ""
     match reason:
         case "BackoffLimitExceeded":
@@ -137,9 +140,9 @@ def _reason(seen: Seen, reason: str, message: str) -> str:
             return "; ".join(part for part in (why, f"{reason}: {_short(message)}".strip(": ")) if part)
 
 
-def _cause(seen: Seen, reason: str) -> FailureKind | None:
-    """What kind of failure it was; None leaves that to the exit code."""
-    pod = seen.last_pod
+def _cause(snapshot: Snapshot, reason: str) -> FailureKind | None:
+    """Return the kind of failure; None leaves that to the exit code."""
+    pod = snapshot.last_pod
     if reason == "DeadlineExceeded":
         return FailureKind.TIMEOUT
     if pod is None:
@@ -154,7 +157,7 @@ def _cause(seen: Seen, reason: str) -> FailureKind | None:
 
 
 def _pod_reason(pod: PodState, code: int | None) -> str:
-    """Why a pod failed; empty if it does not tell."""
+    """Return the reason why a pod failed; empty if it is unknown."""
     main = pod.main
     if main.reason == "OOMKilled":
         return "out of memory" + (f" (its limit is {pod.memory})" if pod.memory else "")
@@ -179,10 +182,10 @@ def _code(code: int) -> str:
     return f"exit code {code}"
 
 
-def _hindered(container: ContainerState) -> Kind | None:
+def _pending_kind(container: ContainerState) -> PendingKind | None:
     if container.waiting in _IMAGE:
-        return Kind.IMAGE
-    return Kind.CONFIG if container.waiting in _CONFIG else None
+        return PendingKind.IMAGE
+    return PendingKind.CONFIG if container.waiting in _CONFIG else None
 
 
 def _short(text: str) -> str:

@@ -39,7 +39,7 @@ __all__ = [
 
 _log = logging.getLogger("mlfleet.kubernetes")
 SUBMISSION = "mlfleet.submission"
-"""An annotation: which attempt to create it made this Job."""
+"""The annotation with the id of the attempt that created the Job."""
 PROJECT = "mlfleet.project"
 PROJECT_FOLDER = "/mlflow/projects/code"
 """The folder of the project in the container, as in the reference."""
@@ -50,14 +50,14 @@ _SHORT_TTL = 300
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Code:
-    """How the project's files get into the container.
+    """The parts of a manifest that bring the project's files into the container.
 
     Attributes:
-        image: to run.
-        init: init containers.
-        volumes: of the pod.
-        mounts: of the run's container.
-        folder: of the project in the container; None: as the image says.
+        image: The image to run.
+        init: The init containers.
+        volumes: The volumes of the pod.
+        mounts: The volume mounts of the run's container.
+        folder: The folder of the project in the container; None: the image's working directory.
     """
 
     image: str
@@ -69,7 +69,7 @@ class Code:
 
 @dataclass(slots=True)
 class _Draft:
-    """A Job's manifest in the making."""
+    """A Job's manifest while it is made."""
 
     manifest: dict[str, Any]
     pod: dict[str, Any]
@@ -79,18 +79,18 @@ class _Draft:
 def job_manifest(
     job: Job, config: KubernetesConfig, code: Code, plain: Mapping[str, str], *, secrets: Sequence[str], submission: str
 ) -> dict[str, Any]:
-    """The Job of a run.
+    """Return the manifest of the Job of a run.
 
     Args:
-        job: the run.
-        config: of its backend.
-        code: how the project gets there.
-        plain: variables.
-        secrets: the names of further variables, that are in the run's Secret.
-        submission: marks this attempt.
+        job: The job of the run.
+        config: The configuration of the backend.
+        code: The parts that bring the project there.
+        plain: The variables that are not secret.
+        secrets: The names of further variables, which are in the run's Secret.
+        submission: The id of this attempt.
 
     Raises:
-        UsageError: the template has what only we can set.
+        UsageError: The template sets something that the run must set.
     """
     draft = _draft(config)
     name = job_name(job.project_name, job.run_id)
@@ -110,12 +110,12 @@ def job_manifest(
 
 
 def secret_manifest(job: Job, values: Mapping[str, str], owner: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The Secret of a run, which goes when its Job does.
+    """Return the manifest of the Secret of a run, which is deleted with its Job.
 
     Args:
-        job: the run.
-        values: its secret variables.
-        owner: the Job as the API server has it; None: it is not there yet.
+        job: The job of the run.
+        values: The secret variables.
+        owner: The Job as the API server has it; None: it does not exist yet.
     """
     metadata: dict[str, Any] = {"name": job_name(job.project_name, job.run_id), "labels": labels_of(job)}
     if owner is not None:
@@ -132,16 +132,16 @@ def secret_manifest(job: Job, values: Mapping[str, str], owner: Mapping[str, Any
 
 
 def labels_of(job: Job) -> dict[str, str]:
-    """By which what belongs to a run, or to a sweep, is found."""
+    """Return the labels by which the objects of a run, or of a sweep, are found."""
     labels = {MANAGED_BY: "mlfleet", RUN_LABEL: label_value(job.run_id)}
     return labels if job.sweep_id is None else {**labels, SWEEP_LABEL: label_value(job.sweep_id)}
 
 
 def image_of(job: Job, config: KubernetesConfig) -> str:
-    """The image that the project runs in, or is built on: of the configuration, the project, or the template.
+    """Return the image to run or to build on: of the configuration, the project, or the template.
 
     Raises:
-        UsageError: none of them has one.
+        UsageError: None of them names an image.
     """
     if config.image is not None:
         return config.image
@@ -157,16 +157,16 @@ def image_of(job: Job, config: KubernetesConfig) -> str:
 
 
 def grace_of(manifest: Mapping[str, Any]) -> float:
-    """Seconds between SIGTERM and SIGKILL for the pods of a Job."""
+    """Return the seconds between SIGTERM and SIGKILL for the pods of a Job."""
     seconds = manifest["spec"]["template"]["spec"].get("terminationGracePeriodSeconds")
     return 30.0 if seconds is None else float(seconds)
 
 
 def host_volumes(volumes: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Volumes and mounts for ``docker_env``'s volumes: folders of the node.
+    """Return volumes and mounts for ``docker_env``'s volumes: folders of the node.
 
     Raises:
-        UsageError: a volume is no absolute path, so that only a template can say what it is in a cluster.
+        UsageError: A volume is not an absolute path; only a template can say what it is in a cluster.
     """
     made, mounts = [], []
     for number, text in enumerate(volumes):
@@ -174,7 +174,7 @@ def host_volumes(volumes: Sequence[str]) -> tuple[list[dict[str, Any]], list[dic
         target, _, options = rest.partition(":")
         if not source.startswith("/") or not target.startswith("/"):
             raise UsageError(
-                f"docker_env: the volume {text!r} is no folder of a node (/source:/target): put a volume of your"
+                f"docker_env: the volume {text!r} is not a folder of a node (/source:/target): put a volume of your"
                 " cluster (persistentVolumeClaim, nfs, …) and its volumeMounts into the Job's template instead"
             )
         name = f"mlfleet-volume-{number}"
@@ -199,7 +199,7 @@ def _draft(config: KubernetesConfig) -> _Draft:
 
 
 def _choose_container(draft: _Draft) -> dict[str, Any]:
-    """By kubectl's annotation for the default container, else the first; the others stay as they are."""
+    """Return the container that kubectl's annotation names, else the first one."""
     meta = draft.manifest["spec"]["template"].get("metadata") or {}
     name = (meta.get("annotations") or {}).get(CONTAINER_ANNOTATION)
     containers: list[dict[str, Any]] = draft.pod["containers"]
@@ -228,7 +228,7 @@ def _identify(draft: _Draft, job: Job, config: KubernetesConfig, name: str, subm
 
 @functools.cache
 def _warn_of_ttl(ttl: int) -> None:
-    """Once, not for each of hundreds of runs."""
+    """Log the warning once for hundreds of runs."""
     _log.warning(
         "the Job's ttlSecondsAfterFinished is %d s: if this process is away for longer, it cannot tell how the run"
         " ended; give 300 or more",
@@ -267,7 +267,7 @@ def _set_code(draft: _Draft, code: Code) -> None:
 
 
 def _inherited(container: Mapping[str, Any]) -> dict[str, Any]:
-    """What a namespace may ask of every container: that it is restricted, and that it has limits. No devices."""
+    """Return what a namespace may demand of every container: a security context, and limits of CPU and memory."""
     made: dict[str, Any] = {}
     if "securityContext" in container:
         made["securityContext"] = copy.deepcopy(container["securityContext"])
@@ -330,9 +330,9 @@ def _set_pod(pod: dict[str, Any], job: Job, config: KubernetesConfig) -> None:
 
 # Process 1 of a container ignores every signal that it has no handler for, so that a Python program there would not
 # end by SIGTERM. This shell is process 1 instead: it has a handler, and passes the signal to the command's group.
-# stderr goes where stdout does: the runtime reads the two apart, and would lose their order. What this shell itself has
-# to say ("Killed") is for nobody. A shell that has reaped
-# its child by itself tells the child's end only to the next `wait`; 127 is also "no such child".
+# stderr goes where stdout does: the runtime reads the two apart, and would lose their order. This shell's own
+# messages ("Killed") are dropped. A shell that has reaped its child by itself reports the child's end only to the next
+# `wait`; 127 also means that there is no such child.
 _SUPERVISE = """\
 exec 2>/dev/null
 [ -n "$BASH_VERSION" ] && set -m
@@ -349,12 +349,12 @@ _CHOOSE = 'if command -v bash >/dev/null 2>&1; then exec bash -c "$1" "$0" bash;
 
 
 def launch(command: str) -> list[str]:
-    """``command`` of a container, for the project's command."""
+    """Return the ``command`` of a container for the project's command."""
     return ["sh", "-c", _ESCAPED[0], escape(command), _ESCAPED[1]]
 
 
 def escape(text: str) -> str:
-    """`text` as Kubernetes gives it back: it makes ``$(NAME)`` the value of a variable, and ``$$`` a dollar sign.
+    """Escape `text` for Kubernetes, which replaces ``$(NAME)`` by a variable's value and ``$$`` by a dollar sign.
 
     https://kubernetes.io/docs/tasks/inject-data-application/define-interdependent-environment-variables/
     """
@@ -368,10 +368,10 @@ _ESCAPED = escape(_CHOOSE), escape(_SUPERVISE)
 
 
 def check_copied(docker: DockerRequest | None, here: Mapping[str, str]) -> None:
-    """Check that the variables which ``docker_env`` copies are there.
+    """Check that the variables which ``docker_env`` copies are set.
 
     Raises:
-        UsageError: some are not.
+        UsageError: Some are not set.
     """
     names = [name for name, value in docker.env.environment if value is None] if docker is not None else []
     missing = [name for name in names if name not in here]
@@ -380,16 +380,16 @@ def check_copied(docker: DockerRequest | None, here: Mapping[str, str]) -> None:
 
 
 def variables(job: Job, tracking_uri: str | None, here: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """The plain and the secret variables of a run.
+    """Return the plain and the secret variables of a run.
 
     Args:
-        job: of the run.
-        tracking_uri: as pods reach it, if that is another one than here.
-        here: the variables of this process.
+        job: The job of the run.
+        tracking_uri: The address of the tracking server as pods reach it; None: the same as here.
+        here: The variables of this process.
 
     Raises:
-        UsageError: tracking is in a file of this machine.
-        SubmitError: a variable has a name that none in a container can have.
+        UsageError: Tracking is in a file of this machine.
+        SubmitError: The name of a variable is invalid in a container.
     """
     plain, secret = dict(job.environ), dict(job.secrets)
     if job.docker is not None:
@@ -407,7 +407,7 @@ def variables(job: Job, tracking_uri: str | None, here: Mapping[str, str]) -> tu
             del plain[name]
     wrong = next((name for name in (*plain, *secret) if not _NAME.fullmatch(name)), None)
     if wrong is not None:
-        raise SubmitError(f"{wrong!r} is no name that a variable of a container can have", backend="kubernetes")
+        raise SubmitError(f"{wrong!r} is not a valid name for a variable of a container", backend="kubernetes")
     return plain, secret
 
 
@@ -415,7 +415,7 @@ def check_tracking(uri: str) -> None:
     """Check that pods may reach a tracking server or store.
 
     Raises:
-        UsageError: it is in a file of this machine.
+        UsageError: It is in a file of this machine.
     """
     parts = urlsplit(uri)
     scheme = parts.scheme.partition("+")[0]

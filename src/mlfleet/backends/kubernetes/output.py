@@ -1,4 +1,4 @@
-"""Copies what the containers of a run print into the run's file, live, in order, and each line once."""
+"""Copying the output of a run's containers into the run's file: live, in order, and each line once."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from mlfleet.backends._remote.output import write_output
 from mlfleet.backends.kubernetes.client import ApiError, KubernetesClient, Pool, reconnect_pause
 from mlfleet.errors import SubmitError
 
-__all__ = ["Copier", "End", "LogStream", "Streams"]
+__all__ = ["Copier", "End", "LogSlots", "LogStream"]
 
 _log = logging.getLogger("mlfleet.kubernetes")
 _SILENCE = 60.0  # seconds without a byte of the log of a container that has ended
 _GATHER = 0.01  # seconds in which more of a trickle is let come, so that it costs fewer turns
 _SMALL = 16 * 1024
-_LOOK = 2.0  # seconds between two looks for a free place
+_LOOK = 2.0  # seconds between two looks for a free slot
 _TRIES = 10  # without any output, of a container that has ended
 # RFC 3339 with nanoseconds, in the time zone of the node.
 _STAMP = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?(?:Z|[+-]\d\d:\d\d)) ")
@@ -40,15 +40,15 @@ _BEGINNING = 48  # bytes of a line that tell what it is
 
 
 class LogStream:
-    """Takes the timestamps off a log, and leaves out what was there before the connection broke. Pure.
+    """Removes the timestamps of a log, and drops what an earlier connection has delivered already. Pure.
 
-    The server starts again with the whole second of the last line (``sinceTime`` has no more): what is not after the
-    last line that was taken is dropped. Of several lines with one stamp as many are dropped as were taken, and of one
-    that was cut off its beginning.
+    The server starts again with the whole second of the last line (``sinceTime`` is not more precise). Lines before the
+    last delivered line are dropped. Of several lines with the same timestamp as many are dropped as were delivered, and
+    of a line that was cut off its beginning.
 
     Attributes:
-        last: the stamp of the last line.
-        remark: what the kubelet itself said on this connection in place of output: that there is no log.
+        last: The timestamp of the last line.
+        remark: The message of the kubelet itself on this connection in place of output: that there is no log.
     """
 
     def __init__(self) -> None:
@@ -70,15 +70,15 @@ class LogStream:
 
     @property
     def since(self) -> str | None:
-        """What to ask the server for: RFC 3339; None is everything."""
+        """The ``sinceTime`` of the next request (RFC 3339); None: everything."""
         return self.last.decode() or None
 
     def resume(self) -> None:
-        """The connection is new."""
+        """Begin a new connection."""
         self._restart()
 
     def feed(self, data: bytes) -> bytes:
-        """What is new of `data`, without stamps."""
+        """Return the new part of `data`, without timestamps."""
         out: list[bytes] = []
         at = 0
         while at < len(data):
@@ -95,12 +95,12 @@ class LogStream:
         return b"".join(out)
 
     def close(self) -> bytes:
-        """What was held back for a stamp that never was complete."""
+        """Return what was held back for a timestamp that was never complete."""
         head, self._head = self._head, b""
         return head
 
     def _begin(self, data: bytes, at: int) -> int:
-        """Take the stamp of a line; it may come in pieces."""
+        """Read the timestamp of a line, which may arrive in pieces."""
         have = self._head + data[at : at + _BEGINNING]
         match = _STAMP.match(have)
         if match is None and b"\n" not in have:
@@ -161,29 +161,29 @@ class End(Protocol):
 
     @property
     def is_there(self) -> bool:
-        """Whether it has ended, or is gone."""
+        """True if the container has ended, or is gone."""
 
     async def wait(self) -> None:
-        """Wait for that."""
+        """Wait for the end."""
 
 
-class Streams:
-    """How many logs are read at once: each that is followed holds a connection for the life of its container.
+class LogSlots:
+    """The limits for logs that are read at once, since a followed log holds a connection.
 
-    Where there are more runs than that, the others' output comes when a place is free or when their container has
-    ended, for which there are places of their own.
+    With more runs than that, the output of the others arrives when a slot is free or when their container has ended,
+    for which there are other slots.
     """
 
     def __init__(self) -> None:
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._following = max(16, min(2000, files // 4))  # places that are free
+        self._following = max(16, min(2000, files // 4))  # free slots
         self._reading = asyncio.Semaphore(50)
 
-    async def take(self, end: End) -> bool:
-        """Wait for a place to read the log of a container, to be given back by `give_back`.
+    async def acquire(self, end: End) -> bool:
+        """Wait for a slot to read the log of a container; call `release` afterwards.
 
         Returns:
-            Whether it is one to follow the log.
+            True if the log may be followed; False if it must be read at once.
         """
         while not end.is_there:
             if self._following > 0:
@@ -194,11 +194,11 @@ class Streams:
         await self._reading.acquire()
         return False
 
-    def give_back(self, *, follow: bool) -> None:
-        """Free a place.
+    def release(self, *, follow: bool) -> None:
+        """Free a slot.
 
         Args:
-            follow: what `take` said.
+            follow: The result of `acquire`.
         """
         if follow:
             self._following += 1
@@ -210,28 +210,28 @@ class Copier:
     """Copies the logs of the pods of one run.
 
     Args:
-        client: of the cluster.
-        streams: of all runs.
-        namespace: of the pods.
-        path: of the file to write; None: the stdout of this process.
+        client: The client of the cluster.
+        slots: The limits that all runs share.
+        namespace: The namespace of the pods.
+        path: The file to write; None: the stdout of this process.
     """
 
-    def __init__(self, client: KubernetesClient, streams: Streams, namespace: str, path: Path | None) -> None:
+    def __init__(self, client: KubernetesClient, slots: LogSlots, namespace: str, path: Path | None) -> None:
         self._client = client
-        self._streams = streams
+        self._slots = slots
         self._namespace = namespace
         self._path = path
-        self._last_byte = b"\n"
         self._begun = False
+        self._last_byte = b"\n"
         self.copied = 0
 
     async def copy(self, pod: str, container: str, end: End) -> None:
         """Copy the log of one container to its end.
 
         Args:
-            pod: its name.
-            container: its name.
-            end: of the container.
+            pod: The name of the pod.
+            container: The name of the container.
+            end: The end of the container.
         """
         stream = LogStream()
         attempt = 0
@@ -239,13 +239,13 @@ class Copier:
         while True:
             before = self.copied
             try:
-                follow = await self._streams.take(end)
+                follow = await self._slots.acquire(end)
                 had_ended = not follow
                 try:
                     await self._follow(pod, container, stream, follow=follow)
                 finally:
-                    self._streams.give_back(follow=follow)
-                # Of a container that has just begun the kubelet may not find the log yet.
+                    self._slots.release(follow=follow)
+                # The kubelet may not find the log yet of a container that has just started.
                 complete = had_ended or not stream.remark
             except ApiError as error:
                 complete = False
@@ -254,8 +254,8 @@ class Copier:
                         _log.warning("the output of the pod %s is not all there: %s", pod, error)
                     break
                 _log.debug("%s", error)
-            # The stream ends when the container does, but a proxy may end it sooner: only what ends after the
-            # container is complete.
+            # A log ends with its container, but a proxy may end it sooner: it is complete only if it ended after the
+            # container.
             if complete and (had_ended or end.is_there):
                 if stream.remark:
                     remark = stream.remark.decode(errors="replace").strip()
@@ -265,7 +265,7 @@ class Copier:
             if attempt > _TRIES and end.is_there:
                 _log.warning("the output of the pod %s is not all there: the API server gives no more of it", pod)
                 break
-            # Never for long: the end of the run waits for its output.
+            # Short, because the end of the run waits for its output.
             seconds = reconnect_pause(min(attempt, 2))
             if end.is_there and not complete:
                 await anyio.sleep(seconds)

@@ -1,4 +1,4 @@
-"""The handle of a run on Kubernetes: its one task sees to its output, its end and its cancellation."""
+"""The handle of a run on Kubernetes. One task copies its output, waits for its end and carries out its cancellation."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mlfleet.backends._remote.run import SupervisedRun
 from mlfleet.backends._remote.state_cache import CachedState
 from mlfleet.backends.kubernetes.client import ApiError, KubernetesClient
 from mlfleet.backends.kubernetes.config import StartTimeouts
-from mlfleet.backends.kubernetes.diagnosis import Hindrance, Kind, hindrance, outcome
+from mlfleet.backends.kubernetes.diagnosis import PendingKind, PendingReason, outcome, pending_reason
 from mlfleet.backends.kubernetes.jobs import delete_job, warnings_of
-from mlfleet.backends.kubernetes.output import Copier, Streams
-from mlfleet.backends.kubernetes.state import JobState, PodState, Seen, job_of_pod, read_pod
+from mlfleet.backends.kubernetes.output import Copier, LogSlots
+from mlfleet.backends.kubernetes.state import JobState, PodState, Snapshot, job_of_pod, read_pod
 from mlfleet.backends.kubernetes.watch import NamespaceWatch
 from mlfleet.errors import MlfleetError, RunLost, SubmitError
 from mlfleet.runs import FailureKind, Outcome, RunStatus
@@ -28,8 +28,9 @@ __all__ = ["KubernetesRun", "Target"]
 
 _log = logging.getLogger("mlfleet.kubernetes")
 _STALLED = 30.0  # seconds without output of a run that has ended
-_POD_COMES = 2.0  # seconds by which the pod's end may be seen later than the Job's
+_POD_COMES = 2.0  # seconds by which the pod's end may arrive later than the Job's
 _WARN_AFTER = 30.0  # seconds of waiting for a node
+_WHOLE_SECOND = 1.0  # the unit of a pod's grace period
 _STUCK = 120.0  # seconds after the grace time, in which a node must confirm that a pod has ended
 
 
@@ -38,15 +39,15 @@ class Target:
     """The Job of a run.
 
     Attributes:
-        namespace: of the Job.
-        name: of the Job.
-        uid: of the Job.
-        run_id: of the MLflow run.
-        output: the file for its output; None: that of this process.
-        grace: seconds between SIGTERM and SIGKILL, as the pods have it.
-        timeouts: for what keeps the run from its start.
-        keep: whether the Job stays when the run has ended, until its TTL takes it.
-        tags: for the MLflow run.
+        namespace: The namespace of the Job.
+        name: The name of the Job.
+        uid: The uid of the Job.
+        run_id: The id of the MLflow run.
+        output: The file for the output; None: the output of this process.
+        grace: Seconds between SIGTERM and SIGKILL, as the pods have it.
+        timeouts: Limits for the reasons that keep the run from starting.
+        keep: True if the Job stays after the end of the run until its TTL; False deletes it.
+        tags: Tags for the MLflow run.
     """
 
     namespace: str
@@ -61,7 +62,7 @@ class Target:
 
 
 class KubernetesRun(SupervisedRun):
-    """The handle. A cancelled run has ended when its Job and its pods are gone."""
+    """The handle of a run. A cancelled run has ended when its Job and its pods are gone."""
 
     backend = "kubernetes"
     noun = "Job"
@@ -71,49 +72,41 @@ class KubernetesRun(SupervisedRun):
         target: Target,
         job: JobState,
         client: KubernetesClient,
-        streams: Streams,
+        slots: LogSlots,
         watch: NamespaceWatch,
         *,
         submitted: bool,
     ) -> None:
-        super().__init__(target.run_id, target.output, submitted=submitted)
+        super().__init__(target.run_id, target.output, submitted=submitted, grace=target.grace)
         self.target = target
         self._client = client
         self._watch = watch
-        self._cell = watch.track(job)
-        self._copier = Copier(client, streams, target.namespace, target.output)
+        self._state = watch.track(job)
+        self._copier = Copier(client, slots, target.namespace, target.output)
         self._started = asyncio.Event()
-        self._grace: float | None = None
-        self._stop_changed: asyncio.Event | None = None  # hundreds of runs live at the same time, and few are stopped
         self._living: asyncio.TaskGroup | None = None
         self._stopping: asyncio.Task[None] | None = None
-        self._cut = False  # by us, before it had ended
+        self._cut = False  # True if we deleted the Job before it had ended
 
     # ---- the handle -------------------------------------------------------------------------------------------------
 
     async def started(self) -> None:
-        """Wait until the container runs, has run, or never will."""
+        """Wait until the container runs, has run, or can never run."""
         await self._started.wait()
 
     def _begin_stop(self, grace: float | None) -> None:
-        seconds = self.target.grace if grace is None else grace
-        first = self._grace is None
-        if self._grace is None or seconds < self._grace:
-            self._grace = seconds
-            if self._stop_changed is None:
-                self._stop_changed = asyncio.Event()
-            self._stop_changed.set()
-            if first and self._living is not None:
-                self._stopping = self._living.create_task(self._stop())
+        super()._begin_stop(grace)
+        if self._stopping is None and self._living is not None:
+            self._stopping = self._living.create_task(self._stop())
 
     async def get_status(self) -> RunStatus:
-        """SCHEDULED until a container runs; how it ended once its output is complete."""
+        """Return SCHEDULED until a container runs, and a final status only once the output is complete."""
         if self._outcome is not None:
             return self._outcome.status
-        seen = self._cell.value
-        if seen is None:
+        snapshot = self._state.value
+        if snapshot is None:
             return RunStatus.SCHEDULED
-        return RunStatus.RUNNING if seen.status.is_terminal else seen.status
+        return RunStatus.RUNNING if snapshot.status.is_terminal else snapshot.status
 
     # ---- its task ---------------------------------------------------------------------------------------------------
 
@@ -130,7 +123,7 @@ class KubernetesRun(SupervisedRun):
             _log.warning("the Job %s stays: %s", self.target.name, error)
 
     async def _abandon(self) -> None:
-        """What follows the cluster has failed. Nobody would see the Job's end: it must not go on unseen."""
+        """Delete the Job after the watch has failed: its end would not be noticed, so it must not go on."""
         if not self.submitted:
             return
         try:
@@ -141,15 +134,15 @@ class KubernetesRun(SupervisedRun):
     async def _live(self) -> Outcome:
         failed: BaseException | None = None
         try:
-            # Not anyio's: hundreds of runs live at the same time, and its groups and tasks are twice as large.
+            # asyncio's group takes half the memory of anyio's, for each of hundreds of runs.
             async with asyncio.TaskGroup() as group:
                 copying = group.create_task(self._copy())
-                self._stopping = group.create_task(self._stop()) if self._grace is not None else None
+                self._stopping = group.create_task(self._stop()) if self._stop_request.is_requested else None
                 self._living = group
                 try:
-                    seen = await self._until_over()
+                    snapshot = await self._until_over()
                     if not self._cut:
-                        seen = await self._with_pods(seen)
+                        snapshot = await self._with_pods(snapshot)
                     await self._drain(copying)
                 finally:
                     self._living = None
@@ -160,34 +153,34 @@ class KubernetesRun(SupervisedRun):
             failed = errors
         while isinstance(failed, BaseExceptionGroup):
             failed = failed.exceptions[0]
-        if isinstance(failed, _NeverStarts):
-            return await self._never_started(failed)
+        if isinstance(failed, StartTimeout):
+            return await self._fail_start(failed)
         if failed is not None:
             raise failed
-        return await self._end(seen)
+        return await self._end(snapshot)
 
-    def _is_over(self, seen: Seen) -> bool:
-        """Whether nothing more will come: of a Job that we delete, when its pods are gone with it."""
-        return seen.job is not None and seen.job.deleted if self._cut else seen.ended
+    def _is_over(self, snapshot: Snapshot) -> bool:
+        """Return True at the end: for a Job that we delete, when it is gone together with its pods."""
+        return snapshot.job is not None and snapshot.job.deleted if self._cut else snapshot.ended
 
-    async def _end(self, seen: Seen) -> Outcome:
-        told, job = outcome(seen), seen.job
+    async def _end(self, snapshot: Snapshot) -> Outcome:
+        result, job = outcome(snapshot), snapshot.job
         by_itself = job is not None and (job.complete or job.failed is not None or job.ending is not None)
-        if self._cut or (self._grace is not None and not by_itself):
-            told = Outcome(RunStatus.KILLED, told.exit_code, "cancelled")
-        return told if told.status is RunStatus.FINISHED else replace(told, output=await self._last_lines())
+        if self._cut or (self._stop_request.is_requested and not by_itself):
+            result = Outcome(RunStatus.KILLED, result.exit_code, "cancelled")
+        return result if result.status is RunStatus.FINISHED else replace(result, output=await self._last_lines())
 
-    async def _with_pods(self, seen: Seen) -> Seen:
-        """The same, with the pod that tells the exit code: its watch may be behind, or away."""
+    async def _with_pods(self, snapshot: Snapshot) -> Snapshot:
+        """Return the snapshot with the pod that has the exit code: the watch of pods may be late or interrupted."""
 
-        def told(seen: Seen) -> bool:
-            pod = seen.last_pod
+        def has_end(snapshot: Snapshot) -> bool:
+            pod = snapshot.last_pod
             return pod is not None and (pod.main.terminated or pod.ended)
 
-        if told(seen) or (seen.job is not None and seen.job.deleted):
-            return seen
+        if has_end(snapshot) or (snapshot.job is not None and snapshot.job.deleted):
+            return snapshot
         with anyio.move_on_after(_POD_COMES):
-            return await self._cell.until(told)
+            return await self._state.until(has_end)
         try:
             answer = await self._client.call(
                 "looking for the pods of a Job",
@@ -198,21 +191,23 @@ class KubernetesRun(SupervisedRun):
             )
         except ApiError as error:
             _log.debug("%s", error)
-            return seen
+            return snapshot
         pods = [read_pod(raw) for raw in answer.get("items") or () if job_of_pod(raw) == self.target.uid]
-        return Seen(seen.job, tuple(sorted(pods, key=lambda pod: (pod.created, pod.name)))) if pods else seen
+        return (
+            Snapshot(snapshot.job, tuple(sorted(pods, key=lambda pod: (pod.created, pod.name)))) if pods else snapshot
+        )
 
     # ---- output -----------------------------------------------------------------------------------------------------
 
     async def _copy(self) -> None:
-        """Pod after pod, as the Job tries again. What can be copied has started."""
+        """Copy the output of one pod after the other, as the Job tries again. A pod with output has started."""
         done: set[str] = set()
         while True:
-            seen = await self._cell.until(lambda seen: seen.ended or _next_log(seen, done) is not None)
-            found = _next_log(seen, done)
+            snapshot = await self._state.until(lambda snapshot: snapshot.ended or _next_log(snapshot, done) is not None)
+            found = _next_log(snapshot, done)
             if found is None and not self._cut:
                 # The watch of pods may be behind, or away, when that of Jobs tells the end.
-                found = _next_log(await self._with_pods(seen), done)
+                found = _next_log(await self._with_pods(snapshot), done)
             if found is None:
                 break
             pod, container = found
@@ -220,84 +215,95 @@ class KubernetesRun(SupervisedRun):
                 self._started.set()
             await self._copier.finish_line()
             done.add(pod.uid)
-            await self._copier.copy(pod.name, container, _ContainerEnd(self._cell, pod.uid, container))
+            await self._copier.copy(pod.name, container, _ContainerEnd(self._state, pod.uid, container))
 
     async def _drain(self, copying: asyncio.Task[None]) -> None:
-        """Wait for the rest of the output, as long as some comes."""
-        seen = -1
-        while not copying.done() and seen != self._copier.copied:
-            seen = self._copier.copied
+        """Wait for the rest of the output, as long as some arrives."""
+        copied = -1
+        while not copying.done() and copied != self._copier.copied:
+            copied = self._copier.copied
             await asyncio.wait([copying], timeout=_STALLED)
 
-    # ---- what never starts ------------------------------------------------------------------------------------------
+    # ---- the start --------------------------------------------------------------------------------------------------
 
-    async def _until_over(self) -> Seen:
-        """Wait for the Job's end; give up one that is kept from its start for too long."""
-        while not self._is_over(seen := await self._cell.until(self._is_over_or_hindered)):
-            await self._mind(hindrance(seen))
-            del seen  # not kept for as long as the run lives
-        return seen
+    async def _until_over(self) -> Snapshot:
+        """Wait for the Job's end, or until something has kept it from starting for too long.
 
-    def _is_over_or_hindered(self, seen: Seen) -> bool:
-        return self._is_over(seen) or hindrance(seen) is not None
+        Raises:
+            StartTimeout: It does not start.
+        """
+        while not self._is_over(snapshot := await self._state.until(self._is_over_or_pending)):
+            await self._wait_pending(pending_reason(snapshot))
+            del snapshot  # a long run must not keep the snapshot in memory
+        return snapshot
 
-    async def _mind(self, found: Hindrance | None) -> None:
-        """Wait until nothing, or something else, keeps the run from its start; for a while."""
+    def _is_over_or_pending(self, snapshot: Snapshot) -> bool:
+        return self._is_over(snapshot) or pending_reason(snapshot) is not None
+
+    async def _wait_pending(self, found: PendingReason | None) -> None:
+        """Wait until the reason is gone, or another kind of reason takes its place.
+
+        Raises:
+            StartTimeout: The reason has lasted longer than its limit.
+        """
         if found is None:
             return
         limit = self.target.timeouts.of(found.kind)
-        warn_after = _WARN_AFTER if found.kind is Kind.UNSCHEDULABLE else None
+        warn_after = _WARN_AFTER if found.kind is PendingKind.UNSCHEDULABLE else None
         if warn_after is not None and (limit is None or limit > warn_after):
-            if await self._passes(found.kind, warn_after):
+            if await self._clears(found.kind, warn_after):
                 return
-            await self._warn(self._now_hindered(found))
+            await self._warn(self._current_reason(found))
             limit = None if limit is None else limit - warn_after
-        if not await self._passes(found.kind, limit):
-            raise _NeverStarts(self._now_hindered(found), self.target.timeouts.of(found.kind) or 0.0)
+        if not await self._clears(found.kind, limit):
+            raise StartTimeout(self._current_reason(found), self.target.timeouts.of(found.kind) or 0.0)
 
-    async def _warn(self, found: Hindrance) -> None:
-        # Why there is no pod, such as a quota, only the Job's events tell; a pod says by itself why it waits.
+    async def _warn(self, found: PendingReason) -> None:
+        # The reason why there is no pod, such as a quota, is only in the Job's events; a pod has its own in its status.
         said = () if found.pod else await warnings_of(self._client, self.target.namespace, self.target.name)
         _log.warning("the run %s does not start yet: %s", self.run_id, "; ".join((found.text, *said[-1:])))
 
-    async def _passes(self, kind: Kind, seconds: float | None) -> bool:
+    async def _clears(self, kind: PendingKind, seconds: float | None) -> bool:
         with anyio.move_on_after(seconds):
-            await self._cell.until(lambda seen: (found := hindrance(seen)) is None or found.kind is not kind)
+            await self._state.until(
+                lambda snapshot: (found := pending_reason(snapshot)) is None or found.kind is not kind
+            )
             return True
         return False
 
-    def _now_hindered(self, first: Hindrance) -> Hindrance:
-        return (hindrance(self._cell.value) if self._cell.value is not None else None) or first
+    def _current_reason(self, first: PendingReason) -> PendingReason:
+        return (pending_reason(self._state.value) if self._state.value is not None else None) or first
 
-    async def _never_started(self, error: _NeverStarts) -> Outcome:
-        found = error.hindrance
+    async def _fail_start(self, error: StartTimeout) -> Outcome:
+        found = error.reason
         said = await warnings_of(self._client, self.target.namespace, found.pod or self.target.name)
         reason = f"the run did not start within {error.seconds:g} s: {found.text}"
         await self._abandon()
         with anyio.move_on_after(self.target.grace + _STUCK):
-            await self._cell.until(lambda seen: seen.job is not None and seen.job.deleted)
+            await self._state.until(lambda snapshot: snapshot.job is not None and snapshot.job.deleted)
         lost = SubmitError("\n".join((reason, *said)), backend="kubernetes")
         return Outcome(RunStatus.FAILED, None, reason, output=tuple(said), error=lost, cause=FailureKind.INFRASTRUCTURE)
 
     # ---- cancellation -----------------------------------------------------------------------------------------------
 
     async def _stop(self) -> None:
-        """Delete the Job and see its pods end; ends with the group when the Job is gone."""
-        assert self._grace is not None and self._stop_changed is not None  # noqa: S101, PT018 - why it was started
-        if self._cell.value is not None and self._cell.value.ended:
+        """Delete the Job and wait for the end of its pods. The task group cancels this when the Job is gone."""
+        if self._state.value is not None and self._state.value.ended:
             return
-        target, sent = self.target, self.target.grace
+        target = self.target
         self._cut = await delete_job(self._client, target.namespace, target.name, target.uid)
-        stuck_at = anyio.current_time() + self._grace + _STUCK
+        pods_end_at = anyio.current_time() + target.grace
         while True:
-            self._stop_changed.clear()
-            if self._grace < sent:
-                # A Job's pods get their own grace time, whatever its deletion says; a shorter one they are told.
-                sent = self._grace
-                await self._hurry(sent)
-                stuck_at = min(stuck_at, anyio.current_time() + sent + _STUCK)
-            with anyio.move_on_after(stuck_at - anyio.current_time()) as scope:
-                await self._stop_changed.wait()
+            deadline = self._stop_request.deadline
+            assert deadline is not None  # noqa: S101 - requested, else this would not run
+            if deadline < pods_end_at - _WHOLE_SECOND:
+                # Deleting a Job does not pass gracePeriodSeconds to its pods, so shorten it pod by pod.
+                pods_end_at = max(deadline, anyio.current_time())
+                await self._hurry(pods_end_at - anyio.current_time())
+                if self._stop_request.deadline != deadline:
+                    continue
+            with anyio.move_on_after(pods_end_at + _STUCK - anyio.current_time()) as scope:
+                await self._stop_request.changed()
             if scope.cancelled_caught:
                 names = ", ".join(f"{pod.name} on {pod.node}" for pod in self._pods if not pod.ended)
                 text = f"the Job {target.name} was deleted, but its pods do not end: {names or 'unknown'}"
@@ -319,43 +325,43 @@ class KubernetesRun(SupervisedRun):
 
     @property
     def _pods(self) -> tuple[PodState, ...]:
-        return self._cell.value.pods if self._cell.value is not None else ()
+        return self._state.value.pods if self._state.value is not None else ()
 
 
-class _NeverStarts(MlfleetError):
-    """What keeps the run from its start has lasted too long. Never leaves this module."""
+class StartTimeout(MlfleetError):
+    """A reason has kept the run from starting for too long. Never leaves this module."""
 
-    def __init__(self, hindrance: Hindrance, seconds: float) -> None:
-        super().__init__(hindrance.text)
-        self.hindrance = hindrance
+    def __init__(self, reason: PendingReason, seconds: float) -> None:
+        super().__init__(reason.text)
+        self.reason = reason
         self.seconds = seconds
 
 
 @dataclass(frozen=True, slots=True)
 class _ContainerEnd:
-    """The end of a container, as `Copier.copy` wants to know it."""
+    """The end of a container, for `Copier.copy`."""
 
-    cell: CachedState[Seen]
+    state: CachedState[Snapshot]
     pod: str
     container: str
 
     @property
     def is_there(self) -> bool:
-        return self.cell.value is not None and self._in(self.cell.value)
+        return self.state.value is not None and self._in(self.state.value)
 
     async def wait(self) -> None:
-        await self.cell.until(self._in)
+        await self.state.until(self._in)
 
-    def _in(self, seen: Seen) -> bool:
-        pod = next((pod for pod in seen.pods if pod.uid == self.pod), None)
+    def _in(self, snapshot: Snapshot) -> bool:
+        pod = next((pod for pod in snapshot.pods if pod.uid == self.pod), None)
         if pod is None or pod.ended:
             return True
         return any(each.terminated for each in (pod.main, *pod.init) if each.name == self.container)
 
 
-def _next_log(seen: Seen, done: set[str]) -> tuple[PodState, str] | None:
-    """The next pod to copy the output of, and its container: an init container's if that has failed."""
-    for pod in seen.pods:
+def _next_log(snapshot: Snapshot, done: set[str]) -> tuple[PodState, str] | None:
+    """Return the next pod to copy the output of, and its container: an init container if that has failed."""
+    for pod in snapshot.pods:
         if pod.uid in done:
             continue
         if pod.main.started:

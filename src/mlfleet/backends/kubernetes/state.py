@@ -1,4 +1,4 @@
-"""What the API server says of a Job and its pods, cut down to what decides. Pure."""
+"""The states of a Job and its pods, read from the JSON of the API server. Pure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = [
     "ContainerState",
     "JobState",
     "PodState",
-    "Seen",
+    "Snapshot",
     "job_of_pod",
     "read_job",
     "read_pod",
@@ -27,7 +27,7 @@ MANAGED_BY = "app.kubernetes.io/managed-by"
 RUN_LABEL = "mlfleet.run-id"
 SWEEP_LABEL = "mlfleet.sweep-id"
 CONTAINER_ANNOTATION = "kubectl.kubernetes.io/default-container"
-"""Which container is the run's: the annotation that kubectl has for the same purpose."""
+"""The annotation that names the run's container; kubectl uses it for the same purpose."""
 
 _OWNER_LABELS = ("batch.kubernetes.io/controller-uid", "controller-uid")
 # The container was never started: https://github.com/kubernetes/kubernetes/blob/master/pkg/kubelet/container/sync_result.go
@@ -45,21 +45,21 @@ class Condition:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobState:
-    """A Job.
+    """The state of a Job.
 
     Attributes:
-        uid: of this Job; one of the same name that is created later has another.
-        name: in its namespace.
-        run_id: of the MLflow run, from its label.
-        complete: it has ended well.
-        failed: how it has failed.
-        ending: it will end so, as soon as its pods have (Kubernetes 1.31 and later).
-        suspended: nothing of it may run now, as Kueue has it until there is room.
-        deleting: somebody has asked for its deletion.
-        deleted: it does not exist any more; the rest is its last state.
-        unseen: it vanished while nobody looked, so that the last state need not be how it ended.
-        attempts: how many of its pods have failed.
-        retries: how many may fail without the Job failing.
+        uid: The uid of this Job; a later one with the same name has another.
+        name: The name in its namespace.
+        run_id: The id of the MLflow run, from the label.
+        complete: True if it has ended well.
+        failed: The condition with which it has failed; None if it has not.
+        ending: The condition with which it will end as soon as its pods have (Kubernetes 1.31 and later).
+        suspended: True if none of its pods may run now, as Kueue wants it until it has capacity.
+        deleting: True if its deletion was requested.
+        deleted: True if it does not exist any more; the rest is its last state.
+        unseen: True if it disappeared while the watch was interrupted: the last state may not be its end.
+        attempts: The number of its pods that have failed.
+        retries: The number of pods that may fail without the Job failing.
     """
 
     uid: str
@@ -77,23 +77,23 @@ class JobState:
 
     @property
     def ended(self) -> bool:
-        """Whether it has a condition that no later one changes, or is gone."""
+        """True if the Job has a final condition, or does not exist any more."""
         return self.complete or self.failed is not None or self.deleted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContainerState:
-    """A container of a pod.
+    """The state of a container of a pod.
 
     Attributes:
-        name: in its pod.
-        waiting: why it waits: ``ContainerCreating``, ``ImagePullBackOff``; empty if it does not.
-        running: whether it runs.
-        exit_code: how it ended the last time; None: it has not yet.
-        reason: ``OOMKilled``, ``Error``, ``StartError``.
-        message: of what it waits for, or of its end.
-        started: whether it ever ran.
-        terminated: whether it has ended and is not started again.
+        name: The name in its pod.
+        waiting: The reason why it waits, such as ``ImagePullBackOff``; empty if it does not wait.
+        running: True if it runs now.
+        exit_code: The exit code of its last end; None if it has not ended yet.
+        reason: The reason of its last end: ``OOMKilled``, ``Error``, ``StartError``.
+        message: The message about its waiting or its end.
+        started: True if it has ever run.
+        terminated: True if it has ended and is not started again.
     """
 
     name: str
@@ -108,24 +108,24 @@ class ContainerState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PodState:
-    """A pod of a Job.
+    """The state of a pod of a Job.
 
     Attributes:
-        uid: of the pod.
-        name: in its namespace.
-        created: RFC 3339.
-        phase: ``Pending``, ``Running``, ``Succeeded``, ``Failed`` or ``Unknown``.
-        reason: such as ``Evicted``; mostly empty.
-        message: likewise.
-        node: where it is; empty while it has none.
-        main: the run's container.
-        init: init containers, sidecars among them.
-        unschedulable: why no node takes it; empty if one may.
-        gated: it waits for somebody to admit it.
-        disruption: the cluster ended it: preemption, a drained node.
-        memory: the limit of the run's container, as written; empty is none.
-        deleting: its end has been asked for.
-        gone: it does not exist any more; the rest is its last state.
+        uid: The uid of the pod.
+        name: The name in its namespace.
+        created: The time of its creation (RFC 3339).
+        phase: The phase: ``Pending``, ``Running``, ``Succeeded``, ``Failed`` or ``Unknown``.
+        reason: The reason for the phase, such as ``Evicted``; mostly empty.
+        message: The message about the phase; mostly empty.
+        node: The name of its node; empty while it has none.
+        main: The run's container.
+        init: The init containers, sidecars among them.
+        unschedulable: The reason why no node takes it; empty if one may.
+        gated: True if a scheduling gate holds it back.
+        disruption: The condition with which the cluster ended it (preemption, a drained node); None if it did not.
+        memory: The memory limit of the run's container as written; empty if it has none.
+        deleting: True if its deletion was requested.
+        gone: True if it does not exist any more; the rest is its last state.
     """
 
     uid: str
@@ -146,17 +146,17 @@ class PodState:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing of it runs any more."""
+        """True if none of its containers runs any more."""
         return self.gone or self.phase in ("Succeeded", "Failed")
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What is known of a Job and its pods.
+class Snapshot:
+    """The latest known states of a Job and its pods.
 
     Attributes:
-        job: None before it was seen.
-        pods: in the order of their creation.
+        job: The Job; None before it was seen.
+        pods: The pods in the order of their creation.
     """
 
     job: JobState | None = None
@@ -164,23 +164,23 @@ class Seen:
 
     @property
     def ended(self) -> bool:
-        """Whether the Job has ended or is gone."""
+        """True if the Job has ended or is gone."""
         return self.job is not None and self.job.ended
 
     @property
     def started(self) -> bool:
-        """Whether the command has ever run."""
+        """True if the command has ever run."""
         return any(pod.main.started for pod in self.pods)
 
     @property
     def last_pod(self) -> PodState | None:
-        """The pod that tells how the run ended: the last one that got so far, else the last one."""
-        told = [pod for pod in self.pods if pod.main.exit_code is not None or pod.ended]
-        return (told or self.pods or (None,))[-1]
+        """The pod whose end is the run's end: the last one that has ended, else the last one."""
+        ended = [pod for pod in self.pods if pod.main.exit_code is not None or pod.ended]
+        return (ended or self.pods or (None,))[-1]
 
     @property
     def status(self) -> RunStatus:
-        """In MLflow's words. ``startTime`` is not enough to be RUNNING: a container must run, or have run."""
+        """The status in MLflow's words. ``startTime`` does not make it RUNNING: a container must run, or have run."""
         job = self.job
         if job is not None and job.ended:
             return RunStatus.FINISHED if job.complete else RunStatus.FAILED
@@ -190,11 +190,11 @@ class Seen:
 
 
 def read_job(raw: Mapping[str, Any], *, deleted: bool = False) -> JobState:
-    """The state of a Job from its JSON.
+    """Return the state of a Job.
 
     Args:
-        raw: of the Job.
-        deleted: this is its last state.
+        raw: The JSON of the Job.
+        deleted: True if this is its last state.
     """
     meta, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
     conditions = _conditions(status)
@@ -214,11 +214,11 @@ def read_job(raw: Mapping[str, Any], *, deleted: bool = False) -> JobState:
 
 
 def read_pod(raw: Mapping[str, Any], *, gone: bool = False) -> PodState:
-    """The state of a pod from its JSON.
+    """Return the state of a pod.
 
     Args:
-        raw: of the pod.
-        gone: this is its last state.
+        raw: The JSON of the pod.
+        gone: True if this is its last state.
     """
     meta, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
     containers = spec.get("containers") or [{}]
@@ -248,7 +248,7 @@ def read_pod(raw: Mapping[str, Any], *, gone: bool = False) -> PodState:
 
 
 def job_of_pod(raw: Mapping[str, Any]) -> str | None:
-    """The uid of the Job that a pod belongs to, or did before it was orphaned."""
+    """Return the uid of the Job that a pod belongs to, or belonged to before it was orphaned; None if there is none."""
     labels = raw["metadata"].get("labels") or {}
     return next((labels[name] for name in _OWNER_LABELS if name in labels), None)
 

@@ -20,85 +20,88 @@ from mlfleet._concurrency.cancellation import complete
 from mlfleet.backends._remote.state_cache import CachedState, StateCache
 from mlfleet.backends.kubernetes.client import ApiError, KubernetesClient, Pool, reconnect_pause
 from mlfleet.backends.kubernetes.login import Cluster
-from mlfleet.backends.kubernetes.state import MANAGED_BY, JobState, PodState, Seen, job_of_pod, read_job, read_pod
+from mlfleet.backends.kubernetes.state import MANAGED_BY, JobState, PodState, Snapshot, job_of_pod, read_job, read_pod
 from mlfleet.errors import BackendError, MlfleetError
 
 __all__ = ["NamespaceWatch", "SharedWatch", "WatchPool"]
 
 _log = logging.getLogger("mlfleet.kubernetes")
 _PAGE = "100"  # objects of a list at once: thousands would be decoded in one piece, and hold up the event loop
-_LASTS = (120, 180)  # seconds of one watch, not the same for all who watch
+_LASTS = (120, 180)  # seconds of one watch; random, so that clients do not all come back at once
 _IDLE = 75.0  # seconds
 _SHORT = 1.0  # seconds; a watch that ends sooner without an event is not tried again at once
-_FIRST = 20.0  # seconds for the first answer: who submits to a cluster that is not there is told soon
-_PATIENCE = 90.0  # seconds for a later one
-_AWAY = 3600.0  # seconds without any answer, after which the cluster is given up
-_REFUSED = 300.0  # seconds for which credentials that cannot be had are asked for again
-_TURN = (0.001, 0.008)  # seconds of events that are handled in one turn of the event loop
+_FIRST_LIST_SECONDS = 20.0  # seconds for the first list: a submit to a cluster that is not there must fail soon
+_LIST_SECONDS = 90.0  # seconds for a later list
+_UNREACHABLE_SECONDS = 3600.0  # seconds without any answer after which the cluster is given up
+_LOGIN_SECONDS = 300.0  # seconds for which a login that fails is tried again
+_SLICE = (0.001, 0.008)  # seconds of events to handle in one iteration of the event loop, at first and at most
 _REMEMBERED = 4096  # deleted Jobs
 
 
 class NamespaceWatch:
-    """What is known of the runs of one namespace, by the uid of the Job. Somebody who waits costs no request.
+    """The states of the runs of one namespace, by the uid of the Job. A waiter costs no request.
 
     Args:
-        client: of the cluster.
-        namespace: in it.
-        idle: seconds without a byte, after which a connection is taken for dead; bookmarks come once a minute.
+        client: The client of the cluster.
+        namespace: The namespace.
+        idle: Seconds without a byte after which a connection counts as broken; bookmarks come once a minute.
+
+    Attributes:
+        failed: The error with which the watch has ended; None while it goes on.
     """
 
     def __init__(self, client: KubernetesClient, namespace: str, *, idle: float = _IDLE) -> None:
-        self._store = _Store()
-        self._watch: StateCache[Seen] = StateCache(self._feed, name=f"the watch of the namespace {namespace}")
+        self._store = _LastStates()
+        self._cache: StateCache[Snapshot] = StateCache(self._feed, name=f"the watch of the namespace {namespace}")
         jobs, pods = f"/apis/batch/v1/namespaces/{namespace}/jobs", f"/api/v1/namespaces/{namespace}/pods"
-        labels, now = {"labelSelector": f"{MANAGED_BY}=mlfleet"}, self._watch.now
-        self._followers = (
-            _Follower(client, jobs, labels, self._take_job, self._take_jobs, now, idle),
-            _Follower(client, pods, labels, self._take_pod, self._take_pods, now, idle),
+        labels, now = {"labelSelector": f"{MANAGED_BY}=mlfleet"}, self._cache.now
+        self._reflectors = (
+            _Reflector(client, jobs, labels, self._put_job, self._replace_jobs, now, idle),
+            _Reflector(client, pods, labels, self._put_pod, self._replace_pods, now, idle),
         )
         self._synced = anyio.Event()
         self.failed: MlfleetError | None = None
 
     async def __aenter__(self) -> Self:
-        await self._watch.__aenter__()
+        await self._cache.__aenter__()
         try:
             await self._synced.wait()
             if self.failed is not None:
                 raise self.failed
         except BaseException:
-            await self._watch.__aexit__(None, None, None)
+            await self._cache.__aexit__(None, None, None)
             raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._watch.__aexit__(kind, error, trace)
+        await self._cache.__aexit__(kind, error, trace)
 
-    def track(self, job: JobState) -> CachedState[Seen]:
-        """Follow a Job that exists; `untrack` as often as this was called.
+    def track(self, job: JobState) -> CachedState[Snapshot]:
+        """Follow a Job that exists; call `untrack` once for each call.
 
         Args:
-            job: as the answer had it that told of it; events that came earlier than the answer are not lost.
+            job: The Job in the answer that named it. Events that arrived before that answer are not lost.
         """
-        cell = self._watch.track(job.uid)
+        cell = self._cache.track(job.uid)
         if cell.value is None:
-            cell.put(self._store.seen(job.uid, job))
+            cell.put(self._store.snapshot(job.uid, job))
         return cell
 
     def untrack(self, uid: str) -> None:
-        """Take back one `track`."""
-        self._watch.untrack(uid)
-        if uid not in self._watch.keys:
+        """Undo one call of `track`."""
+        self._cache.untrack(uid)
+        if uid not in self._cache.keys:
             self._store.forget(uid)
 
-    # ---- what feeds it ----------------------------------------------------------------------------------------------
+    # ---- feeding the cache ------------------------------------------------------------------------------------------
 
-    async def _feed(self, watch: StateCache[Seen]) -> None:
+    async def _feed(self, watch: StateCache[Snapshot]) -> None:
         try:
             async with anyio.create_task_group() as group:
-                for follower in self._followers:
-                    group.start_soon(follower.run)
+                for reflector in self._reflectors:
+                    group.start_soon(reflector.run)
         except* MlfleetError as errors:
             first: BaseException = errors
             while isinstance(first, BaseExceptionGroup):
@@ -111,47 +114,47 @@ class NamespaceWatch:
                 self._synced.set()
 
     def _listed(self) -> None:
-        if all(follower.listed for follower in self._followers):
+        if all(reflector.listed for reflector in self._reflectors):
             self._synced.set()
 
-    def _take_job(self, kind: str, raw: Mapping[str, Any]) -> None:
+    def _put_job(self, kind: str, raw: Mapping[str, Any]) -> None:
         job = read_job(raw, deleted=kind == "DELETED")
         self._store.put_job(job)
-        if self._watch.get(job.uid) is not None:
-            self._watch.put(job.uid, self._store.seen(job.uid))
+        if self._cache.get(job.uid) is not None:
+            self._cache.put(job.uid, self._store.snapshot(job.uid))
         elif job.deleted:
             self._store.forget(job.uid)
 
-    def _take_jobs(self, raws: list[Mapping[str, Any]], asked_at: int) -> bool:
-        """A complete list.
+    def _replace_jobs(self, raws: list[Mapping[str, Any]], asked_at: int) -> bool:
+        """Take over a complete list.
 
         Returns:
-            Whether it must be asked for again: somebody tracks a Job that may be younger than this list.
+            True if the list must be read again: a tracked Job may be younger than this list.
         """
         self._listed()
         listed = {job.uid: job for job in map(read_job, raws)}
         self._store.put_jobs(listed)
-        seen = {uid: self._store.seen(uid) for uid in self._watch.keys if uid in listed}
-        self._watch.replace(seen, asked_at=asked_at, gone=self._vanished)
-        unknown = [uid for uid in self._watch.keys if uid not in listed]
-        return any((known := self._watch.get(uid)) is not None and not known.ended for uid in unknown)
+        snapshots = {uid: self._store.snapshot(uid) for uid in self._cache.keys if uid in listed}
+        self._cache.replace(snapshots, asked_at=asked_at, gone=self._mark_unseen)
+        unknown = [uid for uid in self._cache.keys if uid not in listed]
+        return any((known := self._cache.get(uid)) is not None and not known.ended for uid in unknown)
 
-    def _vanished(self, last: Seen | None) -> Seen:
+    def _mark_unseen(self, last: Snapshot | None) -> Snapshot:
         assert last is not None  # noqa: S101 - nothing is tracked without a first state
         assert last.job is not None  # noqa: S101
         if last.job.deleted:
             return last
         self._store.put_job(replace(last.job, deleted=True, unseen=True))
-        return self._store.seen(last.job.uid)
+        return self._store.snapshot(last.job.uid)
 
-    def _take_pod(self, kind: str, raw: Mapping[str, Any]) -> None:
+    def _put_pod(self, kind: str, raw: Mapping[str, Any]) -> None:
         owner = job_of_pod(raw)
         if owner is None:
             return
         self._store.put_pod(owner, read_pod(raw, gone=kind == "DELETED"))
-        self._tell(owner)
+        self._publish(owner)
 
-    def _take_pods(self, raws: list[Mapping[str, Any]], asked_at: int) -> bool:
+    def _replace_pods(self, raws: list[Mapping[str, Any]], asked_at: int) -> bool:
         self._listed()
         listed: dict[str, dict[str, PodState]] = {}
         for raw in raws:
@@ -160,20 +163,20 @@ class NamespaceWatch:
                 pod = read_pod(raw)
                 listed.setdefault(owner, {})[pod.uid] = pod
         self._store.put_pods(listed)
-        for uid in self._watch.keys:
-            self._tell(uid)
+        for uid in self._cache.keys:
+            self._publish(uid)
         return False
 
-    def _tell(self, uid: str) -> None:
-        known = self._watch.get(uid)
+    def _publish(self, uid: str) -> None:
+        known = self._cache.get(uid)
         if known is not None:
-            self._watch.put(uid, self._store.seen(uid, known.job))
+            self._cache.put(uid, self._store.snapshot(uid, known.job))
         else:
             self._store.forget_if_gone(uid)
 
 
-class _Store:
-    """The last state of every Job and pod that was seen, also of those that nobody tracks yet.
+class _LastStates:
+    """The last state of every Job and pod that was seen, also of those that are not tracked yet.
 
     An event may come before the answer to the POST that made its Job.
     """
@@ -183,10 +186,10 @@ class _Store:
         self._deleted: OrderedDict[str, JobState] = OrderedDict()
         self._pods: dict[str, dict[str, PodState]] = {}
 
-    def seen(self, uid: str, job: JobState | None = None) -> Seen:
+    def snapshot(self, uid: str, job: JobState | None = None) -> Snapshot:
         # Times of creation are whole seconds: of pods that are alike in that, the watch told the older one first.
         pods = sorted(self._pods.get(uid, {}).values(), key=lambda pod: pod.created)
-        return Seen(self._jobs.get(uid) or self._deleted.get(uid) or job, tuple(pods))
+        return Snapshot(self._jobs.get(uid) or self._deleted.get(uid) or job, tuple(pods))
 
     def put_job(self, job: JobState) -> None:
         if not job.deleted:
@@ -214,7 +217,7 @@ class _Store:
         self._pods = listed
 
     def forget(self, uid: str) -> None:
-        """Nobody tracks it any more."""
+        """Forget the pods of a Job that is not tracked any more."""
         if uid not in self._jobs:
             self._pods.pop(uid, None)
 
@@ -223,32 +226,32 @@ class _Store:
             self._pods.pop(uid, None)
 
 
-class _Turn:
-    """A share of the event loop's time: as much as all others took the last time, and little at first.
+class _TimeSlice:
+    """A share of the event loop's time: as much as all other tasks took the last time, and little at first.
 
-    So a watch neither holds them up nor falls behind: it gets up to twice as much each time that was not enough.
-    Counted by this thread's own time: that a machine is busy is no reason to do less.
+    So a watch neither delays them nor falls behind: its share may double each time that it was not enough. Counted in
+    CPU time of this thread, which does not depend on how busy the machine is.
     """
 
     def __init__(self) -> None:
-        self._share = self._most = _TURN[0]
+        self._share = self._most = _SLICE[0]
         self._began = time.thread_time()
 
     @property
     def is_over(self) -> bool:
         return time.thread_time() - self._began > self._share
 
-    async def pass_on(self) -> None:
-        """Let the others have theirs."""
+    async def yield_to_loop(self) -> None:
+        """Let other tasks run."""
         left = time.thread_time()
         await asyncio.sleep(0)
         self._began = time.thread_time()
-        self._most = min(2 * self._most, _TURN[1])
-        self._share = min(max(self._began - left, _TURN[0]), self._most)
+        self._most = min(2 * self._most, _SLICE[1])
+        self._share = min(max(self._began - left, _SLICE[0]), self._most)
 
 
-class _Follower:
-    """Lists and watches one kind of object.
+class _Reflector:
+    """Lists and watches one kind of object (the word is that of Kubernetes' client-go).
 
     https://kubernetes.io/docs/reference/using-api/api-concepts/#efficient-detection-of-changes
     """
@@ -258,8 +261,8 @@ class _Follower:
         client: KubernetesClient,
         path: str,
         selector: Mapping[str, str],
-        take: Callable[[str, Mapping[str, Any]], None],
-        take_all: Callable[[list[Mapping[str, Any]], int], bool],
+        put: Callable[[str, Mapping[str, Any]], None],
+        replace_all: Callable[[list[Mapping[str, Any]], int], bool],
         now: Callable[[], int],
         idle: float,
     ) -> None:
@@ -268,68 +271,68 @@ class _Follower:
         self._now = now
         self._path = path
         self._selector = selector
-        self._take = take
-        self._take_all = take_all
+        self._put = put
+        self._replace_all = replace_all
         self._what = f"following {path.rpartition('/')[2]}"
         self._version: str | None = None
         self._attempt = 0
-        self._good_at = 0.0
+        self._last_success = 0.0
         self.listed = False
 
     async def run(self) -> None:
-        """Follow for ever.
+        """Follow until cancelled.
 
         Raises:
-            BackendError: it is not allowed, or the cluster has not answered for too long.
+            BackendError: The watch is not allowed, or the cluster has not answered for too long.
         """
         self._version = None
-        self._good_at = time.monotonic()
+        self._last_success = time.monotonic()
         while True:
             try:
                 if self._version is None:
                     await self._list()
                 began = time.monotonic()
                 if not await self._watch() and time.monotonic() - began < _SHORT:
-                    await self._rest(None)
-                self._doubt_silence()
+                    await self._pause(None)
+                self._relist_if_silent()
             except ApiError as error:
-                self._doubt_silence()
+                self._relist_if_silent()
                 if error.status == 410:
                     self._version = None
                 elif not error.is_transient and error.status != 401:
                     raise
-                self._check_patience(error, _REFUSED if error.status == 401 else _AWAY)
+                self._check_deadline(error, _LOGIN_SECONDS if error.status == 401 else _UNREACHABLE_SECONDS)
                 _log.debug("%s", error)
-                await self._rest(error.retry_after)
+                await self._pause(error.retry_after)
             except BackendError as error:
-                self._check_patience(error, _REFUSED)
+                self._check_deadline(error, _LOGIN_SECONDS)
                 _log.warning("%s", error)
-                await self._rest(None)
+                await self._pause(None)
 
-    async def _rest(self, asked: float | None) -> None:
+    async def _pause(self, asked: float | None) -> None:
         seconds = reconnect_pause(self._attempt, asked)
         self._attempt += 1
         await anyio.sleep(seconds)
 
-    def _check_patience(self, error: BackendError, seconds: float) -> None:
-        if not self.listed or time.monotonic() - self._good_at > seconds:
-            # Before the first list nothing is under way: who submits is told at once.
+    def _check_deadline(self, error: BackendError, seconds: float) -> None:
+        if not self.listed or time.monotonic() - self._last_success > seconds:
+            # Before the first list there are no runs to keep: the submit fails at once.
             raise error
 
-    def _doubt_silence(self) -> None:
-        """List again after a long silence: bookmarks at least should have come.
+    def _relist_if_silent(self) -> None:
+        """List again after a long silence, in which bookmarks at least should have arrived.
 
-        From a version that the server does not know yet, as after it was restored from a backup, nothing ever comes.
+        A watch from a version that the server has not reached yet (after it was restored from a backup) stays silent.
         """
-        if time.monotonic() - self._good_at > self._idle:
+        if time.monotonic() - self._last_success > self._idle:
             self._version = None
 
-    def _good(self) -> None:
+    def _note_success(self) -> None:
         self._attempt = 0
-        self._good_at = time.monotonic()
+        self._last_success = time.monotonic()
 
     async def _list(self) -> None:
-        """A consistent read: no resourceVersion is given, since "0" may be older than the Job just made."""
+        """Read a consistent list: without a resourceVersion, since "0" may be older than the Job just created."""
         again = True
         while again:
             asked_at = self._now()
@@ -337,7 +340,11 @@ class _Follower:
             params = {**self._selector, "limit": _PAGE}
             while True:
                 answer = await self._client.call(
-                    self._what, "GET", self._path, params=params, seconds=_PATIENCE if self.listed else _FIRST
+                    self._what,
+                    "GET",
+                    self._path,
+                    params=params,
+                    seconds=_LIST_SECONDS if self.listed else _FIRST_LIST_SECONDS,
                 )
                 items += answer.get("items") or ()
                 meta = answer.get("metadata") or {}
@@ -345,15 +352,15 @@ class _Follower:
                     break
                 params["continue"] = meta["continue"]
             self.listed = True
-            again = self._take_all(items, asked_at)
-        self._good()
+            again = self._replace_all(items, asked_at)
+        self._note_success()
         self._version = str(meta.get("resourceVersion") or "")
 
     async def _watch(self) -> bool:
-        """Take events until the server ends the watch, as it does after a while.
+        """Handle events until the server ends the watch, as it does after a while.
 
         Returns:
-            Whether there was any event.
+            True if there was any event.
         """
         seconds = random.randint(*_LASTS)  # noqa: S311 - no secret
         params = {
@@ -374,12 +381,12 @@ class _Follower:
                     continue
                 *lines, rest = pending.split(b"\n")
                 pending = bytearray(rest)  # of an event that is cut off, if this was the last of it
-                turn = _Turn()
+                time_slice = _TimeSlice()
                 for line in filter(bytearray.strip, lines):
                     self._event(line)
                     count += 1
-                    if turn.is_over:
-                        await turn.pass_on()
+                    if time_slice.is_over:
+                        await time_slice.yield_to_loop()
         return count > 0
 
     def _event(self, line: bytearray) -> None:
@@ -400,9 +407,9 @@ class _Follower:
                 reason=str(raw.get("reason") or ""),
                 retry_after=float(seconds) if seconds else None,
             )
-        self._good()
+        self._note_success()
         if kind in ("ADDED", "MODIFIED", "DELETED"):
-            self._take(kind, raw)
+            self._put(kind, raw)
         self._version = version
 
 
