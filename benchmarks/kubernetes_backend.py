@@ -1,11 +1,11 @@
-"""What following hundreds of Jobs costs, on the fake API server of the tests, which runs in a process of its own.
+"""Measures what following hundreds of Jobs costs, on the fake API server of the tests in a process of its own.
 
-Counts the watches and the requests of each run; measures how long after a Job's last event was sent `wait` returns, and
-for how long the event loop of the driver stands still: by the CPU time of its thread, so that what else the machine
-does is no stall. A busy machine is slower all the same, which the first line of each table tells: a million turns of an
-empty loop take 15 to 25 ms on a quiet one. Each measurement has a process of its own; shown are the medians of several.
-With --minute it also counts the requests for 100 runs of one minute, beside those of the reference, which asks for each
-run every few seconds (the interval is read from its source).
+Counts the watches, and the requests of each run with and without a Secret. Measures the time from a Job's last event
+to the return of ``wait``, and how long the event loop of the driver stands still: in CPU time of its thread, which
+does not depend on other programs. Their effect on the rest shows in the figure of an empty loop: a million iterations
+take 15 to 25 ms on a quiet machine. Each measurement has a process of its own; the figures are medians. ``--minute``
+also compares the requests for 100 runs of one minute with those of the reference, which polls each run (the interval
+is read from its source).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from _figures import add_options, report
 from mlfleet.backends.base import Job
 from mlfleet.backends.kubernetes import KubernetesBackend
 from mlfleet.backends.kubernetes.config import KubernetesConfig, parse_config
@@ -39,10 +40,13 @@ if TYPE_CHECKING:
     from aiohttp import web
 
 TESTS = Path(__file__).parent.parent / "tests"
+WATCHES, REQUESTS = "Kubernetes: watches", "Kubernetes: requests per run"
+SECRET_REQUESTS = "Kubernetes: requests per run with a Secret"
+KINDS = (("/apis/batch/v1/namespaces/default", "jobs"), ("/api/v1/namespaces/default", "pods"))
 
 
 async def serve(folder: Path) -> None:
-    """The fake, and what it has counted at /stats; until stdin ends."""
+    """Serve the fake, with its counts at /stats, until stdin ends."""
     from aiohttp import web
 
     sys.path.insert(0, str(TESTS))
@@ -74,7 +78,7 @@ async def serve(folder: Path) -> None:
         await asyncio.to_thread(sys.stdin.read)
 
 
-async def measure(count: int, seconds: float) -> dict[str, float]:
+async def measure(count: int, seconds: float, *, secret: bool) -> dict[str, float]:
     """Start `count` runs at once that take `seconds` each."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -88,21 +92,23 @@ async def measure(count: int, seconds: float) -> dict[str, float]:
         url = (await server.stdout.readline()).decode().strip()
         try:
             config = parse_config({"code-delivery": "none", "image": "x:1"}, {"KUBECONFIG": str(folder / "kubeconfig")})
-            return await follow(count, seconds, config, folder, url)
+            return await follow(count, seconds, config, folder, url, secret=secret)
         finally:
             server.stdin.close()
             await server.wait()
 
 
-async def follow(count: int, seconds: float, config: KubernetesConfig, folder: Path, url: str) -> dict[str, float]:
+async def follow(
+    count: int, seconds: float, config: KubernetesConfig, folder: Path, url: str, *, secret: bool
+) -> dict[str, float]:
     returned: dict[str, float] = {}
     async with KubernetesBackend() as backend:
-        # The first run opens connections and reads credentials, which is no part of what each costs.
+        # The first run opens connections and logs in, which does not belong to the cost of each run.
         await (await backend.submit(job(config, folder, 0))).wait()
         before = await asyncio.to_thread(stats, url)
         delays: list[float] = []
         pauses: list[float] = [0.0]
-        jobs = [job(config, folder, seconds) for _ in range(count)]
+        jobs = [job(config, folder, seconds, secret=secret) for _ in range(count)]
         ticker = asyncio.create_task(tick(delays))
         gc.callbacks.append(partial(collecting, pauses))
         cpu = time.thread_time()
@@ -119,12 +125,13 @@ async def follow(count: int, seconds: float, config: KubernetesConfig, folder: P
         after = await asyncio.to_thread(stats, url)
     made = after["requests"][len(before["requests"]) :]
     latencies = [at - after["ended"][name] for name, at in returned.items()]
+    lists = {("GET", f"{base}/{kind}") for base, kind in KINDS}
     stalls = [delay for delay in delays if delay > 0.005]
     return {
-        "a million turns of an empty loop, ms": spin() * 1000,
-        "runs": count,
-        "watches opened": sum(watch for _, _, watch in made),
-        "requests per run": len(made) / count,
+        "a million iterations of an empty loop, ms": spin() * 1000,
+        WATCHES: sum(watch for _, _, watch in made),
+        # Without the two watches and the lists that they begin with, which all runs share.
+        REQUESTS: sum(not (watch or (method, path) in lists) for method, path, watch in made) / count,
         "wait() after the last event, p50 ms": percentile(latencies, 0.5) * 1000,
         "wait() after the last event, p95 ms": percentile(latencies, 0.95) * 1000,
         "stalls above 5 ms, total s": sum(stalls),
@@ -136,14 +143,14 @@ async def follow(count: int, seconds: float, config: KubernetesConfig, folder: P
 
 async def tick(delays: list[float]) -> None:
     while True:
-        # The CPU time of this thread, not the clock: what else the machine does is no stall of ours.
+        # The CPU time of this thread, not the clock: other programs must not count as a stall.
         began = time.thread_time()
         await asyncio.sleep(0.001)
         delays.append(time.thread_time() - began)
 
 
 def collecting(pauses: list[float], phase: str, info: object) -> None:
-    """How long Python's garbage collector holds up everything: a matter of all that the process has."""
+    """Measure how long Python's garbage collector stops everything, which depends on all objects of the process."""
     now = time.thread_time()
     if phase == "start":
         pauses.append(-now)
@@ -158,11 +165,11 @@ def spin() -> float:
     return time.thread_time() - began
 
 
-def job(config: KubernetesConfig, folder: Path, seconds: float) -> Job:
+def job(config: KubernetesConfig, folder: Path, seconds: float, *, secret: bool = False) -> Job:
     run_id = uuid.uuid4().hex
     return Job(
         run_id=run_id, experiment_id="0", project_name="bench", project_dir=folder / "project", command=str(seconds),
-        output=folder / run_id / "output.log", config=config,
+        output=folder / run_id / "output.log", config=config, secrets={"TOKEN": "hush"} if secret else {},
     )  # fmt: skip
 
 
@@ -172,23 +179,21 @@ def stats(url: str) -> Any:
         return json.loads(answer.read())
 
 
-def measured(count: int, seconds: float) -> dict[str, float]:
-    return asyncio.run(measure(count, seconds))
+def measured(count: int, seconds: float, *, secret: bool = False) -> dict[str, float]:
+    return asyncio.run(measure(count, seconds, secret=secret))
 
 
 def processes_of_their_own() -> ProcessPoolExecutor:
-    """One for each measurement: what an earlier one has left is not to be collected in the next."""
+    """Return a pool with a new process for each measurement, whose garbage does not slow the next one down."""
     return ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1)
 
 
-def in_the_middle(rows: list[dict[str, float]]) -> dict[str, float]:
-    """The median of each figure, and the worst of the longest stalls."""
-    row = {name: statistics.median(each[name] for each in rows) for name in rows[0]}
-    return row | {"longest stall, worst, ms": max(each["longest stall, ms"] for each in rows)}
+def medians(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(each[name] for each in rows) for name in rows[0]}
 
 
 def reference_requests(count: int, seconds: float) -> float:
-    """Of the reference: one that creates each Job, and one poll of each for every interval."""
+    """Return the reference's requests: one that creates each Job, and one poll of each Job in every interval."""
     # Not imported: it looks for packages by names that benchmarks beside this one have, too.
     spec = importlib.util.find_spec("mlflow")
     assert spec is not None
@@ -201,34 +206,31 @@ def reference_requests(count: int, seconds: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, nargs="*", default=[500, 1000], help="how many at once")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each run")
-    parser.add_argument("--repeat", type=int, default=3, help="measurements of each (default: 3)")
-    parser.add_argument("--minute", action="store_true", help="also 100 runs of one minute, beside the reference")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--runs", type=int, nargs="*", default=[500, 1000], help="runs in flight (default: 500 1000)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="seconds that each run takes (default: 5)")
+    parser.add_argument("--minute", action="store_true", help="also compare 100 runs of one minute with the reference")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
+    add_options(parser, rounds=3)
     options = parser.parse_args()
     if options.serve is not None:
         asyncio.run(serve(options.serve))
         return
     os.environ.pop("KUBECONFIG", None)
+    figures: dict[str, float] = {}
     with processes_of_their_own() as processes:
-        rows = [
-            in_the_middle([processes.submit(measured, count, options.seconds).result() for _ in range(options.repeat)])
-            for count in options.runs
-        ]
+        for count in options.runs:
+            rows = [processes.submit(measured, count, options.seconds).result() for _ in range(options.rounds)]
+            row = medians(rows)
+            for name in (WATCHES, REQUESTS):
+                figures[name] = max(figures.get(name, 0.0), row.pop(name))
+            figures |= {f"Kubernetes: {count} runs: {name}": value for name, value in row.items()}
+        figures[SECRET_REQUESTS] = processes.submit(measured, 100, 0.5, secret=True).result()[REQUESTS]
     if options.minute:
-        row = measured(100, 60.0)
-        row["requests of the reference per request of ours"] = reference_requests(100, 60.0) / (
-            row["requests per run"] * 100
+        made = measured(100, 60.0)[REQUESTS] * 100
+        figures["Kubernetes: requests of the reference / ours, 100 runs of a minute"] = (
+            reference_requests(100, 60.0) / made
         )
-        rows.append(row)
-    for row in rows:
-        for name, value in row.items():
-            print(f"{name:<50} {value:>10.3g}")
-        print()
-    if options.json is not None:
-        options.json.write_text(json.dumps(rows, indent=2))
+    report("kubernetes_backend", figures, options)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ class FakeCluster:
     """A cluster that acts as if containers ran.
 
     Attributes:
-        api: its API server.
-        node: what makes something of the Jobs.
-        created: the name of each Job that ever was.
-        folder: for its files.
-        play: what each container does, by the pod; to be replaced.
+        api: The API server.
+        node: The controllers and the kubelet.
+        created: The names of all Jobs that were ever created.
+        folder: The folder for files.
+        play: A function that returns the behaviour of a pod's containers; tests replace it.
     """
 
     api: KubernetesApi
@@ -39,7 +39,7 @@ class FakeCluster:
     created: list[str] = field(default_factory=list)
 
     async def config(self, **given: Any) -> KubernetesConfig:
-        """``backend_config`` with the keys given; an underscore stands for a hyphen."""
+        """Return a ``backend_config`` with the given keys; an underscore stands for a hyphen."""
         keys = {"code-delivery": "none", "image": "busybox:1"}
         keys.update({name.replace("_", "-"): value for name, value in given.items()})
         environ = {"KUBECONFIG": str(self.folder / "kubeconfig")}

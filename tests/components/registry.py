@@ -29,9 +29,9 @@ class Registry:
     """A running registry.
 
     Attributes:
-        host: ``127.0.0.1:<port>``, which an engine of this machine takes without TLS.
-        username: where it asks for one.
-        password: likewise.
+        host: The host as ``127.0.0.1:<port>``, which an engine of this machine accepts without TLS.
+        username: The user name, if the registry asks for one.
+        password: The password, if the registry asks for one.
     """
 
     host: str
@@ -39,7 +39,7 @@ class Registry:
     password: str = ""
 
     def push(self, engine: DockerEngine, image: str, name: str) -> str:
-        """Put an image of the engine here; its name, which the engine does not know afterwards."""
+        """Push an image of the engine, remove it there, and return its name."""
         uri = f"{self.host}/{name}"
         repo, _, tag = uri.rpartition(":")
         engine.call("POST", f"/images/{image}/tag?repo={repo}&tag={tag}")

@@ -28,10 +28,10 @@ class Place:
     """A cluster with real processes, and a project in a repository that is served over HTTP.
 
     Attributes:
-        api: of the cluster.
-        server: of Git.
-        repository: of the project.
-        folder: for files.
+        api: The API server of the cluster.
+        server: The Git server.
+        repository: The repository of the project.
+        folder: The folder for files.
     """
 
     api: KubernetesApi
@@ -44,7 +44,7 @@ class Place:
         return f"{self.server.url}/project.git"
 
     async def checkout(self, name: str = "mine") -> Path:
-        """The project as somebody has cloned it, with the password in the URL as many have it."""
+        """Clone the project with the password in the URL, as many people do."""
         folder = self.folder / name
         credentials = self.server.credentials
         url = self.url.replace("://", f"://{credentials}@") if credentials else self.url

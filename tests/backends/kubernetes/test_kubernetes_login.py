@@ -155,8 +155,8 @@ async def test_files_of_a_kubeconfig_are_merged(secured: Secured) -> None:
     await look(cluster)
 
 
-async def test_strange_authority_is_told_at_once(secured: Secured) -> None:
-    """It is no failure that passes: nobody shall wait for it."""
+async def test_untrusted_authority_fails_at_once(secured: Secured) -> None:
+    """The failure is permanent, so the request is not repeated."""
     trustme.CA().cert_pem.write_to_path(secured.folder / "ca.pem")
     with pytest.raises(ApiError, match=r"the certificate of fake is not trusted.*certificate-authority"):
         await look(await secured.cluster())
@@ -231,7 +231,7 @@ async def test_token_of_a_plugin_is_renewed_before_it_expires(secured: Secured) 
     assert set(secured.api.shown) == {"Bearer number-1", "Bearer number-2"}
 
 
-async def test_plugin_may_give_a_certificate_and_is_told_of_the_cluster(secured: Secured) -> None:
+async def test_plugin_may_return_a_certificate_and_gets_cluster_info(secured: Secured) -> None:
     secured.api.certificates = {client(secured, secured.folder)}
     status = {
         "clientCertificateData": (secured.folder / "client.pem").read_text(),
@@ -253,7 +253,7 @@ async def test_plugin_may_give_a_certificate_and_is_told_of_the_cluster(secured:
     assert told["cluster"]["certificate-authority-data"]
 
 
-async def test_secrets_of_a_plugin_that_fails_are_not_told(secured: Secured) -> None:
+async def test_error_of_a_plugin_does_not_show_its_output(secured: Secured) -> None:
     executable(secured.folder / "plugin", "echo token=hush-hush; echo the login has expired >&2; exit 3")
     user = {"exec": {"apiVersion": "client.authentication.k8s.io/v1", "command": "./plugin"}}
     with pytest.raises(BackendError, match=r"failed \(exit code 3\): the login has expired") as caught:
@@ -262,7 +262,7 @@ async def test_secrets_of_a_plugin_that_fails_are_not_told(secured: Secured) -> 
 
 
 async def test_plugin_neither_reads_the_terminal_nor_is_told_that_it_may(secured: Secured) -> None:
-    """kubernetes-asyncio alone lets it inherit standard input, which is the terminal of whoever runs mlfleet."""
+    """By itself kubernetes-asyncio lets the plugin inherit standard input, which may be the user's terminal."""
     executable(
         secured.folder / "plugin",
         f'cd {secured.folder}; readlink /proc/self/fd/0 > stdin; echo "$KUBERNETES_EXEC_INFO" > info\n'
@@ -290,7 +290,7 @@ async def test_cancelled_login_ends_its_plugin(secured: Secured) -> None:
     assert not psutil.pid_exists(pid)
 
 
-async def test_inline_keys_are_in_a_private_folder_that_goes_with_the_last_client(
+async def test_inline_keys_are_in_a_private_folder_until_the_last_client_closes(
     secured: Secured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the next client in this process gets files of its own, although the library remembers those of the first."""
@@ -377,7 +377,7 @@ async def test_mistyped_context_does_not_mean_the_cluster_around(secured: Secure
 
 
 async def test_proxy_of_the_environment(fake_cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fake is its own proxy: nobody could resolve the name."""
+    """The fake is its own proxy: the name cannot be resolved."""
     path, entry = fake_cluster.folder / "kubeconfig", {"server": "http://cluster.invalid"}
     await anyio.to_thread.run_sync(lambda: fake_cluster.api.kubeconfig(path, cluster=entry))
     monkeypatch.setenv("http_proxy", fake_cluster.api.url)
@@ -405,6 +405,6 @@ async def test_proxy_of_the_environment(fake_cluster: FakeCluster, monkeypatch: 
         ("https://api.example.com:6443", "", False),
     ],
 )
-def test_who_is_spared_the_proxy(host: str, spared: str, proxied: bool) -> None:
+def test_hosts_of_no_proxy(host: str, spared: str, proxied: bool) -> None:
     found = proxy_for(host, {"HTTPS_PROXY": "http://proxy:3128", "NO_PROXY": spared})
     assert found == (None if proxied else "http://proxy:3128")
