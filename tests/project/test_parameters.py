@@ -76,7 +76,7 @@ def test_values_that_have_no_text(value: object) -> None:
 def test_a_default_path_is_looked_for_in_the_project_after_the_callers_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caller, project = tmp_path / "caller", tmp_path / "project"
+    caller, project = tmp_path / "elsewhere" / "caller", tmp_path / "project"
     for folder in (caller, project / "data"):
         folder.mkdir(parents=True)
     (project / "data" / "a.csv").touch()
