@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import shlex
 from collections.abc import Mapping
 
@@ -42,6 +43,34 @@ def rendered(command: str, values: Mapping[str, str], extra: Mapping[str, str] |
 )
 def test_what_is_replaced_and_what_stays(command: str, result: str) -> None:
     assert rendered(command, {"x": "a b", "y": "1"}) == result
+
+
+@pytest.mark.parametrize(
+    ("command", "unknown"),
+    [
+        (
+            "python one.py {data_pth} {alpha}",
+            "{data_pth}, which is not a declared parameter, did you mean 'data_path'?",
+        ),
+        ("python two.py \"{data}\" {alpha} '{x}' {later}", "{data}"),
+        ("python three.py ${HOME} ${data} {} {a b} {a:5}", None),
+        ('t.py --json "{\\"a\\": {b}}"', None),
+        ("awk '{print}' file", None),
+        ("awk '{{print}}' {alpha}", None),
+    ],
+)
+def test_a_word_in_braces_that_is_not_a_parameter_is_a_warning(
+    caplog: pytest.LogCaptureFixture, command: str, unknown: str | None
+) -> None:
+    caplog.set_level(logging.WARNING, "mlfleet.project")
+    for value in ("1", "2"):
+        rendered(command, {"alpha": value, "data_path": "d"})
+    messages = [record.getMessage() for record in caplog.records]
+    if unknown is None:
+        assert messages == []
+    else:
+        assert unknown in messages[0]
+        assert len(messages) == 1 + ("{later}" in command)  # one for each word, not for each run
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
@@ -9,14 +10,18 @@ from functools import lru_cache
 from mlfleet._project.parameters import ResolvedParameters
 from mlfleet._project.shell import HOLE, Context, contexts, quote
 from mlfleet._project.spec import EntryPoint
+from mlfleet._text.documents import nearest
 from mlfleet.errors import ParameterError, SpecError
 
 __all__ = ["render"]
+
+_log = logging.getLogger("mlfleet.project")
 
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 # Names that may stay in the command as they are.
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
+_WORD = re.compile(r"[A-Za-z_]\w*", re.A)
 
 
 def render(entry_point: EntryPoint, parameters: ResolvedParameters, downloaded: Mapping[str, str] | None = None) -> str:
@@ -61,7 +66,13 @@ def _read(template: str, declared: frozenset[str]) -> tuple[str, tuple[str, ...]
 
     The result is cached, since it is the same for all runs of an entry point.
     """
-    text, names = _with_holes(template, declared)
+    text, names, unknown = _with_holes(template, declared)
+    for name in dict.fromkeys(unknown):
+        _log.warning(
+            "the command holds {%s}, which is not a declared parameter%s: bash gets it as it is",
+            name,
+            nearest(name, declared),
+        )
     *places, end = contexts(text)
     return text, tuple(names), tuple(places), end
 
@@ -104,15 +115,18 @@ def _check_text(entry_point: EntryPoint, values: Mapping[str, str], extra: Mappi
         raise ParameterError(f"the parameters {wrong} hold a NUL character, which no command can", names=wrong)
 
 
-def _with_holes(template: str, declared: Collection[str]) -> tuple[str, list[str]]:
-    """Return the command with a hole for each placeholder, and the names of the holes."""
+def _with_holes(template: str, declared: Collection[str]) -> tuple[str, list[str], list[str]]:
+    """Return the command with a hole for each placeholder, the names of the holes, and words that may be mistakes."""
+    unknown: list[str] = []
     text: list[str] = []
     names: list[str] = []
     # For each open brace whether it was written twice.
     doubled: list[bool] = []
+    in_single_quotes = False
     position = 0
     while match := _BRACES.search(template, position):
         text.append(template[position : match.start()])
+        in_single_quotes ^= text[-1].count("'") % 2 == 1
         position = match.end()
         braces = match[0]
         if braces in ("{{", "{"):
@@ -127,4 +141,8 @@ def _with_holes(template: str, declared: Collection[str]) -> tuple[str, list[str
             text.append(HOLE)
         else:
             text.append(braces)
-    return "".join([*text, template[position:]]), names
+            # Neither ${name}, nor a part of JSON, nor a program of awk in single quotes.
+            is_variable = template[max(match.start() - 1, 0) : match.start()] == "$"
+            if _WORD.fullmatch(match[1]) and not (doubled or is_variable or in_single_quotes):
+                unknown.append(match[1])
+    return "".join([*text, template[position:]]), names, unknown
