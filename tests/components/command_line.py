@@ -31,12 +31,12 @@ _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 def mlfleet(
     *arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run it to its end on pipes.
+    """Run the command line to its end on pipes.
 
     Args:
-        arguments: after the program's name.
-        cwd: its working directory.
-        env: variables on top of this process's.
+        arguments: The arguments after the program's name.
+        cwd: The working directory; None: this process's.
+        env: Variables on top of this process's.
     """
     return subprocess.run(
         [*ARGV, *arguments], cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, check=False
@@ -44,11 +44,11 @@ def mlfleet(
 
 
 class Started:
-    """A command line that runs, with what it writes read by us.
+    """A running command line whose output is read by the test.
 
     Attributes:
-        process: its process.
-        seen: all that was read of it so far.
+        process: The process.
+        seen: All output that was read so far.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], output: IO[bytes], keyboard: int | None) -> None:
@@ -65,7 +65,7 @@ class Started:
         return self.plain
 
     def press_ctrl_c(self) -> None:
-        """What the key does: the terminal sends SIGINT to the programs in its foreground."""
+        """Press Ctrl-C: the terminal sends SIGINT to the programs in its foreground."""
         assert self._keyboard is not None
         os.write(self._keyboard, CTRL_C)
 
@@ -74,7 +74,7 @@ class Started:
         self.process.send_signal(number)
 
     def finish(self) -> int:
-        """Read to the end; the exit code."""
+        """Read to the end and return the exit code."""
         while self._read():
             pass
         return self.process.wait(30)
@@ -97,13 +97,13 @@ class Started:
 def started(
     *arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None, before: Sequence[str] = ()
 ) -> Iterator[Started]:
-    """Start it with stdout and stderr in one pipe; it is killed if it outlives the block.
+    """Start it with stdout and stderr in one pipe; it is ended with the block.
 
     Args:
-        arguments: after the program's name.
-        cwd: its working directory.
-        env: variables on top of this process's.
-        before: a program that starts it.
+        arguments: The arguments after the program's name.
+        cwd: The working directory; None: this process's.
+        env: Variables on top of this process's.
+        before: The program, with its arguments, that starts it.
     """
     with subprocess.Popen(
         [*before, *ARGV, *arguments],
@@ -123,12 +123,12 @@ def started(
 
 @contextmanager
 def on_terminal(*arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Iterator[Started]:
-    """Start it on a terminal of 100 columns that it controls; it is killed if it outlives the block.
+    """Start it on a terminal of 100 columns that it controls; it is ended with the block.
 
     Args:
-        arguments: after the program's name.
-        cwd: its working directory.
-        env: variables on top of this process's.
+        arguments: The arguments after the program's name.
+        cwd: The working directory; None: this process's.
+        env: Variables on top of this process's.
     """
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))

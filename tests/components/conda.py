@@ -1,6 +1,6 @@
 """A real conda, made of what PyPI has, and a channel of four packages to install from; without network but for PyPI.
 
-conda is no package of PyPI, but conda-lock carries its code. The channel's Python is a link to this interpreter.
+conda is not a package of PyPI, but conda-lock contains its code. The channel's Python is a link to this interpreter.
 """
 
 from __future__ import annotations
@@ -258,8 +258,8 @@ class StandIn:
     """A program that passes for mamba or micromamba.
 
     Attributes:
-        path: of the program.
-        log: the command lines that it got, one each.
+        path: The program.
+        log: The file with the command lines that it got, one in each line.
     """
 
     path: Path

@@ -1,4 +1,4 @@
-"""A plain HTTP server for files, with what real ones do: validators, redirections, passwords and large answers."""
+"""A plain HTTP server for files, with validators, redirections, passwords and large answers, as real ones have."""
 
 from __future__ import annotations
 

@@ -40,8 +40,8 @@ class Minilake:
     """A running emulator.
 
     Attributes:
-        url: of the workspace.
-        folder: with its files.
+        url: The URL of the workspace.
+        folder: The folder with its files.
     """
 
     url: str
@@ -141,7 +141,7 @@ class Databricks(FlakyProxy):
     """What stands before the emulator: it counts requests, makes faults, and ends cancelled runs as Databricks does.
 
     Attributes:
-        fault: decides about one request before it is passed on.
+        fault: Decides about a request before it is passed on; None: every request is passed on.
     """
 
     def __init__(self, minilake: Minilake) -> None:

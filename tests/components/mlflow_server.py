@@ -37,12 +37,12 @@ class MlflowServer:
     """A running server.
 
     Attributes:
-        url: its tracking URI.
-        folder: with its database ``mlflow.db`` and its artifacts.
-        username: of its administrator, where it asks for one.
-        password: likewise.
-        workspace: what is used of it, if it has workspaces.
-        python: an interpreter with the client of its version.
+        url: The tracking URI.
+        folder: The folder with its database ``mlflow.db`` and its artifacts.
+        username: The name of its administrator; empty if it asks for none.
+        password: The administrator's password; empty if it asks for none.
+        workspace: The workspace to use; empty if it has none.
+        python: An interpreter with the client of its version.
     """
 
     url: str
@@ -66,7 +66,7 @@ class MlflowServer:
 
 @pytest.fixture(scope="session")
 def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    """A server that asks nobody who he is."""
+    """A server without authentication."""
     folder = tmp_path_factory.mktemp("mlflow-server")
     with serve(folder) as url:
         yield MlflowServer(url, folder)

@@ -12,10 +12,10 @@ def write_project(folder: Path, command: str, *, parameters: str = "", extra: st
     """Write an MLproject with one entry point that needs no environment of its own.
 
     Args:
-        folder: is made.
-        command: of the entry point ``main``; bash.
+        folder: The folder to create.
+        command: The command of the entry point ``main``, for bash.
         parameters: YAML for the inside of ``parameters:``, as in ``alpha: float``.
-        extra: more top-level YAML.
+        extra: More top-level YAML.
 
     Returns:
         The project's URI.
@@ -30,7 +30,7 @@ def write_project(folder: Path, command: str, *, parameters: str = "", extra: st
 
 
 def pid_is_gone(pid: int) -> bool:
-    """Whether no process of that id runs any more; a zombie that nobody has reaped does not run."""
+    """Return True if no process with that id runs any more; a zombie does not run."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):

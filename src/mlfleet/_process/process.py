@@ -397,7 +397,7 @@ def open_pidfd(pid: int) -> int | None:
         The descriptor; None where the system has none: not Linux, an old kernel, or a container that forbids it.
 
     Raises:
-        ProcessLookupError: There is no such process.
+        ProcessLookupError: The pid belongs to no process.
         OSError: The system has no room for another descriptor.
     """
     if not hasattr(os, "pidfd_open"):

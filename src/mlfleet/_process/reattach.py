@@ -54,7 +54,7 @@ class Identity:
 
 
 def identify(pid: int) -> Identity | None:
-    """Return the identity of the process that has the pid now, or None if there is no such process. Blocking."""
+    """Return the identity of the process that has the pid now, or None if none has. Blocking."""
     if _HAS_PROC:
         try:
             return Identity(pid, _Stat.parse(Path(f"/proc/{pid}/stat").read_text(errors="replace")).started)

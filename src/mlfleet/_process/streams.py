@@ -1,4 +1,4 @@
-"""The pipe that collects what a short command prints."""
+"""The pipe that collects the output of a short command."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ from mlfleet._text.lines import LineSplitter
 
 __all__ = ["Stream"]
 
-# Each turn of the event loop reads no more than this of one pipe: a chunk of nothing but line ends takes 1 to 3 ms.
+# One iteration of the event loop reads no more than this of one pipe: 16 KiB of nothing but line ends take 1 to 3 ms.
 _CHUNK, _CHUNK_OF_LINES = 64 * 1024, 16 * 1024
 
 
 class Stream:
-    """A pipe whose end is kept in memory, read by the event loop without a thread.
+    """A pipe that the event loop reads without a thread; the end of its content is kept in memory.
+
+    Args:
+        limit: Bytes to keep; of longer content the end is kept.
+        on_line: Called with every line as it comes; None: lines are not split.
 
     Attributes:
-        writer: the file descriptor to write to; closed by `read`.
-        ended: done when nobody can write any more.
-        error: what `on_line` raised.
+        writer: The file descriptor to write to; `read` closes it.
+        ended: Done when no process can write any more.
+        error: The exception that `on_line` raised; None if it raised none.
     """
 
     def __init__(self, limit: int, on_line: Callable[[str], None] | None) -> None:
@@ -47,22 +51,22 @@ class Stream:
         os.close(self._reader)
 
     def read(self, on_error: Callable[[], None]) -> None:
-        """Begin to read, once the process that writes has a copy of `writer`.
+        """Begin to read. The writing process must have its copy of `writer` by now.
 
         Args:
-            on_error: is called when `on_line` has raised.
+            on_error: Called after `on_line` has raised.
         """
         self._close_writer()
         self._on_error = on_error
         self._loop.add_reader(self._reader, self._read)
 
     def content(self) -> bytes:
-        """The end of what was written, up to the limit."""
+        """Return the end of the content, up to the limit."""
         return bytes(self._kept)
 
     def flush(self) -> None:
-        """Give the last line to `on_line`, if it had no end."""
-        self._tell(self._lines.close())
+        """Pass the last line to `on_line`, if it had no line end."""
+        self._pass_on(self._lines.close())
 
     def _read(self) -> None:
         try:
@@ -77,9 +81,9 @@ class Stream:
         if len(self._kept) > self._limit:
             del self._kept[: len(self._kept) - self._limit]
         if self._on_line is not None:
-            self._tell(self._lines.feed(data))
+            self._pass_on(self._lines.feed(data))
 
-    def _tell(self, lines: list[str]) -> None:
+    def _pass_on(self, lines: list[str]) -> None:
         if self._on_line is None:
             return
         try:

@@ -1,4 +1,4 @@
-"""Runs on this machine: each is a process of ``bash -c``."""
+"""The backend for runs on this machine: each is a process of ``bash -c``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import ClassVar, Self
 
 import anyio
 
+from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.threads import FILES
 from mlfleet._process.process import Command, Process, start
 from mlfleet._process.reattach import ReattachedProcess
@@ -27,13 +28,13 @@ from mlfleet.runs import DEFAULT_CANCEL_GRACE, JobRef, Outcome, RunStatus
 
 __all__ = ["LocalBackend"]
 
-_START_PATIENCE, _START_POLL = 5.0, 0.05  # seconds that a run to attach to may take to begin
+_START_TIMEOUT, _START_POLL = 5.0, 0.05  # seconds that a run to attach to may take to begin, and between two looks
 
 
 class LocalBackend(Backend[None]):
-    """Runs jobs as processes on this machine, each in a session of its own, so that Ctrl-C reaches only this process.
+    """A backend that runs jobs as processes on this machine.
 
-    Leaving the backend ends what still runs.
+    Each leads a session of its own, so that Ctrl-C reaches only this process. Leaving the backend ends active runs.
     """
 
     name: ClassVar[str] = "local"
@@ -54,6 +55,9 @@ class LocalBackend(Backend[None]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._open = False
+        await complete(self._cancel_all)
+
+    async def _cancel_all(self) -> None:
         async with anyio.create_task_group() as group:
             for run in tuple(self._runs):
                 group.start_soon(run.cancel)
@@ -62,13 +66,13 @@ class LocalBackend(Backend[None]):
         """Start the job's command with ``bash -c`` in the project's folder.
 
         Raises:
-            SubmitError: there is no bash, no such folder, the output cannot be written, or the system has no room.
+            SubmitError: There is no bash or no such folder, the output cannot be written, or the system has no room.
         """
         try:
             process = await start(partial(_command, job))
         except (OSError, ValueError) as error:
             raise SubmitError(_refusal(job, error), backend=self.name) from error
-        # Not the job itself: hundreds of handles would keep its environment and secrets.
+        # The handle does not keep the job: hundreds of them would keep its environment and secrets in memory.
         conclude = partial(run_folder.conclude, run_folder.run_folder(job.run_id)) if job.durable else None
         run = _LocalRun(job.run_id, job.output, job.cancel_grace, process, conclude)
         if not self._open:
@@ -78,15 +82,15 @@ class LocalBackend(Backend[None]):
         return run
 
     def reference(self, job: Job) -> JobRef | None:
-        """The folder of a durable job; others end with this process."""
+        """Return the folder of a durable job, or None: other jobs end with this process."""
         return run_folder.reference(job, self._here)
 
     async def attach(self, ref: JobRef) -> BackendRun:
-        """The handle of a durable run; from now on leaving this backend ends it, too.
+        """Return the handle of a durable run. From now on leaving this backend ends it, too.
 
         Raises:
-            RunLost: it was killed, or never started.
-            BackendError: it was not durable, or has not been started yet.
+            RunLost: It was killed, or never started.
+            BackendError: It was not durable, or has not been started yet.
         """
         if "folder" not in ref.data:
             return await super().attach(ref)
@@ -126,13 +130,13 @@ class LocalBackend(Backend[None]):
         return await FILES.run(withdraw)
 
     async def _find(self, ref: JobRef) -> run_folder.Living | run_folder.Ended:
-        """Look for a run, and wait a little for one that is just being started."""
+        """Look for a run, and wait up to 5 s for one that is just being started."""
         waited = 0.0
         while True:
-            found = await FILES.run(partial(run_folder.find, ref, give_up=waited >= _START_PATIENCE), undo=_let_go)
+            found = await FILES.run(partial(run_folder.find, ref, give_up=waited >= _START_TIMEOUT), undo=_close_found)
             if found is not None:
                 return found
-            if waited >= _START_PATIENCE:
+            if waited >= _START_TIMEOUT:
                 text = f"the run {ref.run_id} has not been started yet by the process {ref.data['driver']}, which lives"
                 raise BackendError(f"{text}: try again when it runs", backend=self.name)
             await anyio.sleep(_START_POLL)
@@ -144,14 +148,15 @@ class LocalBackend(Backend[None]):
 
 
 class _LocalRun:
-    """The handle of a process.
+    """The handle of a run.
 
     Args:
-        run_id: of the MLflow run.
-        output: the file with its output.
-        grace: seconds between the request to stop and the end by force.
-        process: that runs.
-        exit_code: reads its exit code (blocking), where `process` cannot tell it; None: it was never written.
+        run_id: The id of the MLflow run.
+        output: The file with the run's output; None if it is inherited.
+        grace: Seconds between the request to stop and the end by force.
+        process: The run's process.
+        exit_code: Reads the run's exit code (blocking), if `process` does not have it; it returns None if the code was
+            never recorded.
     """
 
     __slots__ = ("_exit_code", "_grace", "_outcomes", "_output", "_process", "_run_id")
@@ -176,7 +181,7 @@ class _LocalRun:
         return self._run_id
 
     async def started(self) -> None:
-        """A process runs as soon as it is there."""
+        """Return at once: a process runs as soon as it exists."""
 
     async def wait(self) -> bool:
         return (await self.outcome()).status is RunStatus.FINISHED
@@ -189,7 +194,7 @@ class _LocalRun:
             outcome = _ended_by(code, stopped=self._process.stopped)
             if self._output is not None and outcome.status is not RunStatus.FINISHED:
                 outcome = replace(outcome, output=await FILES.run(partial(last_lines, self._output)))
-            # What the run left behind may still write: all waiters get what the first one saw.
+            # Processes that the run left behind may still write: all waiters get the first one's result.
             self._outcomes.append(outcome)
         return self._outcomes[0]
 
@@ -207,7 +212,7 @@ class _LocalRun:
 
 
 class _Ended:
-    """Stands for a process that had ended before anybody looked for it."""
+    """A stand-in for a process that had ended before it was looked for."""
 
     returncode = 0
     stopped = False
@@ -216,7 +221,7 @@ class _Ended:
         return self.returncode
 
     async def stop(self, grace: float) -> None:
-        """There is nothing to stop."""
+        """Do nothing."""
 
 
 def _ended_by(code: int | None, *, stopped: bool) -> Outcome:
@@ -231,14 +236,14 @@ def _ended_by(code: int | None, *, stopped: bool) -> Outcome:
     return Outcome(RunStatus.FAILED, code, reason)
 
 
-async def _let_go(found: run_folder.Living | run_folder.Ended | None) -> None:
+async def _close_found(found: run_folder.Living | run_folder.Ended | None) -> None:
     if isinstance(found, run_folder.Living):
         found.close()
 
 
 @contextmanager
 def _command(job: Job) -> Iterator[Command]:
-    """What to start for a job, while its output is open. Blocking."""
+    """Return the command to start for a job; its output is open inside the context. Blocking."""
     argv: tuple[str, ...] = ("bash", "-c", job.command)
     if job.durable:
         argv = run_folder.argv(job)
@@ -260,17 +265,21 @@ def _environ(job: Job) -> dict[str, str]:
 
 
 def _program(name: str, path: str) -> str | None:
-    """Where it is, by what was found before. None: it must be looked for, as it depends on the working directory."""
+    """Return the path of a program, by the last search for it.
+
+    Returns:
+        None if it must be searched for at each start, because PATH depends on the working directory.
+    """
     found = _found(name, path)
     if found is None or os.access(found, os.X_OK):
         return found
-    _found.cache_clear()  # it is not there any more
+    _found.cache_clear()  # it was removed
     return _found(name, path)
 
 
 @lru_cache(maxsize=16)
 def _found(name: str, path: str) -> str | None:
-    # All of PATH, once more for each run, takes longer than all else in its start.
+    # To search all of PATH for each run takes longer than the rest of its start.
     is_fixed = all(os.path.isabs(folder) for folder in path.split(os.pathsep))  # noqa: PTH117
     return shutil.which(name, path=path) if is_fixed else None
 
@@ -284,9 +293,9 @@ def _own_environ() -> dict[str, str]:
 def _open_output(path: Path) -> int:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Append, so that a child which opens it anew (/dev/stdout) does not write over what is there.
+        # Append, so that a child that opens it once more (/dev/stdout) does not overwrite its content.
         output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        # Held as long as anybody can write there: `prune_runs` leaves it alone.
+        # Held as long as a process can write to it: `prune_runs` leaves it alone.
         fcntl.flock(output, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return output
     except OSError as error:
@@ -296,7 +305,7 @@ def _open_output(path: Path) -> int:
 
 
 def _refusal(job: Job, error: OSError | ValueError) -> str:
-    """Why the command could not be started; of the command's variables, only names may be told."""
+    """Return why the command could not be started. Of the command's variables only the names may be shown."""
     if isinstance(error, OSError):
         if error.filename == str(job.project_dir):
             return f"the folder of the project, {job.project_dir}, cannot be entered: {error.strerror}"
