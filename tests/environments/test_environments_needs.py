@@ -115,6 +115,17 @@ def test_every_file_that_counts_changes_the_key(tmp_path: Path, name: str, text:
     assert plan(tmp_path).key != before.key
 
 
+def test_a_package_beside_many_data_files(tmp_path: Path) -> None:
+    write(tmp_path, {"python_env.yaml": "dependencies: [.]", "pyproject.toml": "", "code.py": "1"})
+    before = plan(tmp_path).key
+    (tmp_path / "data").mkdir()
+    for number in range(50_001):
+        os.close(os.open(tmp_path / "data" / f"{number}.csv", os.O_CREAT))
+    assert plan(tmp_path).key == before
+    (tmp_path / "data" / "code.py").write_text("2")
+    assert plan(tmp_path).key != before
+
+
 def test_changes_of_an_editable_package_need_no_new_environment(tmp_path: Path) -> None:
     package = make_package(tmp_path / "package")
     write(tmp_path, {"python_env.yaml": "dependencies: [-e ./package]\n"})

@@ -24,7 +24,7 @@ __all__ = ["PipInput", "Reader", "content_of"]
 
 MAX_FILES = 200
 MAX_SIZE = 4 * 2**20
-MAX_ENTRIES = 50_000
+MAX_SOURCES = 50_000
 
 _OPTION = re.compile(
     r"(?P<option>-r|--requirement|-c|--constraint|-e|--editable|-f|--find-links)(?:\s+|=|(?<=^-[rcef])(?=[^\s=]))(?P<value>.+)$"
@@ -270,13 +270,12 @@ def content_of(path: Path, editable: bool, fail: Fail) -> str:
 
 def _sources(folder: Path, fail: Fail) -> list[Path]:
     found: list[Path] = []
-    seen = 0
     for parent, folders, files in os.walk(folder):
-        seen += len(folders) + len(files)
-        if seen > MAX_ENTRIES:
-            fail(f"the package in {folder} is in a folder of more than {MAX_ENTRIES} files: build a wheel of it")
         folders[:] = [
             name for name in folders if name not in _NOT_SOURCE and not name.startswith(".") and "egg-info" not in name
         ]
+        # Data beside the sources does not count: it may be large, and is not hashed.
         found += [Path(parent, name) for name in files if Path(name).suffix in _SOURCE_SUFFIXES]
+        if len(found) > MAX_SOURCES:
+            fail(f"the package in {folder} has more than {MAX_SOURCES} source files: build a wheel of it")
     return sorted(path for path in found if path.is_file())
