@@ -440,6 +440,23 @@ async def test_killed_clone_leaves_a_usable_cache(git_http: GitServer, served: R
     assert not list(project.folder.parents[3].glob("tmp-*"))
 
 
+async def test_a_fetch_that_fails_leaves_nothing(git_http: GitServer, served: Repository) -> None:
+    git_http.down = True
+    with pytest.raises(FetchError, match="cannot fetch the Git repository"):
+        await ProjectFetcher().fetch(f"{git_http.url}/project.git", served.head)
+    assert {path.name for path in cached_files()} == {"shelf.json", "lock"}
+    (place,) = (Path(os.environ["MLFLEET_CACHE_DIR"]) / "projects").iterdir()
+    assert {path.name for path in place.iterdir()} == {"shelf.json", "lock"}
+    git_http.down = False
+    fetcher = ProjectFetcher()
+    project = await fetcher.fetch(f"{git_http.url}/project.git", served.head)
+    unknown = "0" * 40
+    with pytest.raises(FetchError, match="has no commit"):
+        await fetcher.fetch(f"{git_http.url}/project.git", unknown)
+    assert {path.name for path in place.iterdir()} == {"shelf.json", "lock", "mirror", "trees"}
+    assert list((place / "trees").iterdir()) == [project.folder.parents[1]]
+
+
 async def test_what_a_host_says_cannot_write_on_the_terminal(local: Repository, tmp_path: Path) -> None:
     hostile = tmp_path / "hostile.git"
     git(tmp_path, "clone", "--quiet", "--bare", str(local.bare), str(hostile))
