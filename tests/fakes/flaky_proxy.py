@@ -1,4 +1,4 @@
-"""An HTTP server on loopback that passes requests on, or not, as a test tells it: faults of a network, on demand."""
+"""An HTTP server on loopback that forwards requests or fails, as a test decides: faults of a network, on demand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fakes.listening import listening
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What came in."""
+    """A request that came in."""
 
     method: str
     target: str
@@ -24,13 +24,13 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What goes back.
+    """An answer to send.
 
     Attributes:
-        status: of HTTP.
-        body: the content.
-        headers: besides Content-Length.
-        sent: how many bytes of the body are sent before the connection is closed; None: all.
+        status: The HTTP status code.
+        body: The content.
+        headers: The headers besides Content-Length.
+        sent: The number of bytes of the body to send before the connection is closed; None: all.
     """
 
     status: int
@@ -45,13 +45,13 @@ Rule = Callable[[Request, Forward], Awaitable[Answer | None]]
 
 
 class FlakyProxy:
-    """Passes requests on to `upstream`, by way of `rule` if there is one.
+    """A server that forwards requests to `upstream`, or does what `rule` decides.
 
     Attributes:
-        url: where it listens.
-        rule: what to do; None: pass on.
-        requests: all that came in.
-        peak: the most requests that were under way at the same time.
+        url: The URL on which it listens.
+        rule: The rule for each request; None: forward it.
+        requests: All requests that came in.
+        peak: The largest number of requests that were in flight at the same time.
     """
 
     def __init__(self, upstream: str | None = None, *, tls: ssl.SSLContext | None = None) -> None:
@@ -65,7 +65,7 @@ class FlakyProxy:
         self._handlers: set[asyncio.Task[None]] = set()
 
     def count(self, part: str) -> int:
-        """How many requests had `part` in their target."""
+        """Return the number of requests with `part` in their target."""
         return sum(part in request.target for request in self.requests)
 
     @asynccontextmanager
@@ -109,7 +109,7 @@ class FlakyProxy:
 
     async def _decide(self, request: Request) -> Answer | None:
         async def forward() -> Answer:
-            # The upstream goes on with what it was asked, whatever becomes of the one who asked.
+            # The upstream finishes a request although its client has gone.
             return await asyncio.shield(asyncio.ensure_future(self._forward(request)))
 
         return await (self.rule(request, forward) if self.rule is not None else forward())
@@ -130,7 +130,7 @@ class FlakyProxy:
         finally:
             writer.close()
         status, fields = _parse_head(head)
-        # What HEAD tells of the length is that of a body that does not come.
+        # The length in the answer to HEAD is that of a body which is not sent.
         dropped = ("connection",) if request.method == "HEAD" else ("connection", "content-length")
         kept = {name: text for name, text in fields.items() if name not in dropped}
         return Answer(int(status.split()[1]), body, kept)

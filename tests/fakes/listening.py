@@ -1,4 +1,4 @@
-"""What servers that are written for tests have in common."""
+"""Listening, for all servers that are written for tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ async def listening(
     host: str,
     tls: ssl.SSLContext | None,
 ) -> AsyncIterator[int]:
-    """Listen for the time of the block, on the port that is given; what then still serves is ended."""
+    """Listen while the block runs, on the port that it is given; then cancel the handlers that still serve."""
     server = await asyncio.start_server(accept, host, 0, ssl=tls)
     try:
         yield int(server.sockets[0].getsockname()[1])

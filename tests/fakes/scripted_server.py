@@ -1,4 +1,4 @@
-"""A server on loopback that sends what a test writes, byte by byte, and tells what came."""
+"""A server on loopback that sends what a test writes, byte by byte, and gives the requests to it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Peer", "Request", "Script", "ScriptedServer", "scripted"]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What came in."""
+    """A request that came in."""
 
     first: str
     headers: Mapping[str, str]
@@ -30,12 +30,12 @@ class Peer:
         self.writer = writer
 
     async def request(self) -> Request:
-        """The next request, with as much of a body as its Content-Length tells."""
+        """Read the next request, with a body of its Content-Length."""
         head = await self.head()
         return Request(head.first, head.headers, await self.reader.readexactly(int(head.headers["content-length"])))
 
     async def head(self) -> Request:
-        """The head of the next request."""
+        """Read the head of the next request."""
         first, *lines = (await self.reader.readuntil(b"\r\n\r\n"))[:-4].decode().split("\r\n")
         headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
         return Request(first, {"content-length": "0"} | headers, b"")
@@ -54,7 +54,7 @@ class Peer:
         return request
 
     async def closed(self) -> bytes:
-        """Wait until the client closes the connection: what still came."""
+        """Wait until the client closes the connection; return what it had still sent."""
         rest = bytearray()
         try:
             while more := await self.reader.read(65536):
@@ -68,12 +68,12 @@ Script = Callable[[Peer], Awaitable[object]]
 
 
 class ScriptedServer:
-    """Each connection is served by the next script, all further ones by the last.
+    """A server whose connections are served by one script after the other, all further ones by the last.
 
     Attributes:
-        port: where it listens.
-        accepted: how many connections there were.
-        ended: how many scripts came to their end; the connection is closed then.
+        port: The port on which it listens.
+        accepted: The number of connections so far.
+        ended: The number of scripts that have ended; their connections are closed.
     """
 
     def __init__(self, *scripts: Script) -> None:
@@ -90,7 +90,7 @@ class ScriptedServer:
         return f"127.0.0.1:{self.port}"
 
     async def done(self) -> None:
-        """Wait for all scripts that were begun."""
+        """Wait until all scripts that have begun have ended."""
         while self._handlers:
             await asyncio.wait(self._handlers)
 
@@ -132,6 +132,6 @@ async def scripted(
 
 
 async def turns(count: int) -> None:
-    """Let the event loop go round, for what the kernel has already got to be read."""
+    """Let the event loop run some iterations, in which it reads what the kernel has already received."""
     for _ in range(count):
         await asyncio.sleep(0)

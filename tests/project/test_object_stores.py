@@ -23,7 +23,7 @@ from fakes.flaky_proxy import Answer, FlakyProxy, Request
 from mlfleet._project.downloads import download_all
 from mlfleet._project.parameters import Download
 from mlfleet.errors import FetchError, TrackingError
-from mlfleet.tracking import objectstore
+from mlfleet.tracking.artifacts import download_object, upload_object
 
 AZURE = "runs@account.blob.core.windows.net/a"
 DRIVERS = {
@@ -71,7 +71,7 @@ async def test_a_driver_that_is_missing_is_named(
     monkeypatch.setitem(sys.modules, driver, None)
     assert f"run: pip install 'mlfleet[remote]' {driver}" in await failure(uri, tmp_path)
     with pytest.raises(TrackingError, match=rf"pip install 'mlfleet\[remote\]' {driver}"):
-        await to_thread.run_sync(objectstore.download, uri, tmp_path / "x")
+        await to_thread.run_sync(download_object, uri, tmp_path / "x")
 
 
 @pytest.mark.timeout(60)  # pyarrow takes its time to be imported
@@ -116,8 +116,8 @@ async def there_and_back(root: str, tmp_path: Path) -> None:
     large = bytes(range(256)) * 4_000
     (tmp_path / "a.bin").write_bytes(large)
     for name in ("one/a.bin", "one/deep/b c.bin", "other"):
-        await to_thread.run_sync(objectstore.upload, tmp_path / "a.bin", f"{root}/{name}")
-    await to_thread.run_sync(objectstore.download, f"{root}/one", tmp_path / "artifacts")
+        await to_thread.run_sync(upload_object, tmp_path / "a.bin", f"{root}/{name}")
+    await to_thread.run_sync(download_object, f"{root}/one", tmp_path / "artifacts")
     (tmp_path / "storage").mkdir()
     got = await download(f"{root}/one", tmp_path / "storage")
     for folder in (tmp_path / "artifacts", got):

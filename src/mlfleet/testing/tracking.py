@@ -1,4 +1,4 @@
-"""A tracking server in memory, for tests of code that uses mlfleet: no server, no files, no waiting."""
+"""A tracking server in memory, for tests of code that uses mlfleet: without a server, files or waiting."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ _CLAUSE = re.compile(r"\s*(tags|params)\.[`\"]?([^`\"=]+?)[`\"]?\s*=\s*'([^']*)'
 
 @dataclass(slots=True)
 class RecordedRun:
-    """What a `FakeTracking` was told about a run.
+    """A run as a `FakeTracking` has recorded it.
 
     Attributes:
-        run_id: its id.
-        experiment_id: of its experiment.
-        name: its name.
-        start_time: milliseconds since the epoch.
-        end_time: likewise, once it has ended.
-        statuses: every status it had, in order; the last one is the present one.
-        tags: all its tags.
-        params: all its parameters.
-        metrics: the latest value of each of its metrics; a test may set them.
-        artifacts: path → content.
+        run_id: The id of the run.
+        experiment_id: The id of its experiment.
+        name: The name of the run.
+        start_time: The time of its creation, in milliseconds since the epoch.
+        end_time: The time of its end, in milliseconds since the epoch; None before it.
+        statuses: Every status it had, in order; the last one is the current one.
+        tags: All tags of the run.
+        params: All parameters of the run.
+        metrics: The latest value of each metric; a test may set them.
+        artifacts: Path → content.
     """
 
     run_id: str
@@ -52,11 +52,11 @@ class RecordedRun:
 
     @property
     def status(self) -> RunStatus:
-        """The present status."""
+        """The current status."""
         return self.statuses[-1]
 
     def info(self) -> RunInfo:
-        """This run as a `Tracking` tells it."""
+        """Return this run in the form that a `Tracking` returns."""
         return RunInfo(
             run_id=self.run_id,
             experiment_id=self.experiment_id,
@@ -72,20 +72,20 @@ class RecordedRun:
 
 
 class FakeTracking(Tracking):
-    """A tracking server in memory that records what it is told and fails when asked to.
+    """A tracking server in memory that records all calls and fails on demand.
 
     Args:
-        uri: what `uri` and the variable ``MLFLOW_TRACKING_URI`` of the runs say; give that of a real server or store if
-            the code under test logs through mlflow itself.
-        latency: seconds that every call takes.
-        fail: is called with the name of each method (``create_run``) before it does anything; the error that it returns
-            is raised, None lets the call pass.
+        uri: The value of `uri` and of the variable ``MLFLOW_TRACKING_URI`` of the runs. Give that of a real server or
+            store if the code under test logs through mlflow itself.
+        latency: Seconds that every call takes.
+        fail: A function that is called with the name of each method (``create_run``) before it does anything. The error
+            that it returns is raised; None lets the call pass.
 
     Attributes:
-        runs: run id → what was recorded, in order of creation.
-        experiments: name → id.
-        requests: method → how often it was called.
-        environment: further variables for the runs.
+        runs: Run id → the recorded run, in order of creation.
+        experiments: Name → id.
+        requests: Method → the number of calls.
+        environment: Further variables for the runs.
 
     Example:
         >>> tracking = FakeTracking()
@@ -200,7 +200,7 @@ def _now() -> int:
 
 
 def _clauses(filter_string: str) -> list[tuple[str, str, str]]:
-    """The ``kind.name = 'value'`` parts of a filter; a fake understands no more of the language."""
+    """Return the ``kind.name = 'value'`` parts of a filter; the fake understands only this part of the language."""
     if not filter_string.strip():
         return []
     clauses = []

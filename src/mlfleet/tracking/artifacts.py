@@ -1,4 +1,4 @@
-"""Artifacts of an MLflow server: through the server itself, in a folder, or in an object store by fsspec."""
+"""Artifacts of runs: through the MLflow server, in a folder, or in an object store by fsspec."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from typing import IO, Any, TypeVar
 from urllib.parse import quote
 
 from mlfleet._concurrency.threads import TRANSFERS
-from mlfleet._text.masking import mask_uri
+from mlfleet._text.masking import mask, mask_uri
 from mlfleet.errors import TrackingError
-from mlfleet.tracking import objectstore
 from mlfleet.tracking.http import ARTIFACTS, ServerClient
 from mlfleet.tracking.locations import (
     ModelRef,
@@ -27,17 +26,34 @@ from mlfleet.tracking.locations import (
     split_uri,
 )
 
-__all__ = ["Artifacts"]
+__all__ = ["Artifacts", "download_object", "upload_object"]
 
 _CHUNK = 2**20
 _DEPTH = 100
 _REDIRECTIONS = 4
 
+_DRIVERS = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+    "wasb": "adlfs",
+    "wasbs": "adlfs",
+    "az": "adlfs",
+    "hdfs": "pyarrow",
+    "sftp": "paramiko",
+}
+_STORE_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_ACCESS_KEY")
+# Schemes that have another name in fsspec.
+_FSSPEC_NAMES = {"wasb": "abfs", "wasbs": "abfs", "abfss": "abfs", "s3a": "s3"}
+
 T = TypeVar("T")
 
 
 class Artifacts:
-    """Reads and writes the artifacts that one server knows of."""
+    """The artifacts that one tracking server knows."""
 
     def __init__(self, client: ServerClient) -> None:
         self._client = client
@@ -54,12 +70,12 @@ class Artifacts:
         work = (
             partial(_copy_into, path, local / target)
             if local is not None
-            else partial(objectstore.upload, path, join(root, target))
+            else partial(upload_object, path, join(root, target))
         )
         await self._in_thread(work)
 
     async def download(self, uri: str, folder: Path) -> Path:
-        """Download what `uri` names into `folder`; returns once all of it is there, or nothing of it."""
+        """Download a file or folder of artifacts into `folder`; an error or a cancellation leaves nothing there."""
         root = await self._resolve(uri)
         name = safe_name(PurePosixPath(split_uri(root).path).name or "artifacts")
         half = folder / f".{name}.{uuid.uuid4().hex[:8]}.part"
@@ -72,7 +88,7 @@ class Artifacts:
         return folder / name
 
     async def _resolve(self, uri: str) -> str:
-        """The URI of the place where the artifacts are that ``runs:/`` or ``models:/`` stands for."""
+        """Return the URI of the storage of artifacts that ``runs:/`` or ``models:/`` name."""
         place = uri
         for _ in range(_REDIRECTIONS):
             scheme = split_uri(place).scheme
@@ -84,7 +100,7 @@ class Artifacts:
                 place = join(await self._model_root(model), model.path)
             else:
                 return place
-        raise TrackingError(f"{uri!r} stands for another URI, and that for another, without an end", uri=uri)
+        raise TrackingError(f"{uri!r} leads from URI to URI without an end", uri=uri)
 
     async def _run_root(self, run_id: str) -> str:
         answer = await self._client.call("GET", "runs/get", params={"run_id": run_id})
@@ -113,7 +129,7 @@ class Artifacts:
         return str(max(versions))
 
     def _served(self, root: str) -> str | None:
-        """The path of `root` on the server, if the server itself serves it; None if it is kept elsewhere."""
+        """Return the path of `root` on the server if the server itself serves it; None if it is kept elsewhere."""
         parts = split_uri(root)
         if parts.scheme == "mlflow-artifacts":
             path, own = parts.path, not parts.netloc or parts.netloc == split_uri(self._client.login.url).netloc
@@ -132,7 +148,7 @@ class Artifacts:
             await self._fetch_served(served, target, depth=0)
             return
         local = local_path(root)
-        work = partial(_copy_from, local, target) if local is not None else partial(objectstore.download, root, target)
+        work = partial(_copy_from, local, target) if local is not None else partial(download_object, root, target)
         await self._in_thread(work)
 
     async def _fetch_served(self, path: str, target: Path, *, depth: int) -> None:
@@ -155,7 +171,7 @@ class Artifacts:
                 await self._client.retry(partial(self._get, _url(inside), target / name))
 
     async def _list(self, path: str) -> dict[str, bool]:
-        """Name → whether it is a folder."""
+        """Return the names in a folder; the value is True for folders."""
         answer = await self._client.call("GET", ARTIFACTS, params={"path": path} if path else {})
         return {safe_name(file.get("path")): bool(file.get("is_dir")) for file in answer.get("files") or ()}
 
@@ -170,7 +186,7 @@ class Artifacts:
             raise TrackingError(f"the artifact {path} cannot be read: {error.strerror or error}") from error
 
     async def _chunks(self, file: IO[bytes], size: int) -> AsyncIterator[bytes]:
-        """Exactly `size` bytes: what is written meanwhile does not belong to this upload."""
+        """Read exactly `size` bytes: what is appended to the file meanwhile does not belong to this upload."""
         while size > 0:
             chunk = await self._in_thread(partial(file.read, min(_CHUNK, size)))
             if not chunk:
@@ -232,3 +248,88 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def upload_object(path: Path, uri: str) -> None:
+    """Store a file as the object `uri`. It blocks: call it in a thread.
+
+    Raises:
+        TrackingError: The store refused or cannot be reached, or its driver is not installed.
+    """
+    store, key = _open_store(uri)
+    try:
+        store.makedirs(key.rpartition("/")[0], exist_ok=True)
+        store.put_file(str(path), key)
+    except Exception as error:
+        raise _store_error("stored as", uri, error) from error
+
+
+def download_object(uri: str, target: Path) -> None:
+    """Copy the object, or all objects below the folder `uri`, to `target`. It blocks: call it in a thread.
+
+    Raises:
+        TrackingError: Nothing has that name, or the store refused or cannot be reached, or its driver is not installed.
+    """
+    store, key = _open_store(uri)
+    try:
+        if store.isfile(key):
+            store.get_file(key, str(target))
+        else:
+            _download_objects(store, key.rstrip("/"), target)
+    except TrackingError:
+        raise
+    except Exception as error:
+        raise _store_error("read from", uri, error) from error
+
+
+def _download_objects(store: Any, key: str, target: Path) -> None:
+    names = [str(name) for name in store.find(key)]
+    if not names:
+        raise TrackingError(f"there is no artifact {key}")
+    for name in names:
+        inside = name.removeprefix(key).lstrip("/")
+        place = target / inside
+        if ".." in Path(inside).parts or not place.is_relative_to(target):
+            raise TrackingError(f"the artifact store lists {name!r}, which is not safe to write")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        store.get_file(name, str(place))
+
+
+def _open_store(uri: str) -> tuple[Any, str]:
+    scheme = split_uri(uri).scheme
+    driver = _DRIVERS.get(scheme)
+    if driver is None:
+        raise TrackingError(
+            f"artifacts at {scheme}: URIs are not supported by mlfleet ({mask_uri(uri)}); supported are "
+            f"mlflow-artifacts:, folders, and {', '.join(f'{name}:' for name in sorted(_DRIVERS))}. "
+            "Code in the run itself may use mlflow for it"
+        )
+    try:
+        from fsspec.core import url_to_fs
+
+        rest = uri[len(scheme) + 1 :]
+        # Without the slashes fsspec would take hdfs:/runs for a folder of this machine.
+        place = f"{_FSSPEC_NAMES.get(scheme, scheme)}:{rest if rest.startswith('//') else f'//{rest}'}"
+        store, key = url_to_fs(place, **_store_options(scheme))
+    except ImportError as error:
+        text = f"artifacts at {scheme}: URIs need fsspec and {driver}: pip install 'mlfleet[remote]' {driver}"
+        raise TrackingError(text) from error
+    except Exception as error:
+        raise _store_error("found at", uri, error) from error
+    return store, str(key)
+
+
+def _store_options(scheme: str) -> dict[str, Any]:
+    endpoint = os.environ.get("MLFLOW_S3_ENDPOINT_URL")
+    # A cached listing would hide objects that were stored meanwhile.
+    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+    if _DRIVERS[scheme] == "adlfs" and (account_key := os.environ.get("AZURE_STORAGE_ACCESS_KEY")):
+        # The variable that MLflow reads.
+        return {**options, "account_key": account_key}
+    return {**options, "endpoint_url": endpoint} if endpoint and scheme in ("s3", "s3a") else options
+
+
+def _store_error(what: str, uri: str, error: Exception) -> TrackingError:
+    secrets = [os.environ.get(name, "") for name in _STORE_SECRETS]
+    reason = mask(" ".join(str(error).split())[:500] or type(error).__name__, secrets)
+    return TrackingError(f"the artifact cannot be {what} {mask_uri(uri)}: {reason}")

@@ -1,4 +1,4 @@
-"""Who we are to a tracking server: what is taken from the URI, the arguments, the environment and MLflow's own file."""
+"""Credentials and certificates for a tracking server, from its URI, arguments, the environment and MLflow's file."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Credentials:
     """A user name with its password, or a token. A password wins over a token, as in MLflow.
 
     Attributes:
-        username: for HTTP basic authentication.
-        password: likewise.
-        token: a bearer token.
+        username: The user name for HTTP basic authentication.
+        password: The password for HTTP basic authentication.
+        token: A bearer token.
     """
 
     username: str | None = None
@@ -40,27 +40,27 @@ class Credentials:
         return bool((self.username and self.password) or self.token)
 
     def headers(self) -> dict[str, str]:
-        """The header that proves who we are, if there is anything to prove it with."""
+        """Return the header ``Authorization``; no header without a password or a token."""
         if self.username and self.password:
             pair = base64.b64encode(f"{self.username}:{self.password}".encode()).decode("ascii")
             return {"Authorization": f"Basic {pair}"}
         return {"Authorization": f"Bearer {self.token}"} if self.token else {}
 
     def environ(self) -> tuple[dict[str, str], dict[str, str]]:
-        """The variables with which mlflow in a run does the same: plain ones, and secret ones."""
+        """Return the variables by which mlflow in a run finds these credentials: plain ones, and secret ones."""
         if self.username and self.password:
             return {"MLFLOW_TRACKING_USERNAME": self.username}, {"MLFLOW_TRACKING_PASSWORD": self.password}
         return {}, {"MLFLOW_TRACKING_TOKEN": self.token} if self.token else {}
 
 
 class Login(ABC):
-    """How to reach a server, and what proves who we are. It is prepared in a thread: files may be read for it.
+    """The address of a server and our credentials for it. It is prepared in a thread, since it reads files.
 
     Attributes:
-        url: of the server, without credentials and without a slash at its end.
-        hint: what a person can do about an answer of 401 or 403.
-        noun: what the server is, for messages.
-        remedy: what a person can do if there is no server.
+        url: The URL of the server, without credentials and without a slash at its end.
+        hint: The advice for an answer of 401 or 403.
+        noun: The kind of server, for messages.
+        remedy: The advice for a server that cannot be reached.
     """
 
     url: str
@@ -70,27 +70,27 @@ class Login(ABC):
 
     @abstractmethod
     def prepare(self) -> None:
-        """Find out `url` and the credentials. Called once, in a thread."""
+        """Determine `url` and the credentials. Called once, in a thread."""
 
     @abstractmethod
     async def headers(self) -> Mapping[str, str]:
-        """The headers for the next request."""
+        """Return the headers for the next request."""
 
     def may_have_expired(self, error: TrackingError) -> bool:
-        """Whether a refusal may be due to what proves who we are, and `renew` may help."""
+        """Return True if a refusal may be due to expired credentials, so that `renew` may help."""
         return False
 
     async def renew(self, refused: Mapping[str, str]) -> bool:
-        """Log in again; whether the next request has other headers than `refused`."""
+        """Log in again; return True if the next request has other headers than `refused`."""
         return False
 
     @abstractmethod
     def environ(self) -> tuple[dict[str, str], dict[str, str]]:
-        """The variables by which a run finds the server: plain ones, and secret ones."""
+        """Return the variables by which a run finds the server: plain ones, and secret ones."""
 
     @abstractmethod
     def secrets(self) -> tuple[str, ...]:
-        """What must not be seen in any message."""
+        """Return the texts that no message may show."""
 
 
 class ServerLogin(Login):
@@ -101,9 +101,9 @@ class ServerLogin(Login):
     ``~/.netrc`` (or the file that ``NETRC`` names).
 
     Args:
-        uri: of the server.
-        credentials: instead of those around.
-        read_netrc: as the last resort; not where the caller's own headers prove who we are.
+        uri: The URI of the server.
+        credentials: The credentials; None: those of the environment and of MLflow's file.
+        read_netrc: True to read ``~/.netrc`` if there are no other credentials.
     """
 
     hint = (
@@ -138,12 +138,12 @@ class ServerLogin(Login):
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """How a server's certificate is checked, and with which certificate we show who we are.
+    """The check of a server's certificate, and our own certificate.
 
     Attributes:
-        insecure: check nothing.
-        ca: a file or folder of certificates to trust; None: those of the system.
-        client: a PEM file with our certificate and its key.
+        insecure: True to check nothing.
+        ca: A file or folder of certificates to trust; None: those of the system.
+        client: A PEM file with our certificate and its key.
     """
 
     insecure: bool = False
@@ -152,10 +152,10 @@ class Tls:
 
     @classmethod
     def from_environ(cls) -> Tls:
-        """What ``MLFLOW_TRACKING_INSECURE_TLS``, ``…_SERVER_CERT_PATH`` and ``…_CLIENT_CERT_PATH`` say.
+        """Read ``MLFLOW_TRACKING_INSECURE_TLS``, ``…_SERVER_CERT_PATH`` and ``…_CLIENT_CERT_PATH``.
 
         Raises:
-            UsageError: the first two contradict each other.
+            UsageError: The first two contradict each other.
         """
         insecure = _is_true("MLFLOW_TRACKING_INSECURE_TLS")
         ca = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH")
@@ -169,10 +169,10 @@ class Tls:
         return cls(insecure=insecure, ca=Path(ca) if ca else None, client=Path(client) if client else None)
 
     def context(self) -> ssl.SSLContext:
-        """The TLS settings. Reads files: call it in a thread.
+        """Return the TLS context. It reads files: call it in a thread.
 
         Raises:
-            TrackingError: a certificate file cannot be read.
+            TrackingError: A certificate file cannot be read.
         """
         import httpx
 
@@ -193,10 +193,10 @@ class Tls:
 
 
 def split_userinfo(uri: str) -> tuple[str, Credentials]:
-    """The URI without ``user:password@``, and what stood there.
+    """Split ``user:password@`` off a URI; return the rest of the URI and the credentials.
 
     Raises:
-        UsageError: the URI names no host, or no such port.
+        UsageError: The URI has no host or an impossible port.
     """
     parts = split_uri(uri.strip())
     try:
@@ -212,10 +212,10 @@ def split_userinfo(uri: str) -> tuple[str, Credentials]:
 
 
 def refuse_plugins() -> None:
-    """Say so where MLflow's settings ask for a way to sign requests that needs mlflow itself.
+    """Refuse MLflow's settings for authentication that needs mlflow itself.
 
     Raises:
-        TrackingError: there is such a setting.
+        TrackingError: Such a setting is made.
     """
     remedy = "give RestTracking the headers that the server wants (headers=), or unset the variable"
     if plugin := os.environ.get("MLFLOW_TRACKING_AUTH"):
@@ -236,7 +236,7 @@ def _credentials_around() -> Credentials:
 
 
 def _in_netrc(host: str) -> Credentials:
-    """Those of a file that curl and mlflow's own client read, too; one that makes no sense is none, as for them."""
+    """Return the credentials in ``.netrc``; as for curl and mlflow, a file that cannot be parsed has none."""
     try:
         found = netrc.netrc(os.environ.get("NETRC") or Path("~/.netrc").expanduser()).authenticators(host)
     except (netrc.NetrcParseError, OSError, UnicodeDecodeError):

@@ -1,4 +1,4 @@
-"""Databricks as a tracking server: which workspace a ``databricks`` URI means, and what proves who we are there."""
+"""Databricks as a tracking server: the workspace of a ``databricks`` URI, and the login."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ __all__ = ["DatabricksLogin", "check_profile", "is_databricks", "profile_of"]
 _HEADERS_LAST = 30.0
 """Seconds for which headers are used again. The SDK renews a token 40 s or more before it expires."""
 
-# An expired personal access token is told by 403, as a missing permission is.
+# Databricks answers 403 to an expired personal access token, as it does to a missing permission.
 _EXPIRED = re.compile(r"(invalid|expired)\b.*\btoken|token\b.*\b(invalid|expired)", re.I)
 
 
 def is_databricks(uri: str) -> bool:
-    """Whether `uri` is ``databricks`` or ``databricks://profile``."""
+    """Return True if `uri` is ``databricks`` or ``databricks://profile``."""
     return uri == "databricks" or uri.startswith("databricks://")
 
 
 def check_profile(name: str) -> None:
-    """See to it that ``~/.databrickscfg`` has that profile. Blocking.
+    """Check that ``~/.databrickscfg`` has a profile of that name. It reads the file: call it in a thread.
 
     Raises:
-        UsageError: it has not.
+        UsageError: There is no such profile.
     """
     try:
         found = _profile_settings(name)
     except TrackingError as error:
         raise UsageError(str(error)) from error
     if not found:
-        raise UsageError(f"there is no profile {name!r} in {_config_file()}: make it with 'databricks configure'")
+        raise UsageError(f"{_config_file()} has no profile {name!r}: make it with 'databricks configure'")
 
 
 class DatabricksLogin(Login):
@@ -92,14 +92,14 @@ class DatabricksLogin(Login):
         return error.status == 401 or (error.status == 403 and _EXPIRED.search(str(error)) is not None)
 
     async def renew(self, refused: Mapping[str, str]) -> bool:
-        """Log in from the beginning: the token in ``~/.databrickscfg`` may be another by now."""
+        """Log in again from the settings: the token in ``~/.databrickscfg`` may have been replaced."""
         async with self._lock:
             if refused.get("Authorization") != self._headers.get("Authorization"):
-                return True  # somebody else was here before
+                return True  # another request has renewed it
             fresh = DatabricksLogin(self._uri)
             await LOGINS.run(fresh.prepare)
             headers = dict(await fresh.headers())
-            # What is for another workspace by now must not be shown to this one.
+            # Credentials for another workspace must not be sent to this one.
             if fresh.url != self.url or headers == self._headers:
                 return False
             self._former = _bearer(self._headers)
@@ -108,7 +108,7 @@ class DatabricksLogin(Login):
         return True
 
     def environ(self) -> tuple[dict[str, str], dict[str, str]]:
-        """Host and token, so that a run elsewhere needs no ``~/.databrickscfg``; without a token, the URI itself."""
+        """Return host and token, for runs without ``~/.databrickscfg``; without a token, the URI itself."""
         token = self._settings.get("token")
         if self._sdk is None and token:
             return {"MLFLOW_TRACKING_URI": "databricks", "DATABRICKS_HOST": self.url}, {"DATABRICKS_TOKEN": token}
@@ -134,10 +134,10 @@ class DatabricksLogin(Login):
 
 
 def profile_of(uri: str) -> str | None:
-    """The profile that ``databricks://<profile>`` names; None if it names none.
+    """Return the profile that ``databricks://<profile>`` names; None if it names none.
 
     Raises:
-        UsageError: it names a secret scope.
+        UsageError: The URI names a secret scope.
     """
     name = uri.removeprefix("databricks").removeprefix("://").strip("/")
     if ":" in name:

@@ -1,4 +1,4 @@
-"""Tracking in a store that mlflow opens itself (sqlite, another database, a folder), by its client in threads."""
+"""Tracking in a store that mlflow opens in this process (a database, a folder), by its client in threads."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ T = TypeVar("T")
 
 
 def default_uri() -> str:
-    """What MLflow 3 takes if nothing is said: ``./mlruns`` if it holds experiments, else ``./mlflow.db``.
+    """Return MLflow 3's default store: ``./mlruns`` if it holds experiments, else ``./mlflow.db``.
 
-    Reads the working directory: call it in a thread.
+    It reads the working directory: call it in a thread.
     """
     folder = Path("mlruns").absolute()
     try:
@@ -55,13 +55,14 @@ def default_uri() -> str:
 class EmbeddedTracking(Tracking):
     """A store that mlflow opens in this process: ``sqlite:///…``, another database, a folder, or a plugin's URI.
 
-    Needs the extra ``mlfleet[mlflow]``. Use it inside ``async with``: a relative path is settled there. The first call
-    imports mlflow and makes the tables (some seconds the first time), in a thread: whoever makes a mistake before it
-    hears of it at once, and finds no new database. The process-wide tracking URI of mlflow is neither used nor changed.
+    It needs the extra ``mlfleet[mlflow]``. Use it inside ``async with``, which makes a relative path absolute. The
+    first call imports mlflow and makes the tables, in a thread; this takes some seconds the first time. A mistake in
+    the arguments of a run is reported before it, and leaves no new database. The process-wide tracking URI of mlflow is
+    neither used nor changed.
 
     Args:
-        uri: of the store; None: `default_uri`.
-        retry_for: seconds for which a call keeps trying while a database is locked or cannot be reached.
+        uri: The URI of the store; None: `default_uri`.
+        retry_for: Seconds for which a call keeps trying while a database is locked or cannot be reached.
     """
 
     def __init__(self, uri: str | None = None, *, retry_for: float = POLICY.seconds) -> None:
@@ -86,7 +87,7 @@ class EmbeddedTracking(Tracking):
     async def _open(self) -> Any:
         if self._lock is None:
             raise TrackingError("the tracking store is not open: use it inside `async with`", uri=self.uri)
-        # Two processes that make the tables of one database at the same time fail.
+        # One process at a time makes the tables of a database: two at the same time fail.
         async with file_lock(self._lock):
             return await self._again(partial(_open_store, self._real))
 
@@ -108,7 +109,7 @@ class EmbeddedTracking(Tracking):
             nonlocal tries
             tries += 1
             if tries > 1:
-                # The connection to the database may have broken after it took the run.
+                # The connection to the database may have broken after the run was stored.
                 wanted = f"tags.`{SUBMISSION_TAG}` = '{submission}'"
                 if made := client.search_runs([experiment_id], wanted, max_results=1):
                     return _run_info(made[0])
@@ -226,7 +227,7 @@ def _experiment_id(name: str, client: Any) -> str:
         try:
             return str(client.create_experiment(name))
         except MlflowException as error:
-            # Another process may have been faster.
+            # Another process may have created it first.
             found = client.get_experiment_by_name(name) if error.error_code == "RESOURCE_ALREADY_EXISTS" else None
             if found is None:
                 raise
@@ -272,8 +273,8 @@ _quieting = threading.Lock()
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep back what mlflow and its libraries tell about a new database and about each other's deprecations."""
-    # One at a time: what a second thread would save and restore is what the first one has set.
+    """Suppress the messages of mlflow and its libraries about a new database and about each other's deprecations."""
+    # One thread at a time: a second one would save and restore the levels that the first one has set.
     with _quieting:
         loggers = [logging.getLogger(name) for name in _NOISY]
         levels = [logger.level for logger in loggers]
@@ -290,7 +291,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _translated(uri: str) -> Iterator[None]:
-    """Turn whatever mlflow, a database or a disk raises into our errors."""
+    """Turn every exception of mlflow, a database or a disk into a `TrackingError`."""
     try:
         yield
     except TrackingError:
@@ -304,7 +305,7 @@ def _translated(uri: str) -> Iterator[None]:
         text = f"the tracking store {mask_uri(uri)} refused: {message or type(error).__name__}"
         if local_path(uri) is not None and "MLFLOW_ALLOW_FILE_STORE" in str(error):
             text = (
-                f"mlflow keeps no runs in folders any more ({local_path(uri)}): set MLFLOW_ALLOW_FILE_STORE=true, or "
+                f"mlflow no longer keeps runs in folders ({local_path(uri)}): set MLFLOW_ALLOW_FILE_STORE=true, or "
                 "use a database (MLFLOW_TRACKING_URI=sqlite:///mlflow.db; `mlflow migrate-filestore` moves it)"
             )
         problem = TrackingError(text, uri=mask_uri(uri), code=str(code) if code else None)

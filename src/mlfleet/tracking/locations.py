@@ -1,4 +1,4 @@
-"""Where artifacts are: the URIs that name them, taken apart. Nothing here asks anybody."""
+"""Parsing of tracking URIs and artifact URIs, without any request."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class RunRef:
     """``runs:/<run id>/<path>``.
 
     Attributes:
-        run_id: the run.
-        path: inside its artifacts; empty: all of them.
+        run_id: The id of the run.
+        path: The path inside its artifacts; empty: all of them.
     """
 
     run_id: str
@@ -41,12 +41,12 @@ class ModelRef:
     """``models:/<name>/<version or stage>``, ``models:/<name>@<alias>`` or ``models:/<model id>``, and a path.
 
     Attributes:
-        name: of the registered model; empty for a model id.
-        version: a number.
+        name: The name of the registered model; empty for a model id.
+        version: The number of the version.
         stage: ``Production``, … or ``latest``.
-        alias: of a version.
-        model_id: of a logged model (MLflow 3).
-        path: inside the model; empty: all of it.
+        alias: The alias of a version.
+        model_id: The id of a logged model (MLflow 3).
+        path: The path inside the model; empty: all of it.
     """
 
     name: str = ""
@@ -58,22 +58,22 @@ class ModelRef:
 
 
 def split_uri(uri: str) -> SplitResult:
-    """The parts of a URI.
+    """Split a URI into its parts.
 
     Raises:
-        UsageError: it is none.
+        UsageError: The text is not a URI.
     """
     try:
         return urlsplit(uri)
     except ValueError as error:
-        raise UsageError(f"{mask_uri(uri)!r} is no URI: {error}") from None
+        raise UsageError(f"{mask_uri(uri)!r} is not a URI: {error}") from None
 
 
 def parse_run_uri(uri: str) -> RunRef:
-    """Take ``runs:/…`` apart.
+    """Parse ``runs:/…``.
 
     Raises:
-        UsageError: it names no run, or a path that leads out of its artifacts.
+        UsageError: The URI names no run, or a path that leads out of its artifacts.
     """
     run_id, _, path = split_uri(uri).path.strip("/").partition("/")
     if not run_id or split_uri(uri).netloc:
@@ -82,10 +82,10 @@ def parse_run_uri(uri: str) -> RunRef:
 
 
 def parse_model_uri(uri: str) -> ModelRef:
-    """Take ``models:/…`` apart.
+    """Parse ``models:/…``.
 
     Raises:
-        UsageError: it names no model, or a path that leads out of it.
+        UsageError: The URI names no model, or a path that leads out of it.
     """
     parts = split_uri(uri)
     first, _, rest = parts.path.strip("/").partition("/")
@@ -111,7 +111,7 @@ def parse_model_uri(uri: str) -> ModelRef:
 
 
 def local_path(uri: str) -> Path | None:
-    """The path of a ``file:`` URI or of a plain path; None for anything else."""
+    """Return the path of a ``file:`` URI or of a plain path; None for any other URI."""
     parts = split_uri(uri)
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
         return Path(unquote(parts.path))
@@ -119,7 +119,7 @@ def local_path(uri: str) -> Path | None:
 
 
 def join(root: str, path: str) -> str:
-    """The URI of `path` inside `root`; a query of `root` stays at its end."""
+    """Return the URI of `path` inside `root`; a query of `root` stays at its end."""
     if not path:
         return root
     parts = split_uri(root)
@@ -127,10 +127,10 @@ def join(root: str, path: str) -> str:
 
 
 def safe_path(path: str, uri: str) -> str:
-    """`path` without empty parts.
+    """Return `path` without empty parts.
 
     Raises:
-        UsageError: it leads out of where it begins.
+        UsageError: The path leads out of the folder in which it begins.
     """
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if any(part == ".." or "\\" in part or "\0" in part for part in parts):
@@ -139,10 +139,10 @@ def safe_path(path: str, uri: str) -> str:
 
 
 def safe_name(name: object) -> str:
-    """The name of a file or folder as a server listed it.
+    """Return the name of a file or folder as a server listed it.
 
     Raises:
-        TrackingError: a file of that name would be written somewhere else.
+        TrackingError: A file of that name would be written to another folder.
     """
     if not isinstance(name, str) or name in ("", ".", "..") or any(sign in name for sign in "/\\\0"):
         raise TrackingError(f"the tracking server lists an artifact with the name {name!r}, which is not safe to write")
@@ -150,7 +150,7 @@ def safe_name(name: object) -> str:
 
 
 def absolute_uri(uri: str) -> str:
-    """A tracking URI that means the same store in any working directory. Asks for the present one: use a thread."""
+    """Return a tracking URI that means the same store in any working directory; it blocks: use a thread."""
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         path, mark, query = uri.removeprefix("sqlite:///").partition("?")
         in_memory = path in ("", ":memory:")
