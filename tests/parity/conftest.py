@@ -28,7 +28,7 @@ from parity.sides import Side
 def ground(
     tmp_path_factory: pytest.TempPathFactory, mlflow_server: MlflowServer, plugin_folder: Path
 ) -> Iterator[Ground]:
-    """What all cases stand on."""
+    """The services that all cases share."""
     root = tmp_path_factory.mktemp("parity")
     (root / "home").mkdir()
     sides.make_tools(root / "tools")
@@ -47,7 +47,7 @@ def ground(
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Path]]]:
-    """The Pythons of the environments with mlflow, which are made while the tracking server starts."""
+    """The Pythons of the environments with mlflow. They are made while the tracking server starts."""
     folder = tmp_path_factory.mktemp("environments")
     with ThreadPoolExecutor() as pool:
         yield {name: pool.submit(sides.install, name, folder / name) for name in sides.REFERENCES}
@@ -77,7 +77,7 @@ def docker_image(ground: Ground, docker_engine: DockerEngine, shell_image: str) 
 
 @pytest.fixture
 def asked(case: Case, all_sides: dict[str, Side], request: pytest.FixtureRequest) -> dict[str, Side]:
-    """All sides, which are at work on the selected cases."""
+    """All sides, while they run the selected cases."""
     if case.docker:
         request.getfixturevalue("docker_image")
     selected = [item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")]
@@ -87,7 +87,7 @@ def asked(case: Case, all_sides: dict[str, Side], request: pytest.FixtureRequest
 
 @pytest.fixture
 def asked_all(all_sides: dict[str, Side], docker_image: str) -> dict[str, Side]:
-    """All sides, which are at work on all cases."""
+    """All sides, while they run all cases."""
     ask(all_sides, CASES)
     return all_sides
 

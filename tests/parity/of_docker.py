@@ -25,15 +25,15 @@ def case(
     mlproject: dict[str, str] | None = None,
     **arguments: object,
 ) -> Case:
-    """A case of one entry point in a container.
+    """Return a case with one entry point in a container.
 
     Args:
-        name: of the case.
-        differs: as in `Case`.
-        command: of the entry point, which declares ``a`` and ``b`` if there are parameters.
-        docker_args: of the call, in addition to the network: not every engine has one of its own to offer.
+        name: The name of the case.
+        differs: The differences that it shows, as in `Case`.
+        command: The command of the entry point, which declares ``a`` and ``b`` if there are parameters.
+        docker_args: The ``docker_args`` of the call besides the network; some engines have no default network.
         given: the parameters of the call.
-        environ: as in `Case`.
+        environ: Variables of the caller, as in `Case`.
         mlproject: keys of docker_env as YAML in one line, and the name; an empty text leaves one out.
         arguments: more of the call.
     """

@@ -45,7 +45,7 @@ exit $code
 
 
 def install(reference: str, folder: Path) -> Path:
-    """Make an environment with that mlflow in `folder`; gives its Python."""
+    """Make an environment with that mlflow in `folder`, and return its Python."""
     uv = _uv()
     python = folder / "bin" / "python"
     environ = {**os.environ, "UV_NO_PROGRESS": "1"}
@@ -61,7 +61,7 @@ def install(reference: str, folder: Path) -> Path:
 
 
 def make_tools(folder: Path) -> None:
-    """The programs that are first on PATH of both sides."""
+    """Make the programs that come first on the PATH of both sides."""
     folder.mkdir()
     shim = folder / "bash"
     shim.write_text(_SHIM.format(bash=shutil.which("bash")))
@@ -84,10 +84,10 @@ class Side:
 
     Attributes:
         name: ``mlfleet``, or the version of mlflow.
-        ground: what all cases stand on.
-        folder: for all that its cases write.
-        environ: of its process.
-        version: of mlflow or mlfleet.
+        ground: The services that all cases share.
+        folder: The folder for everything that its cases write.
+        environ: The variables of its process.
+        version: The version of mlflow or mlfleet.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Side:
     _known: set[str] = field(default_factory=set)
 
     def ask(self, case: Case) -> Future[Observed]:
-        """What happens in that case; it is run once."""
+        """Return the observation of a case, which runs once."""
         with self._lock:
             if case.name not in self._results:
                 self._results[case.name] = Future()
@@ -112,7 +112,7 @@ class Side:
             return self._results[case.name]
 
     def work(self) -> None:
-        """Run what is asked for, until `stop`."""
+        """Run the requested cases until `stop` is called."""
         while (case := self._queue.get()) is not None and not self._stopped:
             try:
                 self._results[case.name].set_result(self._run(case))
@@ -120,7 +120,7 @@ class Side:
                 self._results[case.name].set_exception(error)
 
     def stop(self) -> None:
-        """Let `work` end after the case that it is at."""
+        """End `work` after its current case."""
         self._stopped = True
         self._queue.put(None)
 
@@ -175,7 +175,7 @@ def start(name: str, python: Path, ground: Ground, folder: Path) -> Iterator[Sid
 
 
 def _environ(python: Path, ground: Ground, folder: Path) -> dict[str, str]:
-    """The variables of a side's process, the same on both but for paths."""
+    """Return the variables of a side's process, which differ in paths only."""
     here = [path for path in os.environ["PATH"].split(os.pathsep) if not _is_of_this_machine(path)]
     mine = {
         "PATH": os.pathsep.join((str(ground.tools), str(python.parent), *here)),
