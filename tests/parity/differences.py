@@ -167,6 +167,7 @@ RULES: dict[str, Rule] = {
     "version-of-checkout": _refuses("a version can be given only for a Git repository"),
     "user-files-untouched": _untouched,
     # MLproject and entry points
+    "zip-folder-entered": _works("among entry points"),
     "path-objects": _works("'PosixPath' object has no attribute 'strip'"),
     "entry-point-names": _works("among entry points ["),
     "keys-once": _refuses("twice"),
@@ -177,6 +178,7 @@ RULES: dict[str, Rule] = {
     # Parameters and the command
     "float-checked": _refuses("a number was expected"),
     "plain-values": _refuses("a string, a number, a boolean or a path was expected"),
+    "path-default-in-project": _works("no such file"),
     "http-downloads": _works("ValueError: not enough values to unpack"),
     "extra-names-logged": _works("Invalid value \"'a b'\""),
     "extra-names-quoted": lambda aspect, theirs, ours: theirs[aspect].replace("a b", "'a b'") == ours[aspect],

@@ -72,6 +72,12 @@ PARAMETERS = [
     case("parameter-path", declared="a: path", given={"a": "data.csv"}, prepare=data),
     case("parameter-path-file-uri", declared="a: path", given={"a": "file://@case/data.csv"}, prepare=data),
     case("parameter-path-default", declared="a: {type: path, default: data.csv}", prepare=data),
+    Case(
+        "parameter-path-default-in-project",
+        ("path-default-in-project",),
+        mlproject=entry_point("cat {a}", "a: {type: path, default: only-here.csv}"),
+        files={"only-here.csv": "a,b\n"},
+    ),
     case("parameter-path-missing", "no-run-left", declared="a: path", given={"a": "nowhere"}),
     case(
         "parameter-path-download",

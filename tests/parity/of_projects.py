@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable
+from pathlib import Path
 
 from components.git_repository import git
 from parity.case import SIMPLE, Case, entry_point
@@ -19,6 +20,13 @@ def zipped(place: Place) -> None:
         for file in sorted(place.project.rglob("*")):
             archive.write(file, file.relative_to(place.project))
     place.ground.files.files["/" + "/".join([*place.folder.parts[-2:], path.name])] = path.read_bytes()
+
+
+def zipped_below(place: Place) -> None:
+    """``@case/project.zip`` with all its members below one folder, as GitHub makes zips."""
+    with zipfile.ZipFile(place.folder / "project.zip", "w") as archive:
+        for file in sorted(place.project.rglob("*")):
+            archive.write(file, Path("project-main", file.relative_to(place.project)))
 
 
 def broken_zip(place: Place) -> None:
@@ -72,6 +80,7 @@ URIS = [
     Case("uri-missing", uri="@case/nowhere"),
     Case("uri-zip", ("folder-named",), uri="@case/project.zip", prepare=zipped),
     Case("uri-zip-subfolder", ("folder-named",), uri="@case/project.zip#sub/dir", files=SUB, prepare=zipped),
+    Case("uri-zip-one-folder", ("zip-folder-entered",), uri="@case/project.zip", prepare=zipped_below),
     Case("uri-zip-file", ("folder-named", "source-name"), uri="file://@case/project.zip", prepare=zipped),
     Case("uri-zip-http", ("folder-named",), uri="@files/project.zip", prepare=zipped),
     Case("uri-zip-broken", uri="@case/project.zip", prepare=broken_zip),
