@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +288,40 @@ async def test_attach_after_the_end_and_when_it_is_gone(fake_cluster: FakeCluste
         fake_cluster.api.remove(key(again))
         with pytest.raises(RunLost, match="is not in the namespace default of fake any more"):
             await second.attach(reference)
+
+
+async def test_runs_are_listed_whichever_process_submitted_them(fake_cluster: FakeCluster) -> None:
+    fake_cluster.play = lambda pod: Acting(code=3) if "ends" in pod["metadata"]["labels"]["mlfleet.run-id"] else FOREVER
+    config = await fake_cluster.config()
+    async with KubernetesBackend() as first, KubernetesBackend() as second:
+        ending = await first.submit(fake_cluster.job(config, run_id="ends"))
+        going = await first.submit(fake_cluster.job(config, run_id="goes-on"))
+        await asyncio.gather(ending.wait(), going.started())
+        listed = {run.run_id: (run.state, run.detail["job"]) for run in await second.list_runs()}
+    assert listed == {
+        "ends": ("failed", f"default/{ending.target.name}"),
+        "goes-on": ("active", f"default/{going.target.name}"),
+    }
+
+
+async def test_run_is_abandoned_once_its_job_and_its_driver_have_ended(fake_cluster: FakeCluster) -> None:
+    fake_cluster.play = lambda pod: Acting(code=3) if "ends" in pod["metadata"]["labels"]["mlfleet.run-id"] else FOREVER
+    config = await fake_cluster.config()
+    gone = await asyncio.create_subprocess_exec("true")
+    await gone.wait()
+    async with KubernetesBackend() as backend:
+        for run_id, expected in (("ends", True), ("goes-on", False)):
+            job = fake_cluster.job(config, run_id=run_id)
+            run = await backend.submit(job)
+            await (run.wait() if expected else run.started())
+            reference = backend.reference(job)
+            assert await backend.is_abandoned(reference) is False, "this process writes its status"
+            dead = replace(reference, data={**reference.data, "owner": f"{socket.gethostname()}:{gone.pid}"})
+            assert await backend.is_abandoned(dead) is expected
+            elsewhere = replace(reference, data={**reference.data, "owner": "elsewhere:1"})
+            assert await backend.is_abandoned(elsewhere) is False
+        fake_cluster.api.remove(key(run))
+        assert await backend.is_abandoned(dead) is True, "its Job is gone"
 
 
 async def test_leaving_the_backend_leaves_attached_runs_alone(fake_cluster: FakeCluster) -> None:

@@ -6,7 +6,8 @@ import asyncio
 import os
 import socket
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -15,15 +16,16 @@ from typing import Any, ClassVar
 import anyio
 
 from mlfleet._concurrency.cancellation import complete
-from mlfleet._concurrency.threads import LOGINS
+from mlfleet._concurrency.threads import FILES, LOGINS
 from mlfleet._concurrency.throttle import Throttle
 from mlfleet._paths import runs_folder
 from mlfleet._text.masking import MASK
 from mlfleet.backends._remote.run import SupervisedRuns
-from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job
+from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job, ListedRun
 from mlfleet.backends.kubernetes.config import KubernetesConfig, parse_config
 from mlfleet.backends.kubernetes.delivery import Deliveries, preview_code
-from mlfleet.backends.kubernetes.jobs import create_job, create_secret, delete_job, find_job
+from mlfleet.backends.kubernetes.jobs import create_job, create_secret, delete_job, find_job, job_path
+from mlfleet.backends.kubernetes.login import find_cluster
 from mlfleet.backends.kubernetes.manifest import (
     check_copied,
     check_tracking,
@@ -37,9 +39,9 @@ from mlfleet.backends.kubernetes.manifest import (
 from mlfleet.backends.kubernetes.names import job_name
 from mlfleet.backends.kubernetes.output import LogSlots
 from mlfleet.backends.kubernetes.run import KubernetesRun, Target
-from mlfleet.backends.kubernetes.state import read_job
+from mlfleet.backends.kubernetes.state import MANAGED_BY, RUN_LABEL, read_job
 from mlfleet.backends.kubernetes.watch import SharedWatch, WatchPool
-from mlfleet.errors import MlfleetError, SubmitError, UsageError
+from mlfleet.errors import MlfleetError, RunLost, SubmitError, UsageError
 from mlfleet.runs import JobRef
 
 __all__ = ["KubernetesBackend"]
@@ -189,6 +191,29 @@ class KubernetesBackend(Backend[KubernetesConfig]):
             await shared.release()
             raise
 
+    # ---- runs of other processes ------------------------------------------------------------------------------------
+
+    async def list_runs(self) -> Sequence[ListedRun]:
+        """Return the runs whose Job is in the current context's cluster and namespace; see `Backend.list_runs`."""
+        cluster = await LOGINS.run(lambda: find_cluster(None, os.environ))
+        client = await self._watches.client(cluster)
+        params = {"labelSelector": f"{MANAGED_BY}=mlfleet"}
+        answer = await client.call("listing Jobs", "GET", job_path(cluster.namespace), params=params)
+        return [_listed(each) for each in answer.get("items") or () if RUN_LABEL in (each["metadata"]["labels"] or {})]
+
+    async def is_abandoned(self, ref: JobRef) -> bool:
+        """Return True if the Job has ended or is gone, and so is the process that submitted it on this machine."""
+        if not await FILES.run(partial(_owner_is_gone, ref)):
+            return False
+        context, namespace = str(ref.data.get("context") or ""), str(ref.data.get("namespace") or "")
+        config = await LOGINS.run(partial(_attached_config, context, namespace))
+        client = await self._watches.client(config.cluster)
+        try:
+            found = await find_job(client, config.namespace, str(ref.data.get("name") or ""), ref.run_id)
+        except RunLost:
+            return True
+        return read_job(found).ended
+
     # ---- one Job ----------------------------------------------------------------------------------------------------
 
     async def _create(
@@ -269,13 +294,37 @@ def _output(ref: JobRef) -> Path:
     """Return the file that the first process wrote to if that is gone, else a file of our own."""
     given = ref.data.get("output")
     path = Path(str(given)) if given else runs_folder() / ref.run_id / "output.log"
+    if _owner(ref) is None or _owner_is_gone(ref):
+        return path
+    return path.with_name(f"{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}")
+
+
+def _owner(ref: JobRef) -> int | None:
+    """Return the id of the process that submitted the run; None if that was on another machine."""
     host, _, pid = str(ref.data.get("owner") or "").rpartition(":")
-    if host == socket.gethostname() and pid.isdigit():
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            return path
-        except PermissionError:
-            pass
-        return path.with_name(f"{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}")
-    return path
+    return int(pid) if host == socket.gethostname() and pid.isdigit() else None
+
+
+def _owner_is_gone(ref: JobRef) -> bool:
+    """Return True if the process that submitted the run is known to be gone. Blocking."""
+    import psutil
+
+    owner = _owner(ref)
+    return owner is not None and not psutil.pid_exists(owner)
+
+
+def _listed(raw: Mapping[str, Any]) -> ListedRun:
+    meta, job = raw["metadata"], read_job(raw)
+    state = "deleting" if job.deleting else "active"
+    if job.ended:
+        state = "complete" if job.complete else "failed"
+    elif job.suspended:
+        state = "suspended"
+    return ListedRun(
+        run_id=job.run_id,
+        backend=KubernetesBackend.name,
+        created=datetime.fromisoformat(meta["creationTimestamp"]),
+        state=state,
+        supervised=True,  # the process that submitted it may be on another machine
+        detail={"job": f"{meta['namespace']}/{meta['name']}"},
+    )

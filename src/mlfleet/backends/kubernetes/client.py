@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import json
 import logging
 import random
+import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import replace
@@ -20,7 +22,7 @@ import aiohttp
 
 from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.single_flight import SingleFlight
-from mlfleet._concurrency.threads import FILES
+from mlfleet._concurrency.threads import FILES, LOGINS
 from mlfleet._retry import RetryPolicy, parse_retry_after
 from mlfleet.backends.kubernetes.login import CERTIFICATES, SERVICE_ACCOUNT, Cluster, Login, load_login
 from mlfleet.errors import BackendError
@@ -323,7 +325,8 @@ class KubernetesClient:
             old.renew(login)
         else:
             # New certificates need new clients. The old ones serve their watches and logs to the end.
-            self._clients = _Clients(login)
+            template, tls = await LOGINS.run(partial(_make_template, login.configuration))
+            self._clients = _Clients(login, template, tls)
             if old is not None:
                 self._replaced.add(old)
                 await self._close_unused()
@@ -339,17 +342,22 @@ class KubernetesClient:
 class _Clients:
     """The three ``ApiClient`` objects of one login, each made at its first use.
 
+    Args:
+        login: The login.
+        template: The client to copy; see `_make_template`.
+        tls: The TLS context of all connections.
+
     Attributes:
         login: The login; see `renew`.
         users: The number of requests and streams that use a client now.
     """
 
-    def __init__(self, login: Login) -> None:
+    def __init__(self, login: Login, template: Any, tls: ssl.SSLContext) -> None:
         self.login = login
         self.users = 0
         self._configuration = login.configuration
-        # Without a limit of connections: the semaphores of `KubernetesClient` limit requests, and each log is one.
-        self._configuration.connection_pool_maxsize = 0
+        self._template = template
+        self._tls = tls
         self._clients: dict[Pool, Any] = {}
 
     @property
@@ -388,16 +396,11 @@ class _Clients:
     def _client(self, pool: Pool) -> Any:
         client = self._clients.get(pool)
         if client is None:
-            from kubernetes_asyncio.client import ApiClient
-
-            # Its aiohttp session must be made on the event loop, and its TLS context is made with it: 1 ms with a
-            # certificate-authority, 30 ms with those of the system. So the three are made at different times.
-            client = ApiClient(self._configuration)
-            client.user_agent = "mlfleet"
-            # aiohttp would apply the environment's proxies and a NO_PROXY without CIDRs: the login has chosen already.
-            session = client.rest_client.pool_manager
-            connector = session.connector
-            session.detach()
+            client = copy.copy(self._template)
+            client.rest_client = copy.copy(client.rest_client)
+            # Without a limit of connections: the semaphores of `KubernetesClient` limit requests, and each log is one.
+            # Without trust_env: aiohttp knows no CIDRs in NO_PROXY, and the login has chosen the proxy already.
+            connector = aiohttp.TCPConnector(limit=0, ssl=self._tls)
             client.rest_client.pool_manager = aiohttp.ClientSession(connector=connector, read_bufsize=_READ_BUFFER)
             self._clients[pool] = client
         return client
@@ -407,6 +410,26 @@ class _Clients:
         for client in self._clients.values():
             await client.close()
         self._clients.clear()
+
+
+def _make_template(configuration: Any) -> tuple[Any, ssl.SSLContext]:
+    """Make an ``ApiClient`` without a session, and the TLS context that kubernetes-asyncio makes for it. Blocking.
+
+    The system's certificates take 30 ms to load, in which the event loop would stand still. But a session belongs
+    to the loop that makes it, so this one is closed at once.
+    """
+
+    async def make() -> tuple[Any, ssl.SSLContext]:
+        from kubernetes_asyncio.client import ApiClient
+
+        client = ApiClient(configuration)
+        client.user_agent = "mlfleet"
+        # Private: neither aiohttp nor kubernetes-asyncio has a public way to the context of a connector.
+        tls: ssl.SSLContext = client.rest_client.pool_manager.connector._ssl
+        await client.close()
+        return client, tls
+
+    return asyncio.run(make())
 
 
 @functools.lru_cache(maxsize=256)
