@@ -8,11 +8,14 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
 
 from mlfleet._concurrency.threads import LOGINS
+from mlfleet._hosts import has_loopback_host
+from mlfleet._request_log import unlogged_requests
 from mlfleet.errors import TrackingError, UsageError
 from mlfleet.tracking.auth import Login
 
@@ -22,7 +25,10 @@ __all__ = ["DatabricksLogin", "check_profile", "is_databricks", "profile_of"]
 _HEADERS_LAST = 30.0
 """Seconds for which headers are used again. The SDK renews a token 40 s or more before it expires."""
 
-# Databricks answers 403 to an expired personal access token, as it does to a missing permission.
+_LOGIN_SECONDS = 10
+"""Seconds for one request of databricks-sdk, and for its retries, which nothing can interrupt."""
+
+# An expired personal access token is told by 403, as a missing permission is.
 _EXPIRED = re.compile(r"(invalid|expired)\b.*\btoken|token\b.*\b(invalid|expired)", re.I)
 
 
@@ -46,10 +52,12 @@ def check_profile(name: str) -> None:
 
 
 class DatabricksLogin(Login):
-    """A Databricks workspace.
+    """The login to a Databricks workspace, as databricks-sdk's `Config` decides it.
 
-    A personal access token (``DATABRICKS_HOST`` and ``DATABRICKS_TOKEN``, or host and token of a profile in
-    ``~/.databrickscfg``) needs nothing else; every other kind of login is left to databricks-sdk.
+    A personal access token needs no request. Every other kind of login happens in a thread at the first request.
+
+    Args:
+        uri: The tracking URI: ``databricks`` or ``databricks://<profile>``.
     """
 
     hint = "check DATABRICKS_HOST and DATABRICKS_TOKEN, or the profile in ~/.databrickscfg"
@@ -60,7 +68,7 @@ class DatabricksLogin(Login):
         self.url = ""
         self._uri = uri
         self._profile = profile_of(uri)
-        self._settings: Mapping[str, str] = {}
+        self._settings: Any = None
         self._sdk: Any = None
         self._headers: dict[str, str] = {}
         self._former = ""
@@ -68,17 +76,21 @@ class DatabricksLogin(Login):
         self._lock = anyio.Lock()
 
     def prepare(self) -> None:  # noqa: D102
-        profile = self._profile or os.environ.get("DATABRICKS_CONFIG_PROFILE")
-        settings = _profile_settings(profile) if profile else (_environment_settings() or _profile_settings("DEFAULT"))
-        self._settings = settings
-        if settings.get("host") and settings.get("token") and settings.get("auth_type", "pat") == "pat":
-            self.url = settings["host"].strip().rstrip("/")
-            if "://" not in self.url:
-                self.url = f"https://{self.url}"
-            self._headers, self._until = {"Authorization": f"Bearer {settings['token']}"}, float("inf")
-        else:
-            self._sdk = _sdk_config(profile, self._uri)
-            self.url = str(self._sdk.host).rstrip("/")
+        if profile := self._profile or os.environ.get("DATABRICKS_CONFIG_PROFILE"):
+            _profile_settings(profile)  # names the profiles that there are
+        self._settings = _read_settings(self._profile, self._uri)
+        if not self._settings.host:
+            # Azure finds the host by the workspace's resource id.
+            self._settings = self._sdk = _log_in(self._profile, self._uri)
+        self.url = str(self._settings.host).strip().rstrip("/")
+        if "://" not in self.url:
+            self.url = f"https://{self.url}"
+        if self._has_token:
+            self._headers, self._until = {"Authorization": f"Bearer {self._settings.token}"}, float("inf")
+
+    @property
+    def _has_token(self) -> bool:
+        return bool(self._settings.token) and (self._settings.auth_type or "pat") == "pat"
 
     async def headers(self) -> Mapping[str, str]:  # noqa: D102
         if time.monotonic() >= self._until:
@@ -92,14 +104,19 @@ class DatabricksLogin(Login):
         return error.status == 401 or (error.status == 403 and _EXPIRED.search(str(error)) is not None)
 
     async def renew(self, refused: Mapping[str, str]) -> bool:
-        """Log in again from the settings: the token in ``~/.databrickscfg`` may have been replaced."""
+        """Log in from the beginning: the token in ``~/.databrickscfg`` may have changed."""
+        import httpx
+
         async with self._lock:
             if refused.get("Authorization") != self._headers.get("Authorization"):
-                return True  # another request has renewed it
+                return True  # another request has renewed it already
             fresh = DatabricksLogin(self._uri)
             await LOGINS.run(fresh.prepare)
-            headers = dict(await fresh.headers())
-            # Credentials for another workspace must not be sent to this one.
+            try:
+                headers = dict(await fresh.headers())
+            except httpx.HTTPError as error:
+                raise TrackingError(f"Databricks login failed: {error}; {self.hint}", uri=self._uri) from error
+            # A token for another workspace must not be sent to this one.
             if fresh.url != self.url or headers == self._headers:
                 return False
             self._former = _bearer(self._headers)
@@ -108,22 +125,31 @@ class DatabricksLogin(Login):
         return True
 
     def environ(self) -> tuple[dict[str, str], dict[str, str]]:
-        """Return host and token, for runs without ``~/.databrickscfg``; without a token, the URI itself."""
-        token = self._settings.get("token")
-        if self._sdk is None and token:
-            return {"MLFLOW_TRACKING_URI": "databricks", "DATABRICKS_HOST": self.url}, {"DATABRICKS_TOKEN": token}
-        client, secret = (None, None) if self._sdk is None else (self._sdk.client_id, self._sdk.client_secret)
-        if client and secret:
-            plain = {"MLFLOW_TRACKING_URI": "databricks", "DATABRICKS_HOST": self.url, "DATABRICKS_CLIENT_ID": client}
-            return plain, {"DATABRICKS_CLIENT_SECRET": secret}
+        """Return host and token, so that a run elsewhere needs no ``~/.databrickscfg``; without a token, the URI."""
+        settings = self._settings
+        plain = {"MLFLOW_TRACKING_URI": "databricks", "DATABRICKS_HOST": self.url}
+        if self._has_token:
+            return plain, {"DATABRICKS_TOKEN": settings.token}
+        if settings.client_id and settings.client_secret:
+            plain["DATABRICKS_CLIENT_ID"] = settings.client_id
+            return plain, {"DATABRICKS_CLIENT_SECRET": settings.client_secret}
         return {"MLFLOW_TRACKING_URI": self._uri}, {}
 
     def secrets(self) -> tuple[str, ...]:  # noqa: D102
-        from_sdk = (self._sdk.token, self._sdk.client_secret, self._sdk.password) if self._sdk is not None else ()
-        ours = (self._settings.get("token"), _bearer(self._headers), self._former)
-        return tuple(text for text in (*ours, *from_sdk) if text)
+        names = ("token", "client_secret", "password", "azure_client_secret")
+        configured = (getattr(self._settings, name, None) for name in names)
+        return tuple(text for text in (*configured, _bearer(self._headers), self._former) if text)
 
     def _authenticate(self) -> dict[str, str]:
+        """Return fresh headers. Blocking.
+
+        Raises:
+            httpx.HTTPError: The workspace cannot be reached.
+            TrackingError: The login is refused.
+        """
+        if self._sdk is None:
+            _check_reachable(self.url)
+            self._sdk = _log_in(self._profile, self._uri)
         try:
             headers = dict(self._sdk.authenticate())
         except Exception as error:
@@ -152,12 +178,6 @@ def _bearer(headers: Mapping[str, str]) -> str:
     return headers.get("Authorization", "").partition(" ")[2]
 
 
-def _environment_settings() -> dict[str, str]:
-    names = {"host": "DATABRICKS_HOST", "token": "DATABRICKS_TOKEN", "auth_type": "DATABRICKS_AUTH_TYPE"}
-    settings = {key: os.environ[name] for key, name in names.items() if os.environ.get(name)}
-    return settings if "host" in settings else {}
-
-
 def _config_file() -> Path:
     return Path(os.environ.get("DATABRICKS_CONFIG_FILE") or "~/.databrickscfg").expanduser()
 
@@ -178,9 +198,29 @@ def _profile_settings(profile: str) -> dict[str, str]:
     raise TrackingError(f"{path} has no profile {profile!r}; it has: {names}")
 
 
-def _sdk_config(profile: str | None, uri: str) -> Any:
+def _read_settings(profile: str | None, uri: str) -> Any:
+    """Return the settings that databricks-sdk would log in with. Sends no request."""
     try:
-        from databricks.sdk.core import Config
+        from databricks.sdk.config import Config
+    except ImportError:
+        return _settings_without_sdk(profile, uri)
+
+    class Settings(Config):  # type: ignore[misc]
+        # Config's constructor asks the host about itself and logs in, with retries of its own.
+        def _resolve_host_metadata(self) -> None:
+            pass
+
+        def init_auth(self) -> None:
+            pass
+
+    Config.attributes()  # looks only at its own class, and keeps the result for its subclasses
+    return _configure(Settings, profile, uri)
+
+
+def _log_in(profile: str | None, uri: str) -> Any:
+    """Return databricks-sdk's `Config`, logged in. Blocking, for some seconds where the host does not answer."""
+    try:
+        from databricks.sdk.config import Config
     except ImportError as error:
         raise TrackingError(
             f"no host and token were found for the tracking URI {uri!r}: set DATABRICKS_HOST and DATABRICKS_TOKEN, "
@@ -188,8 +228,52 @@ def _sdk_config(profile: str | None, uri: str) -> Any:
             "pip install 'mlfleet[databricks]'",
             uri=uri,
         ) from error
+    return _configure(Config, profile, uri)
+
+
+def _configure(kind: Any, profile: str | None, uri: str) -> Any:
     try:
-        return Config(profile=profile) if profile else Config()
+        given: dict[str, Any] = {}
+        if profile is not None:
+            # A profile that the tracking URI or the configuration names counts more than the environment, as in mlflow.
+            given = dict(_profile_settings(profile))
+            if given.get("token"):
+                given.setdefault("auth_type", "pat")
+        limits = {"retry_timeout_seconds": _LOGIN_SECONDS, "http_timeout_seconds": _LOGIN_SECONDS}
+        return kind(**{**given, **limits, "profile": profile})
+    except TrackingError:
+        raise
+    except (configparser.Error, UnicodeDecodeError) as error:
+        # The parser's own text quotes the line, and a token with it.
+        raise TrackingError(f"{_config_file()} cannot be read: {type(error).__name__}", uri=uri) from None
     except Exception as error:
         text = f"no way to log in to Databricks was found for the tracking URI {uri!r}: {error}"
         raise TrackingError(text, uri=uri) from error
+
+
+def _settings_without_sdk(profile: str | None, uri: str) -> Any:
+    """Return host and token in the order of databricks-sdk: the environment first, then the profile."""
+    names = {"host": "DATABRICKS_HOST", "token": "DATABRICKS_TOKEN", "auth_type": "DATABRICKS_AUTH_TYPE"}
+    found = {key: os.environ[name] for key, name in names.items() if os.environ.get(name)}
+    chosen = profile or os.environ.get("DATABRICKS_CONFIG_PROFILE")
+    if profile is not None:
+        found |= _profile_settings(profile)
+    elif chosen or "host" not in found:
+        found = {**_profile_settings(chosen or "DEFAULT"), **found}
+    settings = SimpleNamespace(**{"host": None, "token": None, "auth_type": None, **found})
+    settings.client_id = settings.client_secret = None
+    return settings
+
+
+def _check_reachable(url: str) -> None:
+    """Connect to a workspace once, since databricks-sdk hides the cause when it cannot. Blocking.
+
+    Raises:
+        httpx.HTTPError: It cannot be reached.
+    """
+    import httpx
+
+    # The certificate does not matter: nothing is sent that is secret, and nothing of the answer is used.
+    client = httpx.Client(verify=False, timeout=_LOGIN_SECONDS, trust_env=not has_loopback_host(url))  # noqa: S501
+    with unlogged_requests(), client:
+        client.get(f"{url}/.well-known/databricks-config")

@@ -302,9 +302,10 @@ class ServerClient:
         """Send a request and give its successful response, whose body is not read yet."""
         client = self._client
         assert client is not None  # noqa: S101 - checked by `failures`
-        sent = {**self._headers, **headers, **await self.login.headers()}
+        sent: dict[str, str] = {}
         response: httpx.Response | None = None
         try:
+            sent = {**self._headers, **headers, **await self.login.headers()}
             request = client.build_request(
                 method,
                 self.login.url + _target(path),

@@ -17,6 +17,7 @@ from fakes.flaky_proxy import Answer, Forward, Request
 from mlfleet.backends.databricks import DatabricksBackend
 from mlfleet.backends.databricks.client import WorkspaceError
 from mlfleet.errors import MlfleetError, SubmitError
+from mlfleet.tracking.databricks import DatabricksLogin
 
 
 @pytest.fixture
@@ -342,6 +343,70 @@ async def test_a_workspace_that_is_not_there(make_job: JobMaker, monkeypatch: py
     async with DatabricksBackend(timing=QUICK) as backend:
         with pytest.raises(WorkspaceError, match=r"cannot be reached: connection refused; check DATABRICKS_HOST"):
             await backend.submit(make_job())
+
+
+async def test_a_service_principal_of_a_workspace_that_is_not_there(
+    make_job: JobMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABRICKS_HOST", "http://127.0.0.1:9")
+    monkeypatch.delenv("DATABRICKS_TOKEN", raising=False)
+    monkeypatch.setenv("DATABRICKS_CLIENT_ID", "robot")
+    monkeypatch.setenv("DATABRICKS_CLIENT_SECRET", "robot-secret")
+    monkeypatch.setenv("DATABRICKS_CONFIG_FILE", "/dev/null")
+    async with DatabricksBackend(timing=QUICK) as backend:
+        with pytest.raises(WorkspaceError, match=r"cannot be reached: connection refused; check DATABRICKS_HOST"):
+            await backend.submit(make_job())
+
+
+SETTINGS = """\
+[__settings__]
+default_profile = chosen
+[DEFAULT]
+host = https://default.example
+token = of-default
+[chosen]
+host = https://chosen.example
+token = of-chosen
+"""
+
+
+@pytest.mark.parametrize(
+    ("uri", "variables", "host", "token"),
+    [
+        ("databricks", {}, "chosen", "of-chosen"),
+        ("databricks", {"DATABRICKS_CONFIG_PROFILE": "DEFAULT"}, "default", "of-default"),
+        (
+            "databricks",
+            {
+                "DATABRICKS_CONFIG_PROFILE": "chosen",
+                "DATABRICKS_HOST": "https://environment.example",
+                "DATABRICKS_TOKEN": "of-environment",
+            },
+            "environment",
+            "of-environment",
+        ),
+        (
+            "databricks://chosen",
+            {"DATABRICKS_HOST": "https://environment.example", "DATABRICKS_TOKEN": "of-environment"},
+            "chosen",
+            "of-chosen",
+        ),
+    ],
+)
+def test_the_workspace_is_the_one_that_databricks_own_client_chooses(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uri: str, variables: dict[str, str], host: str, token: str
+) -> None:
+    for name in ("DATABRICKS_HOST", "DATABRICKS_TOKEN", "DATABRICKS_CONFIG_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "databrickscfg"
+    file.write_text(SETTINGS)
+    monkeypatch.setenv("DATABRICKS_CONFIG_FILE", str(file))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    login = DatabricksLogin(uri)
+    login.prepare()
+    assert login.url == f"https://{host}.example"
+    assert login.environ()[1] == {"DATABRICKS_TOKEN": token}
 
 
 async def test_no_way_to_log_in(make_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
