@@ -28,7 +28,7 @@ _HEADERS_LAST = 30.0
 _LOGIN_SECONDS = 10
 """Seconds for one request of databricks-sdk, and for its retries, which nothing can interrupt."""
 
-# An expired personal access token is told by 403, as a missing permission is.
+# Databricks answers 403 to an expired personal access token, as it does to a missing permission.
 _EXPIRED = re.compile(r"(invalid|expired)\b.*\btoken|token\b.*\b(invalid|expired)", re.I)
 
 
