@@ -9,7 +9,7 @@ from collections.abc import Callable
 import anyio
 import pytest
 
-from mlfleet._engine.admission import MachineSlots
+from mlfleet._engine.admission import Admission
 from mlfleet.errors import UsageError
 from mlfleet.resources import Machine, Resources, this_machine
 
@@ -80,7 +80,7 @@ def test_given_resources_replace_those_of_the_machine(monkeypatch: pytest.Monkey
     ],
 )
 def test_runs_that_can_never_fit_are_refused(needed: Resources, message: str) -> None:
-    slots = MachineSlots(Machine(cpus=4, gpus=("0", "1"), memory=8 * 2**30))
+    slots = Admission(Machine(cpus=4, gpus=("0", "1"), memory=8 * 2**30))
     with pytest.raises(UsageError, match=f"can never start on this machine: {message}"):
         slots.check(needed)
 
@@ -93,13 +93,13 @@ def test_a_machine_says_how_many_runs_fit() -> None:
 
 
 async def test_no_two_runs_share_a_gpu_and_all_are_used() -> None:
-    slots = MachineSlots(Machine(cpus=100, gpus=("a", "b", "c")))
+    slots = Admission(Machine(cpus=100, gpus=("a", "b", "c")))
     held: set[str] = set()
     most = 0
 
     async def run(count: int) -> None:
         nonlocal most
-        async with slots.share(Resources(cpus=1, gpus=count)) as environ:
+        async with slots.reserve(Resources(cpus=1, gpus=count)) as environ:
             mine = set(filter(None, environ["CUDA_VISIBLE_DEVICES"].split(",")))
             assert len(mine) == count
             assert not mine & held
@@ -113,12 +113,12 @@ async def test_no_two_runs_share_a_gpu_and_all_are_used() -> None:
 
 
 async def test_a_big_run_is_not_starved_by_small_ones() -> None:
-    slots = MachineSlots(Machine(cpus=4))
+    slots = Admission(Machine(cpus=4))
     order: list[str] = []
     gate = anyio.Event()
 
     async def run(name: str, cpus: float) -> None:
-        async with slots.share(Resources(cpus=cpus)):
+        async with slots.reserve(Resources(cpus=cpus)):
             order.append(name)
             await gate.wait()
 
@@ -132,14 +132,14 @@ async def test_a_big_run_is_not_starved_by_small_ones() -> None:
 
 
 async def test_a_cancelled_waiter_does_not_block_others() -> None:
-    slots = MachineSlots(Machine(cpus=2))
-    async with slots.share(Resources(cpus=2)):
+    slots = Admission(Machine(cpus=2))
+    async with slots.reserve(Resources(cpus=2)):
         with anyio.move_on_after(0.01) as scope:
-            async with slots.share(Resources(cpus=2)):
+            async with slots.reserve(Resources(cpus=2)):
                 pass
         assert scope.cancelled_caught
     for _ in range(20):  # tenths add up
-        async with slots.share(Resources(cpus=0.1)):
+        async with slots.reserve(Resources(cpus=0.1)):
             pass
-    async with slots.share(Resources(cpus=2)):
+    async with slots.reserve(Resources(cpus=2)):
         pass

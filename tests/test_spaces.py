@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlfleet import choice, grid, loguniform, normal, randint, rows, sample, uniform, zip_
-from mlfleet._sweeps.source import Source
+from mlfleet._sweeps.points import Source
 from mlfleet.errors import MlfleetError, SpecError, UsageError
 from mlfleet.spaces import Space, describe
 

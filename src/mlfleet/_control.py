@@ -13,11 +13,11 @@ from mlfleet._engine.attach import read_reference
 from mlfleet._engine.request import SweepMember
 from mlfleet._paths import runs_folder
 from mlfleet._sweeps import NAME_TAG, SPACE_TAG, is_driven
-from mlfleet._sweeps.notes import forget, lock_path
+from mlfleet._sweeps.record import forget, lock_path
 from mlfleet._text.lines import follow_file
 from mlfleet.backends.base import BackendRun
 from mlfleet.errors import BackendNotFound, MlfleetError, UsageError
-from mlfleet.fleet import Fleet
+from mlfleet.fleet import Fleet, context_of
 from mlfleet.runs import JobRef, Outcome, RunStatus
 from mlfleet.tracking import RunInfo
 from mlfleet.tracking.base import end_run
@@ -84,7 +84,7 @@ async def cancel_run(fleet: Fleet, run_id: str, *, grace: float | None = None) -
     if info.status.is_terminal:
         return info
     reference = read_reference(info)
-    backend = await fleet.backend(reference.backend)
+    backend = await context_of(fleet).backend(reference.backend)
     if await backend.withdraw(reference):
         await fleet.tracking.update_run(run_id, RunStatus.KILLED)
         return await fleet.tracking.get_run(run_id)
@@ -152,7 +152,7 @@ async def read_logs(fleet: Fleet, run_id: str, *, follow: bool) -> AsyncGenerato
     reference = read_reference(info) if JobRef.TAG in info.tags else None
     backend = None
     if reference is not None and not info.status.is_terminal:
-        backend = await fleet.backend(reference.backend)
+        backend = await context_of(fleet).backend(reference.backend)
     handle: BackendRun | None = None
     if backend is not None and reference is not None and not backend.runs_here:
         handle = await backend.attach(reference)
@@ -216,7 +216,7 @@ async def _is_abandoned(fleet: Fleet, info: RunInfo) -> bool:
         return False
     reference = read_reference(info)
     try:
-        backend = await fleet.backend(reference.backend)
+        backend = await context_of(fleet).backend(reference.backend)
     except BackendNotFound:  # not installed here: its own process, or a machine that has it, writes the status
         return False
     return await backend.is_abandoned(reference)

@@ -10,11 +10,12 @@ from weakref import WeakKeyDictionary
 
 import anyio
 
+from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.tasks import TaskOwner
 from mlfleet._engine.request import Output, RunOptions, RunRequest
 from mlfleet._engine.run import FleetRun
 from mlfleet._sweeps import SweepOptions, SweepResult
-from mlfleet.fleet import Fleet
+from mlfleet.fleet import Fleet, context_of
 from mlfleet.resources import Resources
 from mlfleet.runs import Timeouts
 from mlfleet.spaces import Points
@@ -146,7 +147,7 @@ async def submit(
         MlfleetError: there was a mistake in the request or the project, or tracking cannot be reached; no run was made.
     """
     request = RunRequest.of(uri, entry_point, version, parameters, **options)
-    return await (await default_fleet(tracking_uri)).start(request)
+    return await context_of(await default_fleet(tracking_uri)).start(request)
 
 
 async def attach(run_id: str, *, tracking_uri: str | None = None, timeouts: Timeouts | None = None) -> FleetRun:
@@ -196,8 +197,7 @@ async def finish_or_cancel(run: FleetRun) -> None:
     try:
         await run.check()
     except asyncio.CancelledError:
-        with anyio.CancelScope(shield=True):
-            await run.cancel()
+        await complete(run.cancel, restart=True)
         raise
 
 
@@ -265,4 +265,4 @@ async def close_default_fleets() -> None:
     """Cancel all runs of the running event loop that were given no Fleet, and close what they shared."""
     fleets = _fleets.pop(asyncio.get_running_loop(), None)
     if fleets is not None:
-        await fleets.close()
+        await complete(fleets.close, restart=True)

@@ -319,7 +319,7 @@ MISTAKES: list[tuple[object, dict[str, Any], str]] = [
     ([{"n": 1}], {"run_id": "a"}, "run_id cannot be given"),
     ([{"n": 1}], {"timeout": 1, "timeouts": Timeouts()}, "both timeout and timeouts"),
     ([{"n": 1}], {"resources": Resources(cpus=10**6)}, "can never start on this machine"),
-    ([{"n": 1}], {"resources": Resources(gpus=64)}, "64 GPUs are asked for"),
+    ([{"n": 1}], {"resources": Resources(gpus=64)}, "64 GPUs are requested"),
     ([{"n": 1}], {"backend": "slurn"}, "slurn"),
 ]
 

@@ -13,7 +13,7 @@ import click
 from mlfleet._cli.options import debug_option, json_option
 from mlfleet._cli.output import complain, print_json, print_line, short
 from mlfleet._concurrency.threads import FILES
-from mlfleet._sweeps.notes import SweepEntry, list_sweeps
+from mlfleet._sweeps.record import SweepEntry, list_sweeps
 from mlfleet._text.lines import last_lines
 from mlfleet._text.plain import plain_line
 from mlfleet.backends.base import Backend, ListedRun

@@ -19,7 +19,7 @@ from mlfleet._engine.run import FleetRun
 from mlfleet._reporting import run_url
 from mlfleet._signals import Interrupts, run_until_interrupted
 from mlfleet.errors import MlfleetError
-from mlfleet.fleet import Fleet
+from mlfleet.fleet import Fleet, context_of
 from mlfleet.runs import Outcome, RunEvent, RunStatus
 
 __all__ = ["run"]
@@ -117,7 +117,7 @@ class RunCommand:
                 async with Fleet(tracking_uri=self.tracking_uri, on_event=follow) as fleet:
                     interrupts.fleet = fleet
                     self.tracking = fleet.tracking.uri
-                    run = await fleet.start(self.request)
+                    run = await context_of(fleet).start(self.request)
                     if self.print_output:
                         await _print_lines(run)
                     await run.check()
@@ -163,8 +163,8 @@ def _as_json(command: RunCommand, received: signal.Signals | None) -> dict[str, 
         "run_id": info.run_id if info else None,
         "run_name": info.name if info else None,
         "experiment_id": info.experiment_id if info else None,
-        "project": run.plan.project_name if run else None,
-        "backend": run.plan.backend if run else command.request.backend,
+        "project": run.project_name if run else None,
+        "backend": run.backend if run else command.request.backend,
         "status": outcome.status.value if outcome else None,
         "exit_code": outcome.exit_code if outcome else None,
         "reason": outcome.reason if outcome else None,

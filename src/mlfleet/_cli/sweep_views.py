@@ -358,10 +358,9 @@ class SweepScreen:
         )
 
     def _row(self, run: FleetRun) -> _Row:
-        request = run.plan.request
-        point = {name: value for name, value in request.parameters.items() if name not in self._fixed}
+        point = {name: value for name, value in run.parameters.items() if name not in self._fixed}
         # Of a run of an earlier session only the name is known.
-        name = f"{request.member.index}: {_values(point)}" if request.member else run.info.name
+        name = f"{run.index}: {_values(point)}" if run.index is not None else run.info.name
         return _Row(name, run.times[Stage.STARTED], run.output_path)
 
     def _rate(self, counts: SweepCounts | None) -> float | None:

@@ -35,13 +35,17 @@ async def wait_done(future: asyncio.Future[Any]) -> asyncio.CancelledError | Non
     return cancelled
 
 
-async def complete(work: Callable[[], Coroutine[Any, Any, T]], *, limit: float | None = None) -> T:
+async def complete(
+    work: Callable[[], Coroutine[Any, Any, T]], *, limit: float | None = None, restart: bool = False
+) -> T:
     """Run `work` in a task of its own and wait for its end, however often the caller is cancelled.
 
     Args:
         work: The coroutine function to run.
         limit: Seconds that the work may still take after the first cancellation of the caller; then it is cancelled,
             too. None: no limit.
+        restart: Begin the work again if it was cancelled together with the caller, as ``asyncio.run`` and some servers
+            do when they cancel all tasks of the loop at its end. The work must allow for being done twice.
 
     Returns:
         The result of the work. It is lost if the caller was cancelled: store it from inside `work` if it is needed.
@@ -50,20 +54,25 @@ async def complete(work: Callable[[], Coroutine[Any, Any, T]], *, limit: float |
         asyncio.CancelledError: The caller was cancelled. Raised after the end of the work; an error of the work is its
             ``__cause__``.
     """
-    task = asyncio.ensure_future(work())
-    with anyio.CancelScope(shield=True):
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError as error:
-            cancelled = error
-        else:
-            return task.result()
-    if limit is not None:
-        timer = asyncio.get_running_loop().call_later(limit, task.cancel)
-        await wait_done(task)
-        timer.cancel()
-    else:
-        await wait_done(task)
+    cancelled: asyncio.CancelledError | None = None
+    while True:
+        task = asyncio.ensure_future(work())
+        with anyio.CancelScope(shield=True):
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError as error:
+                cancelled, again = error, restart
+            else:
+                again = False
+        if not task.done():
+            timer = None if limit is None else asyncio.get_running_loop().call_later(limit, task.cancel)
+            await wait_done(task)
+            if timer is not None:
+                timer.cancel()
+        if not (again and task.cancelled()):
+            break
+    if cancelled is None:
+        return task.result()
     if not task.cancelled() and (failure := task.exception()) is not None:
         raise cancelled from failure
     raise cancelled

@@ -7,6 +7,7 @@ import logging
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
+from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.tasks import TaskOwner
 
 __all__ = ["ServiceOwner"]
@@ -54,7 +55,7 @@ class ServiceOwner:
                 try:
                     await self._stop.wait()
                 except asyncio.CancelledError:
-                    await self._users.join()
+                    await complete(self._users.join, restart=True)
                     raise
         except Exception as error:
             if opened.done():

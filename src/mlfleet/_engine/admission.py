@@ -1,161 +1,170 @@
-"""Slots on this machine: runs wait, first come first served, until what they need is free."""
+"""The admission of runs: each waits until a slot and its share of the machine are free, first come, first served."""
 
 from __future__ import annotations
 
-import asyncio
+import sys
 from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
 
+import anyio
+
 from mlfleet.errors import UsageError
 from mlfleet.resources import Machine, Resources
 
-__all__ = ["MachineSlots", "Share", "Slot"]
+__all__ = ["Admission", "Reservation"]
 
-_MILLI = 1000  # CPUs are counted in thousandths: sums of 0.1 would drift
+_MILLI = 1000  # CPUs are counted in thousandths, since sums of 0.1 would drift
 
 
-class MachineSlots:
-    """Shares a machine among runs.
+class Admission:
+    """Admits runs within a number of slots and the resources of this machine.
 
-    The first in the queue is served first, however small the others are: so a run that needs much is not starved by
-    many that need little.
+    The first reservation in the queue is served first, however small the others are, so that a run which needs much is
+    not starved by many that need little.
 
     Args:
-        machine: what there is.
+        machine: The resources of the machine.
+        max_concurrent: The number of slots; None: any number.
     """
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, max_concurrent: int | None = None) -> None:
         self.machine = machine
-        self._cpus = round(machine.cpus * _MILLI)
-        self._memory = machine.memory
-        self._devices = list(machine.gpus)
-        self._queue: deque[Share] = deque()
+        self._max_concurrent = max_concurrent
+        self._slots = anyio.Semaphore(sys.maxsize if max_concurrent is None else max_concurrent, fast_acquire=True)
+        self._free_cpus = round(machine.cpus * _MILLI)
+        self._free_memory = machine.memory
+        self._free_gpus = list(machine.gpus)
+        self._queue: deque[Reservation] = deque()
 
     def check(self, needed: Resources) -> None:
-        """See to it that a run could start at all.
+        """Check that a run could ever be admitted.
 
         Raises:
-            UsageError: the machine is too small for it.
+            UsageError: The machine is too small for it.
         """
         lack = self.machine.lacks(needed)
         if lack is not None:
             raise UsageError(f"a run with Resources({needed}) can never start on this machine: {lack}")
 
-    def share(self, needed: Resources) -> Share:
-        """What a run is to get of the machine: ``async with`` it, or `Share.take` it and give it back."""
-        return Share(self, needed)
+    def reserve(self, needed: Resources | None) -> Reservation:
+        """Make a reservation, to be acquired and released.
 
-    def queue(self, share: Share) -> None:
-        """Let it wait behind the others."""
-        self._queue.append(share)
+        Args:
+            needed: The resources of this machine that the run needs; None: it needs a slot only.
+        """
+        return Reservation(self, needed)
+
+    def capacity(self, needed: Resources | None) -> int | None:
+        """Return how many such runs can be admitted at the same time; None: any number.
+
+        Args:
+            needed: The resources of this machine that each run needs; None: a slot only.
+        """
+        limits = [] if self._max_concurrent is None else [self._max_concurrent]
+        limits += [] if needed is None else [self.machine.fits(needed)]
+        return min(limits, default=None)
+
+    async def _acquire_slot(self) -> None:
+        await self._slots.acquire()
+
+    def _release_slot(self) -> None:
+        self._slots.release()
+
+    def _enqueue(self, reservation: Reservation) -> None:
+        self._queue.append(reservation)
         self._admit()
 
-    def end(self, share: Share) -> None:
-        """Take it back, or let it wait no longer."""
-        if share.granted.is_set():
-            self._take(share, -1)
-            self._devices = [*share.devices, *self._devices]
+    def _give_back(self, reservation: Reservation) -> None:
+        if reservation.is_granted:
+            self._count(reservation, 1)
+            self._free_gpus = [*reservation.gpus, *self._free_gpus]
         else:
-            self._queue.remove(share)
+            self._queue.remove(reservation)
         self._admit()
 
     def _admit(self) -> None:
-        while self._queue and self._has_room(self._queue[0]):
-            share = self._queue.popleft()
-            self._take(share, 1)
-            share.devices = tuple(self._devices[: share.gpus])
-            del self._devices[: share.gpus]
-            share.granted.set()
+        while self._queue and self._fits_now(self._queue[0]):
+            reservation = self._queue.popleft()
+            self._count(reservation, -1)
+            gpus = tuple(self._free_gpus[: reservation.gpu_count])
+            del self._free_gpus[: reservation.gpu_count]
+            reservation.grant(gpus)
 
-    def _has_room(self, share: Share) -> bool:
-        enough_memory = self._memory is None or share.memory <= self._memory
-        return share.cpus <= self._cpus and enough_memory and share.gpus <= len(self._devices)
+    def _fits_now(self, reservation: Reservation) -> bool:
+        enough_memory = self._free_memory is None or reservation.memory <= self._free_memory
+        return reservation.cpus <= self._free_cpus and enough_memory and reservation.gpu_count <= len(self._free_gpus)
 
-    def _take(self, share: Share, times: int) -> None:
-        self._cpus -= times * share.cpus
-        if self._memory is not None:
-            self._memory -= times * share.memory
+    def _count(self, reservation: Reservation, sign: int) -> None:
+        self._free_cpus += sign * reservation.cpus
+        if self._free_memory is not None:
+            self._free_memory += sign * reservation.memory
 
 
-class Share:
-    """A part of a machine, for one run.
+class Reservation:
+    """The admission of one run: a slot and, on this machine, the resources that it needs.
 
     Args:
-        slots: of the machine.
-        needed: how much.
+        admission: The owner of slots and resources.
+        needed: The resources; None: a slot only.
 
     Attributes:
-        cpus: in thousandths.
-        memory: in bytes.
-        gpus: how many.
-        granted: is set once it is ours.
-        devices: the GPUs that it got.
+        cpus: The CPUs, in thousandths.
+        memory: The memory in bytes.
+        gpu_count: The number of GPUs.
+        gpus: The names of the GPUs that were granted.
     """
 
-    def __init__(self, slots: MachineSlots, needed: Resources) -> None:
-        self._slots = slots
-        self.cpus = round(needed.cpus * _MILLI)
-        self.memory = needed.memory_bytes or 0
-        self.gpus = needed.gpus
-        self.granted = asyncio.Event()
-        self.devices: tuple[str, ...] = ()
+    __slots__ = ("_admission", "_granted", "cpus", "gpu_count", "gpus", "memory")
 
-    async def take(self) -> dict[str, str]:
-        """Wait until so much is free, and hold it until `release`; gives variables for the run."""
-        self._slots.queue(self)
+    def __init__(self, admission: Admission, needed: Resources | None) -> None:
+        self._admission = admission
+        self._granted = None if needed is None else anyio.Event()
+        self.cpus = 0 if needed is None else round(needed.cpus * _MILLI)
+        self.memory = 0 if needed is None else needed.memory_bytes or 0
+        self.gpu_count = 0 if needed is None else needed.gpus
+        self.gpus: tuple[str, ...] = ()
+
+    @property
+    def is_granted(self) -> bool:
+        """True if the resources are reserved for this run."""
+        return self._granted is not None and self._granted.is_set()
+
+    def grant(self, gpus: tuple[str, ...]) -> None:
+        """Admit the run. Called by the owner of the resources."""
+        assert self._granted is not None  # noqa: S101 - only those that need resources wait in the queue
+        self.gpus = gpus
+        self._granted.set()
+
+    async def acquire(self) -> Mapping[str, str]:
+        """Wait for resources and slot, and hold them until `release`. A cancelled call holds nothing.
+
+        Returns:
+            The environment variables that tell the run which resources it may use.
+        """
+        if self._granted is None:
+            await self._admission._acquire_slot()
+            return {}
+        self._admission._enqueue(self)
         try:
-            await self.granted.wait()
+            await self._granted.wait()
+            await self._admission._acquire_slot()
         except BaseException:
-            self.release()
+            self._admission._give_back(self)
             raise
-        # A run that asks for no GPU sees none, or it would take what another one was given.
-        return {"CUDA_VISIBLE_DEVICES": ",".join(self.devices)} if self._slots.machine.gpus else {}
+        # A run that needs no GPU must see none, or it would use those of another one.
+        return {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self._admission.machine.gpus else {}
 
     def release(self) -> None:
-        """Give it back."""
-        self._slots.end(self)
+        """Give slot and resources to other runs."""
+        self._admission._release_slot()
+        if self._granted is not None:
+            self._admission._give_back(self)
 
-    async def __aenter__(self) -> dict[str, str]:
-        return await self.take()
+    async def __aenter__(self) -> Mapping[str, str]:
+        return await self.acquire()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
-
-
-class Slot:
-    """The place of one run: one of so many, and its share of the machine if it runs there.
-
-    Args:
-        count: how many runs may have one.
-        share: of the machine; None: it is not counted.
-    """
-
-    # Not a context manager made by contextlib: hundreds wait, each with all that this one would consist of.
-
-    __slots__ = ("_count", "_share")
-
-    def __init__(self, count: asyncio.Semaphore, share: Share | None) -> None:
-        self._count = count
-        self._share = share
-
-    async def take(self) -> Mapping[str, str]:
-        """Wait until the run may go on, and hold its place until `release`; gives variables for it."""
-        if self._share is None:
-            await self._count.acquire()
-            return {}
-        variables = await self._share.take()
-        try:
-            await self._count.acquire()
-        except BaseException:
-            self._share.release()
-            raise
-        return variables
-
-    def release(self) -> None:
-        """Give the place to another run."""
-        self._count.release()
-        if self._share is not None:
-            self._share.release()

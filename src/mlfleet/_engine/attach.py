@@ -1,67 +1,69 @@
-"""A run that an earlier process submitted, supervised to its end by this one."""
+"""The supervision of a run that an earlier process submitted."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mlfleet._engine.job import Services
-from mlfleet._engine.plan import Plan
-from mlfleet._engine.request import RunRequest, SweepMember
-from mlfleet._engine.run import FleetRun
-from mlfleet._project.fetch import Project
-from mlfleet._project.parameters import ResolvedParameters
-from mlfleet._project.spec import EntryPoint, ProjectSpec
+from mlfleet._engine.request import SweepMember
+from mlfleet._engine.supervisor import RunDescription, Supervisor
 from mlfleet.backends.base import Backend, BackendRun
 from mlfleet.errors import RunLost, UsageError
 from mlfleet.runs import JobRef, Outcome, Timeouts
 from mlfleet.tracking.base import RunInfo
 
-__all__ = ["AttachedRun", "find_again", "read_reference"]
+if TYPE_CHECKING:
+    from mlfleet._engine.context import RunContext
+
+__all__ = ["AttachedSupervisor", "find_again", "read_reference"]
 
 
-class AttachedRun(FleetRun):
-    """The handle of a run that is there already. Its plan holds what the MLflow run tells of it.
+class AttachedSupervisor(Supervisor):
+    """Supervises a run that exists already.
 
     Args:
-        services: of its Fleet.
-        info: the MLflow run.
-        handle: of the backend; a `RunLost` instead ends the run as FAILED.
-        reference: where it is.
-        timeouts: ``run`` and ``cancel_grace`` count, from now on.
+        context: The services of the Fleet.
+        info: The MLflow run.
+        found: The backend's handle; a `RunLost` instead ends the run as FAILED.
+        backend: The name of the backend.
+        timeouts: The time limits from now on, of which ``run`` and ``cancel_grace`` count; None: those of the Fleet.
     """
 
     def __init__(
-        self,
-        services: Services,
-        info: RunInfo,
-        handle: BackendRun | RunLost,
-        reference: JobRef,
-        timeouts: Timeouts | None,
+        self, context: RunContext, info: RunInfo, found: BackendRun | RunLost, backend: str, timeouts: Timeouts | None
     ) -> None:
-        super().__init__(services, _plan(info, reference, timeouts))
-        self._found = handle
+        uri = info.tags.get("mlflow.source.name") or info.run_id
+        description = RunDescription(
+            uri=uri,
+            project_name=uri,
+            entry_point=info.tags.get("mlflow.project.entryPoint") or "main",
+            backend=backend,
+            parameters={},
+            member=SweepMember.from_tags(info.tags),
+        )
+        super().__init__(context, description, timeouts or context.timeouts)
+        self._found = found
         self._known = info
 
     async def _create(self) -> None:
-        self._info = self._known
+        self.info = self._known
 
-    async def _stages(self) -> Outcome:
+    async def _run_stages(self) -> Outcome:
         if isinstance(self._found, RunLost):
             raise self._found
-        self._handle = self._found
+        self.handle = self._found
         try:
-            await self._handle.started()
-            return await self._await_end(self._handle)
+            await self.handle.started()
+            return await self._await_end(self.handle)
         finally:
             await self._settle()
 
 
 def read_reference(info: RunInfo) -> JobRef:
-    """Where the run is, as its tag tells.
+    """Return the reference to the run's job, which is a tag of the run.
 
     Raises:
-        UsageError: it does not.
-        SpecError: the tag is damaged.
+        UsageError: The tag is missing, or belongs to another run.
+        SpecError: The tag is damaged.
     """
     text = info.tags.get(JobRef.TAG)
     if text is None:
@@ -76,11 +78,16 @@ def read_reference(info: RunInfo) -> JobRef:
 
 
 async def find_again(backend: Backend, info: RunInfo, reference: JobRef) -> BackendRun | RunLost:
-    """The backend's handle; `RunLost` if the run should be there and is not.
+    """Return the backend's handle of a run; a `RunLost` if the run should be there and is not.
+
+    Args:
+        backend: The opened backend.
+        info: The MLflow run.
+        reference: The reference to its job.
 
     Raises:
-        UsageError: the run has ended.
-        BackendError: the backend cannot tell.
+        UsageError: The run has ended.
+        BackendError: The backend cannot be asked.
     """
     try:
         return await backend.attach(reference)
@@ -88,24 +95,3 @@ async def find_again(backend: Backend, info: RunInfo, reference: JobRef) -> Back
         if info.status.is_terminal:
             raise UsageError(f"the run {info.run_id} has ended already: {info.status}") from error
         return error
-
-
-def _plan(info: RunInfo, reference: JobRef, timeouts: Timeouts | None) -> Plan:
-    uri = info.tags.get("mlflow.source.name") or info.run_id
-    entry_point = info.tags.get("mlflow.project.entryPoint") or "main"
-    nowhere = Path()
-    return Plan(
-        request=RunRequest(
-            uri=uri,
-            entry_point=entry_point,
-            backend=reference.backend,
-            run_id=info.run_id,
-            timeouts=timeouts,
-            member=SweepMember.from_tags(info.tags),
-        ),
-        project=Project(uri=uri, folder=nowhere, cached=False, source_name=uri),
-        spec=ProjectSpec(folder=nowhere),
-        entry_point=EntryPoint(entry_point, ""),
-        parameters=ResolvedParameters({}, {}, {}),
-        backend=reference.backend,
-    )

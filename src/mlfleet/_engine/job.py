@@ -1,4 +1,4 @@
-"""From a plan to a job: in a folder of its own, with its files downloaded and its environment built."""
+"""The making of a job from a plan: its folder, its downloaded files and its environment."""
 
 from __future__ import annotations
 
@@ -10,64 +10,31 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-import anyio
-
-from mlfleet._engine.admission import Slot
+from mlfleet._concurrency.threads import FILES, PROJECTS
 from mlfleet._engine.plan import Plan
-from mlfleet._environments.manager import EnvironmentManager
 from mlfleet._project.downloads import download_all
-from mlfleet._project.fetch import ProjectFetcher
 from mlfleet._project.uri import UriKind, parse_uri
-from mlfleet.backends.base import Backend, Job, ProjectCall
-from mlfleet.runs import RunEvent, Timeouts
+from mlfleet.backends.base import Job, ProjectCall
 from mlfleet.tracking.base import RunInfo, Tracking
 
-__all__ = ["Services", "draft", "prepare"]
+if TYPE_CHECKING:
+    from mlfleet._engine.context import RunContext
 
-
-class Services(Protocol):
-    """What a run needs of its Fleet."""
-
-    tracking: Tracking
-    tracking_patience: float
-    timeouts: Timeouts
-    runs_folder: Path
-
-    @property
-    def fetcher(self) -> ProjectFetcher:
-        """What fetches projects."""
-        ...
-
-    async def backend(self, name: str) -> Backend:
-        """The opened backend of that name."""
-        ...
-
-    def environment_manager(self, name: str) -> EnvironmentManager:
-        """The manager of that name."""
-        ...
-
-    async def experiment_id(self, plan: Plan) -> str:
-        """The experiment that a run belongs to."""
-        ...
-
-    def slot(self, plan: Plan) -> Slot:
-        """The place of such a run."""
-        ...
-
-    @property
-    def is_followed(self) -> bool:
-        """Whether anybody follows the Fleet."""
-        ...
-
-    def tell(self, event: RunEvent) -> None:
-        """Tell those who follow the Fleet."""
-        ...
+__all__ = ["draft", "prepare"]
 
 
 async def draft(plan: Plan, info: RunInfo, tracking: Tracking, *, output: Path | None, cancel_grace: float) -> Job:
-    """The job as it is known before anything is prepared: its command, folder and environment are provisional."""
+    """Return the job as it is known before its preparation: command, folder and environment are provisional.
+
+    Args:
+        plan: The plan of the run.
+        info: The MLflow run.
+        tracking: The tracking server or store.
+        output: The file for the run's output; None: the output is inherited.
+        cancel_grace: Seconds between the request to stop and the end by force.
+    """
     plain, secret = await tracking.environ()
     return Job(
         run_id=info.run_id,
@@ -97,40 +64,40 @@ async def draft(plan: Plan, info: RunInfo, tracking: Tracking, *, output: Path |
 async def prepare(
     job: Job,
     plan: Plan,
-    services: Services,
+    context: RunContext,
     stack: AsyncExitStack,
-    share: Mapping[str, str],
+    variables: Mapping[str, str],
     *,
     on_progress: Callable[[str], None],
 ) -> Job:
-    """The job as the backend gets it.
+    """Prepare folder, downloads and environment, and return the job as its backend gets it.
 
     Args:
-        job: the draft of it.
-        plan: what it is made from.
-        services: of its Fleet.
-        stack: takes what must be removed when the run has ended.
-        share: variables that tell the run which part of the machine is its own.
-        on_progress: is called with lines of the environment's build.
+        job: The draft of the job.
+        plan: The plan of the run.
+        context: The services of the Fleet.
+        stack: Gets the clean-up for the end of the run.
+        variables: The environment variables that tell the run which resources it may use.
+        on_progress: Called with lines about the build of the environment.
     """
     folder = plan.project.folder
     if plan.project.cached:
-        folder = await stack.enter_async_context(services.fetcher.working_copy(plan.project))
+        folder = await stack.enter_async_context(context.fetcher.working_copy(plan.project))
     if job.output is not None and plan.request.run_id is not None:
         # An existing MLflow run that runs again starts with an empty output file.
-        await anyio.to_thread.run_sync(partial(job.output.unlink, missing_ok=True))
+        await FILES.run(partial(job.output.unlink, missing_ok=True))
     downloaded: dict[str, str] = {}
     if plan.parameters.downloads:
         storage = await _storage(plan, stack)
-        downloaded = await download_all(plan.parameters.downloads, storage, services.tracking.download)
+        downloaded = await download_all(plan.parameters.downloads, storage, context.tracking.download)
     environment = None
     if plan.environment is not None:
-        manager = services.environment_manager(plan.environment.manager)
+        manager = context.environment_manager(plan.environment.manager)
         environment = await manager.prepare(plan.environment, on_progress=on_progress)
     return replace(
         job,
         project_dir=folder,
-        environ={**job.environ, **share} if share else job.environ,
+        environ={**job.environ, **variables} if variables else job.environ,
         command=plan.command(downloaded),
         environment=environment,
         paths=_paths(plan, downloaded),
@@ -141,7 +108,7 @@ async def prepare(
 def _call(plan: Plan) -> ProjectCall:
     request = plan.request
     uri = parse_uri(request.uri)
-    # Only what anybody can fetch again: whoever reads the project would put credentials of the URI into tags.
+    # Plugins put the URI into tags, so it must not contain credentials; without them only public projects are found.
     elsewhere = uri.kind is UriKind.GIT and uri.credentials is None
     return ProjectCall(
         uri=uri.text if elsewhere else None,
@@ -163,7 +130,7 @@ def _paths(plan: Plan, downloaded: Mapping[str, str]) -> tuple[Path, ...]:
 
 
 async def _storage(plan: Plan, stack: AsyncExitStack) -> Path:
-    """A fresh folder for downloads, which goes when the run ends."""
+    """Make a new folder for downloads, which is removed when the run ends."""
 
     def make() -> Path:
         given = plan.request.storage_dir
@@ -171,10 +138,9 @@ async def _storage(plan: Plan, stack: AsyncExitStack) -> Path:
             Path(given).mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix="mlfleet-", dir=given))
 
-    async def remove() -> None:
-        with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(partial(shutil.rmtree, folder, ignore_errors=True))
+    async def remove(folder: Path) -> None:
+        await PROJECTS.finish(partial(shutil.rmtree, folder, ignore_errors=True))
 
-    folder = await anyio.to_thread.run_sync(make)
-    stack.push_async_callback(remove)
+    folder = await FILES.run(make, undo=remove)
+    stack.push_async_callback(remove, folder)
     return folder

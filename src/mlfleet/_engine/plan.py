@@ -21,11 +21,11 @@ from mlfleet._project.spec import EntryPoint, ProjectSpec, read_project
 from mlfleet.backends.base import Backend, DockerRequest
 from mlfleet.backends.registry import find
 
-__all__ = ["Ground", "Plan", "Planner"]
+__all__ = ["Plan", "Planner", "ProjectPlan"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ground:
+class ProjectPlan:
     """What plans that differ in nothing but parameters, tags and their place have in common.
 
     Attributes:
@@ -48,7 +48,7 @@ class Ground:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan(Ground):
+class Plan(ProjectPlan):
     """A run that can be made.
 
     Attributes:
@@ -92,11 +92,11 @@ class Planner:
         self._backend = backend
         self._specs: dict[Path, tuple[object, ProjectSpec]] = {}
         self._known_names: set[tuple[str, str | None]] = set()
-        self._rounds: Coalescing[object, Ground] = Coalescing()
+        self._shared_plans: Coalescing[object, ProjectPlan] = Coalescing()
         self._throttle = Throttle()
 
     async def plan(
-        self, request: RunRequest, *, like: Ground | None = None, on_progress: Callable[[str], None] | None = None
+        self, request: RunRequest, *, like: ProjectPlan | None = None, on_progress: Callable[[str], None] | None = None
     ) -> Plan:
         """Fetch and check all that `request` names. Nothing is left behind but the cache of projects.
 
@@ -111,48 +111,48 @@ class Planner:
         """
         if like is None:
             # Hundreds of runs of one project that are asked for at the same time are looked at together.
-            like = await self._rounds(_key(request), lambda: self._ground(request, on_progress))
+            like = await self._shared_plans(_key(request), lambda: self._project_plan(request, on_progress))
             await self._throttle.wait()
         if any(parameter.type == "path" for parameter in like.entry_point.parameters.values()):
             return await PROJECTS.run(lambda: self._plan(like, request))
         return self._plan(like, request)
 
-    async def _ground(self, request: RunRequest, on_progress: Callable[[str], None] | None) -> Ground:
+    async def _project_plan(self, request: RunRequest, on_progress: Callable[[str], None] | None) -> ProjectPlan:
         # What needs no project comes first: nobody wants to wait for a clone to hear of a mistyped backend.
         names = request.backend, request.env_manager
         if names not in self._known_names:
             await PROJECTS.run(lambda: _check_names(*names))
             self._known_names.add(names)
-        ground = await PROJECTS.run(lambda: self._ground_at_once(request))
-        if ground is not None:
-            return ground
+        shared = await PROJECTS.run(lambda: self._plan_fetched_project(request))
+        if shared is not None:
+            return shared
         project = await self._fetcher.fetch(request.uri, request.version, on_progress=on_progress)
-        return await PROJECTS.run(lambda: self._ground_of(request, project))
+        return await PROJECTS.run(lambda: self._plan_project(request, project))
 
-    def _plan(self, ground: Ground, request: RunRequest) -> Plan:
+    def _plan(self, shared: ProjectPlan, request: RunRequest) -> Plan:
         """Blocking only if there are parameters of the type ``path``."""
-        backend = self._backend(find(ground.backend))
-        parameters = _parameters(ground.entry_point, request, backend, ground.spec.folder)
+        backend = self._backend(find(shared.backend))
+        parameters = _parameters(shared.entry_point, request, backend, shared.spec.folder)
         return Plan(
             request=request,
-            project=ground.project,
-            spec=ground.spec,
-            entry_point=ground.entry_point,
+            project=shared.project,
+            spec=shared.spec,
+            entry_point=shared.entry_point,
             parameters=parameters,
-            backend=ground.backend,
-            config=ground.config,
-            environment=ground.environment,
-            docker=ground.docker,
-            tags=_tags(request, ground),
-            provisional_command=_provisional_command(ground.entry_point, parameters),
+            backend=shared.backend,
+            config=shared.config,
+            environment=shared.environment,
+            docker=shared.docker,
+            tags=_tags(request, shared),
+            provisional_command=_provisional_command(shared.entry_point, parameters),
         )
 
-    def _ground_at_once(self, request: RunRequest) -> Ground | None:
+    def _plan_fetched_project(self, request: RunRequest) -> ProjectPlan | None:
         """If nothing need be fetched: one turn in a thread rather than two."""
         project = self._fetcher.look(request.uri, request.version)
-        return None if project is None else self._ground_of(request, project)
+        return None if project is None else self._plan_project(request, project)
 
-    def _ground_of(self, request: RunRequest, project: Project) -> Ground:
+    def _plan_project(self, request: RunRequest, project: Project) -> ProjectPlan:
         spec = self._read(project.folder)
         backend = self._backend(find(_backend_name(request, spec)))
         config = backend.configure(request.read_backend_config())
@@ -171,7 +171,7 @@ class Planner:
             name = choose_manager(request.env_manager, spec.environment)
             environment = create_manager(name).plan(spec.folder, spec.environment)
         _user()  # which may have to read files: the event loop shall find it known
-        return Ground(
+        return ProjectPlan(
             project=project,
             spec=spec,
             entry_point=entry_point,
@@ -193,7 +193,7 @@ class Planner:
 
 
 def _key(request: RunRequest) -> object:
-    """The same for requests whose plans have the same ground."""
+    """Return a key that is equal for requests that share a `ProjectPlan`."""
     config = request.backend_config
     if request.docker_args or request.docker_auth or not (config is None or isinstance(config, str | os.PathLike)):
         return object()  # it could hold anything: this one is planned by itself
@@ -239,9 +239,9 @@ def _backend_name(request: RunRequest, spec: ProjectSpec) -> str:
     return instead or request.backend
 
 
-def _tags(request: RunRequest, ground: Ground) -> dict[str, str]:
+def _tags(request: RunRequest, shared: ProjectPlan) -> dict[str, str]:
     """The tags that the reference sets (mlflow/utils/mlflow_tags.py), and the caller's."""
-    project, environment = ground.project, ground.environment
+    project, environment = shared.project, shared.environment
     tags = {
         "mlflow.user": _user(),
         "mlflow.source.name": project.source_name,
@@ -254,7 +254,7 @@ def _tags(request: RunRequest, ground: Ground) -> dict[str, str]:
         "mlflow.source.git.repoURL": project.repo_url,
         "mlflow.source.git.branch": project.branch,
         "mlflow.parentRunId": request.parent_run_id,
-        "mlflow.project.env": _environment_tag(environment, ground.docker),
+        "mlflow.project.env": _environment_tag(environment, shared.docker),
     }
     tags.update({name: value for name, value in optional.items() if value})
     tags.update({str(name): str(value) for name, value in (request.tags or {}).items()})

@@ -2,8 +2,7 @@
 
 from mlfleet._sweeps.record import NAME_TAG, SPACE_TAG, STOPPED_TAG, is_driven
 from mlfleet._sweeps.results import Goal, PointResult, SweepCounts, SweepResult
-from mlfleet._sweeps.retry import Retry
-from mlfleet._sweeps.settings import GIVE_UP_AFTER, OnFailure, Resume, SweepOptions, SweepSettings
+from mlfleet._sweeps.settings import GIVE_UP_AFTER, OnFailure, Resume, Retry, SweepOptions, SweepSettings
 from mlfleet._sweeps.sweep import Sweep
 
 __all__ = [

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Protocol
+from functools import partial
 
 import anyio
 
+from mlfleet._concurrency.cancellation import complete
+from mlfleet._concurrency.grace import StopRequest
+from mlfleet._engine.context import RunContext
 from mlfleet._engine.plan import Plan
-from mlfleet._engine.request import RunRequest, SweepMember
+from mlfleet._engine.request import SweepMember
 from mlfleet._engine.run import FleetRun
-from mlfleet._sweeps.gate import Gate
+from mlfleet._sweeps.points import Gate, point_key
 from mlfleet._sweeps.record import History, SweepRecord
 from mlfleet._sweeps.results import PointResult
 from mlfleet._sweeps.settings import SweepSettings
-from mlfleet._sweeps.source import point_key
 from mlfleet.errors import BackendError, MlfleetError, ParameterError, RunLost, SpecError, TrackingError
-from mlfleet.runs import JobRef, Outcome, RunEvent, RunStatus, Stage, Timeouts
+from mlfleet.runs import JobRef, Outcome, RunEvent, RunStatus, Stage
 from mlfleet.spaces import Point
-from mlfleet.tracking.base import RunInfo, Tracking, end_run
+from mlfleet.tracking.base import RunInfo, end_run
 
-__all__ = ["Attempts", "Launcher"]
+__all__ = ["Attempts"]
 
 logger = logging.getLogger("mlfleet.sweep")
 
@@ -29,42 +31,11 @@ LOST_TAG = "mlfleet.lost"
 _EARLY = 5.0  # seconds: a run that fails sooner has hardly begun its work
 
 
-class Launcher(Protocol):
-    """What a sweep needs of its Fleet."""
-
-    tracking: Tracking
-    tracking_patience: float
-
-    async def plan(self, request: RunRequest, *, like: Plan | None = None) -> Plan:
-        """Check a request."""
-        ...
-
-    async def launch(self, plan: Plan) -> FleetRun:
-        """Start a run."""
-        ...
-
-    async def attach(self, run_id: str, *, timeouts: Timeouts | None = None) -> FleetRun:
-        """Find a run again."""
-        ...
-
-    async def experiment_id(self, plan: Plan) -> str:
-        """The experiment of a run."""
-        ...
-
-    def room(self, plan: Plan) -> int | None:
-        """How many such runs can go on at once."""
-        ...
-
-    def tell(self, event: RunEvent) -> None:
-        """Tell those who follow the Fleet."""
-        ...
-
-
 class Attempts:
     """Runs the points of one sweep.
 
     Args:
-        launcher: the Fleet.
+        context: The services of the Fleet.
         settings: of the sweep.
         plan: of its first run; the others differ in their parameters only.
         record: of the sweep.
@@ -74,13 +45,13 @@ class Attempts:
         runs: that go on now.
         retries: how many attempts there were after the first ones.
         stopping: set when nothing is to be started any more, and what runs is to be ended.
-        grace: seconds for runs that are ended.
+        grace: The request to stop the runs, if a call named a grace for it.
     """
 
     def __init__(
-        self, launcher: Launcher, settings: SweepSettings, plan: Plan, record: SweepRecord, gate: Gate
+        self, context: RunContext, settings: SweepSettings, plan: Plan, record: SweepRecord, gate: Gate
     ) -> None:
-        self._launcher = launcher
+        self._context = context
         self._settings = settings
         self._plan = plan
         self._record = record
@@ -90,7 +61,7 @@ class Attempts:
         self.runs: set[FleetRun] = set()
         self.retries = 0
         self.stopping = anyio.Event()
-        self.grace: float | None = None
+        self.grace = StopRequest(0)
 
     async def run(self, index: int, point: Point) -> PointResult:
         """Everything that is to be done about a point. A cancelled call ends its run."""
@@ -117,7 +88,7 @@ class Attempts:
 
     async def end_run(self, run: FleetRun) -> None:
         """End one run as fast as was asked for."""
-        await run.cancel(grace=self.grace)
+        await run.cancel(grace=self.grace.remaining)
 
     def broken_after(self) -> int | None:
         """How many runs have ended, if all of them failed early; else None."""
@@ -183,14 +154,14 @@ class Attempts:
             parameters=blank.parameters, run_name=f"{sweep.name}-{blank.index}", parent_run_id=sweep.run_id,
             experiment_name=None, experiment_id=sweep.experiment_id, member=member,
         )  # fmt: skip
-        return await self._launcher.launch(await self._launcher.plan(request, like=self._plan))
+        return await self._context.launch(await self._context.plan(request, like=self._plan))
 
     async def _find(self, info: RunInfo) -> FleetRun | None:
         """The run that an earlier session started; None if it never got so far as to be started."""
         if JobRef.TAG in info.tags:
-            return await self._launcher.attach(info.run_id, timeouts=self._settings.request.timeouts)
+            return await self._context.attach(info.run_id, timeouts=self._settings.request.timeouts)
         await self._mark_lost(info.run_id, "its driver ended before it was started")
-        await end_run(self._launcher.tracking, info.run_id, RunStatus.FAILED, patience=self._launcher.tracking_patience)
+        await end_run(self._context.tracking, info.run_id, RunStatus.FAILED, patience=self._context.tracking_patience)
         return None
 
     async def _outcome(self, run: FleetRun) -> Outcome:
@@ -200,8 +171,7 @@ class Attempts:
                 await self.end_run(run)
             outcome = await run.outcome()
         except anyio.get_cancelled_exc_class():
-            with anyio.CancelScope(shield=True):
-                await self.end_run(run)
+            await complete(partial(self.end_run, run), restart=True)
             raise
         finally:
             self.runs.discard(run)
@@ -212,7 +182,7 @@ class Attempts:
 
     async def _mark_lost(self, run_id: str, reason: str) -> None:
         logger.warning("the run %s was lost: %s", run_id, reason)
-        await self._launcher.tracking.log(run_id, tags={LOST_TAG: reason})
+        await self._context.tracking.log(run_id, tags={LOST_TAG: reason})
 
     def _note(self, run: FleetRun, outcome: Outcome) -> None:
         if outcome.status is RunStatus.KILLED:
@@ -239,7 +209,7 @@ class Attempts:
             index=failed.index,
             attempt=failed.attempts,
         )
-        self._launcher.tell(event)
+        self._context.events.publish(event)
 
     async def _back_off(self, tries: int) -> None:
         """Wait for the next attempt; others may use the place meanwhile."""

@@ -8,12 +8,12 @@ from contextlib import AsyncExitStack, suppress
 import anyio
 from anyio.abc import TaskGroup
 
-from mlfleet._sweeps.attempts import Attempts, Launcher
-from mlfleet._sweeps.gate import Gate
+from mlfleet._engine.context import RunContext
+from mlfleet._sweeps.attempts import Attempts
+from mlfleet._sweeps.points import Gate, Source
 from mlfleet._sweeps.record import SweepRecord, open_record
 from mlfleet._sweeps.results import PointResult, ResultBuffer, SweepCounts
 from mlfleet._sweeps.settings import SweepSettings
-from mlfleet._sweeps.source import Source
 from mlfleet.errors import TrackingError, UsageError
 from mlfleet.runs import RunStatus
 from mlfleet.spaces import Point, Points, describe
@@ -41,8 +41,8 @@ class Driver:
         cancelled: whether that is the caller's wish.
     """
 
-    def __init__(self, launcher: Launcher, points: Points, settings: SweepSettings) -> None:
-        self._launcher = launcher
+    def __init__(self, context: RunContext, points: Points, settings: SweepSettings) -> None:
+        self._context = context
         self._points = points
         self._settings = settings
         self._source = Source(points)
@@ -104,20 +104,20 @@ class Driver:
 
     async def _begin(self, stack: AsyncExitStack) -> None:
         """Find every mistake that can be found before anything exists; then run the points."""
-        launcher, settings = self._launcher, self._settings
+        context, settings = self._context, self._settings
         self._total = await self._source.total()
         first = await self._source.next()
         if first is None:
             raise UsageError("the space of the sweep has no points: there is nothing to run")
-        plan = await launcher.plan(settings.request_for(first))
+        plan = await context.plan(settings.request_for(first))
         if settings.max_concurrent is None:
-            self.gate.resize(launcher.room(plan) or _ELSEWHERE)
+            self.gate.resize(context.capacity(plan) or _ELSEWHERE)
         opening = open_record(
-            launcher.tracking, settings, plan, await launcher.experiment_id(plan), describe(self._points),
-            patience=launcher.tracking_patience,
+            context.tracking, settings, plan, await context.experiment_id(plan.request), describe(self._points),
+            patience=context.tracking_patience,
         )  # fmt: skip
         self.record = record = await stack.enter_async_context(opening)
-        self.attempts = Attempts(launcher, settings, plan, record, self.gate)
+        self.attempts = Attempts(context, settings, plan, record, self.gate)
         self.entered.set()
         try:
             await self._run_points(first, record, self.attempts)
@@ -153,7 +153,7 @@ class Driver:
 
     async def _heed(self, record: SweepRecord) -> None:
         with suppress(TrackingError):
-            info = await self._launcher.tracking.get_run(record.info.run_id)
+            info = await self._context.tracking.get_run(record.info.run_id)
             if info.status is RunStatus.KILLED and self.stopped is None:
                 self.cancelled = True
                 self.stop("cancelled by another process")

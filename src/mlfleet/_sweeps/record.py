@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -18,11 +20,13 @@ from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.plan import Plan
 from mlfleet._engine.request import SweepMember
+from mlfleet._paths import sweeps_folder
 from mlfleet._project.content import content_hash
+from mlfleet._store.lease import unleased
 from mlfleet._store.locks import file_lock
-from mlfleet._sweeps.notes import forget, lock_path, write_note
 from mlfleet._sweeps.results import SweepCounts
 from mlfleet._sweeps.settings import SweepSettings
+from mlfleet._text.masking import mask_uri
 from mlfleet.errors import TrackingError, UsageError
 from mlfleet.runs import RunStatus
 from mlfleet.tracking.base import RunInfo, Tracking, end_run
@@ -36,7 +40,6 @@ SPACE_TAG = "mlfleet.sweep.space"
 _CONTENT_TAG = "mlfleet.sweep.content"
 _COUNTS_TAG = "mlfleet.sweep.counts"
 STOPPED_TAG = "mlfleet.sweep.stopped"
-_CREATE_GRACE = 15.0  # seconds that a request which creates a run gets to end when it is cancelled
 _LOCK_WAIT = 1.0  # seconds
 _MOST_CHILDREN = 50_000  # what mlflow's own stores give at most
 
@@ -149,20 +152,26 @@ async def open_record(
         content = None if settings.name is None else await _content(plan)
         tags = {**plan.tags, SPACE_TAG: json.dumps(space)}
         record = await _earlier(tracking, settings, experiment_id, content)
+        is_new = record is None
         if record is None:
             record = await _create(tracking, settings, experiment_id, content, tags)
-        else:
-            await _reopen(tracking, record, tags)
+        has_begun = is_new
         try:
+            if not is_new:
+                await _reopen(tracking, record, tags)
+                has_begun = True
             if lock is not None and settings.name is not None:
                 uri = plan.project.uri
                 await FILES.run(partial(write_note, lock, tracking, record.info, settings.name, uri))
             yield record
         finally:
-            with anyio.CancelScope(shield=True):
-                await _close(tracking, record, patience)
+
+            async def end() -> None:
+                await _close(tracking, record, patience, with_counts=has_begun)
                 if lock is not None:
                     await FILES.run(partial(forget, lock))
+
+            await complete(end, restart=True)
 
 
 async def _lock(stack: AsyncExitStack, path: Path, name: str) -> None:
@@ -225,20 +234,9 @@ async def _create(
 ) -> SweepRecord:
     named = {NAME_TAG: settings.name, _CONTENT_TAG: content}
     tags = {**tags, **{name: value for name, value in named.items() if value is not None}}
-    records: list[SweepRecord] = []
-
-    async def create() -> None:
-        name = settings.name or settings.request.run_name
-        records.append(SweepRecord(await tracking.create_run(experiment_id, name=name, tags=tags), content))
-
-    try:
-        await complete(create, limit=_CREATE_GRACE)
-    except anyio.get_cancelled_exc_class():
-        with anyio.CancelScope(shield=True):
-            for record in records:
-                await _close(tracking, record, 0.0)
-        raise
-    return records[0]
+    name = settings.name or settings.request.run_name
+    # If this is cancelled, tracking ends what it has created (see `Tracking.create_run`).
+    return SweepRecord(await tracking.create_run(experiment_id, name=name, tags=tags), content)
 
 
 async def _reopen(tracking: Tracking, record: SweepRecord, tags: Mapping[str, str]) -> None:
@@ -247,14 +245,15 @@ async def _reopen(tracking: Tracking, record: SweepRecord, tags: Mapping[str, st
         await tracking.update_run(record.info.run_id, RunStatus.RUNNING)
 
 
-async def _close(tracking: Tracking, record: SweepRecord, patience: float) -> None:
+async def _close(tracking: Tracking, record: SweepRecord, patience: float, *, with_counts: bool) -> None:
     counts = record.counts
     tags = {
         _COUNTS_TAG: json.dumps({"finished": counts.finished, "failed": counts.failed, "killed": counts.killed}),
         **({} if record.stopped is None else {STOPPED_TAG: record.stopped}),
     }
     try:
-        await tracking.log(record.info.run_id, tags=tags)
+        if with_counts:
+            await tracking.log(record.info.run_id, tags=tags)
     except TrackingError as error:
         logger.warning("the counts of the sweep %s could not be written: %s", record.info.run_id, error)
     try:
@@ -271,3 +270,59 @@ async def _close(tracking: Tracking, record: SweepRecord, patience: float) -> No
 def _attempt(run: RunInfo) -> int:
     text = run.tags.get(SweepMember.ATTEMPT_TAG, "1")
     return int(text) if text.isdigit() else 1
+
+
+# ---- notes ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SweepEntry:
+    """A sweep that has not ended.
+
+    Attributes:
+        run_id: of its MLflow run.
+        name: that it was given.
+        project: its URI.
+        tracking: where its runs are.
+        began: when it was begun, or gone on with.
+        driven: whether a process drives it now; if not, that was killed, and the sweep can be resumed.
+    """
+
+    run_id: str
+    name: str
+    project: str
+    tracking: str
+    began: datetime
+    driven: bool
+
+
+def lock_path(tracking: Tracking, experiment_id: str, name: str) -> Path:
+    """What the process that drives a sweep holds."""
+    digest = hashlib.sha256(json.dumps([tracking.uri, experiment_id, name]).encode()).hexdigest()[:32]
+    return sweeps_folder() / f"{digest}.lock"
+
+
+def write_note(lock: Path, tracking: Tracking, info: RunInfo, name: str, project: str) -> None:
+    """Note a sweep whose lock is held. Blocking."""
+    facts = {"run_id": info.run_id, "name": name, "project": mask_uri(project), "tracking": mask_uri(tracking.uri)}
+    unfinished = lock.with_suffix(".new")
+    unfinished.write_text(json.dumps(facts), encoding="utf-8")
+    unfinished.replace(lock.with_suffix(".json"))
+
+
+def forget(lock: Path) -> None:
+    """Remove the note of a sweep that has ended. Blocking."""
+    with suppress(OSError):
+        lock.with_suffix(".json").unlink()
+
+
+def list_sweeps() -> list[SweepEntry]:
+    """All of them, the newest first. Blocking."""
+    found = []
+    for note in sweeps_folder().glob("*.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError), unleased(note.with_suffix(".lock")) as free:
+            facts: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+            began = datetime.fromtimestamp(note.stat().st_mtime, UTC)
+            named = {key: str(facts[key]) for key in ("run_id", "name", "project", "tracking")}
+            found.append(SweepEntry(**named, began=began, driven=not free))
+    return sorted(found, key=lambda entry: entry.began, reverse=True)

@@ -8,9 +8,10 @@ from typing import Self
 
 import anyio
 
+from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.tasks import TaskOwner
+from mlfleet._engine.context import RunContext
 from mlfleet._engine.run import FleetRun
-from mlfleet._sweeps.attempts import Launcher
 from mlfleet._sweeps.driver import Driver
 from mlfleet._sweeps.record import SweepRecord
 from mlfleet._sweeps.results import PointResult, SweepCounts, SweepResult, in_order
@@ -31,9 +32,9 @@ class Sweep:
     run has its terminal status. Leaving the block before that cancels what still runs.
     """
 
-    def __init__(self, launcher: Launcher, points: Points, settings: SweepSettings) -> None:
+    def __init__(self, context: RunContext, points: Points, settings: SweepSettings) -> None:
         self._settings = settings
-        self._driver = Driver(launcher, points, settings)
+        self._driver = Driver(context, points, settings)
         self._tasks = TaskOwner()
         self._state = "new"
 
@@ -158,7 +159,7 @@ class Sweep:
         driver.cancelled = True
         attempts = driver.attempts
         if attempts is not None and grace is not None:
-            attempts.grace = grace if attempts.grace is None else min(grace, attempts.grace)
+            attempts.grace.request(grace)
         driver.stop("cancelled")
         if attempts is not None and grace is not None:
             async with anyio.create_task_group() as group:
@@ -189,6 +190,9 @@ class Sweep:
         return self._driver.record
 
     async def _leave(self) -> None:
-        with anyio.CancelScope(shield=True):
-            await self.cancel()
-            await self._tasks.join()
+        """Cancel the sweep if it has not ended, and wait for its end, however often the caller is cancelled."""
+        await complete(self._end, restart=True)
+
+    async def _end(self) -> None:
+        await self.cancel()
+        await self._tasks.join()

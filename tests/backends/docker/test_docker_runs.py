@@ -182,7 +182,7 @@ async def test_only_the_run_sees_its_secrets(
     assert "hush" not in json.dumps({**inspected, "Config": {**config, "Env": []}})
     assert "hush" not in everybody
     assert "hush" not in caplog.text
-    assert "hush" not in repr(tracking.runs[run.run_id]) + repr(run.plan) + repr(run)
+    assert "hush" not in repr(tracking.runs[run.run_id]) + repr(run._supervisor.description) + repr(run)
 
 
 def _command_lines() -> str:

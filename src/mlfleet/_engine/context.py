@@ -1,0 +1,259 @@
+"""The services that the runs and sweeps of one Fleet share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import anyio
+
+from mlfleet._concurrency.broadcast import Broadcast
+from mlfleet._concurrency.cancellation import complete
+from mlfleet._concurrency.services import ServiceOwner
+from mlfleet._concurrency.single_flight import SingleFlight
+from mlfleet._concurrency.tasks import TaskOwner
+from mlfleet._concurrency.threads import FILES
+from mlfleet._engine.admission import Admission, Reservation
+from mlfleet._engine.attach import AttachedSupervisor, find_again, read_reference
+from mlfleet._engine.plan import Plan, Planner, ProjectPlan
+from mlfleet._engine.request import RunRequest, choose_experiment
+from mlfleet._engine.run import FleetRun
+from mlfleet._engine.supervisor import SubmittedSupervisor, Supervisor
+from mlfleet._environments.manager import EnvironmentManager, create_manager
+from mlfleet._paths import runs_folder
+from mlfleet._project.fetch import ProjectFetcher
+from mlfleet.backends.base import Backend
+from mlfleet.backends.registry import find
+from mlfleet.errors import UsageError
+from mlfleet.resources import Machine, Resources, this_machine
+from mlfleet.runs import RunEvent, Stage, Timeouts
+from mlfleet.tracking import Tracking
+
+__all__ = ["Events", "RunContext"]
+
+logger = logging.getLogger("mlfleet.fleet")
+
+
+class Events(Broadcast[RunEvent]):
+    """The events of a Fleet, for a callback and for any number of readers.
+
+    Args:
+        on_event: Called on the event loop with every event; None: there is no callback.
+    """
+
+    def __init__(self, on_event: Callable[[RunEvent], None] | None) -> None:
+        super().__init__(lambda event, lost: replace(event, lost=lost))
+        self._on_event = on_event
+
+    @property
+    def has_readers(self) -> bool:
+        """True if there is a callback or a reader, so that it is worth making an event."""
+        return self._on_event is not None or super().has_readers
+
+    def publish(self, item: RunEvent) -> None:
+        """Pass an event to all readers and to the callback, whose errors are logged."""
+        super().publish(item)
+        if self._on_event is None:
+            return
+        try:
+            self._on_event(item)
+        except Exception:
+            logger.exception("on_event failed for %r", item)
+
+
+class RunContext:
+    """The services that the runs and sweeps of one Fleet share: tracking, backends, environments, slots and events.
+
+    Args:
+        tracking: The tracking server or store; opened and closed with the context.
+        timeouts: The time limits of runs without their own.
+        tracking_patience: Seconds for which writing a terminal status is repeated.
+        max_concurrent: The number of runs past the queue; None: as many as the machine has CPUs, for runs on it.
+        resources: The resources of this machine that the runs may use; None: all that this process may use.
+        events: The events of the Fleet.
+
+    Attributes:
+        fetcher: The fetcher of projects.
+        runs_folder: The folder with one sub-folder for each run.
+        is_open: True between `open` and the beginning of the end.
+    """
+
+    def __init__(
+        self,
+        *,
+        tracking: Tracking,
+        timeouts: Timeouts,
+        tracking_patience: float,
+        max_concurrent: int | None,
+        resources: Resources | None,
+        events: Events,
+    ) -> None:
+        self.tracking = tracking
+        self.timeouts = timeouts
+        self.tracking_patience = tracking_patience
+        self.events = events
+        self.fetcher = ProjectFetcher()
+        self.runs_folder = runs_folder()
+        self.is_open = False
+        self._max_concurrent = max_concurrent
+        self._resources = resources
+        self._admission = Admission(Machine(cpus=0))
+        self._planner = Planner(self.fetcher, self._backend_instance)
+        self._backends: dict[str, Backend] = {}
+        self._managers: dict[str, EnvironmentManager] = {}
+        self._experiments: SingleFlight[str, str] = SingleFlight(keep=True)
+        self._tasks = TaskOwner()
+        self._services = ServiceOwner(self._tasks)
+        self._runs: dict[FleetRun, Supervisor] = {}
+
+    # ---- its life ---------------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Open tracking. A failed or cancelled call leaves nothing open."""
+        try:
+            machine = await FILES.run(partial(this_machine, self._resources))
+            self._admission = Admission(machine, self._max_concurrent)
+            await self._services.open(self.tracking)
+        except BaseException:
+            await self.close()
+            raise
+        self.is_open = True
+
+    async def close(self) -> None:
+        """End all runs and close all services, however often the caller is cancelled."""
+        self.is_open = False
+        await complete(self._close, restart=True)
+
+    async def _close(self) -> None:
+        await self.cancel()
+        await self.join()
+        await self._services.close()
+        self.fetcher.close()
+        self.events.close()
+
+    async def join(self) -> None:
+        """Wait until every run has ended."""
+        await self._tasks.join()
+
+    async def cancel(self) -> None:
+        """Cancel every run and wait for their ends."""
+        async with anyio.create_task_group() as group:
+            for run in self.runs:
+                group.start_soon(run.cancel)
+
+    # ---- runs -------------------------------------------------------------------------------------------------------
+
+    @property
+    def runs(self) -> tuple[FleetRun, ...]:
+        """The runs that have not ended."""
+        return tuple(self._runs)
+
+    async def plan(self, request: RunRequest, *, like: ProjectPlan | None = None) -> Plan:
+        """Fetch the project and check the whole request. Nothing is made but the cache of projects.
+
+        Args:
+            request: The request.
+            like: The plan of a request for the same project and entry point, so that many runs use one commit and are
+                planned at no cost.
+
+        Raises:
+            MlfleetError: The request, the project or the parameters are wrong.
+        """
+        self._check_open()
+        if like is None and self.events.has_readers:
+            self.events.publish(RunEvent(Stage.FETCHING, request.uri))
+        plan = await self._planner.plan(
+            request,
+            like=like,
+            on_progress=lambda line: self.events.publish(RunEvent(Stage.FETCHING, request.uri, detail=line)),
+        )
+        backend = self._backends[plan.backend]
+        backend.check_tracking(self.tracking.uri, plan.config)
+        if backend.runs_here and request.resources is not None:
+            self._admission.check(request.resources)
+        return plan
+
+    async def start(self, request: RunRequest) -> FleetRun:
+        """Plan a request and launch its run. A cancelled call cancels the run."""
+        return await self.launch(await self.plan(request))
+
+    async def launch(self, plan: Plan) -> FleetRun:
+        """Launch a planned run and return its handle when its MLflow run exists. A cancelled call cancels the run."""
+        self._check_open()
+        run = self._supervise(SubmittedSupervisor(self, plan))
+        try:
+            await run.created()
+        except BaseException:
+            # After a cancellation the run has to be ended; after an error in the creation it has ended already.
+            await complete(run.cancel, restart=True)
+            raise
+        return run
+
+    async def attach(self, run_id: str, *, timeouts: Timeouts | None = None) -> FleetRun:
+        """Supervise a run that an earlier process submitted. See `Fleet.attach`."""
+        self._check_open()
+        info = await self.tracking.get_run(run_id)
+        reference = read_reference(info)
+        found = await find_again(await self.backend(reference.backend), info, reference)
+        run = self._supervise(AttachedSupervisor(self, info, found, reference.backend, timeouts))
+        await run.created()
+        return run
+
+    def _check_open(self) -> None:
+        if not self.is_open:
+            raise UsageError("this Fleet is not open: use it inside of 'async with Fleet() as fleet:'")
+
+    def _supervise(self, supervisor: Supervisor) -> FleetRun:
+        run = FleetRun(supervisor)
+        self._runs[run] = supervisor
+        name = f"mlfleet run of {supervisor.description.project_name}"
+        self._tasks.start(supervisor.supervise(), name=name, then=partial(self._forget, run))
+        return run
+
+    def _forget(self, run: FleetRun) -> None:
+        self._runs.pop(run).give_up()
+
+    # ---- what the runs share ----------------------------------------------------------------------------------------
+
+    async def backend(self, name: str) -> Backend:
+        """Return the backend of that name, opened at its first use and closed with the context."""
+        backend = self._backends.get(name)
+        if backend is None:
+            # In a thread: its module may be imported only now.
+            backend = self._backend_instance(await FILES.run(partial(find, name)))
+        await self._services.open(backend)
+        return backend
+
+    def _backend_instance(self, kind: type[Backend]) -> Backend:
+        return self._backends.setdefault(kind.name, kind())
+
+    def environment_manager(self, name: str) -> EnvironmentManager:
+        """Return the manager of that name, one for all runs, so that one build serves all of them."""
+        if name not in self._managers:
+            self._managers[name] = create_manager(name)
+        return self._managers[name]
+
+    async def experiment_id(self, request: RunRequest) -> str:
+        """Return the id of the experiment of a run, which is created if it does not exist."""
+        name, experiment_id = choose_experiment(request.experiment_name, request.experiment_id)
+        if name is None:
+            return experiment_id
+        return await self._experiments(name, lambda: self.tracking.experiment_id(name))
+
+    def reservation(self, plan: Plan) -> Reservation:
+        """Make the reservation of a run: its slot, and its resources if it runs on this machine."""
+        return self._admission.reserve(self._needed(plan))
+
+    def capacity(self, plan: Plan) -> int | None:
+        """Return how many such runs can be active at the same time; None: any number."""
+        return self._admission.capacity(self._needed(plan))
+
+    def _needed(self, plan: Plan) -> Resources | None:
+        """Return the resources of this machine that a run needs; None if they are not counted."""
+        if not self._backends[plan.backend].runs_here:
+            return None
+        if plan.request.resources is None and self._max_concurrent is None:
+            return Resources(cpus=1)
+        return plan.request.resources

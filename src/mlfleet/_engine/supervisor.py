@@ -1,0 +1,404 @@
+"""The life of one run: the task that creates its MLflow run, starts it, awaits its end and writes its status."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from mlfleet._concurrency.cancellation import complete
+from mlfleet._concurrency.grace import StopRequest
+from mlfleet._engine.job import draft, prepare
+from mlfleet._engine.plan import Plan
+from mlfleet._engine.request import Output, SweepMember
+from mlfleet.backends.base import Backend, BackendRun, Job
+from mlfleet.errors import MlfleetError, RunLost, RunTimeout, TrackingError, UsageError
+from mlfleet.runs import STARTED_TAG, Outcome, RunEvent, RunStatus, Stage, Timeouts
+from mlfleet.tracking.base import RunInfo, end_run
+
+if TYPE_CHECKING:
+    from mlfleet._engine.context import RunContext
+
+__all__ = ["RunDescription", "SubmittedSupervisor", "Supervisor"]
+
+logger = logging.getLogger("mlfleet.runs")
+
+_NOTABLE_WAIT = 1.0
+"""Seconds between queue and start from which on the time of the start is worth a request."""
+
+_SECOND_RUN_TAG = "mlfleet.second_run"
+_UNBOUNDED = nullcontext()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunDescription:
+    """The facts about a run that its handle and its supervisor need, submitted here or attached to.
+
+    Attributes:
+        uri: The URI of the project.
+        project_name: The name of the project.
+        entry_point: The name of the entry point.
+        backend: The name of the backend.
+        parameters: The parameters as they were given; empty if they are not known.
+        output: The destination of the run's output.
+        log_output: Log the captured output as an artifact at the end.
+        member: The place of the run in its sweep; None if it does not belong to one.
+    """
+
+    uri: str
+    project_name: str
+    entry_point: str
+    backend: str
+    parameters: Mapping[str, Any]
+    output: Output = "capture"
+    log_output: bool = False
+    member: SweepMember | None = None
+
+    @classmethod
+    def of(cls, plan: Plan) -> RunDescription:
+        """Describe the run of a plan."""
+        request = plan.request
+        return cls(
+            uri=plan.project.uri,
+            project_name=plan.project_name,
+            entry_point=plan.entry_point.name,
+            backend=plan.backend,
+            parameters=request.parameters,
+            output=request.output,
+            log_output=request.log_output,
+            member=request.member,
+        )
+
+
+class Supervisor(ABC):
+    """Supervises one run from its MLflow run to its terminal status, in one task that the Fleet owns.
+
+    However the task ends (by itself, by `cancel`, or by any number of cancellations from outside), the run is ended at
+    its backend and its status is written before. Both happen in tasks of their own.
+
+    Args:
+        context: The services of the Fleet.
+        description: The facts about the run.
+        timeouts: The time limits of its stages.
+
+    Attributes:
+        description: The facts about the run.
+        info: The MLflow run; None before it exists.
+        stage: The present stage.
+        times: The times at which stages began, in seconds since the epoch.
+        metrics: The latest values of the metrics, once the run has ended.
+        handle: The backend's handle; None before the run was given to the backend.
+        outcome: The outcome; None before the end.
+        creation_error: The error that prevented the MLflow run.
+        created: Set when the MLflow run exists, or never will.
+        started: Set when the command runs, or never will.
+        done: Set when the terminal status is written.
+        stop: The request to stop, if a call named a grace for it.
+    """
+
+    def __init__(self, context: RunContext, description: RunDescription, timeouts: Timeouts) -> None:
+        self.description = description
+        self.info: RunInfo | None = None
+        self.stage = Stage.QUEUED
+        self.times: dict[Stage, float] = {}
+        self.metrics: Mapping[str, float] = {}
+        self.handle: BackendRun | None = None
+        self.outcome: Outcome | None = None
+        self.creation_error: Exception | None = None
+        self.created = anyio.Event()
+        self.started = anyio.Event()
+        self.done = anyio.Event()
+        self.stop = StopRequest(timeouts.cancel_grace)
+        self._context = context
+        self._timeouts = timeouts
+        self._scope = anyio.CancelScope()
+        self._output_path: Path | None = None
+        self._second_run: str | None = None
+        self._seen: Outcome | None = None
+        """The end of the run as its backend reported it."""
+
+    @property
+    def run_id(self) -> str:
+        """The id of the MLflow run.
+
+        Raises:
+            UsageError: There is no MLflow run.
+        """
+        if self.info is None:
+            raise UsageError("this run has no MLflow run: it was cancelled before there was one")
+        return self.info.run_id
+
+    @property
+    def output_path(self) -> Path | None:
+        """The file with the run's output; None if the output is inherited."""
+        if self.description.output == "inherit":
+            return None
+        if self._output_path is None:
+            self._output_path = self._context.runs_folder.joinpath(self.run_id, "output.log")
+        return self._output_path
+
+    async def cancel(self, grace: float | None) -> None:
+        """End the run and wait until its status is written. A cancelled call has requested the end all the same.
+
+        Args:
+            grace: Seconds between the request to stop and the end by force; None: as the run was submitted with.
+        """
+        self._scope.cancel()
+        if grace is not None:
+            self.stop.request(grace)
+            if self.handle is not None:
+                await self.handle.cancel(grace=grace)
+        await self.done.wait()
+
+    async def supervise(self) -> None:
+        """Supervise the run to its end. Started once, by the Fleet."""
+        outcome: Outcome | None = None
+        try:
+            with self._scope:
+                outcome = await self._live()
+        finally:
+            await complete(partial(self._end, outcome), restart=True)
+
+    def give_up(self) -> None:
+        """Release all waiters if the supervisor was cancelled before its first step."""
+        if self.outcome is None:
+            self._set_outcome(self._seen or Outcome(RunStatus.KILLED, reason="cancelled"))
+
+    # ---- stages -----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    async def _create(self) -> None:
+        """Set `info`: create the MLflow run, or find it."""
+
+    @abstractmethod
+    async def _run_stages(self) -> Outcome:
+        """Take the run through all of its stages."""
+
+    async def _live(self) -> Outcome:
+        try:
+            await self._create()
+        except Exception as error:
+            self.creation_error = error
+            return Outcome(RunStatus.FAILED, reason=str(error), error=error)
+        self.created.set()
+        self._publish(Stage.QUEUED)
+        try:
+            return await self._run_stages()
+        except MlfleetError as error:
+            seen = self._seen.output if self._seen else tuple(getattr(error, "output", ()))
+            return Outcome(RunStatus.FAILED, reason=str(error).partition("\n")[0], error=error, output=seen)
+        except Exception as error:
+            logger.exception("the run %s ended by an unexpected error", self.run_id)
+            return Outcome(RunStatus.FAILED, reason=f"{type(error).__name__}: {error}", error=error)
+
+    async def _await_end(self, handle: BackendRun) -> Outcome:
+        self._publish(Stage.STARTED)
+        self.started.set()
+        with self._within("run", self._timeouts.run):
+            self._seen = await handle.outcome()
+        assert self._seen is not None  # noqa: S101 - else the time limit has raised
+        return self._seen
+
+    async def _settle(self) -> None:
+        """End the run at its backend if its stages were left early. The end that the backend saw counts."""
+        if self.handle is not None and self._seen is None:
+            await complete(partial(self._stop_handle, self.handle), restart=True)
+
+    async def _stop_handle(self, handle: BackendRun) -> None:
+        await handle.cancel(grace=self.stop.remaining)
+        self._seen = await handle.outcome()
+
+    # ---- the end ----------------------------------------------------------------------------------------------------
+
+    async def _end(self, outcome: Outcome | None) -> None:
+        """Write the terminal status, then release all waiters."""
+        outcome = outcome or self._seen or Outcome(RunStatus.KILLED, reason="cancelled")
+        if self.info is not None:
+            await self._log_output()
+            await self._log_start()
+            outcome = await self._write_status(self.info, outcome)
+        self._set_outcome(outcome)
+        self._publish(Stage.FINISHED, outcome.reason or "", outcome.status)
+
+    async def _write_status(self, info: RunInfo, outcome: Outcome) -> Outcome:
+        tracking, patience = self._context.tracking, self._context.tracking_patience
+        try:
+            if self._second_run is not None:
+                second = await end_run(tracking, self._second_run, outcome.status, patience=patience)
+                self.metrics = second.metrics
+            seen = await end_run(tracking, info.run_id, outcome.status, patience=patience)
+        except TrackingError as error:
+            logger.error(
+                "the run %s is %s, but its status could not be written to MLflow: %s",
+                info.run_id, outcome.status, error,
+            )  # fmt: skip
+            return replace(outcome, tracking_error=error)
+        self.metrics = {**self.metrics, **seen.metrics}
+        if isinstance(outcome.error, RunLost) and seen.status is RunStatus.FINISHED:
+            # The backend cannot tell how the run ended, but the run's own code has.
+            return Outcome(RunStatus.FINISHED)
+        if seen.status is RunStatus.KILLED and outcome.status is not RunStatus.KILLED:
+            # A process that cancels the run of another one writes KILLED before it ends the command.
+            return replace(outcome, status=RunStatus.KILLED, reason="cancelled by another process")
+        return outcome
+
+    def _set_outcome(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+        self.stage = Stage.FINISHED
+        for event in (self.created, self.started, self.done):
+            event.set()
+
+    async def _log_output(self) -> None:
+        if not self.description.log_output or self.handle is None or self.info is None:
+            return
+        path = self.output_path
+        if path is None:
+            return
+        try:
+            with anyio.move_on_after(self._context.tracking_patience) as scope:
+                await self._context.tracking.log_artifact(self.info, path)
+            if scope.cancelled_caught:
+                logger.warning("the output of the run %s was not logged in time; it is in %s", self.run_id, path)
+        except MlfleetError as error:
+            logger.warning("the output of the run %s could not be logged; it is in %s: %s", self.run_id, path, error)
+
+    async def _log_start(self) -> None:
+        """Log when the command of a sweep's run began, if it had to wait. MLflow itself keeps the other times."""
+        queued, started = self.times.get(Stage.QUEUED), self.times.get(Stage.STARTED)
+        if self.description.member is None or queued is None or started is None or started - queued < _NOTABLE_WAIT:
+            return
+        with suppress(TrackingError), anyio.move_on_after(self._context.tracking_patience):
+            await self._context.tracking.log(self.run_id, tags={STARTED_TAG: str(int(started * 1000))})
+
+    # ---- helpers ----------------------------------------------------------------------------------------------------
+
+    def _publish(self, stage: Stage, detail: str = "", status: RunStatus | None = None) -> None:
+        self.stage = stage
+        now = time.time()
+        self.times.setdefault(stage, now)
+        events = self._context.events
+        if not events.has_readers:
+            return
+        member = self.description.member
+        events.publish(
+            RunEvent(
+                stage,
+                self.description.uri,
+                run_id=self.info.run_id if self.info else None,
+                run_name=self.info.name if self.info else None,
+                detail=detail,
+                status=status,
+                time=now,
+                sweep_id=member.sweep_id if member else None,
+                index=member.index if member else None,
+                attempt=member.attempt if member else 1,
+            )
+        )
+
+    def _within(self, stage: str, seconds: float | None) -> AbstractContextManager[None]:
+        """Limit the time of a stage. When it is over, `RunTimeout` is raised."""
+        return _UNBOUNDED if seconds is None else self._bounded(stage, seconds)
+
+    @contextmanager
+    def _bounded(self, stage: str, seconds: float) -> Iterator[None]:
+        with anyio.move_on_after(seconds) as scope:
+            yield
+        if scope.cancelled_caught:
+            reason = f"the {stage} timeout of {seconds:g} s ran out"
+            raise RunTimeout(reason, run_id=self.run_id, reason=reason, stage=stage, seconds=seconds)
+
+
+class SubmittedSupervisor(Supervisor):
+    """Supervises a run that this Fleet submits.
+
+    Args:
+        context: The services of the Fleet.
+        plan: The plan of the run.
+    """
+
+    def __init__(self, context: RunContext, plan: Plan) -> None:
+        super().__init__(context, RunDescription.of(plan), plan.request.timeouts or context.timeouts)
+        self._plan = plan
+
+    async def _create(self) -> None:
+        request, tracking = self._plan.request, self._context.tracking
+        if request.run_id is None:
+            experiment = await self._context.experiment_id(request)
+            # If this is cancelled, tracking ends what it has created (see `Tracking.create_run`).
+            self.info = await tracking.create_run(experiment, name=request.run_name, tags=self._plan.tags)
+            return
+        self.info = await tracking.get_run(request.run_id)
+        if self.info.status.is_terminal:
+            await tracking.update_run(self.info.run_id, RunStatus.RUNNING)
+
+    async def _run_stages(self) -> Outcome:
+        assert self.info is not None  # noqa: S101 - set by _create
+        backend = await self._context.backend(self._plan.backend)
+        job = await draft(
+            self._plan,
+            self.info,
+            self._context.tracking,
+            output=self.output_path,
+            cancel_grace=self._timeouts.cancel_grace,
+        )
+        await self._log_job(backend, job)
+        reservation = self._context.reservation(self._plan)
+        with self._within("queue", self._timeouts.queue):
+            variables = await reservation.acquire()
+        try:
+            async with AsyncExitStack() as stack:
+                return await self._run_job(backend, job, stack, variables)
+        finally:
+            reservation.release()
+
+    async def _run_job(
+        self, backend: Backend, job: Job, stack: AsyncExitStack, variables: Mapping[str, str]
+    ) -> Outcome:
+        try:
+            with self._within("setup", self._timeouts.setup):
+                self._publish(Stage.PREPARING)
+                job = await prepare(
+                    job,
+                    self._plan,
+                    self._context,
+                    stack,
+                    variables,
+                    on_progress=partial(self._publish, Stage.PREPARING),
+                )
+                self._publish(Stage.STARTING)
+                self.handle = await backend.submit(job)
+                await self._log_submitted(backend, self.handle)
+                await self.handle.started()
+            return await self._await_end(self.handle)
+        finally:
+            await self._settle()
+
+    async def _log_job(self, backend: Backend, job: Job) -> None:
+        """Log parameters and the job's reference in one request, before anything exists that must be found again."""
+        tags: dict[str, str] = {}
+        if self._plan.request.run_id is not None:
+            tags.update(self._plan.tags)
+        reference = backend.reference(job)
+        if reference is not None:
+            tags[reference.TAG] = reference.to_json()
+        if tags or self._plan.parameters.logged:
+            await self._context.tracking.log(job.run_id, params=self._plan.parameters.logged, tags=tags)
+
+    async def _log_submitted(self, backend: Backend, handle: BackendRun) -> None:
+        """Log the tags that are known only now. A second MLflow run is nested under the first, and ends with it."""
+        tags = dict(backend.tags(handle))
+        self._second_run = backend.second_run(handle)
+        if self._second_run is not None:
+            tags[_SECOND_RUN_TAG] = self._second_run
+            nesting = {"mlflow.parentRunId": self.run_id, "mlflow.project.backend": backend.name}
+            await self._context.tracking.log(self._second_run, tags=nesting)
+        if tags:
+            await self._context.tracking.log(self.run_id, tags=tags)
