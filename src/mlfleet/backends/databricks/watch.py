@@ -27,6 +27,7 @@ _log = logging.getLogger("mlfleet.databricks")
 _FEW = 10  # runs that are asked for one by one
 _PAGE = 25  # runs that runs/list gives at once
 _AT_ONCE = 8
+_SHORTEST_GAP = 1.0  # seconds between the beginnings of two rounds
 _PER_RUN_SECOND = 30  # a run of 300 s is asked for every 10 s
 _A_MINUTE = 50  # requests that polls of runs which are not young cost
 
@@ -54,6 +55,7 @@ class Poller(StateCache[State]):
         self._timings: dict[str, _Schedule] = {}
         self._count = 0  # of the runs that had not ended when the last poll began
         self._changed = anyio.Event()
+        self._last_round = -math.inf
 
     def track(self, key: str) -> CachedState[State]:
         """See `StateCache.track`."""
@@ -102,7 +104,10 @@ class Poller(StateCache[State]):
             self._count = len(live)
             now = time.monotonic()
             first = min((self._timings[key].due for key in live), default=math.inf)
+            # New runs that come one after the other share a round, so that there are 60 rounds a minute at most.
+            first = max(first, self._last_round + min(_SHORTEST_GAP, self._timing.fast))
             if first <= now:
+                self._last_round = now
                 return [key for key in live if self._timings[key].due <= now + 0.3 * self._interval(key)]
             with anyio.move_on_after(first - now):
                 await changed.wait()
