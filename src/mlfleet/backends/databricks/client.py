@@ -78,9 +78,9 @@ class Workspace:
     """One workspace. It is opened at its first use.
 
     Args:
-        profile: of ``~/.databrickscfg``; None: the environment's variables, or the default profile.
-        timing: how often to ask.
-        version: of the Jobs API.
+        profile: A profile of ``~/.databrickscfg``; None: the environment's variables, or the default profile.
+        timing: The intervals of requests.
+        version: The version of the Jobs API.
     """
 
     def __init__(self, profile: str | None, timing: Timing, *, version: str = "2.2") -> None:
@@ -138,11 +138,11 @@ class Workspace:
         """Ask the Jobs API.
 
         Args:
-            method: of HTTP.
+            method: The HTTP method.
             what: the path below ``jobs/``, such as ``runs/get``.
             body: to be sent as JSON.
-            params: of the query.
-            version: of the API; None: as this workspace was opened for.
+            params: The query parameters.
+            version: The version of the API; None: the one of this workspace.
         """
         pace = self._paces.get(what)
         path = f"/api/{version or self._version}/jobs/{what}"

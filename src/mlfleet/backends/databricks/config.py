@@ -74,9 +74,9 @@ class Compute:
     Attributes:
         new_cluster: its specification.
         existing_cluster_id: its id.
-        environment_version: of serverless compute.
+        environment_version: The version of the serverless environment.
         dependencies: lines for pip, for serverless compute.
-        libraries: for a cluster.
+        libraries: The libraries of a cluster.
     """
 
     new_cluster: Mapping[str, Any] | None = None
@@ -96,7 +96,7 @@ class Upload:
     """Where projects and output are kept.
 
     Attributes:
-        kind: of the place.
+        kind: The kind of storage.
         path: the folder as code that runs there sees it; empty: in the user's home.
     """
 
@@ -109,13 +109,13 @@ class DatabricksConfig:
     """``backend_config``.
 
     Attributes:
-        profile: of ``~/.databrickscfg``; None: that of the tracking URI, else the environment.
-        compute: what runs run on.
-        upload: where projects and output are kept.
+        profile: A profile of ``~/.databrickscfg``; None: that of the tracking URI, else the environment.
+        compute: The compute of the runs.
+        upload: The place of projects and output.
         task: ``python``, or ``shell_command`` as the reference sends it.
-        secret_scope: where secret variables are put for a run.
-        run_name: in place of the project's name.
-        api_version: of the Jobs API.
+        secret_scope: The secret scope for the secret variables of a run.
+        run_name: A name to use in place of the project's.
+        api_version: The version of the Jobs API.
         passed_on: further keys of the request.
     """
 

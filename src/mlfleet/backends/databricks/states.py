@@ -44,13 +44,13 @@ class State:
     """What is known of a run.
 
     Attributes:
-        phase: how far it has come.
-        status: how it ended, once it has.
+        phase: The progress of the run.
+        status: The final status; None before the end.
         reason: why it did not end well, in a few words.
-        cause: what kind of failure it was; None: what ran has failed, or nobody knows.
+        cause: The kind of failure; None: what ran has failed, or nobody knows.
         start_time: milliseconds since the epoch by the workspace's clock; 0 if it is not told.
-        task_run_id: by which the output of its task is asked for.
-        job_id: of the job that Databricks makes for it.
+        task_run_id: The id of the task's run, for runs/get-output.
+        job_id: The id of the job that Databricks makes for the run.
         page_url: where a person can look at it.
     """
 
