@@ -10,8 +10,20 @@ One run, many, and blocking as ``mlflow.projects.run``::
     mlfleet.run(uri)
 """
 
+from mlfleet._concurrency.broadcast import Subscription
+from mlfleet._engine.request import Output, RunOptions
 from mlfleet._engine.run import FleetRun
-from mlfleet._sweeps import PointResult, Retry, Sweep, SweepCounts, SweepResult
+from mlfleet._sweeps import (
+    Goal,
+    OnFailure,
+    PointResult,
+    Resume,
+    Retry,
+    Sweep,
+    SweepCounts,
+    SweepOptions,
+    SweepResult,
+)
 from mlfleet._version import __version__
 from mlfleet.api import attach, run_async, submit, sweep_async
 from mlfleet.errors import (
@@ -33,37 +45,62 @@ from mlfleet.errors import (
 from mlfleet.fleet import Fleet
 from mlfleet.resources import Resources
 from mlfleet.runs import FailureKind, JobRef, Outcome, RunEvent, RunStatus, Stage, SubmittedRun, Timeouts
-from mlfleet.spaces import choice, grid, loguniform, normal, randint, rows, sample, uniform, zip_
+from mlfleet.spaces import (
+    Distribution,
+    Point,
+    Points,
+    Space,
+    choice,
+    grid,
+    loguniform,
+    normal,
+    randint,
+    rows,
+    sample,
+    uniform,
+    zip_,
+)
 from mlfleet.sync import BlockingRun, run, sweep
 
 __all__ = [
     "BackendError",
     "BackendNotFound",
     "BlockingRun",
+    "Distribution",
     "EnvironmentSetupError",
     "ExecutionException",
     "FailureKind",
     "FetchError",
     "Fleet",
     "FleetRun",
+    "Goal",
     "JobRef",
     "MlfleetError",
+    "OnFailure",
     "Outcome",
+    "Output",
     "ParameterError",
+    "Point",
     "PointResult",
+    "Points",
     "Resources",
+    "Resume",
     "Retry",
     "RunCancelled",
     "RunEvent",
     "RunLost",
+    "RunOptions",
     "RunStatus",
     "RunTimeout",
+    "Space",
     "SpecError",
     "Stage",
     "SubmitError",
     "SubmittedRun",
+    "Subscription",
     "Sweep",
     "SweepCounts",
+    "SweepOptions",
     "SweepResult",
     "Timeouts",
     "TrackingError",

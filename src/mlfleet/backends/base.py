@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self
 
 from mlfleet._environments.manager import PreparedEnvironment
-from mlfleet._project.spec import DockerEnv, EnvironmentFile
+from mlfleet._project.spec import DockerEnv, EnvironmentFile, EnvironmentFileKind
 from mlfleet.errors import BackendError, UsageError
 from mlfleet.resources import Resources
 from mlfleet.runs import DEFAULT_CANCEL_GRACE, JobRef, Outcome, SubmittedRun
@@ -26,7 +26,18 @@ else:
 
     Config = TypeVar("Config")
 
-__all__ = ["Backend", "BackendRun", "DockerRequest", "Job", "ListedRun", "ProjectCall"]
+__all__ = [
+    "Backend",
+    "BackendRun",
+    "DockerEnv",
+    "DockerRequest",
+    "EnvironmentFile",
+    "EnvironmentFileKind",
+    "Job",
+    "ListedRun",
+    "PreparedEnvironment",
+    "ProjectCall",
+]
 
 
 @dataclass(frozen=True, slots=True)
