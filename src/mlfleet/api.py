@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Unpack
 from weakref import WeakKeyDictionary
 
@@ -15,6 +17,8 @@ from mlfleet._concurrency.tasks import TaskOwner
 from mlfleet._engine.request import Output, RunOptions, RunRequest
 from mlfleet._engine.run import FleetRun
 from mlfleet._sweeps import SweepOptions, SweepResult
+from mlfleet._text.masking import mask_uri
+from mlfleet.errors import MlfleetError
 from mlfleet.fleet import Fleet, context_of
 from mlfleet.resources import Resources
 from mlfleet.runs import Timeouts
@@ -31,6 +35,8 @@ __all__ = [
     "submit",
     "sweep_async",
 ]
+
+logger = logging.getLogger("mlfleet.fleet")
 
 
 async def run_async(
@@ -215,16 +221,16 @@ class _Fleets:
         opened = self._fleets.get(key)
         if opened is None:
             opened = self._fleets[key] = asyncio.get_running_loop().create_future()
-            self._keepers.start(self._keep(key, opened), name="mlfleet default fleet")
+            # Cancelling a future that is done changes nothing.
+            self._keepers.start(self._keep(key, opened), name="mlfleet default fleet", then=opened.cancel)
         return await asyncio.shield(opened)
 
     async def join(self) -> None:
         for opened in tuple(self._fleets.values()):
-            await (await asyncio.shield(opened)).join()
+            with suppress(MlfleetError):  # it could not be opened: that is raised where a run was submitted
+                await (await asyncio.shield(opened)).join()
 
     async def close(self) -> None:
-        for opened in tuple(self._fleets.values()):
-            await (await asyncio.shield(opened)).cancel()
         self._closing.set()
         await self._keepers.join()
 
@@ -235,8 +241,13 @@ class _Fleets:
             async with Fleet(tracking_uri=key[0], max_concurrent=_UNLIMITED) as fleet:
                 opened.set_result(fleet)
                 await self._closing.wait()
+                # Leaving the block would wait for the runs; this cancels them, and refuses those still being planned.
+                await context_of(fleet).close()
         except Exception as error:
-            opened.set_exception(error)
+            if opened.done():
+                logger.exception("the default Fleet of %s could not be closed", mask_uri(key[0]))
+            else:
+                opened.set_exception(error)
         finally:
             del self._fleets[key]
 
