@@ -212,7 +212,7 @@ class _Fleets:
 
     def __init__(self) -> None:
         self._fleets: dict[tuple[str, str], asyncio.Future[Fleet]] = {}
-        self._closing = asyncio.Event()
+        self._closing = anyio.Event()
         self._keepers = TaskOwner()
 
     async def get(self, uri: str) -> Fleet:

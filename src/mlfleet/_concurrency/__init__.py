@@ -1,1 +1,1 @@
-"""The few tools that everything async here is made of."""
+"""Building blocks of asynchronous code: cancellation, threads, shared work, broadcasts, owners of tasks."""

@@ -1,12 +1,13 @@
-"""One writer, any number of readers, each with a bounded buffer of its own."""
+"""Items from one writer to any number of readers, each with a bounded buffer of its own."""
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from collections.abc import Callable
 from typing import Generic, Self, TypeVar
 from weakref import WeakSet
+
+import anyio
 
 __all__ = ["Broadcast", "Subscription"]
 
@@ -14,9 +15,9 @@ T = TypeVar("T")
 
 
 class Subscription(Generic[T]):
-    """What one reader has still to read. Iterate it asynchronously; it ends when the writer closes.
+    """The items that one reader has not read yet, for ``async for``.
 
-    To forget it is enough to leave it.
+    The iteration ends when the writer closes. A reader that is no longer referenced is removed.
     """
 
     def __init__(self, size: int, mark: Callable[[T, int], T]) -> None:
@@ -25,7 +26,7 @@ class Subscription(Generic[T]):
         self._items: deque[T] = deque()
         self._lost = 0
         self._closed = False
-        self._changed = asyncio.Event()
+        self._changed: anyio.Event | None = None
 
     def __aiter__(self) -> Self:
         return self
@@ -34,6 +35,8 @@ class Subscription(Generic[T]):
         while not self._items:
             if self._closed:
                 raise StopAsyncIteration
+            if self._changed is None:
+                self._changed = anyio.Event()
             await self._changed.wait()
         item = self._items.popleft()
         if not self._lost:
@@ -53,15 +56,17 @@ class Subscription(Generic[T]):
         self._wake()
 
     def _wake(self) -> None:
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
 
 
 class Broadcast(Generic[T]):
-    """Gives every item to every reader.
+    """A writer that gives every item to every reader.
 
     Args:
-        mark: makes of an item and a number the same item that says so: as many were dropped right before it.
+        mark: Called with an item and the number of items that were dropped right before it. It returns the item with
+            that number noted.
     """
 
     def __init__(self, mark: Callable[[T, int], T]) -> None:
@@ -70,10 +75,10 @@ class Broadcast(Generic[T]):
         self._closed = False
 
     def subscribe(self, size: int) -> Subscription[T]:
-        """A reader that gets all items from now on.
+        """Return a reader of all items from now on.
 
         Args:
-            size: how many are kept for it; of more, the oldest are dropped.
+            size: The number of items that are kept for the reader. If there are more, the oldest are dropped.
         """
         reader = Subscription(size, self._mark)
         if self._closed:
@@ -83,16 +88,16 @@ class Broadcast(Generic[T]):
 
     @property
     def has_readers(self) -> bool:
-        """Whether anybody gets what is published now."""
+        """True if there is a reader."""
         return bool(self._readers)
 
     def publish(self, item: T) -> None:
-        """Give an item to all readers; never waits for them."""
+        """Give an item to all readers, without waiting for them."""
         for reader in self._readers:
             reader._put(item)
 
     def close(self) -> None:
-        """Let all readers end when they have read what is there."""
+        """End the iteration of all readers after the items that they still have."""
         self._closed = True
         for reader in self._readers:
             reader._close()

@@ -1,4 +1,4 @@
-"""Work that runs to its end although its caller is cancelled."""
+"""Waiting and cleaning up that no cancellation of the caller interrupts."""
 
 from __future__ import annotations
 

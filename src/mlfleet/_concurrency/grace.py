@@ -1,4 +1,4 @@
-"""The time that something gets to end by itself before it is ended by force."""
+"""The grace of a stop: the time between the request to stop and the end by force."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class StopRequest:
 
     @property
     def remaining(self) -> float | None:
-        """Seconds that are left of the grace, 0 if it has ended; None before the first request."""
+        """The seconds that are left of the grace, 0 if it has ended; None before the first request."""
         return None if self.deadline is None else max(0.0, self.deadline - _now())
 
     def request(self, grace: float | None = None) -> bool:

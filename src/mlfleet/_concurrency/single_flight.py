@@ -1,4 +1,4 @@
-"""Single flight: one piece of work for all who ask for it at the same time."""
+"""Work that concurrent callers share: one call at a time for each key."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable, Hashable
 from functools import partial
 from typing import Generic, TypeVar
 from weakref import WeakValueDictionary
+
+import anyio
 
 from mlfleet._concurrency.cancellation import wait_done
 
@@ -19,9 +21,11 @@ V = TypeVar("V")
 class SingleFlight(Generic[K, V]):
     """Runs one piece of work per key for any number of concurrent callers of one event loop.
 
-    A cancelled caller leaves the work to the others; when the last one is gone, the work is cancelled and awaited. An
-    error goes to all who wait, and the next caller starts anew. A result is forgotten as soon as it was handed out,
-    unless `keep`.
+    A cancelled caller leaves the work to the others. When the last caller is cancelled, the work is cancelled and
+    awaited. All callers get an error of the work, and the next call starts it anew.
+
+    Args:
+        keep: Keep results for all later calls. Default: the next call after the end of the work starts it anew.
     """
 
     def __init__(self, *, keep: bool = False) -> None:
@@ -29,10 +33,16 @@ class SingleFlight(Generic[K, V]):
         self._flights: dict[K, _Flight[V]] = {}
 
     async def __call__(self, key: K, work: Callable[[], Awaitable[V]]) -> V:
-        """The result of the work of that key, which is started if it is not under way.
+        """Return the result of the work of a key, which is started if it is not in progress.
 
-        The work runs in a task of its own, so that it belongs to all callers: what it reads from context variables are
-        the first caller's.
+        The work runs in a task of its own with the context variables of the first caller.
+
+        Args:
+            key: The key of the work.
+            work: Called without arguments if the work has to be started.
+
+        Raises:
+            RuntimeError: The task of the work was cancelled by somebody else.
         """
         flight = self._flights.get(key)
         if flight is None:
@@ -54,7 +64,7 @@ class SingleFlight(Generic[K, V]):
         return _result(flight.task)
 
     def release(self, key: K) -> None:
-        """Let those who come from now on start work of their own."""
+        """Let the next call start new work, even if work of that key is in progress."""
         self._flights.pop(key, None)
 
     def _landed(self, key: K, flight: _Flight[V]) -> None:
@@ -71,31 +81,32 @@ class SingleFlight(Generic[K, V]):
 class Coalescing(Generic[K, V]):
     """Like `SingleFlight`, but calls made while a call is in progress share the next one.
 
-    So a result never predates its caller, and hundreds of callers at the same time cost a few calls.
+    So a result never predates its caller, and hundreds of concurrent callers cost a few calls.
     """
 
     def __init__(self) -> None:
         self._next: SingleFlight[K, V] = SingleFlight()
-        self._locks: WeakValueDictionary[K, asyncio.Lock] = WeakValueDictionary()
+        self._locks: WeakValueDictionary[K, anyio.Lock] = WeakValueDictionary()
 
     async def __call__(self, key: K, work: Callable[[], Awaitable[V]]) -> V:
-        """The result of work of that key that begins after this call."""
+        """Return the result of work of a key that begins after this call. See `SingleFlight`."""
         return await self._next(key, partial(self._in_turn, key, work))
 
     async def _in_turn(self, key: K, work: Callable[[], Awaitable[V]]) -> V:
-        async with self._locks.setdefault(key, asyncio.Lock()):
+        async with self._locks.setdefault(key, anyio.Lock()):
             self._next.release(key)
             return await work()
 
 
 class _Flight(Generic[V]):
-    """Work under way, and how many wait for it."""
+    """Work in progress, and the number of its callers."""
 
     __slots__ = ("callers", "landed", "task")
 
     def __init__(self, task: asyncio.Task[V]) -> None:
         self.task = task
-        self.landed = asyncio.Event()  # hundreds wait for it
+        # Hundreds may wait: an event costs each of them one future, `asyncio.shield` a future and two callbacks.
+        self.landed = anyio.Event()
         self.callers = 0
 
 
@@ -105,6 +116,6 @@ async def _run(work: Callable[[], Awaitable[V]]) -> V:
 
 def _result(task: asyncio.Task[V]) -> V:
     if task.cancelled():
-        # Not a cancellation of the caller, who must not mistake it for one (a task group would swallow it).
+        # A CancelledError would look like a cancellation of the caller, and its task group would swallow it.
         raise RuntimeError("the shared work was cancelled from outside")
     return task.result()

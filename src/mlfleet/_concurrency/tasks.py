@@ -1,15 +1,22 @@
-"""An owner for tasks that outlive the call that starts them."""
+"""Owners of tasks and of services that outlive the call that starts them."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any
 
+import anyio
 import anyio.lowlevel
 
-__all__ = ["TaskOwner"]
+from mlfleet._concurrency.cancellation import complete
+
+__all__ = ["ServiceOwner", "TaskOwner"]
+
+logger = logging.getLogger("mlfleet.fleet")
 
 
 class TaskOwner:
@@ -27,10 +34,10 @@ class TaskOwner:
         """Start `work` as a task of this owner.
 
         Args:
-            work: what it does.
-            name: of the task.
-            then: is called at its end, also if the task was cancelled before its first step (as ``asyncio.run`` does
-                with all tasks at its end).
+            work: The coroutine to run.
+            name: The name of the task.
+            then: Called at the end of the task, also if the task was cancelled before its first step (as
+                ``asyncio.run`` does with all tasks at its end). Default: nothing is called.
         """
         task = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
@@ -45,5 +52,54 @@ class TaskOwner:
         """Wait until every task has ended, also those that are started meanwhile. The tasks are not cancelled."""
         while self._tasks:
             await asyncio.wait(tuple(self._tasks))
-            # Done callbacks run one turn of the loop after the task's end.
+            # Done callbacks run one iteration of the loop after the task's end.
             await anyio.lowlevel.checkpoint()
+
+
+class ServiceOwner:
+    """Keeps async context managers open until all of them are closed.
+
+    Each is entered and exited in one dedicated task, as anyio's task groups inside of them require.
+
+    Args:
+        users: The tasks that need the services. ``asyncio.run`` cancels every task at its end; the services then stay
+            open until these have cleaned up.
+    """
+
+    def __init__(self, users: TaskOwner) -> None:
+        self._users = users
+        self._opened: dict[int, asyncio.Future[None]] = {}
+        self._stop = anyio.Event()
+        self._tasks = TaskOwner()
+
+    async def open(self, service: AbstractAsyncContextManager[Any]) -> None:
+        """Enter a service, unless that was done before. If entering it fails, all callers get the error."""
+        opened = self._opened.get(id(service))
+        if opened is None:
+            opened = self._opened[id(service)] = asyncio.get_running_loop().create_future()
+            # Cancelling a future that is done changes nothing.
+            self._tasks.start(self._hold(service, opened), name=f"mlfleet {type(service).__name__}", then=opened.cancel)
+        if opened.done():
+            opened.result()
+        else:
+            await asyncio.shield(opened)
+
+    async def close(self) -> None:
+        """Exit all services and wait for that. Their errors are logged."""
+        self._stop.set()
+        await self._tasks.join()
+
+    async def _hold(self, service: AbstractAsyncContextManager[Any], opened: asyncio.Future[None]) -> None:
+        try:
+            async with service:
+                opened.set_result(None)
+                try:
+                    await self._stop.wait()
+                except asyncio.CancelledError:
+                    await complete(self._users.join, restart=True)
+                    raise
+        except Exception as error:
+            if opened.done():
+                logger.exception("%s could not be closed", type(service).__name__)
+            else:
+                opened.set_exception(error)

@@ -1,4 +1,4 @@
-"""Blocking work in threads: one named limit for each kind of work, so that no kind can starve another."""
+"""Blocking work in threads, with a limit for each kind of work so that none can starve another."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ __all__ = [
     "PLUGIN_SUBMITS",
     "PROCESSES",
     "PROJECTS",
+    "SESSIONS",
     "STORES",
     "TERMINAL",
     "TRANSFERS",
@@ -51,8 +52,8 @@ class ThreadLimiter:
 
         Args:
             function: The blocking work.
-            undo: Takes back the result of a call that was cancelled, through any further cancellation. Its error is
-                raised instead of the cancellation.
+            undo: Called with the result of a call whose caller was cancelled, to take it back; awaited through any
+                further cancellation. Its error is raised instead of the cancellation. Default: the result is dropped.
         """
         call: _Call[T] = _Call(function)
         try:
@@ -125,7 +126,7 @@ PROCESSES = ThreadLimiter("processes", 2)
 """Starting processes: ``vfork`` takes about a millisecond, and more threads do not make it faster."""
 
 SESSIONS = ThreadLimiter("sessions", 1)
-"""Looking at the processes of sessions that are being ended; starts and files must not hold this up."""
+"""Listing the processes of sessions that are being ended. Starts of processes and files must not delay it."""
 
 STORES = ThreadLimiter("stores", 4)
 """Calls of the mlflow client. More than eight threads exhaust the connections that it keeps to a sqlite database."""
@@ -134,7 +135,7 @@ LOGINS = ThreadLimiter("logins", 4)
 """Loading clients, credentials and their helpers, which may take seconds."""
 
 PLUGIN_SUBMITS = ThreadLimiter("plugin submits", 8)
-"""Submissions by mlflow plugins, which may take as long as they like."""
+"""Submissions by mlflow plugins, which may take any time."""
 
 PLUGIN_QUESTIONS = ThreadLimiter("plugin questions", 8)
 """All other calls of mlflow plugins: a submission that hangs must not hold up a cancellation."""

@@ -11,9 +11,8 @@ import anyio
 
 from mlfleet._concurrency.broadcast import Broadcast
 from mlfleet._concurrency.cancellation import complete
-from mlfleet._concurrency.services import ServiceOwner
 from mlfleet._concurrency.single_flight import SingleFlight
-from mlfleet._concurrency.tasks import TaskOwner
+from mlfleet._concurrency.tasks import ServiceOwner, TaskOwner
 from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.admission import Admission, Reservation
 from mlfleet._engine.attach import AttachedSupervisor, find_again, read_reference
@@ -40,7 +39,7 @@ class Events(Broadcast[RunEvent]):
     """The events of a Fleet, for a callback and for any number of readers.
 
     Args:
-        on_event: Called on the event loop with every event; None: there is no callback.
+        on_event: Called on the event loop with every event; None for no callback.
     """
 
     def __init__(self, on_event: Callable[[RunEvent], None] | None) -> None:
