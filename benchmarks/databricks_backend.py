@@ -42,7 +42,7 @@ def job_in(folder: Path, backend: DatabricksBackend) -> Job:
 
 def end(workspace: FakeWorkspace, run: FakeRun) -> None:
     workspace.put_output(run, b"done\n")
-    run.become("TERMINATED", "SUCCESS")
+    run.set_state("TERMINATED", "SUCCESS")
 
 
 async def submit(backend: DatabricksBackend, folder: Path, count: int) -> list[BackendRun]:
@@ -83,7 +83,7 @@ async def polls(workspace: FakeWorkspace, folder: Path, count: int, minutes: flo
         uploads = [request for request in workspace.requests[before:] if request.method == "PUT"]
         for run in workspace.runs.values():
             if run.active:
-                run.become("RUNNING")
+                run.set_state("RUNNING")
         since, began = len(workspace.requests), time.monotonic()
         await asyncio.sleep(50.0)
         young = rounds(workspace, since) * 60.0 / (time.monotonic() - began)

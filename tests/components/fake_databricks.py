@@ -1,4 +1,4 @@
-"""What tests against the scripted Databricks workspace share."""
+"""Helpers of the tests against the scripted Databricks workspace."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from mlfleet.backends.databricks.client import Timing
 __all__ = ["QUICK", "JobMaker", "lines_of", "make_jobs", "open_workspace", "succeed"]
 
 QUICK = Timing(fast=0.1, after_failure=0.05)
-"""For a workspace on this machine; the paces are those of Databricks."""
+"""Short intervals for a workspace on this machine; the rates are those of Databricks."""
 
 JobMaker = Callable[..., Job]
 
 
 @asynccontextmanager
 async def open_workspace(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeWorkspace]:
-    """The workspace that the variables of the environment name, for the time of the block."""
+    """Serve a scripted workspace during the block, and set the environment variables of its login."""
     async with FakeWorkspace().open() as fake:
         monkeypatch.setenv("DATABRICKS_HOST", fake.url)
         monkeypatch.setenv("DATABRICKS_TOKEN", fake.token)
@@ -35,7 +35,10 @@ async def open_workspace(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeW
 
 
 def make_jobs(folder: Path) -> JobMaker:
-    """Gives what makes jobs of a small project in that folder, from a ``backend_config`` and fields of `Job`."""
+    """Create a small project in `folder`, and return a function that makes jobs of it.
+
+    The function takes a ``backend_config`` and fields of `Job`.
+    """
     project = folder / "project"
     project.mkdir()
     (project / "train.py").write_text("print('hello')\n")
@@ -58,15 +61,15 @@ def make_jobs(folder: Path) -> JobMaker:
 
 
 def succeed(workspace: FakeWorkspace) -> Callable[[FakeRun], None]:
-    """Ends a run well, with some output."""
+    """Return a function that ends a run successfully, with some output."""
 
     def end(run: FakeRun) -> None:
         workspace.put_output(run, b"done\n")
-        run.become("TERMINATED", "SUCCESS")
+        run.set_state("TERMINATED", "SUCCESS")
 
     return end
 
 
 async def lines_of(run: Any) -> list[str]:
-    """The output of a run, to its end."""
+    """Return the lines of a run's output, up to its end."""
     return [line async for line in run.logs()]

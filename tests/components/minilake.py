@@ -1,8 +1,8 @@
-"""minilake, an emulator of a Databricks workspace on loopback that really runs the Python files submitted to it.
+"""minilake, an emulator of a Databricks workspace on loopback that runs the Python files submitted to it.
 
-It knows no shell commands: `Databricks` in front of it makes a Python task of them.
-Its files are seen where Databricks shows them to code, below /Workspace, /Volumes and /dbfs; those links need a machine
-of whose root folder one may write. Its cancel kills nothing; `Databricks` in front of it does.
+`Databricks`, the proxy in front of it, adds what it lacks: it turns shell commands into Python tasks, and ends the
+processes of a cancelled run. Links at /Workspace, /Volumes and /dbfs show its files where code in Databricks finds
+them; to make them, the tests must be able to write to the root folder.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ class Minilake:
 
 @pytest.fixture(scope="session")
 def minilake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Minilake]:
-    """An emulator for all tests."""
+    """Serve one emulator for all tests."""
     if importlib.util.find_spec("minilake") is None:
         missing("the Databricks emulator", "pip install minilake")
     folder = tmp_path_factory.mktemp("minilake")
     with ExitStack() as stack:
-        # One session of tests at a time has those links.
+        # Only one test session at a time can have the links.
         stack.enter_context(filelock.FileLock("/tmp/mlfleet-minilake.lock"))
         for link, target in {"Workspace": "workspace/Workspace", "Volumes": "dbfs/Volumes", "dbfs": "dbfs"}.items():
             stack.enter_context(_linked(Path("/", link), folder / target))
@@ -66,7 +66,7 @@ def minilake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Minilake]:
 def _linked(link: Path, target: Path) -> Iterator[None]:
     target.mkdir(parents=True, exist_ok=True)
     try:
-        if link.is_symlink():  # of a session that was killed
+        if link.is_symlink():  # left by a test session that was killed
             link.unlink()
         link.symlink_to(target)
     except OSError as error:
@@ -114,7 +114,7 @@ def _make_scope(url: str) -> None:
 
 
 def _put_shell(url: str) -> None:
-    """Bring in what runs a shell command as Databricks does."""
+    """Upload the script that runs a shell command as Databricks does."""
     code = "import subprocess, sys\nsys.exit(subprocess.run(sys.argv[1:]).returncode)\n"
     for path, content in (
         ("/api/2.0/workspace/mkdirs", json.dumps({"path": posixpath.dirname(_SHELL)}).encode()),
@@ -138,10 +138,14 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -
 
 
 class Databricks(FlakyProxy):
-    """What stands before the emulator: it counts requests, makes faults, and ends cancelled runs as Databricks does.
+    """The proxy in front of the emulator, which records requests, injects faults and ends cancelled runs.
+
+    Args:
+        minilake: The emulator.
 
     Attributes:
-        fault: Decides about a request before it is passed on; None: every request is passed on.
+        minilake: The argument `minilake`.
+        fault: A rule that may answer a request in place of the emulator; None: every request is passed on.
     """
 
     def __init__(self, minilake: Minilake) -> None:
@@ -172,7 +176,7 @@ class Databricks(FlakyProxy):
 
 
 def _as_python(request: Request) -> Request:
-    """The submission of a shell command as that of a Python file that runs it."""
+    """Return the submission of a shell command as that of a Python file that runs the command."""
     body = json.loads(request.body)
     command = body.pop("shell_command_task")["command"]
     del body["new_cluster"], body["libraries"]
@@ -184,7 +188,7 @@ def _as_python(request: Request) -> Request:
 
 @pytest.fixture
 async def databricks(minilake: Minilake, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Databricks]:
-    """The workspace that the variables of the environment name."""
+    """Serve the proxy, and set the environment variables of its login."""
     async with Databricks(minilake).listen() as proxy:
         assert isinstance(proxy, Databricks)
         monkeypatch.setenv("DATABRICKS_HOST", proxy.url)
@@ -194,24 +198,24 @@ async def databricks(minilake: Minilake, monkeypatch: pytest.MonkeyPatch) -> Asy
 
 
 def processes_of(run_id: str) -> list[str]:
-    """Every living process of a run: its script, or one that has inherited its mark."""
+    """Return the live processes of a run: its script, and processes that inherited its mark."""
     found = [f"{pid}: the script" for pid in _scripts_of(run_id)]
     for pid in _pids():
-        if f"{MARK}={run_id}".encode() in _of(pid, "environ").split(b"\0"):
-            found.append(f"{pid}: {_of(pid, 'cmdline')!r}")
+        if f"{MARK}={run_id}".encode() in _read_proc(pid, "environ").split(b"\0"):
+            found.append(f"{pid}: {_read_proc(pid, 'cmdline')!r}")
     return found
 
 
 def _scripts_of(run_id: str) -> list[int]:
-    return [pid for pid in _pids() if f'"run":"{run_id}"'.encode() in _of(pid, "cmdline")]
+    return [pid for pid in _pids() if f'"run":"{run_id}"'.encode() in _read_proc(pid, "cmdline")]
 
 
 def _pids() -> Iterator[int]:
     yield from (int(name) for name in os.listdir("/proc") if name.isdigit())
 
 
-def _of(pid: int, file: str) -> bytes:
+def _read_proc(pid: int, file: str) -> bytes:
     try:
         return Path(f"/proc/{pid}/{file}").read_bytes()
-    except OSError:  # ended meanwhile, or another user's
+    except OSError:  # the process has ended, or is another user's
         return b""

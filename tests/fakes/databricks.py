@@ -1,6 +1,6 @@
-"""A Databricks workspace in memory, for what the emulator does not do: every state, paging, faults. It runs nothing.
+"""A scripted Databricks workspace in memory, for what the emulator lacks: every state, paging, faults. It runs nothing.
 
-What it answers follows https://docs.databricks.com/api/workspace/jobs; what becomes of runs, a test tells it.
+Its answers follow https://docs.databricks.com/api/workspace/jobs; the tests set the states of its runs.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _ENDED = ("TERMINATED", "SKIPPED", "INTERNAL_ERROR")
 
 @dataclass
 class FakeRun:
-    """A run that was submitted.
+    """A submitted run.
 
     Attributes:
-        number: its id.
-        body: as it was submitted.
-        start_time: milliseconds since the epoch.
-        state: in the form of version 2.1.
-        status: in the form of version 2.2; None: it tells only the older one.
-        tells_state: whether it tells the older one.
-        output: the answer of ``runs/get-output``.
-        cancelled: how often that was asked.
-        ended_at: when it did, by ``time.monotonic``.
+        number: The run's id.
+        body: The body of the submission.
+        start_time: Milliseconds since the epoch.
+        state: The state in the form of version 2.1 of the API.
+        status: The state in the form of version 2.2; None: answers have only the older form.
+        shows_state: True if answers have the older form.
+        output: The answer of ``runs/get-output``.
+        cancelled: The number of requests to cancel the run.
+        ended_at: The time of the end, by ``time.monotonic``; 0 before.
     """
 
     number: int
@@ -45,36 +45,37 @@ class FakeRun:
     start_time: int
     state: dict[str, Any] = field(default_factory=lambda: {"life_cycle_state": "PENDING", "result_state": None})
     status: dict[str, Any] | None = None
-    tells_state: bool = True
+    shows_state: bool = True
     output: dict[str, Any] = field(default_factory=dict)
     cancelled: int = 0
     ended_at: float = 0.0
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What the bootstrap script is told."""
+        """The argument of the bootstrap script."""
         found: dict[str, Any] = json.loads(self.body["tasks"][0]["spark_python_task"]["parameters"][0])
         return found
 
     @property
     def active(self) -> bool:
+        """True if the run has not ended."""
         return self.state["life_cycle_state"] not in _ENDED
 
-    def become(self, life: str, result: str | None = None, message: str = "") -> None:
-        """Be in that state from now on, and tell it in the older form."""
-        self.status, self.tells_state = None, True
+    def set_state(self, life: str, result: str | None = None, message: str = "") -> None:
+        """Set the state, which answers have in the older form only."""
+        self.status, self.shows_state = None, True
         self.state = {"life_cycle_state": life, "result_state": result, "state_message": message}
         if not self.active:
             self.ended_at = time.monotonic()
 
-    def told(self, url: str) -> dict[str, Any]:
-        """As ``runs/get`` tells it."""
+    def as_response(self, url: str) -> dict[str, Any]:
+        """Return the run as ``runs/get`` answers."""
         return {
             "run_id": self.number,
             "job_id": self.number + 10**6,
             "run_name": self.body.get("run_name"),
             "start_time": self.start_time,
-            "state": self.state if self.tells_state else None,
+            "state": self.state if self.shows_state else None,
             "status": self.status,
             "run_page_url": f"{url}/jobs/{self.number + 10**6}/runs/{self.number}",
             "tasks": [{"run_id": self.number + 10**9, "task_key": "mlfleet"}],
@@ -82,22 +83,22 @@ class FakeRun:
 
 
 class FakeWorkspace(FlakyProxy):
-    """The workspace. `url` is where it listens.
+    """A scripted workspace, which listens at `url`.
 
     Attributes:
-        runs: by number.
-        files: content by path, of volumes, workspace and DBFS alike.
-        folders: that exist in the workspace.
-        secrets: content by scope and key.
-        fault: decides about one request before it is answered.
-        on_submit: is called with each new run.
-        on_cancel: is called with each run that is to be cancelled; None: it is TERMINATED and CANCELED at once.
-        token: that opens it.
-        logins: how often a service principal got a token.
-        dbfs: whether there is a DBFS root.
-        unknown: the answer about a run that there is not, in either of two ways; takes its number.
-        submissions: how many it takes in a second.
-        cancels_ended: whether it takes a cancellation of what has ended.
+        runs: The runs by number.
+        files: The contents by path, of volumes, workspace files and DBFS.
+        folders: The folders that exist in the workspace.
+        secrets: The contents by scope and key.
+        fault: A rule that may answer a request in place of the workspace; None: the workspace answers all.
+        on_submit: Called with each new run.
+        on_cancel: Called with each run that is cancelled; None: the run is TERMINATED and CANCELED at once.
+        token: The token that the workspace accepts.
+        logins: The number of tokens issued to a service principal.
+        dbfs: True if there is a DBFS root.
+        unknown: A function that returns the answer for a run that does not exist, from its number.
+        submissions: The number of submissions that the workspace takes per second.
+        cancels_ended: True if the workspace takes the cancellation of a run that has ended.
     """
 
     def __init__(self) -> None:
@@ -123,20 +124,20 @@ class FakeWorkspace(FlakyProxy):
         self._handles: dict[int, tuple[str, bytearray]] = {}
 
     @property
-    def only(self) -> FakeRun:
-        """The one run that there is."""
+    def only_run(self) -> FakeRun:
+        """The workspace's only run."""
         (run,) = self.runs.values()
         return run
 
     def put_output(self, run: FakeRun, text: bytes, code: int = 0, *, stopped: bool = False) -> None:
-        """Leave what the bootstrap script would leave of a run."""
+        """Write the files that the bootstrap script of a run would write."""
         end = json.dumps({"exit_code": code, "parts": 1, "stopped": stopped}).encode()
         for name, content in {"000000": text, "end": end}.items():
             self.files[f"{run.spec['output']}/{name}"] = b"%d\n%b" % (len(content), content)
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[FakeWorkspace]:
-        """Listen for the time of the block."""
+        """Listen during the block."""
         async with self.listen():
             yield self
 
@@ -151,15 +152,15 @@ class FakeWorkspace(FlakyProxy):
         answered.set()
         return answer
 
-    async def answers(self, kind: str, count: int) -> None:
-        """Wait until so many more requests of a kind, such as ``runs/get``, have been answered."""
+    async def wait_answered(self, kind: str, count: int) -> None:
+        """Wait until `count` more requests of a kind, such as ``runs/get``, have been answered."""
         kind = f"jobs/{kind}"
         wanted = self._answers.get(kind, 0) + count
         while self._answers.get(kind, 0) < wanted:
             await self._answered.wait()
 
     def answer(self, request: Request) -> Answer:
-        """The answer of a workspace in good health."""
+        """Return the answer of a healthy workspace."""
         parts = urlsplit(request.target)
         if parts.path.startswith(("/.well-known/", "/oidc/")):
             return self._login(parts.path)
@@ -182,13 +183,13 @@ class FakeWorkspace(FlakyProxy):
         return handler(body) if handler is not None else error(404, "ENDPOINT_NOT_FOUND", path)
 
     def _login(self, path: str) -> Answer:
-        """Tells a service principal where tokens are issued, and issues one."""
+        """Return the URL where a service principal gets tokens, or issue one."""
         if path == "/oidc/token":
             self.logins += 1
             self.token = f"issued-{self.logins}"
-            return found({"access_token": self.token, "token_type": "Bearer", "expires_in": 3600})
+            return ok({"access_token": self.token, "token_type": "Bearer", "expires_in": 3600})
         endpoints = {"authorization_endpoint": f"{self.url}/oidc/a", "token_endpoint": f"{self.url}/oidc/token"}
-        return found({"oidc_endpoint": f"{self.url}/oidc", **endpoints})
+        return ok({"oidc_endpoint": f"{self.url}/oidc", **endpoints})
 
     # ---- jobs -------------------------------------------------------------------------------------------------------
 
@@ -203,11 +204,11 @@ class FakeWorkspace(FlakyProxy):
             self.tokens[token] = number
             self.runs[number] = run = FakeRun(number, body, int(time.time() * 1000))
             self.on_submit(run)
-        return found({"run_id": self.tokens[token]})
+        return ok({"run_id": self.tokens[token]})
 
     def _jobs_runs_get(self, body: dict[str, Any]) -> Answer:
         run = self.runs.get(int(body["run_id"]))
-        return found(run.told(self.url)) if run is not None else self.unknown(body["run_id"])
+        return ok(run.as_response(self.url)) if run is not None else self.unknown(body["run_id"])
 
     def _jobs_runs_list(self, body: dict[str, Any]) -> Answer:
         limit, offset = int(body.get("limit", 20)), int(body.get("page_token", 0))
@@ -215,11 +216,11 @@ class FakeWorkspace(FlakyProxy):
         runs = sorted(self.runs.values(), key=lambda run: (run.start_time, run.number), reverse=True)
         if body.get("active_only") == "true":
             runs = [run for run in runs if run.active]
-        told = [run.told(self.url) for run in runs[offset : offset + limit]]
-        for each in told:
+        shown = [run.as_response(self.url) for run in runs[offset : offset + limit]]
+        for each in shown:
             del each["tasks"]
         more = {"next_page_token": str(offset + limit)} if offset + limit < len(runs) else {}
-        return found({**({"runs": told} if told else {}), **more})
+        return ok({**({"runs": shown} if shown else {}), **more})
 
     def _jobs_runs_cancel(self, body: dict[str, Any]) -> Answer:
         run = self.runs.get(int(body["run_id"]))
@@ -228,19 +229,19 @@ class FakeWorkspace(FlakyProxy):
         run.cancelled += 1
         if not run.active:
             if self.cancels_ended:
-                return found({})
+                return ok({})
             return error(400, "INVALID_STATE", "The run has ended.")
         if self.on_cancel is not None:
             self.on_cancel(run)
         else:
-            run.become("TERMINATED", "CANCELED", "Run cancelled.")
-        return found({})
+            run.set_state("TERMINATED", "CANCELED", "Run cancelled.")
+        return ok({})
 
     def _jobs_runs_get_output(self, body: dict[str, Any]) -> Answer:
         number = int(body["run_id"]) - 10**9
         if number not in self.runs:
             return error(400, "INVALID_PARAMETER_VALUE", "Retrieving the output of runs with tasks is not supported.")
-        return found({"metadata": {}, **self.runs[number].output})
+        return ok({"metadata": {}, **self.runs[number].output})
 
     # ---- files ------------------------------------------------------------------------------------------------------
 
@@ -269,17 +270,17 @@ class FakeWorkspace(FlakyProxy):
         if path in self.files and "overwrite=true" not in request.target:
             return error(409, "RESOURCE_ALREADY_EXISTS", "The file exists.")
         self.files[path] = request.body
-        return found({})
+        return ok({})
 
     def _workspace_mkdirs(self, body: dict[str, Any]) -> Answer:
         self.folders.add(body["path"])
-        return found({})
+        return ok({})
 
     def _workspace_get_status(self, body: dict[str, Any]) -> Answer:
         content = self.files.get(body["path"])
         if content is None:
             return error(404, "RESOURCE_DOES_NOT_EXIST", f"Path ({body['path']}) doesn't exist.")
-        return found({"path": body["path"], "object_type": "FILE", "size": len(content)})
+        return ok({"path": body["path"], "object_type": "FILE", "size": len(content)})
 
     def _workspace_export(self, body: dict[str, Any]) -> Answer:
         content = self.files.get(body["path"])
@@ -290,18 +291,18 @@ class FakeWorkspace(FlakyProxy):
             return _no_dbfs()
         handle = len(self._handles) + 1
         self._handles[handle] = (f"/dbfs{body['path']}", bytearray())
-        return found({"handle": handle})
+        return ok({"handle": handle})
 
     def _dbfs_add_block(self, body: dict[str, Any]) -> Answer:
         data = base64.b64decode(body["data"])
         assert len(data) <= 2**20, "DBFS takes blocks of 1 MiB"
         self._handles[body["handle"]][1].extend(data)
-        return found({})
+        return ok({})
 
     def _dbfs_close(self, body: dict[str, Any]) -> Answer:
         path, content = self._handles[body["handle"]]
         self.files[path] = bytes(content)
-        return found({})
+        return ok({})
 
     def _dbfs_get_status(self, body: dict[str, Any]) -> Answer:
         if not self.dbfs:
@@ -309,49 +310,49 @@ class FakeWorkspace(FlakyProxy):
         content = self.files.get(f"/dbfs{body['path']}")
         if content is None:
             return error(404, "RESOURCE_DOES_NOT_EXIST", "No file or directory exists on that path.")
-        return found({"path": body["path"], "is_dir": False, "file_size": len(content)})
+        return ok({"path": body["path"], "is_dir": False, "file_size": len(content)})
 
     def _dbfs_read(self, body: dict[str, Any]) -> Answer:
         content = self.files.get(f"/dbfs{body['path']}")
         if content is None:
             return error(404, "RESOURCE_DOES_NOT_EXIST", "No file or directory exists on that path.")
         piece = content[int(body["offset"]) : int(body["offset"]) + int(body["length"])]
-        return found({"bytes_read": len(piece), "data": base64.b64encode(piece).decode()})
+        return ok({"bytes_read": len(piece), "data": base64.b64encode(piece).decode()})
 
     # ---- the rest ---------------------------------------------------------------------------------------------------
 
     def _preview_scim_v2_Me(self, body: dict[str, Any]) -> Answer:
-        return found({"userName": USER})
+        return ok({"userName": USER})
 
     def _secrets_put(self, body: dict[str, Any]) -> Answer:
         if body["scope"] != "ours":
             return error(404, "RESOURCE_DOES_NOT_EXIST", f"Scope {body['scope']} does not exist!")
         self.secrets[body["scope"], body["key"]] = body["string_value"]
-        return found({})
+        return ok({})
 
     def _secrets_delete(self, body: dict[str, Any]) -> Answer:
         there = self.secrets.pop((body["scope"], body["key"]), None)
-        return found({}) if there is not None else error(404, "RESOURCE_DOES_NOT_EXIST", "No such secret.")
+        return ok({}) if there is not None else error(404, "RESOURCE_DOES_NOT_EXIST", "No such secret.")
 
 
-def found(told: Mapping[str, Any]) -> Answer:
-    """An answer."""
-    return Answer(200, json.dumps(told).encode(), {"content-type": "application/json"})
+def ok(body: Mapping[str, Any]) -> Answer:
+    """Return an answer with a JSON body."""
+    return Answer(200, json.dumps(body).encode(), {"content-type": "application/json"})
 
 
 def error(status: int, code: str, message: str) -> Answer:
-    """A refusal."""
+    """Return an error answer with Databricks' error code."""
     body = json.dumps({"error_code": code, "message": message}).encode()
     return Answer(status, body, {"content-type": "application/json"})
 
 
 def unknown_value(number: object) -> Answer:
-    """What is said of a run that there is not."""
+    """Return one of the two answers that Databricks gives for a run that does not exist."""
     return error(400, "INVALID_PARAMETER_VALUE", f"Run {number} does not exist.")
 
 
 def not_found(number: object) -> Answer:
-    """The other thing that is said of it."""
+    """Return the other one of the two answers."""
     return error(404, "RESOURCE_DOES_NOT_EXIST", f"Run {number} was not found.")
 
 

@@ -72,7 +72,7 @@ def test_where_projects_go(config: dict[str, Any], kind: UploadKind, path: str) 
         ({**CLUSTER, "autoscale": {"min_workers": 1}}, "both num_workers and autoscale"),
         ({**CLUSTER, "spark_env_vars": "A=1"}, "spark_env_vars is 'A=1': give a mapping"),
         ({"new_cluster": CLUSTER, "existing_cluster_id": "x"}, "both new_cluster and existing_cluster_id"),
-        ({"new_cluster": CLUSTER, "num_workers": 3}, "num_workers belong inside of new_cluster"),
+        ({"new_cluster": CLUSTER, "num_workers": 3}, "num_workers belong into new_cluster"),
         ({"new_cluster": "small"}, "new_cluster is 'small': give a cluster such as"),
         ({"new_cluster": CLUSTER, "dependencies": ["x"]}, "dependencies is for serverless compute only"),
         ({"libraries": [{"pypi": {"package": "x"}}]}, "libraries is for clusters only"),
@@ -80,7 +80,7 @@ def test_where_projects_go(config: dict[str, Any], kind: UploadKind, path: str) 
         ({"dependencies": [1]}, "dependencies holds 1"),
         ({"upload": "s3"}, "upload is 's3': give 'volume' or 'workspace' or 'dbfs'"),
         ({"upload": "volume"}, "needs upload_path"),
-        ({"upload": "dbfs", "upload_path": "/Volumes/a/b/c"}, "no such place"),
+        ({"upload": "dbfs", "upload_path": "/Volumes/a/b/c"}, "which is a place of another kind"),
         ({"upload_path": "/tmp/x"}, "give a folder below /Volumes"),
         ({"upload_path": "/Volumes/main"}, "a volume is /Volumes/<catalog>/<schema>/<volume>"),
         ({"upload_path": "/Workspace/../x"}, "without '..'"),
@@ -88,7 +88,7 @@ def test_where_projects_go(config: dict[str, Any], kind: UploadKind, path: str) 
         ({"task": "shell_command"}, "runs on a new cluster only"),
         ({"api_version": "2.0"}, "api_version is '2.0'"),
         ({"secret_scope": ""}, "secret_scope is empty"),
-        ({"run_name": 3}, "run_name is 3: give a text"),
+        ({"run_name": 3}, "run_name is 3: give a string"),
     ],
 )
 def test_mistakes_are_told(config: dict[str, Any], message: str) -> None:

@@ -62,8 +62,8 @@ async def test_a_run_that_succeeds(backend: DatabricksBackend, workspace: FakeWo
         "mlflow.databricks.shellJobID": "1000001",
         "mlflow.databricks.webappURL": workspace.url,
     }
-    assert len(workspace.only.body["idempotency_token"]) <= 64
-    assert workspace.only.body["idempotency_token"].startswith(job.run_id)
+    assert len(workspace.only_run.body["idempotency_token"]) <= 64
+    assert workspace.only_run.body["idempotency_token"].startswith(job.run_id)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ async def test_a_run_that_does_not(
     def end(run: FakeRun) -> None:
         trace = "Traceback (most recent call last)\n  File train.py\nRuntimeError: no such column"
         run.output = {"error": "RuntimeError: no such column", "error_trace": trace, "logs": "loading\n"}
-        run.become(life, result, "as told")
+        run.set_state(life, result, "as told")
 
     workspace.on_submit = end
     outcome = await (await backend.submit(make_job())).outcome()
@@ -105,18 +105,18 @@ async def test_all_states_on_the_way(backend: DatabricksBackend, workspace: Fake
     assert await run.get_status() is RunStatus.SCHEDULED
     started = asyncio.create_task(run.started())
     for life in ("QUEUED", "BLOCKED", "WAITING_FOR_RETRY"):
-        workspace.only.become(life)
-        await workspace.answers("runs/get", 2)
+        workspace.only_run.set_state(life)
+        await workspace.wait_answered("runs/get", 2)
         assert not started.done()
-    workspace.only.become("RUNNING")
+    workspace.only_run.set_state("RUNNING")
     await started
     assert await run.get_status() is RunStatus.RUNNING
-    workspace.put_output(workspace.only, b"done\n")
-    workspace.only.become("TERMINATING")
+    workspace.put_output(workspace.only_run, b"done\n")
+    workspace.only_run.set_state("TERMINATING")
     ended = asyncio.create_task(run.wait())
-    await workspace.answers("runs/get", 2)
+    await workspace.wait_answered("runs/get", 2)
     assert not ended.done()
-    workspace.only.become("TERMINATED", "SUCCESS")
+    workspace.only_run.set_state("TERMINATED", "SUCCESS")
     assert await ended is True
 
 
@@ -130,23 +130,23 @@ async def test_every_pair_of_states(workspace: FakeWorkspace, make_job: JobMaker
     """`test_databricks_states.py` says what each means; here it is told by listings and single answers."""
     pairs = list(itertools.product(LIVES, RESULTS))
     workspace.submissions = len(pairs)
-    async with DatabricksBackend(timing=replace(QUICK, paces={})) as backend:
+    async with DatabricksBackend(timing=replace(QUICK, rates={})) as backend:
         runs = await asyncio.gather(*(backend.submit(make_job()) for _ in pairs))
         by_id = {run.run_id: run for run in runs}
         expected: dict[str, RunStatus | None] = {}
         for fake, (life, result) in zip(workspace.runs.values(), pairs, strict=True):
-            fake.become(life, result, "so it is")
-            fake.tells_state = form != "status"
+            fake.set_state(life, result, "so it is")
+            fake.shows_state = form != "status"
             if form != "state":
                 details = {"code": result or "RUN_EXECUTION_ERROR", "type": "CLIENT_ERROR", "message": "so it is"}
                 fake.status = {
                     "state": "TERMINATED" if life in ENDED else "RUNNING",
                     "termination_details": details if life in ENDED else None,
                 }
-            expected[fake.spec["run"]] = read_state(fake.told(workspace.url)).status
+            expected[fake.spec["run"]] = read_state(fake.as_response(workspace.url)).status
         done = {id_: status for id_, status in expected.items() if status is not None}
         assert {id_: (await by_id[id_].outcome()).status for id_ in done} == done
-        await workspace.answers("runs/list", 2)
+        await workspace.wait_answered("runs/list", 2)
         going = [by_id[id_] for id_ in expected.keys() - done.keys()]
         assert {await run.get_status() for run in going} <= {RunStatus.SCHEDULED, RunStatus.RUNNING}
     assert len(done) == 3 * len(RESULTS)
@@ -155,7 +155,7 @@ async def test_every_pair_of_states(workspace: FakeWorkspace, make_job: JobMaker
 @pytest.mark.parametrize("answer", [unknown_value, not_found])
 async def test_a_run_that_vanished(workspace: FakeWorkspace, make_job: JobMaker, answer: Any) -> None:
     workspace.unknown = answer
-    async with DatabricksBackend(timing=replace(QUICK, not_yet=0.0)) as backend:
+    async with DatabricksBackend(timing=replace(QUICK, visibility_delay=0.0)) as backend:
         run = await backend.submit(make_job())
         workspace.runs.clear()
         outcome = await run.outcome()
@@ -166,7 +166,7 @@ async def test_a_run_that_vanished(workspace: FakeWorkspace, make_job: JobMaker,
 
 
 async def test_cancel_of_what_vanished(workspace: FakeWorkspace, make_job: JobMaker) -> None:
-    async with DatabricksBackend(timing=replace(QUICK, not_yet=0.5)) as backend:
+    async with DatabricksBackend(timing=replace(QUICK, visibility_delay=0.5)) as backend:
         run = await backend.submit(make_job())
         workspace.runs.clear()
         await run.cancel()
@@ -179,9 +179,9 @@ async def test_a_new_run_that_is_not_known_everywhere_yet(
     hidden: dict[int, FakeRun] = {}
     workspace.on_submit = lambda run: hidden.update({run.number: workspace.runs.pop(run.number)})
     run = await backend.submit(make_job())
-    await workspace.answers("runs/get", 3)
+    await workspace.wait_answered("runs/get", 3)
     workspace.runs = hidden
-    succeed(workspace)(workspace.only)
+    succeed(workspace)(workspace.only_run)
     assert await run.wait() is True
 
 
@@ -191,17 +191,17 @@ async def test_a_new_run_that_is_not_known_everywhere_yet(
 async def test_cancel_waits_for_the_end(
     backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
 ) -> None:
-    workspace.on_submit = lambda run: run.become("RUNNING")
-    workspace.on_cancel = lambda run: run.become("TERMINATING")
+    workspace.on_submit = lambda run: run.set_state("RUNNING")
+    workspace.on_cancel = lambda run: run.set_state("TERMINATING")
     run = await backend.submit(make_job())
     cancelling = asyncio.create_task(run.cancel())
-    await workspace.answers("runs/cancel", 1)
-    await workspace.answers("runs/get", 2)
+    await workspace.wait_answered("runs/cancel", 1)
+    await workspace.wait_answered("runs/get", 2)
     assert not cancelling.done()
-    workspace.only.become("TERMINATED", "CANCELED")
+    workspace.only_run.set_state("TERMINATED", "CANCELED")
     await cancelling
     assert (await run.outcome()).status is RunStatus.KILLED
-    assert workspace.only.cancelled == 1
+    assert workspace.only_run.cancelled == 1
 
 
 @pytest.mark.parametrize("taken", [True, False])
@@ -210,7 +210,7 @@ async def test_cancel_of_what_has_just_ended(
 ) -> None:
     workspace.cancels_ended = taken  # else the answer is 400 INVALID_STATE
     run = await backend.submit(make_job())
-    succeed(workspace)(workspace.only)
+    succeed(workspace)(workspace.only_run)
     await run.cancel()
     assert await run.get_status() is RunStatus.FINISHED
 
@@ -234,8 +234,8 @@ async def test_a_submit_that_is_cancelled_cancels_the_run(
     answer.set()
     with pytest.raises(asyncio.CancelledError):
         await submitting
-    assert workspace.only.cancelled == 1
-    assert not workspace.only.active
+    assert workspace.only_run.cancelled == 1
+    assert not workspace.only_run.active
 
 
 async def test_leaving_the_backend_cancels_its_runs(workspace: FakeWorkspace, make_job: JobMaker) -> None:
@@ -286,8 +286,8 @@ async def test_submissions_stay_within_the_limit(
 @pytest.mark.timeout(120)
 async def test_500_runs_are_listed_in_pages(workspace: FakeWorkspace, make_job: JobMaker) -> None:
     workspace.submissions = 500
-    workspace.on_submit = lambda run: run.become("RUNNING")
-    async with DatabricksBackend(timing=replace(QUICK, fast=0.5, paces={})) as backend:
+    workspace.on_submit = lambda run: run.set_state("RUNNING")
+    async with DatabricksBackend(timing=replace(QUICK, fast=0.5, rates={})) as backend:
         runs = await asyncio.gather(*(backend.submit(make_job()) for _ in range(500)))
         waiting = asyncio.gather(*(run.wait() for run in runs))
         before = workspace.count("runs/get?")
@@ -303,7 +303,7 @@ async def test_500_runs_are_listed_in_pages(workspace: FakeWorkspace, make_job: 
         assert workspace.count("runs/get?") == before  # those that are active need no more than the list
         for run in workspace.runs.values():
             workspace.put_output(run, b"done\n", run.number % 2)
-            run.become("TERMINATED", "FAILED" if run.number % 2 else "SUCCESS")
+            run.set_state("TERMINATED", "FAILED" if run.number % 2 else "SUCCESS")
         assert sorted(await waiting) == [False] * 250 + [True] * 250
         assert workspace.count("runs/get?") - before == 500
 
@@ -321,7 +321,7 @@ async def test_attach_finds_runs_by_one_listing(workspace: FakeWorkspace, make_j
             assert workspace.count("runs/list") - workspace.count("active_only") == 3
             for run in workspace.runs.values():
                 workspace.put_output(run, f"output of {run.body['run_name'][-33:-1]}\n".encode(), 4)
-                run.become("TERMINATED", "FAILED")
+                run.set_state("TERMINATED", "FAILED")
             for run_again in again:
                 assert (await run_again.outcome()).exit_code == 4
                 assert await lines_of(run_again) == [f"output of {run_again.run_id}"]
@@ -334,13 +334,13 @@ async def test_leaving_the_backend_leaves_attached_runs_alone(workspace: FakeWor
         await first.submit(job)
         async with DatabricksBackend(timing=QUICK) as second:
             run = await second.attach(reference)
-        assert workspace.only.cancelled == 0
+        assert workspace.only_run.cancelled == 0
         assert isinstance((await run.outcome()).error, RunLost)
 
 
 async def test_attach_to_what_is_gone(backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker) -> None:
     job = make_job()
-    with pytest.raises(RunLost, match=f"has no run of the MLflow run {job.run_id}, or none any more"):
+    with pytest.raises(RunLost, match=f"has no run of the MLflow run {job.run_id}, or has it no more"):
         await backend.attach(backend.reference(job))
 
 
@@ -386,7 +386,7 @@ async def test_a_long_command_goes_by_a_file(
 ) -> None:
     job = make_job(environ={"LONG": "x" * 20_000})
     run = await backend.submit(job)
-    (argument,) = workspace.only.body["tasks"][0]["spark_python_task"]["parameters"]
+    (argument,) = workspace.only_run.body["tasks"][0]["spark_python_task"]["parameters"]
     path = json.loads(argument)["spec"]
     assert json.loads(workspace.files[path])["environ"]["LONG"] == "x" * 20_000
     await run.cancel()
@@ -398,7 +398,7 @@ async def test_secrets_are_there_for_the_time_of_the_run(
     job = make_job({"secret_scope": "ours"}, tracking_uri="https://mlflow", secrets={"MLFLOW_TRACKING_TOKEN": "hush"})
     run = await backend.submit(job)
     assert json.loads(workspace.secrets["ours", f"mlfleet-{job.run_id}"]) == {"MLFLOW_TRACKING_TOKEN": "hush"}
-    assert "hush" not in json.dumps(workspace.only.body)
+    assert "hush" not in json.dumps(workspace.only_run.body)
     await run.cancel()
     assert workspace.secrets == {}
 
@@ -418,7 +418,7 @@ async def test_databricks_own_client_sends_the_same_and_reads_the_same(
         "git_source": {"git_url": "https://git.example.com/x", "git_provider": "gitHub", "git_branch": "main"},
     }
     run = await backend.submit(make_job(config))
-    ours = workspace.only
+    ours = workspace.only_run
 
     def ask() -> tuple[jobs.Run, jobs.Run, list[jobs.BaseRun]]:
         client = WorkspaceClient(host=workspace.url, token=workspace.token)
@@ -447,5 +447,5 @@ async def test_databricks_own_client_sends_the_same_and_reads_the_same(
     assert ended.state is not None
     assert ended.state.result_state is jobs.RunResultState.SUCCESS
     assert [each.run_id for each in listed] == [1]
-    assert read_state(ended.as_dict()) == read_state(ours.told(workspace.url))
+    assert read_state(ended.as_dict()) == read_state(ours.as_response(workspace.url))
     assert await run.wait() is True

@@ -157,9 +157,9 @@ async def test_a_bad_poll_fails_no_run(
     workspace.fault = refuse
     with caplog.at_level(logging.WARNING):
         await refused.wait()
-        succeed(workspace)(workspace.only)
+        succeed(workspace)(workspace.only_run)
         assert await run.wait() is True
-    assert "the states of 1 Databricks runs are not known" in caplog.text
+    assert "the states of 1 Databricks runs cannot be read" in caplog.text
 
 
 async def test_a_file_that_somebody_else_was_faster_to_write(
@@ -184,8 +184,8 @@ async def test_names_are_escaped_in_addresses(
         run = await backend.submit(make_job({"upload_path": place}))
         assert await run.wait() is True
         assert await lines_of(run) == ["done"]
-    places = {path.partition("/projects/")[0] for path in workspace.files if "/projects/" in path}
-    assert places == {"/Volumes/a/b/c/50% of #1?", "/Workspace/Shared/50% of #1?", "/dbfs/50% of #1?"}
+    paths = {path.partition("/projects/")[0] for path in workspace.files if "/projects/" in path}
+    assert paths == {"/Volumes/a/b/c/50% of #1?", "/Workspace/Shared/50% of #1?", "/dbfs/50% of #1?"}
 
 
 # ---- logins
@@ -264,9 +264,9 @@ async def test_a_token_that_was_changed_in_the_profile_is_read_again(
     async with DatabricksBackend(timing=QUICK) as backend:
         run = await backend.submit(make_job({"profile": "team"}))
         workspace.token = "dapi-of-today"
-        await workspace.answers("runs/get", 2)  # refused
+        await workspace.wait_answered("runs/get", 2)  # refused
         file.write_text(f"[team]\nhost = {workspace.url}\ntoken = dapi-of-today\n")
-        succeed(workspace)(workspace.only)
+        succeed(workspace)(workspace.only_run)
         assert await run.wait() is True
 
 

@@ -17,12 +17,12 @@ from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
 from mlfleet.backends.base import Job
 from mlfleet.backends.databricks import DatabricksBackend, bootstrap
 from mlfleet.backends.databricks.config import parse_config
-from mlfleet.backends.databricks.request import ROOT, Places, bootstrap_argument, masked, request_body
+from mlfleet.backends.databricks.request import ROOT, RunPaths, bootstrap_argument, mask_request, request_body
 from mlfleet.errors import SubmitError
 
 RUN = "0123456789abcdef0123456789abcdef"
 CLUSTER = {"spark_version": "15.4.x-scala2.12", "num_workers": 2, "node_type_id": "i3.xlarge"}
-PLACES = Places("/Workspace/Users/me/.mlfleet/b.py", "/Volumes/a/b/c/x.tar.gz", "abc", "/Volumes/a/b/c/output/1")
+PATHS = RunPaths("/Workspace/Users/me/.mlfleet/b.py", "/Volumes/a/b/c/x.tar.gz", "abc", "/Volumes/a/b/c/output/1")
 
 
 def make_job(tmp_path: Path = Path("/project"), **options: Any) -> Job:
@@ -40,7 +40,7 @@ def make_job(tmp_path: Path = Path("/project"), **options: Any) -> Job:
 
 
 def body_of(config: dict[str, Any], **options: Any) -> dict[str, Any]:
-    return request_body(make_job(**options), parse_config(config), PLACES, token="t")
+    return request_body(make_job(**options), parse_config(config), PATHS, token="t")
 
 
 def spec_of(body: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def test_the_references_shell_command() -> None:
     shell, flag, script = body["shell_command_task"]["command"]
     assert (shell, flag) == ("bash", "-c")
     *_, path, argument = shlex.split(script)
-    assert path == PLACES.script
+    assert path == PATHS.script
     assert json.loads(argument)["command"] == "python train.py"
 
 
@@ -110,8 +110,8 @@ def test_runs_of_another_workspace_get_secrets_from_its_scope() -> None:
     config = parse_config({"new_cluster": CLUSTER, "secret_scope": "ours"})
     environ = {"MLFLOW_TRACKING_URI": "https://mlflow.example.com"}
     job = make_job(environ=environ, secrets={"MLFLOW_TRACKING_TOKEN": "hush"})
-    places = Places("s", "a", "d", "o", secret=f"mlfleet-{RUN}")
-    body = request_body(job, config, places, token="t")
+    paths = RunPaths("s", "a", "d", "o", secret=f"mlfleet-{RUN}")
+    body = request_body(job, config, paths, token="t")
     assert "hush" not in json.dumps(body)
     assert body["tasks"][0]["new_cluster"]["spark_env_vars"] == {
         "MLFLEET_SECRETS": f"{{{{secrets/ours/mlfleet-{RUN}}}}}"
@@ -196,7 +196,7 @@ def test_what_is_shown_holds_no_secrets() -> None:
         "spark_conf": {"spark.hadoop.fs.azure.account.key.x": "hush", "spark.master": "local[*]"},
     }
     libraries = [{"pypi": {"package": "x", "repo": "https://me:hush@index.example.com/simple"}}]
-    shown = masked(body_of({"new_cluster": cluster, "libraries": libraries}))
+    shown = mask_request(body_of({"new_cluster": cluster, "libraries": libraries}))
     assert "hush" not in json.dumps(shown)
     (task,) = shown["tasks"]
     assert task["new_cluster"]["spark_env_vars"]["TOKEN_OF"] == "{{secrets/ours/key}}"

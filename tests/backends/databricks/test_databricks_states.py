@@ -27,8 +27,8 @@ def expected(result: str | None) -> RunStatus:
 @pytest.mark.parametrize("result", [None, *RESULTS])
 def test_every_pair_of_life_cycle_and_result(life: str, result: str | None) -> None:
     state = read_state({"state": {"life_cycle_state": life, "result_state": result, "state_message": "so it is"}})
-    assert state.over == (life in ENDED)
-    if not state.over:
+    assert state.is_terminal == (life in ENDED)
+    if not state.is_terminal:
         assert state.status is None
         return
     assert state.status is expected(result)
@@ -53,7 +53,7 @@ def test_every_termination_code(code: str, legacy: bool) -> None:
 @pytest.mark.parametrize("state", [each.value for each in jobs.RunLifecycleStateV2State])
 def test_status_wins_over_the_older_state(state: str) -> None:
     seen = read_state({"status": {"state": state}, "state": {"life_cycle_state": "RUNNING"}})
-    assert seen.over == (state == "TERMINATED")
+    assert seen.is_terminal == (state == "TERMINATED")
     assert (seen.phase is Phase.WAITING) == (state in ("BLOCKED", "PENDING", "QUEUED", "WAITING"))
 
 
@@ -77,7 +77,7 @@ def test_what_kind_of_failure_it_was(run: dict[str, Any], cause: FailureKind | N
 
 @pytest.mark.parametrize("run", [{}, {"state": None, "status": None}, {"state": {"life_cycle_state": "BRAND_NEW"}}])
 def test_what_is_not_known_goes_on(run: dict[str, Any]) -> None:
-    assert not read_state(run).over
+    assert not read_state(run).is_terminal
 
 
 def test_the_output_is_asked_for_by_the_run_of_the_task() -> None:

@@ -1,4 +1,4 @@
-"""Runs projects as one-time jobs of a Databricks workspace."""
+"""A backend that runs projects as one-time runs of a Databricks workspace."""
 
 from mlfleet.backends.databricks.backend import DatabricksBackend
 

@@ -1,4 +1,4 @@
-"""The backend: from a job to a run in Databricks, and back from a reference to its handle."""
+"""The Databricks backend: it submits jobs as one-time runs, and attaches to runs of earlier processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mlfleet.backends.databricks.client import Timing, Workspace, WorkspaceError
 from mlfleet.backends.databricks.config import DatabricksConfig, TaskKind, Upload, UploadKind, parse_config
 from mlfleet.backends.databricks.run import DatabricksRun, RemoteRun, remove_secret
 from mlfleet.backends.databricks.states import Phase, State, read_state
-from mlfleet.backends.databricks.storage import HOME, Storage, Uploads, storage_of
+from mlfleet.backends.databricks.storage import HOME, Storage, Uploads, open_storage
 from mlfleet.backends.databricks.watch import Poller, RecentRuns
 from mlfleet.errors import RunLost, SubmitError, UsageError
 from mlfleet.runs import JobRef
@@ -37,11 +37,11 @@ from mlfleet.tracking.databricks import check_profile, is_databricks, profile_of
 __all__ = ["DatabricksBackend"]
 
 _log = logging.getLogger("mlfleet.databricks")
-_GRACE = 60.0  # seconds to take back a run whose submission is cancelled
+_GRACE = 60.0  # seconds to cancel a run whose submission was cancelled
 
 
-class _Site:
-    """One workspace, and what all runs in it share."""
+class _WorkspaceContext:
+    """One workspace with the client, the poller and the uploads that all its runs share."""
 
     def __init__(self, workspace: Workspace, timing: Timing) -> None:
         self.workspace = workspace
@@ -52,40 +52,40 @@ class _Site:
 
 @dataclass(frozen=True, slots=True)
 class _Submission:
-    """A job on its way.
+    """A job that is being submitted.
 
     Attributes:
-        job: itself.
-        config: of it.
-        site: where it goes.
-        storage: where its project and output are.
-        attempt: tells this execution of the MLflow run from others.
+        job: The job.
+        config: The job's configuration.
+        context: The workspace to submit to.
+        storage: The storage of the project and the output.
+        attempt: The id of this execution, unique among those of the MLflow run.
     """
 
     job: Job
     config: DatabricksConfig
-    site: _Site
+    context: _WorkspaceContext
     storage: Storage
     attempt: str
 
     @property
     def token(self) -> str:
-        """By which Databricks knows a second submission of it; at most 64 characters."""
+        """The idempotency token of the submission; Databricks takes at most 64 characters."""
         return f"{self.job.run_id}-{self.attempt}"[:64]
 
     @property
     def folder(self) -> str:
-        """For its output."""
+        """The folder for the output, below the root of the storage."""
         return _output_folder(self.job.run_id, self.attempt)
 
     @property
-    def secret_place(self) -> tuple[str, str]:
-        """Scope and key of its secret variables."""
+    def secret_location(self) -> tuple[str, str]:
+        """The secret scope and the key of the run's secret variables."""
         return str(self.config.secret_scope), _secret_key(self.job.run_id)
 
-    def remote(self, number: str, tags: Mapping[str, str]) -> RemoteRun:
-        """The run that came of it."""
-        secret = self.secret_place if request.public_variables(self.job, self.config)[1] else None
+    def remote_run(self, number: str, tags: Mapping[str, str]) -> RemoteRun:
+        """Return the description of the submitted run with this number."""
+        secret = self.secret_location if request.public_variables(self.job, self.config)[1] else None
         return RemoteRun(
             run_id=self.job.run_id,
             id=number,
@@ -97,12 +97,13 @@ class _Submission:
 
 
 class DatabricksBackend(Backend[DatabricksConfig]):
-    """Runs jobs as one-time runs (``runs/submit``) in Databricks workspaces: that of the tracking URI, or of a profile.
+    """A backend that runs jobs as one-time runs (``runs/submit``) of Databricks workspaces.
 
-    Leaving the backend cancels the runs that it submitted, and leaves those that it attached to alone.
+    The workspace is that of ``profile`` in ``backend_config``, else that of the tracking URI. Closing the backend
+    cancels the runs that it submitted; runs that it attached to go on.
 
     Args:
-        timing: how often to ask; None: as suits Databricks.
+        timing: The intervals and rates of requests; None: those that suit Databricks.
     """
 
     name: ClassVar[str] = "databricks"
@@ -111,7 +112,7 @@ class DatabricksBackend(Backend[DatabricksConfig]):
     def __init__(self, *, timing: Timing | None = None) -> None:
         self._timing = timing or Timing()
         self._stack = AsyncExitStack()
-        self._sites: SingleFlight[tuple[str | None, str], _Site] = SingleFlight(keep=True)
+        self._contexts: SingleFlight[tuple[str | None, str], _WorkspaceContext] = SingleFlight(keep=True)
         self._runs = SupervisedRuns()
         self._attempts: dict[str, str] = {}
 
@@ -123,10 +124,10 @@ class DatabricksBackend(Backend[DatabricksConfig]):
             await self._stack.aclose()
 
     def configure(self, config: Mapping[str, Any]) -> DatabricksConfig:
-        """A cluster, a mapping with ``new_cluster``, or one without any: then the compute is serverless.
+        """Parse ``backend_config``: a cluster, or a mapping of settings; see `parse_config`.
 
         Raises:
-            UsageError: an unknown key or a wrong value, or there is no such profile.
+            UsageError: A key is unknown, a value is wrong, or the profile does not exist.
         """
         parsed = parse_config(config)
         if parsed.profile is not None:
@@ -134,7 +135,7 @@ class DatabricksBackend(Backend[DatabricksConfig]):
         return parsed
 
     def check(self, docker: DockerRequest | None, folder: Path) -> None:
-        """Projects with ``docker_env`` are refused; see `Backend.check`."""
+        """Refuse projects with ``docker_env``; see `Backend.check`."""
         if docker is not None:
             raise UsageError(
                 "projects with docker_env cannot run on Databricks: run them with the backend 'docker' or 'kubernetes',"
@@ -142,11 +143,11 @@ class DatabricksBackend(Backend[DatabricksConfig]):
             )
 
     def place(self, path: str, index: int, folder: Path) -> str | None:
-        """Volumes, workspace files and DBFS are there; files of the project are unpacked, and URIs downloaded there."""
-        return request.place(path, index, folder)
+        """Return the path in Databricks of a file there, a file of the project, or a download; see `Backend.place`."""
+        return request.place_path(path, index, folder)
 
     def check_tracking(self, uri: str, config: object = None) -> None:
-        """Refuse what only this machine can reach; see `Backend.check_tracking`."""
+        """Refuse tracking that only this machine can reach; see `Backend.check_tracking`."""
         if not (is_databricks(uri) or uri.startswith(("http://", "https://"))):
             raise UsageError(
                 f"the tracking URI {uri!r} is on this machine, where Databricks cannot reach it: use 'databricks',"
@@ -154,7 +155,7 @@ class DatabricksBackend(Backend[DatabricksConfig]):
             )
 
     def reference(self, job: Job) -> JobRef:
-        """The workspace's profile, where the output will be, and what the run's name in Databricks ends with."""
+        """Return the workspace's profile, the run's id and the place of its output, by which `attach` finds the run."""
         config = _config(job)
         attempt = self._attempts.setdefault(job.run_id, _new_attempt())
         upload = config.upload
@@ -165,10 +166,10 @@ class DatabricksBackend(Backend[DatabricksConfig]):
         return JobRef(self.name, job.run_id, data)
 
     def preview(self, job: Job) -> str:
-        """The body of ``runs/submit``, with ``<…>`` for what only the workspace knows."""
+        """Return the body of ``runs/submit``, with ``<…>`` for values that only the workspace knows."""
         config = _config(job)
         root = config.upload.path or HOME.format(user="<user>")
-        places = request.Places(
+        paths = request.RunPaths(
             script=f"{HOME.format(user='<user>')}/bootstrap-<sha256>.py",
             archive=f"{root}/projects/<sha256>.tar.gz",
             sha256="<sha256>",
@@ -178,129 +179,139 @@ class DatabricksBackend(Backend[DatabricksConfig]):
             else None,
         )
         body = request.request_body(
-            job, config, places, token=f"{job.run_id}-<attempt>", requirements=_requirements(job)
+            job, config, paths, token=f"{job.run_id}-<attempt>", requirements=_requirements(job)
         )
-        return json.dumps(request.masked(body), indent=2, ensure_ascii=False)
+        return json.dumps(request.mask_request(body), indent=2, ensure_ascii=False)
 
     async def submit(self, job: Job) -> DatabricksRun:
-        """Upload the project if it is not there yet, and submit the run.
+        """Upload the project if the workspace does not have it yet, and submit the run.
 
         Raises:
-            SubmitError: the workspace does not take the project or the request; no run is left.
-            WorkspaceError: there is no such workspace, or no permission to use it.
+            SubmitError: The workspace does not take the project or the request; no run is left.
+            WorkspaceError: The workspace cannot be reached, or the login has no permission to use it.
         """
         config = _config(job)
         secret = request.public_variables(job, config)[1]
         if secret and config.secret_scope is None:
-            raise SubmitError(_needs_scope(secret), backend=self.name)
+            raise SubmitError(_describe_missing_scope(secret), backend=self.name)
         requirements = await LOGINS.run(partial(_requirements, job))
-        site = await self._site(_profile(job, config), config.api_version)
-        storage = await storage_of(site.workspace, config.upload)
+        context = await self._open_context(_profile(job, config), config.api_version)
+        storage = await open_storage(context.workspace, config.upload)
         attempt = self._attempts.pop(job.run_id, None) or _new_attempt()
-        submission = _Submission(job, config, site, storage, attempt)
+        submission = _Submission(job, config, context, storage, attempt)
         try:
-            body = await self._deliver(submission, secret, requirements)
-            job.on_progress(f"submitting to {site.workspace.url}")
-            return await self._launch(submission, body)
+            body = await self._upload(submission, secret, requirements)
+            job.on_progress(f"submitting to {context.workspace.url}")
+            return await self._submit(submission, body)
         except BaseException as error:
             if secret:
                 with anyio.CancelScope(shield=True):
-                    await remove_secret(site.workspace, *submission.secret_place)
+                    await remove_secret(context.workspace, *submission.secret_location)
             if isinstance(error, WorkspaceError) and error.status in (400, 403, 404):
                 raise SubmitError(f"Databricks does not take the run: {error}", backend=self.name) from error
             raise
 
     def tags(self, run: BackendRun) -> Mapping[str, str]:
-        """Where Databricks shows the run, by the reference's names."""
+        """Return the tags with the run's page in Databricks, by the names that mlflow gives them."""
         return run.tags if isinstance(run, DatabricksRun) else {}
 
     async def attach(self, ref: JobRef) -> DatabricksRun:
-        """The handle of a run that an earlier process submitted, found by the id in its name.
+        """Return the handle of a run that an earlier process submitted, found by the id in its name.
 
         Raises:
-            RunLost: there is no such run in the workspace.
-            WorkspaceError: the workspace cannot be reached.
+            RunLost: The workspace does not have the run any more.
+            WorkspaceError: The workspace cannot be reached.
         """
         profile = ref.data.get("profile")
         version = str(ref.data.get("api_version") or DatabricksConfig().api_version)
-        site = await self._site(str(profile) if profile else None, version)
-        found = await site.recent.find(ref.run_id)
+        context = await self._open_context(str(profile) if profile else None, version)
+        found = await context.recent.find(ref.run_id)
         if found is None:
-            text = f"the workspace {site.workspace.url} has no run of the MLflow run {ref.run_id}, or none any more"
+            text = f"the workspace {context.workspace.url} has no run of the MLflow run {ref.run_id}, or has it no more"
             raise RunLost(text, backend=self.name)
         upload = Upload(UploadKind(ref.data.get("upload") or "workspace"), str(ref.data.get("path") or ""))
-        storage = await storage_of(site.workspace, upload)
+        storage = await open_storage(context.workspace, upload)
         folder = _output_folder(ref.run_id, str(ref.data.get("attempt")))
         output = runs_folder() / ref.run_id / "output.log"
         scope = ref.data.get("secret_scope")
         secret = (str(scope), _secret_key(ref.run_id)) if scope else None
         remote = RemoteRun(run_id=ref.run_id, id=str(found["run_id"]), folder=folder, output=output, secret=secret)
-        return self._supervise(remote, site, storage, read_state(found), submitted=False)
+        return self._supervise(remote, context, storage, read_state(found), submitted=False)
 
     # ---- one run ----------------------------------------------------------------------------------------------------
 
-    async def _site(self, profile: str | None, version: str) -> _Site:
-        async def enter() -> _Site:
+    async def _open_context(self, profile: str | None, version: str) -> _WorkspaceContext:
+        """Return the shared context of a workspace; the first call opens it."""
+
+        async def enter() -> _WorkspaceContext:
             workspace = Workspace(profile, self._timing, version=version)
             await workspace.open()
-            site = _Site(workspace, self._timing)
+            context = _WorkspaceContext(workspace, self._timing)
             self._stack.push_async_callback(workspace.close)
-            await self._stack.enter_async_context(site.poller)
-            return site
+            await self._stack.enter_async_context(context.poller)
+            return context
 
-        return await self._sites((profile, version), enter)
+        return await self._contexts((profile, version), enter)
 
-    async def _deliver(
+    async def _upload(
         self, submission: _Submission, secret: Mapping[str, str], requirements: tuple[str, ...]
     ) -> dict[str, Any]:
-        """Bring to the workspace what the run needs there; the request for it."""
-        job, config, site, storage = submission.job, submission.config, submission.site, submission.storage
-        home = await storage_of(site.workspace, Upload())
-        needs = request.files_of_project(job.placed)
-        archive = await site.uploads.project(storage, job.project_dir, job.on_progress, needs=needs)
-        places = request.Places(
-            script=await site.uploads.script(home),
+        """Upload what the run needs in the workspace, and return the request."""
+        job, config, context, storage = submission.job, submission.config, submission.context, submission.storage
+        home = await open_storage(context.workspace, Upload())
+        required = request.project_files(job.placed)
+        archive = await context.uploads.upload_project(storage, job.project_dir, job.on_progress, required=required)
+        paths = request.RunPaths(
+            script=await context.uploads.upload_script(home),
             archive=archive.path,
             sha256=archive.sha256,
             output=storage.path(submission.folder),
-            secret=submission.secret_place[1] if secret else None,
+            secret=submission.secret_location[1] if secret else None,
         )
-        argument = request.bootstrap_argument(request.bootstrap_spec(job, config, places))
-        if request.too_long(argument):
+        argument = request.bootstrap_argument(request.bootstrap_spec(job, config, paths))
+        if request.is_too_long(argument):
             name, content = f"arguments/{submission.token}.json", argument.encode()
             await home.write(name, io.BytesIO(content), len(content))
-            places = request.with_argument(places, home.path(name))
+            paths = request.with_argument(paths, home.path(name))
         if secret:
-            await _put_secret(site.workspace, submission.secret_place, secret)
-        return request.request_body(job, config, places, token=submission.token, requirements=requirements)
+            await _put_secret(context.workspace, submission.secret_location, secret)
+        return request.request_body(job, config, paths, token=submission.token, requirements=requirements)
 
-    async def _launch(self, submission: _Submission, body: Mapping[str, Any]) -> DatabricksRun:
-        config, site = submission.config, submission.site
+    async def _submit(self, submission: _Submission, body: Mapping[str, Any]) -> DatabricksRun:
+        """Submit the run. If that is cancelled, the run is cancelled, too, before the cancellation goes on."""
+        config, context = submission.config, submission.context
         version = "2.0" if config.task is TaskKind.SHELL_COMMAND else None
         made: list[str] = []
 
         async def submit() -> None:
-            answer = await site.workspace.jobs("POST", "runs/submit", body=body, version=version)
+            answer = await context.workspace.call_jobs("POST", "runs/submit", body=body, version=version)
             made.append(str(answer["run_id"]))
 
         try:
-            # Cut off in the middle, nobody would know whether there is a run: an answer is waited for.
+            # Wait for the answer also when cancelled: without it the run, if there is one, could not be cancelled.
             await complete(submit, limit=_GRACE)
-            state = await _first_state(site.workspace, made[0])
+            state = await _first_state(context.workspace, made[0])
         except BaseException:
             if made:
+                handle = self._supervise(submission.remote_run(made[0], {}), context, submission.storage, None)
                 with anyio.move_on_after(_GRACE, shield=True):
-                    await self._supervise(submission.remote(made[0], {}), site, submission.storage, None).cancel()
+                    await handle.cancel()
             raise
-        remote = submission.remote(made[0], _tags(made[0], state, site.workspace.url))
-        return self._supervise(remote, site, submission.storage, state)
+        remote = submission.remote_run(made[0], _tags(made[0], state, context.workspace.url))
+        return self._supervise(remote, context, submission.storage, state)
 
     def _supervise(
-        self, remote: RemoteRun, site: _Site, storage: Storage, state: State | None, *, submitted: bool = True
+        self,
+        remote: RemoteRun,
+        context: _WorkspaceContext,
+        storage: Storage,
+        state: State | None,
+        *,
+        submitted: bool = True,
     ) -> DatabricksRun:
-        run = DatabricksRun(remote, site.workspace, storage, site.poller, submitted=submitted)
+        run = DatabricksRun(remote, context.workspace, storage, context.poller, submitted=submitted)
         if state is not None:
-            run.told(state)
+            run.set_state(state)
         self._runs.start(run, name=f"mlfleet Databricks run {remote.id}")
         return run
 
@@ -310,14 +321,14 @@ def _config(job: Job) -> DatabricksConfig:
 
 
 def _profile(job: Job, config: DatabricksConfig) -> str | None:
-    """The workspace is where the runs are tracked, unless the configuration says otherwise."""
+    """Return the profile of the job's workspace: that of the configuration, else that of the tracking URI."""
     if config.profile is not None:
         return config.profile
     return profile_of(job.tracking_uri) if is_databricks(job.tracking_uri) else None
 
 
 def _requirements(job: Job) -> tuple[str, ...]:
-    """What the project needs, as lines for pip. Blocking."""
+    """Return the project's requirements as lines for pip. Blocking."""
     spark = tuple((job.spark_job or {}).get("python_libraries", ()))
     needs = read_python_requirements(job.project_dir, job.environment_file)
     if needs.packages.arguments:
@@ -327,7 +338,10 @@ def _requirements(job: Job) -> tuple[str, ...]:
         )
         raise SubmitError(text, backend="databricks")
     if needs.python is not None:
-        _log.info("Python %s of the project is not seen to: the cluster or environment_version decides", needs.python)
+        _log.info(
+            "Python %s of the project is not installed: the cluster or environment_version decides on the version",
+            needs.python,
+        )
     lines = (line.strip() for line in needs.packages.lines)
     return (*spark, *(line for line in lines if line and not line.startswith("#")))
 
@@ -345,11 +359,11 @@ def _new_attempt() -> str:
 
 
 async def _first_state(workspace: Workspace, number: str) -> State:
-    """What a new run looks like; if that cannot be had now, the poller will tell later."""
+    """Return the state of a new run; WAITING if it cannot be read yet, so that the poller reads it later."""
     try:
-        return read_state(await workspace.jobs("GET", "runs/get", params={"run_id": number}))
+        return read_state(await workspace.call_jobs("GET", "runs/get", params={"run_id": number}))
     except WorkspaceError as error:
-        _log.info("nothing is told of the new run %s yet: %s", number, error)
+        _log.info("the state of the new run %s is not known yet: %s", number, error)
         return State(phase=Phase.WAITING)
 
 
@@ -364,7 +378,7 @@ async def _put_secret(workspace: Workspace, place: tuple[str, str], variables: M
         raise SubmitError(text, backend="databricks") from error
 
 
-def _needs_scope(variables: Mapping[str, str]) -> str:
+def _describe_missing_scope(variables: Mapping[str, str]) -> str:
     return (
         f"the run needs secret variables ({', '.join(sorted(variables))}), which Databricks shows to others unless they"
         " are in a secret scope: name one in backend_config {'secret_scope': …} (databricks secrets create-scope NAME)"

@@ -1,7 +1,8 @@
-"""Runs on Databricks: unpacks the project, runs its command, keeps its output. Uploaded as it is.
+"""The bootstrap script, which runs in Databricks: it unpacks the project, runs its command and keeps its output.
 
-It needs Python 3.8 and its standard library only. Its one argument is JSON, see `mlfleet.backends.databricks.request`.
-Databricks runs it inside of a process of its own, so that it can be ended at any moment, by an exception or by force.
+mlfleet uploads this file unchanged. It needs only Python 3.8 and its standard library. Its one argument is JSON, see
+`mlfleet.backends.databricks.request`. Databricks runs it in one of its own processes, which may end at any moment, by
+an exception or by force.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ import tempfile
 import time
 from typing import IO, Any, Dict, Mapping
 
-PART = 900 * 1024  # bytes; DBFS gives 1 MB at once
-KEPT = 64 * 2**20  # bytes of output that are kept; all of it goes to the run's page
+PART = 900 * 1024  # bytes; a read of DBFS returns at most 1 MB
+KEPT = 64 * 2**20  # bytes of output that are kept in files; the run's page gets all of it
 FIRST_PAUSE, LAST_PAUSE = 0.2, 5.0  # seconds between parts of the output
 STALE = 7 * 86400  # seconds for which the output of runs is kept
 
-# The parent of the command. When the other end of its stdin is closed, also by the death of that process, it ends the
-# command and all that this has started.
+# The parent of the command. It ends the command's session when its stdin is closed, also by the death of the process at
+# the other end.
 GUARD = """
 import os, signal, subprocess, sys, threading, time
 command = subprocess.Popen(["bash", "-c", sys.argv[2]], stdin=subprocess.DEVNULL, start_new_session=True)
@@ -48,7 +49,7 @@ kill(signal.SIGKILL)
 os._exit(code if code >= 0 else 128 - code)
 """
 
-# Downloads what `path` parameters name, as mlflow does it, and gives each the name by which the command knows it.
+# Downloads the URIs of `path` parameters as mlflow does, and links each to the path that the command gets.
 DOWNLOAD = """
 import json, os, sys, urllib.request
 for target, uri in json.load(sys.stdin).items():
@@ -67,7 +68,7 @@ for target, uri in json.load(sys.stdin).items():
 
 
 def main() -> None:
-    """Do what the argument says."""
+    """Run the project that the argument describes."""
     spec = json.loads(sys.argv[1])
     if "spec" in spec:
         with open(spec["spec"], encoding="utf-8") as file:
@@ -88,19 +89,19 @@ def main() -> None:
 
 
 def signal_as_exception() -> None:
-    """A polite end from outside becomes an exception, so that what is cleaned up is cleaned up."""
+    """Raise SystemExit on SIGTERM, so that the cleanup runs."""
 
     def stop(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
 
     try:
         signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not in the main thread; then nobody sends signals
+    except ValueError:  # outside the main thread, where Python takes no signals
         pass
 
 
 def new_folder() -> str:
-    """A folder on the disk of this machine, whose name a shell takes as it is wherever it stands."""
+    """Create a folder on the local disk whose path has no characters special to a shell, and return it."""
     folder = tempfile.mkdtemp(prefix="mlfleet-")
     if re.search(r"[^A-Za-z0-9_@%+=:,./-]", folder):
         os.rmdir(folder)
@@ -109,7 +110,7 @@ def new_folder() -> str:
 
 
 def unpack(spec: Mapping[str, Any], folder: str) -> str:
-    """Unpack the project, after a look at whether it is what was packed."""
+    """Check the hash of the archive, unpack it, and return the folder of the project."""
     with open(spec["archive"], "rb") as file:
         digest = hashlib.sha256()
         for piece in iter(lambda: file.read(2**20), b""):
@@ -128,7 +129,7 @@ def unpack(spec: Mapping[str, Any], folder: str) -> str:
 
 
 def secrets(spec: Mapping[str, Any]) -> Dict[str, str]:
-    """The secret variables, from the cluster's environment or from the scope that they were put into."""
+    """Return the secret variables, from the cluster's environment or from the secret scope."""
     place = spec.get("secrets")
     if not place:
         return {}
@@ -141,7 +142,7 @@ def secrets(spec: Mapping[str, Any]) -> Dict[str, str]:
 
 
 def identity(spec: Mapping[str, Any]) -> Dict[str, str]:
-    """What proves who this run is to its own workspace; processes that it starts do not find that by themselves."""
+    """Return variables with the run's own login, which processes that it starts do not find by themselves."""
     if not spec.get("identity") or "DATABRICKS_TOKEN" in os.environ or "DATABRICKS_RUNTIME_VERSION" not in os.environ:
         return {}
     try:
@@ -156,19 +157,19 @@ def identity(spec: Mapping[str, Any]) -> Dict[str, str]:
 
 
 def environment(variables: Mapping[str, str]) -> Dict[str, str]:
-    """This process' variables and those of the run, with this Python first."""
+    """Return this process' variables and those of the run, with this Python first on PATH."""
     environ = dict(os.environ)
     environ.update(variables)
     environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), environ.get("PATH", os.defpath)])
     if "DATABRICKS_RUNTIME_VERSION" in environ:
-        # Libraries of a cluster are on this process' path only.
+        # The libraries of a cluster are only on sys.path of this process.
         own = [path for path in sys.path if "-packages" in path and not path.startswith(sys.prefix)]
         environ["PYTHONPATH"] = os.pathsep.join([*own, *filter(None, [environ.get("PYTHONPATH")])])
     return environ
 
 
 def download(spec: Mapping[str, Any], folder: str, variables: Mapping[str, str]) -> None:
-    """Download what `path` parameters name, in a process that is to MLflow what the command is."""
+    """Download the URIs of `path` parameters in a process with the command's environment."""
     wanted = {os.path.join(folder, name): uri for name, uri in spec.get("downloads", {}).items()}
     if not wanted:
         return
@@ -182,12 +183,12 @@ def download(spec: Mapping[str, Any], folder: str, variables: Mapping[str, str])
         stderr=subprocess.PIPE,
     )
     if done.returncode:
-        told = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no reason is told"]
-        raise SystemExit("mlfleet: a path parameter: %s" % told[-1])
+        lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["the download printed no error"]
+        raise SystemExit("mlfleet: a path parameter: %s" % lines[-1])
 
 
 def run_command(spec: Mapping[str, Any], project: str, variables: Mapping[str, str]) -> int:
-    """Run the command in a session of its own; its exit code."""
+    """Run the command in a session of its own, and return its exit code."""
     guard = subprocess.Popen(
         [sys.executable, "-c", GUARD, str(spec["grace"]), spec["command"]],
         cwd=project,
@@ -216,7 +217,7 @@ def run_command(spec: Mapping[str, Any], project: str, variables: Mapping[str, s
 
 
 def run_here(spec: Mapping[str, Any], project: str, variables: Mapping[str, str]) -> int:
-    """Run a Python file in this process, which has the Spark session; its exit code."""
+    """Run a Python file in this process, which has the Spark session, and return its exit code."""
     _, name, *arguments = shlex.split(spec["command"])
     os.environ.update(variables)
     os.chdir(project)
@@ -241,7 +242,7 @@ def run_here(spec: Mapping[str, Any], project: str, variables: Mapping[str, str]
 
 
 def keep_only_recent(output: str) -> None:
-    """Remove the output of runs of long ago, beside that of this run."""
+    """Remove the output of old runs, which is beside that of this run."""
     try:
         with os.scandir(os.path.dirname(output)) as entries:
             for entry in entries:
@@ -252,7 +253,7 @@ def keep_only_recent(output: str) -> None:
 
 
 class Output:
-    """Copies the output to this run's page, and in parts to files, which can be followed from elsewhere."""
+    """The output of the command: it goes to this run's page, and in parts to files, which mlfleet can follow."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -261,10 +262,10 @@ class Output:
         self.kept = 0
         self.pause = FIRST_PAUSE
         self.due = 0.0
-        self.works = True
+        self.writable = True
 
     def copy(self, pipe: IO[bytes]) -> None:
-        """Copy until the other end is closed."""
+        """Copy the output until the other end of the pipe is closed."""
         while True:
             left = self.due - time.monotonic() if self.waiting else None
             if left is None or left > 0:
@@ -274,12 +275,12 @@ class Output:
                     if not data:
                         self.flush()
                         return
-                    self.take(data)
+                    self.add(data)
             if self.waiting and (len(self.waiting) >= PART or time.monotonic() >= self.due):
                 self.flush()
 
-    def take(self, data: bytes) -> None:
-        """Show some output, and keep it for the next part."""
+    def add(self, data: bytes) -> None:
+        """Print some output, and keep it for the next part."""
         stream = getattr(sys.stdout, "buffer", None)
         if stream is not None:
             stream.write(data)
@@ -297,7 +298,7 @@ class Output:
         self.waiting += data
 
     def flush(self) -> None:
-        """Write what waits as further parts. Where that cannot be done, the page of the run has to do."""
+        """Write the waiting output as further parts. If that fails, the output is only on the run's page."""
         while self.waiting:
             piece = bytes(self.waiting[:PART])
             del self.waiting[:PART]
@@ -306,20 +307,20 @@ class Output:
         self.pause = min(self.pause * 1.5, LAST_PAUSE)
 
     def end(self, code: int, stopped: bool, elsewhere: bool = False) -> None:
-        """Tell that this is all, or that the output is on the page of the run only."""
-        told = {"exit_code": code, "parts": None if elsewhere else self.parts, "stopped": stopped}
-        self.write("end", json.dumps(told).encode())
+        """Record the end of the command; `elsewhere`: the output is only on the run's page."""
+        record = {"exit_code": code, "parts": None if elsewhere else self.parts, "stopped": stopped}
+        self.write("end", json.dumps(record).encode())
 
     def write(self, name: str, data: bytes) -> bool:
-        """Write a file that begins with its length, so that half of it is not taken for all; whether that worked."""
-        if not self.works:
+        """Write a file that begins with its length, so that readers see if it is complete. Return False on failure."""
+        if not self.writable:
             return False
         try:
             os.makedirs(self.folder, exist_ok=True)
             with open(os.path.join(self.folder, name), "wb") as file:
                 file.write(b"%d\n" % len(data) + data)
         except OSError as error:
-            self.works = False
+            self.writable = False
             print("mlfleet: the output cannot be kept in %s: %s" % (self.folder, error), file=sys.stderr)
             return False
         return True

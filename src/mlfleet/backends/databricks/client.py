@@ -1,4 +1,4 @@
-"""Requests to one Databricks workspace: within its limits, tried again where that is worth it."""
+"""A client of one Databricks workspace that keeps within its rate limits and retries failed requests."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from mlfleet.tracking.databricks import DatabricksLogin
 from mlfleet.tracking.errors import Transient
 from mlfleet.tracking.http import ServerClient
 
-__all__ = ["PATIENCE", "Timing", "Workspace", "WorkspaceError"]
+__all__ = ["RETRY_SECONDS", "Timing", "Workspace", "WorkspaceError"]
 
-PATIENCE = 300.0
-"""Seconds for which a request is tried again."""
+RETRY_SECONDS = 300.0
+"""Seconds for which a failing request is retried."""
 
 _IN_FLIGHT = 16
-_ANSWER = 60.0  # seconds without any byte of an answer
+_READ_TIMEOUT = 60.0  # seconds without any byte of an answer
 _CHUNK = 2**18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """How often a workspace is asked; seconds, where nothing else is said.
+    """The intervals and rates of requests to a workspace.
 
     Attributes:
-        young: the age up to which a run is polled often.
-        fast: between polls of young runs.
-        slow: between polls of old runs, at most.
-        not_yet: for which a new run may not be known everywhere in Databricks.
-        after_failure: between polls while they fail.
-        paces: requests a second by kind. A workspace takes 35, 100 and 100:
-            https://docs.databricks.com/aws/en/resources/limits
+        young_age: The age in seconds up to which a run is young, that is polled often.
+        fast: The interval in seconds between polls of young runs.
+        slow: The longest interval in seconds between polls of older runs.
+        visibility_delay: Seconds for which Databricks may answer that a new run does not exist.
+        after_failure: The pause in seconds after a failed poll.
+        rates: Requests per second by kind. A workspace takes 35 of ``runs/submit``, and 100 each of ``runs/get`` and
+            ``runs/get-output``: https://docs.databricks.com/aws/en/resources/limits
     """
 
-    young: float = 60.0
+    young_age: float = 60.0
     fast: float = 1.5
     slow: float = 30.0
-    not_yet: float = 30.0
+    visibility_delay: float = 30.0
     after_failure: float = 10.0
-    paces: Mapping[str, float] = field(
+    rates: Mapping[str, float] = field(
         default_factory=lambda: {"runs/submit": 30.0, "runs/get": 80.0, "runs/get-output": 80.0, "runs/list": 20.0}
     )
 
@@ -59,8 +59,8 @@ class WorkspaceError(BackendError):
     """A Databricks workspace refused something, or cannot be reached.
 
     Attributes:
-        status: the HTTP status of its answer; None if there was none.
-        code: Databricks' error code, if it told one.
+        status: The HTTP status of the answer; None if there was no answer.
+        code: The error code of Databricks; None if the answer had none.
     """
 
     def __init__(self, message: str, *, status: int | None = None, code: str | None = None) -> None:
@@ -70,12 +70,12 @@ class WorkspaceError(BackendError):
 
     @property
     def missing(self) -> bool:
-        """Whether what was asked for does not exist."""
+        """True if the requested thing does not exist."""
         return self.status == 404 or (self.status == 400 and "does not exist" in str(self))
 
 
 class Workspace:
-    """One workspace. It is opened at its first use.
+    """A client of one workspace, which logs in at its first use.
 
     Args:
         profile: A profile of ``~/.databrickscfg``; None: the environment's variables, or the default profile.
@@ -92,21 +92,21 @@ class Workspace:
             uri=uri,
             headers={},
             max_in_flight=_IN_FLIGHT,
-            retry_for=PATIENCE,
-            timeout=_ANSWER,
+            retry_for=RETRY_SECONDS,
+            timeout=_READ_TIMEOUT,
             files_in_flight=_IN_FLIGHT,
         )
         self._opening: SingleFlight[str, None] = SingleFlight(keep=True)
         self._users: SingleFlight[str, str] = SingleFlight(keep=True)
-        self._paces = {name: _Pace(per_second) for name, per_second in timing.paces.items()}
+        self._rate_limits = {name: _RateLimit(per_second) for name, per_second in timing.rates.items()}
 
     async def open(self) -> None:
-        """Find out where it is and who we are.
+        """Find the workspace's URL and the login.
 
         Raises:
-            WorkspaceError: there is no such profile, or no way to log in.
+            WorkspaceError: The profile does not exist, or no way to log in was found.
         """
-        with _translated():
+        with _as_workspace_errors():
             await self._opening("", self._transport.open)
 
     async def close(self) -> None:
@@ -115,18 +115,18 @@ class Workspace:
 
     @property
     def url(self) -> str:
-        """Its address, once it is open."""
+        """The workspace's URL, known after `open`."""
         return self._login.url
 
     async def user(self) -> str:
-        """The name of who we are there, which its home folder has, too."""
+        """Return the user name of the login; the home folder has the same name."""
 
         async def ask() -> str:
             return str((await self.call("GET", "/api/2.0/preview/scim/v2/Me")).get("userName") or "")
 
         return await self._users("", ask)
 
-    async def jobs(
+    async def call_jobs(
         self,
         method: str,
         what: str,
@@ -135,18 +135,18 @@ class Workspace:
         params: Mapping[str, str] | None = None,
         version: str | None = None,
     ) -> dict[str, Any]:
-        """Ask the Jobs API.
+        """Call the Jobs API, as `call` does.
 
         Args:
             method: The HTTP method.
-            what: the path below ``jobs/``, such as ``runs/get``.
-            body: to be sent as JSON.
+            what: The path below ``jobs/``, such as ``runs/get``.
+            body: The body, sent as JSON; None: no body.
             params: The query parameters.
-            version: The version of the API; None: the one of this workspace.
+            version: The version of the API; None: this client's.
         """
-        pace = self._paces.get(what)
+        rate_limit = self._rate_limits.get(what)
         path = f"/api/{version or self._version}/jobs/{what}"
-        return await self.call(method, path, body=body, params=params, pace=pace)
+        return await self.call(method, path, body=body, params=params, rate_limit=rate_limit)
 
     async def call(
         self,
@@ -155,27 +155,38 @@ class Workspace:
         *,
         body: Mapping[str, Any] | None = None,
         params: Mapping[str, str] | None = None,
-        pace: _Pace | None = None,
+        rate_limit: _RateLimit | None = None,
     ) -> dict[str, Any]:
-        """Ask for something that may be done twice.
+        """Send a request that may be sent twice, with retries, and return the decoded answer.
+
+        Args:
+            method: The HTTP method.
+            path: The path of the URL.
+            body: The body, sent as JSON; None: no body.
+            params: The query parameters.
+            rate_limit: The limit to keep within; None: no limit.
 
         Raises:
-            WorkspaceError: it is refused, or patience is at its end.
+            WorkspaceError: The workspace refuses the request, or still fails after `RETRY_SECONDS`.
         """
 
         async def attempt() -> dict[str, Any]:
-            if pace is not None:
-                await pace.turn()
+            if rate_limit is not None:
+                await rate_limit.wait()
             return await self._transport.attempt(method, path, body=body, params=params)
 
-        return await self.again(attempt)
+        return await self.retry(attempt)
 
-    async def attempt(self, method: str, path: str, *, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Ask once. For use inside `again`, whose errors it raises."""
+    async def call_once(self, method: str, path: str, *, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Send a request once, inside `retry`, which translates its errors. Return the decoded answer."""
         return await self._transport.attempt(method, path, body=body)
 
-    async def again(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Await `attempt()` until it succeeds, is refused, or patience is at its end."""
+    async def retry(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Await `attempt()` until it succeeds, and return its result.
+
+        Raises:
+            WorkspaceError: The workspace refuses the request, or still fails after `RETRY_SECONDS`.
+        """
 
         async def one() -> T:
             try:
@@ -186,56 +197,57 @@ class Workspace:
                 raise
 
         await self.open()
-        with _translated():
+        with _as_workspace_errors():
             return await self._transport.retry(one)
 
     async def send_file(self, method: str, path: str, file: IO[bytes], size: int) -> None:
-        """Send a file, from its beginning at each try."""
+        """Send a file; each retry reads it from its beginning."""
 
         async def attempt() -> None:
             async with self._transport.stream(method, path, content=_chunks(file), size=size):
                 pass
 
-        await self.again(attempt)
+        await self.retry(attempt)
 
     async def read_file(self, path: str) -> bytes | None:
-        """The content of a file; None if there is none."""
+        """Return the content of a file; None if it does not exist."""
 
         async def attempt() -> bytes:
             async with self._transport.stream("GET", path) as answer:
                 return await answer.aread()
 
         try:
-            return await self.again(attempt)
+            return await self.retry(attempt)
         except WorkspaceError as error:
             if error.missing:
                 return None
             raise
 
     async def file_size(self, path: str) -> int | None:
-        """What HEAD tells of a file's size; None if there is none."""
+        """Return a file's size in bytes by a HEAD request; -1 if it is unknown, None if the file does not exist."""
 
         async def attempt() -> int:
             async with self._transport.stream("HEAD", path) as answer:
                 return int(answer.headers.get("content-length") or -1)
 
         try:
-            return await self.again(attempt)
+            return await self.retry(attempt)
         except WorkspaceError as error:
             if error.missing:
                 return None
             raise
 
 
-class _Pace:
-    """Keeps requests of one kind within a rate, also after the event loop was held up."""
+class _RateLimit:
+    """A rate limit for requests of one kind, which allows no burst after the event loop was blocked."""
 
     def __init__(self, per_second: float) -> None:
         self._gap = 1.0 / per_second
         self._next = 0.0
         self._lock = anyio.Lock()
 
-    async def turn(self) -> None:
+    async def wait(self) -> None:
+        """Wait until the next request may be sent."""
         async with self._lock:
             if (left := self._next - time.monotonic()) > 0:
                 await anyio.sleep(left)
@@ -243,7 +255,7 @@ class _Pace:
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
+def _as_workspace_errors() -> Iterator[None]:
     try:
         yield
     except TrackingError as error:

@@ -1,4 +1,4 @@
-"""``backend_config`` of the Databricks backend: read once, at the door."""
+"""The ``backend_config`` of the Databricks backend."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Chosen = TypeVar("Chosen", bound=StrEnum)
 
 
 class UploadKind(StrEnum):
-    """Where projects and output are kept."""
+    """A kind of storage for projects and output."""
 
     VOLUME = "volume"
     WORKSPACE = "workspace"
@@ -28,14 +28,14 @@ class UploadKind(StrEnum):
 
 
 class TaskKind(StrEnum):
-    """How a run is asked for: with the bootstrap script, or as a command of the cluster's shell."""
+    """The kind of task to submit: a Python task with the bootstrap script, or a shell command of the cluster."""
 
     PYTHON = "python"
     SHELL_COMMAND = "shell_command"
 
 
-# Of a cluster: https://docs.databricks.com/api/workspace/clusters/create. Any of them at the top means that the
-# configuration is a cluster, as in the reference.
+# The keys of a cluster: https://docs.databricks.com/api/workspace/clusters/create. Any of them at the top level means
+# that the configuration is a cluster, as in mlflow.
 _CLUSTER_KEYS = frozenset(
     {
         "apply_policy_default_values", "autoscale", "autotermination_minutes", "aws_attributes", "azure_attributes",
@@ -47,7 +47,7 @@ _CLUSTER_KEYS = frozenset(
         "use_ml_runtime", "worker_node_type_flexibility", "workload_type",
     }
 )  # fmt: skip
-# Taken over into the request as they are: https://docs.databricks.com/api/workspace/jobs/submit
+# Keys that are copied into the request unchanged: https://docs.databricks.com/api/workspace/jobs/submit
 _PASSED_ON = (
     "access_control_list", "budget_policy_id", "email_notifications", "git_source", "health", "notification_settings",
     "performance_target", "queue", "run_as", "timeout_seconds", "usage_policy_id", "webhook_notifications",
@@ -64,18 +64,18 @@ class _ApiVersion(StrEnum):
     PREVIOUS = "2.1"
 
 
-_PLACES = {"/Volumes/": UploadKind.VOLUME, "/dbfs/": UploadKind.DBFS, "/Workspace/": UploadKind.WORKSPACE}
+_PREFIXES = {"/Volumes/": UploadKind.VOLUME, "/dbfs/": UploadKind.DBFS, "/Workspace/": UploadKind.WORKSPACE}
 
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """What a run runs on: one of a new cluster, an existing one, or serverless compute.
+    """The compute of a run: a new cluster, an existing one, or serverless compute.
 
     Attributes:
-        new_cluster: its specification.
-        existing_cluster_id: its id.
+        new_cluster: The specification of the new cluster; None: another kind of compute.
+        existing_cluster_id: The id of the existing cluster; None: another kind of compute.
         environment_version: The version of the serverless environment.
-        dependencies: lines for pip, for serverless compute.
+        dependencies: The requirements (lines for pip) of the serverless environment.
         libraries: The libraries of a cluster.
     """
 
@@ -87,17 +87,17 @@ class Compute:
 
     @property
     def serverless(self) -> bool:
-        """Whether there is no cluster to be named."""
+        """True if the run has serverless compute."""
         return self.new_cluster is None and self.existing_cluster_id is None
 
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """Where projects and output are kept.
+    """The place of projects and output in a workspace.
 
     Attributes:
         kind: The kind of storage.
-        path: the folder as code that runs there sees it; empty: in the user's home.
+        path: The folder's path for code that runs in Databricks; empty: a folder in the user's home.
     """
 
     kind: UploadKind = UploadKind.WORKSPACE
@@ -106,17 +106,17 @@ class Upload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatabricksConfig:
-    """``backend_config``.
+    """The parsed ``backend_config``.
 
     Attributes:
-        profile: A profile of ``~/.databrickscfg``; None: that of the tracking URI, else the environment.
+        profile: A profile of ``~/.databrickscfg``; None: the tracking URI's profile, else databricks-sdk's choice.
         compute: The compute of the runs.
         upload: The place of projects and output.
-        task: ``python``, or ``shell_command`` as the reference sends it.
+        task: The kind of task to submit; ``shell_command`` is the one that mlflow submits.
         secret_scope: The secret scope for the secret variables of a run.
-        run_name: A name to use in place of the project's.
+        run_name: The run's name in Databricks, without the run id; None: the project's name.
         api_version: The version of the Jobs API.
-        passed_on: further keys of the request.
+        passed_on: Further keys of the request, by name.
     """
 
     profile: str | None = None
@@ -130,10 +130,14 @@ class DatabricksConfig:
 
 
 def parse_config(config: Mapping[str, Any]) -> DatabricksConfig:
-    """Read ``backend_config``: a cluster, or a mapping with ``new_cluster``, or without any for serverless compute.
+    """Parse ``backend_config``.
+
+    Args:
+        config: The keys of a cluster, or a mapping with ``new_cluster`` or ``existing_cluster_id``, or one with neither
+            for serverless compute.
 
     Raises:
-        UsageError: an unknown key or a wrong value.
+        UsageError: A key is unknown, or a value is wrong.
     """
     given = copy.deepcopy(dict(config))
     if _CLUSTER_KEYS & given.keys():
@@ -168,7 +172,7 @@ def parse_config(config: Mapping[str, Any]) -> DatabricksConfig:
 def _as_new_cluster(given: dict[str, Any]) -> dict[str, Any]:
     if "new_cluster" in given or "existing_cluster_id" in given:
         stray = sorted(_CLUSTER_KEYS & given.keys())
-        raise UsageError(f"backend_config: {', '.join(stray)} belong inside of new_cluster, which is given as well")
+        raise UsageError(f"backend_config: {', '.join(stray)} belong into new_cluster, which is given, too")
     rest = {key: value for key, value in given.items() if key not in _CLUSTER_KEYS}
     return {"new_cluster": {key: value for key, value in given.items() if key in _CLUSTER_KEYS}, **rest}
 
@@ -212,7 +216,7 @@ def _compute(given: Mapping[str, Any]) -> Compute:
 
 
 def _check_cluster(cluster: Mapping[str, Any]) -> None:
-    """What would else come back from Databricks minutes later, or in its own words."""
+    """Check the keys whose mistakes Databricks reports only minutes later, or in words that do not name them."""
     for key in cluster:
         if key not in _CLUSTER_KEYS:
             hint = nearest(key, _CLUSTER_KEYS)
@@ -240,7 +244,7 @@ def _upload(given: Mapping[str, Any]) -> Upload:
         path = path.removeprefix("dbfs:")
     elif path.startswith("dbfs:/"):
         path = "/dbfs/" + path.removeprefix("dbfs:").lstrip("/")
-    found = next((kind for start, kind in _PLACES.items() if path.startswith(start)), None)
+    found = next((kind for start, kind in _PREFIXES.items() if path.startswith(start)), None)
     if path and found is None:
         raise UsageError(
             f"backend_config: upload_path is {path!r}: give a folder below /Volumes/<catalog>/<schema>/<volume>,"
@@ -255,7 +259,7 @@ def _upload(given: Mapping[str, Any]) -> Upload:
         )
     if kind is not None and found is not None and kind != found:
         raise UsageError(
-            f"backend_config: upload is {str(kind)!r}, but upload_path is {path!r}, which is no such place"
+            f"backend_config: upload is {str(kind)!r}, but upload_path is {path!r}, which is a place of another kind"
         )
     if kind is UploadKind.VOLUME and not path:
         raise UsageError("backend_config: upload 'volume' needs upload_path: /Volumes/<catalog>/<schema>/<volume>")
@@ -273,9 +277,9 @@ def _value(given: Mapping[str, Any], key: str, kind: Callable[..., T], expected:
 
 
 def _text(given: Mapping[str, Any], key: str) -> str | None:
-    text = _value(given, key, str, "a text")
+    text = _value(given, key, str, "a string")
     if text is not None and not text.strip():
-        raise UsageError(f"backend_config: {key} is empty: give a text, or leave it out")
+        raise UsageError(f"backend_config: {key} is empty: give a string, or leave it out")
     return text
 
 

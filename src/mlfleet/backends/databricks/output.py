@@ -1,4 +1,4 @@
-"""Copies a run's output from the workspace, where its bootstrap script puts it in parts."""
+"""The copy of a run's output, which its bootstrap script writes into the workspace in parts."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from mlfleet.errors import SubmitError
 __all__ = ["Ending", "OutputCopy"]
 
 _log = logging.getLogger("mlfleet.databricks")
-# A file that was written there may be seen here a little later.
-_TRIES, _AGAIN = 10, 0.5
+# The API may show a file a little later than the run has written it.
+_TRIES, _PAUSE = 10, 0.5  # seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """What the bootstrap script has told of the end.
+    """The end of a run, as its bootstrap script recorded it.
 
     Attributes:
-        exit_code: of the command.
-        parts: how many parts of output there are; None: the output is on the run's page only.
-        stopped: whether it was asked to stop.
+        exit_code: The exit code of the command.
+        parts: The number of parts of the output; None: the output is only on the run's page.
+        stopped: True if the command was requested to stop.
     """
 
     exit_code: int
@@ -42,8 +42,9 @@ class OutputCopy:
     """The copy of one run's output.
 
     Args:
-        read: gives the content of a file in the run's folder for output; None if there is none.
-        path: of the copy; None: it goes to the output of this process.
+        read: A coroutine function that returns the content of a file in the run's output folder, by its name; None if
+            it does not exist.
+        path: The file to copy to; None: the output of this process.
     """
 
     def __init__(self, read: Callable[[str], Awaitable[bytes | None]], path: Path | None) -> None:
@@ -51,45 +52,52 @@ class OutputCopy:
         self._path = path
         self._parts = 0
         self._offset = 0
-        self._one = anyio.Lock()
+        self._lock = anyio.Lock()
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was copied yet."""
+        """True if nothing has been copied yet."""
         return self._offset == 0
 
-    async def advance(self, parts: float = math.inf) -> bool:
-        """Copy the parts that are there by now, of so many; whether there were any."""
-        async with self._one:
+    async def copy_new_parts(self, parts: float = math.inf) -> bool:
+        """Copy the parts that have been written since the last call. Return True if there were any.
+
+        Args:
+            parts: The number of parts after which to stop.
+        """
+        async with self._lock:
             before = self._parts
-            while self._parts < parts and (part := await self._whole(f"{self._parts:06}")) is not None:
+            while self._parts < parts and (part := await self._read_complete(f"{self._parts:06}")) is not None:
                 await self._append(part)
                 self._parts += 1
             return self._parts > before
 
     async def finish(self) -> Ending | None:
-        """Copy the rest of the output of a run that has ended; None if its bootstrap script told of no end."""
-        told = await self._whole("end")
-        if told is None:
-            await self.advance()
+        """Copy the rest of the output of a run that has ended. Return None if its bootstrap script recorded no end."""
+        record = await self._read_complete("end")
+        if record is None:
+            await self.copy_new_parts()
             return None
-        raw = json.loads(told)
+        raw = json.loads(record)
         parts: int | None = raw["parts"]
         for _ in range(_TRIES):
-            await self.advance(parts or 0)
+            await self.copy_new_parts(parts or 0)
             if self._parts >= (parts or 0):
                 break
-            await anyio.sleep(_AGAIN)
+            await anyio.sleep(_PAUSE)
         else:
-            _log.warning("of the %d parts of the output in %s only %d were seen", parts, self._path, self._parts)
+            _log.warning(
+                "only %d of %d parts of the output were found; %s is incomplete", self._parts, parts, self._path
+            )
         return Ending(int(raw["exit_code"]), parts, bool(raw["stopped"]))
 
-    async def put(self, data: bytes) -> None:
-        """Copy output that was had in another way."""
-        async with self._one:
+    async def append(self, data: bytes) -> None:
+        """Append output that was read from elsewhere."""
+        async with self._lock:
             await self._append(data)
 
-    async def _whole(self, name: str) -> bytes | None:
+    async def _read_complete(self, name: str) -> bytes | None:
+        """Read a file that begins with its length; None if it does not exist or is not complete yet."""
         content = await self._read(name)
         if content is None:
             return None
@@ -98,7 +106,7 @@ class OutputCopy:
 
     async def _append(self, data: bytes) -> None:
         try:
-            # At a position: another process that has attached to the run may copy the same output.
+            # Write at an offset: another process that has attached to the run may copy the same output.
             await FILES.run(partial(write_output, self._path, data, backend="databricks", at=self._offset))
         except OSError as error:
             text = f"the output of the run cannot be written to {self._path}: {error.strerror}"

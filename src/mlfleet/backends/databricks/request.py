@@ -1,4 +1,4 @@
-"""The request that starts a run, from a job. Pure."""
+"""The request that submits a job as a run. Pure."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ __all__ = [
     "PROJECT",
     "ROOT",
     "TASK_KEY",
-    "Places",
+    "RunPaths",
     "bootstrap_argument",
     "bootstrap_spec",
-    "files_of_project",
-    "masked",
-    "place",
+    "is_too_long",
+    "mask_request",
+    "place_path",
+    "project_files",
     "public_variables",
     "request_body",
     "run_name",
-    "too_long",
     "with_argument",
 ]
 
 TASK_KEY = "mlfleet"
 _LONGEST_ARGUMENT = 8000
-"""Bytes; Databricks takes 10,000 of JSON for all parameters together."""
+"""Bytes; Databricks takes 10,000 bytes of JSON for all parameters together."""
 _LONGEST_NAME = 4096
-# Databricks gives its own runs their identity; what belongs to this machine must not follow them.
-_OF_THIS_MACHINE = ("DATABRICKS_HOST", "DATABRICKS_TOKEN", "DATABRICKS_CLIENT_ID", "DATABRICKS_CLIENT_SECRET")
+# Databricks gives its own runs their identity: the login of this machine must not be passed to them.
+_LOCAL_VARIABLES = ("DATABRICKS_HOST", "DATABRICKS_TOKEN", "DATABRICKS_CLIENT_ID", "DATABRICKS_CLIENT_SECRET")
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
-    """Where things of a run are, as code that runs in Databricks sees it.
+class RunPaths:
+    """The paths of a run's files, for code that runs in Databricks.
 
     Attributes:
-        script: the bootstrap script.
-        archive: the packed project.
-        sha256: of the archive, in hex.
-        output: the folder for the run's output.
-        secret: the key in the secret scope with the secret variables; None: there are none.
-        argument: a file with the bootstrap's argument, where it is too long for a parameter.
+        script: The path of the bootstrap script.
+        archive: The path of the packed project.
+        sha256: The SHA-256 of the archive, in hex.
+        output: The folder for the run's output.
+        secret: The key in the secret scope with the secret variables; None: the run has none.
+        argument: The path of the bootstrap script's argument; None: it is a parameter of the task.
     """
 
     script: str
@@ -64,79 +64,79 @@ class Places:
 
 
 def run_name(job: Job, config: DatabricksConfig) -> str:
-    """The run's name in Databricks; by the id in it an attached run is found."""
+    """Return the run's name in Databricks, which ends with the run id, so that `attach` finds it."""
     return f"{(config.run_name or job.project_name)[: _LONGEST_NAME - 40]} ({job.run_id})"
 
 
 def public_variables(job: Job, config: DatabricksConfig) -> tuple[dict[str, str], dict[str, str]]:
-    """The variables for the command: plain ones, and secret ones.
+    """Return the plain and the secret environment variables of the command.
 
-    Where the runs are in the workspace that tracks them, they have their own identity and need none of ours.
+    Runs in the workspace that tracks them have their own identity, and get no login of this machine.
     """
     plain, secret = dict(job.environ), dict(job.secrets)
-    if _own_identity(job, config):
+    if _uses_own_identity(job, config):
         plain["MLFLOW_TRACKING_URI"] = "databricks"
-        for name in _OF_THIS_MACHINE:
+        for name in _LOCAL_VARIABLES:
             plain.pop(name, None)
             secret.pop(name, None)
     return plain, secret
 
 
-def bootstrap_spec(job: Job, config: DatabricksConfig, places: Places) -> dict[str, Any]:
-    """What the bootstrap script is told.
+def bootstrap_spec(job: Job, config: DatabricksConfig, paths: RunPaths) -> dict[str, Any]:
+    """Return the argument of the bootstrap script, as a mapping.
 
     Raises:
-        SubmitError: the command is none that a Spark job can be.
+        SubmitError: The command cannot be run as a Spark job.
     """
     spec: dict[str, Any] = {
         "run": job.run_id,
-        "archive": places.archive,
-        "sha256": places.sha256,
+        "archive": paths.archive,
+        "sha256": paths.sha256,
         "root": ROOT,
         "name": PROJECT,
         "mode": "python" if job.spark_job is not None else "command",
         "command": _python_command(job) if job.spark_job is not None else job.command,
         "environ": public_variables(job, config)[0],
-        "output": places.output,
+        "output": paths.output,
         "grace": job.cancel_grace,
     }
     if downloads := _downloads(job.placed):
         spec["downloads"] = downloads
-    if places.secret is not None:
-        spec["secrets"] = {"scope": config.secret_scope, "key": places.secret}
-    if _own_identity(job, config):
+    if paths.secret is not None:
+        spec["secrets"] = {"scope": config.secret_scope, "key": paths.secret}
+    if _uses_own_identity(job, config):
         spec["identity"] = True
     return spec
 
 
 def bootstrap_argument(spec: Mapping[str, Any]) -> str:
-    """The argument as text. Databricks would replace ``{{…}}`` in it, so that no such thing is there."""
+    """Return the argument as JSON without ``{{``, since Databricks would replace ``{{…}}`` in a parameter."""
     text = json.dumps(spec, separators=(",", ":"))
-    # Inside of strings a brace may be written like this, and outside two opening ones never stand together.
+    # JSON may escape a brace in a string, and two opening braces in a row occur only in strings.
     return text.replace("{{", "{\\u007b")
 
 
 def request_body(
-    job: Job, config: DatabricksConfig, places: Places, *, token: str, requirements: tuple[str, ...] = ()
+    job: Job, config: DatabricksConfig, paths: RunPaths, *, token: str, requirements: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """The body of ``runs/submit``.
+    """Return the body of ``runs/submit``.
 
     Args:
-        job: to be run.
-        config: of the backend.
-        places: where its things are.
-        token: which makes a second submission of it the same.
-        requirements: lines for pip, of what the project needs.
+        job: The job to submit.
+        config: The job's configuration.
+        paths: The paths of the run's files.
+        token: The idempotency token: a second submission with the same one starts nothing.
+        requirements: The project's requirements, as lines for pip.
     """
-    argument = bootstrap_argument(bootstrap_spec(job, config, places))
-    if places.argument is not None:
-        argument = bootstrap_argument({"spec": places.argument})
+    argument = bootstrap_argument(bootstrap_spec(job, config, paths))
+    if paths.argument is not None:
+        argument = bootstrap_argument({"spec": paths.argument})
     body: dict[str, Any] = {"run_name": run_name(job, config), "idempotency_token": token, **config.passed_on}
     if config.task is TaskKind.SHELL_COMMAND:
-        return body | _shell_command(config, places, argument, requirements)
+        return body | _shell_command(config, paths, argument, requirements)
     task: dict[str, Any] = {
         "task_key": TASK_KEY,
-        "spark_python_task": {"python_file": places.script, "source": "WORKSPACE", "parameters": [argument]},
+        "spark_python_task": {"python_file": paths.script, "source": "WORKSPACE", "parameters": [argument]},
     }
     compute = config.compute
     if compute.serverless:
@@ -146,63 +146,69 @@ def request_body(
         body["environments"] = [{"environment_key": "default", "spec": spec}]
     elif compute.existing_cluster_id is not None:
         task["existing_cluster_id"] = compute.existing_cluster_id
-        # mlflow is not added: what is installed on somebody's cluster stays there.
+        # Do not add mlflow: a library stays installed on an existing cluster after the run.
         libraries = _libraries(config, requirements)
     else:
-        task["new_cluster"] = _cluster(config, places)
+        task["new_cluster"] = _cluster(config, paths)
         libraries = _libraries(config, _with_mlflow(requirements, *_packages(config)))
     if not compute.serverless and libraries:
         task["libraries"] = libraries
     return body | {"tasks": [task]}
 
 
-def masked(told: Any, name: str = "") -> Any:
-    """A request for people to see: what its keys call a secret, and credentials in URIs, replaced."""
-    if isinstance(told, Mapping):
-        return {key: masked(value, str(key)) for key, value in told.items()}
-    if isinstance(told, list):
-        return [masked(value) for value in told]
-    if not isinstance(told, str):
-        return told
-    # By a reference like {{secrets/scope/key}} Databricks names a secret without telling it.
-    if is_secret_name(name.replace(".", "_")) and name != "idempotency_token" and not told.startswith("{{secrets/"):
+def mask_request(value: Any, name: str = "") -> Any:
+    """Return a request with secrets masked: values whose keys say so, and credentials in URIs.
+
+    Args:
+        value: The request, or a value in it.
+        name: The key of the value; empty: it has none.
+    """
+    if isinstance(value, Mapping):
+        return {key: mask_request(each, str(key)) for key, each in value.items()}
+    if isinstance(value, list):
+        return [mask_request(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    # A reference such as {{secrets/scope/key}} names a secret and does not contain it.
+    if is_secret_name(name.replace(".", "_")) and name != "idempotency_token" and not value.startswith("{{secrets/"):
         return MASK
-    return mask_uri(told)
+    return mask_uri(value)
 
 
-def with_argument(places: Places, path: str) -> Places:
-    """The same places, with the bootstrap's argument in a file."""
-    return replace(places, argument=path)
+def with_argument(paths: RunPaths, path: str) -> RunPaths:
+    """Return the same paths with `path` as the file of the bootstrap script's argument."""
+    return replace(paths, argument=path)
 
 
-def too_long(argument: str) -> bool:
-    """Whether an argument must go into a file."""
+def is_too_long(argument: str) -> bool:
+    """Return True if an argument must go into a file."""
     return len(argument.encode()) > _LONGEST_ARGUMENT
 
 
-def _own_identity(job: Job, config: DatabricksConfig) -> bool:
+def _uses_own_identity(job: Job, config: DatabricksConfig) -> bool:
+    """Return True if the run is tracked by the workspace that it runs in."""
     return config.profile is None and job.environ.get("MLFLOW_TRACKING_URI", "").startswith("databricks")
 
 
 def _shell_command(
-    config: DatabricksConfig, places: Places, argument: str, requirements: tuple[str, ...]
+    config: DatabricksConfig, paths: RunPaths, argument: str, requirements: tuple[str, ...]
 ) -> dict[str, Any]:
-    """The form that the reference sends: one task, without a key, on a new cluster."""
+    """Return the part of the request that mlflow sends: one task, without a key, on a new cluster."""
     script = (
-        f'export PATH="$PATH:$DB_HOME/python/bin" && exec python {shlex.quote(places.script)} {shlex.quote(argument)}'
+        f'export PATH="$PATH:$DB_HOME/python/bin" && exec python {shlex.quote(paths.script)} {shlex.quote(argument)}'
     )
     return {
-        "new_cluster": _cluster(config, places),
+        "new_cluster": _cluster(config, paths),
         "libraries": _libraries(config, _with_mlflow(requirements, *_packages(config))),
         "shell_command_task": {"command": ["bash", "-c", script], "env_vars": {}},
     }
 
 
-def _cluster(config: DatabricksConfig, places: Places) -> dict[str, Any]:
+def _cluster(config: DatabricksConfig, paths: RunPaths) -> dict[str, Any]:
     cluster = dict(config.compute.new_cluster or {})
-    if places.secret is not None:
-        # Databricks puts the secret in when it starts the cluster; nobody can read it there.
-        reference = f"{{{{secrets/{config.secret_scope}/{places.secret}}}}}"
+    if paths.secret is not None:
+        # Databricks replaces the reference when it starts the cluster, and shows only the reference.
+        reference = f"{{{{secrets/{config.secret_scope}/{paths.secret}}}}}"
         cluster["spark_env_vars"] = {**cluster.get("spark_env_vars", {}), "MLFLEET_SECRETS": reference}
     return cluster
 
@@ -229,7 +235,7 @@ def _python_command(job: Job) -> str:
         first, file = "", ""
     if first not in ("python", "python3") or not file or file.startswith("-"):
         found = words.strip()[:200]
-        text = f"a databricks_spark_job runs a Python file, its command must be 'python FILE …', not {found!r}"
+        text = f"a databricks_spark_job runs a Python file: its command must be 'python FILE …', not {found!r}"
         raise SubmitError(text, backend="databricks")
     if posixpath.isabs(file) or ".." in file.split("/"):
         raise SubmitError(
@@ -239,23 +245,23 @@ def _python_command(job: Job) -> str:
 
 
 ROOT = "/.mlfleet-run"
-"""Stands in commands for the folder of the run, whose name the bootstrap script alone knows."""
+"""The placeholder in commands for the folder of the run, which the bootstrap script creates and puts in its place."""
 
 PROJECT = "project"
-"""The folder of the project, in that of the run."""
+"""The name of the project's folder in the folder of the run."""
 
-_THERE = ("/Volumes/", "/Workspace/", "/dbfs/")
+_REMOTE_PREFIXES = ("/Volumes/", "/Workspace/", "/dbfs/")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
 
 
-def place(path: str, index: int, folder: Path) -> str | None:
-    """See `mlfleet.backends.base.Backend.place`."""
+def place_path(path: str, index: int, folder: Path) -> str | None:
+    """Return the path in Databricks of what a ``path`` parameter names; see `mlfleet.backends.base.Backend.place`."""
     if path.startswith("dbfs:/Volumes/"):
         return path.removeprefix("dbfs:")
-    if path.startswith(_THERE):
+    if path.startswith(_REMOTE_PREFIXES):
         return path
     if not path.startswith("/"):
-        return f"{ROOT}/param_{index}/{_name(path)}"
+        return f"{ROOT}/param_{index}/{_file_name(path)}"
     if not Path(path).exists():
         return None
     if Path(path).is_relative_to(folder):
@@ -267,18 +273,18 @@ def place(path: str, index: int, folder: Path) -> str | None:
 
 
 def _downloads(placed: Mapping[str, str]) -> dict[str, str]:
-    """What the run must download: place below its folder → URI."""
+    """Return the URIs that the run must download, by their path below the folder of the run."""
     start = f"{ROOT}/param_"
     return {there.removeprefix(f"{ROOT}/"): uri for there, uri in placed.items() if there.startswith(start)}
 
 
-def files_of_project(placed: Iterable[str]) -> tuple[str, ...]:
-    """Which of its own files a project is to read, relative to its folder."""
+def project_files(placed: Iterable[str]) -> tuple[str, ...]:
+    """Return the files of the project that the command reads, relative to the project's folder."""
     start = f"{ROOT}/{PROJECT}/"
     return tuple(there.removeprefix(start) for there in placed if there.startswith(start))
 
 
-def _name(uri: str) -> str:
-    """The file's own name, for the sake of its ending; without what a shell could mistake."""
+def _file_name(uri: str) -> str:
+    """Return the file's name in a URI, whose suffix the command may need, without characters special to a shell."""
     name = posixpath.basename(unquote(urlsplit(uri).path).rstrip("/"))
     return _UNSAFE.sub("_", name).lstrip(".") or "data"

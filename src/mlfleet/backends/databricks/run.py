@@ -1,4 +1,4 @@
-"""The handle of a run in Databricks: its one task sees to output, end and cancellation."""
+"""The handle of a run in Databricks, whose task copies the output, cancels the run and waits for its end."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from mlfleet.runs import FailureKind, Outcome, RunStatus
 __all__ = ["DatabricksRun", "RemoteRun", "remove_secret"]
 
 _log = logging.getLogger("mlfleet.databricks")
-_FIRST_PAUSE, _LAST_PAUSE = 0.25, 3.0  # seconds between looks for new output that somebody follows
-_HURRY = 20.0  # seconds between reminders that somebody waits for the end of a cancelled run
+_FIRST_PAUSE, _LAST_PAUSE = 0.25, 3.0  # seconds between checks for new output while it is followed
+_POLL_SOON_INTERVAL = 20.0  # seconds between requests to poll a cancelled run often
 _LINES = 20
 _CLEANUP = 30.0  # seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteRun:
-    """A run that Databricks has.
+    """A run that was submitted to Databricks.
 
     Attributes:
-        run_id: of the MLflow run.
-        id: of the run in Databricks.
-        folder: for its output, below the storage's root.
-        output: the file for the copy of its output; None: that of this process.
-        tags: for the MLflow run.
-        secret: scope and key of what was put there for it, and goes with its end.
+        run_id: The id of the MLflow run.
+        id: The id of the run in Databricks.
+        folder: The folder of its output, below the root of the storage.
+        output: The file to copy its output to; None: the output of this process.
+        tags: Tags for the MLflow run.
+        secret: The scope and the key of its secret variables, which are removed at its end; None: it has none.
     """
 
     run_id: str
@@ -52,7 +52,15 @@ class RemoteRun:
 
 
 class DatabricksRun(SupervisedRun):
-    """The handle. What ends it is Databricks, with the grace that the job was submitted with."""
+    """The handle of a run. Databricks ends it on `cancel`, with the grace that the job was submitted with.
+
+    Args:
+        run: The run.
+        workspace: The client of its workspace.
+        storage: The storage of its output.
+        poller: The poller of the workspace's runs.
+        submitted: True if this process submitted the run: then it does not outlive its backend.
+    """
 
     backend = "databricks"
     noun = "run"
@@ -64,7 +72,7 @@ class DatabricksRun(SupervisedRun):
         self._run = run
         self._workspace = workspace
         self._poller = poller
-        self._cell = poller.track(run.id)
+        self._state = poller.track(run.id)
         self._copy = OutputCopy(lambda name: storage.read(f"{run.folder}/{name}"), run.output)
         self._cancelling = anyio.Event()
         self._followed = anyio.Event()
@@ -73,36 +81,36 @@ class DatabricksRun(SupervisedRun):
 
     @property
     def tags(self) -> Mapping[str, str]:
-        """For the MLflow run: where Databricks shows it."""
+        """Tags for the MLflow run with the run's page in Databricks."""
         return self._run.tags
 
-    def told(self, state: State) -> None:
-        """Take a state that was had before the first poll."""
-        self._cell.put(state)
+    def set_state(self, state: State) -> None:
+        """Set a state that is known before the first poll."""
+        self._state.put(state)
 
     async def started(self) -> None:
-        """Wait until Databricks says that it runs, or has ended."""
+        """Wait until the run runs or has ended."""
         try:
-            await self._cell.until(lambda state: state.phase is not Phase.WAITING)
+            await self._state.until(lambda state: state.phase is not Phase.WAITING)
         except MlfleetError:
-            return  # its outcome tells
+            return  # the outcome has the error
 
     def _begin_stop(self, grace: float | None) -> None:
         self._cancelling.set()
 
     async def get_status(self) -> RunStatus:
-        """As the latest poll told it."""
+        """Return the status of the latest poll."""
         if self._outcome is not None:
             return self._outcome.status
-        state = self._cell.value
+        state = self._state.value
         return RunStatus.SCHEDULED if state is None or state.phase is Phase.WAITING else RunStatus.RUNNING
 
     async def logs(self, *, follow: bool = True) -> AsyncIterator[str]:
-        """The lines of its output; none if it goes to the output of this process."""
+        """Yield the lines of the output; none if it goes to the output of this process."""
         if follow:
             self._followed.set()
         elif self._outcome is None and self._output is not None:
-            await self._copy.advance()
+            await self._copy.copy_new_parts()
         async for line in super().logs(follow=follow):
             yield line
 
@@ -118,14 +126,14 @@ class DatabricksRun(SupervisedRun):
             async with anyio.create_task_group() as group:
                 group.start_soon(self._copy_while_followed)
                 group.start_soon(self._cancel_when_asked)
-                state = await self._cell.until(lambda state: state.over)
+                state = await self._state.until(lambda state: state.is_terminal)
                 group.cancel_scope.cancel()
         except* MlfleetError as errors:
             raise errors.exceptions[0] from None
         if state.phase is Phase.LOST:
             text = f"Databricks does not know the run {self._run.id} (of the MLflow run {self.run_id}) any more"
             raise RunLost(text, backend="databricks")
-        return await self._ended(state)
+        return await self._conclude(state)
 
     async def _copy_while_followed(self) -> None:
         if self._run.output is not None:
@@ -133,37 +141,35 @@ class DatabricksRun(SupervisedRun):
         pause = _FIRST_PAUSE
         while True:
             try:
-                pause = _FIRST_PAUSE if await self._copy.advance() else min(pause * 1.2, _LAST_PAUSE)
+                pause = _FIRST_PAUSE if await self._copy.copy_new_parts() else min(pause * 1.2, _LAST_PAUSE)
             except WorkspaceError as error:
                 _log.warning("the output of the run %s cannot be followed now: %s", self.run_id, error)
             await anyio.sleep(pause)
 
     async def _cancel_when_asked(self) -> None:
-        """Ask once, and hurry until the group ends with the run."""
+        """Wait for a request to cancel, cancel the run, and have it polled often until its end cancels this task."""
         await self._cancelling.wait()
         try:
-            await self._workspace.jobs("POST", "runs/cancel", body={"run_id": int(self._run.id)})
+            await self._workspace.call_jobs("POST", "runs/cancel", body={"run_id": int(self._run.id)})
         except WorkspaceError as error:
-            # It has ended, or is gone: the poll will tell.
+            # These mean that the run has ended or is gone, which the next poll shows.
             if not error.missing and error.code not in ("INVALID_STATE", "INVALID_PARAMETER_VALUE"):
-                text = (
-                    f"the run {self._run.id} may still be under way in Databricks, it could not be cancelled: {error}"
-                )
+                text = f"the run {self._run.id} could not be cancelled, and may still run in Databricks: {error}"
                 raise BackendError(text, backend="databricks") from error
         while True:
-            self._poller.hurry(self._run.id)
-            await anyio.sleep(_HURRY)
+            self._poller.poll_soon(self._run.id)
+            await anyio.sleep(_POLL_SOON_INTERVAL)
 
     # ---- how it ended -----------------------------------------------------------------------------------------------
 
-    async def _ended(self, state: State) -> Outcome:
+    async def _conclude(self, state: State) -> Outcome:
         ending = await self._finish_copy()
         page: dict[str, Any] = {}
         if state.status is not RunStatus.FINISHED or ending is None or ending.parts is None:
-            page = await self._page(state)
+            page = await self._fetch_page(state)
         if self._copy.empty and page.get("logs"):
-            await self._copy.put(str(page["logs"]).encode())
-        outcome = self._judge(state, ending, page)
+            await self._copy.append(str(page["logs"]).encode())
+        outcome = self._make_outcome(state, ending, page)
         if outcome.status is RunStatus.FINISHED:
             return outcome
         return replace(outcome, output=_with_trace(await self._last_lines(), page))
@@ -175,16 +181,16 @@ class DatabricksRun(SupervisedRun):
             _log.warning("the output of the run %s cannot be copied: %s", self.run_id, error)
             return None
 
-    async def _page(self, state: State) -> dict[str, Any]:
-        """What the run's page in Databricks has: error, trace and the last 5 MB of what the task printed."""
+    async def _fetch_page(self, state: State) -> dict[str, Any]:
+        """Return what the run's page in Databricks shows: error, trace and the last 5 MB of the task's output."""
         params = {"run_id": str(state.task_run_id or self._run.id)}
         try:
-            return await self._workspace.jobs("GET", "runs/get-output", params=params)
+            return await self._workspace.call_jobs("GET", "runs/get-output", params=params)
         except WorkspaceError as error:
             _log.info("Databricks has no output of the run %s: %s", self.run_id, error)
             return {}
 
-    def _judge(self, state: State, ending: Ending | None, page: Mapping[str, Any]) -> Outcome:
+    def _make_outcome(self, state: State, ending: Ending | None, page: Mapping[str, Any]) -> Outcome:
         code = ending.exit_code if ending is not None else None
         if state.status is RunStatus.FINISHED:
             return Outcome(RunStatus.FINISHED, 0 if code is None else code)
@@ -201,7 +207,7 @@ class DatabricksRun(SupervisedRun):
 
 
 def _with_trace(lines: tuple[str, ...], page: Mapping[str, Any]) -> tuple[str, ...]:
-    """The traceback that Databricks shows, unless the output ends with it anyway."""
+    """Append the traceback that Databricks shows, unless the output ends with it already."""
     trace = tuple(str(page.get("error_trace") or "").splitlines())
     if not trace or (lines and trace[-1].strip() == lines[-1].strip()):
         return lines
@@ -209,7 +215,7 @@ def _with_trace(lines: tuple[str, ...], page: Mapping[str, Any]) -> tuple[str, .
 
 
 async def remove_secret(workspace: Workspace, scope: str, key: str) -> None:
-    """Remove what was put into a secret scope for a run. A failure is only logged."""
+    """Remove the secret variables of a run from a secret scope. A failure is only logged."""
     with anyio.move_on_after(_CLEANUP) as deadline:
         try:
             await workspace.call("POST", "/api/2.0/secrets/delete", body={"scope": scope, "key": key})

@@ -1,7 +1,7 @@
-"""What the states of a Databricks run mean. Pure.
+"""The meaning of a Databricks run's states. Pure.
 
-https://docs.databricks.com/api/workspace/jobs/getrun: version 2.2 of the API tells ``status``, and for older clients
-still ``state``.
+Version 2.2 of the API returns ``status``, and for older clients ``state``, too:
+https://docs.databricks.com/api/workspace/jobs/getrun
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["LOST", "Phase", "State", "read_state"]
 _WAITING = frozenset({"QUEUED", "PENDING", "BLOCKED", "WAITING", "WAITING_FOR_RETRY"})
 _ENDED = frozenset({"TERMINATED", "SKIPPED", "INTERNAL_ERROR"})
 _CANCELLED = frozenset({"CANCELED", "UPSTREAM_CANCELED", "USER_CANCELED"})
-# Failures that are not the doing of the code that ran.
+# Failures that the run's own code did not cause.
 _INFRASTRUCTURE = frozenset(
     {
         "CLOUD_FAILURE", "CLUSTER_ERROR", "CLUSTER_REQUEST_LIMIT_EXCEEDED", "DISABLED", "DRIVER_ERROR", "EXCLUDED",
@@ -31,7 +31,7 @@ _INFRASTRUCTURE = frozenset(
 
 
 class Phase(StrEnum):
-    """How far a run has come."""
+    """The progress of a run; LOST: Databricks does not know the run any more."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -41,17 +41,17 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """What is known of a run.
+    """A snapshot of a run's state.
 
     Attributes:
         phase: The progress of the run.
         status: The final status; None before the end.
-        reason: why it did not end well, in a few words.
-        cause: The kind of failure; None: what ran has failed, or nobody knows.
-        start_time: milliseconds since the epoch by the workspace's clock; 0 if it is not told.
+        reason: The reason of a bad end, in a few words; None: it has not ended, or ended well.
+        cause: The kind of failure; None: the run's own code failed, or the kind is unknown.
+        start_time: Milliseconds since the epoch by the workspace's clock; 0 if unknown.
         task_run_id: The id of the task's run, for runs/get-output.
         job_id: The id of the job that Databricks makes for the run.
-        page_url: where a person can look at it.
+        page_url: The URL of the run's page; empty if unknown.
     """
 
     phase: Phase
@@ -64,8 +64,8 @@ class State:
     page_url: str = ""
 
     @property
-    def over(self) -> bool:
-        """Whether nothing further will come."""
+    def is_terminal(self) -> bool:
+        """True if the state cannot change any more."""
         return self.phase in (Phase.ENDED, Phase.LOST)
 
 
@@ -73,7 +73,7 @@ LOST = State(phase=Phase.LOST)
 
 
 def read_state(run: Mapping[str, Any]) -> State:
-    """What ``runs/get`` or ``runs/list`` tells of a run."""
+    """Return the state of a run from an entry of ``runs/get`` or ``runs/list``."""
     status: Mapping[str, Any] = run.get("status") or {}
     state: Mapping[str, Any] = run.get("state") or {}
     life = str(status.get("state") or state.get("life_cycle_state") or "PENDING")
@@ -98,11 +98,13 @@ def _ended(
     details: Mapping[str, Any] = status.get("termination_details") or {}
     life = str(state.get("life_cycle_state") or life)
     code = str(details.get("code") or "")
-    # Of both, result_state tells a time-out; a skipped run and an internal error may have none.
+    # Only result_state shows a time-out, so it counts first; a skipped run or an internal error may not have one.
     result = str(state.get("result_state") or code or ("" if life == "TERMINATED" else life))
-    # Of a run that is nothing but its one task, the task knows better.
-    of_task = [str((task.get("state") or {}).get("state_message") or "") for task in tasks if len(tasks) == 1]
-    message = " ".join(("".join(of_task) or str(details.get("message") or state.get("state_message") or "")).split())
+    # A run with one task only repeats that the task failed: the task's own message says why.
+    task_messages = [str((task.get("state") or {}).get("state_message") or "") for task in tasks if len(tasks) == 1]
+    message = " ".join(
+        ("".join(task_messages) or str(details.get("message") or state.get("state_message") or "")).split()
+    )
     if result == "SUCCESS":
         return RunStatus.FINISHED, None, None
     reason = ": ".join(part for part in (code or result or life, message) if part)

@@ -1,4 +1,4 @@
-"""Where projects, the bootstrap script and output are kept in a workspace: volumes, workspace files, DBFS."""
+"""Storage for projects, the bootstrap script and output in a workspace: volumes, workspace files and DBFS."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from mlfleet.backends.databricks.client import Workspace, WorkspaceError
 from mlfleet.backends.databricks.config import Upload, UploadKind
 from mlfleet.errors import SubmitError
 
-__all__ = ["HOME", "Archive", "Storage", "Uploads", "storage_of"]
+__all__ = ["HOME", "Archive", "Storage", "Uploads", "open_storage"]
 
 _log = logging.getLogger("mlfleet.databricks")
-_IN_MEMORY = 2**23  # bytes of a packed project
+_IN_MEMORY = 2**23  # bytes of a packed project that are kept in memory
 
 HOME = "/Workspace/Users/{user}/.mlfleet"
-# DBFS takes and gives 1 MiB in one request; what is sent grows by a third on its way.
+# DBFS takes and returns up to 1 MiB per request; base64 makes what is sent a third longer.
 _READ_BLOCK, _WRITE_BLOCK = 2**20, 2**19
 _LARGEST_WORKSPACE_FILE = 10 * 2**20
 _LARGEST_VOLUME_FILE = 5 * 2**30
@@ -43,11 +43,11 @@ class Storage(ABC):
     """A folder in a workspace.
 
     Args:
-        workspace: where it is.
-        root: the folder as code that runs there sees it.
+        workspace: The client of the workspace.
+        root: The folder's path for code that runs in Databricks.
 
     Attributes:
-        root: likewise.
+        root: The argument `root`, without a slash at its end.
     """
 
     def __init__(self, workspace: Workspace, root: str) -> None:
@@ -55,24 +55,24 @@ class Storage(ABC):
         self.root = root.rstrip("/")
 
     def path(self, name: str) -> str:
-        """A file of it, as code that runs there sees it."""
+        """Return a file's path for code that runs in Databricks."""
         return f"{self.root}/{name}"
 
     @abstractmethod
     async def size(self, name: str) -> int | None:
-        """The size of a file in bytes, -1 if that is not told; None if there is none."""
+        """Return the size of a file in bytes; -1 if it is unknown, None if the file does not exist."""
 
     @abstractmethod
     async def write(self, name: str, file: IO[bytes], size: int) -> None:
-        """Write a file, over what is there; its folders are made."""
+        """Write a file with its folders, replacing an existing one."""
 
     @abstractmethod
     async def read(self, name: str) -> bytes | None:
-        """The content of a file; None if there is none."""
+        """Return the content of a file; None if it does not exist."""
 
 
 class Volume(Storage):
-    """A folder of a Unity Catalog volume, by the Files API."""
+    """A folder of a Unity Catalog volume, through the Files API."""
 
     async def size(self, name: str) -> int | None:
         return await self._workspace.file_size(self._url(name))
@@ -84,7 +84,7 @@ class Volume(Storage):
             try:
                 await self._workspace.send_file("PUT", self._url(name) + "?overwrite=true", file, size)
             except WorkspaceError as error:
-                if error.status != 409:  # somebody else was faster with the same content
+                if error.status != 409:  # 409: another process has just written the same content
                     raise
 
         try:
@@ -104,7 +104,7 @@ class Volume(Storage):
 
 
 class WorkspaceFiles(Storage):
-    """A folder of the workspace's own files."""
+    """A folder of workspace files."""
 
     async def size(self, name: str) -> int | None:
         try:
@@ -136,7 +136,7 @@ class WorkspaceFiles(Storage):
 
 
 class Dbfs(Storage):
-    """A folder of DBFS. New accounts have none."""
+    """A folder of DBFS, which new accounts do not have."""
 
     def _api(self, name: str) -> str:
         return self.path(name).removeprefix("/dbfs")
@@ -152,8 +152,8 @@ class Dbfs(Storage):
 
     async def write(self, name: str, file: IO[bytes], size: int) -> None:
         async def attempt() -> None:
-            # All of it anew at each try: a block whose answer was lost may be there or not.
-            ask = partial(self._workspace.attempt, "POST")
+            # Each retry writes the whole file: a block whose answer was lost may have been appended or not.
+            ask = partial(self._workspace.call_once, "POST")
             opened = await ask("/api/2.0/dbfs/create", body={"path": self._api(name), "overwrite": True})
             await FILES.run(partial(file.seek, 0))
             while data := await FILES.run(partial(file.read, _WRITE_BLOCK)):
@@ -161,8 +161,8 @@ class Dbfs(Storage):
                 await ask("/api/2.0/dbfs/add-block", body=block)
             await ask("/api/2.0/dbfs/close", body={"handle": opened["handle"]})
 
-        with _told_of_disabled_root():
-            await self._workspace.again(attempt)
+        with _explain_disabled_root():
+            await self._workspace.retry(attempt)
 
     async def read(self, name: str) -> bytes | None:
         pieces: list[bytes] = []
@@ -179,13 +179,13 @@ class Dbfs(Storage):
                 return b"".join(pieces)
 
     async def _call(self, method: str, what: str, *, params: dict[str, str]) -> dict[str, object]:
-        with _told_of_disabled_root():
+        with _explain_disabled_root():
             return await self._workspace.call(method, f"/api/2.0/dbfs/{what}", params=params)
 
 
 @contextmanager
-def _told_of_disabled_root() -> Iterator[None]:
-    """Say what to do where there is no DBFS; it looks like missing permissions, and is none."""
+def _explain_disabled_root() -> Iterator[None]:
+    """Raise an error with advice if there is no DBFS root; the workspace's answer blames missing permissions."""
     try:
         yield
     except WorkspaceError as error:
@@ -198,8 +198,8 @@ def _told_of_disabled_root() -> Iterator[None]:
         raise SubmitError(text, backend="databricks") from error
 
 
-async def storage_of(workspace: Workspace, upload: Upload) -> Storage:
-    """The folder that the configuration asks for."""
+async def open_storage(workspace: Workspace, upload: Upload) -> Storage:
+    """Return the storage that the configuration names."""
     if upload.kind is UploadKind.VOLUME:
         return Volume(workspace, upload.path)
     if upload.kind is UploadKind.DBFS:
@@ -219,11 +219,11 @@ def _check_size(size: int, largest: int, rule: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """A project in a workspace.
+    """A packed project in a workspace.
 
     Attributes:
-        path: of its tar.gz, as code that runs there sees it.
-        sha256: of that file, in hex.
+        path: The path of its tar.gz for code that runs in Databricks.
+        sha256: The SHA-256 of that file, in hex.
     """
 
     path: str
@@ -231,42 +231,42 @@ class Archive:
 
 
 class Uploads:
-    """What this process has brought into one workspace."""
+    """The uploads of this process to one workspace, each made once."""
 
     def __init__(self) -> None:
         self._contents: SingleFlight[Path, tuple[frozenset[str], str]] = SingleFlight()
         self._archives: SingleFlight[tuple[str, str], Archive] = SingleFlight(keep=True)
         self._scripts: SingleFlight[str, str] = SingleFlight(keep=True)
 
-    async def project(
-        self, storage: Storage, folder: Path, on_progress: Callable[[str], None], *, needs: tuple[str, ...] = ()
+    async def upload_project(
+        self, storage: Storage, folder: Path, on_progress: Callable[[str], None], *, required: tuple[str, ...] = ()
     ) -> Archive:
-        """The packed project, which is uploaded if it is not there.
+        """Pack the project, upload it if the storage does not have it yet, and return the archive.
 
         Args:
-            storage: where to.
-            folder: of the project.
-            on_progress: takes a line for people.
-            needs: files in it that the run reads.
+            storage: The storage to upload to.
+            folder: The project's folder on this machine.
+            on_progress: Called with one line on the progress.
+            required: The project's files that the run reads, relative to the folder.
 
         Raises:
-            MlfleetError: a file cannot be read, or is left out though it is needed, or the workspace does not take it.
+            MlfleetError: A file cannot be read, a required file is ignored, or the workspace does not take the archive.
         """
         left_out, digest = await self._contents(folder, partial(_content, folder))
-        if needs:
-            await PROJECTS.run(partial(_check_needs, folder, left_out, needs))
-        bring = partial(self._project, storage, folder, left_out, on_progress)
-        return await self._archives((storage.root, digest), bring)
+        if required:
+            await PROJECTS.run(partial(_check_included, folder, left_out, required))
+        upload = partial(self._project, storage, folder, left_out, on_progress)
+        return await self._archives((storage.root, digest), upload)
 
-    async def script(self, storage: Storage) -> str:
-        """The path of the bootstrap script, which is uploaded if it is not there."""
+    async def upload_script(self, storage: Storage) -> str:
+        """Upload the bootstrap script if the storage does not have it yet, and return its path."""
 
-        async def bring() -> str:
+        async def upload() -> str:
             content = await PROJECTS.run(_script)
             name = f"bootstrap-{hashlib.sha256(content).hexdigest()[:16]}.py"
-            return await _bring(storage, name, io.BytesIO(content), len(content))
+            return await _upload_if_missing(storage, name, io.BytesIO(content), len(content))
 
-        return await self._scripts(storage.root, bring)
+        return await self._scripts(storage.root, upload)
 
     async def _project(
         self, storage: Storage, folder: Path, left_out: frozenset[str], on_progress: Callable[[str], None]
@@ -275,19 +275,19 @@ class Uploads:
         with packed.file:
             file, digest, size = await PROJECTS.run(partial(_compress, packed.file))
         with file:
-            on_progress(f"the project ({size / 2**20:.1f} MiB) goes to {storage.root}")
-            return Archive(await _bring(storage, f"projects/{digest}.tar.gz", file, size), digest)
+            on_progress(f"uploading the project ({size / 2**20:.1f} MiB) to {storage.root}")
+            return Archive(await _upload_if_missing(storage, f"projects/{digest}.tar.gz", file, size), digest)
 
 
 async def _content(folder: Path) -> tuple[frozenset[str], str]:
-    """What Git would not take along either, and the hash of the rest."""
+    """Return the files that Git ignores, and the hash of the others."""
     left_out = await ignored_by_git(folder)
     return left_out, await content_hash(folder, left_out=left_out)
 
 
-def _check_needs(folder: Path, left_out: frozenset[str], needs: tuple[str, ...]) -> None:
+def _check_included(folder: Path, left_out: frozenset[str], required: tuple[str, ...]) -> None:
     ignore = read_ignore(folder, left_out)
-    for name in needs:
+    for name in required:
         if ignore(name):
             text = (
                 f"a path parameter names {name!r} of the project, which .gitignore or .dockerignore leaves out: take it"
@@ -296,10 +296,10 @@ def _check_needs(folder: Path, left_out: frozenset[str], needs: tuple[str, ...])
             raise SubmitError(text, backend="databricks")
 
 
-async def _bring(storage: Storage, name: str, file: IO[bytes], size: int) -> str:
-    there = await storage.size(name)
-    # Another size is what somebody's torn upload has left.
-    if there is None or there not in (size, -1):
+async def _upload_if_missing(storage: Storage, name: str, file: IO[bytes], size: int) -> str:
+    existing = await storage.size(name)
+    # A file of another size is left of an interrupted upload.
+    if existing is None or existing not in (size, -1):
         await storage.write(name, file, size)
         _log.info("uploaded %s (%d bytes)", storage.path(name), size)
     return storage.path(name)
@@ -310,7 +310,7 @@ def _script() -> bytes:
 
 
 def _compress(tar: IO[bytes]) -> tuple[IO[bytes], str, int]:
-    """The tar as gzip without a time in it, its hash and its size. Blocking."""
+    """Return the tar as gzip without a timestamp, its SHA-256 and its size. Blocking."""
     file = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 - the caller closes it
     try:
         with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as archive:

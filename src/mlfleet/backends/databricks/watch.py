@@ -1,4 +1,4 @@
-"""Asks a workspace for the states of all its runs together, seldom for old ones."""
+"""The poller of a workspace's runs, which asks for all of them together, and for old ones seldom."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import anyio
 
 from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet.backends._remote.state_cache import CachedState, StateCache
-from mlfleet.backends.databricks.client import PATIENCE, Timing, Workspace, WorkspaceError
+from mlfleet.backends.databricks.client import RETRY_SECONDS, Timing, Workspace, WorkspaceError
 from mlfleet.backends.databricks.states import LOST, State, read_state
 from mlfleet.errors import BackendError
 
@@ -24,55 +24,60 @@ __all__ = ["Poller", "RecentRuns"]
 
 _log = logging.getLogger("mlfleet.databricks")
 
-_FEW = 10  # runs that are asked for one by one
-_PAGE = 25  # runs that runs/list gives at once
-_AT_ONCE = 8
-_SHORTEST_GAP = 1.0  # seconds between the beginnings of two rounds
-_PER_RUN_SECOND = 30  # a run of 300 s is asked for every 10 s
-_A_MINUTE = 50  # requests that polls of runs which are not young cost
+_FEW = 10  # runs that are polled one by one; more are polled by lists
+_PAGE = 25  # runs on a page of runs/list
+_AT_ONCE = 8  # requests of one round
+_SHORTEST_GAP = 1.0  # seconds between the starts of two rounds
+_AGE_PER_INTERVAL = 30  # a run of 300 s is polled every 10 s
+_REQUESTS_PER_MINUTE = 50  # for all runs that are not young
 
 
 @dataclass(slots=True)
 class _Schedule:
-    """When a run was begun to be watched, and when it is due."""
+    """The polls of one run.
+
+    Attributes:
+        since: The time since which the run counts as young, by ``time.monotonic``.
+        due: The time of the next poll, by ``time.monotonic``.
+    """
 
     since: float
     due: float
 
 
 class Poller(StateCache[State]):
-    """The states of runs by their ids in Databricks.
+    """A cache of the states of runs, by their ids in Databricks.
 
     Args:
-        workspace: whose runs they are.
-        timing: how often to ask.
+        workspace: The client of the workspace.
+        timing: The intervals of polls.
     """
 
     def __init__(self, workspace: Workspace, timing: Timing) -> None:
         super().__init__(self._follow, name="mlfleet Databricks poll")
         self._workspace = workspace
         self._timing = timing
-        self._timings: dict[str, _Schedule] = {}
-        self._count = 0  # of the runs that had not ended when the last poll began
+        self._schedules: dict[str, _Schedule] = {}
+        self._count = 0  # runs that had not ended when the last round began
         self._changed = anyio.Event()
         self._last_round = -math.inf
 
     def track(self, key: str) -> CachedState[State]:
-        """See `StateCache.track`."""
-        cell = super().track(key)
-        self.hurry(key)
-        return cell
+        """Keep the state of a run from now on, and poll it soon; see `StateCache.track`."""
+        state = super().track(key)
+        self.poll_soon(key)
+        return state
 
     def untrack(self, key: str) -> None:
-        """See `StateCache.untrack`."""
+        """Undo one call of `track`; see `StateCache.untrack`."""
         super().untrack(key)
         if key not in self.keys:
-            self._timings.pop(key, None)
+            self._schedules.pop(key, None)
 
-    def hurry(self, key: str) -> None:
-        """Treat a run as a young one from now on: somebody waits for its end, or something was done to it."""
+    def poll_soon(self, key: str) -> None:
+        """Poll a run as often as a young one from now on."""
         now = time.monotonic()
-        self._timings[key] = _Schedule(now, now + self._timing.fast / 2)
+        self._schedules[key] = _Schedule(now, now + self._timing.fast / 2)
         changed, self._changed = self._changed, anyio.Event()
         changed.set()
 
@@ -87,41 +92,41 @@ class Poller(StateCache[State]):
             except WorkspaceError as error:
                 now = time.monotonic()
                 failing_since = failing_since or now
-                _log.warning("the states of %d Databricks runs are not known: %s", len(self._live()), error)
-                if now - failing_since > PATIENCE:
+                _log.warning("the states of %d Databricks runs cannot be read: %s", len(self._active_keys()), error)
+                if now - failing_since > RETRY_SECONDS:
                     text = f"the states of Databricks runs could not be read for {now - failing_since:.0f} s: {error}"
                     raise BackendError(text, backend="databricks") from error
                 await anyio.sleep(self._timing.after_failure)
 
-    def _live(self) -> list[str]:
-        return [key for key in self.keys if (state := self.get(key)) is None or not state.over]
+    def _active_keys(self) -> list[str]:
+        return [key for key in self.keys if (state := self.get(key)) is None or not state.is_terminal]
 
     async def _due(self) -> list[str]:
-        """Wait until a run is due; it, and those that are almost due as well."""
+        """Wait until the poll of a run is due. Return that run and those whose poll is almost due."""
         while True:
             changed = self._changed
-            live = self._live()
-            self._count = len(live)
+            active = self._active_keys()
+            self._count = len(active)
             now = time.monotonic()
-            first = min((self._timings[key].due for key in live), default=math.inf)
-            # New runs that come one after the other share a round, so that there are 60 rounds a minute at most.
+            first = min((self._schedules[key].due for key in active), default=math.inf)
+            # Runs submitted in a row share a round, so that there are at most 60 rounds a minute.
             first = max(first, self._last_round + min(_SHORTEST_GAP, self._timing.fast))
             if first <= now:
                 self._last_round = now
-                return [key for key in live if self._timings[key].due <= now + 0.3 * self._interval(key)]
+                return [key for key in active if self._schedules[key].due <= now + 0.3 * self._interval(key)]
             with anyio.move_on_after(first - now):
                 await changed.wait()
 
     def _interval(self, key: str) -> float:
-        """Seconds until the next poll for a run; all those that are not young share a number of requests a minute."""
-        age = time.monotonic() - self._timings[key].since
-        if age < self._timing.young:
+        """Return the seconds until the next poll of a run. Runs that are not young share the requests of a minute."""
+        age = time.monotonic() - self._schedules[key].since
+        if age < self._timing.young_age:
             return self._timing.fast
         requests = self._count if self._count <= _FEW else math.ceil(self._count / _PAGE)
-        return max(min(age / _PER_RUN_SECOND, self._timing.slow), requests * 60 / _A_MINUTE)
+        return max(min(age / _AGE_PER_INTERVAL, self._timing.slow), requests * 60 / _REQUESTS_PER_MINUTE)
 
     def _put(self, key: str, state: State) -> None:
-        timing = self._timings.get(key)
+        timing = self._schedules.get(key)
         if timing is not None:
             timing.due = time.monotonic() + self._interval(key) * random.uniform(0.9, 1.1)  # noqa: S311
         self.put(key, state)
@@ -131,23 +136,23 @@ class Poller(StateCache[State]):
         if self._count > _FEW:
             missing -= await self._list(missing)
         errors: list[WorkspaceError] = []
-        room = anyio.CapacityLimiter(_AT_ONCE)
+        limiter = anyio.CapacityLimiter(_AT_ONCE)
         async with anyio.create_task_group() as group:
             for key in missing:
-                group.start_soon(self._ask, key, room, errors)
+                group.start_soon(self._poll_one, key, limiter, errors)
         if errors:
             raise errors[0]
 
-    async def _ask(self, key: str, room: anyio.CapacityLimiter, errors: list[WorkspaceError]) -> None:
-        """Ask for one run."""
-        async with room:
+    async def _poll_one(self, key: str, limiter: anyio.CapacityLimiter, errors: list[WorkspaceError]) -> None:
+        """Poll one run by ``runs/get``."""
+        async with limiter:
             try:
-                run = await self._workspace.jobs("GET", "runs/get", params={"run_id": key})
+                run = await self._workspace.call_jobs("GET", "runs/get", params={"run_id": key})
             except WorkspaceError as error:
-                timing = self._timings.get(key)
+                timing = self._schedules.get(key)
                 if not error.missing:
                     errors.append(error)
-                elif timing is not None and time.monotonic() - timing.since > self._timing.not_yet:
+                elif timing is not None and time.monotonic() - timing.since > self._timing.visibility_delay:
                     self._put(key, LOST)
                 elif timing is not None:
                     timing.due = time.monotonic() + self._timing.fast
@@ -155,10 +160,10 @@ class Poller(StateCache[State]):
         self._put(key, read_state(run))
 
     async def _list(self, wanted: Collection[str]) -> set[str]:
-        """List the active runs, newest first, as far as needed; those of ours that were in the list."""
+        """Poll runs by listing the active ones, newest first, as far as needed. Return the tracked runs in the list."""
         left, seen = set(wanted), set[str]()
         oldest = min((state.start_time for key in wanted if (state := self.get(key)) is not None), default=0)
-        ask = partial(self._workspace.jobs, "GET", "runs/list")
+        ask = partial(self._workspace.call_jobs, "GET", "runs/list")
         params = {"active_only": "true", "run_type": "SUBMIT_RUN", "limit": str(_PAGE), "expand_tasks": "false"}
         while True:
             page = await ask(params=params)
@@ -166,7 +171,7 @@ class Poller(StateCache[State]):
             for run in runs:
                 key = str(run.get("run_id"))
                 state = read_state(run)
-                if key in self._timings and not state.over:
+                if key in self._schedules and not state.is_terminal:
                     self._put(key, self._merged(key, state))
                     seen.add(key)
                     left.discard(key)
@@ -177,18 +182,22 @@ class Poller(StateCache[State]):
             params = {**params, "page_token": str(token)}
 
     def _merged(self, key: str, state: State) -> State:
-        """The list tells less of a run than was known of it."""
+        """Return the known state if only the list, which has fewer fields, is newer; else the state from the list."""
         known = self.get(key)
         return state if known is None or known.phase is not state.phase else known
 
 
-_FRESH = 20.0  # seconds for which a listing serves all who attach
+_FRESH = 20.0  # seconds for which a listing is used
 _MOST = 400  # pages of a listing: Databricks keeps runs for 60 days
 _NAME = re.compile(r"\(([0-9a-f]{32})\)$")
 
 
 class RecentRuns:
-    """What ``runs/list`` tells of the runs that mlfleet submitted. One listing serves many who look at a time."""
+    """The recent runs of a workspace that mlfleet submitted. Concurrent calls share a listing.
+
+    Args:
+        workspace: The client of the workspace.
+    """
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
@@ -197,19 +206,19 @@ class RecentRuns:
         self._listed_at = float("-inf")
 
     async def find(self, run_id: str) -> dict[str, Any] | None:
-        """The latest run of that MLflow run, as ``runs/get`` tells it; None if there is none."""
+        """Return the entry of ``runs/get`` for the latest run of an MLflow run; None if there is none."""
         if run_id not in self._found or time.monotonic() - self._listed_at > _FRESH:
             await self._listing("", self._list)
         listed = self._found.get(run_id)
         if listed is None:
             return None
-        return await self._workspace.jobs("GET", "runs/get", params={"run_id": str(listed["run_id"])})
+        return await self._workspace.call_jobs("GET", "runs/get", params={"run_id": str(listed["run_id"])})
 
     async def _list(self) -> None:
         params = {"run_type": "SUBMIT_RUN", "limit": "25", "expand_tasks": "false"}
         found: dict[str, dict[str, Any]] = {}
         for _ in range(_MOST):
-            page = await self._workspace.jobs("GET", "runs/list", params=params)
+            page = await self._workspace.call_jobs("GET", "runs/list", params=params)
             for run in page.get("runs") or []:
                 match = _NAME.search(str(run.get("run_name") or ""))
                 if match is not None:
