@@ -138,6 +138,12 @@ class ServerClient:
         if client is not None and client is not self._given:
             await client.aclose()
 
+    async def environ(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Return the plain and the secret variables by which a run finds the server; the client need not be open."""
+        if self._failures is None:
+            await LOGINS.run(self.login.prepare)
+        return self.login.environ()
+
     @property
     def failures(self) -> Failures:
         """The maker of errors about this server.

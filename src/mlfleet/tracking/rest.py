@@ -134,7 +134,7 @@ class RestTracking(Tracking):
         await complete(self._client.close)
 
     async def environ(self) -> tuple[dict[str, str], dict[str, str]]:  # noqa: D102 - told by Tracking
-        plain, secret = self._client.login.environ()
+        plain, secret = await self._client.environ()
         if (workspace := self._client.workspace) or os.environ.get("MLFLOW_WORKSPACE"):
             plain["MLFLOW_WORKSPACE"] = workspace
         return plain, secret
