@@ -10,9 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import io
-import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -23,6 +21,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
+from _figures import add_options, report
 from mlfleet._project.spec import DockerEnv
 from mlfleet.backends.base import DockerRequest, Job
 from mlfleet.backends.docker import DockerBackend
@@ -96,7 +95,7 @@ async def timed(one: Callable[[], Awaitable[None]], count: int, concurrency: int
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-async def measure(args: argparse.Namespace) -> dict[str, object]:
+async def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     rows: dict[str, list[tuple[float, float]]] = {"docker run": [], "DockerBackend": [], "DockerBackend, no init": []}
     with tempfile.TemporaryDirectory() as name:
         os.environ["MLFLEET_STATE_DIR"] = name
@@ -108,19 +107,10 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
             }
             for one in ways.values():
                 await timed(one, 4, 4)
-            for _ in range(args.repeat):
+            for _ in range(args.rounds):
                 for label, one in ways.items():
                     rows[label].append(await timed(one, args.count, args.concurrency))
-    result: dict[str, object] = {
-        "python": platform.python_version(),
-        "processors": os.cpu_count(),
-        "engine": subprocess.run(
-            ["docker", "version", "--format", "{{.Server.Version}}"], capture_output=True, text=True, check=True
-        ).stdout.strip(),
-        "runs": args.count,
-        "in_flight": args.concurrency,
-        "repeat": args.repeat,
-    }
+    result: dict[str, dict[str, float]] = {}
     for label, runs in rows.items():
         result[label] = {
             "wall_s": statistics.median(wall for wall, _ in runs),
@@ -132,13 +122,11 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
     return result
 
 
-def show(result: dict[str, object]) -> None:
+def show(result: dict[str, dict[str, float]]) -> None:
     columns = ("wall_s", "driver_cpu_ms_per_run", "ratio")
     print(f"{'':24}" + "".join(f"{column:>24}" for column in columns))
     for label, row in result.items():
-        if isinstance(row, dict):
-            print(f"{label:24}" + "".join(f"{row[column]:24.2f}" for column in columns))
-    print("goals: ratio of DockerBackend <= 1.0, driver_cpu_ms_per_run <= 15")
+        print(f"{label:24}" + "".join(f"{row[column]:24.2f}" for column in columns))
 
 
 def main() -> None:
@@ -146,14 +134,17 @@ def main() -> None:
     parser.add_argument("--image", help="an image with sh that the engine has (default: one made for this)")
     parser.add_argument("--count", type=int, default=50, help="runs (default: 50)")
     parser.add_argument("--concurrency", type=int, default=8, help="of them in flight (default: 8)")
-    parser.add_argument("--repeat", type=int, default=3, help="measurements; medians are shown (default: 3)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    add_options(parser, rounds=3)
     args = parser.parse_args()
     with contextlib.nullcontext(args.image) if args.image else own_image() as args.image:
         result = asyncio.run(measure(args))
     show(result)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    ours = result["DockerBackend"]
+    figures = {
+        "Docker: wall time / docker run": ours["ratio"],
+        "Docker: driver CPU per run, ms": ours["driver_cpu_ms_per_run"],
+    }
+    report("docker_backend", figures, args)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,7 +16,9 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
+from _figures import add_options, report
 from mlfleet.backends.base import Job
 from mlfleet.backends.local.backend import LocalBackend
 from mlfleet.runs import RunStatus
@@ -124,7 +124,7 @@ def ticker_figures(repeats: list[list[float]]) -> dict[str, float]:
     }
 
 
-async def measure(args: argparse.Namespace) -> dict[str, object]:
+async def measure(args: argparse.Namespace) -> dict[str, Any]:
     rows: dict[str, list[tuple[float, float, list[float]]]] = {"bare asyncio": [], "LocalBackend": []}
     control: list[list[float]] = []
     with tempfile.TemporaryDirectory() as name:
@@ -134,18 +134,11 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
         async with LocalBackend() as backend:
             await timed(bare, 20, 20, folder)
             await timed(through(backend), 20, 20, folder)
-            for _ in range(args.repeat):
+            for _ in range(args.rounds):
                 control.append(await beside(args.count))
                 rows["bare asyncio"].append(await timed(bare, args.count, args.concurrency, folder))
                 rows["LocalBackend"].append(await timed(through(backend), args.count, args.concurrency, folder))
-    result: dict[str, object] = {
-        "python": platform.python_version(),
-        "processors": os.cpu_count(),
-        "processes": args.count,
-        "concurrency": args.concurrency,
-        "repeat": args.repeat,
-        "memory_per_run_kib": None if memory is None else memory / 1024,
-    }
+    result: dict[str, Any] = {"memory_per_run_kib": None if memory is None else memory / 1024}
     result["idle beside"] = ticker_figures(control)
     for label, runs in rows.items():
         result[label] = {
@@ -159,31 +152,28 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
     return result
 
 
-def show(result: dict[str, object]) -> None:
+def show(result: dict[str, Any]) -> None:
     columns = ("wall_s", "driver_cpu_ms_per_run", "ticker_p99_ms", "ticker_max_ms", "ticker_worst_ms")
     print(f"{'':14}" + "".join(f"{column:>24}" for column in columns))
     for label in ("bare asyncio", "LocalBackend", "idle beside"):
         row = result[label]
-        assert isinstance(row, dict)
         print(f"{label:14}" + "".join(f"{row[column]:24.2f}" if column in row else f"{'-':>24}" for column in columns))
     print("idle beside: the ticker of an idle loop while another program starts as many processes, two at a time")
-    print(f"\nwall time, LocalBackend / bare: {result['ratio']:.2f} (to reach: 1.5)")
-    if result["memory_per_run_kib"] is not None:
-        print(f"driver memory per run in flight: {result['memory_per_run_kib']:.1f} KiB (to reach: 100)")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=500, help="processes in each measurement (default: 500)")
     parser.add_argument("--concurrency", type=int, default=0, help="how many at the same time (default: all)")
-    parser.add_argument("--repeat", type=int, default=5, help="measurements of each, alternating (default: 5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    add_options(parser, rounds=5)
     args = parser.parse_args()
     args.concurrency = args.concurrency or args.count
     result = asyncio.run(measure(args))
     show(result)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    figures = {"500 processes through LocalBackend, wall time / bare processes": result["ratio"]}
+    if result["memory_per_run_kib"] is not None:
+        figures["driver memory per process in flight, KiB"] = result["memory_per_run_kib"]
+    report("processes", figures, args)
 
 
 if __name__ == "__main__":
