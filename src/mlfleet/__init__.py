@@ -1,6 +1,6 @@
 """mlfleet runs MLflow Projects from asyncio: one or hundreds at a time, on this machine or elsewhere.
 
-One run, many, and blocking as ``mlflow.projects.run``::
+Run one project, many in a `Fleet`, or block as ``mlflow.projects.run`` does::
 
     run = await mlfleet.run_async("examples/quickstart", parameters={"alpha": 0.5})
 

@@ -1,4 +1,4 @@
-"""The one-call functions: a run without a Fleet of one's own."""
+"""The functions that need no `Fleet`: they use default Fleets of the running event loop."""
 
 from __future__ import annotations
 
@@ -67,44 +67,48 @@ async def run_async(
 ) -> FleetRun:
     """Run a project and wait for its end.
 
-    The first sixteen arguments are those of ``mlflow.projects.run``, in its order and with its defaults. Cancelling the
-    call ends the run: nothing of it runs any more, and MLflow shows it as KILLED, before the cancellation goes on.
+    The first sixteen arguments are those of ``mlflow.projects.run``, in its order and with its defaults. A cancelled
+    call ends the run before it raises: all of its processes have ended, and MLflow shows it as KILLED.
 
     Args:
-        uri: of the project: a folder, a ``file://`` URI, a Git URI (https, ssh, ``git@host:path``, a bare repository by
-            ``file://``) or a ``.zip`` (local or http); ``#sub/folder`` picks a folder inside.
-        entry_point: a name from MLproject, or a ``.py``, ``.sh`` or ``.R`` script of the project.
-        version: commit (full or short), branch or tag of a Git project.
-        parameters: name → value. Those that the entry point declares replace ``{name}`` in its command; the others are
-            appended as ``--name value``.
-        docker_args: flags of ``docker run`` for a project with ``docker_env``.
-        experiment_name: of the experiment; it is created if there is none.
-        experiment_id: instead of the name. Neither: ``MLFLOW_EXPERIMENT_NAME``, ``MLFLOW_EXPERIMENT_ID``, else "0".
+        uri: The project: a folder, a ``file://`` URI, a Git URI (https, ssh, ``git@host:path``, a bare repository by
+            ``file://``) or a ``.zip`` (local or http). ``#sub/folder`` names a folder inside.
+        entry_point: The entry point: a name from MLproject, or a ``.py``, ``.sh`` or ``.R`` script of the project.
+        version: The commit (full or short), branch or tag of a Git project. Default: the newest commit.
+        parameters: Name → value. Parameters that the entry point declares replace ``{name}`` in its command; others
+            are appended as ``--name value``.
+        docker_args: The flags of ``docker run`` for a project with ``docker_env``.
+        experiment_name: The name of the experiment, which is created if it does not exist.
+        experiment_id: The id of the experiment, instead of its name. If neither is given: ``MLFLOW_EXPERIMENT_NAME``,
+            ``MLFLOW_EXPERIMENT_ID``, else "0".
         backend: ``local``, ``docker``, ``kubernetes``, ``databricks`` or the name of a plugin.
-        backend_config: a mapping, or the path of a ``.json`` file.
-        storage_dir: where ``path`` parameters that name a remote URI are downloaded to, each run into a fresh folder
-            that is removed when it ends.
-        synchronous: False returns as soon as the MLflow run exists, like `submit`.
-        run_id: an existing MLflow run to use, rather than a new one.
-        run_name: of the MLflow run.
-        env_manager: ``local``, ``virtualenv``, ``uv`` or ``conda``; None: by the project's files.
-        build_image: Docker: build an image with the project's files, rather than run the base image itself.
-        docker_auth: credentials of the image registry.
-        tracking_uri: None is ``MLFLOW_TRACKING_URI``, else MLflow's default.
-        parent_run_id: the MLflow run to nest this one under; None is the active run of mlflow in this thread, if any.
-        tags: more tags for the MLflow run.
-        timeouts: how long each stage may take.
-        output: ``capture`` into a file of the run, to be read by ``run.logs()``; ``inherit`` this process's stdout.
-        log_output: log the captured output as the artifact ``output.log``.
-        resources: what the run needs: on this machine it waits until that is free; in containers these are its limits.
+        backend_config: The configuration of the backend: a mapping, or the path of a ``.json`` file.
+        storage_dir: The folder for downloads of ``path`` parameters that name a remote URI. Each run uses a new folder
+            inside, which is removed when it ends. Default: the folder for temporary files.
+        synchronous: Wait for the end of the run. False returns as soon as the MLflow run exists, like `submit`.
+        run_id: The id of an existing MLflow run to use. Default: a new run.
+        run_name: The name of the MLflow run. Default: chosen by MLflow.
+        env_manager: ``local``, ``virtualenv``, ``uv`` or ``conda``. Default: chosen by the project's files.
+        build_image: Build a Docker image with the project's files. False runs the base image itself.
+        docker_auth: The credentials of the image registry.
+        tracking_uri: The URI of the tracking server or store. Default: ``MLFLOW_TRACKING_URI``, else MLflow's default.
+        parent_run_id: The id of the MLflow run to nest this one under. Default: mlflow's active run in this thread, if
+            there is one.
+        tags: More tags for the MLflow run.
+        timeouts: The time limits of the stages, in seconds.
+        output: ``capture`` writes the output to a file of the run, for ``run.logs()``; ``inherit`` uses the stdout and
+            stderr of this process.
+        log_output: Log the captured output as the artifact ``output.log``.
+        resources: The resources that the run needs. On this machine it waits until they are free; in containers they
+            are its limits.
 
     Returns:
-        The handle of the run, which has ended.
+        The handle of the run, which has ended if `synchronous`.
 
     Raises:
-        ExecutionException: the run failed; with its exit code and the last lines of its output. `RunTimeout` and
-            `RunCancelled` are kinds of it.
-        MlfleetError: there was a mistake in the request or the project, or tracking cannot be reached; no run was made.
+        ExecutionException: The run failed. The error has its exit code and the last lines of its output; `RunTimeout`
+            and `RunCancelled` are subclasses.
+        MlfleetError: The request or the project is wrong, or tracking cannot be reached. No run was made.
     """
     run = await submit(
         uri,
@@ -146,29 +150,30 @@ async def submit(
 ) -> FleetRun:
     """Submit a run and return its handle as soon as its MLflow run exists.
 
-    The run belongs to a Fleet of the running event loop, which cancels what still runs when the loop ends. The
-    arguments are those of `run_async`.
+    The run belongs to a default Fleet of the running event loop, which cancels its active runs when ``asyncio.run``
+    ends. The arguments are those of `run_async`. A cancelled call cancels the run.
 
     Raises:
-        MlfleetError: there was a mistake in the request or the project, or tracking cannot be reached; no run was made.
+        MlfleetError: The request or the project is wrong, or tracking cannot be reached. No run was made.
     """
     request = RunRequest.of(uri, entry_point, version, parameters, **options)
     return await context_of(await default_fleet(tracking_uri)).start(request)
 
 
 async def attach(run_id: str, *, tracking_uri: str | None = None, timeouts: Timeouts | None = None) -> FleetRun:
-    """Find a run again that an earlier process submitted: its status, logs, end and cancellation.
+    """Find a run again that an earlier process submitted, and supervise it to its end.
 
-    The run belongs to a Fleet of the running event loop from then on, as with `submit`; its terminal status is written.
+    The run belongs to a default Fleet of the running event loop from then on, as with `submit`. A cancelled call leaves
+    the run as it is.
 
     Args:
-        run_id: of the MLflow run.
-        tracking_uri: None is ``MLFLOW_TRACKING_URI``, else MLflow's default.
-        timeouts: ``run`` and ``cancel_grace`` count, from now on.
+        run_id: The id of the MLflow run.
+        tracking_uri: The URI of the tracking server or store. Default: ``MLFLOW_TRACKING_URI``, else MLflow's default.
+        timeouts: The time limits from now on, of which ``run`` and ``cancel_grace`` count.
 
     Raises:
-        UsageError: the run has ended already, or ends with the process that started it.
-        MlfleetError: tracking or the backend cannot be reached.
+        UsageError: The run has ended already, or ends with the process that started it.
+        MlfleetError: Tracking or the backend cannot be reached.
     """
     return await (await default_fleet(tracking_uri)).attach(run_id, timeouts=timeouts)
 
@@ -178,28 +183,28 @@ async def sweep_async(
 ) -> SweepResult:
     """Run a project at every point of a space and wait for all of them.
 
-    Cancelling the call ends the runs. To see the results as they come, or to run several sweeps within common limits,
-    use `Fleet.sweep`, whose other arguments are taken here, too.
+    A cancelled call ends the runs before it raises. Use `Fleet.sweep` to get the results as the points end, or to run
+    several sweeps within common limits.
 
     Args:
-        uri: of the project.
+        uri: The project.
         space: `mlfleet.grid`, `mlfleet.sample`, `mlfleet.zip_`, `mlfleet.rows`, or any iterable of mappings.
-        tracking_uri: None is ``MLFLOW_TRACKING_URI``, else MLflow's default.
-        options: see `Fleet.sweep`.
+        tracking_uri: The URI of the tracking server or store. Default: ``MLFLOW_TRACKING_URI``, else MLflow's default.
+        options: The other arguments of `Fleet.sweep`.
 
     Returns:
-        All results. Failed points are among them: `SweepResult.check` raises if there are any.
+        The results of all points, also of those that failed: `SweepResult.check` raises if there are any.
 
     Raises:
-        MlfleetError: there was a mistake in the request, the project or the first point, or tracking cannot be reached;
-            no run was made.
+        MlfleetError: The request, the project or the first point is wrong, or tracking cannot be reached. No run was
+            made.
     """
     async with Fleet(tracking_uri=tracking_uri) as fleet, fleet.sweep(uri, space, **options) as sweep:
         return await sweep.result()
 
 
 async def finish_or_cancel(run: FleetRun) -> None:
-    """Wait for the end of a run, raising if it failed; a cancelled caller takes the run with it."""
+    """Wait for the end of a run, and raise an error if it failed. A cancelled call ends the run before it raises."""
     try:
         await run.check()
     except asyncio.CancelledError:
@@ -227,7 +232,7 @@ class _Fleets:
 
     async def join(self) -> None:
         for opened in tuple(self._fleets.values()):
-            with suppress(MlfleetError):  # it could not be opened: that is raised where a run was submitted
+            with suppress(MlfleetError):  # opening failed, and the caller that submitted a run got the error
                 await (await asyncio.shield(opened)).join()
 
     async def close(self) -> None:
@@ -237,7 +242,7 @@ class _Fleets:
     async def _keep(self, key: tuple[str, str], opened: asyncio.Future[Fleet]) -> None:
         """Hold the Fleet open until it is closed, or until the loop ends (``asyncio.run`` then cancels this task)."""
         try:
-            # As in the reference, runs that nobody put into a Fleet start at once.
+            # Runs without a Fleet of their own start at once, as with mlflow.projects.run.
             async with Fleet(tracking_uri=key[0], max_concurrent=_UNLIMITED) as fleet:
                 opened.set_result(fleet)
                 await self._closing.wait()
@@ -257,7 +262,7 @@ _fleets: WeakKeyDictionary[asyncio.AbstractEventLoop, _Fleets] = WeakKeyDictiona
 
 
 async def default_fleet(tracking_uri: str | None = None) -> Fleet:
-    """The Fleet of the running event loop for runs that were given none; opened at its first use."""
+    """Return the default Fleet of the running event loop for a tracking URI, opened at its first use."""
     fleets = _fleets.setdefault(asyncio.get_running_loop(), _Fleets())
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
@@ -266,14 +271,14 @@ async def default_fleet(tracking_uri: str | None = None) -> Fleet:
 
 
 async def join_default_fleets() -> None:
-    """Wait for all runs of the running event loop that were given no Fleet."""
+    """Wait for all runs of the default Fleets of the running event loop."""
     fleets = _fleets.get(asyncio.get_running_loop())
     if fleets is not None:
         await fleets.join()
 
 
 async def close_default_fleets() -> None:
-    """Cancel all runs of the running event loop that were given no Fleet, and close what they shared."""
+    """Cancel all runs of the default Fleets of the running event loop, and close the Fleets."""
     fleets = _fleets.pop(asyncio.get_running_loop(), None)
     if fleets is not None:
         await complete(fleets.close, restart=True)

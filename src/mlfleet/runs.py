@@ -1,4 +1,4 @@
-"""What a run is to everybody: its handle, its status, how it ended, and how to find it again."""
+"""The facts about a run: its status and events, its time limits, its outcome, and the reference to its job."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ __all__ = [
 ]
 
 DEFAULT_CANCEL_GRACE = 10.0
-"""Seconds between the request to stop (SIGTERM) and the end by force (SIGKILL)."""
+"""Default seconds between the request to stop (SIGTERM) and the end by force (SIGKILL)."""
 
 STARTED_TAG = "mlfleet.started"
-"""When the command of a run began that had to wait for it, in milliseconds since the epoch."""
+"""The tag with the time at which a run's command began, in milliseconds since the epoch, if it had to wait."""
 
 
 class RunStatus(StrEnum):
-    """The state of a run, in the strings that MLflow uses."""
+    """The status of a run, in the strings that MLflow uses."""
 
     SCHEDULED = "SCHEDULED"
     RUNNING = "RUNNING"
@@ -45,12 +45,12 @@ class RunStatus(StrEnum):
 
     @property
     def is_terminal(self) -> bool:
-        """Whether a run in this state has ended and will not change any more."""
+        """True for FINISHED, FAILED and KILLED: the run has ended and its status will not change."""
         return self in (RunStatus.FINISHED, RunStatus.FAILED, RunStatus.KILLED)
 
 
 class Stage(StrEnum):
-    """Where a run is on its way through a Fleet."""
+    """The stages of a run in a Fleet."""
 
     FETCHING = "fetching"
     QUEUED = "queued"
@@ -63,21 +63,21 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RunEvent:
-    """Something happened to a run.
+    """An event in the life of a run.
 
     Attributes:
-        stage: the stage that the run has come to, or is still in.
-        uri: of the project.
-        run_id: of the MLflow run; None before there is one.
-        run_name: its name; None before there is one.
-        detail: one line on what is going on, such as the last line of an environment's build; with ``retried`` and
-            ``finished`` the reason of a failure.
-        status: its terminal status, with ``finished``.
-        time: seconds since the epoch.
-        sweep_id: the MLflow run of the sweep that the run belongs to.
-        index: the point of the sweep, counted from 0.
-        attempt: which attempt at that point this is, counted from 1; with ``retried`` the one that failed.
-        lost: how many events this reader has missed right before this one, because it did not keep up.
+        stage: The stage that the run has come to, or is still in.
+        uri: The URI of the project.
+        run_id: The id of the MLflow run; None before it exists.
+        run_name: The name of the MLflow run; None before it exists.
+        detail: One line about the progress, such as the last line of an environment's build. With ``retried`` and
+            ``finished`` it is the reason of a failure.
+        status: The terminal status, with ``finished`` and ``retried``.
+        time: The time of the event, in seconds since the epoch.
+        sweep_id: The id of the MLflow run of the sweep; None if the run does not belong to one.
+        index: The number of the sweep's point, counted from 0.
+        attempt: The number of the attempt at that point, counted from 1. With ``retried`` it is the one that failed.
+        lost: The number of events that this reader missed right before this one, because it was too slow.
     """
 
     stage: Stage
@@ -94,23 +94,23 @@ class RunEvent:
 
 
 class FailureKind(StrEnum):
-    """Why a run failed, as far as that matters for trying again."""
+    """The kinds of failure, as far as they matter for trying again."""
 
     INFRASTRUCTURE = "infrastructure"
-    """Not the run's own doing: its environment, its backend, the tracking server, a lost machine."""
+    """The surroundings failed: the environment, the backend, the tracking server, a lost machine."""
     PREEMPTED = "preempted"
-    """Its machine was taken away for something else."""
+    """The machine was taken away from the run."""
     OOM = "oom"
-    """It was killed, as the system does when memory runs out."""
+    """The run was killed with SIGKILL, as the system does when memory runs out."""
     TIMEOUT = "timeout"
-    """It ran out of a time that was set for it."""
+    """A time limit of the run was exceeded."""
     FAILURE = "failure"
-    """Its own command failed."""
+    """The command of the run failed."""
 
 
 @runtime_checkable
 class SubmittedRun(Protocol):
-    """The handle of a run that was submitted. Every backend's handle and the Fleet's satisfy it."""
+    """A protocol for handles of submitted runs. Those of every backend and of the Fleet satisfy it."""
 
     @property
     def run_id(self) -> str:
@@ -118,44 +118,45 @@ class SubmittedRun(Protocol):
         ...
 
     async def wait(self) -> bool:
-        """Wait for the end; True if the run finished well.
+        """Wait for the end. Return True if the run finished well.
 
-        Any number of tasks may wait for one run. Cancelling a waiter only ends that waiting, never the run.
+        Any number of tasks may wait for one run. Cancelling one of them does not affect the run.
         """
         ...
 
     async def cancel(self) -> None:
-        """End the run, and return once nothing of it runs any more.
+        """End the run, and return once all of its processes have ended.
 
-        A second call, also at the same time, and a call on a run that has ended, are fine.
+        Any number of tasks may call this. A run that has ended keeps its status.
         """
         ...
 
     async def get_status(self) -> RunStatus:
-        """The state of the run now."""
+        """Return the present status of the run."""
         ...
 
     def logs(self, *, follow: bool = True) -> AsyncIterator[str]:
-        """The lines of the run's output (stdout and stderr), from its beginning, without their line ends.
+        """Read the lines of the run's output (stdout and stderr) from its beginning, without their line ends.
 
         Args:
-            follow: go on until the run has ended; False gives what there is now.
+            follow: Go on until the run has ended. False returns the lines that exist now.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended.
+    """The outcome of a run.
 
     Attributes:
-        status: a terminal status.
-        exit_code: of the project's process; negative for a signal; None if it never got that far.
-        reason: why it did not finish well, in a few words; None if it did.
-        output: the last lines of its output, if it was captured and the run did not finish well.
-        error: the error that ended the run before or outside its own process.
-        tracking_error: why tracking could not be told of this end.
-        cause: what kind of failure it was, if the backend knows; see `kind`.
+        status: The terminal status.
+        exit_code: The exit code of the project's process; negative for a signal; None if the process did not start or
+            its code is not known.
+        reason: The reason why the run did not finish well, in a few words; None if it did.
+        output: The last lines of the run's output, if it was captured and the run did not finish well.
+        error: The error that ended the run before or outside its own process.
+        tracking_error: The error that prevented writing the status to tracking; None if it was written.
+        cause: The kind of failure, if the backend knows it; see `kind`.
     """
 
     status: RunStatus
@@ -168,7 +169,7 @@ class Outcome:
 
     @property
     def kind(self) -> FailureKind | None:
-        """What kind of failure it was; None if the run did not fail."""
+        """The kind of failure; None if the run did not fail."""
         if self.status is not RunStatus.FAILED:
             return None
         if self.cause is not None:
@@ -177,18 +178,18 @@ class Outcome:
             return FailureKind.TIMEOUT
         if self.error is not None:
             return FailureKind.INFRASTRUCTURE
-        # 137 is what a shell makes of the SIGKILL of its child.
+        # bash exits with 128 + 9 if SIGKILL ended its child (Bash Reference Manual, Exit Status).
         return FailureKind.OOM if self.exit_code in (-signal.SIGKILL, 128 + signal.SIGKILL) else FailureKind.FAILURE
 
 
 def failure(name: str, run_id: str, outcome: Outcome, output: Path | None = None) -> ExecutionException:
-    """The error for a run that did not end well: it names the run, the reason and the last lines of its output.
+    """Return the error for a run that did not end well, with its name, the reason and the last lines of its output.
 
     Args:
-        name: of the run.
-        run_id: of the MLflow run.
-        outcome: how it ended.
-        output: the file with its whole output.
+        name: The name of the run.
+        run_id: The id of the MLflow run.
+        outcome: The outcome of the run.
+        output: The file with the whole output; None if there is none.
     """
     cancelled = outcome.status is RunStatus.KILLED
     lines = [f"the run {name!r} ({run_id}) " + ("was cancelled" if cancelled else f"failed: {outcome.reason}")]
@@ -216,13 +217,14 @@ def failure(name: str, run_id: str, outcome: Outcome, output: Path | None = None
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """How long each stage of a run may take, in seconds; None is no limit.
+    """The time limits of the stages of a run, in seconds. None, the default of the first three, sets no limit.
 
     Attributes:
-        queue: waiting for a free slot of the Fleet.
-        setup: from the slot to the start of the command: environment, downloads, image, scheduling by the backend.
-        run: the command itself.
-        cancel_grace: between the request to stop and the end by force.
+        queue: The time of waiting for a free slot of the Fleet.
+        setup: The time from the slot to the start of the command: environment, downloads, image, scheduling by the
+            backend.
+        run: The time of the command itself.
+        cancel_grace: The time between the request to stop and the end by force; 10 s by default.
     """
 
     queue: float | None = None
@@ -239,14 +241,14 @@ class Timeouts:
 
 @dataclass(frozen=True, slots=True)
 class JobRef:
-    """Where a run lives outside this process: enough to attach to it after this process died.
+    """The reference to a run's job outside this process, with which it can be attached to after this process died.
 
-    It is plain JSON and is written to the MLflow run as the tag ``mlfleet.ref``.
+    It is written to the MLflow run as JSON, in the tag ``mlfleet.ref``.
 
     Attributes:
-        backend: the backend's name.
-        run_id: the id of the MLflow run; external names derive from it.
-        data: what else the backend needs (a namespace, a pid), JSON values only.
+        backend: The name of the backend.
+        run_id: The id of the MLflow run, from which external names derive.
+        data: The other facts that the backend needs, such as a namespace; JSON values only.
     """
 
     TAG: ClassVar[str] = "mlfleet.ref"
@@ -256,7 +258,7 @@ class JobRef:
     data: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """This reference as compact JSON."""
+        """Return this reference as compact JSON."""
         return json.dumps(
             {"backend": self.backend, "run_id": self.run_id, "data": dict(self.data)},
             separators=(",", ":"),
@@ -265,10 +267,10 @@ class JobRef:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read what `to_json` wrote.
+        """Read the text that `to_json` wrote.
 
         Raises:
-            SpecError: the text is no such reference.
+            SpecError: The text is not such a reference.
         """
         try:
             raw = json.loads(text)

@@ -1,7 +1,7 @@
-"""run(): the blocking shim, for callers without an event loop.
+"""The blocking functions `run` and `sweep`, for callers without an event loop.
 
-One event loop in a thread of its own serves all calls of the process, whichever threads they come from. The
-interpreter's exit waits for the runs that go on there; an interrupt ends them.
+One event loop in a thread of its own serves all calls of the process, from any thread. The exit of the interpreter
+waits for the active runs; an interrupt ends them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 class BlockingRun:
-    """The handle that `run` returns: that of the reference, and the output.
+    """The handle that `run` returns, with the methods of mlflow's ``SubmittedRun`` and the output.
 
     Every method may be called from any thread.
     """
@@ -52,22 +52,22 @@ class BlockingRun:
         return self._run.run_id
 
     def wait(self) -> bool:
-        """Wait for the end of the run; True if it finished well."""
+        """Wait for the end of the run. Return True if it finished well."""
         return self._loop.call(self._run.wait)
 
     def get_status(self) -> str:
-        """The state of the run now: SCHEDULED, RUNNING, FINISHED, FAILED or KILLED."""
+        """Return the present status of the run: SCHEDULED, RUNNING, FINISHED, FAILED or KILLED."""
         return self._loop.call(self._run.get_status).value
 
     def cancel(self) -> None:
-        """End the run; returns once nothing of it runs any more."""
+        """End the run. Return once all of its processes have ended."""
         self._loop.call(self._run.cancel)
 
     def logs(self, *, follow: bool = True) -> Iterator[str]:
-        """The lines of the run's output from its beginning.
+        """Read the lines of the run's output from its beginning.
 
         Args:
-            follow: go on until the run has ended.
+            follow: Go on until the run has ended. False returns the lines that exist now.
         """
         lines = self._run.logs(follow=follow)
         try:
@@ -103,18 +103,20 @@ def run(
     log_output: bool = False,
     resources: Resources | None = None,
 ) -> BlockingRun:
-    """Run a project, blocking: the signature and the meaning of ``mlflow.projects.run``.
+    """Run a project and block until it has ended, with the arguments and the meaning of ``mlflow.projects.run``.
 
-    Works in a script, in any thread, and inside a running event loop (which it blocks: there, `mlfleet.run_async` is
-    the better one). The arguments are those of `mlfleet.run_async`, but for two: ``synchronous=False`` returns as soon
-    as the MLflow run exists, and the process then waits at its exit for the runs that still go on. ``output=None`` lets
-    a synchronous run inherit this process's stdout and stderr, as in the reference, and captures the output of others.
+    It works in a script, in any thread, and inside a running event loop, which it blocks: prefer `mlfleet.run_async`
+    there. The arguments are those of `mlfleet.run_async`, except for two:
+
+    - ``synchronous=False`` returns as soon as the MLflow run exists. At its exit the process waits for active runs.
+    - ``output=None`` lets a synchronous run inherit the stdout and stderr of this process, as mlflow does, and captures
+      the output of other runs.
 
     Raises:
-        ExecutionException: the run failed (only if `synchronous`).
-        MlfleetError: there was a mistake in the request or the project, or tracking cannot be reached; no run was made.
-        KeyboardInterrupt: the run was ended first and is KILLED. SIGTERM ends all runs likewise and then the process,
-            if nobody else handles it and the first call came from the main thread.
+        ExecutionException: The run failed (only if `synchronous`).
+        MlfleetError: The request or the project is wrong, or tracking cannot be reached. No run was made.
+        KeyboardInterrupt: The run was interrupted; it has ended and is KILLED. SIGTERM ends all runs in the same way
+            and then the process, if the program does not handle it and the first call came from the main thread.
     """
     loop = _loop()
     if output is None:
@@ -155,12 +157,12 @@ def run(
 def sweep(
     uri: str | os.PathLike[str], space: Points, *, tracking_uri: str | None = None, **options: Unpack[SweepOptions]
 ) -> SweepResult:
-    """Run a project at every point of a space, blocking: what `mlfleet.sweep_async` does, with its arguments.
+    """Run a project at every point of a space and block until all runs have ended. See `mlfleet.sweep_async`.
 
     Raises:
-        MlfleetError: there was a mistake in the request, the project or the first point, or tracking cannot be reached;
-            no run was made.
-        KeyboardInterrupt: all runs were ended first and are KILLED.
+        MlfleetError: The request, the project or the first point is wrong, or tracking cannot be reached. No run was
+            made.
+        KeyboardInterrupt: The sweep was interrupted; all its runs have ended and are KILLED.
     """
     if options.get("parent_run_id") is None:
         # mlflow's active run belongs to the calling thread.
@@ -169,14 +171,14 @@ def sweep(
 
 
 class _Loop:
-    """The event loop of this process's blocking calls."""
+    """The event loop for the blocking calls of this process."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="mlfleet", daemon=True)
         self._thread.start()
-        # An exit hook of threading runs while threads can still be started, one of atexit does not: from Python 3.12 on
-        # nothing could be written to the tracking server any more. concurrent.futures uses it for the same reason.
+        # Exit hooks of threading run while threads can still be started, those of atexit do not: from Python 3.12 on
+        # they could not write to the tracking server (python/cpython#104690). concurrent.futures uses the same hook.
         register = getattr(threading, "_register_atexit", atexit.register)
         register(self._at_exit)
         before_sigterm(lambda: self.call(api.close_default_fleets))
@@ -186,7 +188,7 @@ class _Loop:
         self._loop.run_forever()
 
     def call(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Run `work` on the loop and wait; an interrupt meanwhile cancels it and waits for its cleaning up."""
+        """Run `work` on the loop and wait. An interrupt cancels it and waits until it has cleaned up."""
         result: Future[T] = Future()
         tasks: list[asyncio.Task[T]] = []
 
@@ -197,11 +199,11 @@ class _Loop:
         def stop() -> None:
             if tasks:
                 tasks[0].cancel()
-            else:  # it was interrupted before it had begun
+            else:  # the interrupt came before the work had begun
                 result.set_exception(CancelledError())
 
-        # Not anyio's portal: it waits for the loop before it gives a future, and an interrupt meanwhile would leave the
-        # work to itself. Nor run_coroutine_threadsafe: its future is cancelled before the work has ended.
+        # anyio's portal waits for the loop before it returns a future: an interrupt in between would leave the work
+        # running. The future of run_coroutine_threadsafe is cancelled before the work has ended.
         try:
             self._loop.call_soon_threadsafe(begin)
             return result.result()
@@ -212,12 +214,12 @@ class _Loop:
             raise
 
     def _at_exit(self) -> None:
-        """Wait for the runs, unless the interpreter exits because of an interrupt: then end them."""
+        """Wait for the active runs. If the interpreter exits because of an interrupt, end them."""
         try:
             if not is_interrupt(getattr(sys, "last_value", None)):
                 self.call(api.join_default_fleets)
         except KeyboardInterrupt:
-            logger.warning("interrupted: ending the runs that still go on")
+            logger.warning("interrupted: ending the active runs")
         self.call(api.close_default_fleets)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -250,7 +252,7 @@ def _loop() -> _Loop:
 
 
 def _forget() -> None:
-    """A forked child has the loop's thread no more, and its runs are its parent's."""
+    """Forget the loop in a forked child, which does not have its thread. The runs belong to the parent."""
     global _the_loop, _lock
     _lock = threading.Lock()
     _the_loop = None

@@ -17,7 +17,7 @@ T = TypeVar("T")
 class Subscription(Generic[T]):
     """The items that one reader has not read yet, for ``async for``.
 
-    The iteration ends when the writer closes. A reader that is no longer referenced is removed.
+    The iteration ends when the writer closes. Dropping the last reference to a reader removes it.
     """
 
     def __init__(self, size: int, mark: Callable[[T, int], T]) -> None:

@@ -79,7 +79,7 @@ class SingleFlight(Generic[K, V]):
 
 
 class Coalescing(Generic[K, V]):
-    """Like `SingleFlight`, but calls made while a call is in progress share the next one.
+    """A `SingleFlight` in which calls made while a call is in progress share the next one.
 
     So a result never predates its caller, and hundreds of concurrent callers cost a few calls.
     """
