@@ -1,4 +1,4 @@
-"""From a request to a plan: all that can be known, and all that can be wrong, before anything exists elsewhere."""
+"""Plans of runs: everything that can be known and checked before anything is created."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ __all__ = ["Plan", "Planner", "ProjectPlan"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProjectPlan:
-    """What plans that differ in nothing but parameters, tags and their place have in common.
+    """The part of a plan shared by all runs of one project and entry point.
 
     Attributes:
-        project: where its code is.
-        spec: what the project says of itself.
-        entry_point: what is to be run.
-        backend: the name of the backend that will run it; a local project with ``docker_env`` runs on ``docker``.
-        config: what that backend made of ``backend_config``.
-        environment: what to build on this machine; None where the backend brings its own.
-        docker: what a project with ``docker_env`` asks for.
+        project: The fetched project.
+        spec: The contents of its MLproject file.
+        entry_point: The entry point to run.
+        backend: The name of the backend that will run it. With the backend ``local`` a project with ``docker_env`` runs
+            on ``docker``.
+        config: The value of ``backend_config`` as the backend has read it.
+        environment: The environment to build on this machine; None if the backend brings its own.
+        docker: The image and the flags of a project with ``docker_env``; None for other projects.
     """
 
     project: Project
@@ -49,13 +50,13 @@ class ProjectPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan(ProjectPlan):
-    """A run that can be made.
+    """The plan of one run, checked as far as that is possible in advance.
 
     Attributes:
-        request: what was asked for.
-        parameters: resolved for it.
-        tags: of the MLflow run.
-        provisional_command: the command, with the URIs of the parameters that must be downloaded.
+        request: The request.
+        parameters: The parameters, resolved for the entry point.
+        tags: The tags of the MLflow run.
+        provisional_command: The command, with URIs in place of parameters that must be downloaded.
     """
 
     request: RunRequest
@@ -65,14 +66,14 @@ class Plan(ProjectPlan):
 
     @property
     def project_name(self) -> str:
-        """As MLproject says, or the folder's name."""
+        """The name of the project by its MLproject file, or else that of its folder."""
         return self.spec.name or self.spec.folder.name
 
     def command(self, downloaded: Mapping[str, str]) -> str:
-        """The command for bash.
+        """Return the command for bash.
 
         Args:
-            downloaded: the local paths of the parameters that must be downloaded.
+            downloaded: Name → local path of the parameters that had to be downloaded.
         """
         if not self.parameters.downloads:
             return self.provisional_command
@@ -80,11 +81,11 @@ class Plan(ProjectPlan):
 
 
 class Planner:
-    """Makes plans for one Fleet.
+    """A maker of plans for one Fleet.
 
     Args:
-        fetcher: of the Fleet, so that one fetch serves all its runs.
-        backend: gives the Fleet's instance of a backend class, not yet opened.
+        fetcher: The fetcher of the Fleet, so that one fetch serves all its runs.
+        backend: Returns the Fleet's instance of a backend class, which need not be open.
     """
 
     def __init__(self, fetcher: ProjectFetcher, backend: Callable[[type[Backend]], Backend]) -> None:
@@ -98,19 +99,19 @@ class Planner:
     async def plan(
         self, request: RunRequest, *, like: ProjectPlan | None = None, on_progress: Callable[[str], None] | None = None
     ) -> Plan:
-        """Fetch and check all that `request` names. Nothing is left behind but the cache of projects.
+        """Fetch the project and check the whole request. Only the cache of projects may have changed afterwards.
 
         Args:
-            request: what is asked for.
-            like: of a request that differs in nothing but parameters, tags and its place: so that many runs are of one
-                commit, and are planned at no cost.
-            on_progress: is called with lines of the fetching.
+            request: The request.
+            like: The plan of a request for the same project and entry point, so that many runs use one commit and are
+                planned at no cost. Default: the project is fetched and read.
+            on_progress: Called with each line of the fetching.
 
         Raises:
-            MlfleetError: the mistake, whatever it is.
+            MlfleetError: The request, the project or the parameters are wrong.
         """
         if like is None:
-            # Hundreds of runs of one project that are asked for at the same time are looked at together.
+            # Hundreds of runs of one project may be submitted at the same time: their project is planned once.
             like = await self._shared_plans(_key(request), lambda: self._project_plan(request, on_progress))
             await self._throttle.wait()
         if any(parameter.type == "path" for parameter in like.entry_point.parameters.values()):
@@ -118,7 +119,7 @@ class Planner:
         return self._plan(like, request)
 
     async def _project_plan(self, request: RunRequest, on_progress: Callable[[str], None] | None) -> ProjectPlan:
-        # What needs no project comes first: nobody wants to wait for a clone to hear of a mistyped backend.
+        # Check what needs no project first: a mistyped backend is reported without waiting for a clone.
         names = request.backend, request.env_manager
         if names not in self._known_names:
             await PROJECTS.run(lambda: _check_names(*names))
@@ -130,7 +131,7 @@ class Planner:
         return await PROJECTS.run(lambda: self._plan_project(request, project))
 
     def _plan(self, shared: ProjectPlan, request: RunRequest) -> Plan:
-        """Blocking only if there are parameters of the type ``path``."""
+        """Plan one run of a planned project. Blocking only if there are parameters of the type ``path``."""
         backend = self._backend(find(shared.backend))
         parameters = _parameters(shared.entry_point, request, backend, shared.spec.folder)
         return Plan(
@@ -148,7 +149,7 @@ class Planner:
         )
 
     def _plan_fetched_project(self, request: RunRequest) -> ProjectPlan | None:
-        """If nothing need be fetched: one turn in a thread rather than two."""
+        """Plan a project that needs no fetching, in the same call of a thread; None if it must be fetched. Blocking."""
         project = self._fetcher.look(request.uri, request.version)
         return None if project is None else self._plan_project(request, project)
 
@@ -170,7 +171,7 @@ class Planner:
         if docker is None and backend.needs_environment:
             name = choose_manager(request.env_manager, spec.environment)
             environment = create_manager(name).plan(spec.folder, spec.environment)
-        _user()  # which may have to read files: the event loop shall find it known
+        _user()  # fill the cache here, in a thread: getuser() may read /etc/passwd
         return ProjectPlan(
             project=project,
             spec=spec,
@@ -182,7 +183,7 @@ class Planner:
         )
 
     def _read(self, folder: Path) -> ProjectSpec:
-        """The project's spec, read again only when something in the folder's root has changed."""
+        """Read the project's spec, or return the known one if nothing in the root of the folder has changed."""
         signature = _signature(folder)
         known = self._specs.get(folder)
         if known is not None and known[0] == signature:
@@ -196,7 +197,7 @@ def _key(request: RunRequest) -> object:
     """Return a key that is equal for requests that share a `ProjectPlan`."""
     config = request.backend_config
     if request.docker_args or request.docker_auth or not (config is None or isinstance(config, str | os.PathLike)):
-        return object()  # it could hold anything: this one is planned by itself
+        return object()  # mappings need not be hashable: this request is planned by itself
     return (
         request.uri,
         request.version,
@@ -222,7 +223,7 @@ def _provisional_command(entry_point: EntryPoint, parameters: ResolvedParameters
 
 
 def _signature(folder: Path) -> object:
-    """Changes whenever what `read_project` looks at changes: the folder's names, and the files that it may read."""
+    """Return a value that changes with everything that `read_project` reads: the names in the folder, and MLproject."""
     stats = [folder.stat()]
     stats += [entry.stat() for entry in folder.iterdir() if entry.name.lower() == "mlproject"]
     return [(stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats]
@@ -234,13 +235,13 @@ def _check_names(backend: str, env_manager: str | None) -> None:
 
 
 def _backend_name(request: RunRequest, spec: ProjectSpec) -> str:
-    """Return the backend to use: some run projects with ``docker_env`` by another one."""
+    """Return the name of the backend to use. Some backends pass projects with ``docker_env`` to another one."""
     instead = find(request.backend).docker_backend if spec.docker is not None else None
     return instead or request.backend
 
 
 def _tags(request: RunRequest, shared: ProjectPlan) -> dict[str, str]:
-    """The tags that the reference sets (mlflow/utils/mlflow_tags.py), and the caller's."""
+    """Return the tags that mlflow.projects.run sets (mlflow/utils/mlflow_tags.py), and those of the request."""
     project, environment = shared.project, shared.environment
     tags = {
         "mlflow.user": _user(),
@@ -264,7 +265,7 @@ def _tags(request: RunRequest, shared: ProjectPlan) -> dict[str, str]:
 
 
 def _environment_tag(environment: EnvironmentPlan | None, docker: DockerRequest | None) -> str | None:
-    """What was made for the run; the reference has no word for the caller's own environment."""
+    """Return the kind of environment that is made for the run; None for the caller's own, which mlflow does not tag."""
     if docker is not None:
         return "docker"
     return None if environment is None or environment.manager == "local" else environment.manager
@@ -274,5 +275,5 @@ def _environment_tag(environment: EnvironmentPlan | None, docker: DockerRequest 
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError, ImportError):  # no such user in this container
+    except (KeyError, OSError, ImportError):  # the uid of a container need not have a name
         return "unknown"

@@ -130,7 +130,7 @@ class Supervisor(ABC):
         """The id of the MLflow run.
 
         Raises:
-            UsageError: There is no MLflow run.
+            UsageError: The run was cancelled before its MLflow run was created.
         """
         if self.info is None:
             raise UsageError("this run has no MLflow run: it was cancelled before there was one")
