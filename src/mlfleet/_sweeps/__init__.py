@@ -1,4 +1,4 @@
-"""Sweeps: many runs of one project as one thing."""
+"""Sweeps: many runs of one project, driven, recorded and resumed together."""
 
 from mlfleet._sweeps.record import NAME_TAG, SPACE_TAG, STOPPED_TAG, is_driven
 from mlfleet._sweeps.results import Goal, PointResult, SweepCounts, SweepResult

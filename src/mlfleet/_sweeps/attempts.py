@@ -1,4 +1,4 @@
-"""One point of a sweep: taken over from an earlier session, run, and run again where that is wanted."""
+"""The attempts at the points of a sweep: found from an earlier session, run, and run again after failures."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ __all__ = ["Attempts"]
 logger = logging.getLogger("mlfleet.sweep")
 
 LOST_TAG = "mlfleet.lost"
-_EARLY = 5.0  # seconds: a run that fails sooner has hardly begun its work
+_EARLY = 5.0  # seconds; a run that fails sooner has probably not begun its work
 
 
 class Attempts:
-    """Runs the points of one sweep.
+    """A runner of the points of one sweep.
 
     Args:
         context: The services of the Fleet.
-        settings: of the sweep.
-        plan: of its first run; the others differ in their parameters only.
-        record: of the sweep.
-        gate: which a point that waits for its next attempt leaves meanwhile.
+        settings: The settings of the sweep.
+        plan: The plan of the first run. Those of other runs differ only in their parameters.
+        record: The record of the sweep.
+        gate: The gate that a point leaves while it waits for its next attempt.
 
     Attributes:
-        runs: that go on now.
-        retries: how many attempts there were after the first ones.
-        stopping: set when nothing is to be started any more, and what runs is to be ended.
+        runs: The active runs.
+        retries: The number of attempts of this session after the first ones.
+        stopping: Set when no further runs may start and the active ones must be ended.
         grace: The request to stop the runs, if a call named a grace for it.
     """
 
@@ -57,14 +57,14 @@ class Attempts:
         self._record = record
         self._gate = gate
         self._ended = 0
-        self._broken = True  # every run so far has failed early
+        self._only_early_failures = True
         self.runs: set[FleetRun] = set()
         self.retries = 0
         self.stopping = anyio.Event()
         self.grace = StopRequest(0)
 
     async def run(self, index: int, point: Point) -> PointResult:
-        """Everything that is to be done about a point. A cancelled call ends its run."""
+        """Run a point until it needs no further attempt. A cancelled call ends its run."""
         parameters = {**self._settings.request.parameters, **point}
         content = self._record.content
         key = None if content is None else point_key(content, self._settings.request.entry_point, parameters)
@@ -74,34 +74,34 @@ class Attempts:
             return earlier
         return await self._attempts(blank, key, history)
 
-    async def take_back(self, info: RunInfo) -> Outcome | None:
-        """Supervise a run of an earlier session to its end; None: there is nothing of it but its MLflow run."""
+    async def reattach(self, info: RunInfo) -> Outcome | None:
+        """Supervise a run of an earlier session to its end. Return None if it was never started."""
         run = await self._find(info)
         return None if run is None else await self._outcome(run)
 
     async def end_runs(self) -> None:
-        """Wait for `stopping`, and end what runs."""
+        """Wait for `stopping`, then end the active runs."""
         await self.stopping.wait()
         async with anyio.create_task_group() as group:
             for run in tuple(self.runs):
                 group.start_soon(self.end_run, run)
 
     async def end_run(self, run: FleetRun) -> None:
-        """End one run as fast as was asked for."""
+        """End one run with the shortest grace that was requested."""
         await run.cancel(grace=self.grace.remaining)
 
-    def broken_after(self) -> int | None:
-        """How many runs have ended, if all of them failed early; else None."""
-        return self._ended if self._broken and self._ended else None
+    def count_early_failures(self) -> int | None:
+        """Return the number of ended runs if all of them failed early; else None."""
+        return self._ended if self._only_early_failures and self._ended else None
 
     # ---- one point --------------------------------------------------------------------------------------------------
 
     def _settled(self, blank: PointResult, history: History) -> PointResult | None:
-        """The result of a point that needs no further attempt."""
+        """Return the result of a point that needs no further attempt; None if it needs one."""
         done = history.finished
         latest = history.latest
         if done is None and latest is not None and not self._settings.retry_failed and not history.open:
-            # What was lost with its driver did not fail.
+            # A run that was lost with its driver did not fail by itself: it runs again.
             done = latest if latest.status is RunStatus.FAILED and LOST_TAG not in latest.tags else None
         if done is None:
             return None
@@ -118,7 +118,7 @@ class Attempts:
         reason = "it did not finish before the sweep was resumed" if history.runs else None
         while True:
             run: FleetRun | None = None
-            taken_back = bool(left)
+            is_reattached = bool(left)
             try:
                 if left:
                     run = await self._find(left.pop())
@@ -132,15 +132,15 @@ class Attempts:
                 outcome = await self._outcome(run)
             except (TrackingError, BackendError, ParameterError, SpecError) as error:
                 outcome = Outcome(RunStatus.FAILED, reason=_first_line(error), error=error)
-            if taken_back and isinstance(outcome.error, RunLost):
-                reason = outcome.reason  # no attempt of this session: it died with its driver
+            if is_reattached and isinstance(outcome.error, RunLost):
+                reason = outcome.reason  # it died with its driver, which does not count as a try of this session
                 continue
             tries += 1
             result = _result(blank, run, outcome, attempt)
-            if not self._again(outcome, tries):
+            if not self._needs_retry(outcome, tries):
                 return result
             reason = outcome.reason
-            self._tell_retry(result)
+            self._publish_retry(result)
             await self._back_off(tries)
 
     async def _launch(self, blank: PointResult, key: str | None, attempt: int, reason: str | None) -> FleetRun:
@@ -157,7 +157,7 @@ class Attempts:
         return await self._context.launch(await self._context.plan(request, like=self._plan))
 
     async def _find(self, info: RunInfo) -> FleetRun | None:
-        """The run that an earlier session started; None if it never got so far as to be started."""
+        """Attach to the run of an earlier session. Return None if it was never started: its MLflow run is ended."""
         if JobRef.TAG in info.tags:
             return await self._context.attach(info.run_id, timeouts=self._settings.request.timeouts)
         await self._mark_lost(info.run_id, "its driver ended before it was started")
@@ -177,27 +177,27 @@ class Attempts:
             self.runs.discard(run)
         if isinstance(outcome.error, RunLost):
             await self._mark_lost(run.run_id, _first_line(outcome.error))
-        self._note(run, outcome)
+        self._count(run, outcome)
         return outcome
 
     async def _mark_lost(self, run_id: str, reason: str) -> None:
         logger.warning("the run %s was lost: %s", run_id, reason)
         await self._context.tracking.log(run_id, tags={LOST_TAG: reason})
 
-    def _note(self, run: FleetRun, outcome: Outcome) -> None:
+    def _count(self, run: FleetRun, outcome: Outcome) -> None:
         if outcome.status is RunStatus.KILLED:
             return
         self._ended += 1
         seconds = _seconds(run)
         if outcome.status is RunStatus.FINISHED or (seconds is not None and seconds >= _EARLY):
-            self._broken = False
+            self._only_early_failures = False
 
-    def _again(self, outcome: Outcome, tries: int) -> bool:
+    def _needs_retry(self, outcome: Outcome, tries: int) -> bool:
         if self.stopping.is_set() or isinstance(outcome.error, ParameterError | SpecError):
             return False
         return self._settings.retry.again(outcome.kind, tries)
 
-    def _tell_retry(self, failed: PointResult) -> None:
+    def _publish_retry(self, failed: PointResult) -> None:
         self.retries += 1
         event = RunEvent(
             Stage.RETRIED,
@@ -212,7 +212,7 @@ class Attempts:
         self._context.events.publish(event)
 
     async def _back_off(self, tries: int) -> None:
-        """Wait for the next attempt; others may use the place meanwhile."""
+        """Wait for the next attempt. Other points may use the slot in the meantime."""
         self._gate.leave()
         with anyio.move_on_after(self._settings.retry.delay(tries)):
             await self.stopping.wait()
@@ -234,7 +234,7 @@ def _result(blank: PointResult, run: FleetRun | None, outcome: Outcome, attempt:
 
 
 def _seconds(run: FleetRun) -> float | None:
-    """How long the command ran; None if it did not."""
+    """Return the seconds for which the command ran; None if it did not."""
     started, ended = run.times.get(Stage.STARTED), run.times.get(Stage.FINISHED)
     return None if started is None or ended is None else ended - started
 

@@ -1,4 +1,4 @@
-"""What goes on in a sweep: points are pulled when there is a place for them, run, and counted."""
+"""The driver of a sweep: it pulls a point when there is a slot for it, runs it, and counts its end."""
 
 from __future__ import annotations
 
@@ -21,24 +21,29 @@ from mlfleet.tracking.base import RunInfo
 
 __all__ = ["Driver"]
 
-_ELSEWHERE = 100  # runs at once where neither the sweep nor the Fleet has a limit
-_HEED = 3.0  # seconds between two looks whether another process has cancelled the sweep
+_DEFAULT_CONCURRENT = 100  # active points, if neither the sweep nor the Fleet has a limit
+_STATUS_INTERVAL = 3.0  # seconds between two reads of the sweep's status, which another process may set to KILLED
 _BUFFER = 256  # results that may wait for the iterating task
 
 
 class Driver:
-    """Drives one sweep, in one task.
+    """The driver of one sweep, which runs in one task.
+
+    Args:
+        context: The services of the Fleet.
+        points: The space.
+        settings: The settings of the sweep.
 
     Attributes:
-        gate: how many points may be on their way.
-        results: on their way to the caller.
-        entered: set when the sweep has begun, or could not.
-        ended: set when it has its terminal status.
-        error: that ended it.
-        record: of it; None before it has begun.
-        attempts: likewise.
-        stopped: why it ends before its space does.
-        cancelled: whether that is the caller's wish.
+        gate: The limit to the number of active points.
+        results: The results that the caller has not read yet.
+        entered: Set when the sweep has begun, or has failed before.
+        ended: Set when the sweep has its terminal status.
+        error: The error that ended the sweep; None if there was none.
+        record: The record of the sweep; None before it has begun.
+        attempts: The runner of its points; None before it has begun.
+        stopped: The reason why the sweep ends before its space does; None if it does not.
+        cancelled: True if the sweep was cancelled, here or by another process.
     """
 
     def __init__(self, context: RunContext, points: Points, settings: SweepSettings) -> None:
@@ -51,7 +56,7 @@ class Driver:
         self._total: int | None = None
         self._statuses: Counter[RunStatus] = Counter()
         self._earlier = 0
-        self._on_their_way = 0
+        self._active = 0
         self.gate = Gate(settings.max_concurrent or 1)
         self.results = ResultBuffer(_BUFFER)
         self.entered = anyio.Event()
@@ -64,24 +69,24 @@ class Driver:
 
     @property
     def counts(self) -> SweepCounts:
-        """How far the sweep is now."""
+        """The progress of the sweep."""
         return SweepCounts(
             total=self._total,
             finished=self._statuses[RunStatus.FINISHED],
             failed=self._statuses[RunStatus.FAILED],
             killed=self._statuses[RunStatus.KILLED],
-            running=self._on_their_way,
+            running=self._active,
             retries=self.attempts.retries if self.attempts else 0,
             earlier=self._earlier,
         )
 
     def stop(self, reason: str) -> None:
-        """Start nothing more, and end what runs. Only the first reason counts."""
+        """Start no further runs, and end the active ones. Only the first reason counts."""
         if self.stopped is not None:
             return
         self.stopped = reason
         self._pulling.cancel()
-        self.results.unbound()
+        self.results.remove_limit()
         self.gate.open()
         if self.attempts is None:
             self._scope.cancel()
@@ -89,7 +94,7 @@ class Driver:
             self.attempts.stopping.set()
 
     async def run(self) -> None:
-        """From the first point to the terminal status; started once, and never raises."""
+        """Drive the sweep from its first point to its terminal status. Started once; errors are kept in `error`."""
         try:
             with self._scope:
                 async with AsyncExitStack() as stack:
@@ -103,7 +108,7 @@ class Driver:
             self.results.close()
 
     async def _begin(self, stack: AsyncExitStack) -> None:
-        """Find every mistake that can be found before anything exists; then run the points."""
+        """Check the request and the first point before anything is created; then run the points."""
         context, settings = self._context, self._settings
         self._total = await self._source.total()
         first = await self._source.next()
@@ -111,7 +116,7 @@ class Driver:
             raise UsageError("the space of the sweep has no points: there is nothing to run")
         plan = await context.plan(settings.request_for(first))
         if settings.max_concurrent is None:
-            self.gate.resize(context.capacity(plan) or _ELSEWHERE)
+            self.gate.resize(context.capacity(plan) or _DEFAULT_CONCURRENT)
         opening = open_record(
             context.tracking, settings, plan, await context.experiment_id(plan.request), describe(self._points),
             patience=context.tracking_patience,
@@ -136,22 +141,22 @@ class Driver:
     async def _run_points(self, first: Point, record: SweepRecord, attempts: Attempts) -> None:
         async with anyio.create_task_group() as watching:
             watching.start_soon(attempts.end_runs)
-            watching.start_soon(self._heed_others, record)
+            watching.start_soon(self._watch_status, record)
             async with anyio.create_task_group() as points:
                 with self._pulling:
                     await self._pull(first, points)
                 if self.stopped is None:
                     for info in record.unclaimed():
-                        points.start_soon(self._take_back, info)
+                        points.start_soon(self._reattach, info)
             watching.cancel_scope.cancel()
 
-    async def _heed_others(self, record: SweepRecord) -> None:
-        """Another process cancels a sweep by writing so in tracking."""
+    async def _watch_status(self, record: SweepRecord) -> None:
+        """Stop the sweep when another process has cancelled it, which it does by writing KILLED to tracking."""
         while self.stopped is None:
-            await anyio.sleep(_HEED)
-            await self._heed(record)
+            await anyio.sleep(_STATUS_INTERVAL)
+            await self._check_status(record)
 
-    async def _heed(self, record: SweepRecord) -> None:
+    async def _check_status(self, record: SweepRecord) -> None:
         with suppress(TrackingError):
             info = await self._context.tracking.get_run(record.info.run_id)
             if info.status is RunStatus.KILLED and self.stopped is None:
@@ -166,42 +171,42 @@ class Driver:
                 await self.gate.enter()
                 if index > 0:
                     if self._source.adaptive:
-                        await self.results.worked_through()
+                        await self.results.consumed()
                     point = await self._source.next()
                 if point is None:
                     self.gate.leave()
                 else:
-                    self._on_their_way += 1
+                    self._active += 1
                     points.start_soon(self._run_point, index, point)
                     index += 1
         except Exception as error:
             self._fail(error)
 
     async def _run_point(self, index: int, point: Point) -> None:
-        assert self.attempts is not None  # noqa: S101 - there is no point before
+        assert self.attempts is not None  # noqa: S101 - set before the first point runs
         try:
             result = await self.attempts.run(index, point)
         except Exception as error:
             self._fail(error)
             return
         finally:
-            self._on_their_way -= 1
+            self._active -= 1
         self._count(result)
         if result.status is RunStatus.KILLED and self.stopped is None and self.record is not None:
-            await self._heed(self.record)
+            await self._check_status(self.record)
         await self.results.put(result)
         self.gate.leave()
 
-    async def _take_back(self, info: RunInfo) -> None:
-        """See to a run of an earlier session whose point is not in the space any more; it gives no result."""
+    async def _reattach(self, info: RunInfo) -> None:
+        """Supervise a run of an earlier session whose point the space does not have any more. It gives no result."""
         assert self.attempts is not None  # noqa: S101
         try:
-            await self.attempts.take_back(info)
+            await self.attempts.reattach(info)
         except Exception as error:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        """The sweep itself cannot go on."""
+        """Stop the sweep because of an error of its own."""
         if self.error is None:
             self.error = error
         self.stop(f"{type(error).__name__}: {error}")
@@ -215,6 +220,6 @@ class Driver:
         failed, most = self._statuses[RunStatus.FAILED], self._settings.max_failures
         if most is not None and failed >= most:
             self.stop(f"{failed} of at most {most} points failed; the last one: {result.reason}")
-        broken, enough = self.attempts.broken_after(), self._settings.give_up_after
-        if enough is not None and broken is not None and broken >= enough:
-            self.stop(f"the first {broken} runs all failed before they got going; the last one: {result.reason}")
+        early, enough = self.attempts.count_early_failures(), self._settings.give_up_after
+        if enough is not None and early is not None and early >= enough:
+            self.stop(f"the first {early} runs all failed before they got going; the last one: {result.reason}")

@@ -1,4 +1,4 @@
-"""The points of a sweep: pulled one by one from their space, and admitted a limited number at a time."""
+"""The points of a sweep: one by one from their space, and a limited number at a time."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ __all__ = ["Gate", "Source", "point_key"]
 
 
 class Gate:
-    """First come, first served.
+    """A limit to the number of active points, first come, first served. It can be resized and paused.
 
     Args:
-        size: how many may be inside.
+        size: The number of points that may be active at the same time.
+
+    Attributes:
+        size: The present limit.
+        paused: True while no further points are admitted.
     """
 
     def __init__(self, size: int) -> None:
@@ -32,7 +36,7 @@ class Gate:
         self._waiting: deque[anyio.Event] = deque()
 
     async def enter(self) -> None:
-        """Wait for a place. A cancelled call takes none."""
+        """Wait for a slot and take it. A cancelled call takes none."""
         turn = anyio.Event()
         self._waiting.append(turn)
         self._admit()
@@ -46,22 +50,22 @@ class Gate:
             raise
 
     def leave(self) -> None:
-        """Give a place back."""
+        """Give a slot back."""
         self._inside -= 1
         self._admit()
 
     def resize(self, size: int) -> None:
-        """Let so many in; those who are inside stay there."""
+        """Change the limit. Active points keep their slots."""
         self.size = size
         self._admit()
 
     def pause(self, paused: bool) -> None:
-        """Let nobody in for a while."""
+        """Admit no further points (True), or admit them again (False)."""
         self.paused = paused
         self._admit()
 
     def open(self) -> None:
-        """Let everybody in from now on."""
+        """Admit all points from now on, beyond the limit."""
         self._is_open = True
         self._admit()
 
@@ -72,17 +76,17 @@ class Gate:
 
 
 class Source:
-    """Pulls the points.
+    """A reader of the points of a space.
 
     Args:
-        points: the space.
+        points: The space.
 
     Raises:
-        UsageError: it is none.
+        UsageError: The value cannot be a space.
 
     Attributes:
-        adaptive: whether the space may want to see how earlier points ended before it gives the next: any asynchronous
-            iterable of the caller's own.
+        adaptive: True if the next point may depend on the results of earlier ones, as with any asynchronous iterable
+            of the caller.
     """
 
     def __init__(self, points: Points) -> None:
@@ -97,15 +101,15 @@ class Source:
         self._count = 0
 
     async def total(self) -> int | None:
-        """How many points there are, if that is known without pulling them."""
+        """Return the number of points, or None if it is not known before all are pulled."""
         points = self._points
         return await FILES.run(lambda: len(points)) if isinstance(points, Sized) else None
 
     async def next(self) -> Point | None:
-        """The next point; None when there is no more. What the space raises comes out as it is.
+        """Return the next point, or None at the end. Errors that the space raises are not wrapped.
 
         Raises:
-            UsageError: it is no mapping of names to values.
+            UsageError: The point is not a mapping of names to values.
         """
         if self._iterator is None:
             points = self._points
@@ -122,7 +126,7 @@ class Source:
         return point
 
     async def close(self) -> None:
-        """Let a generator end."""
+        """Close the space if it is a generator."""
         iterator = self._iterator
         if isinstance(iterator, AsyncGenerator):
             await iterator.aclose()
@@ -135,12 +139,12 @@ def _is_point(point: object) -> bool:
 
 
 def point_key(content: str, entry_point: str, parameters: Mapping[str, Any]) -> str:
-    """What a point is recognised by when its sweep is resumed.
+    """Return the key by which a point is recognised when its sweep is resumed.
 
     Args:
-        content: of the project: a commit or a hash.
-        entry_point: that is run.
-        parameters: all that are given to it.
+        content: The commit or the content hash of the project.
+        entry_point: The name of the entry point.
+        parameters: All parameters of the run.
     """
     named = sorted((name, str(value)) for name, value in parameters.items())
     return hashlib.sha256(json.dumps([content, entry_point, named]).encode()).hexdigest()[:32]

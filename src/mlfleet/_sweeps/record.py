@@ -1,4 +1,4 @@
-"""A sweep as tracking knows it: one MLflow run for all, and what earlier sessions of it have left."""
+"""The record of a sweep in tracking, with the runs of earlier sessions, and the notes of sweeps on this machine."""
 
 from __future__ import annotations
 
@@ -37,55 +37,55 @@ logger = logging.getLogger("mlfleet.sweep")
 
 NAME_TAG = "mlfleet.sweep.name"
 SPACE_TAG = "mlfleet.sweep.space"
+STOPPED_TAG = "mlfleet.sweep.stopped"
 _CONTENT_TAG = "mlfleet.sweep.content"
 _COUNTS_TAG = "mlfleet.sweep.counts"
-STOPPED_TAG = "mlfleet.sweep.stopped"
 _LOCK_WAIT = 1.0  # seconds
-_MOST_CHILDREN = 50_000  # what mlflow's own stores give at most
+_MOST_CHILDREN = 50_000  # runs; the limit of mlflow's stores (SEARCH_MAX_RESULTS_THRESHOLD)
 
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What earlier sessions of the sweep did about one point; the newest attempt first."""
+    """The attempts of earlier sessions at one point, the newest first."""
 
     runs: tuple[RunInfo, ...] = ()
 
     @classmethod
     def of(cls, runs: Sequence[RunInfo]) -> Self:
-        """From the runs of one point, in any order."""
+        """Make the history of a point from its runs, in any order."""
         return cls(tuple(sorted(runs, key=_attempt, reverse=True)))
 
     @property
     def finished(self) -> RunInfo | None:
-        """The run that finished well."""
+        """The run that finished well; None if none did."""
         return next((run for run in self.runs if run.status is RunStatus.FINISHED), None)
 
     @property
     def open(self) -> tuple[RunInfo, ...]:
-        """Runs that have not ended, as far as tracking knows."""
+        """The runs that have not ended, as far as tracking knows."""
         return tuple(run for run in self.runs if not run.status.is_terminal)
 
     @property
     def latest(self) -> RunInfo | None:
-        """The last attempt."""
+        """The last attempt; None if there was none."""
         return self.runs[0] if self.runs else None
 
     @property
     def attempts(self) -> int:
-        """How many attempts there were."""
+        """The number of attempts."""
         return _attempt(self.runs[0]) if self.runs else 0
 
 
 @dataclass(slots=True)
 class SweepRecord:
-    """The MLflow run of the sweep.
+    """The MLflow run of a sweep, and the runs of its earlier sessions.
 
     Attributes:
-        info: as it was when the sweep began.
-        content: what the project's files are recognised by; None if the sweep has no name.
-        status: that the run gets at the end.
-        counts: that are written at the end.
-        stopped: why the sweep ended early.
+        info: The MLflow run as it was when the sweep began.
+        content: The commit or the content hash of the project; None if the sweep has no name.
+        status: The status that the MLflow run gets at the end.
+        counts: The counts that are written at the end.
+        stopped: The reason why the sweep ended early; None if it did not.
     """
 
     info: RunInfo
@@ -96,18 +96,19 @@ class SweepRecord:
     _earlier: dict[str, dict[str, list[RunInfo]]] = field(default_factory=dict)
 
     def remember(self, children: Sequence[RunInfo]) -> None:
-        """Take over what earlier sessions have left."""
+        """Remember the runs of earlier sessions."""
         for child in children:
             key = child.tags.get(SweepMember.KEY_TAG, "")
             points = self._earlier.setdefault(key, defaultdict(list))
             points[child.tags.get(SweepMember.INDEX_TAG, "")].append(child)
 
     def recall(self, key: str, index: int) -> History:
-        """What was done about a point; each history is given once, since a space may hold a point twice."""
+        """Return the history of a point and forget it: a space may hold the same point twice."""
         points = self._earlier.get(key)
         if not points:
             return History()
-        # Of equal points the one at the same place, if it is there: the space may have changed.
+        # Equal points may have several histories. Prefer the one of the same index, which may be gone: the space may
+        # have changed.
         place = str(index) if str(index) in points else next(iter(points))
         history = History.of(points.pop(place))
         if not points:
@@ -115,7 +116,7 @@ class SweepRecord:
         return history
 
     def unclaimed(self) -> list[RunInfo]:
-        """Runs that have not ended, of points that the space does not have any more."""
+        """Return the runs that have not ended, of points that the space does not have any more."""
         left = [History.of(runs) for points in self._earlier.values() for runs in points.values()]
         return [run for history in left for run in history.open]
 
@@ -130,19 +131,19 @@ async def open_record(
     *,
     patience: float,
 ) -> AsyncIterator[SweepRecord]:
-    """The record of a sweep for the time of the block; after it the MLflow run has its terminal status.
+    """Open the record of a sweep for the time of the block. After it the MLflow run has its terminal status.
 
     Args:
-        tracking: where it is kept.
-        settings: of the sweep.
-        plan: of its first run.
-        experiment_id: of all its runs.
-        space: what the space is.
-        patience: seconds for which the last requests are tried again.
+        tracking: The tracking server or store.
+        settings: The settings of the sweep.
+        plan: The plan of the first run.
+        experiment_id: The id of the experiment of all runs.
+        space: The description of the space.
+        patience: Seconds for which the last requests are tried again.
 
     Raises:
-        UsageError: the name is taken, or the project has changed.
-        MlfleetError: the project cannot be read; tracking cannot be reached.
+        UsageError: The name is taken, or the project has changed.
+        MlfleetError: The project cannot be read, or tracking cannot be reached.
     """
     async with AsyncExitStack() as stack:
         lock: Path | None = None
@@ -175,7 +176,7 @@ async def open_record(
 
 
 async def _lock(stack: AsyncExitStack, path: Path, name: str) -> None:
-    """Two drivers of one sweep would run each point twice. They are noticed if they share this machine."""
+    """Lock a sweep: two drivers would run each point twice. The lock reaches only as far as this machine."""
     with anyio.move_on_after(_LOCK_WAIT):
         await stack.enter_async_context(file_lock(path))
         return
@@ -183,7 +184,7 @@ async def _lock(stack: AsyncExitStack, path: Path, name: str) -> None:
 
 
 async def is_driven(tracking: Tracking, info: RunInfo) -> bool:
-    """Whether a process of this machine drives a sweep now; of one without a name that is not known: False."""
+    """Return True if a process of this machine drives a sweep now; False if not, or if the sweep has no name."""
     name = info.tags.get(NAME_TAG)
     if name is None:
         return False
@@ -194,7 +195,7 @@ async def is_driven(tracking: Tracking, info: RunInfo) -> bool:
 
 
 async def _content(plan: Plan) -> str:
-    """A commit tells what a cached project holds; a folder of the user's own may have been edited since."""
+    """Return the commit of a cached project, or the hash of a folder of the user, which may have been edited since."""
     project = plan.project
     return project.commit if project.cached and project.commit else await content_hash(plan.spec.folder)
 
@@ -202,7 +203,7 @@ async def _content(plan: Plan) -> str:
 async def _earlier(
     tracking: Tracking, settings: SweepSettings, experiment_id: str, content: str | None
 ) -> SweepRecord | None:
-    """The record of the sweep of that name, with all its runs; None if there is none."""
+    """Return the record of the earlier sweep of that name, with all its runs; None if it does not exist."""
     if settings.name is None:
         return None
     found = await tracking.search_runs([experiment_id], f"tags.`{NAME_TAG}` = '{settings.name}'", max_results=1)
@@ -277,15 +278,16 @@ def _attempt(run: RunInfo) -> int:
 
 @dataclass(frozen=True, slots=True)
 class SweepEntry:
-    """A sweep that has not ended.
+    """A sweep of this machine that has not ended.
 
     Attributes:
-        run_id: of its MLflow run.
-        name: that it was given.
-        project: its URI.
-        tracking: where its runs are.
-        began: when it was begun, or gone on with.
-        driven: whether a process drives it now; if not, that was killed, and the sweep can be resumed.
+        run_id: The id of the sweep's MLflow run.
+        name: The name of the sweep.
+        project: The URI of the project.
+        tracking: The URI of the tracking server or store.
+        began: The time at which the sweep was begun or resumed.
+        driven: True if a process drives the sweep now. False means that the process was killed, and the sweep can be
+            resumed.
     """
 
     run_id: str
@@ -297,13 +299,13 @@ class SweepEntry:
 
 
 def lock_path(tracking: Tracking, experiment_id: str, name: str) -> Path:
-    """What the process that drives a sweep holds."""
+    """Return the path of the lock that the process that drives a sweep holds."""
     digest = hashlib.sha256(json.dumps([tracking.uri, experiment_id, name]).encode()).hexdigest()[:32]
     return sweeps_folder() / f"{digest}.lock"
 
 
 def write_note(lock: Path, tracking: Tracking, info: RunInfo, name: str, project: str) -> None:
-    """Note a sweep whose lock is held. Blocking."""
+    """Write the note of a sweep whose lock is held. Blocking."""
     facts = {"run_id": info.run_id, "name": name, "project": mask_uri(project), "tracking": mask_uri(tracking.uri)}
     unfinished = lock.with_suffix(".new")
     unfinished.write_text(json.dumps(facts), encoding="utf-8")
@@ -317,7 +319,7 @@ def forget(lock: Path) -> None:
 
 
 def list_sweeps() -> list[SweepEntry]:
-    """All of them, the newest first. Blocking."""
+    """Return the sweeps of this machine that have not ended, the newest first. Blocking."""
     found = []
     for note in sweeps_folder().glob("*.json"):
         with suppress(OSError, ValueError, KeyError, TypeError), unleased(note.with_suffix(".lock")) as free:

@@ -1,13 +1,14 @@
-"""What a sweep gives: one result for each point."""
+"""The results of a sweep: one for each point."""
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
+
+import anyio
 
 from mlfleet._engine.run import FleetRun
 from mlfleet.errors import ExecutionException, UsageError
@@ -19,27 +20,27 @@ if TYPE_CHECKING:
 __all__ = ["Goal", "PointResult", "ResultBuffer", "SweepCounts", "SweepResult"]
 
 Goal = Literal["min", "max"]
-"""Which values of a metric are good."""
+"""The direction in which the values of a metric are better."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PointResult:
-    """How one point of a sweep ended.
+    """The result of one point of a sweep.
 
     Attributes:
-        index: of the point, counted from 0 in the order in which the space gave them.
-        point: the very mapping that the space gave.
-        parameters: of the run: those that all runs of the sweep have, and the point.
+        index: The number of the point, counted from 0 in the order of the space.
+        point: The mapping that the space gave, as the same object.
+        parameters: The parameters of the run: those that all runs of the sweep share, and those of the point.
         status: FINISHED, FAILED or KILLED.
-        run_id: of the MLflow run of the last attempt; None if there never was one.
-        reason: why it did not finish well; None if it did.
-        kind: of the failure.
-        exit_code: of the last attempt's process, if it got that far.
-        attempts: how many there were, those of earlier sessions of the sweep included.
-        seconds: that the last attempt's command took; None if it never ran, or in an earlier session.
-        metrics: the latest value of each metric of the run.
-        earlier: whether all of it happened before the sweep was resumed.
-        run: the handle of the last attempt, which has ended; None if there is none.
+        run_id: The id of the MLflow run of the last attempt; None if no attempt has one.
+        reason: The reason why the point did not finish well; None if it did.
+        kind: The kind of the failure; None if the point did not fail.
+        exit_code: The exit code of the last attempt's process; None if it did not start.
+        attempts: The number of attempts, including those of earlier sessions of the sweep.
+        seconds: The seconds that the last attempt's command took; None if it did not run in this session.
+        metrics: The latest value of each metric of the run.
+        earlier: True if all attempts ended before the sweep was resumed.
+        run: The handle of the last attempt, which has ended; None if there was none in this session.
     """
 
     index: int
@@ -59,16 +60,16 @@ class PointResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepCounts:
-    """How far a sweep is.
+    """The progress of a sweep, in numbers of points.
 
     Attributes:
-        total: how many points the space has; None if it cannot tell.
-        finished: points that finished well.
-        failed: points that failed for good.
-        killed: points that were cancelled.
-        running: points that are on their way now.
-        retries: attempts after the first one of their point, in this session.
-        earlier: of finished and failed, those that had ended before the sweep was resumed.
+        total: The points of the space; None if the space does not know.
+        finished: The points that finished well.
+        failed: The points that failed and are not tried again.
+        killed: The points that were cancelled.
+        running: The points that are active now.
+        retries: The attempts of this session after the first one of their point.
+        earlier: The finished and failed points that had ended before the sweep was resumed.
     """
 
     total: int | None = None
@@ -81,7 +82,7 @@ class SweepCounts:
 
     @property
     def ended(self) -> int:
-        """Points that have their result."""
+        """The points that have their result."""
         return self.finished + self.failed + self.killed
 
 
@@ -90,12 +91,12 @@ class SweepResult:
     """A sweep that has ended.
 
     Attributes:
-        name: of the sweep.
-        run_id: of its MLflow run.
-        status: of that run: FINISHED if all points finished well, KILLED if it was left early, else FAILED.
-        stopped: why it ended before its space did; None if it did not.
-        counts: how its points ended.
-        results: one for each point, in the order of the space.
+        name: The name of the sweep; None if it has none.
+        run_id: The id of the sweep's MLflow run.
+        status: FINISHED if all points finished well, KILLED if the sweep was cancelled or left early, else FAILED.
+        stopped: The reason why the sweep ended before its space did; None if it did not.
+        counts: The numbers of points by their end.
+        results: The results of the points, in the order of the space.
     """
 
     name: str | None
@@ -106,14 +107,14 @@ class SweepResult:
     results: tuple[PointResult, ...]
 
     def best(self, metric: str, goal: Goal = "min") -> PointResult:
-        """The point that finished well with the best value of a metric; of equal ones the first.
+        """Return the finished point with the best value of a metric, and of equal ones the first.
 
         Args:
-            metric: its name.
-            goal: ``min`` or ``max``.
+            metric: The name of the metric.
+            goal: ``min`` (the default) or ``max``.
 
         Raises:
-            UsageError: no point that finished has a (finite) value for it.
+            UsageError: No finished point has a finite value of the metric.
         """
         if goal not in ("min", "max"):
             raise UsageError(f"goal is {goal!r}: give 'min' or 'max'")
@@ -130,10 +131,10 @@ class SweepResult:
         return pick(candidates, key=lambda result: result.metrics[metric])
 
     def check(self) -> None:
-        """Raise if the sweep did not finish well.
+        """Raise an error if the sweep did not finish well.
 
         Raises:
-            ExecutionException: with the first few reasons.
+            ExecutionException: The sweep did not finish well. The error has the reasons of the first five points.
         """
         if self.status is RunStatus.FINISHED:
             return
@@ -144,7 +145,7 @@ class SweepResult:
         raise ExecutionException("\n".join(lines), run_id=self.run_id, reason=self.stopped or lines[0])
 
     def rows(self) -> list[dict[str, Any]]:
-        """One flat mapping for each point: its parameters (``params.x``), its metrics (``metrics.x``) and the rest."""
+        """Return a flat mapping for each point, with its parameters (``params.x``) and metrics (``metrics.x``)."""
         return [
             {
                 "index": result.index,
@@ -161,7 +162,7 @@ class SweepResult:
         ]
 
     def to_pandas(self) -> pandas.DataFrame:
-        """`rows` as a data frame.
+        """Return `rows` as a data frame.
 
         Raises:
             UsageError: pandas is not installed.
@@ -174,10 +175,10 @@ class SweepResult:
 
 
 class ResultBuffer:
-    """Results on their way to the one who iterates over the sweep.
+    """A bounded buffer between the points of a sweep and the task that iterates over it.
 
     Args:
-        size: how many wait here before those who put more have to wait.
+        size: The number of results that fit into the buffer. Tasks that put more wait for room.
     """
 
     def __init__(self, size: int) -> None:
@@ -185,7 +186,7 @@ class ResultBuffer:
         self._items: deque[PointResult] = deque()
         self._taken = False
         self._closed = False
-        self._changed = asyncio.Event()
+        self._changed = anyio.Event()
 
     async def put(self, result: PointResult) -> None:
         """Add a result as soon as there is room."""
@@ -195,7 +196,7 @@ class ResultBuffer:
         self._wake()
 
     async def get(self) -> PointResult | None:
-        """The next result; None when there will be no more. The one before is taken as worked through."""
+        """Wait for the next result and return it, or None at the end. The previous result is consumed by this call."""
         self._taken = False
         self._wake()
         while not self._items:
@@ -207,26 +208,26 @@ class ResultBuffer:
         self._wake()
         return result
 
-    async def worked_through(self) -> None:
-        """Wait until everything that was put has been taken and the taker has come back."""
+    async def consumed(self) -> None:
+        """Wait until the reader has asked for the next result after all that were put."""
         while self._items or self._taken:
             await self._changed.wait()
 
-    def unbound(self) -> None:
-        """Let nobody wait for room any more."""
+    def remove_limit(self) -> None:
+        """Let all further `put` calls return without waiting."""
         self._size = math.inf
         self._wake()
 
     def close(self) -> None:
-        """There will be no more results."""
+        """End the iteration after the results that are in the buffer."""
         self._closed = True
         self._wake()
 
     def _wake(self) -> None:
-        changed, self._changed = self._changed, asyncio.Event()
+        changed, self._changed = self._changed, anyio.Event()
         changed.set()
 
 
 def in_order(results: Sequence[PointResult]) -> tuple[PointResult, ...]:
-    """In the order of the space."""
+    """Return the results in the order of the space."""
     return tuple(sorted(results, key=lambda result: result.index))

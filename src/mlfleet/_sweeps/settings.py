@@ -1,4 +1,4 @@
-"""What a sweep is asked to be, checked as far as that needs no project."""
+"""The settings of a sweep, checked as far as that needs no project."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from mlfleet.runs import FailureKind
 __all__ = ["GIVE_UP_AFTER", "OnFailure", "Resume", "Retry", "SweepOptions", "SweepSettings"]
 
 OnFailure = Literal["continue", "stop"]
-"""What a failed point means for the others."""
+"""The effect of a failed point on the others."""
 
 Resume = bool | Literal["changed"]
-"""Whether to go on with an earlier sweep; ``"changed"``: also if the project is another one by now."""
+"""True continues an earlier sweep; ``"changed"`` does so even if the project has changed since."""
 
 GIVE_UP_AFTER = 10
+"""The default number of first runs that must all fail early before a sweep gives up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retry:
-    """How often a point of a sweep is tried. Its parameters never change.
+    """The rule by which a failed point of a sweep is tried again, with the same parameters.
 
     Attributes:
-        attempts: how often at most, the first time included.
-        on: the kinds of failure that are tried again, as `FailureKind` or its text; all by default. A point whose own
+        attempts: The largest number of attempts, including the first one. Default: 1, no retry.
+        on: The kinds of failure that are tried again, as `FailureKind` or its text. Default: all. A point whose own
             parameters are wrong is never tried again.
-        backoff: seconds before the second attempt, about: it is spread by half, so that many that failed together do
-            not come back together. Doubled before each further attempt.
-        max_backoff: seconds that no wait exceeds.
+        backoff: Seconds before the second attempt, doubled before each further one. Each wait is randomly half as long
+            to one and a half times as long, so that points that failed together do not start together. Default: 1.
+        max_backoff: The longest wait in seconds. Default: 60.
     """
 
     attempts: int = 1
@@ -54,17 +55,17 @@ class Retry:
             raise UsageError(f"Retry: {error}: the kinds of failure are {known}") from error
 
     def again(self, kind: FailureKind | None, tries: int) -> bool:
-        """Whether a point that failed so is tried again, after as many tries."""
+        """Return True if a point is tried again after a failure of that kind and that many tries."""
         return kind in self.on and tries < self.attempts
 
     def delay(self, tries: int) -> float:
-        """Seconds to wait after as many tries."""
-        spread = random.uniform(0.5, 1.5)  # noqa: S311 - nothing secret depends on it
+        """Return the seconds to wait after that many tries."""
+        spread = random.uniform(0.5, 1.5)  # noqa: S311 - not for secrets
         return float(min(self.backoff * 2 ** min(tries - 1, 60) * spread, self.max_backoff))
 
 
 class SweepOptions(RunOptions, total=False):
-    """The arguments of `Fleet.sweep` after the first two, for those who pass them on."""
+    """The arguments of `Fleet.sweep` after the first two, for functions that pass them on."""
 
     entry_point: str
     version: str | None
@@ -82,17 +83,17 @@ class SweepOptions(RunOptions, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepSettings:
-    """See `Fleet.sweep`.
+    """The checked arguments of `Fleet.sweep`.
 
     Attributes:
-        request: what all runs have in common.
-        name: of the sweep.
-        resume: whether to go on with the sweep of that name.
-        retry_failed: whether to run again what failed in it.
-        max_concurrent: how many runs at once; None: as many as the Fleet lets run.
-        max_failures: how many points may fail before the sweep stops; None: all.
-        give_up_after: stop if the first so many runs all fail at once; None: never.
-        retry: of failed points.
+        request: The request that all runs share.
+        name: The name of the sweep; None if it has none and cannot be resumed.
+        resume: Continue the sweep of that name, if it exists.
+        retry_failed: Run failed points again when resuming.
+        max_concurrent: The number of points that are active at the same time; None: as many as the Fleet admits.
+        max_failures: The number of failed points that ends the sweep; None: any number may fail.
+        give_up_after: The number of first runs that must all fail early before the sweep ends; None: it never does.
+        retry: The rule by which failed points are tried again.
     """
 
     request: RunRequest
@@ -105,7 +106,7 @@ class SweepSettings:
     retry: Retry = field(default_factory=Retry)
 
     def request_for(self, point: Mapping[str, Any]) -> RunRequest:
-        """The request of one point."""
+        """Return the request of one point."""
         return replace(self.request, parameters={**self.request.parameters, **point})
 
     def __post_init__(self) -> None:

@@ -25,11 +25,11 @@ __all__ = ["Sweep"]
 
 
 class Sweep:
-    """A sweep: made by `Fleet.sweep`, used as ``async with … as sweep: async for result in sweep: …``.
+    """A sweep, made by `Fleet.sweep` and used as ``async with … as sweep: async for result in sweep: …``.
 
-    Entering it finds every mistake of the request, and of the first point, before anything exists. Iterating gives the
-    results as the points end; a failed point is a result like any other. The iteration ends when the sweep's own MLflow
-    run has its terminal status. Leaving the block before that cancels what still runs.
+    Entering it checks the request and the first point before anything is created. Iterating gives the results as the
+    points end; failed points are results, not exceptions. The iteration ends when the sweep's own MLflow run has its
+    terminal status. Leaving the block before that cancels the active runs.
     """
 
     def __init__(self, context: RunContext, points: Points, settings: SweepSettings) -> None:
@@ -71,22 +71,22 @@ class Sweep:
 
     @property
     def name(self) -> str | None:
-        """The name that the sweep was given."""
+        """The name of the sweep; None if it has none."""
         return self._settings.name
 
     @property
     def run_id(self) -> str:
-        """The MLflow run of the sweep, the parent of its runs."""
+        """The id of the MLflow run of the sweep, which is the parent of its runs."""
         return self._record.info.run_id
 
     @property
     def run_name(self) -> str:
-        """The name of that run; those of the points are this with ``-`` and their index."""
+        """The name of the MLflow run of the sweep. The runs of its points add ``-`` and their index."""
         return self._record.info.name
 
     @property
     def experiment_id(self) -> str:
-        """The experiment of the sweep and all its runs."""
+        """The id of the experiment of the sweep and all its runs."""
         return self._record.info.experiment_id
 
     @property
@@ -96,36 +96,36 @@ class Sweep:
 
     @property
     def status(self) -> RunStatus:
-        """RUNNING until the sweep has ended, then how it ended."""
+        """RUNNING until the sweep has ended, then its terminal status."""
         return self._record.status if self._driver.ended.is_set() else RunStatus.RUNNING
 
     @property
     def counts(self) -> SweepCounts:
-        """How far the sweep is now."""
+        """The progress of the sweep."""
         return self._driver.counts
 
     @property
     def runs(self) -> tuple[FleetRun, ...]:
-        """The runs that go on now."""
+        """The active runs."""
         return tuple(self._driver.attempts.runs) if self._driver.attempts else ()
 
     @property
     def max_concurrent(self) -> int:
-        """How many points may be on their way at once."""
+        """The number of points that may be active at the same time."""
         return self._driver.gate.size
 
     @property
     def paused(self) -> bool:
-        """Whether it starts no runs for now."""
+        """True between `pause` and `resume`."""
         return self._driver.gate.paused
 
     @property
     def stopped(self) -> str | None:
-        """Why the sweep ends, or has ended, before its space does; None if it does not."""
+        """The reason why the sweep ends, or has ended, before its space does; None if it does not."""
         return self._driver.stopped
 
     def pause(self) -> None:
-        """Start no further runs until `resume`; those that run go on."""
+        """Start no further runs until `resume`. Active runs continue."""
         self._driver.gate.pause(True)
 
     def resume(self) -> None:
@@ -133,25 +133,28 @@ class Sweep:
         self._driver.gate.pause(False)
 
     def resize(self, max_concurrent: int) -> None:
-        """Let so many points be on their way at once from now on. What runs already goes on.
+        """Change the number of points that may be active at the same time. Active runs continue.
 
-        The Fleet's own limits still hold.
+        The limits of the Fleet still hold.
+
+        Args:
+            max_concurrent: The new number, 1 or more.
 
         Raises:
-            UsageError: it is less than 1.
+            UsageError: The number is less than 1.
         """
         if type(max_concurrent) is not int or max_concurrent < 1:
             raise UsageError(f"max_concurrent is {max_concurrent!r}: give 1 or more, or pause the sweep")
         self._driver.gate.resize(max_concurrent)
 
     async def cancel(self, *, grace: float | None = None) -> None:
-        """Start no further runs and end those that run; returns when the sweep has ended (KILLED).
+        """Start no further runs and end the active ones. Return when the sweep has ended (KILLED).
 
-        The results of the cancelled runs can still be iterated over. A sweep that has ended stays as it is.
+        The results of the cancelled runs can still be iterated over. A sweep that has ended keeps its status.
 
         Args:
-            grace: seconds between the request to stop and the end by force, 0 kills at once; None: as the timeouts say.
-                Of several calls, also at the same time, the shortest grace counts.
+            grace: Seconds between the request to stop and the end by force; 0 kills at once. Default: the
+                ``cancel_grace`` of the runs. Of several calls the shortest grace counts.
         """
         driver = self._driver
         if driver.ended.is_set():
@@ -168,10 +171,10 @@ class Sweep:
         await driver.ended.wait()
 
     async def result(self, seen: Sequence[PointResult] = ()) -> SweepResult:
-        """Wait for the end, and give everything together. What the space raised is raised.
+        """Wait for the end and return all results. An error that the space raised is raised again.
 
         Args:
-            seen: results that were iterated over before.
+            seen: The results that were iterated over before.
         """
         results = [*seen, *[result async for result in self]]
         return SweepResult(
@@ -190,7 +193,7 @@ class Sweep:
         return self._driver.record
 
     async def _leave(self) -> None:
-        """Cancel the sweep if it has not ended, and wait for its end, however often the caller is cancelled."""
+        """Cancel the sweep if it has not ended, and wait for its end through any cancellations of the caller."""
         await complete(self._end, restart=True)
 
     async def _end(self) -> None:
