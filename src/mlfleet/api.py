@@ -29,7 +29,6 @@ __all__ = [
     "attach",
     "close_default_fleets",
     "default_fleet",
-    "finish_or_cancel",
     "join_default_fleets",
     "run_async",
     "submit",
@@ -135,7 +134,11 @@ async def run_async(
         resources=resources,
     )
     if synchronous:
-        await finish_or_cancel(run)
+        try:
+            await run.check()
+        except asyncio.CancelledError:
+            await complete(run.cancel, restart=True)
+            raise
     return run
 
 
@@ -201,15 +204,6 @@ async def sweep_async(
     """
     async with Fleet(tracking_uri=tracking_uri) as fleet, fleet.sweep(uri, space, **options) as sweep:
         return await sweep.result()
-
-
-async def finish_or_cancel(run: FleetRun) -> None:
-    """Wait for the end of a run, and raise an error if it failed. A cancelled call ends the run before it raises."""
-    try:
-        await run.check()
-    except asyncio.CancelledError:
-        await complete(run.cancel, restart=True)
-        raise
 
 
 class _Fleets:

@@ -121,9 +121,10 @@ def run(
     loop = _loop()
     if output is None:
         output = "inherit" if synchronous and not log_output else "capture"
+    # One call: an interrupt between two of them would leave the run to itself.
     submitted = loop.call(
         partial(
-            api.submit,
+            api.run_async,
             uri,
             entry_point,
             version,
@@ -135,6 +136,7 @@ def run(
             backend=backend,
             backend_config=backend_config,
             storage_dir=storage_dir,
+            synchronous=synchronous,
             run_id=run_id,
             run_name=run_name,
             env_manager=env_manager,
@@ -149,8 +151,6 @@ def run(
             resources=resources,
         )
     )
-    if synchronous:
-        loop.call(partial(api.finish_or_cancel, submitted))
     return BlockingRun(submitted, loop)
 
 
