@@ -7,7 +7,9 @@ import io
 import itertools
 import json
 import logging
+import os
 import tarfile
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -336,6 +338,47 @@ async def test_leaving_the_backend_leaves_attached_runs_alone(workspace: FakeWor
             run = await second.attach(reference)
         assert workspace.only_run.cancelled == 0
         assert isinstance((await run.outcome()).error, RunLost)
+
+
+async def test_active_runs_are_listed_whichever_process_submitted_them(
+    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
+) -> None:
+    workspace.on_submit = lambda run: run.set_state("RUNNING")
+    ended, active = make_job(), make_job()
+    run = await backend.submit(ended)
+    succeed(workspace)(workspace.only_run)
+    await run.wait()
+    await backend.submit(active)
+    workspace.runs[3] = FakeRun(3, {"run_name": "somebody else's"}, int(time.time() * 1000))
+    async with DatabricksBackend(timing=QUICK) as other:
+        (listed,) = await other.list_runs()
+    assert (listed.run_id, listed.backend, listed.state) == (active.run_id, "databricks", "running")
+    assert listed.supervised is True, "the process that submitted it may be on another machine"
+    assert listed.detail == {"databricks_run": "2", "url": f"{workspace.url}/jobs/1000002/runs/2"}
+    assert int(listed.created.timestamp() * 1000) == workspace.runs[2].start_time
+
+
+async def test_run_is_abandoned_once_it_and_its_driver_have_ended(
+    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
+) -> None:
+    gone = {"pid": os.getpid(), "started": -1}  # an earlier process that had the pid of this one
+    workspace.on_submit = lambda run: run.set_state("RUNNING")
+    job = make_job()
+    reference = JobRef.from_json(backend.reference(job).to_json())
+    dead = replace(reference, data={**reference.data, "owner": {**reference.data["owner"], **gone}})
+    run = await backend.submit(job)
+    assert await backend.is_abandoned(dead) is False, "it still runs"
+    succeed(workspace)(workspace.only_run)
+    await run.wait()
+    assert await backend.is_abandoned(dead) is True
+    assert await backend.is_abandoned(reference) is False, "this process writes its status"
+    elsewhere = replace(dead, data={**dead.data, "owner": {**dead.data["owner"], "host": "elsewhere"}})
+    assert await backend.is_abandoned(elsewhere) is False
+    earlier = replace(dead, data={name: value for name, value in dead.data.items() if name != "owner"})
+    assert await backend.is_abandoned(earlier) is False, "references of earlier versions name no process"
+    workspace.runs.clear()
+    async with DatabricksBackend(timing=QUICK) as other:
+        assert await other.is_abandoned(dead) is True, "Databricks has it no more"
 
 
 async def test_attach_to_what_is_gone(backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker) -> None:

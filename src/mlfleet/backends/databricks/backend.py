@@ -5,24 +5,27 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import anyio
 
 from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.single_flight import SingleFlight
-from mlfleet._concurrency.threads import LOGINS
+from mlfleet._concurrency.threads import FILES, LOGINS
 from mlfleet._environments.env_files import read_python_requirements
 from mlfleet._paths import runs_folder
+from mlfleet._process.reattach import Identity, identify, machine, pid_namespace
 from mlfleet.backends._remote.run import SupervisedRuns
-from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job
+from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job, ListedRun
 from mlfleet.backends.databricks import request
 from mlfleet.backends.databricks.client import Timing, Workspace, WorkspaceError
 from mlfleet.backends.databricks.config import DatabricksConfig, TaskKind, Upload, UploadKind, parse_config
@@ -115,6 +118,11 @@ class DatabricksBackend(Backend[DatabricksConfig]):
         self._contexts: SingleFlight[tuple[str | None, str], _WorkspaceContext] = SingleFlight(keep=True)
         self._runs = SupervisedRuns()
         self._attempts: dict[str, str] = {}
+        self._this_process: Mapping[str, Any] = {}
+
+    async def __aenter__(self) -> Self:
+        self._this_process = await FILES.run(_describe_this_process)
+        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -159,8 +167,14 @@ class DatabricksBackend(Backend[DatabricksConfig]):
         config = _config(job)
         attempt = self._attempts.setdefault(job.run_id, _new_attempt())
         upload = config.upload
-        data = {"profile": _profile(job, config), "attempt": attempt, "upload": str(upload.kind), "path": upload.path}
+        data: dict[str, Any] = {
+            "profile": _profile(job, config),
+            "attempt": attempt,
+            "upload": str(upload.kind),
+            "path": upload.path,
+        }
         data["api_version"] = str(config.api_version)
+        data["owner"] = self._this_process
         if request.public_variables(job, config)[1]:
             data["secret_scope"] = config.secret_scope
         return JobRef(self.name, job.run_id, data)
@@ -222,9 +236,7 @@ class DatabricksBackend(Backend[DatabricksConfig]):
             RunLost: The workspace does not have the run any more.
             WorkspaceError: The workspace cannot be reached.
         """
-        profile = ref.data.get("profile")
-        version = str(ref.data.get("api_version") or DatabricksConfig().api_version)
-        context = await self._open_context(str(profile) if profile else None, version)
+        context = await self._context_of(ref)
         found = await context.recent.find(ref.run_id)
         if found is None:
             text = f"the workspace {context.workspace.url} has no run of the MLflow run {ref.run_id}, or has it no more"
@@ -238,7 +250,35 @@ class DatabricksBackend(Backend[DatabricksConfig]):
         remote = RemoteRun(run_id=ref.run_id, id=str(found["run_id"]), folder=folder, output=output, secret=secret)
         return self._supervise(remote, context, storage, read_state(found), submitted=False)
 
+    # ---- runs of other processes ------------------------------------------------------------------------------------
+
+    async def list_runs(self) -> Sequence[ListedRun]:
+        """Return the active runs in the workspace of MLFLOW_TRACKING_URI, or else of databricks-sdk's login.
+
+        Ended runs, which Databricks keeps for 60 days, are left out; see `Backend.list_runs`.
+
+        Raises:
+            WorkspaceError: The workspace cannot be reached, or no way to log in was found.
+        """
+        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+        context = await self._open_context(
+            profile_of(uri) if is_databricks(uri) else None, DatabricksConfig().api_version
+        )
+        return [_listed(run_id, run) for run_id, run in await context.recent.list_active()]
+
+    async def is_abandoned(self, ref: JobRef) -> bool:
+        """Return True if the run has ended or is gone, and so is the process that submitted it on this machine."""
+        if not await FILES.run(partial(_owner_is_gone, ref)):
+            return False
+        found = await (await self._context_of(ref)).recent.find(ref.run_id)
+        return found is None or read_state(found).is_terminal
+
     # ---- one run ----------------------------------------------------------------------------------------------------
+
+    async def _context_of(self, ref: JobRef) -> _WorkspaceContext:
+        profile = ref.data.get("profile")
+        version = str(ref.data.get("api_version") or DatabricksConfig().api_version)
+        return await self._open_context(str(profile) if profile else None, version)
 
     async def _open_context(self, profile: str | None, version: str) -> _WorkspaceContext:
         """Return the shared context of a workspace; the first call opens it."""
@@ -356,6 +396,40 @@ def _output_folder(run_id: str, attempt: str) -> str:
 
 def _new_attempt() -> str:
     return uuid.uuid4().hex[:12]
+
+
+def _describe_this_process() -> Mapping[str, Any]:
+    """Return the facts by which `_owner_is_gone` finds this process. Blocking."""
+    me = identify(os.getpid())
+    return {
+        "host": machine(),
+        "pid_namespace": pid_namespace(),
+        "pid": os.getpid(),
+        "started": None if me is None else me.started,
+    }
+
+
+def _owner_is_gone(ref: JobRef) -> bool:
+    """Return True if the process that submitted the run is known to be gone. Blocking.
+
+    A process on another machine cannot be seen; references of earlier versions name no process.
+    """
+    owner: Mapping[str, Any] = ref.data.get("owner") or {}
+    if owner.get("host") != machine() or owner.get("pid_namespace") != pid_namespace():
+        return False
+    return owner["started"] is not None and not Identity(int(owner["pid"]), owner["started"]).is_alive()
+
+
+def _listed(run_id: str, run: Mapping[str, Any]) -> ListedRun:
+    status, state = run.get("status") or {}, run.get("state") or {}
+    return ListedRun(
+        run_id=run_id,
+        backend=DatabricksBackend.name,
+        created=datetime.fromtimestamp(int(run.get("start_time") or 0) / 1000, UTC),
+        state=str(status.get("state") or state.get("life_cycle_state") or "PENDING").lower(),
+        supervised=True,  # the process that submitted it may be on another machine
+        detail={"databricks_run": str(run["run_id"]), "url": str(run.get("run_page_url") or "")},
+    )
 
 
 async def _first_state(workspace: Workspace, number: str) -> State:

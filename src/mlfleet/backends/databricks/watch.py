@@ -7,7 +7,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -214,19 +214,28 @@ class RecentRuns:
             return None
         return await self._workspace.call_jobs("GET", "runs/get", params={"run_id": str(listed["run_id"])})
 
+    async def list_active(self) -> list[tuple[str, dict[str, Any]]]:
+        """Return the runs that have not ended, each as the id of its MLflow run and its entry of ``runs/list``."""
+        return [each async for each in self._entries({"active_only": "true"})]
+
     async def _list(self) -> None:
-        params = {"run_type": "SUBMIT_RUN", "limit": "25", "expand_tasks": "false"}
         found: dict[str, dict[str, Any]] = {}
+        async for run_id, run in self._entries({}):
+            latest = found.setdefault(run_id, run)
+            if int(run.get("run_id") or 0) > int(latest["run_id"]):
+                found[run_id] = run
+        self._found, self._listed_at = found, time.monotonic()
+
+    async def _entries(self, filters: Mapping[str, str]) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+        """Yield the id of the MLflow run and the entry of ``runs/list`` for each run, newest first."""
+        params = {"run_type": "SUBMIT_RUN", "limit": str(_PAGE), "expand_tasks": "false", **filters}
         for _ in range(_MOST):
             page = await self._workspace.call_jobs("GET", "runs/list", params=params)
             for run in page.get("runs") or []:
                 match = _NAME.search(str(run.get("run_name") or ""))
                 if match is not None:
-                    latest = found.setdefault(match[1], run)
-                    if int(run.get("run_id") or 0) > int(latest["run_id"]):
-                        found[match[1]] = run
+                    yield match[1], run
             token = page.get("next_page_token")
             if not token:
-                break
+                return
             params = {**params, "page_token": str(token)}
-        self._found, self._listed_at = found, time.monotonic()
