@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from mlfleet._project.command import substitute
 from parity.observing import Observed
 
 __all__ = ["EVERYWHERE", "RULES", "Listed", "read_page"]
@@ -181,8 +182,15 @@ RULES: dict[str, Rule] = {
     "path-default-in-project": _works("no such file"),
     "http-downloads": _works("ValueError: not enough values to unpack"),
     "extra-names-logged": _works("Invalid value \"'a b'\""),
-    "extra-names-quoted": lambda aspect, theirs, ours: theirs[aspect].replace("a b", "'a b'") == ours[aspect],
-    "quoted-in-place": lambda aspect, theirs, ours: ours[aspect] in ('echo "is x y"', "echo 'is $(date)'"),
+    "values-in-variables": lambda aspect, theirs, ours: substitute(ours[aspect]) == shlex.split(theirs[aspect]),
+    "extra-names-quoted": _command_is("__mlfleet_1='a b'; echo hello --\"${__mlfleet_1}\" 1"),
+    "quoted-in-place": lambda aspect, theirs, ours: (
+        ours[aspect]
+        in (
+            "__mlfleet_1='x y'; echo \"is ${__mlfleet_1}\"",
+            "__mlfleet_1='$(date)'; echo 'is '\"${__mlfleet_1}\"''",
+        )
+    ),
     "braces-stay": _works("KeyError: "),
     "format-specs": _command_is("echo {a:5}."),
     "extra-after-backslash": _refuses("backslash"),

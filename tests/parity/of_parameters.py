@@ -61,7 +61,7 @@ PARAMETERS = [
     case("parameter-empty", declared="a: string", given={"a": ""}),
     case("parameter-boolean", declared="a: string", given={"a": True}),
     case("parameter-path-object", declared="a: string", given={"a": "data.csv"}),
-    case("parameter-backslash", declared="a: string", given={"a": "x\\"}),
+    case("parameter-backslash", "values-in-variables", declared="a: string", given={"a": "x\\"}),
     case("parameter-none", "plain-values", declared="a: string", given={"a": None}),
     case("parameter-list", "plain-values", declared="a: string", given={"a": [1, 2]}),
     case("parameter-unknown-type", declared="a: int", given={"a": "x"}),
@@ -101,13 +101,23 @@ PARAMETERS = [
     ),
     case("parameters-missing", declared="a: float, b: string"),
     case("parameters-none", command="echo hello"),
-    case("parameters-extra", command="echo hello", given={"z": 1, "a": "x y", "m": "$(date)"}),
+    case(
+        "parameters-extra",
+        "values-in-variables",
+        command="echo hello",
+        given={"z": 1, "a": "x y", "m": "$(date)"},
+    ),
     case("parameters-extra-and-declared", declared="a: float", given={"b": 1, "a": 2}),
     case("parameters-extra-name", "extra-names-logged", "extra-names-quoted", command="echo hello", given={"a b": 1}),
 ]
 
 COMMANDS = [
-    case("command-quotes", declared="a: string", given={"a": 'it\'s $(date) `date` "$HOME" ; *'}),
+    case(
+        "command-quotes",
+        "values-in-variables",
+        declared="a: string",
+        given={"a": 'it\'s $(date) `date` "$HOME" ; *'},
+    ),
     case(
         "command-in-double-quotes", "quoted-in-place", command='echo "is {a}"', declared="a: string", given={"a": "x y"}
     ),

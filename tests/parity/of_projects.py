@@ -160,6 +160,7 @@ ENTRY_POINTS = [
     Case("entry-point-r", files={"train.R": ""}, arguments={"entry_point": "train.R"}),
     Case(
         "entry-point-parameters",
+        ("values-in-variables",),
         files={"train.py": PRINT},
         arguments={"entry_point": "train.py", "parameters": {"alpha": 0.5, "name": "a b"}},
     ),

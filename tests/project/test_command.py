@@ -11,10 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlfleet._project.command import render
+from mlfleet._project.command import MAX_LENGTH, render, substitute
 from mlfleet._project.parameters import Download, ResolvedParameters, resolve
 from mlfleet._project.spec import EntryPoint, Parameter
 from mlfleet.errors import MlfleetError, ParameterError, SpecError
+
+V1, V2 = '"${__mlfleet_1}"', '"${__mlfleet_2}"'
+"""The references to the variables that hold values, outside of quotes."""
+A_B = "__mlfleet_1='a b'; "
 
 
 def rendered(command: str, values: Mapping[str, str], extra: Mapping[str, str] | None = None) -> str:
@@ -25,20 +29,24 @@ def rendered(command: str, values: Mapping[str, str], extra: Mapping[str, str] |
 @pytest.mark.parametrize(
     ("command", "result"),
     [
-        ("python t.py {x} {y}", "python t.py 'a b' 1"),
-        ("python t.py --x={x}", "python t.py --x='a b'"),
-        ("echo '{x}' \"{x}\" $'{x}'", "echo 'a b' \"a b\" $'a b'"),
+        ("python t.py {x} {y}", f"{A_B}python t.py {V1} 1"),
+        ("python t.py --y {y} --z={y} out/{y}", "python t.py --y 1 --z=1 out/1"),
+        ("python t.py --x={x}", f"{A_B}python t.py --x={V1}"),
+        ("echo '{x}' \"{x}\" $'{x}'", f"{A_B}echo ''{V1}'' {V1} $''{V1}$''"),
         ("cd ${HOME} && ls $(pwd) {}", "cd ${HOME} && ls $(pwd) {}"),
         ('t --json \'{"a": {"b": {"c": 1}}}\' {y}', 't --json \'{"a": {"b": {"c": 1}}}\' 1'),
-        ('t \'{"a": {"b": "{x}"}}\'', 't \'{"a": {"b": "a b"}}\''),
+        ('t \'{"a": {"b": "{x}"}}\'', f'{A_B}t \'{{"a": {{"b": "\'{V1}\'"}}}}\''),
         ("echo {unknown} { x } {x!r} {x:>9} {x.y} {x[0]} {y}", "echo {unknown} { x } {x!r} {x:>9} {x.y} {x[0]} 1"),
-        ("echo ${y} \"${y}\" \\${y} '${y}' $${y}", "echo ${y} \"${y}\" \\$1 '$1' $$1"),
-        ("awk '{{print ${y}}}' {x}", "awk '{print $1}' 'a b'"),
+        ("echo ${y} \"${y}\" \\${y} '${y}' $${y}", f"__mlfleet_1=1; echo ${{y}} \"${{y}}\" \\${V1} '$1' $${V1}"),
+        ("awk '{{print ${y}}}' {x}", f"{A_B}awk '{{print $1}}' {V1}"),
         ("echo {{}} {{{y}}} ${{HOME}} }}", "echo {} {1} ${HOME} }"),
         ("find . -exec rm {} \\;", "find . -exec rm {} \\;"),
         ("t {y} # not {x}\nu {y}", "t 1 # not {x}\nu 1"),
         ("echo $(( {y} * 2 )) `cat {y}` <<EOF\n{y}\nEOF", "echo $(( 1 * 2 )) `cat 1` <<EOF\n1\nEOF"),
-        ("echo \"$(cat '{x}' {x})\"", "echo \"$(cat 'a b' 'a b')\""),
+        ("echo \"$(cat '{x}' {x})\"", f"{A_B}echo \"$(cat ''{V1}'' {V1})\""),
+        # Where a plain value would be taken in by what stands beside it.
+        ('echo $a{y} "$a{y}" {y}>f', f'__mlfleet_1=1; echo $a{V1} "$a${{__mlfleet_1}}" {V1}>f'),
+        ("{y}{y}", f"__mlfleet_1=1; {V1}{V1}"),
     ],
 )
 def test_what_is_replaced_and_what_stays(command: str, result: str) -> None:
@@ -82,16 +90,50 @@ def test_a_word_in_braces_that_is_not_a_parameter_is_a_warning(
         "python -c 'd = {{\"a\": {{}}}}' --x={x}",
         "a {y} && b {x} | c > {x}; d --name={y}",
         "'{y}' \"{y}\" `{y}` $(( {y} ))",
+        "t --a {x} --b={y} {x}",
     ],
 )
 def test_what_the_reference_accepts_gives_the_same_command(command: str) -> None:
-    values = {"x": "it's $HOME", "y": "5"}
-    assert rendered(command, values) == command.format(**{k: shlex.quote(v) for k, v in values.items()})
+    for values in ({"x": "it's $HOME", "y": "5"}, {"x": "s3://bucket/key-1", "y": "0.5"}):
+        theirs = command.format(**{k: shlex.quote(v) for k, v in values.items()})
+        assert substitute(rendered(command, values)) == shlex.split(theirs)
+
+
+@pytest.mark.parametrize(
+    ("value", "result"),
+    [
+        ("", "t ''"),
+        ("-1", "t -1"),
+        ("64,32", "t 64,32"),
+        ("s3://bucket/key@1%2", "t s3://bucket/key@1%2"),
+        # An assignment and a reserved word are syntax where a command begins.
+        ("PATH=.", f"__mlfleet_1=PATH=.; t {V1}"),
+        ("else", f"__mlfleet_1=else; t {V1}"),
+        ("__mlfleet_1", f"__mlfleet_1=__mlfleet_1; t {V1}"),
+        ("~", f"__mlfleet_1='~'; t {V1}"),
+        ("*", f"__mlfleet_1='*'; t {V1}"),
+    ],
+)
+def test_plain_values_are_written_as_they_are(value: str, result: str) -> None:
+    assert rendered("t {x}", {"x": value}) == result
+
+
+def test_the_words_of_a_command_are_found_without_a_shell() -> None:
+    values = {"x": "${__mlfleet_2} 'a'", "y": "b c"}
+    assert substitute(rendered("t '{x}' --y={y} \"{x} $y\"", values)) == [
+        "t",
+        "${__mlfleet_2} 'a'",
+        "--y=b c",
+        "${__mlfleet_2} 'a' $y",
+    ]
+    assert substitute("t a ${b}") == ["t", "a", "${b}"]
 
 
 def test_extra_parameters_are_appended_in_the_order_given() -> None:
     extra = {"z": "1", "a": "x y", "b c;d": "$(e)"}
-    assert rendered("t {x}", {"x": "v"}, extra) == "t v --z 1 --a 'x y' --'b c;d' '$(e)'"
+    assert rendered("t {x}", {"x": "v"}, extra) == (
+        f"__mlfleet_1='x y'; __mlfleet_2='b c;d'; __mlfleet_3='$(e)'; t v --z 1 --a {V1} --{V2} \"${{__mlfleet_3}}\""
+    )
     assert rendered("t {x}\n", {"x": "v"}, {"a": "1"}) == "t v --a 1"
     assert rendered("t \\\n", {}, {"a": "1"}) == "t \\\n --a 1"
 
@@ -100,7 +142,7 @@ def test_downloads_take_the_place_of_their_uri() -> None:
     entry_point = EntryPoint("main", "t {data}", {"data": Parameter("data", "path")})
     uri = "s3://bucket/key"
     parameters = ResolvedParameters({"data": uri}, {"data": uri}, {}, (Download("data", uri, 0),))
-    assert render(entry_point, parameters, {"data": "/tmp/a b/key"}) == "t '/tmp/a b/key'"
+    assert render(entry_point, parameters, {"data": "/tmp/a b/key"}) == f"__mlfleet_1='/tmp/a b/key'; t {V1}"
 
 
 @pytest.mark.parametrize(
@@ -177,12 +219,14 @@ def test_extra_parameters_are_not_appended_where_they_would_be_lost_or_code(
 
 def test_words_that_only_look_like_commands_are_words() -> None:
     assert rendered("python t.py eval {x} let {x} --ssh {x}", {"x": "a b"}) == (
-        "python t.py eval 'a b' let 'a b' --ssh 'a b'"
+        f"{A_B}python t.py eval {V1} let {V1} --ssh {V1}"
     )
 
 
 def test_arguments_of_an_inner_shell_are_no_script() -> None:
-    assert rendered("bash -c 'echo \"$1\"' _ {x}", {"x": "$(a)"}) == "bash -c 'echo \"$1\"' _ '$(a)'"
+    assert rendered("bash -c 'echo \"$1\"' _ {x}", {"x": "$(a)"}) == (
+        f"__mlfleet_1='$(a)'; bash -c 'echo \"$1\"' _ {V1}"
+    )
 
 
 def test_nul_is_refused() -> None:
@@ -190,6 +234,70 @@ def test_nul_is_refused() -> None:
         render(EntryPoint("main", "a\0b"), ResolvedParameters({}, {}, {}))
     with pytest.raises(ParameterError, match="NUL"):
         render(EntryPoint("main", "a {x}"), ResolvedParameters({}, {"x": "\0"}, {}))
+
+
+@pytest.mark.parametrize(
+    "command",
+    r"""python train.py --alpha {x} --out {x}/m | tee "{x}.log"
+export DATA={x} "MORE={x}"; declare a={x}; A={x} python t.py
+bash run.sh {x} --name "{x}"; bash run.sh -c {x}
+curl -s http://a/b | bash -s -- {x}
+python a.py {x}; curl http://a | bash; python b.py {x}
+$PYTHON train.py --x {x}; "$PYTHON" -m pkg.train -c {x}
+nohup python main.py eval {x} > {x}.log 2>&1 &
+timeout 5 python t.py test {x}; sudo -E python read {x}
+[ -f {x} ] && [ {x} = {x} ] || test -n "{x}"
+[[ $a -eq 3 ]] && [[ {x} == a* ]] && echo {x}
+printf '%s\n' {x}; printf "a {x}\n"; printf "{x}\n"; printf -- {x}
+while read -r a b; do echo "$a"; done <<< {x}
+case {x} in a) echo {x};; esac; for i in {x} b; do echo "$i" {x}; done
+args=({x} b "{x}"); python t.py "$args"; a[1]={x}
+flock lock python t.py -c {x}; env A={x} python t.py {x}
+docker exec c sh -c 'echo "$1"' _ {x}; which bash; python t.py {x}
+f() {{ python t.py {x} "$@"; }}; f {x}; (cd {x} && ls); (( 1 )) && echo {x}""".splitlines(),
+)
+def test_any_value_is_taken_where_nothing_evaluates_it(command: str) -> None:
+    value = "it's a; $(b)"
+    result = rendered(command, {"x": value})
+    assert result.startswith(f"__mlfleet_1={shlex.quote(value)}; ")
+    assert result.count(value.replace("'", "'\"'\"'")) == 1
+    assert "{x}" not in result
+
+
+def test_a_refusal_says_what_to_do() -> None:
+    with pytest.raises(SpecError) as caught:
+        rendered("bash -c 'echo {x}'", {"x": "a b"})
+    assert str(caught.value) == (
+        "the command of the entry point 'main': {x} stands in a script for another shell (sh -c, eval, ssh, …), where "
+        "its value could be code: only letters, digits and _@%+=:,./- can stand there; give it to the script as an "
+        "argument: bash -c 'echo \"$1\"' _ {x}"
+    )
+    with pytest.raises(SpecError, match="where a value cannot begin with a dash"):
+        rendered("printf {x} a", {"x": "-va[$(b)]"})
+
+
+def test_a_value_is_not_the_name_of_a_variable_that_holds_another_one() -> None:
+    with pytest.raises(SpecError, match="could be code"):
+        rendered("echo {y} ${a[{x}]}", {"x": "__mlfleet_1", "y": "a[$(b)]"})
+
+
+def test_a_command_that_no_system_takes_is_refused() -> None:
+    assert len(rendered("t " + "a" * (MAX_LENGTH - 2), {})) == MAX_LENGTH
+    with pytest.raises(SpecError, match=r"is 131,072 bytes long, the limit is 131,071; move it to a script"):
+        rendered("t " + "é" * (MAX_LENGTH // 2), {})
+    with pytest.raises(ParameterError, match=r"is 140,\d+ bytes long .* the longest value is that of 'x'") as caught:
+        rendered("t {x} {y}", {"x": "a b" + "c" * 140_000, "y": "1"})
+    assert caught.value.names == ("x",)
+
+
+@pytest.mark.parametrize(
+    "piece", ["echo {x} | cat; ", "a{x}", "[[ {x} == a ]] ", "$(t {x} ", "bash; ", "a#{x}[", "{{ "]
+)
+def test_the_longest_commands_are_read(piece: str) -> None:
+    """Reading takes time in proportion to the length: with the square of it, this would not end in time."""
+    command = piece * (100_000 // len(piece))
+    with contextlib.suppress(MlfleetError):
+        rendered(command, {"x": "1"})
 
 
 def test_odd_names_do_not_stay_in_the_command() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +39,7 @@ def run_bash(commands: Sequence[str], folder: Path) -> list[list[str]]:
     done = subprocess.run(
         ["bash", "-c", RUNNER, "bash", *commands],
         cwd=folder,
-        env={"PATH": "/usr/bin:/bin", "PWNED": str(folder / "pwned"), "LC_ALL": "C.UTF-8"},
+        env={"PATH": "/usr/bin:/bin", "PWNED": str(folder / "pwned"), "LC_ALL": "C.UTF-8", "SHELL": "/bin/bash"},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         check=False,
@@ -182,6 +184,18 @@ FRAGMENTS = [
         "fi",
     ),
     *("! ", "echo ", "${a:-", "${a#"),
+    *(
+        "; test -v ",
+        "; declare ",
+        "; printf -v ",
+        "; read ",
+        "; unset ",
+        " | bash",
+        "bash ",
+        '"bash" -c "',
+        "$SHELL -c ",
+    ),
+    *("> f ", 'A="b c" ', "eval ", "[ ", " -v ", " -c ", "env -S ", "flock f ", "source ", ">(bash", "{{ ", "; }}"),
 ]
 HOSTILE = [
     *("$(pwn)", "`pwn`", "';pwn;'", '";pwn;"', "\npwn\n", ";pwn;", "a[$(pwn)]", "'\npwn\n'", "\\';pwn;\\'", ")\npwn;("),
@@ -206,6 +220,260 @@ def test_no_template_runs_a_value(tmp_path_factory: pytest.TempPathFactory, case
             continue
     run_bash(commands, folder)
     assert not (folder / "pwned").exists(), commands
+
+
+# Where bash or another shell evaluates a value, however it is quoted. One in a line; a here-document takes three.
+EVALUATING = r"""
+$SHELL -c "echo {x}"
+"$SHELL" -c "echo {x}"
+${{SHELL}} -c "echo {x}"
+"bash" -c "echo {x}"
+'bash' -c "echo {x}"
+b"as"h -c 'echo {x}'
+\bash -c "echo {x}"
+/bin/"sh" -c "echo {x}"
+bash -c {x}
+bash -c "{x}"
+bash -c -x "echo {x}"
+bash -o pipefail -c "echo {x}"
+bash -c -o pipefail "echo {x}"
+bash -c "$(echo {x})"
+exec $SHELL -c "echo {x}"
+env A=1 "$SHELL" -c "echo {x}"
+nohup "bash" -c "echo {x}"
+bash <<< "{x}"
+bash <<< {x}
+<<< "{x}" bash
+bash -s <<< "{x}"
+bash - <<< "{x}"
+sh 2>&1 <<< "{x}"
+bash < <(echo "{x}")
+bash <(echo "{x}")
+source <(echo "{x}")
+. /dev/stdin <<< "{x}"
+source /dev/stdin <<< {x}
+echo "{x}" | bash
+echo {x} | bash
+printf %s "{x}" | sh
+echo "{x}" |& bash
+echo "{x}" | cat | bash
+echo "{x}" | "bash"
+echo "{x}" | $SHELL
+echo "{x}" | sudo bash
+echo "{x}" | env bash
+(echo "{x}") | bash
+{{ echo "{x}"; }} | bash
+for i in 1; do echo "{x}"; done | bash
+if true; then echo {x}; fi | bash
+echo "{x}" | (cat; bash)
+echo "{x}" | (bash)
+echo "{x}" | (bash; cat)
+echo "{x}" | {{ bash; }}
+echo "{x}" | {{ true; bash; }}
+echo "{x}" | while true; do bash; break; done
+echo "{x}" | if true; then bash; fi
+(bash) <<< "{x}"
+{{ bash; }} <<< "{x}"
+{{ true; bash; }} <<< {x}
+echo "{x}" > >(bash); sleep 0.1
+tee >(bash) <<< "{x}"; sleep 0.1
+echo "{x}" | tee >(bash); sleep 0.1
+echo {x} | source /dev/stdin
+echo {x} | . /dev/stdin
+A="b c" eval "echo {x}"
+A='b c' eval echo {x}
+> f eval "echo {x}"
+> f eval echo {x}
+2>f eval echo {x}
+A=1 B="2 3" > f eval echo {x}
+"eval" echo {x}
+'eval' "{x}"
+e'va'l {x}
+$'eval' {x}
+command eval {x}
+command -p eval {x}
+builtin eval {x}
+time eval {x}
+time -p eval {x}
+! eval {x}
+coproc eval {x}; wait
+for i in 1; do eval {x}; done
+for ((i=0;i<1;i++)) do eval {x}; done
+for ((i=0;i<1;i++)) {{ eval {x}; }}
+for i do true; done; eval {x}
+f() {{ eval {x}; }}; f
+function f {{ eval {x}; }}; f
+function f() {{ eval {x}; }}; f
+if [[ 1 ]] then eval {x}; fi
+if (( 1 )) then eval {x}; fi
+if (true) then eval {x}; fi
+case a in a) eval {x};; esac
+case [[ in [[ ) eval {x};; esac
+case a in b) ;; [[ ) ;; a) eval {x};; esac
+true && eval {x}
+true & eval {x}
+true || true; eval {x}
+true | eval {x}
+eval "$(echo {x})"
+eval `echo {x}`
+trap {x} EXIT
+trap "{x}" EXIT
+compgen -W {x}
+compgen -C {x}
+flock F -c "echo {x}"
+flock F -c {x}
+flock -x F -c "echo {x}"
+flock F --command "echo {x}"
+flock F --command="echo {x}"
+flock F -c"echo {x}"
+flock F "bash" -c "echo {x}"
+sudo -n flock F -c "echo {x}"
+script -qc "echo {x}" f
+script -c "echo {x}" f
+script -c"echo {x}" f
+env -S "bash -c '{x}'"
+env -S"bash -c '{x}'"
+env -vS "bash -c '{x}'"
+env --split-string="bash -c '{x}'"
+env --split-string "bash -c '{x}'"
+env A=1 -S "bash -c '{x}'"
+test -v {x}
+test -v "{x}"
+[ -v {x} ]
+[ -v '{x}' ]
+[[ -v {x} ]]
+[[ -v "{x}" ]]
+[[ a == a && -v {x} ]]
+test -R {x}
+"test" -v {x}
+declare {x}
+declare "{x}"
+declare a{x}
+declare -i n={x}
+declare -a n={x}
+declare -A n={x}
+declare -i n; declare -i n={x}
+declare -n r={x}; r=1
+typeset {x}
+readonly {x}
+export {x}
+export "{x}"
+f() {{ local {x}; }}; f
+A="b c" declare {x}
+"declare" {x}
+builtin declare {x}
+printf -v {x} a
+printf -v "{x}" a
+printf -v{x} a
+printf "-v{x}" a
+printf {x} a
+printf "{x}" a
+read {x} <<< 1
+read -r {x} <<< 1
+unset {x}
+unset -v {x}
+mapfile {x} <<< 1
+readarray {x} <<< 1
+getopts a {x}
+let {x}
+let "a={x}"
+let a=$(echo {x})
+(( {x} ))
+(( a = {x} ))
+echo $(( {x} + 1 ))
+echo $[ {x} ]
+a[{x}]=1
+a["{x}"]=1
+a['{x}']=1
+a[b[1]+{x}]=1
+a=([{x}]=1)
+a=( ["{x}"]=1 )
+declare -a a=([{x}]=1)
+echo ${{a[{x}]}}
+echo "${{a[{x}]}}"
+echo ${{a[0]:{x}}}
+echo ${{HOME:{x}:1}}
+echo ${{a:-{x}}}
+echo ${{!{x}}}
+[[ {x} -gt 1 ]]
+[[ 1 -gt "{x}" ]]
+[[ ( {x} -eq 1 ) ]]
+[[ a == b || {x} -eq 1 ]]
+[[ "]]" != a && {x} -eq 1 ]]
+[[ {x} -eq `echo '1'` ]]
+wait -n -p {x}
+export -f pwn; bash -c "{x}"
+xargs -I% sh -c "{x}" <<< a
+find . -maxdepth 0 -exec sh -c "{x}" \;
+find . -maxdepth 0 -exec "bash" -c '{x}' \;
+timeout 5 bash -c "{x}"
+timeout 5 "$SHELL" -c "{x}"
+cat <<E | bash
+{x}
+E
+bash <<E
+{x}
+E
+bash <<'E'
+echo {x}
+E
+echo `echo {x}`
+echo "`echo {x}`"
+X=1 . <(echo {x})
+alias a={x}; shopt -s expand_aliases
+{{ eval {x}; }}
+( eval {x} )
+$( eval {x} )
+"$(eval {x})"
+echo <(eval {x}); sleep 0.1
+bash -ic "{x}"
+bash --norc -c "{x}"
+bash -lc '{x}'
+"""
+VALUES_OF_CODE = [
+    *("$(pwn)", "`pwn`", "; pwn;", "';pwn;'", '";pwn;"', "a[$(pwn)]", "a[$(pwn)]=1", "([$(pwn)]=1)", "\npwn\n"),
+    *("-va[$(pwn)]", "x[$(pwn)]", "a[0$(pwn)]", " -gt 1 ]]; pwn; [[ 1", "[$(pwn)]=1", "pwn;"),
+]
+
+
+@pytest.mark.parametrize("template", re.findall(r".*<<'?E\b.*\n.*\n.*|.+", EVALUATING))
+def test_no_place_that_is_evaluated_runs_a_value(tmp_path: Path, template: str) -> None:
+    commands = []
+    for value in VALUES_OF_CODE:
+        with contextlib.suppress(SpecError):
+            commands.append(rendered(template, value))
+    run_bash(commands, tmp_path)
+    assert not (tmp_path / "pwned").exists(), commands
+    assert rendered(template, "7")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "test {x} {y}",
+        "[ {x} {y} ]",
+        "[ -{x} {y} ]",
+        "printf {x} {y} a",
+        "bash {x} {y}",
+        "declare {x} a={y}",
+        "echo {y} ${a[{x}]}",
+        "echo {y} $(( {x} ))",
+    ],
+)
+def test_no_value_makes_another_one_code(tmp_path: Path, template: str) -> None:
+    commands = []
+    for first in ("-v", "v", "-c", "-a", "__mlfleet_1", "__mlfleet_2"):
+        for second in ("a[$(pwn)]", "([$(pwn)]=1)", "$(pwn)"):
+            entry_point = EntryPoint("main", template, {"x": Parameter("x"), "y": Parameter("y")})
+            with contextlib.suppress(SpecError):
+                commands.append(render(entry_point, resolve(entry_point, {"x": first, "y": second})))
+    run_bash(commands, tmp_path)
+    assert not (tmp_path / "pwned").exists(), commands
+
+
+def test_values_are_not_in_the_environment(tmp_path: Path) -> None:
+    command = rendered('show "$(env | grep -c __mlfleet)" {x}', "a b")
+    assert run_bash([command], tmp_path) == [["0", "a b"]]
 
 
 def test_the_canary_sings(tmp_path: Path) -> None:

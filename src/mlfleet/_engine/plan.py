@@ -24,6 +24,10 @@ from mlfleet.backends.registry import find
 __all__ = ["Plan", "Planner", "ProjectPlan"]
 
 
+# A command of so many characters is read within about a millisecond; a longer one is read in a thread.
+_LONG = 2048
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProjectPlan:
     """The part of a plan shared by all runs of one project and entry point.
@@ -114,7 +118,10 @@ class Planner:
             # Hundreds of runs of one project may be submitted at the same time: their project is planned once.
             like = await self._shared_plans(_key(request), lambda: self._project_plan(request, on_progress))
             await self._throttle.wait()
-        if any(parameter.type == "path" for parameter in like.entry_point.parameters.values()):
+        entry_point = like.entry_point
+        if len(entry_point.command) > _LONG or any(
+            parameter.type == "path" for parameter in entry_point.parameters.values()
+        ):
             return await PROJECTS.run(lambda: self._plan(like, request))
         return self._plan(like, request)
 
@@ -131,7 +138,7 @@ class Planner:
         return await PROJECTS.run(lambda: self._plan_project(request, project))
 
     def _plan(self, shared: ProjectPlan, request: RunRequest) -> Plan:
-        """Plan one run of a planned project. Blocking only if there are parameters of the type ``path``."""
+        """Plan one run of a planned project. It blocks on ``path`` parameters and on long commands."""
         backend = self._backend(find(shared.backend))
         parameters = _parameters(shared.entry_point, request, backend, shared.spec.folder)
         return Plan(

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 from collections.abc import Collection, Iterator, Mapping
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 
 from mlfleet._project.parameters import ResolvedParameters
-from mlfleet._project.shell import HOLE, Context, contexts, quote
+from mlfleet._project.shell import HOLE, VARIABLE_PREFIX, Context, Place, places, reference
 from mlfleet._project.spec import EntryPoint
 from mlfleet._text.documents import nearest
 from mlfleet.errors import ParameterError, SpecError
 
-__all__ = ["render"]
+__all__ = ["MAX_LENGTH", "render", "substitute"]
 
 _log = logging.getLogger("mlfleet.project")
 
@@ -24,12 +26,27 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _WORD = re.compile(r"[A-Za-z_]\w*", re.A)
 
 
-def render(entry_point: EntryPoint, parameters: ResolvedParameters, downloaded: Mapping[str, str] | None = None) -> str:
-    """Render the command for ``bash -c``, with every value quoted for the shell.
+MAX_LENGTH = 131_071
+"""The bytes of the longest command. Linux takes no longer argument of a program (MAX_ARG_STRLEN in execve(2))."""
 
-    ``{name}`` of a declared parameter is replaced by its value, quoted for where it stands: outside of quotes, in
-    ``'…'``, ``"…"`` and ``$'…'`` any value arrives as it is. Where bash would read the value as code (here-documents,
-    arithmetic, scripts for another shell, …) only plain values are taken.
+# What to do instead, where a value cannot stand.
+_HINTS = {
+    Context.ARITHMETIC: "calculate in the program that the command runs, which gets the parameter as an argument",
+    Context.NAME: "write the name of the variable into the command",
+    Context.COMMENT: "end the command without a comment",
+    Context.HERE_DOCUMENT: "use a here-string in place of it: <<< {name}",
+    Context.SCRIPT: "give it to the script as an argument: bash -c 'echo \"$1\"' _ {name}",
+    Context.EXPORTED: "give it to the function as an argument",
+}
+
+
+def render(entry_point: EntryPoint, parameters: ResolvedParameters, downloaded: Mapping[str, str] | None = None) -> str:
+    """Render the command for ``bash -c``, in which no value is parsed as a part of the command.
+
+    ``{name}`` of a declared parameter is replaced by a reference to a variable, in the quotes that its place needs. The
+    variables are assigned before the command, and not exported. Plain values (letters, digits and a few signs) are
+    written as they are where they can only be a word. Where bash or another shell would evaluate a variable again
+    (arithmetic, scripts, names of variables, …) only plain values are taken.
 
     ``{{`` and ``}}`` are braces, as in the reference. All other braces stay as they are: ``${HOME}``, ``{}``, JSON,
     ``{name:format}``, ``{name!r}``, ``{unknown}``, and ``${name}`` even if a parameter has that name (in single quotes,
@@ -44,7 +61,9 @@ def render(entry_point: EntryPoint, parameters: ResolvedParameters, downloaded: 
         downloaded: Parameter name → local path, for each of ``parameters.downloads``.
 
     Raises:
-        SpecError: A value would be read as code where the command puts it; the text says where and what to do.
+        SpecError: A value would be evaluated where the command puts it; the text says where and what to do. Or the
+            command is longer than `MAX_LENGTH`.
+        ParameterError: The command is longer than `MAX_LENGTH` because of a value.
     """
     values = {**parameters.declared, **(downloaded or {})}
     _check_text(entry_point, values, parameters.extra)
@@ -52,64 +71,140 @@ def render(entry_point: EntryPoint, parameters: ResolvedParameters, downloaded: 
     if parameters.extra:
         # The reference appends behind the newline that a block of YAML ends with, where it is another command.
         template = re.sub(r"(?<!\\)\n+\Z", "", template)
-    text, names, places, end = _read(template, frozenset(values))
-    pieces = iter(
-        _placed(entry_point, name, values[name], context) for name, context in zip(names, places, strict=True)
+    read = _read(template, frozenset(values))
+    variables = _Variables()
+    holes = iter(zip(read.names, read.places, strict=True))
+
+    def placed(hole: re.Match[str]) -> str:
+        name, place = next(holes)
+        return _placed(entry_point, name, values[name], place, read.text, hole.start(), variables)
+
+    command = " ".join(
+        [re.sub(HOLE, placed, read.text), *_appended(entry_point, parameters.extra, read.end, variables)]
     )
-    command = re.sub(HOLE, lambda _: next(pieces), text)
-    return " ".join([command, *_appended(entry_point, parameters.extra, end)])
+    command = variables.assignments() + command
+    length = len(command.encode())
+    if length > MAX_LENGTH:
+        given = {**values, **parameters.extra}
+        longest = max(given, key=lambda name: len(given[name]), default="")
+        raise ParameterError(
+            f"the command of the entry point {entry_point.name!r} is {length:,} bytes long with the values of its "
+            f"parameters, the limit is {MAX_LENGTH:,}; the longest value is that of {longest!r}: write it to a file, "
+            "and give its path",
+            names=[longest],
+        )
+    return command
+
+
+def substitute(command: str) -> list[str]:
+    """Return the words of a simple command that `render` made, for those who run it without a shell.
+
+    Raises:
+        ValueError: A quote is not closed.
+    """
+    words = shlex.split(command)
+    values: dict[str, str] = {}
+    while words and (assignment := _ASSIGNED.fullmatch(words[0])):
+        values[assignment[1]] = assignment[2]
+        del words[0]
+    return [_REFERENCE.sub(lambda match: values.get(match[1], match[0]), word) for word in words]
+
+
+_ASSIGNED = re.compile(rf"({VARIABLE_PREFIX}\d+)=(.*);", re.S)
+_REFERENCE = re.compile(rf"\$\{{({VARIABLE_PREFIX}\d+)\}}")
+
+
+class _Variables:
+    """The variables that hold the values of a command."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, str] = {}
+
+    def name(self, value: str) -> str:
+        return self._names.setdefault(value, f"{VARIABLE_PREFIX}{len(self._names) + 1}")
+
+    def assignments(self) -> str:
+        return "".join(f"{name}={shlex.quote(value)}; " for value, name in self._names.items())
+
+
+@dataclass(frozen=True, slots=True)
+class _Template:
+    """The command of an entry point as it was read.
+
+    Attributes:
+        text: The command with a hole for each placeholder.
+        names: The names of the holes.
+        places: The places of the holes.
+        end: The place of what is appended.
+    """
+
+    text: str
+    names: tuple[str, ...]
+    places: tuple[Place, ...]
+    end: Place
 
 
 @lru_cache(maxsize=256)
-def _read(template: str, declared: frozenset[str]) -> tuple[str, tuple[str, ...], tuple[Context, ...], Context]:
-    """Return the command with a hole for each placeholder, their names and contexts, and the context of its end.
-
-    The result is cached, since it is the same for all runs of an entry point.
-    """
+def _read(template: str, declared: frozenset[str]) -> _Template:
+    """Read a command. The result is cached, since it is the same for all runs of an entry point."""
     text, names, unknown = _with_holes(template, declared)
-    for name in dict.fromkeys(unknown):
+    for name in [*dict.fromkeys(unknown)][:20]:
         _log.warning(
             "the command holds {%s}, which is not a declared parameter%s: bash gets it as it is",
             name,
             nearest(name, declared),
         )
-    *places, end = contexts(text)
-    return text, tuple(names), tuple(places), end
+    *found, end = places(text)
+    return _Template(text, tuple(names), tuple(found), end)
 
 
-def _placed(entry_point: EntryPoint, name: str, value: str, context: Context) -> str:
-    if context in (Context.VARIABLE, Context.COMMENT):
+def _placed(
+    entry_point: EntryPoint, name: str, value: str, place: Place, text: str, at: int, variables: _Variables
+) -> str:
+    if place.context in (Context.VARIABLE, Context.COMMENT):
         if not _NAME.fullmatch(name):
-            raise SpecError(f"the command of the entry point {entry_point.name!r}: {{{name}}} cannot stand {context}")
+            raise SpecError(
+                f"the command of the entry point {entry_point.name!r}: {{{name}}} cannot stand {place.context}"
+            )
         return f"{{{name}}}"
-    quoted = quote(value, context)
-    if quoted is None:
-        raise _unquotable(entry_point, f"{{{name}}} stands", context)
-    return quoted
+    found = reference(value, place, text, at, lambda: variables.name(value))
+    if found is None:
+        raise _unquotable(entry_point, f"{{{name}}} stands", name, place)
+    return found
 
 
-def _appended(entry_point: EntryPoint, extra: Mapping[str, str], end: Context) -> Iterator[str]:
+def _appended(entry_point: EntryPoint, extra: Mapping[str, str], end: Place, variables: _Variables) -> Iterator[str]:
     for name, value in extra.items():
-        quoted = [quote(name, end), quote(value, end)]
-        if None in quoted or end in (Context.COMMENT, Context.ESCAPED):
-            raise _unquotable(entry_point, f"the undeclared parameter {name!r} would be appended", end)
-        yield f"--{quoted[0]} {quoted[1]}"
+        option = reference(name, end, f"--{HOLE} ", 2, partial(variables.name, name))
+        argument = reference(value, end, f" {HOLE}", 1, partial(variables.name, value))
+        if option is None or argument is None or end.context in (Context.COMMENT, Context.ESCAPED):
+            raise _unquotable(entry_point, f"the undeclared parameter {name!r} would be appended", name, end)
+        yield f"--{option} {argument}"
 
 
-def _unquotable(entry_point: EntryPoint, what: str, context: Context) -> SpecError:
-    if context is Context.ARITHMETIC:
+def _unquotable(entry_point: EntryPoint, what: str, name: str, place: Place) -> SpecError:
+    context: str = place.context
+    if place.context is Context.ARITHMETIC:
         rule = "where bash evaluates its value: only numbers can stand there"
-    elif context is Context.COMMENT:
+    elif place.context is Context.COMMENT:
         rule = "where bash would not see it"
+    elif place.option:
+        context, rule = "as the first argument of a shell or of printf", "where a value cannot begin with a dash"
     else:
-        rule = "where its value cannot be quoted: only letters, digits and _@%+=:,./- can stand there"
-    hint = "; use the parameter outside of it, for instance to set a shell variable first: value={name}"
-    return SpecError(f"the command of the entry point {entry_point.name!r}: {what} {context}, {rule}{hint}")
+        rule = "where its value could be code: only letters, digits and _@%+=:,./- can stand there"
+    hint = _HINTS.get(place.context, "give it to a program as an argument of its own").replace("{name}", f"{{{name}}}")
+    return SpecError(f"the command of the entry point {entry_point.name!r}: {what} {context}, {rule}; {hint}")
 
 
 def _check_text(entry_point: EntryPoint, values: Mapping[str, str], extra: Mapping[str, str]) -> None:
     if HOLE in entry_point.command:
         raise SpecError(f"the command of the entry point {entry_point.name!r} holds a NUL character")
+    length = len(entry_point.command.encode())
+    if length > MAX_LENGTH:
+        raise SpecError(
+            f"the command of the entry point {entry_point.name!r} is {length:,} bytes long, the limit is "
+            f"{MAX_LENGTH:,}; move it to a script of the project"
+        )
     wrong = [name for name, value in [*values.items(), *extra.items()] if HOLE in name or HOLE in value]
     if wrong:
         raise ParameterError(f"the parameters {wrong} hold a NUL character, which no command can", names=wrong)

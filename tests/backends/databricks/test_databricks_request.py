@@ -130,6 +130,10 @@ def test_a_spark_job_runs_in_the_process_that_has_the_session(tmp_path: Path) ->
     options: dict[str, Any] = {"spark_job": {"python_file": "job.py", "python_libraries": []}}
     spec = spec_of(body_of(CLUSTER, command="python job.py --rows 'a b'", **options))
     assert (spec["mode"], shlex.split(spec["command"])) == ("python", ["python", "job.py", "--rows", "a b"])
+    # There is no bash for the variables that hold values.
+    for command in ("__mlfleet_1='a b'; python job.py --rows \"${__mlfleet_1}\"", "python job.py --rows a\\ b"):
+        spec = spec_of(body_of(CLUSTER, command=command, **options))
+        assert shlex.split(spec["command"]) == ["python", "job.py", "--rows", "a b"]
 
 
 @pytest.mark.parametrize(

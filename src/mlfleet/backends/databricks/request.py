@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from mlfleet._project.command import substitute
 from mlfleet._text.masking import MASK, is_secret_name, mask_uri
 from mlfleet.backends.base import Job
 from mlfleet.backends.databricks.config import DatabricksConfig, TaskKind
@@ -228,20 +229,21 @@ def _with_mlflow(requirements: tuple[str, ...], *others: str) -> tuple[str, ...]
 
 
 def _python_command(job: Job) -> str:
-    words = job.command
+    # The bootstrap splits it into words and runs the file in its own process: there is no bash for its variables.
     try:
-        first, file, *_ = shlex.split(words)
+        words = substitute(job.command)
     except ValueError:
-        first, file = "", ""
+        words = []
+    first, file = (*words, "", "")[:2]
     if first not in ("python", "python3") or not file or file.startswith("-"):
-        found = words.strip()[:200]
+        found = job.command.strip()[:200]
         text = f"a databricks_spark_job runs a Python file: its command must be 'python FILE …', not {found!r}"
         raise SubmitError(text, backend="databricks")
     if posixpath.isabs(file) or ".." in file.split("/"):
         raise SubmitError(
             f"the Python file {file!r} of the databricks_spark_job is outside the project", backend="databricks"
         )
-    return words
+    return job.command if words == shlex.split(job.command) else shlex.join(words)
 
 
 ROOT = "/.mlfleet-run"
