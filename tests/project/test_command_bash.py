@@ -429,6 +429,98 @@ echo <(eval {x}); sleep 0.1
 bash -ic "{x}"
 bash --norc -c "{x}"
 bash -lc '{x}'
+$0 -c "{x}"
+$BASH -c "{x}"
+${{BASH}} <<< "{x}"
+a=bash; $a -c "{x}"
+a=bash; "${{a}}" -c "{x}"
+$(which bash) -c "{x}"
+"$(which bash)" -c "{x}"
+`which bash` -c "{x}"
+$(which bash) <<< "{x}"
+exec -a name bash -c "{x}"
+test -n a -a -v {x}
+declare -- {x}
+export -n {x}
+read -p a {x} <<< 1
+: "${{a:={x}}}"
+for (( i={x}; i<1; i++ )); do :; done
+echo $(( a[{x}] ))
+time -- eval {x}
+command -- eval {x}
+! ! eval {x}
+if ! eval {x}; then :; fi
+while eval {x}; do break; done
+until eval {x}; do break; done
+if false; then :; elif eval {x}; then :; fi
+if false; then :; else eval {x}; fi
+case a in a|b) eval {x};; esac
+case a in (a) eval {x};; esac
+case a in a) ;& b) eval {x};; esac
+f() ( eval {x} ); f
+f() if true; then eval {x}; fi; f
+coproc X {{ eval {x}; }}; wait
+a+=1 eval {x}
+a[0]=1 eval {x}
+a=(1 2) eval {x}
+>f </dev/null eval {x}
+{{fd}}>f eval {x}
+2>&1 eval {x}
+>&2 eval {x}
+&>f eval {x}
+<<<a eval {x}
+>|f eval {x}
+ev""al {x}
+e$''val {x}
+true; : ; eval {x} # a
+echo a#b; eval {x}
+echo "a;b" 'c' & eval {x}
+true |& eval {x}
+[[ a && b ]] && eval {x}
+[[ a ]] || ! [[ b ]] || eval {x}
+[[ a ]]; eval {x}
+[[ a < b ]]; eval {x}
+[[ a =~ (a|b) ]]; eval {x}
+[[ ( a ) ]]; eval {x}
+[ a ]; eval {x}
+echo $(eval {x})
+echo "$(true; eval {x})"
+echo "$( (eval {x}) )"
+echo ${{HOME}} "${{HOME}}"; eval {x}
+x=`true`; eval {x}
+function f {{ true; }}; eval {x}
+f() {{ true; }}; eval {x}
+for i in a; do true; done; eval {x}
+for i in a; do true; done && eval {x}
+for i in eval; do true; eval {x}; done
+select i in 1; do eval {x}; done <<< 1
+while read l; do eval {x}; done <<< a
+case eval in eval) eval {x} ;; esac
+(( 1 )) && eval {x}
+((1)); eval {x}
+$((1)) ; eval {x}
+unset -f {x}
+printf -v a[{x}] b
+printf -v "a[{x}]" b
+declare "a[{x}]=1"
+declare a[{x}]=1
+read "a[{x}]" <<< 1
+echo {x} | tee >(cat | bash); sleep 0.1
+echo {x} | sh -s
+echo {x} | sh -s a
+echo {x} | sh /dev/stdin
+echo {x} | sh /dev/fd/0
+echo {x} | bash -x
+echo {x} | bash -o pipefail
+cat <(echo {x}) | bash
+cat <<< {x} | bash
+bash <<< "$(cat <<< {x})"
+exec bash <<< {x}
+"b"ash<<<{x}
+bash 0<<<{x}
+env -i bash <<< {x}
+env -i /bin/bash -c "{x}"
+bash -c "{x}"
 """
 VALUES_OF_CODE = [
     *("$(pwn)", "`pwn`", "; pwn;", "';pwn;'", '";pwn;"', "a[$(pwn)]", "a[$(pwn)]=1", "([$(pwn)]=1)", "\npwn\n"),

@@ -131,8 +131,9 @@ _ARITHMETIC = re.compile(
 
 _SHELL = re.compile(r"(?:.*/)?r?(?:ba|da|a|k|mk|pdk|z|fi|c|tc|ya)?sh[-.\d]*")
 _SHELL_NAME = re.compile(r"sh\b|SHELL|BASH")
-_UNKNOWN_SHELL = re.compile(r"SHELL|BASH|\$0|\$\{0\}")
+_UNKNOWN_SHELL = re.compile(r"SHELL|BASH|\$0|\$\{0\}|^\$\([^)]*[ /](?:ba|da|k|z)?sh\)")
 _COMPARES = re.compile(r"\s-(?:eq|ne|lt|le|gt|ge)\s")
+_DESCRIPTOR = re.compile(r"[0-9]+|\{\w+\}")
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*(?:\[.*\])?\+?=", re.S)
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 _QUOTING = re.compile(r"\\\n|\\|\$?['\"]")
@@ -140,7 +141,7 @@ _SCRIPT_OPTION = re.compile(r"-\w*c|--command|--session-command")
 _SPLIT_OPTION = re.compile(r"-\w*S|--split-string")
 
 _OPENS = frozenset({"{", "if", "while", "until"})
-_GOES_ON = frozenset({"then", "do", "else", "elif", "!", "coproc", "time"})
+_GOES_ON = frozenset({"then", "do", "else", "elif", "!", "time"})
 _CLOSES = frozenset({"}", "fi", "done", "esac"})
 _BUILTIN_PREFIXES = frozenset({"command", "builtin", "exec"})
 _WRAPPERS = frozenset(
@@ -473,7 +474,11 @@ class _Reader:
         """Keep the words and the simple commands."""
         if kind in _ENDS_WORD:
             is_redirect = kind in ("redirect", "here_string", "here_document")
-            if is_redirect and frame.word is not None and self.text[frame.word : min(start, frame.word + 12)].isdigit():
+            if (
+                is_redirect
+                and frame.word is not None
+                and _DESCRIPTOR.fullmatch(self.text, frame.word, min(start, frame.word + 64))
+            ):
                 frame.word = None  # 2>file
             self.end_word(frame, start)
             if is_redirect:
@@ -607,7 +612,9 @@ class _Reader:
         elif not command.named:
             if not _ASSIGNMENT.match(raw) and not raw.startswith("(("):
                 command.add_name(word)
-        elif command.name in ("for", "select") and raw in ("do", "{"):
+        elif (command.name in ("for", "select") and raw in ("do", "{")) or (
+            command.name == "coproc" and raw in _OPENS and not command.count
+        ):
             command.named, command.name = False, ""
         else:
             self.add_argument(frame, command, word)
@@ -637,6 +644,8 @@ class _Reader:
             frame.test = _Test(frame.word_hole)
         elif word == "function":
             command.slack += 1
+        elif word == "coproc":
+            command.name = word
         elif word not in _GOES_ON:
             return False
         return True
