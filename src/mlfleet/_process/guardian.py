@@ -1,0 +1,137 @@
+"""The driver's side of the guardian: one process that ends this process's local runs if this process dies."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import secrets
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import IO
+
+__all__ = ["MARKER_VARIABLE", "Guardian", "guardian"]
+
+_log = logging.getLogger("mlfleet.process")
+
+MARKER_VARIABLE = "MLFLEET_DRIVER"
+"""The environment variable that tells which driver a command belongs to; its value is `Guardian.marker`."""
+
+_SCRIPT = Path(__file__).with_name("guardian_main.py")
+
+
+class Guardian:
+    """Registers the sessions of this process with its guardian, which is started with the first one.
+
+    All methods may be called from any thread. They block for about two milliseconds when the guardian is started, and
+    not measurably otherwise. The guardian ends soon after this process.
+
+    Attributes:
+        marker: The value of `MARKER_VARIABLE` for commands that must not outlive this process.
+    """
+
+    def __init__(self) -> None:
+        self.marker = f"{os.getpid()}-{secrets.token_hex(8)}"
+        self._lock = threading.Lock()
+        self._sessions: dict[int, float] = {}
+        self._pid: int | None = None
+        self._pipe: IO[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the guardian if it does not run. Call it before a command is started with the marker.
+
+        Raises:
+            OSError: The system has no room for another process.
+        """
+        with self._lock:
+            self._ensure()
+
+    def add(self, session: int, grace: float) -> None:
+        """Have a session ended if this process dies.
+
+        Args:
+            session: The id of the session, which is the process id of its leader.
+            grace: Seconds between SIGTERM and SIGKILL.
+        """
+        with self._lock:
+            self._sessions[session] = grace
+            self._send(f"+ {session} {grace}\n")
+
+    def remove(self, session: int) -> None:
+        """Forget a session that has ended."""
+        with self._lock:
+            if self._sessions.pop(session, None) is not None:
+                self._send(f"- {session}\n")
+
+    def _ensure(self) -> None:
+        if self._pid is not None:
+            if _is_running(self._pid):
+                return
+            _log.warning("the guardian process %d was killed; starting another one", self._pid)
+        self._spawn()
+        for session, grace in self._sessions.items():
+            self._write(f"+ {session} {grace}\n")
+
+    def _spawn(self) -> None:
+        # Without the driver's own marker, by which the guardian of another driver may look for processes to end.
+        environ = {name: value for name, value in os.environ.items() if name != MARKER_VARIABLE}
+        # The guardian imports nothing else; the driver may have found it in a folder that is not on the default path.
+        psutil = importlib.util.find_spec("psutil")
+        if psutil is not None and psutil.origin is not None:
+            environ["PYTHONPATH"] = str(Path(psutil.origin).parent.parent)
+        popen = subprocess.Popen(
+            [sys.executable, "-P", str(_SCRIPT), str(os.getpid()), f"{MARKER_VARIABLE}={self.marker}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environ,
+            cwd="/",  # its working folder must not keep a file system busy
+            start_new_session=True,
+            bufsize=0,
+        )
+        popen.returncode = 0  # it outlives this object; Popen would complain of a process that it leaves behind
+        assert popen.stdin is not None  # noqa: S101 - a pipe
+        self._pid, self._pipe = popen.pid, popen.stdin
+
+    def _send(self, message: str) -> None:
+        try:
+            self._write(message)
+        except BrokenPipeError:
+            self._ensure()  # registers all sessions
+
+    def _write(self, message: str) -> None:
+        # A line is shorter than PIPE_BUF, so that it is written whole. The guardian reads at once.
+        if self._pipe is not None:
+            self._pipe.write(message.encode())
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == 0
+    except ChildProcessError:  # reaped by another part of this program
+        return False
+
+
+_guardian: Guardian | None = None
+_lock = threading.Lock()
+
+
+def guardian() -> Guardian:
+    """Return the guardian of this process. A forked child gets one of its own."""
+    global _guardian
+    with _lock:
+        if _guardian is None:
+            _guardian = Guardian()
+        return _guardian
+
+
+def _forget_in_child() -> None:
+    """Leave the parent's guardian alone in a forked child, which may fork again or run projects itself."""
+    global _guardian, _lock
+    _guardian = None
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

@@ -1,0 +1,175 @@
+"""The guardian process: ends the sessions of a driver that died without ending them itself.
+
+Started by `mlfleet._process.guardian` as a script of its own, so that it does not import mlfleet. It needs the standard
+library and psutil only.
+
+It watches the driver by a pidfd, elsewhere by its own parent's id, and not by the end of the pipe: a child that the
+driver forked without exec keeps the pipe open. Each line of standard input is one message of the driver::
+
+    + <session> <grace in seconds>    a session has begun
+    - <session>                       it has ended
+
+After the driver's death it sends SIGTERM to every process group of each session that is left, waits for the session's
+grace, sends SIGKILL, and then does the same with every process that has the driver's marker in its environment: a
+process that left its session (``setsid``) still has the environment that it was started with.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Iterable
+
+import psutil
+
+_PARENT_POLL = 0.5  # seconds between two looks at the parent's id, where the system has no pidfds
+_PAUSE = 0.05  # seconds between two looks at sessions that are being ended
+_MARKER_GRACE = 2.0  # seconds for processes that left their session
+_LONGEST_END = 3600.0  # seconds after which a process that does not end (uninterruptible) is given up
+
+
+def main(driver: int, marker: str) -> None:
+    """Wait for the end of the driver, then end what it left.
+
+    Args:
+        driver: The process id of the driver, which is the parent of this process.
+        marker: The environment variable of the driver's commands, as ``NAME=value``.
+    """
+    # The driver's terminal, its process group and its users' kill commands must not end the guardian.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)
+    sessions: dict[int, float] = {}
+    _watch(driver, sessions)
+    # Messages that the driver wrote right before its death.
+    _read_rest(sessions)
+    _end_sessions(sessions)
+    _end_marked(marker)
+
+
+def _watch(driver: int, sessions: dict[int, float]) -> None:
+    """Follow the driver's messages until it has died."""
+    if os.getppid() != driver:
+        return
+    descriptor = _pidfd(driver)
+    poll = select.poll()
+    poll.register(0, select.POLLIN)
+    if descriptor is not None:
+        poll.register(descriptor, select.POLLIN)
+    rest = b""
+    while True:
+        ready = dict(poll.poll(None if descriptor is not None else _PARENT_POLL * 1000))
+        if 0 in ready:
+            data = os.read(0, 65536)
+            if data:
+                rest = _apply(rest + data, sessions)
+            else:
+                poll.unregister(0)
+        elif descriptor in ready or os.getppid() != driver:
+            return
+
+
+def _pidfd(driver: int) -> int | None:
+    try:
+        descriptor = os.pidfd_open(driver)
+    except (AttributeError, OSError):
+        return None
+    # If the driver died before the descriptor was made, it may name another process by now.
+    return descriptor if os.getppid() == driver else None
+
+
+def _read_rest(sessions: dict[int, float]) -> None:
+    os.set_blocking(0, False)
+    rest = b""
+    while True:
+        try:
+            data = os.read(0, 65536)
+        except BlockingIOError:
+            return
+        if not data:
+            return
+        rest = _apply(rest + data, sessions)
+
+
+def _apply(text: bytes, sessions: dict[int, float]) -> bytes:
+    """Apply the complete lines of `text`, and return what follows them."""
+    *lines, rest = text.split(b"\n")
+    for line in lines:
+        match line.split():
+            case [b"+", session, grace]:
+                sessions[int(session)] = float(grace)
+            case [b"-", session]:
+                sessions.pop(int(session), None)
+    return rest
+
+
+def _end_sessions(sessions: dict[int, float]) -> None:
+    asked: set[int] = set()
+    begun = time.monotonic()
+    while time.monotonic() - begun < _LONGEST_END:
+        groups = _living_groups(sessions)
+        if not groups:
+            return
+        for group, session in groups.items():
+            if time.monotonic() - begun >= sessions[session]:
+                _signal_group(group, signal.SIGKILL)
+            elif group not in asked:
+                asked.add(group)
+                _signal_group(group, signal.SIGTERM)
+                # A stopped process does not see SIGTERM before it goes on.
+                _signal_group(group, signal.SIGCONT)
+        time.sleep(_PAUSE)
+
+
+def _living_groups(sessions: Iterable[int]) -> dict[int, int]:
+    """Return the process groups in `sessions` that have a living member, each with its session."""
+    wanted = set(sessions)
+    found: dict[int, int] = {}
+    for pid in psutil.pids():
+        try:
+            session = os.getsid(pid)
+            if session not in wanted or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                continue
+            os.kill(pid, 0)  # another user's process (sudo) cannot be ended, nor waited for
+            found[os.getpgid(pid)] = session
+        except (OSError, psutil.Error):
+            continue
+    return found
+
+
+def _end_marked(marker: str) -> None:
+    name, _, value = marker.partition("=")
+    found = [process for process in psutil.process_iter() if _environment(process).get(name) == value]
+    for process in found:
+        _signal(process, signal.SIGTERM)
+        _signal(process, signal.SIGCONT)
+    _, alive = psutil.wait_procs(found, timeout=_MARKER_GRACE)
+    for process in alive:
+        _signal(process, signal.SIGKILL)
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except (OSError, psutil.Error):
+        return {}
+
+
+def _signal(process: psutil.Process, number: int) -> None:
+    try:
+        process.send_signal(number)
+    except (OSError, psutil.Error):
+        return
+
+
+def _signal_group(group: int, number: int) -> None:
+    try:
+        os.killpg(group, number)
+    except OSError:
+        return
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
