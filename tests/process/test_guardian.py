@@ -45,9 +45,7 @@ def sleepers(token: str) -> list[psutil.Process]:
 
 def drive(script: str) -> subprocess.Popen[str]:
     """Start a driver, and wait until it prints "ready"."""
-    driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER + textwrap.dedent(script)], stdout=subprocess.PIPE, text=True
-    )
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER + script], stdout=subprocess.PIPE, text=True)
     assert driver.stdout is not None
     assert driver.stdout.readline() == "ready\n"
     return driver
