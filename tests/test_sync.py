@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sqlite3
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,46 +11,7 @@ from pathlib import Path
 import pytest
 
 from components.projects import pid_is_gone, write_project
-
-
-class Script:
-    """A Python script under way that tracks to a sqlite file."""
-
-    def __init__(self, folder: Path, code: str, store: str) -> None:
-        self.database = store.removeprefix("sqlite:///")
-        environ = {**os.environ, "MLFLOW_TRACKING_URI": store}
-        (folder / "script.py").write_text(textwrap.dedent(code))
-        self.process = subprocess.Popen(
-            [sys.executable, "script.py"],
-            cwd=folder,
-            env=environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def __enter__(self) -> Script:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.communicate()
-
-    def line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def end(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=50)
-        return self.process.returncode, out, err
-
-    def statuses(self) -> list[str]:
-        with sqlite3.connect(self.database) as connection:
-            rows = connection.execute("select status from runs order by start_time").fetchall()
-        connection.close()
-        return [row[0] for row in rows]
+from components.scripts import Script
 
 
 @pytest.fixture
@@ -236,3 +193,35 @@ def test_the_parent_is_mlflows_active_run(start: Callable[[str], Script], tmp_pa
         """
     )
     assert script.end()[:2] == (0, "True\n")
+
+
+def test_children_that_are_forked_after_a_run_end(start: Callable[[str], Script], tmp_path: Path) -> None:
+    write_project(tmp_path / "demo", "true")
+    script = start(
+        """
+        import multiprocessing, os, signal, sys, time
+        import mlfleet
+        def double(number):
+            return 2 * number
+        if __name__ == "__main__":
+            fork = multiprocessing.get_context("fork")
+            mlfleet.run("demo", env_manager="local", output="capture")
+            with fork.Pool(2) as pool:
+                print(pool.map(double, range(3)))
+            child = fork.Process(target=double, args=(1,))
+            child.start()
+            child.join()
+            print(child.exitcode)
+            child = fork.Process(target=time.sleep, args=(60,))
+            child.start()
+            child.terminate()
+            child.join()
+            print(child.exitcode == -signal.SIGTERM, flush=True)
+            if (pid := os.fork()) == 0:
+                sys.exit(3)
+            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        """
+    )
+    code, out, _ = script.end()
+    assert (code, out.splitlines()) == (0, ["[0, 2, 4]", "0", "True", "3"])
+    assert script.statuses() == ["FINISHED"]

@@ -104,7 +104,8 @@ def _watched() -> list[signal.Signals]:
 def before_sigterm(work: Callable[[], object]) -> None:
     """Call `work` when SIGTERM arrives, before the signal ends this process as it would have done at once.
 
-    Does nothing outside of the main thread, where Python sets no handlers, or if the program handles SIGTERM itself.
+    Does nothing outside of the main thread, where Python sets no handlers, or if the program handles SIGTERM itself. A
+    forked child (multiprocessing) has nothing to end: there the signal has its usual effect.
     """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         return
@@ -114,7 +115,12 @@ def before_sigterm(work: Callable[[], object]) -> None:
         work()
         os.kill(os.getpid(), signal.SIGTERM)
 
+    def forget() -> None:
+        if signal.getsignal(signal.SIGTERM) is handle:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
     signal.signal(signal.SIGTERM, handle)
+    os.register_at_fork(after_in_child=forget)
 
 
 def is_interrupt(error: BaseException | None) -> bool:

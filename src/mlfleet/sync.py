@@ -175,6 +175,7 @@ class _Loop:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
+        self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="mlfleet", daemon=True)
         self._thread.start()
         # Exit hooks of threading run while threads can still be started, those of atexit do not: from Python 3.12 on
@@ -214,7 +215,12 @@ class _Loop:
             raise
 
     def _at_exit(self) -> None:
-        """Wait for the active runs. If the interpreter exits because of an interrupt, end them."""
+        """Wait for the active runs. If the interpreter exits because of an interrupt, end them.
+
+        A forked child inherits this hook, but neither the runs nor the thread that would answer.
+        """
+        if os.getpid() != self._pid:
+            return
         try:
             if not is_interrupt(getattr(sys, "last_value", None)):
                 self.call(api.join_default_fleets)
