@@ -146,7 +146,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         return
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if process.pid != os.getpid() and process.environ().get(_MARK) == os.environ[_MARK]:
+            if process.pid == os.getpid() or any("guardian_main" in word for word in process.cmdline()):
+                continue  # the guardian ends with this process
+            if process.environ().get(_MARK) == os.environ[_MARK]:
                 print(f"left behind by a test, and killed now: {process.pid} {process.cmdline()}", file=sys.stderr)
                 process.kill()
 

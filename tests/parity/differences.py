@@ -144,13 +144,22 @@ def _command_is(command: str) -> Rule:
 
 
 EVERYWHERE = frozenset(
-    ["error-classes", "legacy-git-tags", "own-tags", "parameters-raw", "storage-removed", "temporary-files"]
+    [
+        "driver-marker",
+        "error-classes",
+        "legacy-git-tags",
+        "own-tags",
+        "parameters-raw",
+        "storage-removed",
+        "temporary-files",
+    ]
 )
 """The differences that cases need not name."""
 
 RULES: dict[str, Rule] = {
     # Everywhere
     "own-tags": _only_ours,
+    "driver-marker": _only_ours,
     "temporary-files": lambda aspect, theirs, ours: (theirs[aspect], ours[aspect]) == ("left", ""),
     "storage-removed": lambda aspect, theirs, ours: (theirs[aspect], ours[aspect]) == ("left", ""),
     "parameters-raw": _quoted,

@@ -141,6 +141,8 @@ time.sleep(60)
         first.send_signal(number)
     assert first.is_running()
     first.kill()
+    while first.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
     # Reaped by the driver itself when it asks for the guardian again.
     driver.stdin.write("\n")
     driver.stdin.flush()

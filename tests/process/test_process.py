@@ -10,15 +10,16 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext, suppress
 from pathlib import Path
 
 import anyio
 import pytest
 from blockbuster import BlockBuster
 
-from mlfleet._process.process import Process, run_process, start_process
+from mlfleet._process.process import Command, Process, run_process, start_process
+from mlfleet._process.process import start as start_command
 
 MARK = "PROCESS_TEST"
 open_readers: list[int] = []
@@ -235,6 +236,62 @@ class TestWait:
         assert await process.wait() == 255
         assert "was taken by another part of this program" in caplog.text
         await process.stop(0)
+
+
+@asynccontextmanager
+async def leaving(script: str, mark: str, grace: float) -> AsyncIterator[Process]:
+    """Start a script of bash whose session is to be ended with it."""
+    command = Command(["bash", "-c", script], env=marked(mark), title="the command", rest_grace=grace)
+    process = await start_command(lambda: nullcontext(command))
+    try:
+        yield process
+    finally:
+        await process.stop(0)
+
+
+class TestRestOfTheSession:
+    @pytest.mark.parametrize("end", ["exit 3", "kill -9 $$"])
+    async def test_ends_with_the_command(self, end: str, caplog: pytest.LogCaptureFixture) -> None:
+        script = f"sleep 600 & set -m; timeout 500 sleep 500 & {end}"
+        async with leaving(script, "rest", 20) as process:
+            assert await process.wait() == (3 if end == "exit 3" else -9)
+            assert living("rest") == []
+            assert process.stopped is False
+        (warning,) = caplog.messages
+        assert warning.startswith("the command ended and left ")
+        assert "sleep (" in warning
+        assert "setsid" in warning
+
+    async def test_is_killed_after_its_grace(self) -> None:
+        async with leaving("(trap '' TERM; while :; do sleep 1; done) & sleep 0.2; exit 4", "deaf", 0.2) as process:
+            assert await process.wait() == 4
+            assert living("deaf") == []
+
+    async def test_is_killed_sooner_if_somebody_asks(self) -> None:
+        async with leaving("(trap '' TERM; while :; do sleep 1; done) & sleep 0.2; exit 4", "sooner", 600) as process:
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # noqa: ASYNC222
+            await process.stop(0)
+            assert (process.returncode, process.stopped) == (4, False)
+            assert living("sooner") == []
+
+    async def test_setsid_keeps_a_process_out_of_it(self, caplog: pytest.LogCaptureFixture) -> None:
+        async with leaving("setsid sleep 600 & sleep 0.3; exit 4", "out", 20) as process:
+            assert await process.wait() == 4
+        (left,) = living("out")
+        os.kill(left, signal.SIGKILL)
+        assert caplog.messages == []
+
+    async def test_200_commands_that_leave_nothing(self, caplog: pytest.LogCaptureFixture) -> None:
+        async with AsyncExitStack() as stack:
+            processes = [await stack.enter_async_context(leaving("exit 0", "none", 20)) for _ in range(200)]
+            assert await asyncio.gather(*(process.wait() for process in processes)) == [0] * 200
+        assert caplog.messages == []
+
+    async def test_without_pidfds(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delattr(os, "pidfd_open")
+        async with leaving("sleep 600 & exit 4", "rest of threads", 20) as process:
+            assert await process.wait() == 4
+            assert living("rest of threads") == []
 
 
 class TestStop:

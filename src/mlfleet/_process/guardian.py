@@ -26,7 +26,8 @@ class Guardian:
     """Registers the sessions of this process with its guardian, which is started with the first one.
 
     All methods may be called from any thread. They block for about two milliseconds when the guardian is started, and
-    not measurably otherwise. The guardian ends soon after this process.
+    not measurably otherwise. The guardian ends soon after this process. Where it cannot be started, commands run
+    without one, and a warning says so once.
 
     Attributes:
         marker: The value of `MARKER_VARIABLE` for commands that must not outlive this process.
@@ -38,13 +39,10 @@ class Guardian:
         self._sessions: dict[int, float] = {}
         self._pid: int | None = None
         self._pipe: IO[bytes] | None = None
+        self._warned: set[str] = set()
 
     def start(self) -> None:
-        """Start the guardian if it does not run. Call it before a command is started with the marker.
-
-        Raises:
-            OSError: The system has no room for another process.
-        """
+        """Start the guardian if it does not run. Call it before a command is started with the marker."""
         with self._lock:
             self._ensure()
 
@@ -69,20 +67,26 @@ class Guardian:
         if self._pid is not None:
             if _is_running(self._pid):
                 return
-            _log.warning("the guardian process %d was killed; starting another one", self._pid)
-        self._spawn()
-        for session, grace in self._sessions.items():
-            self._write(f"+ {session} {grace}\n")
+            self._warn("the guardian of local runs, process %d, was killed; starting another one", self._pid)
+            self._close()
+        try:
+            self._spawn()
+            for session, grace in self._sessions.items():
+                self._write(f"+ {session} {grace}\n")
+        except OSError as error:
+            self._close()
+            self._warn("local runs will go on if this process is killed: their guardian cannot be started: %s", error)
 
     def _spawn(self) -> None:
         # Without the driver's own marker, by which the guardian of another driver may look for processes to end.
-        environ = {name: value for name, value in os.environ.items() if name != MARKER_VARIABLE}
+        environ = os.environ.copy()
+        environ.pop(MARKER_VARIABLE, None)
         # The guardian imports nothing else; the driver may have found it in a folder that is not on the default path.
         psutil = importlib.util.find_spec("psutil")
         if psutil is not None and psutil.origin is not None:
             environ["PYTHONPATH"] = str(Path(psutil.origin).parent.parent)
         popen = subprocess.Popen(
-            [sys.executable, "-P", str(_SCRIPT), str(os.getpid()), f"{MARKER_VARIABLE}={self.marker}"],
+            [_python(), "-P", str(_SCRIPT), str(os.getpid()), f"{MARKER_VARIABLE}={self.marker}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -101,10 +105,33 @@ class Guardian:
         except BrokenPipeError:
             self._ensure()  # registers all sessions
 
+    def _close(self) -> None:
+        if self._pipe is not None:
+            self._pipe.close()
+        self._pid = self._pipe = None
+
+    def _warn(self, text: str, detail: object) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            _log.warning(text, detail)
+
     def _write(self, message: str) -> None:
         # A line is shorter than PIPE_BUF, so that it is written whole. The guardian reads at once.
         if self._pipe is not None:
             self._pipe.write(message.encode())
+
+
+def _python() -> str:
+    """Return the path of the Python that runs this program.
+
+    Raises:
+        FileNotFoundError: This program is no script of a Python (it is frozen, or embeds one), or mlfleet is in a zip.
+    """
+    # uWSGI and programs that embed Python set sys.executable to themselves: with it they would start once more.
+    for path in (Path(sys.executable or ""), Path(sys.exec_prefix, "bin", "python3")):
+        if path.name.startswith(("python", "pypy")) and path.is_file() and _SCRIPT.is_file():
+            return str(path)
+    raise FileNotFoundError("no Python was found to run it with")
 
 
 def _is_running(pid: int) -> bool:

@@ -23,6 +23,7 @@ from pathlib import Path
 from mlfleet._concurrency.cancellation import wait_done
 from mlfleet._concurrency.grace import StopRequest
 from mlfleet._concurrency.threads import PROCESSES
+from mlfleet._process.guardian import MARKER_VARIABLE, guardian
 from mlfleet._process.sessions import SessionWatch, signal_group
 from mlfleet._process.streams import Stream
 
@@ -52,6 +53,11 @@ class Command:
         stdout: The file descriptor for stdout; None: it is inherited.
         stderr: The file descriptor for stderr; None: it is inherited.
         program: The file to run, if it is known; None: ``argv[0]`` is searched for.
+        title: What the command is, for messages.
+        rest_grace: Seconds between SIGTERM and SIGKILL for processes that the command leaves in its session at its end;
+            None: they are left alone.
+        guarded: True if the command must not outlive this process. It needs a `rest_grace`, and has `MARKER_VARIABLE`
+            in its environment.
     """
 
     argv: Sequence[str]
@@ -60,6 +66,9 @@ class Command:
     stdout: int | None = None
     stderr: int | None = None
     program: str | None = None
+    title: str = "a command"
+    rest_grace: float | None = None
+    guarded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +91,21 @@ class Process:
 
     `start_process` makes it; its caller ensures that it ends, by `wait` or `stop`.
 
+    Args:
+        pid: The id of the process.
+        pidfd: Its descriptor; None where the system has none.
+        title: What the process is, for messages.
+        rest_grace: Seconds between SIGTERM and SIGKILL for what it leaves in its session; None: that is left alone.
+
     Attributes:
         pid: The id of the process, of its session and of its group.
         stopped: True if `stop` was called before the process ended by itself.
     """
 
-    # A pid must not be signalled after the system has given it to another process. So while a stop is in progress, the
-    # ended leader is not reaped: as long as it is a zombie, neither its pid nor its group can be given away. It is
-    # reaped when all of its session is gone, and nothing is signalled after that. Without pidfds a thread reaps it at
-    # once, since macOS has os.waitid (and so WNOWAIT) from Python 3.13 on only: there a small risk is left.
+    # A pid must not be signalled after the system has given it to another process. So where the rest of the session is
+    # to be ended, the ended leader is not reaped: as long as it is a zombie, neither its pid nor its group can be given
+    # away. It is reaped when all of its session is gone, and nothing is signalled after that. Without pidfds a thread
+    # reaps it at once, since macOS has os.waitid (and so WNOWAIT) from Python 3.13 on only: there a small risk is left.
 
     __slots__ = (
         "_callbacks",
@@ -101,15 +116,19 @@ class Process:
         "_loop",
         "_pidfd",
         "_reaped",
+        "_rest_grace",
         "_signalled",
         "_stop",
+        "_title",
         "pid",
         "stopped",
     )
 
-    def __init__(self, pid: int, pidfd: int | None) -> None:
+    def __init__(self, pid: int, pidfd: int | None, title: str = "a command", rest_grace: float | None = None) -> None:
         self.pid = pid
         self.stopped = False
+        self._title = title
+        self._rest_grace = rest_grace
         self._pidfd = pidfd
         self._loop = asyncio.get_running_loop()
         self._code: int | None = None
@@ -141,7 +160,7 @@ class Process:
             self._callbacks.append(callback)
 
     async def wait(self) -> int:
-        """Wait for the end of the process, and after `stop` for the end of its whole session.
+        """Wait for the end of the process, and after `stop` or with a `rest_grace` for the end of its whole session.
 
         Any number of tasks may wait. A cancelled waiter changes nothing.
         """
@@ -177,12 +196,9 @@ class Process:
             self._stop = StopRequest(grace)
         if not self._stop.request(grace):
             return
-        watch = SessionWatch.of_running_loop()
         if is_first:
-            watch.signal_soon(self._terminate)
-        if self._kill is not None:
-            self._kill.cancel()
-        self._kill = self._loop.call_later(self._stop.remaining or 0, watch.signal_soon, self._force)
+            SessionWatch.of_running_loop().signal_soon(self._terminate)
+        self._kill_later()
 
     def _terminate(self) -> None:
         self._poll()
@@ -203,26 +219,45 @@ class Process:
         for group in self._signalled:
             signal_group(group, signal.SIGKILL)
 
-    def _look(self, groups: set[int]) -> None:
-        """Signal the living groups of the session, or conclude the stop if there are none."""
+    def _look(self, groups: Mapping[int, Sequence[str]]) -> None:
+        """Signal the living groups of the session, or conclude if there are none."""
         self._poll()
         if self._gone.is_set():
             return
+        if groups and not self.stopped and self._rest_grace is not None and not self._signalled:
+            self._end_rest(groups, self._rest_grace)
         for group in groups:
             if self._forced:
                 signal_group(group, signal.SIGKILL)
             elif group not in self._signalled:
                 self._ask(group)
-        self._signalled = groups | {self.pid} if not self._reaped else groups
+        self._signalled = {*groups} if self._reaped else {*groups, self.pid}
         if not groups and self._code is not None:
             self._finish()
+
+    def _end_rest(self, groups: Mapping[int, Sequence[str]], grace: float) -> None:
+        """Begin to end what the process has left behind."""
+        names = ", ".join(sorted(name for names in groups.values() for name in names))
+        text = "%s ended and left %s, ended now; what should go on needs a session of its own (setsid)"
+        _log.warning(text, self._title, names)
+        if self._stop is None:
+            self._stop = StopRequest(grace)
+        if self._stop.request(grace):
+            self._kill_later()
+
+    def _kill_later(self) -> None:
+        assert self._stop is not None  # noqa: S101 - the caller made it
+        if self._kill is not None:
+            self._kill.cancel()
+        watch = SessionWatch.of_running_loop()
+        self._kill = self._loop.call_later(self._stop.remaining or 0, watch.signal_soon, self._force)
 
     def _poll(self) -> None:
         """Notice the end of the process, if it has ended."""
         if self._code is not None or self._pidfd is None:
             return
         try:
-            code = self._peek() if self._stop is not None else self._reap()
+            code = self._reap() if self._stop is None and self._rest_grace is None else self._peek()
         except ChildProcessError:
             self._reaped = True
             _log.warning("the exit status of process %d was taken by another part of this program", self.pid)
@@ -253,6 +288,8 @@ class Process:
         self._code = code
         if self.stopped:
             SessionWatch.of_running_loop().hurry()
+        elif self._rest_grace is not None:
+            SessionWatch.of_running_loop().add(self.pid, self._look, named=True)
         else:
             self._finish()
 
@@ -263,7 +300,8 @@ class Process:
                 os.waitpid(self.pid, os.WNOHANG)
         if self._kill is not None:
             self._kill.cancel()
-            SessionWatch.of_running_loop().remove(self.pid)
+        SessionWatch.of_running_loop().remove(self._look)
+        guardian().remove(self.pid)
         self._gone.set()
         for callback in self._callbacks:
             callback()
@@ -283,6 +321,9 @@ class Process:
         return code
 
 
+_Spawned = tuple[int, int | None, str, float | None]
+
+
 async def start(make: Callable[[], AbstractContextManager[Command]]) -> Process:
     """Start a long-running command whose preparation blocks. A cancelled call leaves nothing running.
 
@@ -296,9 +337,9 @@ async def start(make: Callable[[], AbstractContextManager[Command]]) -> Process:
         ValueError: There is a NUL character in the arguments or the variables.
     """
 
-    def spawn() -> tuple[int, int | None]:
+    def spawn() -> _Spawned:
         with make() as command:
-            return _spawn(command)
+            return (*_spawn(command), command.title, command.rest_grace)
 
     return Process(*await PROCESSES.run(spawn, undo=_take_back))
 
@@ -360,19 +401,23 @@ async def run_process(
         return Completed(code, streams[0].content(), streams[-1].content())
 
 
-async def _take_back(spawned: tuple[int, int | None]) -> None:
+async def _take_back(spawned: _Spawned) -> None:
     await Process(*spawned).stop(0)
 
 
 def _spawn(command: Command) -> tuple[int, int | None]:
     """Start the process; return its pid, and a pidfd where the system has them. Blocking."""
+    env = command.env
+    if command.guarded:
+        guardian().start()
+        env = {**(os.environ if env is None else env), MARKER_VARIABLE: guardian().marker}
     try:
         # Never preexec_fn: without it Popen uses vfork, whose cost does not grow with this process's memory.
         popen = subprocess.Popen(
             command.argv,
             executable=command.program,
             cwd=None if command.cwd is None else str(command.cwd),
-            env=command.env,
+            env=env,
             stdin=subprocess.DEVNULL,
             stdout=command.stdout,
             stderr=command.stderr,
@@ -387,6 +432,9 @@ def _spawn(command: Command) -> tuple[int, int | None]:
         popen.wait()
         raise _explained(error) from error
     popen.returncode = 0  # `Process` reaps it; Popen would warn about a process that it leaves behind
+    if command.guarded:
+        # If this process is killed before this line, the guardian finds the command by its marker.
+        guardian().add(popen.pid, command.rest_grace or 0)
     return popen.pid, pidfd
 
 

@@ -201,13 +201,17 @@ class ReattachedProcess(Process):
     Args:
         identity: The process.
         pidfd: Its descriptor, from `open_process`.
+        title: What the process is, for messages.
+        rest_grace: Seconds between SIGTERM and SIGKILL for what it leaves in its session; None: that is left alone.
     """
 
     __slots__ = ("_identity",)
 
-    def __init__(self, identity: Identity, pidfd: int | None) -> None:
+    def __init__(
+        self, identity: Identity, pidfd: int | None, title: str = "a command", rest_grace: float | None = None
+    ) -> None:
         self._identity = identity
-        super().__init__(identity.pid, pidfd)
+        super().__init__(identity.pid, pidfd, title, rest_grace)
 
     def _poll(self) -> None:
         if self._code is not None or self._pidfd is None:

@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import ClassVar
@@ -25,32 +25,41 @@ _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1  # seconds
 _SIGNALLING = 0.002  # seconds of one iteration of the event loop that are spent on sending signals
 
 
-def living_groups(sessions: Collection[int]) -> dict[int, set[int]]:
+def living_groups(sessions: Collection[int], named: Collection[int] = ()) -> dict[int, dict[int, list[str]]]:
     """Return the process groups in each session that have a living member which may be signalled. Blocking.
 
     Zombies do not count: where nobody reaps orphans (a container without an init), they stay for ever.
 
     Args:
         sessions: The ids of the sessions, which are the pids of their leaders.
+        named: Those of them whose processes are named.
+
+    Returns:
+        For each session its groups, each with the names of its processes if the session is one of `named`.
     """
     import psutil  # late, and in a thread: most uses of mlfleet stop no process
 
-    found: dict[int, set[int]] = {session: set() for session in sessions}
+    found: dict[int, dict[int, list[str]]] = {session: {} for session in sessions}
     # Two system calls for each process of the machine, and more only for the first one of each group: 18 ms for 500
     # sessions of two processes, and 1 ms for one session. Reading /proc/<pid>/stat of all took 26 ms and 8 ms.
     for pid in psutil.pids():
         try:
-            groups = found.get(os.getsid(pid))
+            session = os.getsid(pid)
+            groups = found.get(session)
             if groups is None:
                 continue
             group = os.getpgid(pid)
-            if group in groups or psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            if group in groups and session not in named:
+                continue
+            process = psutil.Process(pid)
+            if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
                 continue
             # Another user's process (sudo) cannot be signalled: its end would be waited for without end.
             os.kill(pid, 0)
+            names = [f"{process.name()} ({pid})"] if session in named else []
         except (OSError, psutil.Error):
             continue
-        groups.add(group)
+        groups.setdefault(group, []).extend(names)
     return found
 
 
@@ -66,13 +75,17 @@ def kill_session(session: int) -> None:
         signal_group(group, signal.SIGKILL)
 
 
+_Callback = Callable[[Mapping[int, Sequence[str]]], None]
+
+
 class SessionWatch:
     """Looks at all sessions of one event loop that are being ended, with one look in a thread for all of them."""
 
     _of_loops: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, SessionWatch]] = WeakKeyDictionary()
 
     def __init__(self) -> None:
-        self._callbacks: dict[int, Callable[[set[int]], None]] = {}
+        self._callbacks: dict[_Callback, int] = {}
+        self._named: set[_Callback] = set()
         self._pause = _SHORTEST_PAUSE
         self._hurry = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -87,16 +100,26 @@ class SessionWatch:
             watch = cls._of_loops[loop] = cls()
         return watch
 
-    def add(self, session: int, callback: Callable[[set[int]], None]) -> None:
-        """Call `callback` with the living groups of `session` after each look, until `remove`."""
-        self._callbacks[session] = callback
+    def add(self, session: int, callback: _Callback, *, named: bool = False) -> None:
+        """Call `callback` with the living groups of `session` after each look, until `remove`.
+
+        Args:
+            session: The id of the session. More than one callback may be interested in it.
+            callback: Called with what `living_groups` found.
+            named: True to have the processes named.
+        """
+        self._callbacks[callback] = session
+        if named:
+            self._named.add(callback)
         if self._task is None:
             self._start()
         self.hurry()
 
-    def remove(self, session: int) -> None:
-        """Stop looking at `session`."""
-        self._callbacks.pop(session, None)
+    def remove(self, callback: _Callback) -> None:
+        """Stop calling `callback`."""
+        if self._callbacks.pop(callback, None) is None:
+            return
+        self._named.discard(callback)
         if not self._callbacks and self._task is not None:
             self._task.cancel()
 
@@ -138,9 +161,11 @@ class SessionWatch:
 
     async def _look_once(self) -> None:
         begun = time.monotonic()
-        for session, groups in (await self._living()).items():
-            if session in self._callbacks:
-                self._callbacks[session](groups)
+        living = await self._living()
+        for callback, session in list(self._callbacks.items()):
+            # A session that was added meanwhile has its turn at the next look; a callback may remove another one.
+            if session in living and callback in self._callbacks:
+                callback(living[session])
         # Where there are thousands of processes, at least half of the time is free of looks.
         await asyncio.sleep(max(_SHORTEST_PAUSE, time.monotonic() - begun))
         with suppress(TimeoutError):
@@ -149,12 +174,12 @@ class SessionWatch:
         self._hurry.clear()
         self._pause = min(self._pause * 2, _LONGEST_PAUSE)
 
-    async def _living(self) -> dict[int, set[int]]:
-        sessions = list(self._callbacks)
+    async def _living(self) -> dict[int, dict[int, list[str]]]:
+        sessions, named = set(self._callbacks.values()), {self._callbacks[callback] for callback in self._named}
         try:
-            return await SESSIONS.run(partial(living_groups, sessions))
+            return await SESSIONS.run(partial(living_groups, sessions, named))
         except RuntimeError:
             # The limit of threads is reached, or the interpreter is ending. Processes must be ended all the more, even
             # if each look holds up the event loop for some milliseconds.
             self._pause = _LONGEST_PAUSE
-            return living_groups(sessions)
+            return living_groups(sessions, named)

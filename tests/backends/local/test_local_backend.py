@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from components.projects import pid_is_gone
 from mlfleet._environments.manager import PreparedEnvironment
+from mlfleet._process.guardian import guardian
 from mlfleet.backends.base import Job
 from mlfleet.backends.local.backend import LocalBackend
 from mlfleet.errors import SubmitError, UsageError
@@ -174,3 +176,24 @@ async def test_cancelled_submit_leaves_no_file_open(backend: LocalBackend, folde
         with suppress(asyncio.CancelledError):
             await (await submitting).cancel()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("durable", [False, True])
+async def test_only_a_durable_run_has_no_mark_of_its_driver(
+    backend: LocalBackend, folder: Path, monkeypatch: pytest.MonkeyPatch, durable: bool
+) -> None:
+    monkeypatch.setenv("MLFLEET_DRIVER", "of an outer driver")
+    found = await lines(backend, job(folder, 'echo "${MLFLEET_DRIVER-unset}"', durable=durable))
+    assert found == (["unset"] if durable else [guardian().marker])
+
+
+@pytest.mark.parametrize("durable", [False, True])
+async def test_what_a_command_leaves_behind_is_ended_with_the_run(
+    backend: LocalBackend, folder: Path, caplog: pytest.LogCaptureFixture, durable: bool
+) -> None:
+    run = await backend.submit(job(folder, "sleep 600 & echo $!; exit 3", durable=durable))
+    outcome = await run.outcome()
+    assert (outcome.status, outcome.exit_code) == (RunStatus.FAILED, 3)
+    assert pid_is_gone(int(outcome.output[0]))
+    (warning,) = caplog.messages
+    assert warning.startswith(f"the command of the run {'1' * 32} ended and left sleep (")

@@ -18,6 +18,7 @@ import anyio
 
 from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.threads import FILES
+from mlfleet._process.guardian import MARKER_VARIABLE
 from mlfleet._process.process import Command, Process, start
 from mlfleet._process.reattach import ReattachedProcess
 from mlfleet._text.lines import follow_file, last_lines
@@ -34,7 +35,8 @@ _START_TIMEOUT, _START_POLL = 5.0, 0.05  # seconds that a run to attach to may t
 class LocalBackend(Backend[None]):
     """A backend that runs jobs as processes on this machine.
 
-    Each leads a session of its own, so that Ctrl-C reaches only this process. Leaving the backend ends active runs.
+    Each leads a session of its own, so that Ctrl-C reaches only this process. Leaving the backend ends active runs, and
+    so does the end of this process, whatever kind of end: only durable runs outlive it.
     """
 
     name: ClassVar[str] = "local"
@@ -99,7 +101,7 @@ class LocalBackend(Backend[None]):
         grace = float(ref.data.get("grace", DEFAULT_CANCEL_GRACE))
         if isinstance(found, run_folder.Ended):
             return _LocalRun(ref.run_id, output, grace, _Ended(), lambda: found.code)
-        process = ReattachedProcess(found.identity, found.pidfd)
+        process = ReattachedProcess(found.identity, found.pidfd, _title(ref.run_id), grace)
         run = _LocalRun(ref.run_id, output, grace, process, partial(run_folder.conclude, Path(str(ref.data["folder"]))))
         self._keep(run, process)
         return run
@@ -249,12 +251,29 @@ def _command(job: Job) -> Iterator[Command]:
         argv = run_folder.argv(job)
         run_folder.run_folder(job.run_id).mkdir(parents=True, exist_ok=True, mode=0o700)
     environ = _environ(job)
+    if job.durable:
+        # This process may be a run of another driver itself: at that one's end a durable run goes on all the same.
+        environ.pop(MARKER_VARIABLE, None)
     output = None if job.output is None else _open_output(job.output)
     try:
-        yield Command(argv, job.project_dir, environ, output, output, _program(argv[0], environ.get("PATH", "")))
+        yield Command(
+            argv,
+            job.project_dir,
+            environ,
+            output,
+            output,
+            _program(argv[0], environ.get("PATH", "")),
+            title=_title(job.run_id),
+            rest_grace=job.cancel_grace,
+            guarded=not job.durable,
+        )
     finally:
         if output is not None:
             os.close(output)
+
+
+def _title(run_id: str) -> str:
+    return f"the command of the run {run_id}"
 
 
 def _environ(job: Job) -> dict[str, str]:
