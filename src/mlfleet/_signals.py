@@ -115,12 +115,22 @@ def before_sigterm(work: Callable[[], object]) -> None:
         work()
         os.kill(os.getpid(), signal.SIGTERM)
 
+    # SIGTERM is held back over the fork: one that came to the child before it has its usual effect again would be lost.
+    masks = threading.local()
+
+    def hold() -> None:
+        masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def go_on() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masks.before)
+
     def forget() -> None:
         if signal.getsignal(signal.SIGTERM) is handle:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        go_on()
 
     signal.signal(signal.SIGTERM, handle)
-    os.register_at_fork(after_in_child=forget)
+    os.register_at_fork(before=hold, after_in_parent=go_on, after_in_child=forget)
 
 
 def is_interrupt(error: BaseException | None) -> bool:
