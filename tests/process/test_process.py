@@ -252,7 +252,8 @@ async def leaving(script: str, mark: str, grace: float) -> AsyncIterator[Process
 class TestRestOfTheSession:
     @pytest.mark.parametrize("end", ["exit 3", "kill -9 $$"])
     async def test_ends_with_the_command(self, end: str, caplog: pytest.LogCaptureFixture) -> None:
-        script = f"sleep 600 & set -m; timeout 500 sleep 500 & {end}"
+        # The first child has become the program, so that it no longer has the shell's name.
+        script = f"sleep 600 & until grep -q sleep /proc/$!/comm; do :; done; set -m; timeout 500 sleep 500 & {end}"
         async with leaving(script, "rest", 20) as process:
             assert await process.wait() == (3 if end == "exit 3" else -9)
             assert living("rest") == []

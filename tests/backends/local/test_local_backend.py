@@ -187,11 +187,15 @@ async def test_only_a_durable_run_has_no_mark_of_its_driver(
     assert found == (["unset"] if durable else [guardian().marker])
 
 
+# Waits until the shell's child has become the program: until then it has the shell's name.
+ASLEEP = "until grep -q sleep /proc/$!/comm; do :; done"
+
+
 @pytest.mark.parametrize("durable", [False, True])
 async def test_what_a_command_leaves_behind_is_ended_with_the_run(
     backend: LocalBackend, folder: Path, caplog: pytest.LogCaptureFixture, durable: bool
 ) -> None:
-    run = await backend.submit(job(folder, "sleep 600 & echo $!; exit 3", durable=durable))
+    run = await backend.submit(job(folder, f"sleep 600 & echo $!; {ASLEEP}; exit 3", durable=durable))
     outcome = await run.outcome()
     assert (outcome.status, outcome.exit_code) == (RunStatus.FAILED, 3)
     assert pid_is_gone(int(outcome.output[0]))
