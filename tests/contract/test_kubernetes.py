@@ -71,7 +71,7 @@ class TestKubernetes(BackendContract):
 
 
 class TestKubernetesBusybox(TestKubernetes):
-    """The same with an image that has nothing but busybox: no bash."""
+    """The contract with an image that contains only busybox, without bash."""
 
     @pytest.fixture
     def programs(self, tmp_path: Path) -> str:

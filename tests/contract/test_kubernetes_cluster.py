@@ -66,7 +66,7 @@ class TestKubernetesCluster(BackendContract):
             await api.call("making a namespace", "POST", "/api/v1/namespaces", body=body)
             await _service_account(api, namespace)
             try:
-                # A node needs a second or two to tell that a pod runs, and that it has ended.
+                # A node needs a second or two to report that a pod runs, and that it has ended.
                 yield Harness(open=KubernetesBackend, job=job, leftovers=leftovers, cancel_grace=1.0, lag=3.0)
             finally:
                 with anyio.CancelScope(shield=True):
@@ -74,7 +74,7 @@ class TestKubernetesCluster(BackendContract):
 
 
 async def _service_account(api: KubernetesClient, namespace: str) -> None:
-    """A new namespace takes no pods before it has one."""
+    """Wait for the service account: a new namespace accepts no pods before it has one."""
     for _ in range(100):
         try:
             await api.call("looking", "GET", f"/api/v1/namespaces/{namespace}/serviceaccounts/default")

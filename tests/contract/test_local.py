@@ -18,14 +18,14 @@ MARK = "CONTRACT_RUN"
 
 
 def living_with(run_id: str) -> list[str]:
-    """Every living process that has inherited the run's mark, wherever it went: other groups and sessions included."""
+    """Return every live process that inherited the run's mark, including those in other groups and sessions."""
     found: list[str] = []
     for entry in filter(str.isdigit, os.listdir("/proc")):
         folder = Path("/proc", entry)
         try:
             if f"{MARK}={run_id}".encode() in (folder / "environ").read_bytes().split(b"\0"):
                 found.append(f"{entry}: {(folder / 'cmdline').read_bytes()!r}")
-        except OSError:  # ended meanwhile, or another user's
+        except OSError:  # the process has ended, or belongs to another user
             continue
     return found
 

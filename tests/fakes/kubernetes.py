@@ -1,7 +1,7 @@
-"""A Kubernetes API server, as far as mlfleet speaks to one: versions, watches, deletion, logs, and their mishaps.
+"""The part of a Kubernetes API server that mlfleet uses: versions, watches, deletion, logs, and their faults.
 
-It keeps to what a real 1.36.2 said (tests/data/kubernetes-1.36). What becomes of Jobs and pods is in
-`fakes.kubernetes_node`.
+Its responses follow those of Kubernetes 1.36.2 (tests/data/kubernetes-1.36). `fakes.kubernetes_node` runs the Jobs
+and their pods.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def now() -> str:
 
 
 def stamp() -> str:
-    """A line's time, with nanoseconds."""
+    """Return the timestamp of a log line, with nanoseconds."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f") + f"{random.randrange(1000):03}Z"
 
 
@@ -68,13 +68,13 @@ class _Event:
     type: str
     key: Key
     object: dict[str, Any]
-    before: Mapping[str, str]  # labels
+    before: Mapping[str, str]  # the labels before the change
     line: bytes
 
 
 @dataclass
 class Log:
-    """What one container has printed: time and line, the line end included."""
+    """The output of one container: pairs of timestamp and line, including the line end."""
 
     lines: list[tuple[str, bytes]] = field(default_factory=list)
     ended: bool = False
@@ -94,7 +94,7 @@ class Log:
 
 
 class KubernetesApi:
-    """The server. `faults` see every request first; `requests` has them all."""
+    """The server. Each of `faults` may intercept a request before it is handled; `requests` records all of them."""
 
     def __init__(self) -> None:
         self.version = 1000
@@ -105,17 +105,19 @@ class KubernetesApi:
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.bodies: list[Any] = []
         self.faults: list[Fault] = []
-        self.tokens: set[str] = set()  # that are taken; none: everybody may
-        self.certificates: set[str] = set()  # serial numbers of clients' that are taken; none: everybody may
-        self.shown: list[str] = []  # the Authorization of each request
-        self.served = 0  # requests whose credentials were taken
-        self.forbidden: set[str] = set()  # plurals
+        self.tokens: set[str] = set()  # the accepted bearer tokens; if empty, every client is accepted
+        self.certificates: set[str] = (
+            set()
+        )  # serial numbers of accepted client certificates; if empty, all are accepted
+        self.shown: list[str] = []  # the Authorization header of each request
+        self.served = 0  # the number of requests with accepted credentials
+        self.forbidden: set[str] = set()  # the plurals of kinds that are answered with 403
         self.bookmark_every = 60.0
         self.page = 10**9
         self.url = ""
         self.on_change: list[Callable[[str, Key, dict[str, Any]], None]] = []
-        self.on_sent: list[Callable[[Key, dict[str, Any]], None]] = []  # to a watch
-        self._owned: dict[str, dict[Key, None]] = {}  # by the uid of the owner
+        self.on_sent: list[Callable[[Key, dict[str, Any]], None]] = []  # called after an event is sent to a watch
+        self._owned: dict[str, dict[Key, None]] = {}  # the keys of dependents by the uid of their owner
         self._leaving: set[Key] = set()
         self._changed = asyncio.Event()
         self._streams: set[asyncio.Transport] = set()
@@ -135,17 +137,17 @@ class KubernetesApi:
 
     @property
     def streams(self) -> int:
-        """How many watches and logs are being read now."""
+        """Return the number of open watches and log streams."""
         return len(self._streams)
 
     def compact(self) -> None:
-        """Forget the past: who watches from an older version than now is told 410."""
+        """Discard the history: a watch from a version older than the current one is answered with 410."""
         self.compacted = self.version
         self.history.clear()
         self._lists.clear()
 
     def drop_streams(self) -> None:
-        """Break every watch and log stream in the middle."""
+        """Abort the connection of every watch and log stream."""
         for transport in tuple(self._streams):
             transport.abort()
 
@@ -189,7 +191,7 @@ class KubernetesApi:
         return made
 
     def change(self, key: Key, change: Callable[[dict[str, Any]], None]) -> None:
-        """Change an object that may be gone, and tell it if it is another then."""
+        """Change an object if it exists, and emit an event if it differs afterwards."""
         found = self.objects.get(key)
         if found is None:
             return
@@ -349,7 +351,7 @@ class KubernetesApi:
         ]
 
     def collect(self) -> None:
-        """Remove the Jobs that waited for their pods to go."""
+        """Remove the Jobs whose foreground deletion waited for their pods."""
         for key in tuple(self._leaving):
             job = self.objects.get(key)
             if job is None or not self.pods_of(job):
@@ -384,7 +386,7 @@ class KubernetesApi:
             meta["continue"] = uuid.uuid4().hex
             self._lists[meta["continue"]] = (at, rest[size:])
         listed: dict[str, Any] = {"kind": f"{_KINDS[plural]}List", "apiVersion": _version_of(plural), "metadata": meta}
-        # Items of a list do not say what they are.
+        # Items of a list do not carry kind and apiVersion.
         listed["items"] = [{k: v for k, v in each.items() if k not in ("kind", "apiVersion")} for each in rest[:size]]
         return web.json_response(listed)
 
@@ -467,7 +469,7 @@ def _resources(version: str, kinds: Mapping[str, str]) -> dict[str, Any]:
 
 
 _BATCH = {"groupVersion": "batch/v1", "version": "v1"}
-# What kubectl asks first.
+# The discovery documents that kubectl requests first.
 _DISCOVERY: dict[str, Any] = {
     "/version": {"major": "1", "minor": "36", "gitVersion": "v1.36.2"},
     "/api": {"kind": "APIVersions", "versions": ["v1"]},
@@ -496,7 +498,7 @@ class _Streaming:
 
 @asynccontextmanager
 async def serving(api: KubernetesApi, port: int = 0, tls: ssl.SSLContext | None = None) -> AsyncIterator[KubernetesApi]:
-    """Serve it on loopback for the time of the block."""
+    """Serve the API on loopback for the duration of the block."""
     runner = web.AppRunner(api.application(), handler_cancellation=True, shutdown_timeout=0.1, access_log=None)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", port, backlog=4096, ssl_context=tls)
@@ -514,7 +516,7 @@ def _version_of(plural: str) -> str:
 
 
 def _copied(value: dict[str, Any]) -> dict[str, Any]:
-    """What ``copy.deepcopy`` takes ten times as long for."""
+    """Return a deep copy, ten times as fast as ``copy.deepcopy``."""
     copied: dict[str, Any] = marshal.loads(marshal.dumps(value))
     return copied
 

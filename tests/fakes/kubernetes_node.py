@@ -1,7 +1,7 @@
-"""What makes something of the Jobs of `fakes.kubernetes`: the Job controller, and a node with a kubelet.
+"""The Job controller and a node with a kubelet, which run the Jobs of `fakes.kubernetes`.
 
-The node runs containers as processes of this machine, or only acts as if (`Acted`), for a thousand at a time. The
-sequences of states are those that a real 1.36.2 went through (tests/data/kubernetes-1.36).
+The node runs containers as processes of this machine, or only simulates them (`Acted`), for a thousand at a time. The
+sequences of states are those recorded from Kubernetes 1.36.2 (tests/data/kubernetes-1.36).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["Acted", "Acting", "Cluster", "Ended", "Processes", "expand"]
 
 @dataclass(frozen=True)
 class Ended:
-    """How a container ended."""
+    """The exit code, reason and message of a container that ended."""
 
     code: int
     reason: str = ""
@@ -54,7 +54,7 @@ class Runtime(Protocol):
 
 @dataclass(frozen=True)
 class Acting:
-    """What an acted container does."""
+    """The behaviour of a simulated container."""
 
     seconds: float = 0.0
     code: int = 0
@@ -64,7 +64,7 @@ class Acting:
 
 
 class Acted:
-    """Acts as if containers ran. `play` tells what each does, by the pod."""
+    """A runtime that simulates containers. `play` returns the behaviour for a pod."""
 
     def __init__(self, play: Callable[[Mapping[str, Any]], Acting]) -> None:
         self._play = play
@@ -101,8 +101,10 @@ class _ActedContainer:
 
 
 class Processes:
-    """Runs containers as processes here. They have no file system of their own: where the manifest names the folder
-    that a volume is mounted at, they get the volume's real one. `path` is where they find programs."""
+    """A runtime that starts containers as processes of this machine, without a file system of their own.
+
+    Mount paths in the manifest are replaced by the real folders of the volumes. `path` is the PATH of the processes.
+    """
 
     def __init__(self, api: KubernetesApi, folder: Path, path: str = os.environ["PATH"]) -> None:
         self._api = api
@@ -184,7 +186,7 @@ class _ProcessContainer:
 
     async def wait(self) -> Ended:
         code = await self._process.wait()
-        # The end of process 1 is that of all others of the container.
+        # When process 1 ends, all other processes of the container are killed.
         kill_session(self._process.pid)
         await self._reading
         return Ended(code if code >= 0 else 128 - code)
@@ -227,7 +229,7 @@ def living_in(session: int) -> list[int]:
 
 
 def expand(text: str, environ: Mapping[str, str]) -> str:
-    """As Kubernetes: ``$(NAME)`` of a known variable is its value, ``$$`` is a dollar sign."""
+    """Expand ``$(NAME)`` of known variables, and ``$$`` to a dollar sign, as Kubernetes does."""
 
     def value(match: re.Match[str]) -> str:
         if match[0] == "$$":
@@ -316,7 +318,7 @@ class Cluster:
             await asyncio.sleep(self.retry_after)
 
     async def _finish(self, key: Key, *, good: bool) -> None:
-        """In two phases, since 1.31."""
+        """Finish a Job in two phases, as Kubernetes does since 1.31."""
         interim, final = ("SuccessCriteriaMet", "Complete") if good else ("FailureTarget", "Failed")
         reason = "CompletionsReached" if good else "BackoffLimitExceeded"
         message = "Reached expected number of succeeded pods" if good else "Job has reached the specified backoff limit"
@@ -335,7 +337,7 @@ class Cluster:
     # ---- the kubelet ------------------------------------------------------------------------------------------------
 
     async def _run_pod(self, key: Key, pod: dict[str, Any]) -> bool | None:
-        """Run a pod to its end; None if it was deleted."""
+        """Run a pod to its end; return its success, or None if it was deleted."""
         uid, spec = pod["metadata"]["uid"], pod["spec"]
         await self._step()
         if spec.get("nodeSelector"):

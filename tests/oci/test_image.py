@@ -72,7 +72,7 @@ async def push(
 
 
 def run(engine: DockerEngine, image: str, *command: str, auth: str = "") -> tuple[int, str]:
-    """Pull and run an image with the real engine: the exit code, and what it printed."""
+    """Pull and run an image with the real engine; return the exit code and the output."""
     headers = {"X-Registry-Auth": auth} if auth else {}
     engine.call("POST", f"/images/create?fromImage={image}", headers=headers)
     made = engine.call("POST", "/containers/create", {"Image": image, "Cmd": list(command), "Tty": True})
@@ -112,7 +112,7 @@ async def test_the_same_content_is_pushed_once(
     assert await push(registries, base, target, project) != first
 
 
-async def test_base_in_another_registry(
+async def test_base_image_in_another_registry(
     docker_engine: DockerEngine,
     registry: Registry,
     registry_with_password: Registry,
@@ -138,7 +138,7 @@ def _header(auth: Mapping[str, str]) -> str:
     return base64.urlsafe_b64encode(json.dumps(login).encode()).decode()
 
 
-async def test_logged_in_by_docker_login(
+async def test_docker_login_credentials_are_used(
     registry: Registry,
     registry_with_password: Registry,
     base: str,
@@ -159,7 +159,7 @@ async def test_logged_in_by_docker_login(
     assert "@sha256:" in image
 
 
-async def test_without_login_says_what_to_do(
+async def test_missing_login_error_says_what_to_do(
     registries: Registries,
     registry_with_password: Registry,
     base: str,
@@ -180,7 +180,7 @@ async def test_wrong_password_is_not_in_the_error(registry_with_password: Regist
     assert "wrong-and-secret" not in str(caught.value)
 
 
-async def test_index_gives_the_image_of_the_platform(
+async def test_image_index_is_resolved_to_the_platform(
     registry: Registry, registries: Registries, base: str, project: Path
 ) -> None:
     reference = parse_reference(base)
@@ -209,12 +209,14 @@ async def test_index_gives_the_image_of_the_platform(
         await push(registries, str(many), target, project, "linux/s390x")
 
 
-async def test_missing_base_names_the_way_out(registry: Registry, registries: Registries, project: Path) -> None:
+async def test_missing_base_image_error_says_how_to_fix_it(
+    registry: Registry, registries: Registries, project: Path
+) -> None:
     with pytest.raises(ImageError, match="is in no registry: push it there"):
         await push(registries, f"{registry.host}/team/none:1", f"{registry.host}/team/x", project)
 
 
-async def test_no_registry_there(registries: Registries, project: Path) -> None:
+async def test_unreachable_registry_is_reported(registries: Registries, project: Path) -> None:
     with pytest.raises(RegistryError, match=r"no answer from the registry 127\.0\.0\.1:1"):
         await push(registries, "127.0.0.1:1/team/base", "127.0.0.1:1/team/x", project)
 
@@ -231,18 +233,18 @@ async def test_no_registry_there(registries: Registries, project: Path) -> None:
         ("ghcr.io/a/b:tag@sha256:" + "0" * 64, Reference("ghcr.io", "a/b", "sha256:" + "0" * 64)),
     ],
 )
-def test_names_of_images(text: str, expected: Reference) -> None:
+def test_valid_image_names_are_parsed(text: str, expected: Reference) -> None:
     assert parse_reference(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "Upper/case", "host:5000/", "a b", "x:-tag", "../x"])
-def test_no_names_of_images(text: str) -> None:
+def test_invalid_image_names_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is not the name of an image"):
         parse_reference(text)
 
 
-async def test_registry_that_asks_for_a_bearer_token(tmp_path: Path) -> None:
-    """As Docker Hub, ghcr.io and most others do; the password goes to the realm alone."""
+async def test_bearer_token_is_fetched_when_the_registry_asks_for_it(tmp_path: Path) -> None:
+    """Docker Hub, ghcr.io and most others do so; the password is sent only to the realm."""
     asked: list[tuple[str, list[str], str]] = []
     kind = "application/vnd.oci.image.manifest.v1+json"
 

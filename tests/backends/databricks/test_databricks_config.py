@@ -1,4 +1,4 @@
-"""``backend_config`` of the Databricks backend: what is taken, and what is said about what is not."""
+"""``backend_config`` of the Databricks backend: the accepted keys, and the errors for all others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mlfleet.errors import UsageError
 CLUSTER = {"spark_version": "15.4.x-scala2.12", "num_workers": 2, "node_type_id": "i3.xlarge"}
 
 
-def test_the_references_two_forms() -> None:
+def test_both_mlflow_config_forms_are_accepted() -> None:
     bare = parse_config(CLUSTER)
     assert bare.compute.new_cluster == CLUSTER
     libraries = [{"pypi": {"package": "tensorflow"}}]
@@ -28,12 +28,12 @@ def test_the_references_two_forms() -> None:
     assert list(full.compute.libraries) == libraries
 
 
-def test_an_empty_one_is_serverless() -> None:
+def test_an_empty_config_means_serverless() -> None:
     assert parse_config({}).compute.serverless
     assert parse_config({"dependencies": ["scikit-learn"], "environment_version": 3}).compute.environment_version == "3"
 
 
-def test_an_existing_cluster() -> None:
+def test_an_existing_cluster_config() -> None:
     compute = parse_config({"existing_cluster_id": "0923-164208-meows279"}).compute
     assert not compute.serverless
     assert compute.existing_cluster_id == "0923-164208-meows279"
@@ -51,7 +51,7 @@ def test_an_existing_cluster() -> None:
         ({"upload": "volume", "upload_path": "/Volumes/a/b/c"}, UploadKind.VOLUME, "/Volumes/a/b/c"),
     ],
 )
-def test_where_projects_go(config: dict[str, Any], kind: UploadKind, path: str) -> None:
+def test_upload_location_of_each_config(config: dict[str, Any], kind: UploadKind, path: str) -> None:
     upload = parse_config(config).upload
     assert (upload.kind, upload.path) == (kind, path)
 
@@ -91,12 +91,12 @@ def test_where_projects_go(config: dict[str, Any], kind: UploadKind, path: str) 
         ({"run_name": 3}, "run_name is 3: give a string"),
     ],
 )
-def test_mistakes_are_told(config: dict[str, Any], message: str) -> None:
+def test_config_mistakes_are_reported(config: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse_config(config)
 
 
-def test_the_callers_mapping_is_not_changed() -> None:
+def test_the_callers_mapping_is_not_modified() -> None:
     config = {
         "new_cluster": copy.deepcopy(CLUSTER),
         "libraries": [{"pypi": {"package": "x"}}],
@@ -119,14 +119,16 @@ def test_the_callers_mapping_is_not_changed() -> None:
         max_size=4,
     )
 )
-def test_whatever_comes_in_the_only_error_is_ours(config: dict[str, Any]) -> None:
+def test_any_invalid_config_raises_only_our_own_error(config: dict[str, Any]) -> None:
     try:
         parse_config(config)
     except UsageError:
         return
 
 
-def test_a_missing_profile_is_told_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_profile_is_reported_before_anything_is_created(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "databrickscfg"
     file.write_text("[prod]\nhost = https://x\ntoken = t\n")
     monkeypatch.setenv("DATABRICKS_CONFIG_FILE", str(file))
@@ -136,13 +138,13 @@ def test_a_missing_profile_is_told_before_anything_is_made(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("uri", ["sqlite:///mlflow.db", "./mlruns", "file:///tmp/mlruns", "postgresql://x/y"])
-def test_a_tracking_store_of_this_machine_is_refused(uri: str) -> None:
+def test_a_local_tracking_store_is_refused(uri: str) -> None:
     with pytest.raises(UsageError, match="on this machine, where Databricks cannot reach it: use 'databricks'"):
         DatabricksBackend().check_tracking(uri)
 
 
 @pytest.mark.parametrize("uri", ["databricks", "databricks://prod", "http://mlflow:5000", "https://mlflow"])
-def test_a_tracking_server_that_can_be_reached_is_taken(uri: str) -> None:
+def test_a_reachable_tracking_server_is_accepted(uri: str) -> None:
     DatabricksBackend().check_tracking(uri)
 
 

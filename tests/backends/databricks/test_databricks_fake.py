@@ -1,4 +1,4 @@
-"""The Databricks backend against a scripted workspace: states, cancelling, paging, attaching, what is sent."""
+"""The Databricks backend against a scripted workspace: states, cancelling, paging, attaching, requests."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ async def test_a_run_that_succeeds(backend: DatabricksBackend, workspace: FakeWo
         ("TERMINATED", "CANCELED", RunStatus.KILLED, "cancelled in Databricks"),
     ],
 )
-async def test_a_run_that_does_not(
+async def test_a_run_that_does_not_succeed(
     backend: DatabricksBackend,
     workspace: FakeWorkspace,
     make_job: JobMaker,
@@ -102,7 +102,9 @@ async def test_a_run_that_does_not(
     assert outcome.output[-1] == "RuntimeError: no such column"
 
 
-async def test_all_states_on_the_way(backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker) -> None:
+async def test_a_run_passes_through_all_states(
+    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
+) -> None:
     run = await backend.submit(make_job())
     assert await run.get_status() is RunStatus.SCHEDULED
     started = asyncio.create_task(run.started())
@@ -129,7 +131,7 @@ ENDED = ("TERMINATED", "SKIPPED", "INTERNAL_ERROR")
 
 @pytest.mark.parametrize("form", ["status", "both"])
 async def test_every_pair_of_states(workspace: FakeWorkspace, make_job: JobMaker, form: str) -> None:
-    """`test_databricks_states.py` says what each means; here it is told by listings and single answers."""
+    """`test_databricks_states.py` covers their meaning; here listings and single responses report them."""
     pairs = list(itertools.product(LIVES, RESULTS))
     workspace.submissions = len(pairs)
     async with DatabricksBackend(timing=replace(QUICK, rates={})) as backend:
@@ -155,7 +157,7 @@ async def test_every_pair_of_states(workspace: FakeWorkspace, make_job: JobMaker
 
 
 @pytest.mark.parametrize("answer", [unknown_value, not_found])
-async def test_a_run_that_vanished(workspace: FakeWorkspace, make_job: JobMaker, answer: Any) -> None:
+async def test_a_vanished_run_is_reported_lost(workspace: FakeWorkspace, make_job: JobMaker, answer: Any) -> None:
     workspace.unknown = answer
     async with DatabricksBackend(timing=replace(QUICK, visibility_delay=0.0)) as backend:
         run = await backend.submit(make_job())
@@ -167,7 +169,7 @@ async def test_a_run_that_vanished(workspace: FakeWorkspace, make_job: JobMaker,
     assert outcome.kind is FailureKind.INFRASTRUCTURE
 
 
-async def test_cancel_of_what_vanished(workspace: FakeWorkspace, make_job: JobMaker) -> None:
+async def test_cancel_of_a_vanished_run(workspace: FakeWorkspace, make_job: JobMaker) -> None:
     async with DatabricksBackend(timing=replace(QUICK, visibility_delay=0.5)) as backend:
         run = await backend.submit(make_job())
         workspace.runs.clear()
@@ -175,7 +177,7 @@ async def test_cancel_of_what_vanished(workspace: FakeWorkspace, make_job: JobMa
         assert isinstance((await run.outcome()).error, RunLost)
 
 
-async def test_a_new_run_that_is_not_known_everywhere_yet(
+async def test_a_new_run_may_be_unknown_at_first(
     backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
 ) -> None:
     hidden: dict[int, FakeRun] = {}
@@ -207,10 +209,10 @@ async def test_cancel_waits_for_the_end(
 
 
 @pytest.mark.parametrize("taken", [True, False])
-async def test_cancel_of_what_has_just_ended(
+async def test_cancel_of_a_run_that_has_just_ended(
     backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker, taken: bool
 ) -> None:
-    workspace.cancels_ended = taken  # else the answer is 400 INVALID_STATE
+    workspace.cancels_ended = taken  # otherwise the response is 400 INVALID_STATE
     run = await backend.submit(make_job())
     succeed(workspace)(workspace.only_run)
     await run.cancel()
@@ -258,10 +260,10 @@ async def test_the_same_content_is_uploaded_once(
     assert all(await asyncio.gather(*(run.wait() for run in runs)))
     uploads = [request.target for request in workspace.requests if request.method == "PUT"]
     assert len([target for target in uploads if "fs/files" in target]) == 2  # the folder was missing at first
-    assert workspace.count("import-file") <= 2  # the bootstrap script; likewise
+    assert workspace.count("import-file") <= 2  # the bootstrap script, whose folder was missing at first, too
 
 
-async def test_another_process_uploads_nothing_again(workspace: FakeWorkspace, make_job: JobMaker) -> None:
+async def test_another_process_does_not_upload_again(workspace: FakeWorkspace, make_job: JobMaker) -> None:
     workspace.on_submit = succeed(workspace)
     for _ in range(2):
         async with DatabricksBackend(timing=QUICK) as backend:
@@ -276,7 +278,7 @@ async def test_another_process_uploads_nothing_again(workspace: FakeWorkspace, m
 async def test_submissions_stay_within_the_limit(
     backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker, caplog: pytest.LogCaptureFixture
 ) -> None:
-    workspace.submissions = 60  # of 75 that would come at once; more than 35, for the clock of a busy machine
+    workspace.submissions = 60  # out of 75 sent at once; above 35, to allow for a slow machine
     workspace.on_submit = succeed(workspace)
     with caplog.at_level(logging.WARNING):
         runs = await asyncio.gather(*(backend.submit(make_job()) for _ in range(75)))
@@ -302,7 +304,7 @@ async def test_500_runs_are_listed_in_pages(workspace: FakeWorkspace, make_job: 
 
         workspace.fault = watch
         await listed_twice.wait()
-        assert workspace.count("runs/get?") == before  # those that are active need no more than the list
+        assert workspace.count("runs/get?") == before  # active runs need only the listing
         for run in workspace.runs.values():
             workspace.put_output(run, b"done\n", run.number % 2)
             run.set_state("TERMINATED", "FAILED" if run.number % 2 else "SUCCESS")
@@ -381,13 +383,15 @@ async def test_run_is_abandoned_once_it_and_its_driver_have_ended(
         assert await other.is_abandoned(dead) is True, "Databricks has it no more"
 
 
-async def test_attach_to_what_is_gone(backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker) -> None:
+async def test_attach_to_a_deleted_run(
+    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
+) -> None:
     job = make_job()
     with pytest.raises(RunLost, match=f"has no run of the MLflow run {job.run_id}, or has it no more"):
         await backend.attach(backend.reference(job))
 
 
-async def test_a_run_again_of_the_same_mlflow_run_is_another_run(
+async def test_resubmitting_an_mlflow_run_starts_a_new_databricks_run(
     backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
 ) -> None:
     workspace.on_submit = succeed(workspace)
@@ -398,10 +402,10 @@ async def test_a_run_again_of_the_same_mlflow_run_is_another_run(
     assert len(workspace.runs) == 2
 
 
-# ---- what goes there
+# ---- uploads and requests
 
 
-async def test_what_git_ignores_stays_here(
+async def test_files_ignored_by_git_are_not_uploaded(
     backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker, tmp_path: Path
 ) -> None:
     project = make_repository(tmp_path).work
@@ -424,7 +428,7 @@ async def test_what_git_ignores_stays_here(
         await backend.submit(make_job(project_dir=project, placed={f"{ROOT}/project/data/secret.csv": "x"}))
 
 
-async def test_a_long_command_goes_by_a_file(
+async def test_a_long_command_is_passed_in_a_file(
     backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
 ) -> None:
     job = make_job(environ={"LONG": "x" * 20_000})
@@ -435,7 +439,7 @@ async def test_a_long_command_goes_by_a_file(
     await run.cancel()
 
 
-async def test_secrets_are_there_for_the_time_of_the_run(
+async def test_secrets_exist_only_during_the_run(
     backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
 ) -> None:
     job = make_job({"secret_scope": "ours"}, tracking_uri="https://mlflow", secrets={"MLFLOW_TRACKING_TOKEN": "hush"})
@@ -446,10 +450,10 @@ async def test_secrets_are_there_for_the_time_of_the_run(
     assert workspace.secrets == {}
 
 
-# ---- Databricks' own client as a second opinion
+# ---- compared with the Databricks SDK
 
 
-async def test_databricks_own_client_sends_the_same_and_reads_the_same(
+async def test_the_databricks_sdk_sends_and_reads_the_same_data(
     backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
 ) -> None:
     config = {

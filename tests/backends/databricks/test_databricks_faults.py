@@ -41,7 +41,7 @@ def make_job(tmp_path: Path) -> JobMaker:
 
 
 def once_each(fault: Callable[[Request, Forward], Any]) -> Callable[[Request, Forward], Any]:
-    """Do it to the first request of each kind, and pass the next ones on."""
+    """Apply the fault to the first request of each kind, and forward the later ones."""
     seen: set[str] = set()
 
     async def rule(request: Request, forward: Forward) -> Answer | None:
@@ -120,7 +120,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("config", "fault"), FAULTS, ids=lambda part: getattr(part, "__name__", str(part)))
-async def test_a_fault_at_every_call_costs_time_and_nothing_else(
+async def test_a_run_survives_a_fault_at_every_request(
     backend: DatabricksBackend,
     workspace: FakeWorkspace,
     make_job: JobMaker,
@@ -142,7 +142,7 @@ async def test_a_fault_at_every_call_costs_time_and_nothing_else(
     assert not {"hush-hush", workspace.token} & set(caplog.text.split())
 
 
-async def test_a_bad_poll_fails_no_run(
+async def test_a_failed_poll_does_not_fail_the_run(
     backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = await backend.submit(make_job())
@@ -162,7 +162,7 @@ async def test_a_bad_poll_fails_no_run(
     assert "the states of 1 Databricks runs cannot be read" in caplog.text
 
 
-async def test_a_file_that_somebody_else_was_faster_to_write(
+async def test_a_file_already_uploaded_by_another_process_is_accepted(
     backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
 ) -> None:
     async def conflict(request: Request, forward: Forward) -> Answer | None:
@@ -176,7 +176,7 @@ async def test_a_file_that_somebody_else_was_faster_to_write(
     assert await (await backend.submit(make_job(VOLUME))).wait() is True
 
 
-async def test_names_are_escaped_in_addresses(
+async def test_names_are_escaped_in_urls(
     backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
 ) -> None:
     workspace.on_submit = succeed(workspace)
@@ -216,10 +216,10 @@ async def expired(request: Request, forward: Forward) -> Answer | None:
 @pytest.mark.parametrize(
     ("config", "where"), [({}, "/api/"), (VOLUME, "/api/"), (DBFS, "/dbfs/add-block"), (DBFS, "/dbfs/close")], ids=str
 )
-async def test_a_login_that_expires_is_renewed(
+async def test_an_expired_login_is_renewed(
     backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker, config: dict[str, Any], where: str
 ) -> None:
-    """Each kind of request finds its token expired once."""
+    """The token expires once for each kind of request."""
     workspace.fault = once_each(_only(where, expired))
     workspace.on_submit = succeed(workspace)
     run = await backend.submit(make_job(config))
@@ -230,7 +230,7 @@ async def test_a_login_that_expires_is_renewed(
 
 
 @pytest.mark.usefixtures("service_principal")
-async def test_a_login_that_expires_while_hundreds_ask_is_renewed_once(
+async def test_an_expired_login_is_renewed_once_for_hundreds_of_requests(
     workspace: FakeWorkspace, make_job: JobMaker
 ) -> None:
     async with DatabricksBackend(timing=QUICK) as backend:
@@ -244,7 +244,7 @@ async def test_a_login_that_expires_while_hundreds_ask_is_renewed_once(
 
 
 @pytest.mark.usefixtures("service_principal")
-async def test_a_login_that_is_refused_although_it_is_new_is_one_clear_error(
+async def test_a_refused_new_login_gives_one_clear_error(
     backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
 ) -> None:
     workspace.fault = _only("/api/", expired)
@@ -255,7 +255,7 @@ async def test_a_login_that_is_refused_although_it_is_new_is_one_clear_error(
         assert secret not in str(caught.value)
 
 
-async def test_a_token_that_was_changed_in_the_profile_is_read_again(
+async def test_a_changed_profile_token_is_read_again(
     workspace: FakeWorkspace, make_job: JobMaker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file = tmp_path / "databrickscfg"
@@ -270,7 +270,7 @@ async def test_a_token_that_was_changed_in_the_profile_is_read_again(
         assert await run.wait() is True
 
 
-async def test_a_token_for_another_workspace_is_not_shown_to_this_one(
+async def test_a_token_for_another_workspace_is_never_sent(
     workspace: FakeWorkspace, make_job: JobMaker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file = tmp_path / "databrickscfg"
@@ -288,7 +288,7 @@ async def test_a_token_for_another_workspace_is_not_shown_to_this_one(
     assert {request.headers["authorization"] for request in workspace.requests} == {"Bearer old"}
 
 
-async def test_a_missing_permission_is_told_and_no_login_is_tried_again(
+async def test_a_missing_permission_is_reported_without_a_new_login(
     backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
 ) -> None:
     async def refuse(request: Request, forward: Forward) -> Answer | None:
@@ -337,7 +337,7 @@ async def test_a_disabled_dbfs_root(backend: DatabricksBackend, workspace: FakeW
     assert workspace.runs == {}
 
 
-async def test_a_workspace_that_is_not_there(make_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unreachable_workspace_is_reported(make_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATABRICKS_HOST", "http://127.0.0.1:9")
     monkeypatch.setenv("DATABRICKS_TOKEN", "dapi-not-to-be-seen")
     async with DatabricksBackend(timing=QUICK) as backend:
@@ -345,7 +345,7 @@ async def test_a_workspace_that_is_not_there(make_job: JobMaker, monkeypatch: py
             await backend.submit(make_job())
 
 
-async def test_a_service_principal_of_a_workspace_that_is_not_there(
+async def test_a_service_principal_login_to_an_unreachable_workspace_is_reported(
     make_job: JobMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DATABRICKS_HOST", "http://127.0.0.1:9")
@@ -393,7 +393,7 @@ token = of-chosen
         ),
     ],
 )
-def test_the_workspace_is_the_one_that_databricks_own_client_chooses(
+def test_the_workspace_is_chosen_as_the_databricks_sdk_does(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uri: str, variables: dict[str, str], host: str, token: str
 ) -> None:
     for name in ("DATABRICKS_HOST", "DATABRICKS_TOKEN", "DATABRICKS_CONFIG_PROFILE"):
@@ -409,7 +409,7 @@ def test_the_workspace_is_the_one_that_databricks_own_client_chooses(
     assert login.environ()[1] == {"DATABRICKS_TOKEN": token}
 
 
-async def test_no_way_to_log_in(make_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_missing_credentials_are_reported(make_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("DATABRICKS_HOST", "DATABRICKS_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DATABRICKS_CONFIG_FILE", "/dev/null")
@@ -431,7 +431,7 @@ async def test_secrets_without_a_scope(
     assert workspace.runs == {}
 
 
-async def test_a_project_that_is_too_large_for_the_workspace(
+async def test_a_project_too_large_for_the_workspace_is_refused(
     backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker, tmp_path: Path
 ) -> None:
     import random

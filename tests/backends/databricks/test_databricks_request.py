@@ -1,4 +1,4 @@
-"""The request that starts a run. Databricks' own client says whether every key of it has a meaning."""
+"""The request that starts a run; the Databricks SDK checks that it knows every key."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def spec_of(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_understood(body: dict[str, Any]) -> None:
-    """Every key is one that Databricks' client knows: what it does not know, it drops."""
+    """Assert that the Databricks SDK knows every key: it drops unknown keys."""
     for task in body["tasks"]:
         assert jobs.SubmitTask.from_dict(task).as_dict() == task
     for environment in body.get("environments", []):
         assert jobs.JobEnvironment.from_dict(environment).as_dict() == environment
 
 
-def test_on_a_new_cluster() -> None:
+def test_request_for_a_new_cluster() -> None:
     body = body_of({"new_cluster": CLUSTER, "libraries": [{"pypi": {"package": "xgboost"}}]})
     assert_understood(body)
     (task,) = body["tasks"]
@@ -66,19 +66,19 @@ def test_on_a_new_cluster() -> None:
     assert body["idempotency_token"] == "t"
 
 
-def test_a_cluster_that_has_mlflow_gets_no_other() -> None:
+def test_mlflow_is_not_added_to_libraries_that_have_it() -> None:
     body = body_of({"new_cluster": CLUSTER, "libraries": [{"pypi": {"package": "mlflow==2.14.1"}}]})
     assert body["tasks"][0]["libraries"] == [{"pypi": {"package": "mlflow==2.14.1"}}]
 
 
-def test_nothing_is_added_to_somebodys_cluster() -> None:
+def test_no_libraries_are_added_to_an_existing_cluster() -> None:
     body = body_of({"existing_cluster_id": "0923-164208-meows279"})
     assert_understood(body)
     assert body["tasks"][0]["existing_cluster_id"] == "0923-164208-meows279"
     assert "libraries" not in body["tasks"][0]
 
 
-def test_serverless() -> None:
+def test_request_for_serverless_compute() -> None:
     body = body_of({"dependencies": ["scikit-learn==1.5"], "performance_target": "PERFORMANCE_OPTIMIZED"})
     assert_understood(body)
     assert body["tasks"][0]["environment_key"] == "default"
@@ -87,7 +87,7 @@ def test_serverless() -> None:
     assert body["performance_target"] == "PERFORMANCE_OPTIMIZED"
 
 
-def test_the_references_shell_command() -> None:
+def test_request_for_a_shell_command_task() -> None:
     body = body_of({**CLUSTER, "task": "shell_command"})
     assert "tasks" not in body
     assert body["new_cluster"] == CLUSTER
@@ -120,7 +120,7 @@ def test_runs_of_another_workspace_get_secrets_from_its_scope() -> None:
 
 
 @given(st.text(alphabet=st.sampled_from('{}"\\ a\n$é'), max_size=40))
-def test_databricks_finds_nothing_to_replace_in_a_command(command: str) -> None:
+def test_databricks_does_not_substitute_anything_in_a_command(command: str) -> None:
     argument = bootstrap_argument({"command": command, "environ": {"A": command}})
     assert "{{" not in argument
     assert json.loads(argument)["command"] == command
@@ -130,7 +130,7 @@ def test_a_spark_job_runs_in_the_process_that_has_the_session(tmp_path: Path) ->
     options: dict[str, Any] = {"spark_job": {"python_file": "job.py", "python_libraries": []}}
     spec = spec_of(body_of(CLUSTER, command="python job.py --rows 'a b'", **options))
     assert (spec["mode"], shlex.split(spec["command"])) == ("python", ["python", "job.py", "--rows", "a b"])
-    # There is no bash for the variables that hold values.
+    # A Spark job has no bash that could expand the variables that hold values.
     for command in ("__mlfleet_1='a b'; python job.py --rows \"${__mlfleet_1}\"", "python job.py --rows a\\ b"):
         spec = spec_of(body_of(CLUSTER, command=command, **options))
         assert shlex.split(spec["command"]) == ["python", "job.py", "--rows", "a b"]
@@ -147,7 +147,7 @@ def test_a_spark_job_runs_in_the_process_that_has_the_session(tmp_path: Path) ->
         ("python ../job.py", "outside the project"),
     ],
 )
-def test_a_spark_job_that_is_no_python_file_is_refused(command: str, message: str) -> None:
+def test_a_spark_job_that_is_not_a_python_file_is_refused(command: str, message: str) -> None:
     with pytest.raises(SubmitError, match=message):
         body_of(CLUSTER, command=command, spark_job={"python_libraries": []})
 
@@ -166,11 +166,11 @@ def test_a_spark_job_that_is_no_python_file_is_refused(command: str, message: st
         ("s3://bucket", f"{ROOT}/param_3/data"),
     ],
 )
-def test_where_a_command_finds_what_a_path_parameter_names(value: str, expected: str) -> None:
+def test_remote_path_of_each_path_parameter(value: str, expected: str) -> None:
     assert DatabricksBackend().place(value, 3, Path("/project")) == expected
 
 
-def test_files_of_this_machine_must_be_in_the_project(tmp_path: Path) -> None:
+def test_local_files_must_be_inside_the_project(tmp_path: Path) -> None:
     project = tmp_path / "project"
     (project / "data").mkdir(parents=True)
     (project / "data" / "train.csv").write_text("a\n")
@@ -185,14 +185,14 @@ def test_files_of_this_machine_must_be_in_the_project(tmp_path: Path) -> None:
         place(str(tmp_path / "beside.csv"), 0, project)
 
 
-def test_the_script_is_told_what_to_download() -> None:
+def test_the_script_receives_the_list_of_downloads() -> None:
     placed = {f"{ROOT}/param_0/a.csv": "s3://b/a.csv", "/Volumes/a/b/c": "/Volumes/a/b/c", f"{ROOT}/project/d": "d"}
     spec = spec_of(body_of({}, placed=placed))
     assert (spec["root"], spec["downloads"]) == (ROOT, {"param_0/a.csv": "s3://b/a.csv"})
     assert "downloads" not in spec_of(body_of({}))
 
 
-def test_what_is_shown_holds_no_secrets() -> None:
+def test_the_masked_request_contains_no_secrets() -> None:
     cluster = {
         **CLUSTER,
         "docker_image": {"url": "registry.example.com/x", "basic_auth": {"username": "me", "password": "hush"}},
@@ -210,7 +210,7 @@ def test_what_is_shown_holds_no_secrets() -> None:
     assert spec_of(shown) == spec_of(body_of({"new_cluster": cluster}))
 
 
-def test_what_goes_into_the_request_as_it_is() -> None:
+def test_job_settings_are_passed_through_unchanged() -> None:
     passed = {
         "access_control_list": [{"user_name": "me@example.com", "permission_level": "CAN_VIEW"}],
         "budget_policy_id": "b",
@@ -229,7 +229,7 @@ def test_what_goes_into_the_request_as_it_is() -> None:
     assert {key: body[key] for key in passed} == passed
 
 
-def test_the_preview_has_what_the_project_needs(tmp_path: Path) -> None:
+def test_the_preview_lists_the_project_requirements(tmp_path: Path) -> None:
     (tmp_path / "python_env.yaml").write_text("python: '3.12'\ndependencies: [scikit-learn==1.5, mlflow>=3]\n")
     file = EnvironmentFile(EnvironmentFileKind.PYTHON_ENV, tmp_path / "python_env.yaml")
     backend = DatabricksBackend()
@@ -240,7 +240,7 @@ def test_the_preview_has_what_the_project_needs(tmp_path: Path) -> None:
     assert "dapi" not in backend.preview(job)
 
 
-def test_requirements_of_this_machine_are_refused(tmp_path: Path) -> None:
+def test_local_requirements_are_refused(tmp_path: Path) -> None:
     (tmp_path / "python_env.yaml").write_text("dependencies: [./wheels/own.whl]\n")
     (tmp_path / "wheels").mkdir()
     (tmp_path / "wheels" / "own.whl").write_bytes(b"")
@@ -249,6 +249,6 @@ def test_requirements_of_this_machine_are_refused(tmp_path: Path) -> None:
         DatabricksBackend().preview(make_job(tmp_path, environment_file=file))
 
 
-def test_the_bootstrap_script_is_understood_by_old_runtimes() -> None:
+def test_the_bootstrap_script_parses_on_old_runtimes() -> None:
     source = Path(bootstrap.__file__).read_text()
     ast.parse(source, feature_version=(3, 8))

@@ -1,4 +1,4 @@
-"""Projects on an emulated Databricks workspace, where they really run: through a Fleet, with a real MLflow server."""
+"""Projects that a Fleet runs for real in an emulated Databricks workspace, with a real MLflow server."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CONFIG = {"new_cluster": CLUSTER}
 
 
 def reachable() -> FakeTracking:
-    """Tracking in memory that says it is where Databricks can reach it."""
+    """In-memory tracking with a URI that Databricks can reach."""
     tracking = FakeTracking()
     tracking.uri = "http://tracking.example.com"
     return tracking
@@ -86,7 +86,7 @@ async def test_a_project_with_parameters_on_a_real_mlflow_server(
     assert "trained with 0.5" in run.output_path.read_text()
 
 
-async def test_a_failing_one_carries_its_traceback(fleet: Fleet, tmp_path: Path) -> None:
+async def test_a_failing_run_reports_its_traceback(fleet: Fleet, tmp_path: Path) -> None:
     uri = write_project(tmp_path / "demo", "python train.py")
     (tmp_path / "demo" / "train.py").write_text("print('loading')\nraise KeyError('price')\n")
     run = await fleet.submit(uri, backend="databricks", backend_config=CONFIG)
@@ -100,7 +100,7 @@ async def test_a_failing_one_carries_its_traceback(fleet: Fleet, tmp_path: Path)
 @pytest.mark.parametrize(
     "where", [{}, {"upload_path": "/Volumes/main/default/runs/a b"}, {"upload_path": "dbfs:/mlfleet"}], ids=str
 )
-async def test_every_place_for_projects(fleet: Fleet, tmp_path: Path, where: dict[str, str]) -> None:
+async def test_projects_run_from_every_upload_location(fleet: Fleet, tmp_path: Path, where: dict[str, str]) -> None:
     uri = write_project(tmp_path / "demo", "cat data.txt; cat data.bin | wc -c")
     (tmp_path / "demo" / "data.txt").write_text(f"{uuid.uuid4().hex}\n")
     (tmp_path / "demo" / "data.bin").write_bytes(os.urandom(3 * 2**20))
@@ -112,7 +112,7 @@ async def test_every_place_for_projects(fleet: Fleet, tmp_path: Path, where: dic
 @pytest.mark.parametrize(
     "config", [{}, {"existing_cluster_id": "0923-164208-meows279"}, {**CLUSTER, "task": "shell_command"}], ids=str
 )
-async def test_every_way_to_run(fleet: Fleet, tmp_path: Path, config: dict[str, Any]) -> None:
+async def test_projects_run_on_every_kind_of_compute(fleet: Fleet, tmp_path: Path, config: dict[str, Any]) -> None:
     uri = write_project(tmp_path / "demo", 'echo "{what} in $PWD"; exit 3', parameters="what: string")
     run = await fleet.submit(uri, parameters={"what": "it's"}, backend="databricks", backend_config=config)
     outcome = await run.outcome()
@@ -122,7 +122,7 @@ async def test_every_way_to_run(fleet: Fleet, tmp_path: Path, config: dict[str, 
     assert line.endswith("/project")
 
 
-async def test_path_parameters_name_files_of_every_place(
+async def test_path_parameters_are_available_at_every_upload_location(
     fleet: Fleet, minilake: Minilake, http_files: FileServer, tmp_path: Path
 ) -> None:
     uri = write_project(
@@ -145,7 +145,7 @@ async def test_path_parameters_name_files_of_every_place(
     *lines, place = await lines_of(run)
     assert lines == ["of the project", "from elsewhere", "of a volume"]
     assert place.endswith("/param_1/remote.csv")
-    assert not Path(place).exists()  # it is gone with the run
+    assert not Path(place).exists()  # removed at the end of the run
     with pytest.raises(ParameterError, match=r"'ours': '/etc/hostname' is on this machine, where Databricks cannot"):
         await fleet.submit(
             uri, parameters={**parameters, "ours": "/etc/hostname"}, backend="databricks", backend_config=CONFIG
@@ -162,7 +162,7 @@ async def test_a_path_parameter_that_cannot_be_downloaded(fleet: Fleet, http_fil
     assert "hush" not in told
 
 
-async def test_output_of_some_size_comes_back_whole(fleet: Fleet, tmp_path: Path) -> None:
+async def test_large_output_is_returned_completely(fleet: Fleet, tmp_path: Path) -> None:
     uri = write_project(tmp_path / "demo", "seq 400000")
     run = await fleet.submit(uri, backend="databricks", backend_config=CONFIG)
     assert await run.wait() is True
@@ -197,7 +197,7 @@ async def test_a_spark_job_that_fails(fleet: Fleet, tmp_path: Path) -> None:
     assert (outcome.status, outcome.exit_code, outcome.reason) == (RunStatus.FAILED, 7, "exit code 7")
 
 
-async def test_what_the_reference_checks_comes_before_anything_is_made(databricks: Databricks, tmp_path: Path) -> None:
+async def test_mlflow_checks_run_before_anything_is_created(databricks: Databricks, tmp_path: Path) -> None:
     plain = write_project(tmp_path / "plain", "true")
     docker = write_project(tmp_path / "docker", "true", extra="docker_env:\n  image: python:3.12\n")
     tracking = FakeTracking()
@@ -231,7 +231,7 @@ async def test_200_runs_at_once(fleet: Fleet, databricks: Databricks, tmp_path: 
     assert len([target for target in uploaded if ".tar.gz" in target]) == 1
 
 
-async def test_what_was_started_ends_with_its_script_killed_by_force(databricks: Databricks, tmp_path: Path) -> None:
+async def test_child_processes_end_when_their_script_is_killed(databricks: Databricks, tmp_path: Path) -> None:
     project = tmp_path / "project"
     project.mkdir()
     run_id = uuid.uuid4().hex
@@ -261,9 +261,7 @@ async def test_what_was_started_ends_with_its_script_killed_by_force(databricks:
         await anyio.to_thread.run_sync(_wait_until_gone, run_id)
 
 
-async def test_databricks_own_client_reads_what_was_submitted(
-    fleet: Fleet, databricks: Databricks, tmp_path: Path
-) -> None:
+async def test_the_databricks_sdk_reads_a_submitted_run(fleet: Fleet, databricks: Databricks, tmp_path: Path) -> None:
     uri = write_project(tmp_path / "demo", "true")
     run = await fleet.submit(uri, backend="databricks", backend_config=CONFIG)
     assert await run.wait() is True
@@ -287,9 +285,9 @@ def test_the_dry_run_prints_the_request(tmp_path: Path) -> None:
     assert json.loads(as_json["request"])["tasks"] == body["tasks"]
 
 
-def test_the_command_line_tells_mistakes_before_anything_is_made(tmp_path: Path) -> None:
+def test_the_command_line_reports_mistakes_before_anything_is_created(tmp_path: Path) -> None:
     uri = write_project(tmp_path / "demo", "true")
-    # So that no database is made for the default tracking.
+    # Avoids creating a database for the default tracking.
     variables = {"MLFLOW_TRACKING_URI": "databricks", "DATABRICKS_HOST": "https://x", "DATABRICKS_TOKEN": "dapi-hush"}
     done = mlfleet("run", uri, "-b", "databricks", "-c", '{"profile": "nowhere"}', cwd=tmp_path, env=variables)
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""What each state of a Databricks run means; Databricks' own client says which states there are."""
+"""The meaning of each state of a Databricks run; the Databricks SDK lists the states."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def expected(result: str | None) -> RunStatus:
 
 @pytest.mark.parametrize("life", LIVES)
 @pytest.mark.parametrize("result", [None, *RESULTS])
-def test_every_pair_of_life_cycle_and_result(life: str, result: str | None) -> None:
+def test_every_pair_of_life_cycle_and_result_state(life: str, result: str | None) -> None:
     state = read_state({"state": {"life_cycle_state": life, "result_state": result, "state_message": "so it is"}})
     assert state.is_terminal == (life in ENDED)
     if not state.is_terminal:
@@ -71,15 +71,15 @@ def test_status_wins_over_the_older_state(state: str) -> None:
         ),
     ],
 )
-def test_what_kind_of_failure_it_was(run: dict[str, Any], cause: FailureKind | None) -> None:
+def test_failure_kind_of_each_run(run: dict[str, Any], cause: FailureKind | None) -> None:
     assert read_state(run).cause is cause
 
 
 @pytest.mark.parametrize("run", [{}, {"state": None, "status": None}, {"state": {"life_cycle_state": "BRAND_NEW"}}])
-def test_what_is_not_known_goes_on(run: dict[str, Any]) -> None:
+def test_unknown_states_are_not_terminal(run: dict[str, Any]) -> None:
     assert not read_state(run).is_terminal
 
 
-def test_the_output_is_asked_for_by_the_run_of_the_task() -> None:
+def test_run_and_task_ids_are_read_from_the_response() -> None:
     state = read_state({"run_id": 1, "job_id": 3, "tasks": [{"run_id": 2}], "run_page_url": "https://x"})
     assert (state.task_run_id, state.job_id, state.page_url) == (2, 3, "https://x")

@@ -1,4 +1,4 @@
-"""A thousand runs on a cluster where everything goes wrong, and drivers that are killed between any two requests."""
+"""A thousand runs on a cluster with random faults, and drivers killed between any two requests."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ RUNS = 1000
 
 # A thousand runs, with the server in this process, too.
 @pytest.mark.timeout(240)
-async def test_thousand_runs_in_chaos(fake_cluster: FakeCluster, tmp_path: Path) -> None:  # noqa: C901
+async def test_a_thousand_runs_survive_random_faults(fake_cluster: FakeCluster, tmp_path: Path) -> None:  # noqa: C901
     api, chance = fake_cluster.api, random.Random(7)
     api.page = 100
     expected: dict[str, int] = {}
     deleted: set[str] = set()
-    to_delete: set[str] = set()  # names of Jobs that their submitter knows
+    to_delete: set[str] = set()  # names of Jobs known to their submitter
 
     def play(pod: Mapping[str, Any]) -> Acting:
         run_id = pod["metadata"]["labels"]["mlfleet.run-id"]
@@ -115,7 +115,7 @@ async def test_thousand_runs_in_chaos(fake_cluster: FakeCluster, tmp_path: Path)
             assert "deleted externally" in (reason or "") or "how it ended was not seen" in (reason or "")
         else:
             assert (status is RunStatus.FINISHED) == (expected[run_id] == 0), reason
-            # Of a Job that its TTL took before anybody looked again, the conditions are left, and no pod.
+            # A Job that its TTL removed before the next list leaves its conditions, but no pod.
             assert code in (expected[run_id], None), reason
     created = Counter(fake_cluster.created)
     assert len(created) == RUNS
@@ -144,8 +144,8 @@ asyncio.run(main())
 
 # Some processes that import the Kubernetes client, one after the other.
 @pytest.mark.timeout(240)
-async def test_driver_killed_between_any_two_requests(fake_cluster: FakeCluster, tmp_path: Path) -> None:
-    """It is started again and submits the same run, as a resumed sweep does: there is one Job, and it is found."""
+async def test_killing_the_driver_at_any_request_leaves_one_job(fake_cluster: FakeCluster, tmp_path: Path) -> None:
+    """The restarted driver submits the same run, as a resumed sweep does, and finds the one existing Job."""
     api = fake_cluster.api
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "MLproject").write_text("name: p\n")
@@ -173,7 +173,7 @@ def _start(folder: Path, run_id: str) -> subprocess.Popen[bytes]:
 
 
 async def _kill_at(cluster: FakeCluster, driver: subprocess.Popen[bytes], number: int) -> None:
-    """SIGKILL the driver when its request of that number has arrived: before it is handled, or right after."""
+    """Send SIGKILL to the driver at its n-th request: before the request is handled, or right after."""
     arrived = 0
     done = asyncio.Event()
 
@@ -194,7 +194,7 @@ async def _kill_at(cluster: FakeCluster, driver: subprocess.Popen[bytes], number
         pipe.close()
 
 
-async def test_cluster_that_is_away_for_a_while_costs_nothing(fake_cluster: FakeCluster) -> None:
+async def test_runs_survive_a_temporary_cluster_outage(fake_cluster: FakeCluster) -> None:
     api = fake_cluster.api
     fake_cluster.play = lambda pod: Acting(seconds=0.2, output=(b"said\n",))
     config = await fake_cluster.config()

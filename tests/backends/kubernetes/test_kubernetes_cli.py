@@ -1,4 +1,4 @@
-"""A whole run on a fake cluster, as a Fleet and the command line make it."""
+"""A whole run on a fake cluster, through a Fleet and through the command line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def project(folder: Path) -> Path:
     return made
 
 
-async def test_run_of_a_fleet(fake_cluster: FakeCluster, tmp_path: Path) -> None:
+async def test_fleet_runs_a_project_on_kubernetes(fake_cluster: FakeCluster, tmp_path: Path) -> None:
     folder = await anyio.to_thread.run_sync(project, tmp_path)
     fake_cluster.play = lambda pod: Acting(code=3, output=(b"why it failed\n",))
     tracking = FakeTracking()
@@ -71,7 +71,7 @@ def test_dry_run_prints_the_manifest(tmp_path: Path) -> None:
     assert "python train.py 0.5" in job["spec"]["template"]["spec"]["containers"][0]["command"]
 
 
-async def test_jobs_of_a_sweep_are_found_by_its_label(fake_cluster: FakeCluster, tmp_path: Path) -> None:
+async def test_sweep_jobs_are_found_by_their_label(fake_cluster: FakeCluster, tmp_path: Path) -> None:
     folder = await anyio.to_thread.run_sync(project, tmp_path)
     tracking = FakeTracking()
     config = {"code-delivery": "configmap", "tracking-uri": "http://mlflow:5000"}

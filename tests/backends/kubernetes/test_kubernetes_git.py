@@ -64,7 +64,7 @@ class Place:
 
 @pytest.fixture
 async def place(tmp_path: Path, git_http: GitServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Place]:
-    # No settings of this machine, as in a container.
+    # Ignore the git settings of this machine, as a container does.
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
     monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
     repository = await anyio.to_thread.run_sync(make_repository, git_http.root)
@@ -81,8 +81,8 @@ async def printed(run: KubernetesRun) -> list[str]:
     return [line async for line in run.logs()]
 
 
-async def test_private_repository_at_the_commit_of_the_folder(place: Place) -> None:
-    """Later commits change nothing. The password comes from a Secret and is nowhere else."""
+async def test_private_repository_is_cloned_at_the_commit_of_the_working_copy(place: Place) -> None:
+    """Later commits have no effect. The password is in a Secret and nowhere else."""
     place.server.credentials = "me:hush-hush"
     folder = await place.checkout()
     before = place.repository.head
@@ -99,8 +99,8 @@ async def test_private_repository_at_the_commit_of_the_folder(place: Place) -> N
     assert "hush-hush" not in "\n".join(place.server.requests)
 
 
-async def test_folder_of_a_repository_and_commit_of_a_branch(place: Place) -> None:
-    """The server need not give out single commits: then all branches are fetched."""
+async def test_project_in_a_subfolder_at_a_commit_of_a_branch(place: Place) -> None:
+    """If the server does not serve single commits, all branches are fetched."""
     repository = place.repository
     git(repository.work, "checkout", "--quiet", "-b", "side")
     commit = repository.commit(MLproject="name: side\n")
@@ -116,8 +116,8 @@ async def test_folder_of_a_repository_and_commit_of_a_branch(place: Place) -> No
         assert await run.wait() is True
 
 
-async def test_project_by_its_uri(place: Place) -> None:
-    """As a Fleet fetches it: the pods clone the version that was asked for."""
+async def test_project_given_by_git_uri(place: Place) -> None:
+    """The pods clone the requested version of a project that a Fleet fetched."""
     wanted = place.repository.commit(
         MLproject='name: demo\nentry_points: {main: {command: "cat version"}}', version="1"
     )
@@ -129,7 +129,7 @@ async def test_project_by_its_uri(place: Place) -> None:
         assert [line async for line in run.logs()][-1] == "1"
 
 
-async def test_what_differs_from_its_commit_is_refused(place: Place) -> None:
+async def test_uncommitted_changes_are_refused(place: Place) -> None:
     folder = await place.checkout()
     (folder / "new.py").write_text("")
     async with KubernetesBackend() as backend:
@@ -138,7 +138,7 @@ async def test_what_differs_from_its_commit_is_refused(place: Place) -> None:
     assert place.api.of_kind("jobs") == []
 
 
-async def test_wrong_password_ends_the_run_and_says_so(place: Place) -> None:
+async def test_wrong_password_fails_the_run_with_a_clear_reason(place: Place) -> None:
     place.server.credentials = "me:right"
     folder = await place.checkout()
     login = {"metadata": {"name": "git-login"}, "stringData": {"username": "me", "password": "wrong"}}
@@ -151,7 +151,7 @@ async def test_wrong_password_ends_the_run_and_says_so(place: Place) -> None:
     assert "me:right" not in str(outcome)
 
 
-async def test_commit_that_nobody_pushed_ends_the_run(place: Place) -> None:
+async def test_unpushed_commit_fails_the_run(place: Place) -> None:
     folder = await place.checkout()
     git(folder, "commit", "--quiet", "--allow-empty", "--message", "mine alone")
     async with KubernetesBackend() as backend:
@@ -160,7 +160,7 @@ async def test_commit_that_nobody_pushed_ends_the_run(place: Place) -> None:
 
 
 @pytest.mark.parametrize("remote", [None, "/srv/git/project.git"])
-async def test_repository_that_no_pod_reaches_is_refused(place: Place, remote: str | None) -> None:
+async def test_repository_that_pods_cannot_reach_is_refused(place: Place, remote: str | None) -> None:
     folder = await place.checkout()
     git(folder, *(["remote", "remove", "origin"] if remote is None else ["remote", "set-url", "origin", remote]))
     told = "in a repository without a remote" if remote is None else "is on this machine, where no pod reaches it"

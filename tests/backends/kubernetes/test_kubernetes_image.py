@@ -36,7 +36,7 @@ def base(docker_engine: DockerEngine, shell_image: str, registry: Registry) -> s
     return registry.push(docker_engine, shell_image, "team/base:1")
 
 
-async def test_hundred_runs_share_one_push(registry: Registry, base: str, project: Path) -> None:
+async def test_a_hundred_runs_share_one_push(registry: Registry, base: str, project: Path) -> None:
     said: list[str] = []
     deliveries = Deliveries()
     config = KubernetesConfig(
@@ -54,23 +54,23 @@ async def test_hundred_runs_share_one_push(registry: Registry, base: str, projec
             on_progress=said.append,
         )
 
-    api: Any = None  # an image needs nothing of the cluster
+    api: Any = None  # building an image does not use the cluster
     codes = await asyncio.gather(*(deliveries.deliver(api, job(str(n)), config, base) for n in range(100)))
     assert len({code.image for code in codes}) == 1
     assert sum("of project files" in line for line in said) == 1
 
 
-async def test_missing_base_names_the_way_out(registry: Registry, project: Path) -> None:
+async def test_missing_base_image_error_says_how_to_fix_it(registry: Registry, project: Path) -> None:
     config = KubernetesConfig(
         cluster=Cluster("c", "default"), namespace="default", repository_uri=f"{registry.host}/team/x"
     )
     job = Job(run_id="r", experiment_id="0", project_name="pushed", project_dir=project, command="true")
-    api: Any = None  # an image needs nothing of the cluster
+    api: Any = None  # building an image does not use the cluster
     with pytest.raises(SubmitError, match="is in no registry: push it there, or give builder: 'docker'"):
         await Deliveries().deliver(api, job, config, f"{registry.host}/team/none:1")
 
 
-async def test_built_and_pushed_by_the_engine(
+async def test_docker_engine_builds_and_pushes_the_image(
     docker_engine: DockerEngine, shell_image: str, registry: Registry, project: Path
 ) -> None:
     config = KubernetesConfig(

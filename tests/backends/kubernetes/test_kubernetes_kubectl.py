@@ -1,4 +1,4 @@
-"""What kubectl makes of what mlfleet has made: a second opinion on the fake, and the commands that the docs name."""
+"""The kubectl commands of the documentation, run on the Jobs of mlfleet; they also check the fake API server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mlfleet.backends.kubernetes import KubernetesBackend
 from mlfleet.runs import RunStatus
 
 
-async def test_kubectl_finds_and_ends_a_run(
+async def test_kubectl_can_find_and_delete_a_run(
     fake_cluster: FakeCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if shutil.which("kubectl") is None:

@@ -66,7 +66,7 @@ async def secured(tmp_path: Path) -> AsyncIterator[Secured]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1", "cluster.test").configure_cert(context)
     authority.configure_trust(context)
-    context.verify_mode = ssl.CERT_OPTIONAL  # as the API server: who shows none may have a token
+    context.verify_mode = ssl.CERT_OPTIONAL  # as the API server does: a client without a certificate may have a token
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
     async with serving(KubernetesApi(), tls=context) as api:
         yield Secured(api, authority, tmp_path)
@@ -102,8 +102,8 @@ async def look(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize("inline", [True, False])
-async def test_authority_and_client_certificate(secured: Secured, inline: bool) -> None:
-    """From files next to the kubeconfig, or within it."""
+async def test_client_certificate_login_with_a_private_authority(secured: Secured, inline: bool) -> None:
+    """The certificates are files next to the kubeconfig, or are embedded in it."""
     secured.api.certificates = {client(secured, secured.folder)}
     user: dict[str, str] = {"client-certificate": "client.pem", "client-key": "client.key"}
     entry: dict[str, str] = {"certificate-authority": "ca.pem"}
@@ -116,8 +116,8 @@ async def test_authority_and_client_certificate(secured: Secured, inline: bool) 
         await look(await secured.cluster(user, **entry))
 
 
-async def test_renewed_client_certificate_is_shown(secured: Secured) -> None:
-    """The kubelet and cert-manager write the new one over the old one."""
+async def test_renewed_client_certificate_is_presented(secured: Secured) -> None:
+    """The kubelet and cert-manager overwrite the old certificate file with the new one."""
     secured.api.certificates = {client(secured, secured.folder)}
     cluster = await secured.cluster({"client-certificate": "client.pem", "client-key": "client.key"})
     async with KubernetesClient(cluster) as api:
@@ -126,8 +126,8 @@ async def test_renewed_client_certificate_is_shown(secured: Secured) -> None:
         await api.call("looking", "GET", PODS)
 
 
-async def test_files_of_a_kubeconfig_are_merged(secured: Secured) -> None:
-    """Paths start from the folder of the file that has them; of what two files have the first counts."""
+async def test_several_kubeconfig_files_are_merged(secured: Secured) -> None:
+    """Paths are relative to the file that contains them; the first file wins for an entry defined twice."""
     secured.api.certificates = {client(secured, secured.folder)}
     one, two = secured.folder / "one", secured.folder / "two"
     for folder, names in ((one, ("ca.pem",)), (two, ("client.pem", "client.key"))):
@@ -163,7 +163,7 @@ async def test_untrusted_authority_fails_at_once(secured: Secured) -> None:
     assert secured.api.requests == []
 
 
-async def test_name_of_the_certificate(secured: Secured) -> None:
+async def test_tls_server_name_and_skipped_verification(secured: Secured) -> None:
     authority: dict[str, Any] = {"certificate-authority": "ca.pem"}
     await look(await secured.cluster(None, **authority, **{"tls-server-name": "cluster.test"}))
     with pytest.raises(ApiError, match="is not trusted"):
@@ -174,7 +174,7 @@ async def test_name_of_the_certificate(secured: Secured) -> None:
 # --- tokens
 
 
-async def test_static_token(secured: Secured) -> None:
+async def test_static_token_login(secured: Secured) -> None:
     secured.api.tokens = {"given"}
     await look(await secured.cluster({"token": "given"}))
     assert secured.api.shown == ["Bearer given"]
@@ -184,12 +184,12 @@ async def test_static_token(secured: Secured) -> None:
     assert secured.api.shown == ["Bearer given", "Bearer hush-hush", "Bearer hush-hush"], "asked for once more, no more"
 
 
-async def test_username_and_password(secured: Secured) -> None:
+async def test_username_and_password_login(secured: Secured) -> None:
     await look(await secured.cluster({"username": "me", "password": "hush"}))
     assert secured.api.shown == ["Basic bWU6aHVzaA=="]
 
 
-async def test_token_of_an_openid_provider(secured: Secured) -> None:
+async def test_openid_provider_token_login(secured: Secured) -> None:
     token = f"e30.{base64.b64encode(b'{}').decode()}.signed"
     provider = {"name": "oidc", "config": {"id-token": token}}
     await look(await secured.cluster({"auth-provider": provider}))
@@ -205,14 +205,14 @@ async def test_token_file_is_read_again(secured: Secured) -> None:
     async with KubernetesClient(cluster) as api:
         await api.call("looking", "GET", PODS)
         (secured.folder / "token").write_text("two\n")
-        await api.call("looking", "GET", PODS)  # it is good for another minute
+        await api.call("looking", "GET", PODS)  # the token is valid for another minute
         secured.api.tokens = {"two"}
         await api.call("looking", "GET", PODS)
     assert secured.api.shown == ["Bearer one", "Bearer one", "Bearer one", "Bearer two"]
 
 
-async def test_token_of_a_plugin_is_renewed_before_it_expires(secured: Secured) -> None:
-    """The server never has to refuse one."""
+async def test_plugin_token_is_renewed_before_it_expires(secured: Secured) -> None:
+    """The server never has to refuse a token."""
     executable(
         secured.folder / "plugin",
         f"cd {secured.folder}; echo x >> calls; until=$(cat until)\n"
@@ -231,7 +231,7 @@ async def test_token_of_a_plugin_is_renewed_before_it_expires(secured: Secured) 
     assert set(secured.api.shown) == {"Bearer number-1", "Bearer number-2"}
 
 
-async def test_plugin_may_return_a_certificate_and_gets_cluster_info(secured: Secured) -> None:
+async def test_plugin_receives_cluster_info_and_may_return_a_certificate(secured: Secured) -> None:
     secured.api.certificates = {client(secured, secured.folder)}
     status = {
         "clientCertificateData": (secured.folder / "client.pem").read_text(),
@@ -253,7 +253,7 @@ async def test_plugin_may_return_a_certificate_and_gets_cluster_info(secured: Se
     assert told["cluster"]["certificate-authority-data"]
 
 
-async def test_error_of_a_plugin_does_not_show_its_output(secured: Secured) -> None:
+async def test_plugin_error_does_not_show_the_plugin_output(secured: Secured) -> None:
     executable(secured.folder / "plugin", "echo token=hush-hush; echo the login has expired >&2; exit 3")
     user = {"exec": {"apiVersion": "client.authentication.k8s.io/v1", "command": "./plugin"}}
     with pytest.raises(BackendError, match=r"failed \(exit code 3\): the login has expired") as caught:
@@ -261,8 +261,8 @@ async def test_error_of_a_plugin_does_not_show_its_output(secured: Secured) -> N
     assert "hush-hush" not in str(caught.value)
 
 
-async def test_plugin_neither_reads_the_terminal_nor_is_told_that_it_may(secured: Secured) -> None:
-    """By itself kubernetes-asyncio lets the plugin inherit standard input, which may be the user's terminal."""
+async def test_plugin_is_not_interactive_and_cannot_read_the_terminal(secured: Secured) -> None:
+    """By default kubernetes-asyncio lets the plugin inherit standard input, which may be the user's terminal."""
     executable(
         secured.folder / "plugin",
         f'cd {secured.folder}; readlink /proc/self/fd/0 > stdin; echo "$KUBERNETES_EXEC_INFO" > info\n'
@@ -277,7 +277,7 @@ async def test_plugin_neither_reads_the_terminal_nor_is_told_that_it_may(secured
     assert secured.api.shown == ["Bearer given"]
 
 
-async def test_cancelled_login_ends_its_plugin(secured: Secured) -> None:
+async def test_cancelled_login_stops_its_plugin(secured: Secured) -> None:
     fifo = secured.folder / "fifo"
     os.mkfifo(fifo)
     executable(secured.folder / "plugin", f"cd {secured.folder}; echo $$ > fifo; exec sleep 600")
@@ -309,8 +309,8 @@ async def test_inline_keys_are_in_a_private_folder_until_the_last_client_closes(
         assert list(temporary.iterdir()) == []
 
 
-async def test_replaced_certificate_lets_open_streams_go_on(secured: Secured) -> None:
-    """New certificates need new clients; the watch that is open keeps its connection until it ends by itself."""
+async def test_open_streams_survive_a_replaced_certificate(secured: Secured) -> None:
+    """New certificates need new clients; an open watch keeps its connection until the server ends it."""
     secured.api.certificates = {client(secured, secured.folder)}
     cluster = await secured.cluster({"client-certificate": "client.pem", "client-key": "client.key"})
     async with KubernetesClient(cluster) as api:
@@ -326,8 +326,10 @@ async def test_replaced_certificate_lets_open_streams_go_on(secured: Secured) ->
 # --- in a pod
 
 
-async def test_account_of_the_pod(secured: Secured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its token is read again before the server refuses the old one; no proxy of the environment is asked."""
+async def test_service_account_login_inside_a_pod(
+    secured: Secured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The token is read again before the server refuses the old one; proxy variables are ignored."""
     account = await secured.account("one")
     environ = {
         "KUBERNETES_SERVICE_HOST": "127.0.0.1",
@@ -350,7 +352,7 @@ async def test_account_of_the_pod(secured: Secured, tmp_path: Path, monkeypatch:
     assert secured.api.shown == ["Bearer one", "Bearer two", "Bearer three"]
 
 
-async def test_token_of_the_pod_is_read_when_it_is_refused(secured: Secured, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_refused_service_account_token_is_read_again(secured: Secured, monkeypatch: pytest.MonkeyPatch) -> None:
     account = await secured.account("one")
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", secured.port)
@@ -365,7 +367,7 @@ async def test_token_of_the_pod_is_read_when_it_is_refused(secured: Secured, mon
     assert secured.api.shown == ["Bearer one", "Bearer one", "Bearer one", "Bearer two"]
 
 
-async def test_mistyped_context_does_not_mean_the_cluster_around(secured: Secured) -> None:
+async def test_mistyped_context_does_not_fall_back_to_the_surrounding_cluster(secured: Secured) -> None:
     account = await secured.account("one")
     environ = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBECONFIG": str(secured.folder / "kubeconfig")}
     await secured.cluster()
@@ -376,7 +378,7 @@ async def test_mistyped_context_does_not_mean_the_cluster_around(secured: Secure
 # --- proxies
 
 
-async def test_proxy_of_the_environment(fake_cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_proxy_from_the_environment_is_used(fake_cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fake is its own proxy: the name cannot be resolved."""
     path, entry = fake_cluster.folder / "kubeconfig", {"server": "http://cluster.invalid"}
     await anyio.to_thread.run_sync(lambda: fake_cluster.api.kubeconfig(path, cluster=entry))
@@ -405,6 +407,6 @@ async def test_proxy_of_the_environment(fake_cluster: FakeCluster, monkeypatch: 
         ("https://api.example.com:6443", "", False),
     ],
 )
-def test_hosts_of_no_proxy(host: str, spared: str, proxied: bool) -> None:
+def test_no_proxy_excludes_matching_hosts(host: str, spared: str, proxied: bool) -> None:
     found = proxy_for(host, {"HTTPS_PROXY": "http://proxy:3128", "NO_PROXY": spared})
     assert found == (None if proxied else "http://proxy:3128")

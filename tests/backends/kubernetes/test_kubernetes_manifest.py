@@ -1,4 +1,4 @@
-"""Manifests: what stands in them, that Kubernetes 1.29 to the newest takes them, and that mistakes are found early."""
+"""Manifests: their content, their validity for Kubernetes 1.29 to the newest, and the early report of mistakes."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def config_of(environ: dict[str, str], **keys: Any) -> KubernetesConfig:
 
 @pytest.mark.parametrize("delivery", ["none", "configmap", "git", "image"])
 @pytest.mark.parametrize("template", [None, "reference", "rich"])
-def test_every_version_takes_the_manifests(
+def test_every_kubernetes_version_accepts_the_manifests(
     environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, delivery: str, template: str | None
 ) -> None:
     keys: dict[str, Any] = {"code-delivery": delivery, "repository-uri": "host:5000/a/b", "image": "base:1"}
@@ -144,7 +144,7 @@ def test_every_version_takes_the_manifests(
             kubernetes_validate.validate(document, version, strict=True)
 
 
-def test_reference_config_is_taken_unchanged(environ: dict[str, str], tmp_path: Path) -> None:
+def test_mlflow_backend_config_is_accepted_unchanged(environ: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(REFERENCE_TEMPLATE)
     keys = {
         "kube-context": "two",
@@ -166,7 +166,7 @@ def test_reference_config_is_taken_unchanged(environ: dict[str, str], tmp_path: 
 # --- the template
 
 
-def test_template_is_kept_and_not_changed(environ: dict[str, str]) -> None:
+def test_template_fields_are_kept_and_the_template_is_not_modified(environ: dict[str, str]) -> None:
     before = copy.deepcopy(RICH)
     config = config_of(environ, job_template=RICH)
     made = manifest(config)
@@ -183,7 +183,7 @@ def test_template_is_kept_and_not_changed(environ: dict[str, str]) -> None:
     assert made["spec"]["backoffLimit"] == 3
 
 
-def test_template_must_not_set_what_the_run_sets(environ: dict[str, str]) -> None:
+def test_template_must_not_set_fields_that_the_run_sets(environ: dict[str, str]) -> None:
     for extra, told in (
         ({"env": [{"name": "MLFLOW_RUN_ID", "value": "x"}]}, "sets MLFLOW_RUN_ID, which the run sets too"),
         ({"env": [{"name": "TOKEN", "value": "x"}]}, "sets TOKEN, which the run sets too"),
@@ -195,8 +195,8 @@ def test_template_must_not_set_what_the_run_sets(environ: dict[str, str]) -> Non
             manifest(config, secrets=("TOKEN",), code=Code(image="x", folder="/code"))
 
 
-def test_containers_that_bring_the_code_are_as_restricted_as_the_run(environ: dict[str, str]) -> None:
-    """Namespaces with Pod Security or a ResourceQuota refuse pods with a container that is not."""
+def test_init_containers_are_as_restricted_as_the_run_container(environ: dict[str, str]) -> None:
+    """Namespaces with Pod Security or a ResourceQuota refuse a pod if any of its containers is unrestricted."""
     restricted = {"runAsNonRoot": True, "allowPrivilegeEscalation": False}
     limits = {"cpu": "2", "memory": "1Gi", "nvidia.com/gpu": "1"}
     container = {"name": "main", "securityContext": restricted, "resources": {"limits": limits}}
@@ -207,7 +207,7 @@ def test_containers_that_bring_the_code_are_as_restricted_as_the_run(environ: di
     assert init["resources"] == {"limits": {"cpu": "2", "memory": "1Gi"}}, "a device for the run alone"
 
 
-def test_labels_by_which_runs_and_sweeps_are_found(environ: dict[str, str]) -> None:
+def test_labels_identify_runs_and_sweeps(environ: dict[str, str]) -> None:
     made = manifest(config_of(environ), job(sweep_id="fedcba98765432100123456789abcdef"))
     expected = {
         "app.kubernetes.io/managed-by": "mlfleet",
@@ -218,13 +218,13 @@ def test_labels_by_which_runs_and_sweeps_are_found(environ: dict[str, str]) -> N
     assert "mlfleet.sweep-id" not in manifest(config_of(environ))["metadata"]["labels"]
 
 
-def test_grace_of_the_pods_is_that_of_the_run(environ: dict[str, str]) -> None:
+def test_pods_get_the_grace_period_of_the_run(environ: dict[str, str]) -> None:
     assert pod(manifest(config_of(environ), job(cancel_grace=2.5)))["terminationGracePeriodSeconds"] == 3
-    # 0 would take pods off the API server while their processes still run.
+    # 0 would remove pods from the API server while their processes still run.
     assert pod(manifest(config_of(environ), job(cancel_grace=0.0)))["terminationGracePeriodSeconds"] == 1
 
 
-def test_volumes_of_docker_env(environ: dict[str, str]) -> None:
+def test_docker_env_volumes_are_mounted(environ: dict[str, str]) -> None:
     docker = DockerRequest(env=DockerEnv(image="x", volumes=("/here:/there:ro",)))
     made = pod(manifest(config_of(environ), job(docker=docker)))
     assert made["volumes"] == [{"name": "mlfleet-volume-0", "hostPath": {"path": "/here"}}]
@@ -234,7 +234,7 @@ def test_volumes_of_docker_env(environ: dict[str, str]) -> None:
             KubernetesBackend().check(wrong, Path())
 
 
-def test_variables_that_are_copied_must_be_there() -> None:
+def test_copied_environment_variables_must_be_set() -> None:
     docker = DockerRequest(env=DockerEnv(image="x", environment=(("SURELY_NOT_SET_1", None),)))
     with pytest.raises(UsageError, match="not set here: SURELY_NOT_SET_1"):
         KubernetesBackend().check(docker, Path())
@@ -244,7 +244,7 @@ def test_variables_that_are_copied_must_be_there() -> None:
 
 
 @given(st.text(), st.dictionaries(st.text(), st.text()))
-def test_kubernetes_gives_commands_back_as_they_were(command: str, environ: dict[str, str]) -> None:
+def test_commands_survive_kubernetes_variable_expansion(command: str, environ: dict[str, str]) -> None:
     assert expand(launch(command)[3], environ) == command
 
 
@@ -258,7 +258,7 @@ def test_kubernetes_gives_commands_back_as_they_were(command: str, environ: dict
         ("kill -KILL $$", 137, ""),
     ],
 )
-def test_command_is_run_as_it_is(command: str, code: int, printed: str) -> None:
+def test_command_runs_unchanged(command: str, code: int, printed: str) -> None:
     argv = [expand(part, {"X": "wrong"}) for part in launch(command)]
     done = subprocess.run(argv, capture_output=True, text=True, input="not for the run", timeout=20)
     assert (done.returncode, done.stdout, done.stderr) == (code, printed, "")
@@ -268,7 +268,7 @@ def test_command_is_run_as_it_is(command: str, code: int, printed: str) -> None:
 
 
 @given(st.text(max_size=100), st.one_of(st.uuids().map(lambda each: each.hex), st.text(max_size=80)))
-def test_names_are_valid_whatever_the_project_is_called(project: str, run_id: str) -> None:
+def test_job_names_are_valid_for_any_project_name(project: str, run_id: str) -> None:
     name = job_name(project, run_id)
     assert NAME.fullmatch(name)
     assert len(name) <= 57
@@ -301,12 +301,14 @@ def test_names_are_valid_whatever_the_project_is_called(project: str, run_id: st
         ({"image": 3}, "image is 3: give a text"),
     ],
 )
-def test_mistakes_are_named_before_anything_exists(environ: dict[str, str], keys: dict[str, Any], told: str) -> None:
+def test_config_mistakes_are_reported_before_anything_is_created(
+    environ: dict[str, str], keys: dict[str, Any], told: str
+) -> None:
     with pytest.raises(UsageError, match=told):
         parse_config({"code-delivery": "none", **keys}, environ)
 
 
-def test_missing_and_malformed_template(environ: dict[str, str], tmp_path: Path) -> None:
+def test_missing_or_malformed_template_is_refused(environ: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"nowhere\.yaml: there is no such file"):
         config_of(environ, kube_job_template_path="nowhere.yaml")
     (tmp_path / "bad.yaml").write_text("spec:\n  template: [\n")
@@ -314,7 +316,7 @@ def test_missing_and_malformed_template(environ: dict[str, str], tmp_path: Path)
         config_of(environ, kube_job_template_path=str(tmp_path / "bad.yaml"))
 
 
-def test_no_cluster_at_all(tmp_path: Path) -> None:
+def test_missing_cluster_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"there is no cluster.*kind create cluster"):
         parse_config({"code-delivery": "none"}, {"KUBECONFIG": str(tmp_path / "none")})
     # A mistyped context does not fall back to the cluster that this process is in.
@@ -323,13 +325,13 @@ def test_no_cluster_at_all(tmp_path: Path) -> None:
         parse_config({"code-delivery": "none", "kube-context": "mine"}, environ)
 
 
-def test_damaged_kubeconfig(tmp_path: Path) -> None:
+def test_damaged_kubeconfig_is_reported(tmp_path: Path) -> None:
     (tmp_path / "config").write_text("contexts: [\n")
     with pytest.raises(MlfleetError, match="cannot be read"):
         parse_config({"code-delivery": "none"}, {"KUBECONFIG": str(tmp_path / "config")})
 
 
-def test_namespace_of_config_then_template_then_context(environ: dict[str, str]) -> None:
+def test_namespace_comes_from_config_then_template_then_context(environ: dict[str, str]) -> None:
     template = {"metadata": {"namespace": "t"}, "spec": RICH["spec"]}
     assert config_of(environ, job_template=template, namespace="n").namespace == "n"
     assert config_of(environ, job_template=template).namespace == "t"
@@ -337,7 +339,7 @@ def test_namespace_of_config_then_template_then_context(environ: dict[str, str])
     assert config_of(environ, kube_context="two").namespace == "default"
 
 
-def test_config_of_the_caller_is_not_changed(environ: dict[str, str]) -> None:
+def test_caller_config_is_not_modified(environ: dict[str, str]) -> None:
     keys = {"code-delivery": "none", "job-template": copy.deepcopy(RICH), "resources": {"cpu": 1}}
     before = copy.deepcopy(keys)
     made = manifest(parse_config(keys, environ))

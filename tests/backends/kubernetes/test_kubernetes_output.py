@@ -1,4 +1,4 @@
-"""Logs with timestamps, cut anywhere and begun again: every line comes once, in order, as it was."""
+"""Logs with timestamps, interrupted anywhere and resumed: every line arrives once, in order and unchanged."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ PRINTED = st.lists(
 
 
 def served(lines: list[tuple[str, bytes]], since: str | None) -> bytes:
-    """What the kubelet sends: it goes by whole seconds, and the last line may lack its end."""
+    """Return the response of the kubelet: sinceTime counts whole seconds; the last line may lack its newline."""
     whole = (since or "")[:19]
     kept = [stamp.encode() + b" " + text for stamp, text in lines if stamp[:19] >= whole]
     return b"\n".join(kept)
 
 
-def test_recorded_log_comes_out_as_it_was_printed() -> None:
+def test_recorded_log_is_decoded_to_the_printed_output() -> None:
     recorded = (json.loads(line) for line in (DATA / "http.jsonl").read_text().splitlines())
     (chunks,) = [each["body"] for each in recorded if each["what"].startswith("GET log follow")]
     stream = LogStream()
@@ -38,7 +38,7 @@ def test_recorded_log_comes_out_as_it_was_printed() -> None:
 
 
 @given(PRINTED, st.lists(st.integers(0, 400), max_size=4), st.integers(1, 50))
-def test_every_line_once_wherever_the_connection_breaks(
+def test_every_line_arrives_once_wherever_the_connection_breaks(
     printed: list[tuple[str, bytes]], breaks: list[int], piece: int
 ) -> None:
     lines = sorted(printed, key=lambda line: line[0])
@@ -59,7 +59,7 @@ def test_every_line_once_wherever_the_connection_breaks(
         b'failed to try resolving symlinks in path "/var/log/pods/a/0.log": lstat: no such file or directory',
     ],
 )
-def test_what_the_kubelet_says_itself_is_no_output(said: bytes, cut: int) -> None:
+def test_kubelet_error_lines_are_not_output(said: bytes, cut: int) -> None:
     stream = LogStream()
     assert stream.feed(said[:cut]) + stream.feed(said[cut:]) + stream.close() == b""
     assert stream.remark == said
@@ -69,7 +69,7 @@ def test_what_the_kubelet_says_itself_is_no_output(said: bytes, cut: int) -> Non
 
 
 @pytest.mark.parametrize("cut", range(1, 20))
-def test_what_has_no_stamp_otherwise_is_output(cut: int) -> None:
+def test_other_lines_without_a_timestamp_are_output(cut: int) -> None:
     stream = LogStream()
     line = b"unable to do what was asked\n"
     assert stream.feed(line[:cut]) + stream.feed(line[cut:]) + stream.close() == line

@@ -1,4 +1,4 @@
-"""Runs on a fake API server: how they end, what keeps them from starting, what becomes of their Jobs."""
+"""Runs on a fake API server: their outcomes, their pending reasons, and the deletion of their Jobs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def key(run: KubernetesRun) -> tuple[str, str, str]:
     return "jobs", run.target.namespace, run.target.name
 
 
-async def test_three_requests_for_a_run_and_two_watches_for_all(fake_cluster: FakeCluster) -> None:
+async def test_each_run_takes_three_requests_and_all_share_two_watches(fake_cluster: FakeCluster) -> None:
     api = fake_cluster.api
     fake_cluster.play = lambda pod: Acting(seconds=0.2, output=(b"said\n",))
     config = await fake_cluster.config()
@@ -45,7 +45,7 @@ async def test_three_requests_for_a_run_and_two_watches_for_all(fake_cluster: Fa
     assert {run.target.output.read_text() for run in runs if run.target.output} == {"said\n"}
 
 
-async def test_out_of_memory(fake_cluster: FakeCluster) -> None:
+async def test_out_of_memory_kill_is_named_in_the_outcome(fake_cluster: FakeCluster) -> None:
     fake_cluster.play = lambda pod: Acting(code=137, reason="OOMKilled")
     config = await fake_cluster.config(resources={"memory": "64Mi"})
     async with KubernetesBackend() as backend:
@@ -66,7 +66,7 @@ async def test_retries_are_one_run(fake_cluster: FakeCluster) -> None:
     async with KubernetesBackend() as backend:
         run = await backend.submit(fake_cluster.job(config))
         assert await run.wait() is True
-        # Neither has a line end of its own.
+        # Neither output ends with a newline.
         assert [line async for line in run.logs()] == ["attempt 1", "attempt 2", "attempt 3"]
 
 
@@ -98,7 +98,7 @@ async def test_image_that_cannot_be_pulled_ends_the_run(
     assert fake_cluster.api.of_kind("jobs") == [], "a Job that can never start must not stay"
 
 
-async def test_unschedulable_waits_unless_told_otherwise(
+async def test_unschedulable_run_fails_after_its_start_timeout(
     fake_cluster: FakeCluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = await fake_cluster.config(node_selector={"gpu": "yes"}, start_timeout={"unschedulable": 0.1})
@@ -107,18 +107,18 @@ async def test_unschedulable_waits_unless_told_otherwise(
     assert "no node takes the pod: 0/1 nodes are available" in (outcome.reason or "")
 
 
-async def test_suspended_job_waits_without_a_clock(fake_cluster: FakeCluster) -> None:
+async def test_suspended_job_does_not_use_up_its_start_timeout(fake_cluster: FakeCluster) -> None:
     template = {"spec": {"suspend": True, "template": {"spec": {"containers": [{"name": "main"}]}}}}
     config = await fake_cluster.config(job_template=template, start_timeout=0.01)
     async with KubernetesBackend() as backend:
         run = await backend.submit(fake_cluster.job(config))
         assert await run.get_status() is RunStatus.SCHEDULED
-        await asyncio.sleep(0.05)  # five times what would end it
+        await asyncio.sleep(0.05)  # five times the start timeout
         fake_cluster.api.change(key(run), lambda job: job["spec"].update(suspend=False))
         assert await run.wait() is True
 
 
-async def test_deleted_from_outside(fake_cluster: FakeCluster) -> None:
+async def test_externally_deleted_job_fails_its_run(fake_cluster: FakeCluster) -> None:
     fake_cluster.play = lambda pod: FOREVER
     config = await fake_cluster.config()
     async with KubernetesBackend() as backend:
@@ -130,8 +130,8 @@ async def test_deleted_from_outside(fake_cluster: FakeCluster) -> None:
     assert outcome.reason == f"the Job {run.target.name} was deleted externally"
 
 
-async def test_ttl_takes_the_job_while_nobody_looks(fake_cluster: FakeCluster) -> None:
-    """The history is compacted, too: what is left is the list without the Job."""
+async def test_run_is_lost_when_its_job_is_removed_while_no_watch_is_open(fake_cluster: FakeCluster) -> None:
+    """The watch history is compacted as well, so only a list without the Job is left."""
     fake_cluster.play = lambda pod: FOREVER
     config = await fake_cluster.config()
     api = fake_cluster.api
@@ -156,7 +156,7 @@ async def test_ttl_takes_the_job_while_nobody_looks(fake_cluster: FakeCluster) -
     assert "how it ended was not seen; its ttlSecondsAfterFinished may be too short" in (outcome.reason or "")
 
 
-async def test_short_ttl_is_warned_of(fake_cluster: FakeCluster, caplog: pytest.LogCaptureFixture) -> None:
+async def test_short_ttl_causes_a_warning(fake_cluster: FakeCluster, caplog: pytest.LogCaptureFixture) -> None:
     config = await fake_cluster.config(ttl_seconds=1)
     async with KubernetesBackend() as backend:
         with caplog.at_level(logging.WARNING, "mlfleet.kubernetes"):
@@ -165,7 +165,7 @@ async def test_short_ttl_is_warned_of(fake_cluster: FakeCluster, caplog: pytest.
     assert "ttlSecondsAfterFinished is 1 s" in caplog.text
 
 
-async def test_cancel_deletes_in_the_foreground_and_only_our_job(fake_cluster: FakeCluster) -> None:
+async def test_cancel_deletes_only_our_own_job_and_in_the_foreground(fake_cluster: FakeCluster) -> None:
     fake_cluster.play = lambda pod: FOREVER
     config = await fake_cluster.config()
     api = fake_cluster.api
@@ -181,7 +181,7 @@ async def test_cancel_deletes_in_the_foreground_and_only_our_job(fake_cluster: F
     assert (await run.outcome()).status is RunStatus.KILLED
 
 
-async def test_shorter_grace_is_told_to_the_pods(fake_cluster: FakeCluster) -> None:
+async def test_shorter_grace_is_passed_on_to_the_pods(fake_cluster: FakeCluster) -> None:
     fake_cluster.play = lambda pod: Acting(seconds=600, obeys=False)
     config = await fake_cluster.config()
     async with KubernetesBackend() as backend:
@@ -194,7 +194,7 @@ async def test_shorter_grace_is_told_to_the_pods(fake_cluster: FakeCluster) -> N
         assert (await run.outcome()).status is RunStatus.KILLED
 
 
-async def test_no_right_to_watch_says_which_before_anything_exists(fake_cluster: FakeCluster) -> None:
+async def test_missing_watch_permission_is_named_before_anything_is_created(fake_cluster: FakeCluster) -> None:
     fake_cluster.api.forbidden = {"pods"}
     config = await fake_cluster.config()
     async with KubernetesBackend() as backend:
@@ -203,7 +203,7 @@ async def test_no_right_to_watch_says_which_before_anything_exists(fake_cluster:
     assert fake_cluster.api.of_kind("jobs") == []
 
 
-async def test_right_that_is_lost_fails_every_waiter(fake_cluster: FakeCluster) -> None:
+async def test_lost_watch_permission_fails_every_waiting_run(fake_cluster: FakeCluster) -> None:
     fake_cluster.play = lambda pod: FOREVER
     config = await fake_cluster.config()
     async with KubernetesBackend() as backend:
@@ -224,7 +224,7 @@ async def test_refused_manifest_leaves_nothing(fake_cluster: FakeCluster) -> Non
     assert fake_cluster.api.of_kind("jobs") == []
 
 
-async def test_refused_secret_takes_the_job_back(fake_cluster: FakeCluster) -> None:
+async def test_job_is_deleted_when_its_secret_is_refused(fake_cluster: FakeCluster) -> None:
     fake_cluster.api.forbidden = {"secrets"}
     config = await fake_cluster.config()
     async with KubernetesBackend() as backend:
@@ -249,8 +249,8 @@ async def test_tracking_on_this_machine_is_refused(fake_cluster: FakeCluster, ur
         assert environ["MLFLOW_TRACKING_URI"] == "http://mlflow.tracking:5000"
 
 
-async def test_unclear_answer_makes_no_second_job(fake_cluster: FakeCluster) -> None:
-    """The first POST is done, and its answer does not come."""
+async def test_lost_response_to_a_create_request_makes_no_second_job(fake_cluster: FakeCluster) -> None:
+    """The server handles the first POST, but the response is lost."""
     api, posts = fake_cluster.api, 0
     config = await fake_cluster.config()
 
@@ -273,7 +273,7 @@ async def test_unclear_answer_makes_no_second_job(fake_cluster: FakeCluster) -> 
     assert len(api.of_kind("jobs")) == 1
 
 
-async def test_attach_after_the_end_and_when_it_is_gone(fake_cluster: FakeCluster) -> None:
+async def test_attach_to_a_finished_job_and_to_a_deleted_job(fake_cluster: FakeCluster) -> None:
     fake_cluster.play = lambda pod: Acting(code=5, output=(b"last words\n",))
     config = await fake_cluster.config()
     job = fake_cluster.job(config)
@@ -336,10 +336,10 @@ async def test_leaving_the_backend_leaves_attached_runs_alone(fake_cluster: Fake
         assert key(run) in fake_cluster.api.objects
 
 
-async def test_submitted_again_after_a_crash_finds_its_job(
+async def test_resubmission_after_a_crash_finds_the_existing_job(
     fake_cluster: FakeCluster, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As a resumed sweep does."""
+    """A resumed sweep submits the same run again."""
     fake_cluster.play = lambda pod: FOREVER
     config = await fake_cluster.config()
     job = fake_cluster.job(config, secrets={"A": "b"})
@@ -353,7 +353,7 @@ async def test_submitted_again_after_a_crash_finds_its_job(
         assert "an earlier process created" in caplog.text
 
 
-async def test_jobs_stay_unless_told_otherwise(fake_cluster: FakeCluster) -> None:
+async def test_finished_jobs_are_kept_by_default(fake_cluster: FakeCluster) -> None:
     async with KubernetesBackend() as backend:
         kept = await backend.submit(fake_cluster.job(await fake_cluster.config()))
         taken = await backend.submit(fake_cluster.job(await fake_cluster.config(keep_jobs=False)))
@@ -362,8 +362,8 @@ async def test_jobs_stay_unless_told_otherwise(fake_cluster: FakeCluster) -> Non
         assert key(taken) not in fake_cluster.api.objects
 
 
-async def test_tokens_of_a_plugin_are_renewed_once_for_all(fake_cluster: FakeCluster, tmp_path: Path) -> None:
-    """The plugin gives a new token at each call; the server takes one after the other."""
+async def test_plugin_token_is_renewed_once_for_all_runs(fake_cluster: FakeCluster, tmp_path: Path) -> None:
+    """The plugin returns a new token at each call; the server accepts only one token at a time."""
     api = fake_cluster.api
     plugin = tmp_path / "plugin"
     plugin.write_text(
@@ -385,7 +385,7 @@ async def test_tokens_of_a_plugin_are_renewed_once_for_all(fake_cluster: FakeClu
     assert (tmp_path / "count").read_text().strip() == "2"
 
 
-async def test_refused_credentials_say_so(fake_cluster: FakeCluster) -> None:
+async def test_refused_credentials_are_reported(fake_cluster: FakeCluster) -> None:
     fake_cluster.api.tokens = {"another"}
     config = await fake_cluster.config()
     async with KubernetesBackend() as backend:
@@ -393,7 +393,7 @@ async def test_refused_credentials_say_so(fake_cluster: FakeCluster) -> None:
             await backend.submit(fake_cluster.job(config))
 
 
-async def test_plugin_that_fails_is_quoted(fake_cluster: FakeCluster, tmp_path: Path) -> None:
+async def test_plugin_failure_is_quoted_in_the_error(fake_cluster: FakeCluster, tmp_path: Path) -> None:
     user = {"exec": {"apiVersion": "client.authentication.k8s.io/v1", "command": "no-such-plugin"}}
     await asyncio.to_thread(fake_cluster.api.kubeconfig, tmp_path / "kubeconfig", user=user)
     config = await fake_cluster.config()
@@ -402,8 +402,8 @@ async def test_plugin_that_fails_is_quoted(fake_cluster: FakeCluster, tmp_path: 
             await backend.submit(fake_cluster.job(config))
 
 
-async def test_cluster_that_was_restored_from_a_backup(fake_cluster: FakeCluster) -> None:
-    """A watch from a version that it has not come to yet says nothing at all, not even that it is too old."""
+async def test_runs_survive_a_cluster_restored_from_a_backup(fake_cluster: FakeCluster) -> None:
+    """A watch from a future resourceVersion stays silent: the server does not even answer 410."""
     api = fake_cluster.api
     config = await fake_cluster.config()
     made = api.create(
@@ -424,10 +424,8 @@ async def test_cluster_that_was_restored_from_a_backup(fake_cluster: FakeCluster
         watch.untrack(made["metadata"]["uid"])
 
 
-async def test_warnings_of_the_cluster_are_told_once(
-    fake_cluster: FakeCluster, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Such as of a field of the template that the cluster does not know, and leaves out."""
+async def test_cluster_warnings_are_logged_once(fake_cluster: FakeCluster, caplog: pytest.LogCaptureFixture) -> None:
+    """An example is a template field that the cluster does not know and drops."""
     template = {"spec": {"nosuch": 1, "template": {"spec": {"containers": [{"name": "main"}]}}}}
     config = await fake_cluster.config(job_template=template)
     async with KubernetesBackend() as backend:
@@ -449,7 +447,7 @@ async def test_the_last_run_of_a_namespace_ends_its_watches(fake_cluster: FakeCl
             assert api.counted("GET", "/jobs", watch=True) == api.counted("GET", "/pods", watch=True) == opened
 
 
-async def test_output_comes_once_although_its_connection_breaks(fake_cluster: FakeCluster) -> None:
+async def test_output_is_not_repeated_after_a_broken_connection(fake_cluster: FakeCluster) -> None:
     api, config, wanted = fake_cluster.api, await fake_cluster.config(), [f"line {number}" for number in range(60)]
     fake_cluster.play = lambda pod: FOREVER
     async with KubernetesBackend() as backend:
@@ -468,7 +466,7 @@ async def test_output_comes_once_although_its_connection_breaks(fake_cluster: Fa
         assert [line async for line in run.logs()] == ["begun", *wanted]
 
 
-async def test_a_hundred_log_streams_do_not_hold_up_a_cancellation(fake_cluster: FakeCluster) -> None:
+async def test_a_hundred_log_streams_do_not_delay_a_cancellation(fake_cluster: FakeCluster) -> None:
     fake_cluster.play = lambda pod: FOREVER
     config = await fake_cluster.config()
     async with KubernetesBackend() as backend:

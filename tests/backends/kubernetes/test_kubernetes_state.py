@@ -1,4 +1,4 @@
-"""What is made of a Job's life, against what a real Kubernetes 1.36.2 said of each (tests/data/kubernetes-1.36)."""
+"""Statuses and outcomes of Jobs, checked against recordings of Kubernetes 1.36.2 (tests/data/kubernetes-1.36)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def lines(name: str) -> list[dict[str, Any]]:
 
 
 def history(scenario: str, *, pods: bool = True) -> Iterator[tuple[float, Snapshot]]:
-    """What was known of the Job after each event of both watches, in the order of their times."""
+    """Yield the time and the snapshot after each event of both watches, in chronological order."""
     events = [(line["t"], "job", line) for line in lines("jobs.jsonl")]
     if pods:
         events += [(line["t"], "pod", line) for line in lines("pods.jsonl")]
@@ -45,7 +45,7 @@ def last(scenario: str) -> Snapshot:
 
 
 def statuses(scenario: str) -> list[str]:
-    """The states that `get_status` tells, without repetitions."""
+    """Return the statuses that `get_status` reports, without repetitions."""
     told: list[str] = []
     for _, seen in history(scenario):
         if not told or told[-1] != seen.status:
@@ -76,13 +76,13 @@ def statuses(scenario: str) -> list[str]:
         ("chatty", ["SCHEDULED", "RUNNING", "FINISHED"]),
     ],
 )
-def test_states_of_each_recorded_job(scenario: str, expected: list[str]) -> None:
+def test_statuses_of_each_recorded_job(scenario: str, expected: list[str]) -> None:
     assert statuses(scenario) == expected
 
 
 @pytest.mark.parametrize("scenario", ["success", "exit7", "backoff2", "deadline", "oom", "sidecar", "suspended"])
-def test_ended_only_with_the_last_condition(scenario: str) -> None:
-    """Line by line: `SuccessCriteriaMet` and `FailureTarget` do not end a Job, whatever its pods do meanwhile."""
+def test_job_has_ended_only_with_its_final_condition(scenario: str) -> None:
+    """`SuccessCriteriaMet` and `FailureTarget` do not end a Job, regardless of its pods."""
     for line in lines("jobs.jsonl"):
         if line["type"] == "BOOKMARK" or line["object"]["metadata"]["name"] != scenario:
             continue
@@ -114,7 +114,7 @@ def test_outcome_of_each_recorded_job(
     assert (told.status, told.exit_code, told.reason, told.kind) == (status, code, reason, kind)
 
 
-def test_outcome_names_policy_and_start_error() -> None:
+def test_outcome_names_the_failure_policy_and_the_start_error() -> None:
     told = outcome(last("podfailurepolicy"))
     assert told.exit_code == 42
     assert (told.reason or "").startswith("exit code 42, which the Job's podFailurePolicy takes for final: Container c")
@@ -124,13 +124,13 @@ def test_outcome_names_policy_and_start_error() -> None:
     assert "/no/such/binary" in (told.reason or "")
 
 
-def test_outcome_without_pods_is_by_the_conditions_alone() -> None:
+def test_outcome_without_pods_comes_from_the_job_conditions() -> None:
     for scenario, status in (("success", "FINISHED"), ("exit7", "FAILED"), ("ttl", "FINISHED")):
         seen = list(history(scenario, pods=False))[-1][1]
         assert outcome(seen).status == status
 
 
-def test_a_pod_that_ended_ends_no_job_that_may_retry() -> None:
+def test_a_finished_pod_does_not_end_a_job_that_may_retry() -> None:
     between = [seen for time, seen in history("backoff2") if 8.82 < time < 15]
     assert between
     for seen in between:
@@ -148,7 +148,7 @@ def test_a_pod_that_ended_ends_no_job_that_may_retry() -> None:
         ("unschedulable", PendingKind.UNSCHEDULABLE, "0/1 nodes are available"),
     ],
 )
-def test_what_keeps_a_run_from_its_start(scenario: str, kind: PendingKind, text: str) -> None:
+def test_pending_reason_of_each_recorded_job(scenario: str, kind: PendingKind, text: str) -> None:
     found = pending_reason(last(scenario))
     assert found is not None
     assert found.kind is kind
@@ -156,21 +156,21 @@ def test_what_keeps_a_run_from_its_start(scenario: str, kind: PendingKind, text:
     assert found.pod.startswith(scenario)
 
 
-def test_the_clock_of_a_missing_image_does_not_start_anew() -> None:
-    """It goes back and forth between ErrImagePull and ImagePullBackOff; that is one reason."""
+def test_a_missing_image_keeps_one_pending_reason() -> None:
+    """The pod alternates between ErrImagePull and ImagePullBackOff, which must not restart the start timeout."""
     kinds = [found.kind if (found := pending_reason(seen)) else None for _, seen in history("no-image")]
     first = kinds.index(PendingKind.IMAGE)
     assert set(kinds[first:]) == {PendingKind.IMAGE}
 
 
-def test_nothing_hinders_a_suspended_job() -> None:
+def test_a_suspended_job_has_no_pending_reason() -> None:
     suspended = [seen for time, seen in history("suspended") if time < 8.8 and seen.job and seen.job.suspended]
     assert suspended
     assert [pending_reason(seen) for seen in suspended] == [None] * len(suspended)
     assert {seen.status for seen in suspended} == {RunStatus.SCHEDULED}
 
 
-def test_gated_pod_is_not_hindered() -> None:
+def test_a_gated_pod_has_no_pending_reason() -> None:
     raw = {
         "metadata": {"uid": "p", "name": "p"},
         "status": {"conditions": [{"type": "PodScheduled", "status": "False", "reason": "SchedulingGated"}]},
@@ -178,7 +178,7 @@ def test_gated_pod_is_not_hindered() -> None:
     assert pending_reason(Snapshot(job(), (read_pod(raw),))) is None
 
 
-def test_a_job_without_any_pod_is_hindered() -> None:
+def test_a_job_without_pods_is_unschedulable() -> None:
     found = pending_reason(Snapshot(job(), ()))
     assert found is not None
     assert found.kind is PendingKind.UNSCHEDULABLE
@@ -191,8 +191,8 @@ def test_every_recorded_pod_belongs_to_its_job() -> None:
             assert job_of_pod(line["object"]) in uids
 
 
-def test_deleted_between_the_two_phases_of_its_end() -> None:
-    """Who deletes the Job when only `SuccessCriteriaMet` is there takes nothing of its success."""
+def test_job_deleted_between_interim_and_final_condition_keeps_its_outcome() -> None:
+    """A Job deleted when it has only `SuccessCriteriaMet` still counts as successful."""
     interim = [seen for _, seen in history("success") if seen.job and seen.job.ending and not seen.job.complete]
     assert interim
     for seen in interim:
@@ -202,7 +202,7 @@ def test_deleted_between_the_two_phases_of_its_end() -> None:
     assert outcome(Snapshot(read_deleted("exit7", "FailureTarget"), last("exit7").pods)).reason == "exit code 7"
 
 
-def test_vanished_job_is_told_by_its_pod_if_that_had_ended() -> None:
+def test_outcome_of_a_vanished_job_comes_from_its_finished_pod() -> None:
     for scenario, status, code in (("success", "FINISHED", 0), ("exit7", "FAILED", 7)):
         told = outcome(Snapshot(job(unseen=True, deleted=True, retries=0), last(scenario).pods))
         assert (told.status, told.exit_code) == (status, code)
@@ -213,7 +213,7 @@ def test_vanished_job_is_told_by_its_pod_if_that_had_ended() -> None:
     assert "ttlSecondsAfterFinished" in (lost.reason or "")
 
 
-def test_evicted_and_preempted() -> None:
+def test_outcome_names_eviction_and_preemption() -> None:
     def pod(**status: Any) -> PodState:
         main = {"name": "c", "state": {"terminated": {"exitCode": 143, "reason": "Error"}}}
         return read_pod(
