@@ -65,7 +65,7 @@ def report(name: str, figures: Mapping[str, float], options: argparse.Namespace)
     Args:
         name: The script and its mode, as "fleet" or "fleet --server".
         figures: The figures of one call of the script, with the unit in their name.
-        options: What the parser returned; see `add_options`.
+        options: The parsed command-line options; see `add_options`.
     """
     result: dict[str, Any] = {
         "name": name,

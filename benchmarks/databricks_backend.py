@@ -1,4 +1,4 @@
-"""Measures the requests that hundreds of runs in flight cost a Databricks workspace, and the delay of their ends.
+"""Measure the requests that hundreds of runs in flight cost a Databricks workspace, and the delay of their ends.
 
 The workspace is the scripted one of the tests, on loopback: it runs nothing, so that only the requests of mlfleet are
 measured. The reference (mlflow) is not run: it asks for each run every 30 s
@@ -50,7 +50,7 @@ async def submit(backend: DatabricksBackend, folder: Path, count: int) -> list[B
 
 
 async def latencies(workspace: FakeWorkspace, folder: Path, count: int, every: float) -> list[float]:
-    """Seconds from the end of each of `count` young runs to the return of its ``wait()``."""
+    """Return the seconds from the end of each of `count` young runs to the return of its ``wait()``."""
     async with DatabricksBackend() as backend:
         runs = await submit(backend, folder, count)
         by_id = {run.run_id: run for run in runs}
@@ -70,13 +70,13 @@ async def latencies(workspace: FakeWorkspace, folder: Path, count: int, every: f
 
 
 def rounds(workspace: FakeWorkspace, since: int) -> int:
-    """The polling rounds that began after the first `since` requests: each asks for the first page of the list."""
+    """Return the polling rounds that began after the first `since` requests, each of which reads the first page."""
     targets = (request.target for request in workspace.requests[since:])
     return sum("runs/list" in target and "page_token" not in target for target in targets)
 
 
 async def polls(workspace: FakeWorkspace, folder: Path, count: int, minutes: float) -> dict[str, float]:
-    """Polling rounds a minute of `count` young runs, requests a minute once they are older, and uploads."""
+    """Return the polling rounds a minute of `count` young runs, requests a minute once they are older, and uploads."""
     async with DatabricksBackend() as backend:
         before = len(workspace.requests)
         runs = await submit(backend, folder, count)

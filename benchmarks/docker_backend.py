@@ -1,4 +1,4 @@
-"""What a run in a container costs, against ``docker run --rm`` of the same image by the docker command.
+"""Measure the cost of a run in a container, compared with ``docker run --rm`` of the same image by the docker command.
 
 Needs an engine and the docker command. Without ``--image`` it makes an image of its own from this machine's static
 busybox (Debian's busybox-static), and removes it at the end.
@@ -30,7 +30,7 @@ from mlfleet.runs import RunStatus
 
 @contextlib.contextmanager
 def own_image() -> Iterator[str]:
-    """An image with nothing but busybox and its sh."""
+    """Create an image with only busybox and its sh."""
     busybox = shutil.which("busybox")
     if busybox is None:
         raise SystemExit("there is no busybox to make an image of: install busybox-static, or give --image")

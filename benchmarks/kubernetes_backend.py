@@ -1,4 +1,4 @@
-"""Measures what following hundreds of Jobs costs, on the fake API server of the tests in a process of its own.
+"""Measure what following hundreds of Jobs costs, on the fake API server of the tests in a process of its own.
 
 Counts the watches, and the requests of each run with and without a Secret. Measures the time from a Job's last event
 to the return of ``wait``, and how long the event loop of the driver stands still: in CPU time of its thread, which

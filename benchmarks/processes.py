@@ -1,4 +1,4 @@
-"""What the local backend costs on top of the processes themselves.
+"""Measure what the local backend costs on top of the processes themselves.
 
 Compares no-op processes through `LocalBackend` with bare ``asyncio.create_subprocess_exec`` of the same
 ``bash -c`` command, watches for stalls of the event loop meanwhile, and weighs the memory of runs in flight.
@@ -48,7 +48,7 @@ def job(command: str, folder: Path, output: Path | None = None) -> Job:
 
 
 async def tick(stalls: list[float]) -> None:
-    """Wakes every millisecond and notes how much too late it was."""
+    """Wake every millisecond, and record the delay of each wake-up."""
     while True:
         before = time.perf_counter()
         await asyncio.sleep(TICK)
@@ -58,7 +58,7 @@ async def tick(stalls: list[float]) -> None:
 async def timed(
     one: Callable[[str, Path], Awaitable[None]], count: int, concurrency: int, folder: Path
 ) -> tuple[float, float, list[float]]:
-    """Wall seconds, CPU seconds of this process, and the ticker's delays."""
+    """Return the wall seconds, the CPU seconds of this process, and the ticker's delays."""
     slots = asyncio.Semaphore(concurrency)
 
     async def held() -> None:
@@ -77,7 +77,7 @@ async def timed(
 
 
 async def beside(count: int) -> list[float]:
-    """The ticker's delays while nothing runs here, and another program starts as many processes, two at a time.
+    """Return the ticker's delays while only another program starts as many processes, two at a time.
 
     What the machine itself does to any event loop: no loop that starts processes can be expected to do better.
     """
@@ -91,12 +91,12 @@ async def beside(count: int) -> list[float]:
 
 
 def resident() -> int:
-    """Bytes of this process in memory (Linux)."""
+    """Return the resident memory of this process in bytes (Linux)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 async def memory_per_run(count: int, folder: Path) -> float:
-    """Bytes of this process for each run in flight, its output captured."""
+    """Return the bytes of this process for each run in flight with captured output."""
     async with LocalBackend() as backend:
         warm_up = [await backend.submit(job("sleep 600", folder, folder / f"warm-{n}")) for n in range(20)]
         before = resident()
@@ -116,7 +116,7 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def ticker_figures(repeats: list[list[float]]) -> dict[str, float]:
-    """The median of the repeats, since what else the machine does shows in single ones, and the worst of all."""
+    """Return the median of the repeats, which hides other load of the machine, and the worst repeat."""
     return {
         "ticker_p99_ms": statistics.median(percentile(stalls, 0.99) for stalls in repeats) * 1000,
         "ticker_max_ms": statistics.median(max(stalls) for stalls in repeats) * 1000,

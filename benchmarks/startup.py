@@ -1,4 +1,4 @@
-"""How long it takes to import mlfleet and to start its command line, as shares of the reference's.
+"""Measure the time to import mlfleet and to start its command line, as shares of mlflow's times.
 
 Compares ``import mlfleet`` with ``import mlflow.projects``, and ``mlfleet --help`` with ``mlflow run --help``. Each is
 a process of its own, and the commands alternate, so that other load on the machine slows all of them alike. The time of
@@ -26,14 +26,14 @@ RATIOS = (("import mlfleet", "import mlflow.projects"), ("mlfleet --help", "mlfl
 
 
 def measure(argv: list[str]) -> float:
-    """Wall seconds of one process."""
+    """Return the wall seconds of one process."""
     start = time.perf_counter()
     subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 
 def measure_all(rounds: int) -> dict[str, list[float]]:
-    """Wall seconds of each command, in each round."""
+    """Return the wall seconds of each command in each round."""
     times: dict[str, list[float]] = {label: [] for label in COMMANDS}
     for round_number in range(rounds + 1):
         for label, argv in COMMANDS.items():

@@ -1,4 +1,4 @@
-"""Measures what a sweep costs on top of its processes.
+"""Measure what a sweep costs on top of its processes.
 
 No-op points of one project through `Fleet.sweep`, next to bare ``asyncio.create_subprocess_exec`` of the same command,
 the same number at a time, alternately; for several lengths of the sweep, to see whether a point costs the same in all.
@@ -48,7 +48,7 @@ def points(count: int) -> Iterator[dict[str, int]]:
 
 
 async def through_a_sweep(folder: Path, count: int, jobs: int, *, name: str | None = None) -> tuple[float, float, int]:
-    """Seconds, CPU seconds of this process, and bytes that it has grown by at most."""
+    """Return the wall seconds, the CPU seconds and the largest memory growth in bytes of this process."""
     async with Fleet(tracking=Forgetful(), max_concurrent=jobs) as fleet:
         gc.collect()
         before, most = resident(), 0
@@ -78,7 +78,7 @@ async def bare_processes(folder: Path, count: int, jobs: int) -> float:
 
 
 async def cancel_many(folder: Path, count: int) -> tuple[float, int]:
-    """Seconds to cancel so many running processes, and how many are left."""
+    """Return the seconds to cancel all running processes, and the number of processes left."""
     mark = f"mlfleet-benchmark-{os.getpid()}"
     (folder / "MLproject").write_text(PROJECT % f"exec -a {mark} sleep 1000")
     started = 0
@@ -111,7 +111,7 @@ print(time.perf_counter() - begun)
 
 
 def rival(folder: Path, count: int, jobs: int, store: str) -> float:
-    """Seconds that joblib with mlflow.projects takes, without its imports in this process."""
+    """Return the seconds that joblib with mlflow.projects takes, without its imports in this process."""
     argv = [sys.executable, "-W", "ignore", "-c", RIVAL, str(folder), str(count), store, str(jobs)]
     done = subprocess.run(argv, cwd=folder, capture_output=True, text=True)
     if done.returncode != 0:

@@ -1,4 +1,4 @@
-"""Rewrites the table of figures in README.md from the files in results/.
+"""Rewrite the table of figures in README.md from the files in results/.
 
 Each of these files was written by a script's ``--json``. A figure above its limit is marked.
 """
@@ -18,12 +18,12 @@ BEGIN, END = "<!-- table.py: begin -->", "<!-- table.py: end -->"
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """The result files, by their names."""
+    """Return the result files, sorted by name."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
 def render(results: list[dict[str, Any]]) -> str:
-    """The table in Markdown: the figures that have a limit in the order of `LIMITS`, then the others."""
+    """Return the table in Markdown: the figures that have a limit in the order of `LIMITS`, then the others."""
     header = ("figure", "measured", "at most", "by", "Python", "CPUs", "rounds")
     order = {figure: position for position, figure in enumerate(LIMITS)}
     recorded = {figure for result in results for figure in result["figures"]}
@@ -48,7 +48,7 @@ def render(results: list[dict[str, Any]]) -> str:
 
 
 def rewrite(text: str, table: str) -> str:
-    """The page with the table between the markers."""
+    """Return the page with the table between the markers."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

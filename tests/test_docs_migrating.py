@@ -38,7 +38,7 @@ _BLOCK = re.compile(r"^```(python|bash) (before|after)\n(.*?)^```$", re.M | re.S
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """What is done with mlflow, and each way to do the same with mlfleet."""
+    """An mlflow example with the mlfleet examples that do the same."""
 
     line: int
     before: tuple[str, str]

@@ -96,7 +96,9 @@ def test_a_loop_that_is_never_closed_leaves_no_command(start: Callable[[str], Sc
     wait_until_gone(commands)
 
 
-def test_a_named_sweep_outlives_its_driver_and_that_ones_driver(start: Callable[[str], Script], tmp_path: Path) -> None:
+def test_a_named_sweep_outlives_its_driver_and_the_driver_above_it(
+    start: Callable[[str], Script], tmp_path: Path
+) -> None:
     write_project(tmp_path / "demo", COMMAND, parameters="name: string")
     (tmp_path / "inner.py").write_text(BOTH)
     write_project(tmp_path / "outer", f"cd {tmp_path}; exec python inner.py")

@@ -44,7 +44,7 @@ async def first_line(run: FleetRun) -> str:
     raise AssertionError("the run ended without a line of output")
 
 
-async def test_a_run_gets_its_parameters_and_tracking_is_told_the_truth(
+async def test_a_run_gets_its_parameters_and_its_outcome_is_tracked(
     fleet: Fleet, tracking: FakeTracking, tmp_path: Path
 ) -> None:
     uri = write_project(
@@ -86,7 +86,7 @@ async def test_a_run_costs_three_requests_and_a_status_read(
     assert tracking.requests == {"experiment_id": 1, "create_run": 10, "log": 10, "get_run": 10, "update_run": 10}
 
 
-async def test_a_failed_run_tells_its_exit_code_and_last_lines(
+async def test_a_failed_run_reports_its_exit_code_and_last_lines(
     fleet: Fleet, tracking: FakeTracking, tmp_path: Path
 ) -> None:
     uri = write_project(tmp_path / "demo", "echo loading; echo 'no such column: price' >&2; exit 3")
@@ -314,7 +314,7 @@ async def test_tracking_that_does_not_answer_at_the_end_does_not_hide_how_the_ru
     assert f"the run {good.run_id} is FINISHED" in caplog.text
 
 
-async def test_no_tracking_no_run(tmp_path: Path) -> None:
+async def test_a_run_is_not_started_without_tracking(tmp_path: Path) -> None:
     tracking = FakeTracking(fail=lambda method: TrackingError("connection refused"))
     async with Fleet(tracking=tracking) as fleet:
         with pytest.raises(TrackingError, match="connection refused"):
@@ -322,7 +322,7 @@ async def test_no_tracking_no_run(tmp_path: Path) -> None:
     assert not (tmp_path / "demo" / "started").exists()
 
 
-async def test_a_status_that_the_code_itself_set_stays(tracking: FakeTracking, tmp_path: Path) -> None:
+async def test_a_status_set_by_the_project_is_kept(tracking: FakeTracking, tmp_path: Path) -> None:
     uri = write_project(tmp_path / "demo", "echo ready; read line < gate; exit 1")
     os.mkfifo(tmp_path / "demo" / "gate")
     async with Fleet(tracking=tracking) as fleet:
@@ -346,7 +346,7 @@ async def test_an_existing_run_is_used_again(tracking: FakeTracking, tmp_path: P
     assert tracking.runs[run.run_id].tags["mlflow.source.type"] == "PROJECT"
 
 
-async def test_events_tell_the_stages_in_order(tracking: FakeTracking, tmp_path: Path) -> None:
+async def test_events_report_the_stages_in_order(tracking: FakeTracking, tmp_path: Path) -> None:
     events: list[RunEvent] = []
     async with Fleet(tracking=tracking, on_event=events.append) as fleet:
         run = await fleet.submit(write_project(tmp_path / "demo", "true"), env_manager="local")

@@ -81,13 +81,13 @@ def test_every_public_name_has_a_docstring() -> None:
 
 
 @pytest.mark.parametrize("function", [mlfleet.run, mlfleet.run_async])
-def test_the_first_sixteen_arguments_are_the_references(function: object) -> None:
+def test_the_first_sixteen_arguments_are_those_of_mlflow(function: object) -> None:
     assert shown(arguments(function)[:16]) == REFERENCE
     assert all(parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for parameter in arguments(function)[:16])
 
 
 @pytest.mark.parametrize("function", [mlfleet.run, mlfleet.run_async])
-def test_what_is_new_is_keyword_only(function: object) -> None:
+def test_new_arguments_are_keyword_only(function: object) -> None:
     new = arguments(function)[16:]
     assert [parameter.name for parameter in new] == OURS
     assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in new)

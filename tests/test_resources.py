@@ -26,7 +26,7 @@ from mlfleet.resources import Machine, Resources, this_machine
         ("3GB", 3 * 10**9),
     ],
 )
-def test_memory_is_written_as_for_kubernetes(memory: int | str, count: int) -> None:
+def test_memory_uses_the_notation_of_kubernetes(memory: int | str, count: int) -> None:
     assert Resources(memory=memory).memory_bytes == count
 
 

@@ -54,7 +54,7 @@ async def test_other_errors_are_raised_at_once() -> None:
     ("policy", "calls"),
     [(RetryPolicy(seconds=0), 1), (RetryPolicy(seconds=60, first_pause=0, attempts=3), 3)],
 )
-async def test_the_time_or_the_attempts_end_it(policy: RetryPolicy, calls: int) -> None:
+async def test_retries_end_by_time_or_attempts(policy: RetryPolicy, calls: int) -> None:
     service, told = Service(9), list[int]()
     with pytest.raises(Busy):
         await policy.call(service, retry_if=is_busy, on_exhausted=lambda error, count, _: told.append(count))
@@ -88,7 +88,7 @@ async def test_any_function_that_returns_an_awaitable_is_called() -> None:
     assert await RetryPolicy(seconds=60, first_pause=0).call(lambda: service(), retry_if=is_busy) == "done"
 
 
-async def test_an_error_may_have_a_policy_of_its_own() -> None:
+async def test_an_error_may_carry_its_own_policy() -> None:
     service = Service(9)
     strict = RetryPolicy(seconds=60, first_pause=0, attempts=2)
     with pytest.raises(Busy):

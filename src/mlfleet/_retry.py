@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How long a failed request is repeated, and how long the pauses between two attempts are.
+    """A policy for repeating a failed request: its time limit and the pauses between two attempts.
 
     The pauses grow exponentially and are shortened at random, so that clients which failed together do not come back
     together. An error with an attribute ``retry_after`` (seconds, the server's ``Retry-After``, RFC 9110, 10.2.3)

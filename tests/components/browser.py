@@ -14,7 +14,7 @@ from components import missing
 __all__ = ["Browser"]
 
 Browser = Callable[[Path], str]
-"""Opens a page, lets its scripts run, and gives the document that came of it, as HTML."""
+"""A function that opens a page, runs its scripts, and returns the resulting document as HTML."""
 
 _QUIET = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",

@@ -1,4 +1,4 @@
-"""Authorities of certificates for tests, and what they sign for 127.0.0.1."""
+"""Certificate authorities for tests, and the certificates that they sign for 127.0.0.1."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["certificates", "write_certificates"]
 
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the authority, ``certificate.pem``, and what it signed together with its key, ``both.pem``."""
+    """A folder with the authority, ``certificate.pem``, and a signed certificate with its key, ``both.pem``."""
     folder = tmp_path_factory.mktemp("certificates")
     authority = trustme.CA()
     authority.cert_pem.write_to_path(folder / "certificate.pem")
@@ -21,7 +21,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_certificates(folder: Path, *names: str) -> None:
-    """Write ``ca.pem``, and for each name ``<name>cert.pem`` and ``<name>key.pem`` that it vouches for."""
+    """Write ``ca.pem``, and for each name ``<name>cert.pem`` and ``<name>key.pem`` signed by it."""
     folder.mkdir(parents=True, exist_ok=True)
     authority = trustme.CA()
     authority.cert_pem.write_to_path(folder / "ca.pem")

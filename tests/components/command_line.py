@@ -58,7 +58,7 @@ class Started:
         self._keyboard = keyboard
 
     def read_until(self, text: str) -> str:
-        """Read until it has written `text`; all that was read so far, without escape sequences."""
+        """Read until the output contains `text`, and return all output so far without escape sequences."""
         while text not in self.plain:
             if not self._read():
                 raise AssertionError(f"it ended without writing {text!r}, but: {self.seen!r}")
@@ -70,7 +70,7 @@ class Started:
         os.write(self._keyboard, CTRL_C)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send it a signal."""
+        """Send a signal to the process."""
         self.process.send_signal(number)
 
     def finish(self) -> int:
@@ -81,7 +81,7 @@ class Started:
 
     @property
     def plain(self) -> str:
-        """All that was read, without escape sequences."""
+        """The output read so far, without escape sequences."""
         return _ESCAPES.sub("", self.seen)
 
     def _read(self) -> bool:
@@ -97,7 +97,7 @@ class Started:
 def started(
     *arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None, before: Sequence[str] = ()
 ) -> Iterator[Started]:
-    """Start it with stdout and stderr in one pipe; it is ended with the block.
+    """Start the command line with stdout and stderr in one pipe, and end it with the block.
 
     Args:
         arguments: The arguments after the program's name.
@@ -123,7 +123,7 @@ def started(
 
 @contextmanager
 def on_terminal(*arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Iterator[Started]:
-    """Start it on a terminal of 100 columns that it controls; it is ended with the block.
+    """Start the command line on a controlling terminal of 100 columns, and end it with the block.
 
     Args:
         arguments: The arguments after the program's name.
@@ -158,14 +158,14 @@ def _take_terminal() -> None:
 
 
 def id_in(text: str) -> str:
-    """The id of the run that the command line told of."""
+    """Return the id of the run that the command line reported."""
     found = re.search(r"\(run ([0-9a-f]{32})\)", text)
     assert found, text
     return found[1]
 
 
 def run_on(server: MlflowServer, run_id: str) -> dict[str, Any]:
-    """A run as the server tells it."""
+    """Return a run as the server reports it."""
     answer = httpx.get(f"{server.url}/api/2.0/mlflow/runs/get", params={"run_id": run_id}, trust_env=False)
     run: dict[str, Any] = answer.raise_for_status().json()["run"]
     return run

@@ -1,4 +1,4 @@
-"""A real conda, made of what PyPI has, and a channel of four packages to install from; without network but for PyPI.
+"""A real conda assembled from PyPI, and a channel of four packages; needs no network except PyPI.
 
 conda is not a package of PyPI, but conda-lock contains its code. The channel's Python is a link to this interpreter.
 """
@@ -94,7 +94,7 @@ def conda_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _unpack_conda(base: Path) -> None:
-    """Take conda out of conda-lock's wheel, and give it what its installer would have written."""
+    """Extract conda from conda-lock's wheel, and write the files that its installer would write."""
     packages = base / "lib" / f"python{_short()}" / "site-packages"
     vendored = "conda_lock/_vendor/conda/"
     with zipfile.ZipFile(next((base / "wheels").glob("conda_lock-*.whl"))) as wheel:
@@ -167,7 +167,7 @@ def _add(
     depends: Sequence[str] = (),
     links: Mapping[str, str] | None = None,
 ) -> tuple[str, dict[str, Any]]:
-    """Write a package into the channel; its file name and its record in the index."""
+    """Write a package into the channel, and return its file name and its record in the index."""
     build = "0"
     index = {
         "name": name,
@@ -255,7 +255,7 @@ set -- env create "${arguments[@]}\"""",
 
 @dataclass(frozen=True)
 class StandIn:
-    """A program that passes for mamba or micromamba.
+    """A stand-in program for mamba or micromamba.
 
     Attributes:
         path: The program.

@@ -105,7 +105,7 @@ class DockerEngine:
         self.remove_image(name)
 
     def import_image(self, name: str, content: bytes, *changes: str) -> None:
-        """Make an image of a tar."""
+        """Create an image from a tar archive."""
         repo, _, tag = name.rpartition(":")
         query = "".join(f"&changes={quote(change)}" for change in changes)
         self.call("POST", f"/images/create?fromSrc=-&repo={quote(repo)}&tag={tag}{query}", content)

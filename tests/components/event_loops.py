@@ -17,7 +17,7 @@ LOOPS = ["asyncio", "uvloop"]
 
 
 def run_on(loop: str, main: Coroutine[Any, Any, None]) -> None:
-    """Run a coroutine; what fails in a callback of the event loop fails it, too."""
+    """Run a coroutine, and raise errors of event loop callbacks too."""
     factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     if loop == "uvloop":
         import uvloop

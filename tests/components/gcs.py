@@ -22,7 +22,7 @@ _STARTS_WITHIN = 60.0
 
 @pytest.fixture(scope="session")
 def gcs_emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Its address; it has a bucket ``bucket``."""
+    """The address of the emulator, which has one bucket named ``bucket``."""
     for package, name in (("gcp_storage_emulator", "gcp-storage-emulator"), ("gcsfs", "gcsfs")):
         if importlib.util.find_spec(package) is None:
             missing("Google's storage", f"pip install {name}")

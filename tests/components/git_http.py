@@ -17,7 +17,7 @@ from components import missing
 
 
 class GitServer:
-    """Serves the bare repositories below a folder.
+    """A server of the bare repositories below a folder.
 
     Attributes:
         root: The folder.
@@ -41,7 +41,7 @@ class GitServer:
 
     @property
     def discoveries(self) -> int:
-        """How often a client began to talk to a repository, to read refs or to fetch."""
+        """The number of times a client read the refs of a repository, the first step of every fetch."""
         return sum("/info/refs?" in path for path in self.requests)
 
 

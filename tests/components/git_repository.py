@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def git(folder: Path, *args: str) -> str:
-    """Run git in `folder` as some developer and give what it printed."""
+    """Run git in `folder` as a developer, and return its output."""
     who = {f"GIT_{role}_{what}": value for role in ("AUTHOR", "COMMITTER") for what, value in _WHO.items()}
     done = subprocess.run(
         ["git", "-c", "protocol.file.allow=always", *args],

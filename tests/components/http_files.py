@@ -45,7 +45,7 @@ def http_files() -> Iterator[FileServer]:
 
 @contextmanager
 def serve_files() -> Iterator[FileServer]:
-    """Serve files for the time of the block."""
+    """Serve files during the block."""
     server = FileServer()
 
     class Handler(_Handler):

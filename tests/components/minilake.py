@@ -176,7 +176,7 @@ class Databricks(FlakyProxy):
 
 
 def _as_python(request: Request) -> Request:
-    """Return the submission of a shell command as that of a Python file that runs the command."""
+    """Return a submission of a Python file that runs the shell command."""
     body = json.loads(request.body)
     command = body.pop("shell_command_task")["command"]
     del body["new_cluster"], body["libraries"]

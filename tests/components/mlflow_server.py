@@ -23,13 +23,13 @@ from components import free_port, missing, stop
 from fakes.flaky_proxy import FlakyProxy
 
 STARTS_WITHIN = 240.0
-"""Seconds; a server takes about 10 on an idle machine, and minutes on one that others use, too."""
+"""The start timeout in seconds: about 10 are enough on an idle machine, a busy one needs minutes."""
 
 OLDEST = (
     *("mlflow-skinny==2.0.1", "flask<3", "sqlalchemy<2", "alembic<2", "gunicorn<21", "querystring-parser<2"),
     "setuptools<81",
 )
-"""The first release of MLflow 2, and what its server needs of that time."""
+"""The first release of MLflow 2, and the contemporary packages that its server needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class MlflowServer:
 
     @property
     def environ(self) -> dict[str, str]:
-        """The variables by which users name it, and themselves."""
+        """The environment variables with the address of the server and the login of the user."""
         variables = {
             "MLFLOW_TRACKING_URI": self.url,
             "MLFLOW_TRACKING_USERNAME": self.username,
@@ -118,7 +118,7 @@ def mlflow_server_with_workspaces(tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.fixture(scope="session")
 def oldest_mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    """The first server of MLflow 2, with as few packages as it can do with."""
+    """A server of the first MLflow 2 release, with as few packages as possible."""
     folder = tmp_path_factory.mktemp("oldest-mlflow-server")
     python = _install(folder / "environment", OLDEST)
     with serve(folder, python=python) as url:
@@ -126,7 +126,7 @@ def oldest_mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[M
 
 
 def _install(folder: Path, requirements: Sequence[str]) -> str:
-    """The interpreter of a new environment with these packages; uv keeps them for the next time."""
+    """Create an environment with these packages, which uv caches, and return its interpreter."""
     python = str(folder / "bin" / "python")
     uv = [sys.executable, "-m", "uv"]
     environ = {name: text for name, text in os.environ.items() if not name.startswith(("UV_", "PYTHON", "VIRTUAL_ENV"))}
@@ -144,7 +144,7 @@ def _install(folder: Path, requirements: Sequence[str]) -> str:
 def serve(
     folder: Path, *options: str, environ: Mapping[str, str] | None = None, python: str = sys.executable
 ) -> Iterator[str]:
-    """Run ``mlflow server`` for the time of the block; gives its address."""
+    """Run ``mlflow server`` during the block, and yield its address."""
     # mlflow-skinny has no server. Looking for mlflow.server would import mlflow into the process of the tests.
     if python == sys.executable and not list(importlib.metadata.Distribution.discover(name="mlflow")):
         missing("the MLflow server", "pip install mlflow")
@@ -201,6 +201,6 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path, o
 
 @pytest.fixture
 async def proxy(mlflow_server: MlflowServer) -> AsyncIterator[FlakyProxy]:
-    """Before the server: counts requests and has faults of a network."""
+    """A proxy in front of the server that counts requests and injects network faults."""
     async with FlakyProxy(mlflow_server.url).listen() as listening:
         yield listening

@@ -1,4 +1,4 @@
-"""An empty sqlite store of mlflow, whose tables are made once for all tests: making them takes seconds."""
+"""An empty sqlite store of mlflow, whose tables are created once for all tests, since that takes seconds."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def new_store(_empty_store: Path) -> Callable[[Path], str]:
-    """Makes a store at the path that it is given; its URI."""
+    """A function that creates a store at the given path and returns its URI."""
 
     def make(database: Path) -> str:
         shutil.copyfile(_empty_store, database)

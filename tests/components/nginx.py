@@ -1,4 +1,4 @@
-"""nginx before an MLflow server, below a path of its own, as people put it there."""
+"""nginx before an MLflow server, below a path of its own, as in common deployments."""
 
 from __future__ import annotations
 

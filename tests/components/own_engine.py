@@ -1,4 +1,4 @@
-"""A Docker engine of a test's own, beside the machine's, that a test may stop, kill, fill up or lock.
+"""A separate Docker engine for one test, which the test may stop, kill, fill up or lock.
 
 It keeps everything in a folder of its own and touches no firewall rules. It has a bridge of its own, since an engine
 without one (``--bridge=none``) deletes that of all others, ``docker0``. Containers get the network of the host or none.
@@ -74,7 +74,7 @@ class OwnEngine(DockerEngine):
         raise RuntimeError(f"the engine did not start:\n{text[-3000:]}")
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
-        """Stop it with a signal, and wait until it is gone. Its containers are left to it."""
+        """Stop the engine with a signal and wait for its end; its containers are left as they are."""
         process, self._process = self._process, None
         assert process is not None
         process.send_signal(how)
@@ -142,7 +142,7 @@ def _unmount_below(folder: Path) -> None:
 
 @contextmanager
 def start_engine(*flags: str, size: str | None = None) -> Iterator[OwnEngine]:
-    """Start an engine with these flags of dockerd; `size` puts its data on a small disk."""
+    """Start an engine with these flags of dockerd; with `size`, its data is on a small disk."""
     if os.getuid() != 0:
         missing("the right to start a Docker engine", "run as root")
     # pytest's folders are too long for a socket.
@@ -169,6 +169,6 @@ def start_engine(*flags: str, size: str | None = None) -> Iterator[OwnEngine]:
 
 @pytest.fixture
 def own_engine() -> Iterator[Callable[..., OwnEngine]]:
-    """`start_engine`, for the time of the test."""
+    """The function `start_engine`; the engines end with the test."""
     with ExitStack() as stack:
         yield lambda *flags, **options: stack.enter_context(start_engine(*flags, **options))

@@ -69,7 +69,7 @@ class Package:
 
     @property
     def builds(self) -> int:
-        """How often its wheel was built, or began to be."""
+        """The number of builds of its wheel that were started."""
         log = self.folder / "builds.log"
         return len(log.read_text().splitlines()) if log.exists() else 0
 
@@ -94,12 +94,12 @@ class Package:
         return await to_thread.run_sync(os.open, self.folder / "gate", os.O_WRONLY)
 
     def let_builds_through(self) -> None:
-        """Builds that begin from now on do not wait; those that do stay held up."""
+        """Let builds that start from now on run without waiting; builds that already wait keep waiting."""
         (self.folder / "gate").unlink()
 
 
 def make_package(folder: Path, name: str = "tinypkg", version: str = "1.0", value: str = "1") -> Package:
-    """A package in a new folder."""
+    """Create a package in a new folder."""
     folder.mkdir(parents=True)
     (folder / "pyproject.toml").write_text(_PYPROJECT.format(name=name, version=version))
     (folder / "backend.py").write_text(_BACKEND.format(name=name, version=version))

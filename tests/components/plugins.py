@@ -40,7 +40,7 @@ class Echo(LocalBackend):
 '''
 
 BLOCKING_PLUGIN = '''
-"""A backend for `mlflow run` as people write them: blocking, with processes of this machine."""
+"""A typical plugin backend for `mlflow run`: blocking, with processes of this machine."""
 
 import json
 import os

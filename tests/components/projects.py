@@ -1,4 +1,4 @@
-"""Small projects for tests, written where a test wants them."""
+"""Small projects for tests, written to a given folder."""
 
 from __future__ import annotations
 

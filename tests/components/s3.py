@@ -32,7 +32,7 @@ class S3:
     url: str
 
     def put(self, bucket: str, key: str = "", data: bytes = b"") -> None:
-        """Make a bucket, or an object in it."""
+        """Create a bucket, or an object in it."""
         path = quote(f"{bucket}/{key}" if key else bucket)
         headers = {"Content-Type": "application/octet-stream"}
         request = urllib.request.Request(f"{self.url}/{path}", data=data, headers=headers, method="PUT")
@@ -42,7 +42,7 @@ class S3:
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
-    """The server, one for all tests."""
+    """One server for all tests."""
     for package in ("moto", "flask", "s3fs"):
         if importlib.util.find_spec(package) is None:
             missing("moto's S3 server", "pip install 'moto[server]' s3fs")
@@ -61,7 +61,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
 
 @pytest.fixture
 def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
-    """The server, and the settings by which the usual clients find it."""
+    """The server, with the environment variables that lead S3 clients to it."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.url)

@@ -1,4 +1,4 @@
-"""Python scripts under way, for tests of what happens to a whole program."""
+"""Running Python scripts, for tests of a whole program."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Script"]
 
 
 class Script:
-    """A Python script under way that tracks to a sqlite file."""
+    """A running Python script that tracks to a sqlite file."""
 
     def __init__(self, folder: Path, code: str, store: str) -> None:
         self.database = store.removeprefix("sqlite:///")

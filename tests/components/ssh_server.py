@@ -23,7 +23,7 @@ class SshServer:
 
     Attributes:
         port: on 127.0.0.1.
-        user: The user who may log in: the one who runs the tests.
+        user: The name of the only user who can log in, the user that runs the tests.
         key: the private key that it takes.
         known_hosts: a file with its host key.
     """

@@ -1,4 +1,4 @@
-"""Drives a sweep in a process that tests kill: ``python sweep_driver.py URI TRACKING_URI NAME COUNT JOBS``."""
+"""Run a sweep in a process that tests kill: ``python sweep_driver.py URI TRACKING_URI NAME COUNT JOBS``."""
 
 from __future__ import annotations
 

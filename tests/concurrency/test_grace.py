@@ -39,7 +39,7 @@ async def test_a_longer_grace_changes_nothing() -> None:
     assert stop.remaining <= 10
 
 
-async def test_a_shorter_grace_wakes_those_who_wait_for_the_end() -> None:
+async def test_a_shorter_grace_wakes_waiters() -> None:
     stop = StopRequest(1000)
     async with anyio.create_task_group() as group:
         group.start_soon(stop.requested)

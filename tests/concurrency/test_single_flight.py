@@ -51,7 +51,7 @@ async def test_keys_do_not_wait_for_each_other() -> None:
     assert await waiting == "slow"
 
 
-async def test_forgets_or_keeps_the_result() -> None:
+async def test_the_result_is_forgotten_or_kept() -> None:
     for keep, begun in ((False, 2), (True, 1)):
         once: SingleFlight[str, str] = SingleFlight(keep=keep)
         work = Work()
@@ -137,7 +137,7 @@ async def test_scope_of_a_caller_does_not_reach_into_the_work() -> None:
     assert (work.begun, work.cancelled) == (1, 0)
 
 
-async def test_work_that_is_cancelled_from_outside_is_an_error_and_no_cancellation() -> None:
+async def test_work_cancelled_from_outside_raises_an_error_not_a_cancellation() -> None:
     once: SingleFlight[str, str] = SingleFlight()
 
     async def give_up() -> str:
@@ -147,7 +147,7 @@ async def test_work_that_is_cancelled_from_outside_is_an_error_and_no_cancellati
         await once("key", give_up)
 
 
-async def test_no_answer_of_a_round_is_older_than_its_question() -> None:
+async def test_a_coalesced_result_never_predates_its_caller() -> None:
     rounds: Coalescing[str, int] = Coalescing()
     now = 0
     begun: list[int] = []
@@ -170,7 +170,7 @@ async def test_no_answer_of_a_round_is_older_than_its_question() -> None:
     assert begun == [0, 1]
 
 
-async def test_a_round_that_nobody_waits_for_any_more_does_not_hold_up_the_next() -> None:
+async def test_an_abandoned_call_does_not_delay_the_next() -> None:
     rounds: Coalescing[str, str] = Coalescing()
     old, new = Work("old"), Work("new")
     new.may_end.set()
@@ -184,7 +184,7 @@ async def test_a_round_that_nobody_waits_for_any_more_does_not_hold_up_the_next(
     assert old.cancelled == 1
 
 
-async def test_turns_let_others_in_between_and_keep_the_order() -> None:
+async def test_the_throttle_yields_to_the_loop_and_keeps_the_order() -> None:
     turns = Throttle()
     seen: list[object] = []
 

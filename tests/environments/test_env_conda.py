@@ -98,13 +98,15 @@ async def test_the_command_gets_the_activated_environment(
 @pytest.mark.parametrize(
     "spec", ["hello-tool=1.0=0", "hello-tool 1.0", "hello-tool 1.0 0", "hello-tool=1.0.*", "hello-tool[version=1.0]"]
 )
-async def test_every_spelling_of_a_version(tool: str, conda_channel: Channel, tmp_path: Path, spec: str) -> None:
+async def test_every_spelling_of_a_version_is_accepted(
+    tool: str, conda_channel: Channel, tmp_path: Path, spec: str
+) -> None:
     text = f"channels: [{conda_channel.url}]\ndependencies:\n- {spec!r}\n"
     environment = await prepare(tmp_path / "project", text)
     assert run(environment, "hello-tool") == f"hello 1.0 {environment.root}\n"
 
 
-async def test_an_environment_without_python(tool: str, conda_channel: Channel, tmp_path: Path) -> None:
+async def test_an_environment_without_python_is_built(tool: str, conda_channel: Channel, tmp_path: Path) -> None:
     environment = await prepare(tmp_path / "project", f"channels: [{conda_channel.url}]\ndependencies: [hello-tool]\n")
     assert run(environment, "hello-tool") == f"hello 2.0 {environment.root}\n"
     (stored,) = await to_thread.run_sync(list_environments)
@@ -142,7 +144,7 @@ async def test_a_script_of_a_package_that_fails(tool: str, conda_channel: Channe
         ("micromamba", "MAMBA_EXE", "create --yes --prefix "),
     ],
 )
-async def test_mamba_and_micromamba_where_there_is_no_conda(
+async def test_mamba_and_micromamba_are_used_without_conda(
     name: str,
     how: str,
     begins: str,

@@ -69,7 +69,7 @@ def start_driver(package: Package) -> subprocess.Popen[str]:
 
 
 def leftovers(root: Path) -> list[str]:
-    """What is in the shared folder besides lock files."""
+    """Return the entries of the shared folder except lock files."""
     return [name for name in os.listdir(root) if name != ".locks"] if root.exists() else []
 
 
@@ -147,7 +147,7 @@ async def test_the_last_callers_cancellation_ends_the_build(chosen: EnvironmentM
     assert value_in(await chosen.prepare(plan)) == "1"
 
 
-async def test_what_a_killed_process_was_building_is_built_again(chosen: EnvironmentManager, package: Package) -> None:
+async def test_an_environment_of_a_killed_builder_is_built_again(chosen: EnvironmentManager, package: Package) -> None:
     package.hold_builds()
     with start_driver(package) as driver:
         gate = await package.reached()
@@ -178,7 +178,7 @@ async def test_prune_during_runs_and_builds(chosen: EnvironmentManager, package:
     assert value_in(environment) == "1"
 
 
-async def test_a_listener_that_fails_harms_nobody(chosen: EnvironmentManager, package: Package) -> None:
+async def test_a_failing_listener_does_not_affect_the_build(chosen: EnvironmentManager, package: Package) -> None:
     def fail(line: str) -> None:
         raise ZeroDivisionError(line)
 

@@ -111,7 +111,7 @@ async def test_a_package_that_is_not_there(package: Package) -> None:
     assert "(check the package's name and version" in str(caught.value)
 
 
-async def test_passwords_of_an_index_are_not_told(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_index_passwords_are_masked(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("UV_OFFLINE")
     monkeypatch.setenv("UV_HTTP_RETRIES", "0")
     monkeypatch.setenv("UV_INDEX_URL", "http://user:in-the-environment@127.0.0.1:9/simple")
@@ -135,7 +135,7 @@ def locked(package: Package, uv_program: str) -> Package:
     return package
 
 
-async def test_a_lock_file_decides(locked: Package) -> None:
+async def test_a_lock_file_determines_the_packages(locked: Package) -> None:
     project = locked.folder.parent
     before = sorted(project.iterdir())
     environment = await prepare(project)
@@ -144,7 +144,7 @@ async def test_a_lock_file_decides(locked: Package) -> None:
     assert await prepare(project) == environment
 
 
-async def test_what_a_lock_file_installs_from_the_project_counts(locked: Package) -> None:
+async def test_local_packages_of_a_lock_file_change_the_key(locked: Package) -> None:
     project = locked.folder.parent
     before = (await plan(project, None)).key
     (project / "train.py").write_text("pass")

@@ -42,7 +42,7 @@ async def prepare(name: str, project: Path, source: EnvironmentFile | None) -> P
 
 
 def run(environment: PreparedEnvironment, *argv: str) -> str:
-    """What a command prints in an environment, as a backend runs it."""
+    """Run a command in an environment as a backend does, and return its output."""
     environ = environment.apply(os.environ)
     return subprocess.run(argv, env=environ, check=True, capture_output=True, text=True).stdout.strip()
 
@@ -60,7 +60,7 @@ async def other_python() -> Interpreter:
 
 
 def _pypy() -> Interpreter | None:
-    """What Debian has as a second Python: PyPy, which implements another version."""
+    """PyPy, the second Python that Debian has, which implements another version."""
     program = shutil.which("pypy3")
     if program is None:
         return None
@@ -106,7 +106,7 @@ async def test_another_version_of_python(package: Package, monkeypatch: pytest.M
     assert run(environment, "python", "-c", ASK) == f"{environment.root} {wanted} forty-two"
 
 
-async def test_venv_serves_where_virtualenv_does_not(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_venv_is_used_when_virtualenv_does_not_work(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
     package_lines = "dependencies: [./package]\n"
     # What an installation of virtualenv does that is too new for the interpreter.
     broken = package.folder.parent / "broken"
@@ -142,7 +142,7 @@ async def test_a_package_that_is_not_there(package: Package) -> None:
     assert not await to_thread.run_sync(list_environments)
 
 
-async def test_passwords_of_an_index_are_not_told(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_index_passwords_are_masked(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_RETRIES", "0")
     monkeypatch.setenv("INDEX_PASSWORD", "from-the-environment")
     source = write_env(
@@ -161,7 +161,7 @@ async def test_passwords_of_an_index_are_not_told(package: Package, monkeypatch:
     assert "from-the-environment" not in seen
 
 
-async def test_what_the_caller_has_set_for_python_does_not_reach_the_build(
+async def test_python_variables_of_the_caller_do_not_reach_the_build(
     package: Package, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     # A package of that name on PYTHONPATH must not pass for an installed one, nor may pip install it elsewhere.

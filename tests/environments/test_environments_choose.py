@@ -1,4 +1,4 @@
-"""Which manager serves which project."""
+"""Choice of the environment manager for a project."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CONDA = EnvironmentFile(EnvironmentFileKind.CONDA, Path("/p/conda.yaml"))
         ("conda", CONDA, "conda"),
     ],
 )
-def test_the_projects_files_choose_unless_the_caller_does(
+def test_the_project_files_choose_the_manager_unless_the_caller_does(
     asked: str | None, source: EnvironmentFile | None, name: str
 ) -> None:
     assert choose_manager(asked, source) == name
@@ -53,7 +53,7 @@ def test_the_projects_files_choose_unless_the_caller_does(
         ("conda", None, "cannot run in a conda environment: it has no conda.yaml"),
     ],
 )
-def test_what_cannot_be(asked: str, source: EnvironmentFile | None, message: str) -> None:
+def test_impossible_choices_are_refused(asked: str, source: EnvironmentFile | None, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         choose_manager(asked, source)
 
@@ -84,9 +84,7 @@ def test_conda_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         create_manager("conda").plan(tmp_path, source)
 
 
-async def test_local_leads_to_the_environment_that_this_runs_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_local_uses_the_current_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     local = create_manager("local")
     own = os.path.dirname(sys.executable)
     monkeypatch.setenv("PATH", f"{own}:/usr/bin:/bin")

@@ -1,4 +1,4 @@
-"""What python_env.yaml and conda.yaml ask for, and when two projects share an environment."""
+"""The requirements in python_env.yaml and conda.yaml, and the keys that let projects share an environment."""
 
 from __future__ import annotations
 
@@ -176,14 +176,14 @@ def test_projects_with_the_same_needs_share_a_key(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_mistake_is_told_with_its_place(tmp_path: Path, files: dict[str, str], message: str) -> None:
+def test_a_mistake_is_reported_with_its_position(tmp_path: Path, files: dict[str, str], message: str) -> None:
     write(tmp_path, files)
     with pytest.raises(SpecError, match=message):
         plan(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", ".", "pipe"])
-def test_what_is_no_file_is_not_read(tmp_path: Path, name: str) -> None:
+def test_a_path_that_is_not_a_regular_file_is_not_read(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / "pipe")
     write(tmp_path, {"python_env.yaml": f"dependencies: ['-r {name}']\n"})
     with pytest.raises(SpecError, match="cannot be read: not a regular file"):
@@ -192,7 +192,7 @@ def test_what_is_no_file_is_not_read(tmp_path: Path, name: str) -> None:
 
 @settings(deadline=None)  # the machine may be busy
 @given(WORDS, st.sampled_from(["", "-r ", "-e ", "-f", "./", "--constraint=", "name @ "]))
-def test_whatever_a_requirements_file_holds_only_our_errors_come(
+def test_any_requirements_file_raises_only_mlfleet_errors(
     tmp_path_factory: pytest.TempPathFactory, line: str, start: str
 ) -> None:
     folder = write(
@@ -204,7 +204,7 @@ def test_whatever_a_requirements_file_holds_only_our_errors_come(
 
 @settings(deadline=None)  # the machine may be busy
 @given(WORDS, st.sampled_from(["", "-r ", "-e ", "-f", "./", "--constraint=", "python", "python="]))
-def test_whatever_a_list_holds_only_our_errors_come(
+def test_any_dependency_list_raises_only_mlfleet_errors(
     tmp_path_factory: pytest.TempPathFactory, line: str, start: str
 ) -> None:
     items = json.dumps([start + line])
@@ -217,7 +217,9 @@ def test_whatever_a_list_holds_only_our_errors_come(
             read()
 
 
-def test_of_a_conda_file_python_and_pip_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_only_python_and_pip_packages_of_a_conda_file_are_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write(
         tmp_path,
         {

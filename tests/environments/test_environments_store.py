@@ -29,7 +29,7 @@ def build(root: Path, name: str = NAME, *, days_ago: float = 0) -> Path:
     return attempt
 
 
-def test_only_what_was_published_is_an_environment(tmp_path: Path) -> None:
+def test_only_a_published_folder_is_an_environment(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     attempt = store.begin(NAME)
     (attempt / "bin").mkdir(parents=True)
@@ -43,7 +43,7 @@ def test_only_what_was_published_is_an_environment(tmp_path: Path) -> None:
     assert taken == finished
 
 
-def test_an_environment_that_lost_its_interpreter_is_none(tmp_path: Path) -> None:
+def test_an_environment_without_its_interpreter_is_not_found(tmp_path: Path) -> None:
     attempt = build(tmp_path)
     store = open_store(tmp_path)
     assert store.acquire(NAME) is not None
@@ -55,7 +55,7 @@ def test_an_environment_that_lost_its_interpreter_is_none(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"attempt": 3}', "\x00"])
-def test_a_damaged_description_is_no_environment(tmp_path: Path, text: str) -> None:
+def test_an_environment_with_a_damaged_description_is_not_found(tmp_path: Path, text: str) -> None:
     build(tmp_path)
     (tmp_path / NAME / "environment.json").write_text(text)
     assert open_store(tmp_path).acquire(NAME) is None
@@ -76,7 +76,7 @@ def test_an_environment_of_the_first_version_is_used(tmp_path: Path) -> None:
     assert (listed.version, listed.uri, listed.size, listed.complete) == ("3.11.7", "/p/conda.yaml", 77, True)
 
 
-def test_the_list_tells_what_there_is(tmp_path: Path) -> None:
+def test_the_list_shows_every_environment(tmp_path: Path) -> None:
     assert list_environments(tmp_path / "not there") == []
     (tmp_path / "mlflow-0123").mkdir()  # of the reference, which may share the folder
     build(tmp_path, OTHER, days_ago=3)
@@ -92,7 +92,7 @@ def test_the_list_tells_what_there_is(tmp_path: Path) -> None:
     assert timedelta(days=2.9) < datetime.now(UTC) - two.last_used < timedelta(days=3.1)
 
 
-def test_prune_removes_what_was_not_used_for_long(tmp_path: Path) -> None:
+def test_prune_removes_environments_unused_for_long(tmp_path: Path) -> None:
     (tmp_path / "mlflow-0123").mkdir()
     build(tmp_path, NAME, days_ago=31)
     build(tmp_path, OTHER, days_ago=29)
@@ -103,7 +103,7 @@ def test_prune_removes_what_was_not_used_for_long(tmp_path: Path) -> None:
     assert (tmp_path / "mlflow-0123").exists()
 
 
-def test_prune_spares_what_is_in_use(tmp_path: Path) -> None:
+def test_prune_keeps_environments_in_use(tmp_path: Path) -> None:
     build(tmp_path)
     user = open_store(tmp_path)
     assert user.acquire(NAME) is not None
@@ -113,7 +113,7 @@ def test_prune_spares_what_is_in_use(tmp_path: Path) -> None:
     assert [each.path.name for each in prune(root=tmp_path)] == [NAME]
 
 
-def test_prune_spares_what_another_process_uses(tmp_path: Path) -> None:
+def test_prune_keeps_environments_in_use_by_another_process(tmp_path: Path) -> None:
     build(tmp_path)
     code = (
         "import sys, pathlib; from mlfleet._environments.store import open_store;"
@@ -129,7 +129,7 @@ def test_prune_spares_what_another_process_uses(tmp_path: Path) -> None:
     assert [each.path.name for each in prune(root=tmp_path)] == [NAME]
 
 
-def test_prune_spares_what_is_being_built_and_removes_what_was_left(tmp_path: Path) -> None:
+def test_prune_keeps_active_builds_and_removes_abandoned_ones(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     store.begin(NAME).mkdir()
     store.lock_path(NAME).parent.mkdir()

@@ -15,7 +15,7 @@ async def write(path: Path, script: str) -> Process:
         return await start_process(["bash", "-c", script], output=file.fileno())
 
 
-async def test_lines_come_while_it_is_written(tmp_path: Path) -> None:
+async def test_lines_arrive_while_the_file_is_written(tmp_path: Path) -> None:
     path = tmp_path / "output"
     # It goes on only when its first line was seen.
     writer = await write(
@@ -28,7 +28,7 @@ async def test_lines_come_while_it_is_written(tmp_path: Path) -> None:
     assert lines == ["first", "second", "third"]
 
 
-async def test_file_that_comes_later(tmp_path: Path) -> None:
+async def test_a_file_that_appears_later_is_followed(tmp_path: Path) -> None:
     path = tmp_path / "output"
     ended = asyncio.Event()
     following = asyncio.create_task(read(path, ended))
@@ -38,14 +38,14 @@ async def test_file_that_comes_later(tmp_path: Path) -> None:
     assert await following == ["late"]
 
 
-async def test_file_that_never_comes(tmp_path: Path) -> None:
+async def test_following_a_file_that_never_appears_ends(tmp_path: Path) -> None:
     ended = asyncio.Event()
     ended.set()
     assert await read(tmp_path / "none", ended) == []
     assert [line async for line in follow_file(tmp_path / "none")] == []
 
 
-async def test_without_following_gives_what_there_is(tmp_path: Path) -> None:
+async def test_without_following_only_existing_lines_are_returned(tmp_path: Path) -> None:
     path = tmp_path / "output"
     path.write_text("\n".join(map(str, range(50_000))))
     assert [line async for line in follow_file(path)] == [*map(str, range(50_000))]
@@ -63,7 +63,7 @@ async def test_end_wakes_followers_at_once(tmp_path: Path) -> None:
     assert await asyncio.gather(*followers) == [["line", "last"]] * 50
 
 
-async def test_what_outlives_the_writer_is_not_followed_for_ever(tmp_path: Path) -> None:
+async def test_a_process_that_outlives_the_writer_is_not_followed_forever(tmp_path: Path) -> None:
     path = tmp_path / "output"
     writer = await write(path, "while :; do echo y; done & echo $! > " + str(tmp_path / "pid") + "; exit 0")
     try:

@@ -100,12 +100,12 @@ class TestStart:
             assert process.returncode == code
             assert await process.wait() == code
 
-    async def test_leads_a_session_and_reads_nothing(self) -> None:
+    async def test_a_process_leads_its_session_and_has_an_empty_stdin(self) -> None:
         done = await run_process(["bash", "-c", "echo $$ $(ps -o sid=,pgid= -p $$); cat"])
         pid, session, group = done.stdout.split()
         assert pid == session == group
 
-    async def test_inherits_no_descriptor(self) -> None:
+    async def test_a_process_inherits_no_descriptor(self) -> None:
         with open("/dev/null") as file:
             os.dup2(file.fileno(), 77, inheritable=True)
         try:
@@ -122,7 +122,7 @@ class TestStart:
             await start_process(["true"], cwd=tmp_path / "gone")
         assert folder.value.filename == str(tmp_path / "gone")
 
-    async def test_program_that_may_not_be_run(self, tmp_path: Path) -> None:
+    async def test_a_program_without_execute_permission_is_an_error(self, tmp_path: Path) -> None:
         (tmp_path / "text").write_text("no program")
         with pytest.raises(PermissionError):
             await start_process([str(tmp_path / "text")])
@@ -176,7 +176,7 @@ class TestStart:
         done = await run_process([sys.executable, "-W", "error", "-c", script])
         assert b"the limit of processes is reached" in done.stdout, done.stderr
 
-    async def test_200_at_once(self) -> None:
+    async def test_200_processes_start_at_once(self) -> None:
         processes = await asyncio.gather(*(start_process(["bash", "-c", f"exit {n % 100}"]) for n in range(200)))
         assert await asyncio.gather(*(process.wait() for process in processes)) == [n % 100 for n in range(200)]
 
@@ -207,7 +207,7 @@ async def start_and_wait(*argv: str) -> int:
 
 
 class TestWait:
-    async def test_many_waiters_and_cancelled_ones(self) -> None:
+    async def test_many_tasks_can_wait_and_some_be_cancelled(self) -> None:
         process = await start("echo; sleep 0.2; exit 5", "wait")
         waiters = [asyncio.create_task(process.wait()) for _ in range(100)]
         await asyncio.sleep(0)
@@ -229,7 +229,7 @@ class TestWait:
         await done.wait()
         assert process.returncode == 0
 
-    async def test_status_taken_by_another_part_of_the_program(self, caplog: pytest.LogCaptureFixture) -> None:
+    async def test_exit_status_collected_by_another_part_of_the_program(self, caplog: pytest.LogCaptureFixture) -> None:
         process = await start("echo; sleep 600", "stolen")
         os.killpg(process.pid, signal.SIGKILL)
         os.waitpid(process.pid, 0)  # noqa: ASYNC222
@@ -268,7 +268,7 @@ class TestRestOfTheSession:
             assert await process.wait() == 4
             assert living("deaf") == []
 
-    async def test_is_killed_sooner_if_somebody_asks(self) -> None:
+    async def test_is_killed_sooner_on_request(self) -> None:
         async with leaving("(trap '' TERM; while :; do sleep 1; done) & sleep 0.2; exit 4", "sooner", 600) as process:
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # noqa: ASYNC222
             await process.stop(0)
@@ -336,19 +336,19 @@ class TestStop:
         await process.stop(0)
         assert living("callers") == []
 
-    async def test_after_its_own_end(self) -> None:
+    async def test_stopping_after_the_end_changes_nothing(self) -> None:
         process = await start_process(["bash", "-c", "exit 4"])
         await process.wait()
         await process.stop(0)
         assert (process.returncode, process.stopped) == (4, False)
 
-    async def test_ended_but_not_noticed_yet(self) -> None:
+    async def test_stopping_a_process_whose_end_is_not_noticed_yet(self) -> None:
         process = await start_process(["bash", "-c", "exit 4"])
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # noqa: ASYNC222
         await process.stop(0)
         assert (process.returncode, process.stopped) == (4, False)
 
-    async def test_cancelled_over_and_over(self) -> None:
+    async def test_stop_survives_repeated_cancellation(self) -> None:
         process = await start("trap '' TERM; echo; while :; do sleep 1; done", "over")
         stopping = asyncio.create_task(process.stop(0.2))
         for _ in range(5):
@@ -358,14 +358,14 @@ class TestStop:
             await stopping
         assert living("over") == []
 
-    async def test_in_a_cancelled_scope(self) -> None:
+    async def test_stop_completes_in_a_cancelled_scope(self) -> None:
         process = await start("trap '' TERM; echo; while :; do sleep 1; done", "in scope")
         with anyio.CancelScope() as scope:
             scope.cancel()
             await process.stop(0.2)
         assert living("in scope") == []
 
-    def test_when_the_loop_is_torn_down(self) -> None:
+    def test_stop_completes_when_the_loop_is_closed(self) -> None:
         # asyncio.run cancels every task that is left, those in the middle of a stop included.
         async def main() -> None:
             process = await start("trap '' TERM; echo; while :; do sleep 1; done", "torn")
@@ -375,7 +375,7 @@ class TestStop:
         asyncio.run(main())
         assert living("torn") == []
 
-    async def test_100_at_once(self) -> None:
+    async def test_100_processes_stop_at_once(self) -> None:
         processes = [await start("echo; sleep 600 & sleep 600", "hundred") for _ in range(100)]
         await asyncio.gather(*(process.stop(10) for process in processes))
         assert living("hundred") == []
@@ -388,7 +388,9 @@ class TestStop:
         assert process.returncode == -15
         assert living("threads") == []
 
-    async def test_when_no_thread_can_be_had(self, monkeypatch: pytest.MonkeyPatch, blockbuster: BlockBuster) -> None:
+    async def test_stop_when_no_thread_can_be_started(
+        self, monkeypatch: pytest.MonkeyPatch, blockbuster: BlockBuster
+    ) -> None:
         blockbuster.deactivate()  # here the loop has to look itself
         process = await start("(trap '' TERM; echo; sleep 600; sleep 600) & wait", "no thread")
 
@@ -405,16 +407,16 @@ class TestRun:
         done = await run_process(["bash", "-c", "echo out; echo err >&2; exit 2"])
         assert (done.returncode, done.stdout, done.stderr) == (2, b"out\n", b"err\n")
 
-    async def test_merged(self) -> None:
+    async def test_both_streams_can_be_merged(self) -> None:
         done = await run_process(["bash", "-c", "echo 1; echo 2 >&2; echo 3"], merge=True)
         assert done.stdout == done.stderr == b"1\n2\n3\n"
 
-    async def test_lines_as_they_come(self) -> None:
+    async def test_lines_are_delivered_as_they_arrive(self) -> None:
         lines: list[str] = []
         await run_process(["bash", "-c", "printf 'a\\nb\\r50%%\\rc'"], on_line=lines.append)
         assert lines == ["a", "b", "50%", "c"]
 
-    async def test_keeps_the_end(self) -> None:
+    async def test_the_end_of_the_output_is_kept(self) -> None:
         done = await run_process(["bash", "-c", "seq 1000000"], limit=1000)
         assert len(done.stdout) == 1000
         assert done.stdout.endswith(b"\n999999\n1000000\n")
@@ -451,7 +453,7 @@ class TestRun:
                 await run_process(["sleep", "600"], env=marked("timeout"))
         assert living("timeout") == []
 
-    async def test_what_outlives_it_is_not_waited_for(self) -> None:
+    async def test_processes_that_outlive_the_command_are_not_awaited(self) -> None:
         done = await run_process(["bash", "-c", "sleep 600 & echo $!"])
         os.kill(int(done.stdout), signal.SIGKILL)
 

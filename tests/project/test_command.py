@@ -49,7 +49,7 @@ def rendered(command: str, values: Mapping[str, str], extra: Mapping[str, str] |
         ("{y}{y}", f"__mlfleet_1=1; {V1}{V1}"),
     ],
 )
-def test_what_is_replaced_and_what_stays(command: str, result: str) -> None:
+def test_placeholders_are_replaced_and_other_text_stays(command: str, result: str) -> None:
     assert rendered(command, {"x": "a b", "y": "1"}) == result
 
 
@@ -93,7 +93,7 @@ def test_a_word_in_braces_that_is_not_a_parameter_is_a_warning(
         "t --a {x} --b={y} {x}",
     ],
 )
-def test_what_the_reference_accepts_gives_the_same_command(command: str) -> None:
+def test_templates_that_mlflow_accepts_give_the_same_command(command: str) -> None:
     for values in ({"x": "it's $HOME", "y": "5"}, {"x": "s3://bucket/key-1", "y": "0.5"}):
         theirs = command.format(**{k: shlex.quote(v) for k, v in values.items()})
         assert substitute(rendered(command, values)) == shlex.split(theirs)
@@ -180,7 +180,7 @@ def test_downloads_take_the_place_of_their_uri() -> None:
         ("if A=1 ssh host t {x}; then b; fi", "in a script for another shell"),
     ],
 )
-def test_where_a_value_would_be_code_only_plain_ones_are_taken(command: str, where: str) -> None:
+def test_only_plain_values_are_accepted_where_they_would_be_code(command: str, where: str) -> None:
     with pytest.raises(SpecError) as caught:
         rendered(command, {"x": "$(touch pwned)"})
     assert where in str(caught.value)
@@ -190,7 +190,7 @@ def test_where_a_value_would_be_code_only_plain_ones_are_taken(command: str, whe
 
 
 @pytest.mark.parametrize("value", ["PATH", "a[0]", "1+1", "", "x=1", "0x10", "-"])
-def test_arithmetic_takes_numbers_only(value: str) -> None:
+def test_arithmetic_accepts_only_numbers(value: str) -> None:
     with pytest.raises(SpecError, match="only numbers"):
         rendered("echo $(( {x} ))", {"x": value})
 
@@ -223,7 +223,7 @@ def test_words_that_only_look_like_commands_are_words() -> None:
     )
 
 
-def test_arguments_of_an_inner_shell_are_no_script() -> None:
+def test_arguments_of_an_inner_shell_are_not_its_script() -> None:
     assert rendered("bash -c 'echo \"$1\"' _ {x}", {"x": "$(a)"}) == (
         f"__mlfleet_1='$(a)'; bash -c 'echo \"$1\"' _ {V1}"
     )
@@ -256,7 +256,7 @@ flock lock python t.py -c {x}; env A={x} python t.py {x}
 docker exec c sh -c 'echo "$1"' _ {x}; which bash; python t.py {x}
 f() {{ python t.py {x} "$@"; }}; f {x}; (cd {x} && ls); (( 1 )) && echo {x}""".splitlines(),
 )
-def test_any_value_is_taken_where_nothing_evaluates_it(command: str) -> None:
+def test_any_value_is_accepted_where_nothing_evaluates_it(command: str) -> None:
     value = "it's a; $(b)"
     result = rendered(command, {"x": value})
     assert result.startswith(f"__mlfleet_1={shlex.quote(value)}; ")
@@ -281,7 +281,7 @@ def test_a_value_is_not_the_name_of_a_variable_that_holds_another_one() -> None:
         rendered("echo {y} ${a[{x}]}", {"x": "__mlfleet_1", "y": "a[$(b)]"})
 
 
-def test_a_command_that_no_system_takes_is_refused() -> None:
+def test_a_command_above_the_length_limit_is_refused() -> None:
     assert len(rendered("t " + "a" * (MAX_LENGTH - 2), {})) == MAX_LENGTH
     with pytest.raises(SpecError, match=r"is 131,072 bytes long, the limit is 131,071; move it to a script"):
         rendered("t " + "é" * (MAX_LENGTH // 2), {})
@@ -300,7 +300,7 @@ def test_the_longest_commands_are_read(piece: str) -> None:
         rendered(command, {"x": "1"})
 
 
-def test_odd_names_do_not_stay_in_the_command() -> None:
+def test_unusual_names_are_refused_in_place_of_a_variable() -> None:
     with pytest.raises(SpecError, match="cannot stand behind a"):
         rendered("echo ${a'b}", {"a'b": "1"})
 
@@ -312,6 +312,6 @@ PIECES = st.sampled_from(
 
 @settings(deadline=None, database=None, max_examples=500)
 @given(st.one_of(st.text(max_size=60), st.lists(PIECES, max_size=30).map("".join)), st.text(max_size=20))
-def test_whatever_the_command_only_our_errors_come_out(command: str, value: str) -> None:
+def test_any_command_raises_only_mlfleet_errors(command: str, value: str) -> None:
     with contextlib.suppress(MlfleetError):
         rendered(command, {"x": value, "y": "1"}, {value or "z": value})

@@ -1,4 +1,4 @@
-"""Whether bash receives what was given: commands are rendered, run by bash, and compared."""
+"""Values must reach bash unchanged: commands are rendered, run by bash, and compared."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ for command; do bash -c "$command" < /dev/null; printf 'end\0'; done
 
 
 def run_bash(commands: Sequence[str], folder: Path) -> list[list[str]]:
-    """What `show` received in each of the commands."""
+    """Return the arguments that `show` received in each of the commands."""
     done = subprocess.run(
         ["bash", "-c", RUNNER, "bash", *commands],
         cwd=folder,
@@ -552,7 +552,7 @@ def test_no_place_that_is_evaluated_runs_a_value(tmp_path: Path, template: str) 
         "echo {y} $(( {x} ))",
     ],
 )
-def test_no_value_makes_another_one_code(tmp_path: Path, template: str) -> None:
+def test_no_value_turns_another_value_into_code(tmp_path: Path, template: str) -> None:
     commands = []
     for first in ("-v", "v", "-c", "-a", "__mlfleet_1", "__mlfleet_2"):
         for second in ("a[$(pwn)]", "([$(pwn)]=1)", "$(pwn)"):
@@ -568,7 +568,7 @@ def test_values_are_not_in_the_environment(tmp_path: Path) -> None:
     assert run_bash([command], tmp_path) == [["0", "a b"]]
 
 
-def test_the_canary_sings(tmp_path: Path) -> None:
-    """What the reference makes of quotes around a placeholder runs the value: the tests above would see it."""
+def test_the_check_detects_a_value_that_is_run(tmp_path: Path) -> None:
+    """Run the command that mlflow renders for a quoted placeholder: it runs the value, and the tests detect that."""
     assert run_bash(["show \"'$(pwn)'\""], tmp_path) == [["''"]]
     assert (tmp_path / "pwned").exists()

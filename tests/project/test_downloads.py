@@ -183,7 +183,7 @@ async def test_artifacts_come_from_tracking(tmp_path: Path) -> None:
     assert paths["p1"] == str(tmp_path / "param_1" / "1")
 
 
-async def test_when_one_fails_the_others_are_ended_and_removed(tmp_path: Path) -> None:
+async def test_when_one_download_fails_the_others_are_stopped_and_removed(tmp_path: Path) -> None:
     begun = asyncio.Event()
 
     async def stalls(writer: asyncio.StreamWriter) -> None:

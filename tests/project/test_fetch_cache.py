@@ -36,7 +36,7 @@ async def entries() -> list[StoredEntry]:
     return await asyncio.to_thread(list_entries)
 
 
-async def test_list_tells_what_was_fetched(repository: Repository, tmp_path: Path) -> None:
+async def test_list_shows_fetched_projects(repository: Repository, tmp_path: Path) -> None:
     assert await entries() == []
     with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
         archive.writestr("MLproject", "name: p")
@@ -54,7 +54,7 @@ async def test_list_tells_what_was_fetched(repository: Repository, tmp_path: Pat
     assert not any(entry.in_use for entry in await entries())
 
 
-async def test_prune_takes_what_is_old_and_leaves_what_is_used(repository: Repository) -> None:
+async def test_prune_removes_old_entries_and_keeps_used_ones(repository: Repository) -> None:
     first = repository.head
     second = repository.commit(a__txt="a")
     third = repository.commit(a__txt="b")
@@ -110,7 +110,7 @@ async def test_project_pruned_between_fetch_and_run_is_an_error_that_says_so(rep
             pass
 
 
-async def test_leftovers_of_killed_processes_go_and_running_ones_stay(repository: Repository) -> None:
+async def test_leftovers_of_killed_processes_are_removed_and_those_of_running_ones_kept(repository: Repository) -> None:
     project = await ProjectFetcher().fetch(str(repository.bare))
     leftover = project.folder.parents[3] / "tmp-dead"
     (leftover / "half").mkdir(parents=True)
@@ -119,7 +119,7 @@ async def test_leftovers_of_killed_processes_go_and_running_ones_stay(repository
     assert not leftover.exists()
 
 
-async def test_pruning_all_the_time_harms_no_fetch(repository: Repository) -> None:
+async def test_constant_pruning_does_not_break_fetches(repository: Repository) -> None:
     async def fetch_and_run(number: int) -> str:
         fetcher = ProjectFetcher(fresh=0)
         project = await fetcher.fetch(str(repository.bare))

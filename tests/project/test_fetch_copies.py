@@ -79,7 +79,7 @@ async def use_one(repository: Repository) -> None:
         assert (folder / "MLproject").exists()
 
 
-async def test_the_next_process_removes_it(orphan: int, repository: Repository, temporary: Path) -> None:
+async def test_the_next_process_removes_an_abandoned_copy(orphan: int, repository: Repository, temporary: Path) -> None:
     (left,) = temporary.iterdir()
     await use_one(repository)
     assert list(temporary.iterdir()) == [left]
@@ -90,7 +90,7 @@ async def test_the_next_process_removes_it(orphan: int, repository: Repository, 
     assert await asyncio.to_thread(list_copies) == []
 
 
-def test_the_command_shows_and_removes_it(orphan: int, temporary: Path) -> None:
+def test_the_command_lists_and_removes_an_abandoned_copy(orphan: int, temporary: Path) -> None:
     (left,) = temporary.iterdir()
     listed = [entry for entry in json.loads(mlfleet("cache", "list", "--json").stdout) if entry["kind"] == "copy"]
     assert [(entry["path"], entry["in_use"]) for entry in listed] == [(str(left), True)]

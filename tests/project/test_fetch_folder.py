@@ -45,7 +45,7 @@ async def test_plain_folder_is_used_in_place(tmp_path: Path, monkeypatch: pytest
     assert (await fetcher.fetch("plain#sub")).source_name == f"{plain}#sub"
 
 
-async def test_folder_in_a_checkout_tells_commit_and_origin(repository: Repository) -> None:
+async def test_folder_in_a_checkout_has_commit_and_origin(repository: Repository) -> None:
     git(repository.work, "remote", "set-url", "origin", "https://me:t0ken@host/team/project.git")
     git(repository.work, "remote", "add", "another", "https://elsewhere/x.git")
     fetcher = ProjectFetcher()
@@ -57,7 +57,7 @@ async def test_folder_in_a_checkout_tells_commit_and_origin(repository: Reposito
     assert top.branch is None
 
 
-async def test_commit_is_that_of_now(repository: Repository) -> None:
+async def test_commit_is_the_current_one(repository: Repository) -> None:
     fetcher = ProjectFetcher()
     uri = str(repository.work)
     assert (await fetcher.fetch(uri)).commit == repository.head
@@ -83,7 +83,7 @@ async def test_folder_without_commit_and_folder_that_git_ignores(tmp_path: Path,
     assert (await fetcher.fetch(f"{repository.work}#build")).commit is None
 
 
-async def test_what_git_ignores_of_a_folder(tmp_path: Path, repository: Repository) -> None:
+async def test_files_that_git_ignores_in_a_folder(tmp_path: Path, repository: Repository) -> None:
     work = repository.work
     (work / ".gitignore").write_text("*.log\nbuild/\n!kept.log\n")
     (work / "steps" / ".gitignore").write_text("/cache\n")
@@ -139,7 +139,7 @@ async def test_five_hundred_fetches_start_git_a_few_times(
     assert len((tmp_path / "calls").read_text().splitlines()) <= 4
 
 
-async def test_own_tree_is_never_written_to(repository: Repository) -> None:
+async def test_the_users_folder_is_never_written_to(repository: Repository) -> None:
     (repository.work / "untracked").write_text("mine")
     (repository.work / "MLproject").write_text("name: edited\n")
 
@@ -169,7 +169,7 @@ async def test_version_needs_a_repository(tmp_path: Path, repository: Repository
         await ProjectFetcher().fetch(f"file://{repository.work}", "main")
 
 
-async def test_what_is_not_there_or_no_folder(tmp_path: Path) -> None:
+async def test_missing_paths_and_files_are_refused_as_folders(tmp_path: Path) -> None:
     (tmp_path / "train.py").touch()
     (tmp_path / "plain" / "here").mkdir(parents=True)
     for uri, message in (

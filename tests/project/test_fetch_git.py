@@ -48,7 +48,7 @@ def cached_files() -> list[Path]:
     return [path for path in root.rglob("*") if path.is_file()]
 
 
-async def test_every_way_to_name_a_version(git_http: GitServer, served: Repository) -> None:
+async def test_every_form_of_version_is_resolved(git_http: GitServer, served: Repository) -> None:
     first = served.head
     git(served.work, "tag", "light")
     git(served.work, "tag", "--annotate", "heavy", "--message", "a release")
@@ -81,7 +81,7 @@ async def test_every_way_to_name_a_version(git_http: GitServer, served: Reposito
         assert project.source_name == uri
 
 
-async def test_tag_comes_before_a_branch_of_the_same_name(local: Repository) -> None:
+async def test_tag_is_preferred_to_a_branch_of_the_same_name(local: Repository) -> None:
     tagged = local.head
     git(local.work, "tag", "both")
     git(local.work, "branch", "both")
@@ -115,7 +115,7 @@ async def test_five_hundred_callers_make_one_clone(git_http: GitServer, served: 
     assert git_http.discoveries == asked
 
 
-async def test_a_server_that_is_busy_for_a_moment_is_asked_again(git_http: GitServer, served: Repository) -> None:
+async def test_a_request_to_a_busy_server_is_repeated(git_http: GitServer, served: Repository) -> None:
     git_http.busy = 1
     assert (await ProjectFetcher().fetch(f"{git_http.url}/project.git")).commit == served.head
     git_http.busy = 100
@@ -152,7 +152,7 @@ async def test_branch_that_was_rewritten_is_fetched_again(local: Repository) -> 
     assert (await fetcher.fetch(str(local.bare))).commit == local.head
 
 
-async def test_working_copies_are_private_and_go_away(local: Repository, tmp_path: Path) -> None:
+async def test_working_copies_are_private_and_removed(local: Repository, tmp_path: Path) -> None:
     git(local.work, "tag", "v1")
     local.push()
     fetcher = ProjectFetcher()
@@ -175,7 +175,7 @@ async def test_working_copies_are_private_and_go_away(local: Repository, tmp_pat
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-async def test_working_copy_goes_away_when_its_run_is_cancelled(local: Repository, tmp_path: Path) -> None:
+async def test_working_copy_is_removed_when_its_run_is_cancelled(local: Repository, tmp_path: Path) -> None:
     fetcher = ProjectFetcher()
     project = await fetcher.fetch(str(local.bare))
     entered = asyncio.Event()
@@ -202,7 +202,7 @@ async def test_bare_repository_is_not_written_to(local: Repository) -> None:
     assert {path: path.stat().st_mtime_ns for path in local.bare.rglob("*")} == before
 
 
-async def test_submodules_come_along(git_http: GitServer, served: Repository) -> None:
+async def test_submodules_are_fetched_too(git_http: GitServer, served: Repository) -> None:
     make_repository(git_http.root, "library")
     git(served.work, "submodule", "--quiet", "add", f"{git_http.url}/library.git", "vendor/library")
     git(served.work, "config", "--file", ".gitmodules", "submodule.vendor/library.url", "../library.git")
@@ -298,7 +298,7 @@ async def test_wrong_credentials_fail_at_once_and_are_masked(git_http: GitServer
     assert "wr0ng" not in f"{caught.value} {caught.value.uri} {caught.value.__cause__}"
 
 
-async def test_password_in_the_uri_goes_before_that_of_a_helper(
+async def test_password_in_the_uri_is_preferred_to_a_credential_helper(
     git_http: GitServer, served: Repository, own_git: Path
 ) -> None:
     git_http.credentials = "me:right"
@@ -345,7 +345,7 @@ async def test_short_hash_of_two_commits_asks_for_more_digits(local: Repository)
     assert (await ProjectFetcher().fetch(str(local.bare), alike[:12])).commit == alike
 
 
-async def test_unknown_versions_name_what_is_near(local: Repository) -> None:
+async def test_unknown_versions_suggest_similar_names(local: Repository) -> None:
     git(local.work, "branch", "development")
     local.push()
     for version in ("developement", "refs/heads/nowhere", "abcdef1", "0" * 40):
@@ -457,7 +457,7 @@ async def test_a_fetch_that_fails_leaves_nothing(git_http: GitServer, served: Re
     assert list((place / "trees").iterdir()) == [project.folder.parents[1]]
 
 
-async def test_what_a_host_says_cannot_write_on_the_terminal(local: Repository, tmp_path: Path) -> None:
+async def test_host_messages_lose_their_control_characters(local: Repository, tmp_path: Path) -> None:
     hostile = tmp_path / "hostile.git"
     git(tmp_path, "clone", "--quiet", "--bare", str(local.bare), str(hostile))
     (hostile / "config").write_text("[core]\n\x1b[2J\x07 = broken\n")

@@ -77,7 +77,7 @@ async def test_changed_zip_is_unpacked_again(write: Callable[[bytes], Path]) -> 
     assert (project.folder / "MLproject").read_text() == "name: changed\n"
 
 
-async def test_zip_over_http_is_downloaded_once_and_asked_for_later(http_files: FileServer) -> None:
+async def test_zip_over_http_is_downloaded_once_and_then_revalidated(http_files: FileServer) -> None:
     http_files.files["/p.zip"] = make_zip()
     http_files.redirects["/latest.zip"] = f"{http_files.url}/p.zip"
     uri = f"{http_files.url}/latest.zip"
@@ -92,7 +92,7 @@ async def test_zip_over_http_is_downloaded_once_and_asked_for_later(http_files: 
     assert ((await fetcher.fetch(uri)).folder / "MLproject").read_text() == "name: newer\n"
 
 
-async def test_a_server_that_is_busy_for_a_moment_is_asked_again(http_files: FileServer) -> None:
+async def test_a_request_to_a_busy_server_is_repeated(http_files: FileServer) -> None:
     http_files.files["/p.zip"] = make_zip()
     http_files.busy = 1
     assert (await ProjectFetcher().fetch(f"{http_files.url}/p.zip")).cached
@@ -175,7 +175,7 @@ async def test_password_and_query_of_a_download_are_shown_nowhere(
         assert secret.encode() not in written
 
 
-async def test_netrc_gives_the_password(
+async def test_password_is_read_from_netrc(
     http_files: FileServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     http_files.credentials = "me:s3cr3t"
@@ -253,7 +253,7 @@ async def test_member_that_comes_twice_is_refused(write: Callable[[bytes], Path]
         await ProjectFetcher().fetch(str(write(packed.getvalue())))
 
 
-async def test_bombs_are_refused(write: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_zip_bombs_are_refused(write: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     bomb = make_zip({"zeros": "\0" * 150 * 2**20})
     with pytest.raises(FetchError, match=r"more than 200 times its own size \(MLFLEET_MAX_ARCHIVE_RATIO\)"):
         await ProjectFetcher().fetch(str(write(bomb)))

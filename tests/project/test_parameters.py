@@ -36,7 +36,7 @@ def test_given_values_defaults_and_extra_ones() -> None:
     assert resolve(entry_point(), None).logged == {}
 
 
-def test_all_that_is_missing_or_wrong_is_named_at_once() -> None:
+def test_all_missing_and_wrong_parameters_are_reported_together() -> None:
     point = entry_point(
         Parameter("alpha"), Parameter("beta"), Parameter("rate", "float"), Parameter("set", default="1")
     )
@@ -64,7 +64,7 @@ def test_numbers(value: object) -> None:
 
 
 @pytest.mark.parametrize("value", ["", "a", "1,5", "1;touch pwned", "0x10", "True"])
-def test_what_is_no_number(value: str) -> None:
+def test_values_that_are_not_numbers_are_refused(value: str) -> None:
     assert f"'x': a number was expected, got {value!r}" in fault(Parameter("x", "float"), value)
 
 
@@ -135,7 +135,7 @@ def test_local_paths_become_absolute_and_are_logged_as_given(tmp_path: Path, mon
     assert "is on another machine" in fault(parameter, "file://server/share")
 
 
-def test_what_the_backend_has_a_place_for_is_neither_looked_for_nor_downloaded() -> None:
+def test_paths_mapped_by_the_backend_are_neither_resolved_nor_downloaded() -> None:
     point = entry_point(Parameter("a", "path"), Parameter("b", "path"), Parameter("c"), Parameter("d", "path"))
     given = {"a": "/not/here", "b": "s3://bucket/f", "c": "s3://bucket/g", "d": "s3://bucket/h"}
     places = {("/not/here", 0): "/there", ("s3://bucket/f", 1): "/b"}
@@ -163,7 +163,7 @@ def test_secrets_of_uris_are_not_in_errors() -> None:
 @given(
     st.dictionaries(st.one_of(st.text(max_size=5), st.sampled_from("abcd")), st.text(max_size=10), max_size=5),
 )
-def test_only_parameter_errors_come_out(given_values: dict[str, str]) -> None:
+def test_any_value_raises_only_parameter_errors(given_values: dict[str, str]) -> None:
     point = entry_point(Parameter("a", "float", "1"), Parameter("b", "path", "/"), Parameter("c", "uri", "a:"))
     with contextlib.suppress(ParameterError):
         assert set(given_values) <= set(resolve(point, given_values).logged)

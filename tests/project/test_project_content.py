@@ -39,7 +39,7 @@ async def test_the_tar_keeps_modes_and_links(project: Path) -> None:
     assert (members["project/link"].issym(), members["project/link"].linkname) == (True, "src/a.py")
 
 
-async def test_what_is_left_out_comes_back_by_an_exception(project: Path) -> None:
+async def test_an_exception_restores_excluded_files(project: Path) -> None:
     left_out = frozenset({"src", "run.sh"})
     (project / ".dockerignore").write_text("!src/a.py\n")
     packed = await pack(project, left_out=left_out)
@@ -58,7 +58,7 @@ async def test_the_same_content_has_the_same_hash_and_tar(project: Path, tmp_pat
         assert first.file.read() == again.file.read()
 
 
-async def test_every_change_counts(project: Path) -> None:
+async def test_every_change_of_content_changes_the_hash(project: Path) -> None:
     seen = [await content_hash(project)]
 
     async def changed() -> None:
@@ -79,7 +79,7 @@ async def test_every_change_counts(project: Path) -> None:
     await changed()
 
 
-async def test_what_runs_leave_behind_does_not_count(project: Path) -> None:
+async def test_files_that_runs_leave_behind_do_not_change_the_hash(project: Path) -> None:
     before = await content_hash(project)
     for name in ("mlruns/0", ".git/objects", "src/__pycache__"):
         (project / name).mkdir(parents=True)
@@ -122,7 +122,7 @@ def test_patterns(pattern: str, path: str, ignored: bool) -> None:
     assert Ignore([pattern])(path) is ignored
 
 
-async def test_mistakes_are_told(project: Path) -> None:
+async def test_mistakes_are_reported(project: Path) -> None:
     (project / ".dockerignore").write_text("fine\n[a-\n")
     with pytest.raises(SpecError, match=r"\.dockerignore, line 2: '\[a-' is not a pattern"):
         await content_hash(project)

@@ -1,4 +1,4 @@
-"""What the URI of a project means, and which are refused."""
+"""The meaning of project URIs, and the URIs that are refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ URIS = [
 
 
 @pytest.mark.parametrize(("uri", "kind", "location", "subdir"), URIS)
-def test_uri_names_what_is_fetched_from_where(uri: str, kind: UriKind, location: str, subdir: str) -> None:
+def test_uri_gives_the_kind_and_location_of_a_project(uri: str, kind: UriKind, location: str, subdir: str) -> None:
     parsed = parse_uri(uri)
     assert (parsed.kind, parsed.location, parsed.subdir) == (kind, location, subdir)
 
@@ -152,7 +152,7 @@ def test_names_of_commits_branches_and_tags_are_versions(version: str) -> None:
         ("a b", "not the name of a commit"),
     ],
 )
-def test_what_is_no_name_is_refused_as_a_version(version: str, message: str) -> None:
+def test_invalid_names_are_refused_as_versions(version: str, message: str) -> None:
     with pytest.raises(FetchError, match="version") as caught:
         check_version(version)
     assert message in str(caught.value)
@@ -166,7 +166,7 @@ _pieces = st.sampled_from(
 @given(st.one_of(st.text(st.characters(codec=None)), st.lists(st.one_of(_pieces, st.text(max_size=4))).map("".join)))
 @example("https://a:b:c@[fe80::1%25eth0]/x")
 @example("//℀@host/x")
-def test_whatever_comes_in_only_a_fetch_error_comes_out(text: str) -> None:
+def test_any_uri_raises_only_fetch_errors(text: str) -> None:
     for parse in (parse_uri, check_version):
         try:
             parse(text)

@@ -73,13 +73,13 @@ def test_the_file_is_found_in_any_case(tmp_path: Path, name: str) -> None:
     assert project(tmp_path, "name: x", name=name).path == tmp_path / name
 
 
-def test_of_several_the_usual_name_wins(tmp_path: Path) -> None:
+def test_the_usual_file_name_is_preferred_among_several(tmp_path: Path) -> None:
     (tmp_path / "MLPROJECT").write_text("name: other")
     assert project(tmp_path, "name: usual").name == "usual"
 
 
 @pytest.mark.parametrize("text", ["", "name:\nentry_points:\ndocker_env:\nconda_env:\n", "{}"])
-def test_what_is_left_empty_is_empty(tmp_path: Path, text: str) -> None:
+def test_empty_sections_are_read_as_empty(tmp_path: Path, text: str) -> None:
     spec = project(tmp_path, text)
     assert (spec.name, spec.entry_points, spec.environment, spec.docker) == (None, {}, None, None)
 
@@ -244,7 +244,7 @@ def test_a_default_that_cannot_be_used_counts_only_without_a_value(tmp_path: Pat
         resolve(entry_point, {})
 
 
-def test_folders_that_are_none(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_project_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="there is no such folder"):
         read_project(tmp_path / "nothing")
     (tmp_path / "file").write_text("")
@@ -293,19 +293,19 @@ def test_scripts_stay_inside_the_project(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tr\ud800.py", "main\ud800", "loop.py", "a\0.py", "x" * 300 + ".py"])
-def test_an_entry_point_that_cannot_be_a_file_is_an_error_of_ours(tmp_path: Path, name: str) -> None:
+def test_an_entry_point_that_cannot_be_a_file_raises_an_mlfleet_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "loop.py").symlink_to("loop.py")
     with pytest.raises(SpecError, match="there is no entry point"):
         read_project(tmp_path).entry_point(name)
 
 
-def test_an_mlproject_that_is_a_loop_of_links_is_an_error_of_ours(tmp_path: Path) -> None:
+def test_an_mlproject_that_is_a_loop_of_links_raises_an_mlfleet_error(tmp_path: Path) -> None:
     (tmp_path / "MLproject").symlink_to("MLproject")
     with pytest.raises(SpecError, match="MLproject: cannot be read: Too many levels of symbolic links"):
         read_project(tmp_path)
 
 
-def test_an_unknown_entry_point_lists_those_there_are(tmp_path: Path) -> None:
+def test_an_unknown_entry_point_lists_the_known_ones(tmp_path: Path) -> None:
     text = "entry_points: {main: {command: a}, validate: {command: b}}"
     spec = project(tmp_path, text, "train.py", "data.csv")
     with pytest.raises(SpecError) as caught:
@@ -353,7 +353,7 @@ TEXTS = st.one_of(st.binary(max_size=100), DOCUMENTS.map(lambda data: yaml.safe_
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(TEXTS, st.text(max_size=8))
-def test_whatever_a_project_says_only_our_errors_come_out(tmp_path: Path, text: bytes, name: str) -> None:
+def test_any_project_file_raises_only_mlfleet_errors(tmp_path: Path, text: bytes, name: str) -> None:
     (tmp_path / "MLproject").write_bytes(text)
     with contextlib.suppress(MlfleetError):
         spec = read_project(tmp_path)

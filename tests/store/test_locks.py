@@ -83,7 +83,7 @@ async def test_lock_of_a_process_that_dies_is_free(tmp_path: Path) -> None:
     await other.wait()
 
 
-async def test_waiters_cost_no_thread_each_and_may_be_cancelled(tmp_path: Path) -> None:
+async def test_waiters_need_no_thread_and_can_be_cancelled(tmp_path: Path) -> None:
     other = await hold(tmp_path / "lock")
     before = threading.active_count()
     waiting = [asyncio.create_task(enter(tmp_path / "lock")) for _ in range(100)]
@@ -98,7 +98,7 @@ async def test_waiters_cost_no_thread_each_and_may_be_cancelled(tmp_path: Path) 
     await enter(tmp_path / "lock")
 
 
-async def test_cancelled_at_any_moment_leaves_it_free(tmp_path: Path) -> None:
+async def test_cancellation_at_any_moment_releases_the_lock(tmp_path: Path) -> None:
     for turns in range(30):
         task = asyncio.create_task(enter(tmp_path / "lock"))
         for _ in range(turns):
@@ -109,14 +109,14 @@ async def test_cancelled_at_any_moment_leaves_it_free(tmp_path: Path) -> None:
             await enter(tmp_path / "lock")
 
 
-async def test_error_inside_frees_it(tmp_path: Path) -> None:
+async def test_an_error_inside_releases_the_lock(tmp_path: Path) -> None:
     with pytest.raises(LookupError):
         async with file_lock(tmp_path / "lock"):
             raise LookupError
     await enter(tmp_path / "lock")
 
 
-async def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
+async def test_a_lock_folder_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         await enter(tmp_path / "file" / "lock")

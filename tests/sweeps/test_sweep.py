@@ -197,7 +197,7 @@ async def test_max_failures_lets_some_fail(fleet: Fleet, tmp_path: Path) -> None
     assert [each.status == "FAILED" for each in result.results] == [False, True] * 3
 
 
-async def test_a_sweep_that_cannot_get_going_gives_up_and_says_why(
+async def test_a_sweep_whose_first_runs_fail_gives_up_and_says_why(
     fleet: Fleet, tracking: FakeTracking, tmp_path: Path
 ) -> None:
     uri = project(tmp_path, "echo 'no module named torch' >&2; exit 1")
@@ -342,12 +342,12 @@ async def test_a_mistake_is_found_before_anything_exists(
         ({"backoff": -1}, "backoff is -1"),
     ],
 )
-def test_a_wrong_retry_is_told(arguments: dict[str, Any], message: str) -> None:
+def test_a_wrong_retry_is_reported(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Retry(**arguments)
 
 
-async def test_a_space_that_breaks_ends_the_sweep_and_is_heard_of(
+async def test_an_error_in_a_space_ends_the_sweep_and_is_reported(
     fleet: Fleet, tracking: FakeTracking, tmp_path: Path
 ) -> None:
     uri = project(tmp_path, "sleep 1000")
@@ -401,7 +401,7 @@ async def test_pause_resume_and_resize(fleet: Fleet, tracking: FakeTracking, tmp
         sweep.resize(0)
 
 
-async def test_results_that_nobody_takes_hold_up_the_sweep_rather_than_fill_the_memory(
+async def test_unread_results_pause_the_sweep_to_bound_memory(
     fleet: Fleet, tracking: FakeTracking, tmp_path: Path
 ) -> None:
     uri = project(tmp_path, "true", "n: float")

@@ -45,7 +45,7 @@ async def all_of(fleet: Fleet, uri: str, space: Any, **options: Any) -> SweepRes
         return await sweep.result()
 
 
-async def test_what_finished_is_skipped_and_what_failed_runs_again(
+async def test_finished_points_are_skipped_and_failed_ones_run_again(
     fleet: Fleet, tracking: FakeTracking, tmp_path: Path
 ) -> None:
     uri = project(tmp_path, "echo {n} >> ../out/runs; test {n} -lt 3 || test -e ../out/fixed")
@@ -74,7 +74,7 @@ async def test_failures_may_be_left_as_they_are(fleet: Fleet, tmp_path: Path) ->
     assert again.status is RunStatus.FAILED
 
 
-async def test_what_was_cancelled_runs_again(fleet: Fleet, tmp_path: Path) -> None:
+async def test_cancelled_points_run_again(fleet: Fleet, tmp_path: Path) -> None:
     uri = project(tmp_path, "test -e ../out/go || sleep 1000")
     async with fleet.sweep(uri, grid(n=range(6)), name="lr", env_manager="local") as sweep:
         while not sweep.runs:  # noqa: ASYNC110 - left as early as can be
@@ -94,9 +94,7 @@ async def test_equal_points_run_as_often_as_they_are_there(fleet: Fleet, tmp_pat
     assert len({each.run_id for each in again.results}) == 3
 
 
-async def test_points_are_known_again_when_the_space_has_grown_or_is_in_another_order(
-    fleet: Fleet, tmp_path: Path
-) -> None:
+async def test_points_are_recognised_in_a_grown_or_reordered_space(fleet: Fleet, tmp_path: Path) -> None:
     uri = project(tmp_path, "true")
     first = await all_of(fleet, uri, grid(n=[1, 2, 3]), name="lr")
     again = await all_of(fleet, uri, grid(n=[3, 7, 1]), name="lr", resume=True)
@@ -117,7 +115,7 @@ async def test_a_taken_name_is_an_error_that_says_how_to_go_on(
     await all_of(fleet, uri, grid(n=[1]), name="lr", experiment_name="elsewhere")
 
 
-async def test_to_resume_what_never_was_begins_it(fleet: Fleet, tmp_path: Path) -> None:
+async def test_resuming_an_unknown_sweep_starts_it(fleet: Fleet, tmp_path: Path) -> None:
     result = await all_of(fleet, project(tmp_path, "true"), grid(n=[1]), name="new", resume=True)
     assert result.status is RunStatus.FINISHED
 
@@ -166,7 +164,7 @@ def killed_driver(mlflow_server: MlflowServer, tmp_path: Path) -> Iterator[tuple
 
 
 @pytest.mark.timeout(120)  # the MLflow server may have to start
-async def test_what_still_runs_is_taken_back(
+async def test_active_runs_are_reattached(
     killed_driver: tuple[str, list[int]], mlflow_server: MlflowServer, tmp_path: Path
 ) -> None:
     uri, pids = killed_driver
@@ -189,7 +187,7 @@ async def test_what_still_runs_is_taken_back(
 
 
 @pytest.mark.timeout(120)  # the MLflow server may have to start
-async def test_what_was_taken_back_can_be_cancelled(
+async def test_reattached_runs_can_be_cancelled(
     killed_driver: tuple[str, list[int]], mlflow_server: MlflowServer, tmp_path: Path
 ) -> None:
     uri, pids = killed_driver
@@ -209,7 +207,7 @@ async def test_what_was_taken_back_can_be_cancelled(
 
 @pytest.mark.timeout(120)  # the MLflow server may have to start
 @pytest.mark.parametrize("retry_failed", [True, False])
-async def test_what_died_with_the_driver_is_lost_and_runs_again(
+async def test_runs_that_died_with_the_driver_are_lost_and_run_again(
     killed_driver: tuple[str, list[int]], mlflow_server: MlflowServer, tmp_path: Path, retry_failed: bool
 ) -> None:
     uri, pids = killed_driver
@@ -231,7 +229,7 @@ async def test_what_died_with_the_driver_is_lost_and_runs_again(
 
 
 @pytest.mark.timeout(120)  # the MLflow server may have to start
-async def test_what_is_not_in_the_space_any_more_is_seen_to_its_end(
+async def test_runs_no_longer_in_the_space_are_awaited(
     killed_driver: tuple[str, list[int]], mlflow_server: MlflowServer, tmp_path: Path
 ) -> None:
     uri, _ = killed_driver

@@ -22,7 +22,7 @@ def test_plain_data_has_the_types_of_yaml() -> None:
     assert document == {"a": [1, 0.1, True, None, datetime.date(2024, 5, 6), "x", "1e-3"], "b": {"c": "d"}}
 
 
-def test_text_is_what_was_written() -> None:
+def test_text_values_keep_their_spelling() -> None:
     fields = parse_yaml(b"python: 3.10\nquoted: '3.10'\nflag: yes\nday: 2024-05-06").mapping()
     assert [node.text() for node in fields.values()] == ["3.10", "3.10", "yes", "2024-05-06"]
 
@@ -48,7 +48,7 @@ def test_anchors_and_merge_keys() -> None:
     assert parse_yaml(text).plain()["third"] == {"x": 0, "y": 2, "z": 4}
 
 
-def test_places_are_those_of_the_file() -> None:
+def test_positions_match_the_file() -> None:
     node = parse_yaml("ä:\n  - ü: [1, oops]\n".encode()).mapping()["ä"].sequence()[0].mapping()["ü"].sequence()[1]
     assert (node.line, node.column, node.label) == (2, 12, "ä[0].ü[1]")
 
@@ -79,7 +79,7 @@ def test_places_are_those_of_the_file() -> None:
         (b"- " * 200_000, (1, 129), "nested more than 64 levels"),
     ],
 )
-def test_what_is_refused_and_where(data: bytes, place: tuple[int, int], message: str) -> None:
+def test_unsupported_yaml_is_refused_with_its_position(data: bytes, place: tuple[int, int], message: str) -> None:
     with pytest.raises(SpecError) as caught:
         parse_yaml(data, "MLproject")
     assert message in str(caught.value)
@@ -137,7 +137,7 @@ def test_a_wrong_type_says_what_was_expected_and_found(call: str, found: str) ->
         ("x" * 500, "the string '" + "x" * 57 + "...'"),
     ],
 )
-def test_kinds_have_names_for_people(text: str, kind: str) -> None:
+def test_types_have_readable_names(text: str, kind: str) -> None:
     assert parse_yaml(f"a: {text}".encode()).mapping()["a"].kind == kind
 
 
@@ -215,6 +215,6 @@ PIECES = st.sampled_from(
 
 @settings(deadline=None, database=None, max_examples=400, suppress_health_check=[HealthCheck.too_slow])
 @given(st.one_of(st.binary(max_size=200), st.lists(PIECES, max_size=60).map(lambda parts: "".join(parts).encode())))
-def test_whatever_comes_in_only_spec_errors_come_out(data: bytes) -> None:
+def test_any_document_raises_only_spec_errors(data: bytes) -> None:
     with contextlib.suppress(SpecError):
         parse_yaml(data).plain()

@@ -36,7 +36,7 @@ def test_character_in_two_pieces() -> None:
     assert split(snowman[:2]) == ["\N{REPLACEMENT CHARACTER}"]
 
 
-def test_only_those_line_ends() -> None:
+def test_other_separators_do_not_end_a_line() -> None:
     text = "form\ffeed\vtab\x1cseparator\x85next\N{LINE SEPARATOR}line"
     assert split(text.encode()) == [text]
 
@@ -47,14 +47,14 @@ def test_long_line_is_cut() -> None:
     assert split(b"y" * 65536 + b"\n") == ["y" * 65536]
 
 
-def test_endless_line_is_given_out_and_not_kept() -> None:
+def test_endless_line_is_emitted_in_pieces_and_not_buffered() -> None:
     splitter = LineSplitter()
     given_out = sum(len(line) for _ in range(1000) for line in splitter.feed(b"z" * 1000))
     assert given_out >= 1_000_000 - 65536
 
 
 @given(st.lists(st.text(alphabet="ab\r\n\N{SNOWMAN}")), st.data())
-def test_pieces_make_no_difference(texts: list[str], data: st.DataObject) -> None:
+def test_splitting_the_input_does_not_change_the_lines(texts: list[str], data: st.DataObject) -> None:
     whole = "".join(texts).encode()
     cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)))))
     pieces = [whole[start:end] for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True)]

@@ -48,7 +48,7 @@ def test_secrets_of_uris_are_masked(text: str, shown: str) -> None:
         "http://[::1]:5000/x",
     ],
 )
-def test_what_is_not_secret_stays(text: str) -> None:
+def test_text_that_is_not_secret_is_kept(text: str) -> None:
     assert mask_uri(text) == text
 
 

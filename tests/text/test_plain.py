@@ -27,7 +27,7 @@ from mlfleet._text.plain import plain_line, plain_text
         ("ünïcödé 🙂", "ünïcödé 🙂"),
     ],
 )
-def test_what_could_act_on_a_terminal_is_removed(text: str, plain: str) -> None:
+def test_terminal_control_sequences_are_removed(text: str, plain: str) -> None:
     assert plain_text(text) == plain
 
 

@@ -60,7 +60,7 @@ async def test_a_file_with_the_name_of_its_folder(tracking: RestTracking, tmp_pa
     assert (await tracking.download(f"runs:/{run.run_id}/inner/model", folder)).read_text() == "weights"
 
 
-async def test_a_big_file_through_a_network_that_tears(
+async def test_a_big_file_survives_broken_connections(
     tracking: RestTracking, proxy: FlakyProxy, tmp_path: Path, folder: Path
 ) -> None:
     run = await tracking.create_run("0", name=None, tags={})
@@ -82,7 +82,7 @@ async def test_a_big_file_through_a_network_that_tears(
     assert hashlib.sha256(got.read_bytes()).digest() == hashlib.sha256(content).digest()
 
 
-async def test_what_is_not_there_is_named_and_leaves_nothing(tracking: RestTracking, folder: Path) -> None:
+async def test_a_missing_artifact_is_named_and_leaves_no_file(tracking: RestTracking, folder: Path) -> None:
     run = await tracking.create_run("0", name=None, tags={})
     with pytest.raises(TrackingError, match=r"No such artifact.*nope"):
         await tracking.download(f"runs:/{run.run_id}/nope", folder)

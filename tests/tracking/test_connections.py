@@ -173,7 +173,7 @@ async def test_a_handshake_that_does_not_end_is_given_up() -> None:
             await tracking.get_run("r1")
 
 
-async def test_a_header_that_cannot_be_sent_is_an_error_of_ours() -> None:
+async def test_a_header_that_cannot_be_sent_raises_an_mlfleet_error() -> None:
     for headers in ({"X-Name": "Ä"}, {"X-Name": "a\nb"}, {"X Name": "a"}):
         async with (
             scripted(SmallMlflow().script) as server,
@@ -245,7 +245,7 @@ async def test_a_client_of_the_caller_stays_open_and_keeps_its_own_authenticatio
     assert requests[0].headers["user-agent"].startswith("mlfleet/")
 
 
-async def test_a_client_and_a_transport_contradict_each_other() -> None:
+async def test_a_client_and_a_transport_cannot_be_given_together() -> None:
     async with httpx.AsyncClient() as client:
         with pytest.raises(UsageError, match="client and transport are both given"):
             RestTracking("http://h", client=client, transport=httpx.AsyncHTTPTransport())
@@ -320,7 +320,7 @@ async def test_a_run_takes_four_requests(proxy: FlakyProxy, tmp_path: Path) -> N
             assert names[-1] == "update"
 
 
-async def test_a_run_that_was_deleted_while_it_ran_is_named_so(
+async def test_a_run_deleted_while_it_ran_is_reported_as_deleted(
     mlflow_server: MlflowServer, proxy: FlakyProxy, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     uri = write_project(tmp_path / "demo", "until test -e ../go; do sleep 0.02; done")
@@ -335,7 +335,7 @@ async def test_a_run_that_was_deleted_while_it_ran_is_named_so(
     assert f"the run {run.run_id} was deleted" in caplog.text
 
 
-async def test_the_end_of_a_fan_out_keeps_what_each_run_says_of_itself(proxy: FlakyProxy) -> None:
+async def test_the_end_of_a_fan_out_keeps_the_status_of_each_run(proxy: FlakyProxy) -> None:
     async with RestTracking(proxy.url) as tracking:
         made = await asyncio.gather(*(tracking.create_run("0", name=f"r{n}", tags={}) for n in range(40)))
         for n, run in enumerate(made):

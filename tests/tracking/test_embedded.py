@@ -48,7 +48,7 @@ async def test_a_run_from_its_creation_to_its_end(tracking: EmbeddedTracking, tm
     assert await tracking.environ() == ({"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/runs.db"}, {})
 
 
-async def test_artifacts_go_in_and_come_out(tracking: EmbeddedTracking, tmp_path: Path) -> None:
+async def test_artifacts_are_logged_and_downloaded(tracking: EmbeddedTracking, tmp_path: Path) -> None:
     run = await tracking.create_run("0", name=None, tags={})
     file = tmp_path / "model.txt"
     file.write_text("weights")
@@ -151,7 +151,7 @@ async def test_a_deleted_experiment_says_how_to_restore_it(tracking: EmbeddedTra
             await fresh.experiment_id("gone")
 
 
-async def test_a_folder_says_what_mlflow_wants_for_it(tmp_path: Path) -> None:
+async def test_a_folder_store_names_the_setting_that_mlflow_requires(tmp_path: Path) -> None:
     with pytest.raises(TrackingError, match="set MLFLOW_ALLOW_FILE_STORE=true, or use a database"):
         async with open_tracking(str(tmp_path / "mlruns")) as tracking:
             await tracking.experiment_id("any")

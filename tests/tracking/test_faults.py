@@ -73,7 +73,7 @@ async def test_a_read_is_repeated(fault: str) -> None:
 
 @pytest.mark.parametrize("fault", list(UNCLEAR))
 @on_each_loop
-async def test_a_run_that_was_made_although_the_answer_says_nothing_of_it_is_used(fault: str) -> None:
+async def test_a_run_created_despite_an_unclear_answer_is_used(fault: str) -> None:
     server = SmallMlflow({"create": [UNCLEAR[fault]]})
     async with scripted(server.script) as listening, RestTracking(f"http://{listening.place}") as tracking:
         run = await tracking.create_run("0", name=None, tags={"a": "b"})
@@ -83,7 +83,7 @@ async def test_a_run_that_was_made_although_the_answer_says_nothing_of_it_is_use
 
 
 @on_each_loop
-async def test_a_run_is_used_that_was_made_by_the_last_attempt() -> None:
+async def test_a_run_created_by_the_last_attempt_is_used() -> None:
     server = SmallMlflow({"create": [lost]})
     server.add_run()
     async with (
@@ -225,7 +225,7 @@ def bomb() -> bytes:
     ids=["blanks", "bomb", "head", "bytes", "silence", "brotli", "nesting", "nesting in an error", "path as an id"],
 )  # fmt: skip
 @on_each_loop
-async def test_an_answer_has_bounds(fault: Fault, text: str) -> None:
+async def test_an_answer_has_a_size_limit(fault: Fault, text: str) -> None:
     server = SmallMlflow({"get": [fault]})
     server.add_run()
     async with (
@@ -330,7 +330,7 @@ async def test_a_cancelled_creation_is_looked_for_until_the_server_shows_it() ->
     assert server.requests == ["create", "search", "search", "search", "update"]
 
 
-async def test_a_cancelled_creation_that_never_shows_is_named(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_cancelled_creation_that_never_appears_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     async def never(peer: Peer) -> None:
         arrived.set()
         await peer.closed()

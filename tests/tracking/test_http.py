@@ -1,4 +1,4 @@
-"""What else may answer at a tracking URI: proxies, login pages, redirects, other TLS, Databricks."""
+"""Other responders at a tracking URI: proxies, login pages, redirects, other TLS, Databricks."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ async def test_a_plain_text_that_is_called_html_is_shown(server: FlakyProxy) -> 
             await tracking.get_run("r1")
 
 
-async def test_something_else_that_speaks_json(server: FlakyProxy) -> None:
+async def test_a_json_service_that_is_not_mlflow_is_recognised(server: FlakyProxy) -> None:
     async with RestTracking(server.url) as tracking:
         for body in (b"[]", b'{"run": 5}', b'{"run": {"info": {}}}', b'"x"', b"{}"):
             server.rule = answer_with(Answer(200, body))
@@ -188,7 +188,7 @@ async def test_an_older_server_that_refuses_long_values(server: FlakyProxy) -> N
             await tracking.log("r1", params={"a": "1"})
 
 
-async def test_what_a_person_can_get_wrong_in_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+async def test_mistakes_in_the_settings_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for uri, text in (("http://", "names no host"), ("http://ada:secret@host:port", "http://.*@host:port.* is wrong")):
         with pytest.raises(UsageError, match=text) as caught:
             open_tracking(uri)
@@ -219,7 +219,7 @@ async def test_a_client_that_is_not_open_says_so() -> None:
         await RestTracking("http://127.0.0.1:1").get_run("r1")
 
 
-async def test_proxies_are_not_asked_for_this_machine(server: FlakyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_proxies_are_not_used_for_loopback(server: FlakyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     server.rule = answer_with(run_answer())
     async with RestTracking(server.url) as tracking:

@@ -40,7 +40,7 @@ async def test_the_uri_decides(uri: str | Path, kind: type[Tracking], monkeypatc
     assert isinstance(open_tracking(), kind)
 
 
-def test_without_a_uri_it_is_what_mlflow_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_uri_the_default_of_mlflow_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert default_uri() == f"sqlite:///{tmp_path}/mlflow.db"
     (tmp_path / "mlruns" / ".trash").mkdir(parents=True)
@@ -59,7 +59,7 @@ def test_a_relative_store_becomes_absolute(tmp_path: Path, monkeypatch: pytest.M
         assert absolute_uri(same) == same
 
 
-def test_what_stands_in_the_url_is_taken_out() -> None:
+def test_credentials_are_removed_from_the_url() -> None:
     assert split_userinfo("http://ada:p%40ss@[::1]:5000/a/") == ("http://[::1]:5000/a", Credentials("ada", "p@ss"))
     assert split_userinfo("https://host") == ("https://host", Credentials())
 
@@ -68,7 +68,7 @@ def test_credentials_show_no_secret() -> None:
     assert "secret" not in repr(Credentials("ada", "secret", "secret-token"))
 
 
-def test_runs_and_models_are_taken_apart() -> None:
+def test_run_and_model_uris_are_parsed() -> None:
     assert parse_run_uri("runs:/abc/a//b/./c/").path == "a/b/c"
     assert parse_model_uri("models:/m y/3/x") == ModelRef(name="m y", version="3", path="x")
     assert parse_model_uri("models:/m/Production") == ModelRef(name="m", stage="Production")
@@ -82,7 +82,7 @@ URIS = st.builds(str.__add__, st.sampled_from(SCHEMES), st.text("[]:/@%#?.\\ab0 
 
 
 @given(URIS)
-def test_whatever_a_uri_holds_only_our_errors_come_out(text: str) -> None:
+def test_any_uri_raises_only_mlfleet_errors(text: str) -> None:
     for parse in (
         parse_run_uri,
         parse_model_uri,
@@ -142,7 +142,7 @@ def test_the_error_survives_a_process_pool() -> None:
     assert (str(error), error.uri, error.status, error.code) == ("text", "u", 404, "C")
 
 
-async def test_the_fake_records_what_it_is_told_and_fails_on_demand(tmp_path: Path) -> None:
+async def test_the_fake_records_calls_and_fails_on_demand(tmp_path: Path) -> None:
     tracking = FakeTracking()
     async with tracking:
         experiment = await tracking.experiment_id("e")

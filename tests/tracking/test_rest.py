@@ -183,7 +183,7 @@ async def test_a_create_that_mlflow_itself_put_off_is_repeated_without_a_search(
     assert (proxy.count("runs/create"), proxy.count("runs/search")) == (2, 0)
 
 
-async def test_a_late_twin_is_deleted(through_proxy: RestTracking, proxy: FlakyProxy) -> None:
+async def test_a_late_duplicate_run_is_deleted(through_proxy: RestTracking, proxy: FlakyProxy) -> None:
     experiment = await through_proxy.experiment_id(new_name())
     late: list[Forward] = []
 
@@ -255,7 +255,7 @@ async def test_creations_that_still_wait_for_their_turn_are_not_made_after_a_can
     assert proxy.count("runs/create") <= 2
 
 
-async def test_a_server_with_the_usual_pool_of_connections_stands_a_fan_out(
+async def test_a_server_with_the_default_connection_pool_withstands_a_fan_out(
     mlflow_server: MlflowServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with RestTracking(mlflow_server.url) as tracking:
@@ -282,7 +282,7 @@ async def test_a_server_whose_database_has_no_connection_left_is_asked_again(
     assert "or lower max_in_flight" in caplog.text
 
 
-async def test_updates_survive_a_server_that_stumbles(through_proxy: RestTracking, proxy: FlakyProxy) -> None:
+async def test_updates_survive_temporary_server_errors(through_proxy: RestTracking, proxy: FlakyProxy) -> None:
     run = await through_proxy.create_run("0", name=None, tags={})
 
     async def stumble(request: Request, forward: Forward) -> Answer | None:
@@ -360,7 +360,7 @@ async def test_a_server_that_is_not_there_is_given_up_soon_and_says_what_to_do(m
     assert url in str(caught.value)
 
 
-async def test_a_caller_who_insists_waits_for_a_server_that_comes_late(mlflow_server: MlflowServer) -> None:
+async def test_a_longer_retry_time_waits_for_a_server_that_starts_late(mlflow_server: MlflowServer) -> None:
     async with RestTracking(mlflow_server.url) as direct:
         run = await direct.create_run("0", name=None, tags={})
     proxy = FlakyProxy(mlflow_server.url)
@@ -380,7 +380,7 @@ async def test_a_caller_who_insists_waits_for_a_server_that_comes_late(mlflow_se
         assert (await tracking.get_run(run.run_id)).status is RunStatus.FINISHED
 
 
-async def test_retry_for_zero_asks_once(through_proxy: RestTracking, proxy: FlakyProxy) -> None:
+async def test_retry_for_zero_sends_one_request(through_proxy: RestTracking, proxy: FlakyProxy) -> None:
     async def down(request: Request, forward: Forward) -> Answer | None:
         return Answer(503, b"maintenance until noon")
 

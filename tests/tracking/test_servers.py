@@ -139,7 +139,7 @@ def killed_driver(server: MlflowServer, tmp_path: Path) -> Iterator[str]:
             os.killpg(os.getpgid(pid), signal.SIGKILL)
 
 
-async def test_a_sweep_that_another_process_began(killed_driver: str, fleet: Fleet, tmp_path: Path) -> None:
+async def test_a_sweep_of_a_killed_process_is_resumed(killed_driver: str, fleet: Fleet, tmp_path: Path) -> None:
     experiment = await fleet.tracking.experiment_id(os.environ["MLFLOW_EXPERIMENT_NAME"])
     children = [run for run in await fleet.tracking.search_runs([experiment]) if JobRef.TAG in run.tags]
     assert len(children) == 2
@@ -220,7 +220,7 @@ def test_links_to_runs_lead_into_the_workspace(monkeypatch: pytest.MonkeyPatch) 
     assert run_url("http://host/team/", "1", "r") == "http://host/team/#/experiments/1/runs/r?workspace=team-a"
 
 
-async def test_a_user_who_may_only_read_is_told_so(mlflow_server_with_auth: MlflowServer, tmp_path: Path) -> None:
+async def test_a_read_only_user_gets_a_clear_error(mlflow_server_with_auth: MlflowServer, tmp_path: Path) -> None:
     server = mlflow_server_with_auth
     name, password = f"reader-{uuid.uuid4().hex[:8]}", f"only to read {uuid.uuid4().hex}"
     async with httpx.AsyncClient(auth=(server.username, server.password), trust_env=False, timeout=60) as admin:

@@ -1,4 +1,4 @@
-"""What the commands write: messages on standard error, results on standard output, and the exit code.
+"""The output of the commands: messages on standard error, results on standard output, and the exit code.
 
 Standard output belongs to the project, or with ``--json`` to JSON. Text that comes from elsewhere (errors, names,
 output of runs) loses its control characters, and URIs lose their secrets, before it reaches the terminal.

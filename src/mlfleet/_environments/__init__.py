@@ -1,1 +1,1 @@
-"""How the command of a run gets its Python: the caller's environment, or one that is built once and shared."""
+"""The Python environment of a run's command: the caller's environment, or one that is built once and shared."""

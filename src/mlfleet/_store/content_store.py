@@ -1,4 +1,4 @@
-"""What is kept on disk under a key, made once, shared by all processes of a machine, and removed when unused.
+"""A store of content on disk by key: made once, shared by all processes of a machine, and removed when unused.
 
 One entry:
 

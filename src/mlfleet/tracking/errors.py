@@ -1,4 +1,4 @@
-"""What went wrong between us and a tracking server, as one clear error."""
+"""Errors of requests to a tracking server, each turned into one clear message."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ __all__ = ["RETRIES", "ApiError", "KubernetesClient", "Pool", "reconnect_pause"]
 _log = logging.getLogger("mlfleet.kubernetes")
 
 RETRIES = RetryPolicy(seconds=90.0, first_pause=0.8, longest_pause=30.0)
-"""How requests to every Kubernetes API server are repeated; some calls give up sooner."""
+"""The retry policy of requests to Kubernetes API servers; some calls give up sooner."""
 
 _CONNECT = 10.0  # seconds
 _READ_TIMEOUT = 60.0  # seconds without a byte of an answer
