@@ -7,7 +7,6 @@ import importlib
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from email.message import Message
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeVar
@@ -245,6 +244,8 @@ def _raise_for_status(response: httpx.Response) -> None:
 
 def _file_name(uri: str, response: httpx.Response) -> str:
     """Return a name for the file, from what the server or else the URI says; never one that leaves its folder."""
+    from email.message import Message
+
     header = Message()
     header["Content-Disposition"] = response.headers.get("Content-Disposition", "")
     for candidate in (header.get_filename(), unquote(urlsplit(uri).path)):

@@ -36,10 +36,7 @@ from mlfleet.runs import FailureKind, Outcome, RunStatus
 from mlfleet.tracking import open_tracking
 from mlfleet.tracking.locations import absolute_uri
 
-__all__ = ["GROUP", "PluginBackend"]
-
-GROUP = "mlflow.project_backend"
-"""The entry-point group in which these plugins announce themselves."""
+__all__ = ["PluginBackend"]
 
 _log = logging.getLogger("mlfleet.plugins")
 _CONFIRMS = 10.0  # seconds beyond the grace in which a plugin must confirm the end of a run that it was told to cancel
@@ -119,7 +116,7 @@ class PluginBackend(Backend[_Prepared]):
         if not callable(getattr(plugin, "run", None)):
             text = f"the plugin {self.name!r} is {type(plugin).__name__}, which has no method run"
             raise BackendError(
-                f"{text}: its entry point in {GROUP!r} must name what makes a backend", backend=self.name
+                f"{text}: its entry point in 'mlflow.project_backend' must name what makes a backend", backend=self.name
             )
         # The plugin has imported mlflow, if it needs it.
         where = getattr(sys.modules.get("mlflow"), "get_tracking_uri", None)

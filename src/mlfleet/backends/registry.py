@@ -9,7 +9,6 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from mlfleet.backends.base import Backend
-from mlfleet.backends.mlflow_plugins import GROUP, PluginBackend
 from mlfleet.errors import BackendNotFound
 
 if TYPE_CHECKING:
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["available", "find", "native"]
 
 _GROUP = "mlfleet.backends"
+_MLFLOW_GROUP = "mlflow.project_backend"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,9 @@ def find(name: str) -> type[Backend]:
         return _native(name, EntryPoint(name, built_in.target, _GROUP), built_in.extra)
     if name in (native := _plugins(_GROUP)):
         return _native(name, native[name], None)
-    if name in (foreign := _plugins(GROUP)):
+    if name in (foreign := _plugins(_MLFLOW_GROUP)):
+        from mlfleet.backends.mlflow_plugins import PluginBackend
+
         builder = _load(name, foreign[name], None)
         if not callable(builder):
             text = f"the backend {name!r} is announced as {foreign[name].value!r}, which makes no backend"
@@ -73,14 +75,14 @@ def find(name: str) -> type[Backend]:
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     raise BackendNotFound(
         f"there is no backend {name!r}.{hint} Installed are: {', '.join(names)}."
-        f" A plugin announces its backend in the entry-point group {_GROUP!r} or {GROUP!r}",
+        f" A plugin announces its backend in the entry-point group {_GROUP!r} or {_MLFLOW_GROUP!r}",
         backend=name,
     )
 
 
 def available() -> tuple[str, ...]:
     """Return the names of all backends, sorted; those of plugins included."""
-    return tuple(sorted({*native(), *_plugins(GROUP)}))
+    return tuple(sorted({*native(), *_plugins(_MLFLOW_GROUP)}))
 
 
 def native() -> tuple[str, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -78,7 +77,7 @@ class Artifacts:
         """Download a file or folder of artifacts into `folder`; an error or a cancellation leaves nothing there."""
         root = await self._resolve(uri)
         name = safe_name(PurePosixPath(split_uri(root).path).name or "artifacts")
-        half = folder / f".{name}.{uuid.uuid4().hex[:8]}.part"
+        half = folder / f".{name}.{os.urandom(4).hex()}.part"
         try:
             await self._fetch(root, half)
             await self._in_thread(partial(os.replace, half, folder / name))
@@ -217,7 +216,7 @@ def _url(path: str) -> str:
 
 
 def _copy_into(source: Path, target: Path) -> None:
-    half = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
+    half = target.with_name(f".{target.name}.{os.urandom(4).hex()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, half)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import configparser
 import netrc
 import os
 import ssl
@@ -245,6 +244,8 @@ def _in_netrc(host: str) -> Credentials:
 
 
 def _credentials_file(path: Path) -> Mapping[str, str]:
+    import configparser
+
     parser = configparser.ConfigParser(interpolation=None)
     try:
         parser.read(path, encoding="utf-8")

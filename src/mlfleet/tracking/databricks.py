@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import configparser
 import os
 import re
 import time
@@ -185,6 +184,8 @@ def _config_file() -> Path:
 
 
 def _profile_settings(profile: str) -> dict[str, str]:
+    import configparser
+
     path = _config_file()
     parser = configparser.ConfigParser(interpolation=None, default_section="-")
     try:
@@ -234,6 +235,8 @@ def _log_in(profile: str | None, uri: str) -> Any:
 
 
 def _configure(kind: Any, profile: str | None, uri: str) -> Any:
+    import configparser
+
     try:
         given: dict[str, Any] = {}
         if profile is not None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import shutil
 import threading
 import time
-import uuid
 import warnings
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -101,7 +101,7 @@ class EmbeddedTracking(Tracking):
     async def create_run(  # noqa: D102
         self, experiment_id: str, *, name: str | None, tags: Mapping[str, str], start_time: int | None = None
     ) -> RunInfo:
-        submission = uuid.uuid4().hex
+        submission = os.urandom(16).hex()
         all_tags = {**tags, SUBMISSION_TAG: submission}
         tries = 0
 
@@ -255,7 +255,7 @@ def _run_info(run: Any) -> RunInfo:
 def _download(uri: str, folder: Path, store: str) -> Path:
     from mlflow.artifacts import download_artifacts
 
-    half = folder / f".{uuid.uuid4().hex[:8]}.part"
+    half = folder / f".{os.urandom(4).hex()}.part"
     try:
         half.mkdir()
         got = Path(download_artifacts(artifact_uri=uri, dst_path=str(half), tracking_uri=store, registry_uri=store))

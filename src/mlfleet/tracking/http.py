@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -513,6 +512,8 @@ def _environment_proxy(url: str) -> str | None:
 
     Servers on this machine are reached without one.
     """
+    import urllib.request
+
     parts = split_uri(url)
     proxy = urllib.request.getproxies().get(parts.scheme)
     if not proxy or has_loopback_host(url) or urllib.request.proxy_bypass(parts.netloc):

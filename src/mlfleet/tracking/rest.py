@@ -7,7 +7,6 @@ import getpass
 import logging
 import os
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -145,7 +144,7 @@ class RestTracking(Tracking):
     async def create_run(  # noqa: D102
         self, experiment_id: str, *, name: str | None, tags: Mapping[str, str], start_time: int | None = None
     ) -> RunInfo:
-        submission = uuid.uuid4().hex
+        submission = os.urandom(16).hex()
         body: dict[str, Any] = {
             "experiment_id": experiment_id,
             "user_id": tags.get("mlflow.user", self._user),
