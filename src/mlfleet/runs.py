@@ -249,6 +249,8 @@ class JobRef:
         backend: The name of the backend.
         run_id: The id of the MLflow run, from which external names derive.
         data: The other facts that the backend needs, such as a namespace; JSON values only.
+        tags: The tags of the MLflow run when the reference was read, among them those of `Backend.tags`; they are not
+            part of the JSON.
     """
 
     TAG: ClassVar[str] = "mlfleet.ref"
@@ -256,6 +258,7 @@ class JobRef:
     backend: str
     run_id: str
     data: Mapping[str, Any] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def to_json(self) -> str:
         """Return this reference as compact JSON."""

@@ -214,6 +214,8 @@ class FakeWorkspace(FlakyProxy):
         limit, offset = int(body.get("limit", 20)), int(body.get("page_token", 0))
         assert limit <= 26, "Databricks takes 25"
         runs = sorted(self.runs.values(), key=lambda run: (run.start_time, run.number), reverse=True)
+        earliest, latest = int(body.get("start_time_from", 0)), int(body.get("start_time_to", 2**63))
+        runs = [run for run in runs if earliest <= run.start_time <= latest]
         if body.get("active_only") == "true":
             runs = [run for run in runs if run.active]
         shown = [run.as_response(self.url) for run in runs[offset : offset + limit]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mlfleet._engine.request import SweepMember
@@ -74,7 +75,7 @@ def read_reference(info: RunInfo) -> JobRef:
     reference = JobRef.from_json(text)
     if reference.run_id != info.run_id:
         raise UsageError(f"the tag {JobRef.TAG} of the run {info.run_id} is that of another run, {reference.run_id}")
-    return reference
+    return replace(reference, tags=info.tags)
 
 
 async def find_again(backend: Backend, info: RunInfo, reference: JobRef) -> BackendRun | RunLost:

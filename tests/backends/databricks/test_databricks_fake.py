@@ -23,13 +23,16 @@ from databricks.sdk.service import jobs
 
 from components.fake_databricks import QUICK, JobMaker, lines_of, make_jobs, open_workspace, succeed
 from components.git_repository import git, make_repository
+from components.projects import write_project
 from fakes.databricks import FakeRun, FakeWorkspace, not_found, unknown_value
 from fakes.flaky_proxy import Answer, Forward, Request
+from mlfleet import Fleet
 from mlfleet.backends.databricks import DatabricksBackend
 from mlfleet.backends.databricks.request import ROOT
 from mlfleet.backends.databricks.states import read_state
 from mlfleet.errors import RunLost, SubmitError
 from mlfleet.runs import FailureKind, JobRef, RunStatus
+from mlfleet.testing import FakeTracking
 
 
 @pytest.fixture
@@ -329,6 +332,115 @@ async def test_attach_finds_runs_by_one_listing(workspace: FakeWorkspace, make_j
             for run_again in again:
                 assert (await run_again.outcome()).exit_code == 4
                 assert await lines_of(run_again) == [f"output of {run_again.run_id}"]
+
+
+DAY = 86_400_000  # milliseconds
+
+
+def add_runs_of_others(workspace: FakeWorkspace, count: int, *, begin: int) -> None:
+    """Add ended runs of other programs, one a second from `begin` on, in milliseconds since the epoch."""
+    for number in range(10**6, 10**6 + count):
+        run = FakeRun(number, {"run_name": "nightly"}, begin + 1000 * (number - 10**6))
+        run.set_state("TERMINATED", "SUCCESS")
+        workspace.runs[number] = run
+
+
+async def test_attach_asks_for_the_logged_ids_among_11000_younger_runs(
+    workspace: FakeWorkspace, make_job: JobMaker
+) -> None:
+    jobs_ = [make_job() for _ in range(4)]
+    async with DatabricksBackend(timing=QUICK) as first:
+        references = [first.reference(job) for job in jobs_]
+        tags = [first.tags(await first.submit(job)) for job in jobs_]
+        add_runs_of_others(workspace, 11_000, begin=workspace.runs[4].start_time)
+        async with DatabricksBackend(timing=QUICK) as second:
+            for reference, tags_ in zip(references, tags, strict=True):
+                again = await second.attach(replace(reference, tags=tags_))
+                assert await again.get_status() is RunStatus.SCHEDULED
+    assert workspace.count("runs/list") == 0
+
+
+async def test_attach_finds_runs_without_logged_ids_among_11000_younger_ones(
+    workspace: FakeWorkspace, make_job: JobMaker
+) -> None:
+    timing = replace(QUICK, rates={})
+    async with DatabricksBackend(timing=timing) as first:
+        references = []
+        for job in [make_job() for _ in range(4)]:
+            reference = first.reference(job)
+            await first.submit(job)
+            references.append(replace(reference, data={**reference.data, "since": reference.data["since"] - DAY}))
+        for run in workspace.runs.values():
+            run.start_time -= DAY
+        add_runs_of_others(workspace, 11_000, begin=workspace.runs[4].start_time)
+        async with DatabricksBackend(timing=timing) as second:
+            again = await asyncio.gather(*(second.attach(reference) for reference in references))
+            assert [await run.get_status() for run in again] == [RunStatus.SCHEDULED] * 4
+    assert workspace.count("runs/list") - workspace.count("active_only") < 180  # only the first hour, of 440 pages
+
+
+async def test_attach_lists_no_more_pages_when_the_runs_are_found(workspace: FakeWorkspace, make_job: JobMaker) -> None:
+    job = make_job()
+    async with DatabricksBackend(timing=QUICK) as first:
+        reference = first.reference(job)
+        await first.submit(job)
+        add_runs_of_others(workspace, 2500, begin=workspace.runs[1].start_time - DAY)
+        earlier = {name: value for name, value in reference.data.items() if name != "since"}
+        async with DatabricksBackend(timing=QUICK) as second:
+            await second.attach(replace(reference, data=earlier))
+    assert workspace.count("runs/list") == 1
+
+
+@pytest.mark.parametrize("is_submitted", [True, False])
+async def test_the_logged_id_of_an_earlier_attempt_does_not_count(
+    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker, is_submitted: bool
+) -> None:
+    workspace.on_submit = succeed(workspace)
+    job = make_job()
+    tags = backend.tags(await backend.submit(job))
+    workspace.runs[1].start_time -= DAY
+    reference = replace(backend.reference(job), tags=tags)
+    if is_submitted:
+        workspace.on_submit = lambda run: run.set_state("RUNNING")
+        await backend.submit(job)
+    async with DatabricksBackend(timing=QUICK) as second:
+        if is_submitted:
+            assert await (await second.attach(reference)).get_status() is RunStatus.RUNNING
+        else:
+            with pytest.raises(RunLost):
+                await second.attach(reference)
+
+
+async def test_the_logged_id_of_another_run_does_not_count(
+    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
+) -> None:
+    theirs, ours = make_job(), make_job()
+    tags = backend.tags(await backend.submit(theirs))
+    reference = replace(backend.reference(ours), tags=tags)
+    async with DatabricksBackend(timing=QUICK) as second:
+        with pytest.raises(RunLost, match=f"has no run of the MLflow run {ours.run_id}"):
+            await second.attach(reference)
+
+
+async def test_a_fleet_attaches_by_the_id_that_the_first_one_logged(workspace: FakeWorkspace, tmp_path: Path) -> None:
+    tracking = FakeTracking()
+    tracking.uri = "http://tracking.example.com"
+    uri = write_project(tmp_path / "demo", "true")
+
+    def start(run: FakeRun) -> None:
+        workspace.put_output(run, b"done\n")
+        run.set_state("RUNNING")
+
+    workspace.on_submit = start
+    async with Fleet(tracking=tracking) as first:
+        run = await first.submit(uri, backend="databricks")
+        async for _ in run.logs():
+            break  # its tags are logged
+        async with Fleet(tracking=tracking) as second:
+            again = await second.attach(run.run_id)
+            succeed(workspace)(workspace.only_run)
+            assert await again.wait() is True
+    assert workspace.count("runs/list") == 0
 
 
 async def test_leaving_the_backend_leaves_attached_runs_alone(workspace: FakeWorkspace, make_job: JobMaker) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -40,6 +41,7 @@ from mlfleet.tracking.databricks import check_profile, is_databricks, profile_of
 __all__ = ["DatabricksBackend"]
 
 _log = logging.getLogger("mlfleet.databricks")
+_NUMBER_TAG = "mlflow.databricks.shellJobRunID"
 _GRACE = 60.0  # seconds to cancel a run whose submission was cancelled
 
 
@@ -163,7 +165,7 @@ class DatabricksBackend(Backend[DatabricksConfig]):
             )
 
     def reference(self, job: Job) -> JobRef:
-        """Return the workspace's profile, the run's id and the place of its output, by which `attach` finds the run."""
+        """Return the workspace's profile, the time and the place of the output, by which `attach` finds the run."""
         config = _config(job)
         attempt = self._attempts.setdefault(job.run_id, _new_attempt())
         upload = config.upload
@@ -174,6 +176,7 @@ class DatabricksBackend(Backend[DatabricksConfig]):
             "path": upload.path,
         }
         data["api_version"] = str(config.api_version)
+        data["since"] = int(time.time() * 1000)
         data["owner"] = self._this_process
         if request.public_variables(job, config)[1]:
             data["secret_scope"] = config.secret_scope
@@ -230,14 +233,14 @@ class DatabricksBackend(Backend[DatabricksConfig]):
         return run.tags if isinstance(run, DatabricksRun) else {}
 
     async def attach(self, ref: JobRef) -> DatabricksRun:
-        """Return the handle of a run that an earlier process submitted, found by the id in its name.
+        """Return the handle of a run that an earlier process submitted, found as `RecentRuns.find` says.
 
         Raises:
             RunLost: The workspace does not have the run any more.
             WorkspaceError: The workspace cannot be reached.
         """
         context = await self._context_of(ref)
-        found = await context.recent.find(ref.run_id)
+        found = await _find(context, ref)
         if found is None:
             text = f"the workspace {context.workspace.url} has no run of the MLflow run {ref.run_id}, or has it no more"
             raise RunLost(text, backend=self.name)
@@ -270,7 +273,7 @@ class DatabricksBackend(Backend[DatabricksConfig]):
         """Return True if the run has ended or is gone, and so is the process that submitted it on this machine."""
         if not await FILES.run(partial(_owner_is_gone, ref)):
             return False
-        found = await (await self._context_of(ref)).recent.find(ref.run_id)
+        found = await _find(await self._context_of(ref), ref)
         return found is None or read_state(found).is_terminal
 
     # ---- one run ----------------------------------------------------------------------------------------------------
@@ -432,6 +435,14 @@ def _listed(run_id: str, run: Mapping[str, Any]) -> ListedRun:
     )
 
 
+async def _find(context: _WorkspaceContext, ref: JobRef) -> dict[str, Any] | None:
+    """Return the entry of ``runs/get`` for a run; None if the workspace does not have it."""
+    since = ref.data.get("since")  # references of earlier versions have none
+    return await context.recent.find(
+        ref.run_id, number=ref.tags.get(_NUMBER_TAG, ""), since=since if isinstance(since, int) else 0
+    )
+
+
 async def _first_state(workspace: Workspace, number: str) -> State:
     """Return the state of a new run; WAITING if it cannot be read yet, so that the poller reads it later."""
     try:
@@ -462,7 +473,7 @@ def _describe_missing_scope(variables: Mapping[str, str]) -> str:
 def _tags(run_id: str, state: State, url: str) -> dict[str, str]:
     tags = {
         "mlflow.databricks.runURL": state.page_url,
-        "mlflow.databricks.shellJobRunID": run_id,
+        _NUMBER_TAG: run_id,
         "mlflow.databricks.shellJobID": str(state.job_id or ""),
         "mlflow.databricks.webappURL": url,
     }

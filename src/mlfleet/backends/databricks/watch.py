@@ -7,7 +7,7 @@ import math
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -187,13 +187,14 @@ class Poller(StateCache[State]):
         return state if known is None or known.phase is not state.phase else known
 
 
-_FRESH = 20.0  # seconds for which a listing is used
-_MOST = 400  # pages of a listing: Databricks keeps runs for 60 days
+_FRESH = 20.0  # seconds for which a run that was not found counts as missing
+_CLOCK_DIFFERENCE = 600_000  # milliseconds by which the clock of this machine may differ from the workspace's
+_FIRST_WINDOW = 3_600_000  # milliseconds of the first listing for a run; each further one is twice as long
 _NAME = re.compile(r"\(([0-9a-f]{32})\)$")
 
 
 class RecentRuns:
-    """The recent runs of a workspace that mlfleet submitted. Concurrent calls share a listing.
+    """Finds the runs of a workspace that mlfleet submitted. Concurrent calls share a listing.
 
     Args:
         workspace: The client of the workspace.
@@ -202,34 +203,77 @@ class RecentRuns:
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
         self._listing: SingleFlight[str, None] = SingleFlight()
-        self._found: dict[str, dict[str, Any]] = {}
-        self._listed_at = float("-inf")
+        self._wanted: list[tuple[str, int]] = []  # as the arguments of `_is_found`
+        self._found: dict[str, tuple[int, int]] = {}  # start time and id in Databricks, by the id of the MLflow run
+        self._missing: dict[str, float] = {}  # the time of the listing, by `time.monotonic`
 
-    async def find(self, run_id: str) -> dict[str, Any] | None:
-        """Return the entry of ``runs/get`` for the latest run of an MLflow run; None if there is none."""
-        if run_id not in self._found or time.monotonic() - self._listed_at > _FRESH:
-            await self._listing("", self._list)
-        listed = self._found.get(run_id)
-        if listed is None:
+    async def find(self, run_id: str, *, number: str = "", since: int = 0) -> dict[str, Any] | None:
+        """Return the entry of ``runs/get`` for the run of an MLflow run; None if there is none.
+
+        1. The driver has logged the run's id in Databricks as a tag: ask for that run.
+        2. The driver was killed before that, or the tag is that of an earlier run of the same MLflow run: list the
+           runs from the time of the submission on, until all runs are found that concurrent calls look for.
+
+        Args:
+            run_id: The id of the MLflow run, which the run's name ends with.
+            number: The id in Databricks that the driver has logged; empty: it has logged none.
+            since: The earliest time of the submission by the clock of the driver, in milliseconds since the epoch; 0:
+                unknown, so that all runs that Databricks keeps are listed.
+        """
+        since = max(0, since - _CLOCK_DIFFERENCE)
+        if number.isdecimal() and (run := await self._get(number)) is not None:
+            name = _NAME.search(str(run.get("run_name") or ""))
+            if name is not None and name[1] == run_id and _start_time(run) >= since:
+                return run
+        if not self._is_found(run_id, since):
+            if time.monotonic() - self._missing.get(run_id, -math.inf) < _FRESH:
+                return None
+            await self._search(run_id, since)
+        if not self._is_found(run_id, since):
+            self._missing[run_id] = time.monotonic()
             return None
-        return await self._workspace.call_jobs("GET", "runs/get", params={"run_id": str(listed["run_id"])})
+        return await self._get(str(self._found[run_id][1]))
 
     async def list_active(self) -> list[tuple[str, dict[str, Any]]]:
         """Return the runs that have not ended, each as the id of its MLflow run and its entry of ``runs/list``."""
         return [each async for each in self._entries({"active_only": "true"})]
 
+    async def _get(self, number: str) -> dict[str, Any] | None:
+        try:
+            return await self._workspace.call_jobs("GET", "runs/get", params={"run_id": number})
+        except WorkspaceError as error:
+            if error.missing:
+                return None
+            raise
+
+    def _is_found(self, run_id: str, since: int) -> bool:
+        return run_id in self._found and self._found[run_id][0] >= since
+
+    async def _search(self, run_id: str, since: int) -> None:
+        wanted = (run_id, since)
+        self._wanted.append(wanted)
+        try:
+            is_first = len(self._wanted) == 1
+            await self._listing("", self._list)
+            if not is_first and not self._is_found(run_id, since):
+                await self._listing("", self._list)  # the listing of the other calls may have begun after this run
+        finally:
+            self._wanted.remove(wanted)
+
     async def _list(self) -> None:
-        found: dict[str, dict[str, Any]] = {}
-        async for run_id, run in self._entries({}):
-            latest = found.setdefault(run_id, run)
-            if int(run.get("run_id") or 0) > int(latest["run_id"]):
-                found[run_id] = run
-        self._found, self._listed_at = found, time.monotonic()
+        """List runs until all wanted ones are found. The runs of the first hours come first, newest first in each."""
+        for first, last in _windows(min(since for _, since in self._wanted)):
+            filters = {"start_time_from": first, "start_time_to": last}
+            async for run_id, run in self._entries({name: str(value) for name, value in filters.items() if value}):
+                seen = (_start_time(run), int(run.get("run_id") or 0))
+                self._found[run_id] = max(seen, self._found.get(run_id, seen))
+                if all(self._is_found(*wanted) for wanted in self._wanted):
+                    return
 
     async def _entries(self, filters: Mapping[str, str]) -> AsyncIterator[tuple[str, dict[str, Any]]]:
         """Yield the id of the MLflow run and the entry of ``runs/list`` for each run, newest first."""
         params = {"run_type": "SUBMIT_RUN", "limit": str(_PAGE), "expand_tasks": "false", **filters}
-        for _ in range(_MOST):
+        while True:
             page = await self._workspace.call_jobs("GET", "runs/list", params=params)
             for run in page.get("runs") or []:
                 match = _NAME.search(str(run.get("run_name") or ""))
@@ -239,3 +283,20 @@ class RecentRuns:
             if not token:
                 return
             params = {**params, "page_token": str(token)}
+
+
+def _start_time(run: Mapping[str, Any]) -> int:
+    """Return the start of a run in milliseconds since the epoch."""
+    return int(run.get("start_time") or 0)
+
+
+def _windows(since: int) -> Iterator[tuple[int, int]]:
+    """Yield spans of time from `since` to the future, in milliseconds since the epoch; 0 is an open end.
+
+    Most runs are submitted soon after their reference was logged, but Databricks lists the newest runs first.
+    """
+    length = _FIRST_WINDOW
+    while since and since + length < time.time() * 1000:
+        yield since, since + length - 1
+        since, length = since + length, 2 * length
+    yield since, 0
