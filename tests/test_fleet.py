@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -332,6 +333,91 @@ async def test_a_status_set_by_the_project_is_kept(tracking: FakeTracking, tmp_p
         await anyio.to_thread.run_sync((tmp_path / "demo" / "gate").write_text, "go\n")
         assert await run.wait() is False
     assert tracking.runs[run.run_id].status is RunStatus.FINISHED
+
+
+@pytest.mark.parametrize(
+    ("command", "tags"),
+    [
+        ("exit 3", {"mlfleet.reason": "exit code 3", "mlfleet.failure_kind": "failure"}),
+        (
+            "kill -9 $$",
+            {
+                "mlfleet.reason": "killed by signal SIGKILL (the machine may have run out of memory)",
+                "mlfleet.failure_kind": "oom",
+            },
+        ),
+        ("sleep 60", {"mlfleet.reason": "the run timeout of 0.2 s ran out", "mlfleet.failure_kind": "timeout"}),
+        ("true", {}),
+    ],
+)
+async def test_why_a_run_failed_is_told_by_its_tags_before_its_status(
+    tracking: FakeTracking, tmp_path: Path, command: str, tags: dict[str, str]
+) -> None:
+    at_the_end = {}
+
+    def look(method: str) -> None:
+        if method == "update_run":
+            [recorded] = tracking.runs.values()
+            at_the_end.update(recorded.tags)
+
+    tracking.fail = look
+    timeouts = Timeouts(run=0.2 if "sleep" in command else None, cancel_grace=0)
+    async with Fleet(tracking=tracking, timeouts=timeouts) as fleet:
+        await (await fleet.submit(write_project(tmp_path / "demo", command), env_manager="local")).wait()
+    assert tags.items() <= at_the_end.items()
+    assert ("mlfleet.reason" in at_the_end, "mlfleet.failure_kind" in at_the_end) == (bool(tags), bool(tags))
+    assert tracking.requests == {"create_run": 1, "get_run": 1, "update_run": 1, **({"log": 1} if tags else {})}
+
+
+async def test_a_failure_that_the_code_in_the_run_wrote_first_gets_its_reason(
+    tracking: FakeTracking, tmp_path: Path
+) -> None:
+    uri = write_project(tmp_path / "demo", "echo ready; read line < gate; exit 4")
+    os.mkfifo(tmp_path / "demo" / "gate")
+    async with Fleet(tracking=tracking) as fleet:
+        run = await fleet.submit(uri, env_manager="local")
+        await first_line(run)
+        await tracking.update_run(run.run_id, RunStatus.FAILED)  # as mlflow.start_run() does on an exception
+        await anyio.to_thread.run_sync((tmp_path / "demo" / "gate").write_text, "go\n")
+        assert await run.wait() is False
+    assert tracking.runs[run.run_id].tags["mlfleet.reason"] == "exit code 4"
+
+
+async def test_a_cancelled_run_has_no_reason(fleet: Fleet, tracking: FakeTracking, tmp_path: Path) -> None:
+    uri = write_project(tmp_path / "demo", "echo $$; exec sleep 60")
+    here, elsewhere = [await fleet.submit(uri, env_manager="local") for _ in range(2)]
+    pid = int(await first_line(elsewhere))
+    await here.cancel()
+    await tracking.update_run(elsewhere.run_id, RunStatus.KILLED)  # as `mlfleet cancel` does before it ends the command
+    os.kill(pid, signal.SIGTERM)
+    assert (await elsewhere.outcome()).status is RunStatus.KILLED
+    for run in (here, elsewhere):
+        assert not {"mlfleet.reason", "mlfleet.failure_kind"} & tracking.runs[run.run_id].tags.keys()
+
+
+async def test_the_status_is_written_though_the_tags_of_a_failure_cannot_be(
+    tracking: FakeTracking, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracking.fail = lambda method: TrackingError("no tags today") if method == "log" else None
+    async with Fleet(tracking=tracking) as fleet:
+        run = await fleet.submit(write_project(tmp_path / "demo", "exit 3"), env_manager="local")
+        assert (await run.outcome()).tracking_error is None
+    assert tracking.runs[run.run_id].status is RunStatus.FAILED
+    assert "mlfleet.reason, mlfleet.failure_kind of the run" in caplog.text
+    assert "no tags today" in caplog.text
+
+
+async def test_a_run_used_again_loses_the_reason_of_its_earlier_failure(
+    fleet: Fleet, tracking: FakeTracking, tmp_path: Path
+) -> None:
+    uri = write_project(tmp_path / "demo", "exit {code}", parameters="code: int")
+    first = await fleet.submit(uri, parameters={"code": 3}, env_manager="local")
+    await first.wait()
+    tracking.runs[first.run_id].params.clear()
+    again = await fleet.submit(uri, parameters={"code": 0}, run_id=first.run_id, env_manager="local")
+    assert await again.wait()
+    tags = tracking.runs[first.run_id].tags
+    assert (tags["mlfleet.reason"], tags["mlfleet.failure_kind"]) == ("", "")
 
 
 async def test_an_existing_run_is_used_again(tracking: FakeTracking, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from mlfleet.errors import BackendNotFound, MlfleetError, UsageError
 from mlfleet.fleet import Fleet, context_of
 from mlfleet.runs import JobRef, Outcome, RunStatus
 from mlfleet.tracking import RunInfo
-from mlfleet.tracking.base import end_run
+from mlfleet.tracking.base import end_run, failure_tags
 
 __all__ = ["cancel_run", "cancel_sweep", "read_logs", "wait_for"]
 
@@ -179,7 +179,9 @@ async def _settle(fleet: Fleet, run_id: str, outcome: Outcome) -> None:
         if (await fleet.tracking.get_run(run_id)).status.is_terminal:
             return
         await anyio.sleep(_SHORTEST_PAUSE)
-    await end_run(fleet.tracking, run_id, outcome.status, patience=fleet.tracking_patience)
+    _, secret = await fleet.tracking.environ()
+    tags = failure_tags(outcome, secret.values())
+    await end_run(fleet.tracking, run_id, outcome.status, patience=fleet.tracking_patience, tags=tags)
 
 
 async def _wait_over(fleet: Fleet, run_id: str) -> None:

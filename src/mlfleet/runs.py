@@ -15,6 +15,8 @@ from mlfleet.errors import ExecutionException, RunCancelled, RunTimeout, SpecErr
 
 __all__ = [
     "DEFAULT_CANCEL_GRACE",
+    "FAILURE_KIND_TAG",
+    "REASON_TAG",
     "STARTED_TAG",
     "FailureKind",
     "JobRef",
@@ -29,6 +31,12 @@ __all__ = [
 
 DEFAULT_CANCEL_GRACE = 10.0
 """Default seconds between the request to stop (SIGTERM) and the end by force (SIGKILL)."""
+
+REASON_TAG = "mlfleet.reason"
+"""The tag with the reason why a run did not finish well, in one line."""
+
+FAILURE_KIND_TAG = "mlfleet.failure_kind"
+"""The tag with the kind of a failure: a value of `FailureKind`."""
 
 STARTED_TAG = "mlfleet.started"
 """The tag with the time at which a run's command began, in milliseconds since the epoch, if it had to wait."""

@@ -127,6 +127,12 @@ def test_logs_follow_a_run_to_its_end(server: MlflowServer, tmp_path: Path) -> N
     assert mlfleet("wait", one, other).returncode == 0
 
 
+def test_a_waiter_is_told_why_a_run_failed(server: MlflowServer, tmp_path: Path) -> None:
+    failed = json.loads(mlfleet("run", write_project(tmp_path / "bad", "exit 3"), "--json").stdout)
+    waited = mlfleet("wait", failed["run_id"])
+    assert (waited.returncode, waited.stdout) == (1, f"{failed['run_id']} FAILED (exit code 3)\n")
+
+
 def test_a_waiter_that_is_interrupted_leaves_the_run_alone(server: MlflowServer, tmp_path: Path) -> None:
     with sweeping(tmp_path / "left", "-P", "x=1,2") as (driver, _, (one, other)):
         for command, told in ((("wait", one), "waiting"), (("logs", "-f", other), "begun")):

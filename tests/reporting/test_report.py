@@ -110,6 +110,8 @@ async def test_the_report_has_the_numbers_of_the_runs(
         assert row["status"].text == run.status
         assert row["point"].text == run.tags["mlfleet.sweep.index"]
         assert row["attempt"].text == run.tags["mlfleet.sweep.attempt"]
+        why = "exit code 1" if run.status == "FAILED" else None
+        assert row["status"].attributes.get("title") == run.tags.get("mlfleet.reason") == why
         assert row["x"].text == run.params["x"]
         assert row["mode"].attributes["data-value"] == run.params["mode"]
         for metric in ("loss", "gain"):

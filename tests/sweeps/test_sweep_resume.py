@@ -71,6 +71,7 @@ async def test_failures_may_be_left_as_they_are(fleet: Fleet, tmp_path: Path) ->
     await all_of(fleet, uri, grid(n=range(2)), name="lr")
     again = await all_of(fleet, uri, grid(n=range(2)), name="lr", resume=True, retry_failed=False)
     assert [(each.status, each.earlier) for each in again.results] == [("FINISHED", True), ("FAILED", True)]
+    assert [(each.reason, each.kind) for each in again.results] == [(None, None), ("exit code 1", "failure")]
     assert again.status is RunStatus.FAILED
 
 

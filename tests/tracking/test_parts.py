@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlfleet.errors import MlfleetError, TrackingError, UsageError
-from mlfleet.runs import RunStatus
+from mlfleet.runs import Outcome, RunStatus
 from mlfleet.testing import FakeTracking
 from mlfleet.tracking import Credentials, EmbeddedTracking, RestTracking, Tracking, default_uri, open_tracking
 from mlfleet.tracking.auth import split_userinfo
+from mlfleet.tracking.base import failure_tags
 from mlfleet.tracking.locations import ModelRef, absolute_uri, join, parse_model_uri, parse_run_uri, safe_path
 from mlfleet.tracking.models import batches, run_info, shortened
 
@@ -166,3 +167,30 @@ async def test_the_fake_records_calls_and_fails_on_demand(tmp_path: Path) -> Non
     assert recorded.statuses == [RunStatus.RUNNING, RunStatus.FINISHED]
     assert recorded.artifacts == {"logs/out.log": b"hello"}
     assert tracking.requests["update_run"] == 2
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        ("exit code 1: \x1b]0;owned\x07\x1b[31mred\r\nnext\tline\u202e", "exit code 1: red next line"),
+        (
+            "cannot pull https://me:pass@registry.invalid/x?sig=abc",
+            "cannot pull https://***@registry.invalid/x?sig=***",
+        ),
+        ("the key is correct-horse, or battery-staple", "the key is ***, or ***"),
+        ("x" * 496 + "correct-horse", "x" * 496 + "***"),
+        ("y" * 2000, "y" * 499 + "…"),
+        ("exit code 1", "exit code 1"),
+    ],
+)
+def test_the_reason_of_a_failure_becomes_a_short_clean_line_without_secrets(reason: str, told: str) -> None:
+    secrets = ["correct-horse\nbattery-staple", "correct-horse", "1"]
+    tags = failure_tags(Outcome(RunStatus.FAILED, reason=reason), secrets)
+    assert tags == {"mlfleet.reason": told, "mlfleet.failure_kind": "failure"}
+
+
+def test_a_run_that_others_cancelled_has_a_reason_but_no_kind() -> None:
+    reason = "cancelled in Databricks (USER_CANCELED)"
+    assert failure_tags(Outcome(RunStatus.KILLED, reason=reason)) == {"mlfleet.reason": reason}
+    assert failure_tags(Outcome(RunStatus.KILLED, reason="cancelled")) == {}
+    assert failure_tags(Outcome(RunStatus.FINISHED)) == {}

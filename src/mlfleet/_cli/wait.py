@@ -8,11 +8,12 @@ import anyio
 import click
 
 from mlfleet._cli.options import debug_option, tracking_option
-from mlfleet._cli.output import complain, exit_code, say
+from mlfleet._cli.output import complain, exit_code, print_line, say
 from mlfleet._control import wait_for
+from mlfleet._text.plain import plain_line
 from mlfleet.errors import MlfleetError
 from mlfleet.fleet import Fleet
-from mlfleet.runs import RunStatus
+from mlfleet.runs import REASON_TAG, RunStatus
 from mlfleet.tracking import RunInfo
 
 __all__ = ["for_each_run", "wait"]
@@ -37,7 +38,7 @@ async def for_each_run(
     work: Callable[[Fleet, str], Awaitable[RunInfo]],
     good: Sequence[RunStatus],
 ) -> int:
-    """Call `work` for all runs at the same time, and print the id and status of each.
+    """Call `work` for all runs at the same time, and print id and status of each, and why it did not finish.
 
     Args:
         run_ids: The ids of the MLflow runs.
@@ -58,7 +59,8 @@ async def for_each_run(
                 complain(str(error))
                 codes.append(exit_code(error) if isinstance(error, MlfleetError) else 1)
         else:
-            click.echo(f"{run_id} {info.status}")
+            reason = info.tags.get(REASON_TAG)
+            print_line(f"{run_id} {info.status}" + (f" ({plain_line(reason)})" if reason else ""))
             codes.append(0 if info.status in good else 1)
 
     async with Fleet(tracking_uri=tracking_uri) as fleet, anyio.create_task_group() as group:

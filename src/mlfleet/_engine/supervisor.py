@@ -21,8 +21,8 @@ from mlfleet._engine.plan import Plan
 from mlfleet._engine.request import Output, SweepMember
 from mlfleet.backends.base import Backend, BackendRun, Job
 from mlfleet.errors import MlfleetError, RunLost, RunTimeout, TrackingError, UsageError
-from mlfleet.runs import STARTED_TAG, Outcome, RunEvent, RunStatus, Stage, Timeouts
-from mlfleet.tracking.base import RunInfo, end_run
+from mlfleet.runs import FAILURE_KIND_TAG, REASON_TAG, STARTED_TAG, Outcome, RunEvent, RunStatus, Stage, Timeouts
+from mlfleet.tracking.base import RunInfo, end_run, failure_tags
 
 if TYPE_CHECKING:
     from mlfleet._engine.context import RunContext
@@ -234,7 +234,8 @@ class Supervisor(ABC):
             if self._second_run is not None:
                 second = await end_run(tracking, self._second_run, outcome.status, patience=patience)
                 self.metrics = second.metrics
-            seen = await end_run(tracking, info.run_id, outcome.status, patience=patience)
+            tags = failure_tags(outcome, await self._secrets())
+            seen = await end_run(tracking, info.run_id, outcome.status, patience=patience, tags=tags)
         except TrackingError as error:
             logger.error(
                 "the run %s is %s, but its status could not be written to MLflow: %s",
@@ -249,6 +250,13 @@ class Supervisor(ABC):
             # A process that cancels the run of another one writes KILLED before it ends the command.
             return replace(outcome, status=RunStatus.KILLED, reason="cancelled by another process")
         return outcome
+
+    async def _secrets(self) -> list[str]:
+        """Return the values that must not show in what is written about the run."""
+        with suppress(TrackingError):  # a Tracking may need its server for them; then only these stay unknown
+            _, secret = await self._context.tracking.environ()
+            return list(secret.values())
+        return []
 
     def _set_outcome(self, outcome: Outcome) -> None:
         self.outcome = outcome
@@ -386,6 +394,9 @@ class SubmittedSupervisor(Supervisor):
         tags: dict[str, str] = {}
         if self._plan.request.run_id is not None:
             tags.update(self._plan.tags)
+            assert self.info is not None  # noqa: S101 - set by _create
+            # The reason of its earlier end is out of date. Removing tags would be requests of their own.
+            tags.update({name: "" for name in (REASON_TAG, FAILURE_KIND_TAG) if name in self.info.tags})
         reference = backend.reference(job)
         if reference is not None:
             tags[reference.TAG] = reference.to_json()

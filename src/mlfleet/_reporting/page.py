@@ -179,10 +179,11 @@ def _row(report: SweepReport, run: ReportedRun, metrics: Sequence[str]) -> str:
     url = run_url(report.tracking, report.info.experiment_id, run.run_id)
     name = _link(run.name or run.run_id, url)
     reason = f' title="{escape(f"after: {run.reason}")}"' if run.reason else ""
+    failure = f' title="{escape(run.failure)}"' if run.failure else ""
     cells = [
         _cell(run.index, str(run.index)),
         f'<td class="n" data-value="{run.attempt}"{reason}>{run.attempt}</td>',
-        f'<td data-value="{run.status.value}">{_status(run.status)}</td>',
+        f'<td data-value="{run.status.value}"{failure}>{_status(run.status)}</td>',
         f'<td data-value="{escape(run.name)}">{name}</td>',
     ]
     for param in report.varied:

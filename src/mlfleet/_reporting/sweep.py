@@ -12,7 +12,7 @@ from typing import Any
 from mlfleet._engine.request import SweepMember
 from mlfleet._sweeps import NAME_TAG, SPACE_TAG, STOPPED_TAG
 from mlfleet.errors import TrackingError, UsageError
-from mlfleet.runs import STARTED_TAG, RunStatus
+from mlfleet.runs import REASON_TAG, STARTED_TAG, RunStatus
 from mlfleet.tracking.base import RunInfo, Tracking
 
 __all__ = ["ReportedRun", "SweepReport", "find_sweep", "load_sweep"]
@@ -38,6 +38,7 @@ class ReportedRun:
         started: The time at which its command began, in the same unit; `created` if it hardly waited.
         ended: The time of its end, in the same unit; None before the end.
         reason: The reason why the previous attempt failed; None for the first one.
+        failure: The reason why this attempt did not finish well; None if it did, or if that is not known.
     """
 
     run_id: str
@@ -52,6 +53,7 @@ class ReportedRun:
     started: int | None
     ended: int | None
     reason: str | None
+    failure: str | None
 
     @property
     def waited(self) -> float | None:
@@ -191,6 +193,7 @@ def _run(info: RunInfo, latest: Mapping[int, int]) -> ReportedRun:
         started=int(started) if started.isdigit() else info.start_time,
         ended=info.end_time,
         reason=info.tags.get(SweepMember.REASON_TAG),
+        failure=info.tags.get(REASON_TAG) or None,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -19,9 +20,9 @@ from mlfleet._sweeps.record import History, SweepRecord
 from mlfleet._sweeps.results import PointResult
 from mlfleet._sweeps.settings import SweepSettings
 from mlfleet.errors import BackendError, MlfleetError, ParameterError, RunLost, SpecError, TrackingError
-from mlfleet.runs import JobRef, Outcome, RunEvent, RunStatus, Stage
+from mlfleet.runs import FAILURE_KIND_TAG, REASON_TAG, FailureKind, JobRef, Outcome, RunEvent, RunStatus, Stage
 from mlfleet.spaces import Point
-from mlfleet.tracking.base import RunInfo, end_run
+from mlfleet.tracking.base import RunInfo, end_run, failure_tags
 
 __all__ = ["Attempts"]
 
@@ -105,11 +106,14 @@ class Attempts:
             done = latest if latest.status is RunStatus.FAILED and LOST_TAG not in latest.tags else None
         if done is None:
             return None
-        reason = None if done.status is RunStatus.FINISHED else "failed before the sweep was resumed"
+        reason = kind = None
+        if done.status is not RunStatus.FINISHED:
+            reason = done.tags.get(REASON_TAG) or "failed before the sweep was resumed"
+            kind = _kind(done.tags.get(FAILURE_KIND_TAG))
         return replace(
             blank,
-            status=done.status, run_id=done.run_id, reason=reason, attempts=history.attempts, metrics=done.metrics,
-            earlier=True,
+            status=done.status, run_id=done.run_id, reason=reason, kind=kind, attempts=history.attempts,
+            metrics=done.metrics, earlier=True,
         )  # fmt: skip
 
     async def _attempts(self, blank: PointResult, key: str | None, history: History) -> PointResult:
@@ -160,7 +164,9 @@ class Attempts:
         """Attach to the run of an earlier session. Return None if it was never started: its MLflow run is ended."""
         if JobRef.TAG in info.tags:
             return await self._context.attach(info.run_id, timeouts=self._settings.request.timeouts)
-        await self._mark_lost(info.run_id, "its driver ended before it was started")
+        reason = "its driver ended before it was started"
+        lost = Outcome(RunStatus.FAILED, reason=reason, cause=FailureKind.INFRASTRUCTURE)
+        await self._mark_lost(info.run_id, reason, failure_tags(lost))
         await end_run(self._context.tracking, info.run_id, RunStatus.FAILED, patience=self._context.tracking_patience)
         return None
 
@@ -180,9 +186,9 @@ class Attempts:
         self._count(run, outcome)
         return outcome
 
-    async def _mark_lost(self, run_id: str, reason: str) -> None:
+    async def _mark_lost(self, run_id: str, reason: str, tags: Mapping[str, str] | None = None) -> None:
         logger.warning("the run %s was lost: %s", run_id, reason)
-        await self._context.tracking.log(run_id, tags={LOST_TAG: reason})
+        await self._context.tracking.log(run_id, tags={LOST_TAG: reason, **(tags or {})})
 
     def _count(self, run: FleetRun, outcome: Outcome) -> None:
         if outcome.status is RunStatus.KILLED:
@@ -241,3 +247,11 @@ def _seconds(run: FleetRun) -> float | None:
 
 def _first_line(error: MlfleetError) -> str:
     return str(error).partition("\n")[0]
+
+
+def _kind(text: str | None) -> FailureKind | None:
+    """Return the kind that a tag names; None if it names none, for whoever may write tags may write others."""
+    try:
+        return None if text is None else FailureKind(text)
+    except ValueError:
+        return None

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from mlfleet._text.masking import mask
+from mlfleet._text.plain import plain_text
 from mlfleet.errors import TrackingError
-from mlfleet.runs import RunStatus
+from mlfleet.runs import FAILURE_KIND_TAG, REASON_TAG, Outcome, RunStatus
 from mlfleet.tracking.models import RunInfo
 
-__all__ = ["RunInfo", "Tracking", "end_run"]
+__all__ = ["RunInfo", "Tracking", "end_run", "failure_tags"]
+
+logger = logging.getLogger("mlfleet.tracking")
 
 _LAST_ATTEMPT_SECONDS = 30.0
 """Seconds for a last attempt that began before the end of the patience."""
+
+_TAGS_SECONDS = 5.0
+"""Seconds for the tags about an end beyond the patience, so that the status comes soon after."""
+
+_LONGEST_REASON = 500  # characters; Databricks and old MLflow servers take 5,000, and a table shows one line
+_SHORTEST_SECRET = 8  # characters; masking each "1" would leave nothing to read
 
 
 class Tracking(ABC):
@@ -133,7 +144,39 @@ class Tracking(ABC):
         """
 
 
-async def end_run(tracking: Tracking, run_id: str, status: RunStatus, *, patience: float) -> RunInfo:
+def failure_tags(outcome: Outcome, secrets: Iterable[str] = ()) -> dict[str, str]:
+    """Return the tags that say why a run did not finish well; empty if it did, or was only cancelled.
+
+    The reason may hold text from elsewhere, such as a message of the cluster or the last words of the run: control
+    characters and secrets are removed, and it becomes one line of bounded length.
+
+    Args:
+        outcome: The outcome of the run.
+        secrets: Texts that the tags must not show; those of less than eight characters are not looked for.
+    """
+    if outcome.status is RunStatus.FINISHED:
+        return {}
+    hidden = [line for secret in secrets for line in (secret, *secret.splitlines()) if len(line) >= _SHORTEST_SECRET]
+    # Masked before anything is cut or removed, which would leave parts of a secret.
+    reason = " ".join(plain_text(mask(outcome.reason or "", hidden)).split())
+    if len(reason) > _LONGEST_REASON:
+        reason = f"{reason[: _LONGEST_REASON - 1]}…"
+    tags = {}
+    if reason and (outcome.status is RunStatus.FAILED or reason != "cancelled"):
+        tags[REASON_TAG] = reason
+    if outcome.kind is not None:
+        tags[FAILURE_KIND_TAG] = outcome.kind.value
+    return tags
+
+
+async def end_run(
+    tracking: Tracking,
+    run_id: str,
+    status: RunStatus,
+    *,
+    patience: float,
+    tags: Mapping[str, str] | None = None,
+) -> RunInfo:
     """Write a terminal status, unless the run's own code has ended the run already.
 
     Args:
@@ -141,6 +184,8 @@ async def end_run(tracking: Tracking, run_id: str, status: RunStatus, *, patienc
         run_id: The id of the run.
         status: The terminal status.
         patience: Seconds for which each request is repeated while tracking cannot be reached.
+        tags: Tags about this end. They are written before the status, so that whoever sees the status sees them; not
+            if the run has ended with another status. If they cannot be written, a warning says so.
 
     Returns:
         The run as it was right before: with its own tags, parameters and metrics.
@@ -150,12 +195,24 @@ async def end_run(tracking: Tracking, run_id: str, status: RunStatus, *, patienc
     """
     end_time = int(time.time() * 1000)
     try:
-        async with asyncio.timeout(2 * patience + _LAST_ATTEMPT_SECONDS):
+        async with asyncio.timeout((3 if tags else 2) * patience + _LAST_ATTEMPT_SECONDS):
             info = await tracking.get_run(run_id, retry_for=patience)
             if info.deleted:
                 raise TrackingError(f"the run {run_id} was deleted", uri=tracking.uri, code="INVALID_STATE")
+            if tags and (info.status is status or not info.status.is_terminal):
+                await _log_tags(tracking, run_id, tags, patience=patience)
             if not info.status.is_terminal:
                 await tracking.update_run(run_id, status, end_time=end_time, retry_for=patience)
             return info
     except TimeoutError as error:
         raise TrackingError("no answer in time", uri=tracking.uri) from error
+
+
+async def _log_tags(tracking: Tracking, run_id: str, tags: Mapping[str, str], *, patience: float) -> None:
+    """Write the tags about an end. Not being able to is no reason to leave out the status."""
+    try:
+        async with asyncio.timeout(patience + _TAGS_SECONDS):
+            await tracking.log(run_id, tags=tags)
+    except (TrackingError, TimeoutError) as error:
+        said = str(error) or "no answer in time"
+        logger.warning("the tags %s of the run %s could not be written: %s", ", ".join(tags), run_id, said)
