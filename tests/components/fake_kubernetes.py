@@ -29,14 +29,16 @@ class FakeCluster:
         node: The controllers and the kubelet.
         created: The names of all Jobs that were ever created.
         folder: The folder for files.
-        play: A function that returns the behaviour of a pod's containers; tests replace it.
+        play: A function that returns the behaviour of a pod's run container; tests replace it.
+        others: The behaviour of other containers, by their names.
     """
 
     api: KubernetesApi
     folder: Path
     play: Callable[[Mapping[str, Any]], Acting]
-    node: Cluster | None = None
+    others: dict[str, Acting] = field(default_factory=dict)
     created: list[str] = field(default_factory=list)
+    node: Cluster = field(init=False)
 
     async def config(self, **given: Any) -> KubernetesConfig:
         """Return a ``backend_config`` with the given keys; an underscore stands for a hyphen."""
@@ -70,7 +72,7 @@ async def fake_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Async
 async def open_fake(folder: Path, *, pace: float = 0.0) -> AsyncIterator[FakeCluster]:
     api = KubernetesApi()
     cluster = FakeCluster(api, folder, lambda pod: Acting())
-    cluster.node = Cluster(api, Acted(lambda pod: cluster.play(pod)), pace=pace)
+    cluster.node = Cluster(api, Acted(lambda pod: cluster.play(pod), cluster.others), pace=pace)
 
     def note(kind: str, key: tuple[str, str, str], value: object) -> None:
         if (kind, key[0]) == ("ADDED", "jobs"):

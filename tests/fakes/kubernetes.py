@@ -17,14 +17,14 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
-__all__ = ["ApiFailure", "Fault", "Key", "KubernetesApi", "Log", "now", "serving", "stamp"]
+__all__ = ["ApiFailure", "Fault", "Key", "KubernetesApi", "Log", "mark_deleted", "now", "serving", "stamp"]
 
 Key = tuple[str, str, str]  # plural, namespace, name
 Fault = Callable[[web.Request], "web.StreamResponse | None"]
@@ -39,8 +39,9 @@ _NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9]
 _LABEL = re.compile(r"([A-Za-z0-9][-A-Za-z0-9_.]{0,61})?[A-Za-z0-9]")
 
 
-def now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+def now(after: float = 0.0) -> str:
+    """Return the time, or that in some seconds."""
+    return (datetime.now(UTC) + timedelta(seconds=after)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def stamp() -> str:
@@ -312,7 +313,7 @@ class KubernetesApi:
     def delete_job(self, key: Key, policy: str | None) -> web.Response:
         job = self.objects[key]
         if policy == "Foreground":
-            self.change(key, lambda found: _mark_deleted(found, 0, "foregroundDeletion"))
+            self.change(key, lambda found: mark_deleted(found, 0, "foregroundDeletion"))
             self._leaving.add(key)
             for pod in self.pods_of(job):
                 self.delete_pod(pod, None)
@@ -329,6 +330,14 @@ class KubernetesApi:
         text = '299 - "child pods are preserved by default when jobs are deleted"'
         return web.json_response(job, headers={"Warning": text})
 
+    def delete_namespace(self, namespace: str) -> None:
+        """Delete everything in a namespace; its pods have their grace time."""
+        for key in [key for key in self.objects if key[1] == namespace]:
+            if key[0] == "jobs":
+                self.delete_job(key, "Background")
+            elif key[0] != "pods":
+                self.remove(key)
+
     def delete_pod(self, key: Key, grace: float | None) -> None:
         pod = self.objects[key]
         seconds = pod["spec"].get("terminationGracePeriodSeconds", 30) if grace is None else grace
@@ -339,7 +348,7 @@ class KubernetesApi:
         meta = pod["metadata"]
         if "deletionTimestamp" in meta and seconds >= meta["deletionGracePeriodSeconds"]:
             return
-        self.change(key, lambda found: _mark_deleted(found, seconds, None))
+        self.change(key, lambda found: mark_deleted(found, seconds, None))
 
     def pods_of(self, job: Mapping[str, Any]) -> list[Key]:
         uid = job["metadata"]["uid"]
@@ -525,9 +534,10 @@ def _key(request: web.Request) -> Key:
     return request.match_info["plural"], request.match_info["namespace"], request.match_info["name"]
 
 
-def _mark_deleted(found: dict[str, Any], grace: float, finalizer: str | None) -> None:
+def mark_deleted(found: dict[str, Any], grace: float, finalizer: str | None) -> None:
+    """Mark an object as deleted. The timestamp is the time of the request and the grace."""
     meta = found["metadata"]
-    meta.setdefault("deletionTimestamp", now())
+    meta["deletionTimestamp"] = now(grace)
     meta["deletionGracePeriodSeconds"] = grace
     if finalizer is not None:
         meta["finalizers"] = [finalizer]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fakes.kubernetes import Key, KubernetesApi, Log, now
+from fakes.kubernetes import Key, KubernetesApi, Log, mark_deleted, now
 
 __all__ = ["Acted", "Acting", "Cluster", "Ended", "Processes", "expand"]
 
@@ -61,15 +61,22 @@ class Acting:
     output: tuple[bytes, ...] = ()
     reason: str = ""
     obeys: bool = True
+    asked: int = 143  # the exit code after SIGTERM
 
 
 class Acted:
-    """A runtime that simulates containers. `play` returns the behaviour for a pod."""
+    """A runtime that simulates containers.
 
-    def __init__(self, play: Callable[[Mapping[str, Any]], Acting]) -> None:
+    `play` returns the behaviour of a pod's run container, `others` that of other containers by their names.
+    """
+
+    def __init__(self, play: Callable[[Mapping[str, Any]], Acting], others: Mapping[str, Acting] | None = None) -> None:
         self._play = play
+        self._others = {} if others is None else others
 
     async def start(self, pod: Mapping[str, Any], container: Mapping[str, Any], log: Log) -> Container:
+        if container["name"] in self._others:
+            return _ActedContainer(self._others[container["name"]], log)
         unpacks = any(each["name"] == container["name"] for each in pod["spec"].get("initContainers") or ())
         return _ActedContainer(Acting() if unpacks else self._play(pod), log)
 
@@ -93,7 +100,7 @@ class _ActedContainer:
 
     def terminate(self) -> None:
         if self._acting.obeys and not self._stopped.done():
-            self._stopped.set_result(143)
+            self._stopped.set_result(self._acting.asked)
 
     def kill(self) -> None:
         if not self._stopped.done():
@@ -240,7 +247,12 @@ def expand(text: str, environ: Mapping[str, str]) -> str:
 
 
 class Cluster:
-    """The Job controller, the garbage collector's TTL, the scheduler and one kubelet."""
+    """The Job controller, the garbage collector's TTL, the scheduler and one kubelet.
+
+    Attributes:
+        answers: False for a node that does not answer: its pods run on, whatever is asked of them.
+        injected: Containers that an admission webhook adds to every pod.
+    """
 
     def __init__(self, api: KubernetesApi, runtime: Runtime, *, pace: float = 0.0, retry_after: float = 0.01) -> None:
         self.api = api
@@ -248,8 +260,10 @@ class Cluster:
         self.pace = pace
         self.retry_after = retry_after
         self.ttl = True
+        self.answers = True
+        self.injected: list[dict[str, Any]] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._containers: dict[str, Container] = {}
+        self._containers: dict[str, list[Container]] = {}
         self._ending: dict[str, float] = {}
         api.on_change.append(self._changed)
 
@@ -283,7 +297,7 @@ class Cluster:
                 self.start(self._run_job(key, meta["uid"]))
         elif key[0] == "pods" and kind == "MODIFIED" and "deletionTimestamp" in meta:
             seconds = float(meta["deletionGracePeriodSeconds"])
-            if seconds < self._ending.get(meta["uid"], 1e9):
+            if self.answers and seconds < self._ending.get(meta["uid"], 1e9):
                 self._ending[meta["uid"]] = seconds
                 self.start(self._end_pod(meta["uid"], seconds))
 
@@ -304,7 +318,7 @@ class Cluster:
                 return
             status: dict[str, Any] = {"startTime": now(), "active": 1, "ready": 0, "terminating": 0}
             self.api.change(key, lambda job, status=status: job["status"].update(status))  # type: ignore[misc]
-            pod = self.api.create("pods", key[1], _pod_of(job))
+            pod = self.api.create("pods", key[1], self._pod_of(job))
             ended = await self._run_pod(("pods", key[1], pod["metadata"]["name"]), pod)
             await self._step()
             job = self.api.objects.get(key)
@@ -337,7 +351,7 @@ class Cluster:
     # ---- the kubelet ------------------------------------------------------------------------------------------------
 
     async def _run_pod(self, key: Key, pod: dict[str, Any]) -> bool | None:
-        """Run a pod to its end; return its success, or None if it was deleted."""
+        """Run a pod to its end; return its success, or None if it never ends. A deleted pod has failed."""
         uid, spec = pod["metadata"]["uid"], pod["spec"]
         await self._step()
         if spec.get("nodeSelector"):
@@ -348,24 +362,31 @@ class Cluster:
         self.api.change(key, lambda pod: pod["spec"].update(nodeName="node1"))
         await self._set_status(key, {"conditions": [{"type": "PodScheduled", "status": "True"}]})
         states: dict[str, dict[str, Any]] = {}
-        good: bool | None = None
-        for kind in ("initContainers", "containers"):
-            for container in spec.get(kind) or ():
-                good = await self._run_container(key, pod, kind, container, states)
-                if good is False:
-                    break
-            if good is False:
+        good = True
+        sidecars: list[asyncio.Task[bool]] = []
+        for container in spec.get("initContainers") or ():
+            running = asyncio.create_task(self._run_container(key, pod, "initContainers", container, states))
+            if container.get("restartPolicy") == "Always":
+                sidecars.append(running)
+            elif not (good := await running):
                 break
+        if good:
+            plain = (self._run_container(key, pod, "containers", each, states) for each in spec["containers"])
+            good = all(await asyncio.gather(*plain))
+        for sidecar in self._containers.get(uid, ()):
+            sidecar.terminate()
+        await asyncio.gather(*sidecars)
         self.runtime.close_pod(pod)
         await self._set_status(key, {"phase": "Succeeded" if good else "Failed"})
         self._containers.pop(uid, None)
         self._ending.pop(uid, None)
         found = self.api.objects.get(key)
         if found is None or "deletionTimestamp" in found["metadata"]:
+            self.api.change(key, lambda pod: mark_deleted(pod, 0, None))
             self.api.remove(key)
             self.api.collect()
-            return None
-        return bool(good)
+            return False
+        return good
 
     async def _run_container(
         self, key: Key, pod: dict[str, Any], kind: str, container: dict[str, Any], states: dict[str, dict[str, Any]]
@@ -376,6 +397,12 @@ class Cluster:
             states[name] = {"name": name, "state": state, "ready": "running" in state, "restartCount": 0}
             field = "initContainerStatuses" if kind == "initContainers" else "containerStatuses"
             names = [each["name"] for each in pod["spec"].get(kind) or ()]
+            if any(
+                "waiting" not in states[each["name"]]["state"]
+                for each in pod["spec"]["containers"]
+                if each["name"] in states
+            ):
+                phase = "Running"
             await self._set_status(key, {field: [states[each] for each in names if each in states], "phase": phase})
 
         await show({"waiting": {"reason": "ContainerCreating"}}, "Pending")
@@ -389,7 +416,7 @@ class Cluster:
             return False
         log = self.api.logs[(key[1], key[2], name)] = Log()
         running = await self.runtime.start(pod, container, log)
-        self._containers[uid] = running
+        self._containers.setdefault(uid, []).append(running)
         if uid in self._ending:
             running.terminate()
         await show({"running": {"startedAt": now()}}, "Running" if kind == "containers" else "Pending")
@@ -416,28 +443,26 @@ class Cluster:
         return None
 
     async def _end_pod(self, uid: str, grace: float) -> None:
-        container = self._containers.get(uid)
-        if container is None:
-            return
-        container.terminate()
+        for container in self._containers.get(uid, ()):
+            container.terminate()
         await asyncio.sleep(grace)
-        if self._ending.get(uid) == grace and (still := self._containers.get(uid)) is not None:
-            still.kill()
+        if self._ending.get(uid) == grace:
+            for container in self._containers.get(uid, ()):
+                container.kill()
 
-
-def _pod_of(job: dict[str, Any]) -> dict[str, Any]:
-    meta, template = job["metadata"], job["spec"]["template"]
-    owner = {"apiVersion": "batch/v1", "kind": "Job", "name": meta["name"], "uid": meta["uid"], "controller": True}
-    return {
-        "metadata": {
-            "generateName": f"{meta['name']}-",
-            "labels": dict(template["metadata"]["labels"]),
-            "annotations": dict(template["metadata"].get("annotations") or {}),
-            "ownerReferences": [owner],
-        },
-        "spec": template["spec"],
-        "status": {"phase": "Pending"},
-    }
+    def _pod_of(self, job: dict[str, Any]) -> dict[str, Any]:
+        meta, template = job["metadata"], job["spec"]["template"]
+        owner = {"apiVersion": "batch/v1", "kind": "Job", "name": meta["name"], "uid": meta["uid"], "controller": True}
+        return {
+            "metadata": {
+                "generateName": f"{meta['name']}-",
+                "labels": dict(template["metadata"]["labels"]),
+                "annotations": dict(template["metadata"].get("annotations") or {}),
+                "ownerReferences": [owner],
+            },
+            "spec": {**template["spec"], "containers": [*template["spec"]["containers"], *self.injected]},
+            "status": {"phase": "Pending"},
+        }
 
 
 def scratch() -> Path:
