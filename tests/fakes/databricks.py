@@ -35,7 +35,8 @@ class FakeRun:
         state: The state in the form of version 2.1 of the API.
         status: The state in the form of version 2.2; None: answers have only the older form.
         shows_state: True if answers have the older form.
-        output: The answer of ``runs/get-output``.
+        output: The answer of ``runs/get-output`` for the last attempt of the task.
+        attempts: The number of attempts of the task.
         cancelled: The number of requests to cancel the run.
         ended_at: The time of the end, by ``time.monotonic``; 0 before.
     """
@@ -47,6 +48,7 @@ class FakeRun:
     status: dict[str, Any] | None = None
     shows_state: bool = True
     output: dict[str, Any] = field(default_factory=dict)
+    attempts: int = 1
     cancelled: int = 0
     ended_at: float = 0.0
 
@@ -78,7 +80,16 @@ class FakeRun:
             "state": self.state if self.shows_state else None,
             "status": self.status,
             "run_page_url": f"{url}/jobs/{self.number + 10**6}/runs/{self.number}",
-            "tasks": [{"run_id": self.number + 10**9, "task_key": "mlfleet"}],
+            "tasks": [self._task(attempt) for attempt in range(self.attempts)],
+        }
+
+    def _task(self, attempt: int) -> dict[str, Any]:
+        state = self.state if attempt == self.attempts - 1 else {"life_cycle_state": "TERMINATED"}
+        return {
+            "run_id": self.number + 10**9 * (attempt + 1),
+            "task_key": "mlfleet",
+            "attempt_number": attempt,
+            "state": state if self.shows_state else None,
         }
 
 
@@ -240,10 +251,12 @@ class FakeWorkspace(FlakyProxy):
         return ok({})
 
     def _jobs_runs_get_output(self, body: dict[str, Any]) -> Answer:
-        number = int(body["run_id"]) - 10**9
-        if number not in self.runs:
+        attempt, number = divmod(int(body["run_id"]), 10**9)
+        run = self.runs.get(number)
+        if run is None or not attempt:
             return error(400, "INVALID_PARAMETER_VALUE", "Retrieving the output of runs with tasks is not supported.")
-        return ok({"metadata": {}, **self.runs[number].output})
+        output = run.output if attempt == run.attempts else {"logs": "of an earlier attempt\n", "error": "too early"}
+        return ok({"metadata": {}, **output})
 
     # ---- files ------------------------------------------------------------------------------------------------------
 

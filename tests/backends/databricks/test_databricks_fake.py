@@ -105,6 +105,36 @@ async def test_a_run_that_does_not_succeed(
     assert outcome.output[-1] == "RuntimeError: no such column"
 
 
+async def test_the_output_is_that_of_the_last_attempt_of_a_task(
+    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
+) -> None:
+    def end(run: FakeRun) -> None:
+        run.attempts = 3
+        run.output = {"error": "RuntimeError: no such column", "logs": "of the last attempt\n"}
+        run.set_state("TERMINATED", "FAILED", "Task failed.")
+
+    workspace.on_submit = end
+    outcome = await (await backend.submit(make_job())).outcome()
+    assert outcome.output == ("of the last attempt",)
+    assert outcome.reason == "FAILED: Task failed.: RuntimeError: no such column"
+
+
+async def test_output_whose_beginning_databricks_has_cut(
+    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker, caplog: pytest.LogCaptureFixture
+) -> None:
+    def end(run: FakeRun) -> None:
+        run.output = {"logs": "the last lines\n", "logs_truncated": True}
+        run.set_state("TERMINATED", "SUCCESS")
+
+    workspace.on_submit = end
+    run = await backend.submit(make_job())
+    with caplog.at_level(logging.WARNING):
+        lines = await lines_of(run)
+    assert lines == ["(mlfleet: the beginning is missing, Databricks keeps the last 5 MB)", "the last lines"]
+    assert f"the beginning of the output of the run {run.run_id} is missing" in caplog.text
+    assert f"{workspace.url}/jobs/1000001/runs/1" in caplog.text
+
+
 async def test_a_run_passes_through_all_states(
     backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
 ) -> None:

@@ -65,6 +65,9 @@ def test_status_wins_over_the_older_state(state: str) -> None:
         ({"state": {"life_cycle_state": "INTERNAL_ERROR", "result_state": "FAILED"}}, None),
         ({"state": {"life_cycle_state": "INTERNAL_ERROR"}}, FailureKind.INFRASTRUCTURE),
         ({"state": {"life_cycle_state": "SKIPPED"}}, FailureKind.INFRASTRUCTURE),
+        ({"state": {"life_cycle_state": "SKIPPED", "result_state": "EXCLUDED"}}, FailureKind.FAILURE),
+        ({"state": {"life_cycle_state": "TERMINATED", "result_state": "DISABLED"}}, FailureKind.FAILURE),
+        ({"state": {"life_cycle_state": "TERMINATED", "result_state": "UPSTREAM_FAILED"}}, FailureKind.FAILURE),
         (
             {"status": {"state": "TERMINATED", "termination_details": {"code": "X", "type": "CLOUD_FAILURE"}}},
             FailureKind.INFRASTRUCTURE,
@@ -75,6 +78,23 @@ def test_failure_kind_of_each_run(run: dict[str, Any], cause: FailureKind | None
     assert read_state(run).cause is cause
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "DISABLED", "EXCLUDED", "FEATURE_DISABLED", "INVALID_CLUSTER_REQUEST", "INVALID_RUN_CONFIGURATION",
+        "LIBRARY_INSTALLATION_ERROR", "RESOURCE_NOT_FOUND", "UNAUTHORIZED_ERROR", "UPSTREAM_FAILED",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("life", ["TERMINATED", "INTERNAL_ERROR", "SKIPPED"])
+def test_failures_that_would_happen_again_are_not_of_the_infrastructure(code: str, life: str) -> None:
+    details = {"code": code, "type": "INTERNAL_ERROR", "message": "so it is"}
+    run = {
+        "status": {"state": "TERMINATED", "termination_details": details},
+        "state": {"life_cycle_state": life, "result_state": None},
+    }
+    assert read_state(run).cause is FailureKind.FAILURE
+
+
 @pytest.mark.parametrize("run", [{}, {"state": None, "status": None}, {"state": {"life_cycle_state": "BRAND_NEW"}}])
 def test_unknown_states_are_not_terminal(run: dict[str, Any]) -> None:
     assert not read_state(run).is_terminal
@@ -83,3 +103,14 @@ def test_unknown_states_are_not_terminal(run: dict[str, Any]) -> None:
 def test_run_and_task_ids_are_read_from_the_response() -> None:
     state = read_state({"run_id": 1, "job_id": 3, "tasks": [{"run_id": 2}], "run_page_url": "https://x"})
     assert (state.task_run_id, state.job_id, state.page_url) == (2, 3, "https://x")
+
+
+@pytest.mark.parametrize("numbers", [(0, 1, 2), (2, 0, 1), (None, None, None)])
+def test_the_last_attempt_of_the_task_counts(numbers: tuple[int | None, ...]) -> None:
+    tasks = [
+        {"run_id": 7 + index, "attempt_number": number, "state": {"state_message": f"attempt {index}"}}
+        for index, number in enumerate(numbers)
+    ]
+    state = read_state({"tasks": tasks, "state": {"life_cycle_state": "TERMINATED", "result_state": "FAILED"}})
+    last = numbers.index(2) if 2 in numbers else 2
+    assert (state.task_run_id, state.reason) == (7 + last, f"FAILED: attempt {last}")

@@ -75,6 +75,7 @@ def main() -> None:
             spec = json.load(file)
     signal_as_exception()
     keep_only_recent(spec["output"])
+    forget_end(spec["output"])
     folder = new_folder()
     try:
         project = unpack(spec, folder)
@@ -252,13 +253,26 @@ def keep_only_recent(output: str) -> None:
         pass
 
 
+def forget_end(output: str) -> None:
+    """Remove the record of the end of an earlier attempt: Databricks may repeat a task."""
+    try:
+        os.unlink(os.path.join(output, "end"))
+    except OSError:
+        pass
+
+
 class Output:
-    """The output of the command: it goes to this run's page, and in parts to files, which mlfleet can follow."""
+    """The output of the command: it goes to this run's page, and in parts to files, which mlfleet can follow.
+
+    The parts of a repeated task follow those of its earlier attempts, which mlfleet may have read already.
+    """
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self.waiting = bytearray()
         self.parts = 0
+        while os.path.exists(os.path.join(folder, "%06d" % self.parts)):
+            self.parts += 1
         self.kept = 0
         self.pause = FIRST_PAUSE
         self.due = 0.0

@@ -27,6 +27,7 @@ _log = logging.getLogger("mlfleet.databricks")
 _FIRST_PAUSE, _LAST_PAUSE = 0.25, 3.0  # seconds between checks for new output while it is followed
 _POLL_SOON_INTERVAL = 20.0  # seconds between requests to poll a cancelled run often
 _LINES = 20
+_CUT = b"(mlfleet: the beginning is missing, Databricks keeps the last 5 MB)\n"
 _CLEANUP = 30.0  # seconds
 
 
@@ -168,6 +169,13 @@ class DatabricksRun(SupervisedRun):
         if state.status is not RunStatus.FINISHED or ending is None or ending.parts is None:
             page = await self._fetch_page(state)
         if self._copy.empty and page.get("logs"):
+            if page.get("logs_truncated"):
+                _log.warning(
+                    "the beginning of the output of the run %s is missing: Databricks keeps the last 5 MB of it; %s",
+                    self.run_id,
+                    state.page_url,
+                )
+                await self._copy.append(_CUT)
             await self._copy.append(str(page["logs"]).encode())
         outcome = self._make_outcome(state, ending, page)
         if outcome.status is RunStatus.FINISHED:
