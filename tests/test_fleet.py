@@ -528,3 +528,10 @@ async def test_runs_end_and_are_cancelled_on_every_event_loop(tmp_path: Path) ->
         await long.cancel()
         assert await long.get_status() is RunStatus.KILLED
         assert pid_is_gone(pid)
+
+
+async def test_the_status_is_known_at_the_end_of_the_logs(tmp_path: Path) -> None:
+    async with Fleet(tracking=FakeTracking(latency=0.1)) as fleet:
+        run = await fleet.submit(write_project(tmp_path / "demo", "echo said; exit 3"), env_manager="local")
+        assert [line async for line in run.logs()] == ["said"]
+        assert await run.get_status() is RunStatus.FAILED

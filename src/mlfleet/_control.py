@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from functools import partial
-from pathlib import Path
 
 import anyio
 
 from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.attach import read_reference
 from mlfleet._engine.request import SweepMember
-from mlfleet._paths import runs_folder
+from mlfleet._paths import run_folder
 from mlfleet._sweeps import NAME_TAG, SPACE_TAG, is_driven
 from mlfleet._sweeps.record import forget, lock_path
 from mlfleet._text.lines import follow_file
@@ -148,7 +147,7 @@ async def read_logs(fleet: Fleet, run_id: str, *, follow: bool) -> AsyncGenerato
         MlfleetError: Tracking or the backend cannot be reached.
     """
     info = await fleet.tracking.get_run(run_id)
-    kept = runs_folder() / run_id / "output.log"
+    kept = run_folder(info.run_id) / "output.log"
     reference = read_reference(info) if JobRef.TAG in info.tags else None
     backend = None
     if reference is not None and not info.status.is_terminal:
@@ -158,8 +157,6 @@ async def read_logs(fleet: Fleet, run_id: str, *, follow: bool) -> AsyncGenerato
         handle = await backend.attach(reference)
         lines = handle.logs(follow=follow)
     else:
-        if reference is not None and reference.data.get("output"):
-            kept = Path(str(reference.data["output"]))
         if not await FILES.run(kept.exists) and not (follow and reference is not None):
             raise UsageError(
                 f"the output of the run {run_id} is not kept on this machine ({kept}). A run that `mlfleet run` prints "

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import platformdirs
 
-__all__ = ["cache_folder", "environments_folder", "runs_folder", "size_on_disk", "sweeps_folder"]
+from mlfleet.errors import UsageError
+
+__all__ = ["cache_folder", "environments_folder", "run_folder", "runs_folder", "size_on_disk", "sweeps_folder"]
 
 
 def cache_folder() -> Path:
@@ -27,6 +29,19 @@ def environments_folder() -> Path:
 def runs_folder() -> Path:
     """Return the folder with a folder for each run: in ``MLFLEET_STATE_DIR``, else in the user's state folder."""
     return (_folder("MLFLEET_STATE_DIR") or platformdirs.user_state_path("mlfleet")) / "runs"
+
+
+def run_folder(run_id: str) -> Path:
+    """Return the folder of a run, which need not exist.
+
+    What a tag says about the place of a run's files is not used: others may write tags.
+
+    Raises:
+        UsageError: The id would name another place than a folder in `runs_folder`.
+    """
+    if run_id in ("", ".", "..") or "/" in run_id or "\0" in run_id:
+        raise UsageError(f"{run_id!r} is not the id of a run")
+    return runs_folder() / run_id
 
 
 def sweeps_folder() -> Path:

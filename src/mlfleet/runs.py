@@ -286,5 +286,5 @@ class JobRef:
         try:
             raw = json.loads(text)
             return cls(backend=str(raw["backend"]), run_id=str(raw["run_id"]), data=dict(raw["data"]))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise SpecError(f"not a reference to a run: {text[:200]!r}") from error

@@ -10,6 +10,7 @@ import anyio
 import anyio.to_thread
 import pytest
 
+from mlfleet._paths import run_folder
 from mlfleet.backends.base import Job
 from mlfleet.backends.local.backend import LocalBackend
 from mlfleet.testing import BackendContract, Harness
@@ -43,7 +44,7 @@ def local_harness(folder: Path, *, durable: bool) -> Harness:
             project_dir=project,
             command=command,
             environ={**(environ or {}), MARK: run_id},
-            output=folder / run_id / "output.log",
+            output=run_folder(run_id) / "output.log",
             durable=durable,
             **options,  # type: ignore[arg-type]
         )

@@ -133,7 +133,7 @@ class FleetRun:
         """Read the lines of the run's output from its beginning.
 
         Args:
-            follow: Go on until the run has ended; False gives what there is now.
+            follow: Go on until the run has ended and its status is written; False gives what there is now.
 
         Raises:
             UsageError: The output is not captured.
@@ -146,6 +146,9 @@ class FleetRun:
         if supervisor.handle is not None:
             async for line in supervisor.handle.logs(follow=follow):
                 yield line
+        if follow:
+            # A reader that has come to the end may ask for the status at once.
+            await supervisor.done.wait()
 
     async def created(self) -> None:
         """Wait until the MLflow run exists.

@@ -30,7 +30,7 @@ from mlfleet import Fleet
 from mlfleet.backends.databricks import DatabricksBackend
 from mlfleet.backends.databricks.request import ROOT
 from mlfleet.backends.databricks.states import read_state
-from mlfleet.errors import RunLost, SubmitError
+from mlfleet.errors import RunLost, SpecError, SubmitError
 from mlfleet.runs import FailureKind, JobRef, RunStatus
 from mlfleet.testing import FakeTracking
 
@@ -471,6 +471,17 @@ async def test_a_fleet_attaches_by_the_id_that_the_first_one_logged(workspace: F
             succeed(workspace)(workspace.only_run)
             assert await again.wait() is True
     assert workspace.count("runs/list") == 0
+
+
+@pytest.mark.parametrize("data", [{"attempt": "../../../Users/else"}, {"upload": "elsewhere"}])
+async def test_a_reference_decides_not_on_another_folder_of_the_workspace(
+    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker, data: dict[str, str]
+) -> None:
+    job = make_job()
+    reference = backend.reference(job)
+    await backend.submit(job)
+    with pytest.raises(SpecError, match=f"mlfleet.ref of the run {job.run_id} is damaged"):
+        await backend.attach(replace(reference, data={**reference.data, **data}))
 
 
 async def test_leaving_the_backend_leaves_attached_runs_alone(workspace: FakeWorkspace, make_job: JobMaker) -> None:

@@ -290,6 +290,23 @@ async def test_attach_to_a_finished_job_and_to_a_deleted_job(fake_cluster: FakeC
             await second.attach(reference)
 
 
+async def test_a_reference_decides_neither_where_output_is_written_nor_on_a_path_of_the_server(
+    fake_cluster: FakeCluster, tmp_path: Path
+) -> None:
+    fake_cluster.play = lambda pod: Acting(output=(b"of the run\n",))
+    job = fake_cluster.job(await fake_cluster.config())
+    async with KubernetesBackend() as backend:
+        reference = backend.reference(job)
+        await (await backend.submit(job)).wait()
+        planted = replace(reference, data={**reference.data, "output": str(tmp_path / "planted")})
+        run = await backend.attach(planted)
+        await run.wait()
+        assert [line async for line in run.logs()] == ["of the run"]
+        assert not (tmp_path / "planted").exists()
+        with pytest.raises(RunLost, match="names no Job"):
+            await backend.attach(replace(reference, data={**reference.data, "name": "../pods/other"}))
+
+
 async def test_runs_are_listed_whichever_process_submitted_them(fake_cluster: FakeCluster) -> None:
     fake_cluster.play = lambda pod: Acting(code=3) if "ends" in pod["metadata"]["labels"]["mlfleet.run-id"] else FOREVER
     config = await fake_cluster.config()

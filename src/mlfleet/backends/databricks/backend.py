@@ -23,7 +23,7 @@ from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.threads import FILES, LOGINS
 from mlfleet._environments.env_files import read_python_requirements
-from mlfleet._paths import runs_folder
+from mlfleet._paths import run_folder
 from mlfleet._process.reattach import Identity, identify, machine, pid_namespace
 from mlfleet.backends._remote.run import SupervisedRuns
 from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job, ListedRun
@@ -34,7 +34,7 @@ from mlfleet.backends.databricks.run import DatabricksRun, RemoteRun, remove_sec
 from mlfleet.backends.databricks.states import Phase, State, read_state
 from mlfleet.backends.databricks.storage import HOME, Storage, Uploads, open_storage
 from mlfleet.backends.databricks.watch import Poller, RecentRuns
-from mlfleet.errors import RunLost, SubmitError, UsageError
+from mlfleet.errors import RunLost, SpecError, SubmitError, UsageError
 from mlfleet.runs import JobRef
 from mlfleet.tracking.databricks import check_profile, is_databricks, profile_of
 
@@ -244,10 +244,9 @@ class DatabricksBackend(Backend[DatabricksConfig]):
         if found is None:
             text = f"the workspace {context.workspace.url} has no run of the MLflow run {ref.run_id}, or has it no more"
             raise RunLost(text, backend=self.name)
-        upload = Upload(UploadKind(ref.data.get("upload") or "workspace"), str(ref.data.get("path") or ""))
-        storage = await open_storage(context.workspace, upload)
+        storage = await open_storage(context.workspace, _upload_of(ref))
         folder = _output_folder(ref.run_id, str(ref.data.get("attempt")))
-        output = runs_folder() / ref.run_id / "output.log"
+        output = run_folder(ref.run_id) / "output.log"
         scope = ref.data.get("secret_scope")
         secret = (str(scope), _secret_key(ref.run_id)) if scope else None
         remote = RemoteRun(run_id=ref.run_id, id=str(found["run_id"]), folder=folder, output=output, secret=secret)
@@ -387,6 +386,20 @@ def _requirements(job: Job) -> tuple[str, ...]:
         )
     lines = (line.strip() for line in needs.packages.lines)
     return (*spark, *(line for line in lines if line and not line.startswith("#")))
+
+
+def _upload_of(ref: JobRef) -> Upload:
+    """Return the place of the output in a reference, which others may have written.
+
+    Raises:
+        SpecError: It is not such a place.
+    """
+    kind, attempt = str(ref.data.get("upload") or "workspace"), str(ref.data.get("attempt"))
+    if kind not in {each.value for each in UploadKind} or not attempt.isalnum():
+        raise SpecError(
+            f"the tag {JobRef.TAG} of the run {ref.run_id} is damaged: upload {kind!r}, attempt {attempt!r}"
+        )
+    return Upload(UploadKind(kind), str(ref.data.get("path") or ""))
 
 
 def _secret_key(run_id: str) -> str:

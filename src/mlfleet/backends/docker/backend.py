@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ import anyio
 from mlfleet._concurrency.cancellation import complete, wait_done
 from mlfleet._concurrency.threads import FILES
 from mlfleet._oci import login
-from mlfleet._paths import runs_folder
+from mlfleet._paths import run_folder
 from mlfleet.backends._remote.run import SupervisedRuns
 from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job, ListedRun
 from mlfleet.backends.docker.client import Endpoint, Engine, EngineError
@@ -41,6 +42,7 @@ from mlfleet.runs import JobRef
 __all__ = ["DockerBackend"]
 
 _AT_ONCE = 16  # containers that are created and started at the same time; more only wait inside the engine
+_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")  # as the engine allows (moby/moby daemon/names)
 _GRACE = 60.0  # seconds to take back a container whose submission is cancelled
 
 
@@ -129,6 +131,9 @@ class DockerBackend(Backend[None]):
             EngineError: The engine cannot be reached.
         """
         name = str(ref.data.get("container") or f"mlfleet-{ref.run_id}")
+        if not _NAME.fullmatch(name):  # it becomes a part of the request's path
+            text = f"the tag {JobRef.TAG} of the run {ref.run_id} names no container, but {name!r}"
+            raise RunLost(text, backend=self.name)
         try:
             found = await self._engine.call(
                 "asked for a container", lambda docker: docker.containers.container(name).show()
@@ -153,7 +158,7 @@ class DockerBackend(Backend[None]):
             run_id=ref.run_id,
             tty=bool(config.get("Tty")),
             memory=int(found["HostConfig"].get("Memory") or 0),
-            output=Path(output) if output else runs_folder() / ref.run_id / "output.log",
+            output=Path(output) if output else run_folder(ref.run_id) / "output.log",
             stop_signal=str(config.get("StopSignal") or "SIGTERM"),
         )
         named = ContainerLock.from_label(labels.get(DRIVER_LABEL, ""), ref.run_id)

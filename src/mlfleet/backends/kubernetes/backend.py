@@ -18,7 +18,7 @@ import anyio
 from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.threads import FILES, LOGINS
 from mlfleet._concurrency.throttle import Throttle
-from mlfleet._paths import runs_folder
+from mlfleet._paths import run_folder
 from mlfleet._text.masking import MASK
 from mlfleet.backends._remote.run import SupervisedRuns
 from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job, ListedRun
@@ -36,7 +36,7 @@ from mlfleet.backends.kubernetes.manifest import (
     secret_manifest,
     variables,
 )
-from mlfleet.backends.kubernetes.names import job_name
+from mlfleet.backends.kubernetes.names import NAME, job_name
 from mlfleet.backends.kubernetes.output import LogSlots
 from mlfleet.backends.kubernetes.run import KubernetesRun, Target
 from mlfleet.backends.kubernetes.state import MANAGED_BY, RUN_LABEL, read_job
@@ -173,7 +173,7 @@ class KubernetesBackend(Backend[KubernetesConfig]):
         data = ref.data
         context = str(data.get("context") or "")
         config = await LOGINS.run(lambda: _attached_config(context, str(data.get("namespace") or "")))
-        name = str(data.get("name") or "")
+        name = _job_name(ref)
         shared = await self._watches.acquire(config.cluster, config.namespace)
         try:
             found = await find_job(shared.client, config.namespace, name, ref.run_id)
@@ -209,7 +209,7 @@ class KubernetesBackend(Backend[KubernetesConfig]):
         config = await LOGINS.run(partial(_attached_config, context, namespace))
         client = await self._watches.client(config.cluster)
         try:
-            found = await find_job(client, config.namespace, str(ref.data.get("name") or ""), ref.run_id)
+            found = await find_job(client, config.namespace, _job_name(ref), ref.run_id)
         except RunLost:
             return True
         return read_job(found).ended
@@ -281,6 +281,19 @@ def _config(job: Job) -> KubernetesConfig:
     return job.config
 
 
+def _job_name(ref: JobRef) -> str:
+    """Return the name of the Job in a reference, which others may have written.
+
+    Raises:
+        RunLost: It is not the name of a Job.
+    """
+    name = str(ref.data.get("name") or "")
+    if not NAME.fullmatch(name):
+        text = f"the tag {JobRef.TAG} of the run {ref.run_id} names no Job, but {name!r}"
+        raise RunLost(text, backend=KubernetesBackend.name)
+    return name
+
+
 def _tags(made: Mapping[str, Any]) -> dict[str, str]:
     meta = made["metadata"]
     return {"mlfleet.kubernetes.job": f"{meta['namespace']}/{meta['name']}", "mlfleet.kubernetes.uid": meta["uid"]}
@@ -292,8 +305,7 @@ def _me() -> str:
 
 def _output(ref: JobRef) -> Path:
     """Return the file that the first process wrote to if that is gone, else a file of our own."""
-    given = ref.data.get("output")
-    path = Path(str(given)) if given else runs_folder() / ref.run_id / "output.log"
+    path = run_folder(ref.run_id) / "output.log"
     if _owner(ref) is None or _owner_is_gone(ref):
         return path
     return path.with_name(f"{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}")

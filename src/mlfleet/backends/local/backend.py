@@ -18,6 +18,7 @@ import anyio
 
 from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.threads import FILES
+from mlfleet._paths import run_folder as folder_of
 from mlfleet._process.guardian import MARKER_VARIABLE
 from mlfleet._process.process import Command, Process, start
 from mlfleet._process.reattach import ReattachedProcess
@@ -75,7 +76,7 @@ class LocalBackend(Backend[None]):
         except (OSError, ValueError) as error:
             raise SubmitError(_refusal(job, error), backend=self.name) from error
         # The handle does not keep the job: hundreds of them would keep its environment and secrets in memory.
-        conclude = partial(run_folder.conclude, run_folder.run_folder(job.run_id)) if job.durable else None
+        conclude = partial(run_folder.conclude, folder_of(job.run_id)) if job.durable else None
         run = _LocalRun(job.run_id, job.output, job.cancel_grace, process, conclude)
         if not self._open:
             await process.stop(0)
@@ -97,12 +98,11 @@ class LocalBackend(Backend[None]):
         if "folder" not in ref.data:
             return await super().attach(ref)
         found = await self._find(ref)
-        output = None if ref.data.get("output") is None else Path(str(ref.data["output"]))
-        grace = float(ref.data.get("grace", DEFAULT_CANCEL_GRACE))
+        output, grace = run_folder.output_file(ref), _grace(ref)
         if isinstance(found, run_folder.Ended):
             return _LocalRun(ref.run_id, output, grace, _Ended(), lambda: found.code)
         process = ReattachedProcess(found.identity, found.pidfd, _title(ref.run_id), grace)
-        run = _LocalRun(ref.run_id, output, grace, process, partial(run_folder.conclude, Path(str(ref.data["folder"]))))
+        run = _LocalRun(ref.run_id, output, grace, process, partial(run_folder.conclude, folder_of(ref.run_id)))
         self._keep(run, process)
         return run
 
@@ -226,6 +226,11 @@ class _Ended:
         """Do nothing."""
 
 
+def _grace(ref: JobRef) -> float:
+    grace = ref.data.get("grace", DEFAULT_CANCEL_GRACE)
+    return float(grace) if isinstance(grace, int | float) and grace >= 0 else DEFAULT_CANCEL_GRACE
+
+
 def _ended_by(code: int | None, *, stopped: bool) -> Outcome:
     if stopped:
         return Outcome(RunStatus.KILLED, code, "cancelled")
@@ -249,7 +254,7 @@ def _command(job: Job) -> Iterator[Command]:
     argv: tuple[str, ...] = ("bash", "-c", job.command)
     if job.durable:
         argv = run_folder.argv(job)
-        run_folder.run_folder(job.run_id).mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder_of(job.run_id).mkdir(parents=True, exist_ok=True, mode=0o700)
     environ = _environ(job)
     if job.durable:
         # This process may be a run of another driver itself: at that one's end a durable run goes on all the same.

@@ -10,6 +10,7 @@ starts after it was given up.
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,11 +18,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from mlfleet._paths import runs_folder
+from mlfleet._paths import run_folder, runs_folder
 from mlfleet._process.reattach import Identity, ProcessRecord, boot_id, identify, machine, open_process, pid_namespace
 from mlfleet._process.sessions import kill_session
 from mlfleet.backends.base import Job, ListedRun
-from mlfleet.errors import RunLost
+from mlfleet.errors import BackendError, RunLost, SpecError
 from mlfleet.runs import JobRef
 
 __all__ = [
@@ -34,8 +35,8 @@ __all__ = [
     "is_abandoned",
     "is_here",
     "list_runs",
+    "output_file",
     "reference",
-    "run_folder",
     "this_process",
     "withdraw",
 ]
@@ -88,11 +89,6 @@ class Ended:
     code: int
 
 
-def run_folder(run_id: str) -> Path:
-    """Return the folder that a run's shell writes to."""
-    return runs_folder() / run_id
-
-
 def argv(job: Job) -> tuple[str, ...]:
     """Return the program and arguments to start for a durable job."""
     return ("sh", "-c", _SCRIPT, str(run_folder(job.run_id)), job.command)
@@ -140,13 +136,17 @@ def find(ref: JobRef, *, give_up: bool) -> Living | Ended | None:
 
     Raises:
         RunLost: It cannot end well any more. Nothing of it runs, unless on another machine.
+        BackendError: Its folder is not where this user keeps runs.
     """
     if not is_here(ref):
         raise _lost(ref, f"it was started on {ref.data.get('host')}, which is another machine or was booted since")
-    folder = Path(str(ref.data["folder"]))
-    if not (folder / "process").exists() and driver_lives(ref) and not (give_up and ref.data["driver"] == os.getpid()):
+    folder = _folder_of(ref)
+    if not (folder / "process").exists() and driver_lives(ref) and not (give_up and _driver(ref) == os.getpid()):
         return None
-    record = _claimed(folder)
+    try:
+        record = _claimed(folder)
+    except (OSError, ValueError, IndexError) as error:
+        raise BackendError(f"the run {ref.run_id} cannot be found again: {error}", backend="local") from error
     if record is None:
         raise _lost(ref, "it was never started")
     identity = record.identity()
@@ -169,7 +169,7 @@ def conclude(folder: Path) -> int | None:
     code = _read(folder / "exit-code")
     if code.endswith("\n") and code.strip().isdigit():
         return int(code)
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, IndexError):
         record = _read_record(folder)
         # The id of a session is not given to another process while a process is in it: if another one has it now, the
         # session has ended.
@@ -217,13 +217,46 @@ def withdraw(ref: JobRef) -> bool:
     Returns:
         False if it has begun already.
     """
-    return _claimed(Path(str(ref.data["folder"]))) is None
+    return _claimed(_folder_of(ref)) is None
 
 
 def driver_lives(ref: JobRef) -> bool:
     """Return True if the process that submitted a run of this machine still lives. Blocking."""
-    started = ref.data["driver_started"]
-    return started is not None and Identity(int(ref.data["driver"]), started).is_alive()
+    started = ref.data.get("driver_started")
+    return isinstance(started, int | float) and Identity(_driver(ref), started).is_alive()
+
+
+def output_file(ref: JobRef) -> Path | None:
+    """Return the file with the output of a run; None if the output was inherited."""
+    return None if ref.data.get("output") is None else run_folder(ref.run_id) / "output.log"
+
+
+def _driver(ref: JobRef) -> int:
+    pid = ref.data.get("driver")
+    if not isinstance(pid, int):
+        raise SpecError(f"the tag {JobRef.TAG} of the run {ref.run_id} is damaged: driver is {pid!r}")
+    return pid
+
+
+def _folder_of(ref: JobRef) -> Path:
+    """Return the folder of a run of this user. The one that the reference names counts for the error only.
+
+    Raises:
+        BackendError: There is no such folder where this user keeps runs, or it is another user's.
+    """
+    folder = run_folder(ref.run_id)
+    try:
+        found = folder.lstat()
+    except FileNotFoundError:
+        if str(ref.data.get("folder")) == str(folder):
+            return folder
+        text = f"the run {ref.run_id} has no folder in {folder.parent}, where runs are kept"
+        text += f", but in {ref.data.get('folder')}: set MLFLEET_STATE_DIR as it was for its driver"
+        raise BackendError(text, backend="local") from None
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        text = f"{folder} is not a folder of this user: it is not read, and nothing that it names is ended"
+        raise BackendError(text, backend="local")
+    return folder
 
 
 def list_runs() -> list[ListedRun]:
@@ -231,7 +264,7 @@ def list_runs() -> list[ListedRun]:
     found = []
     with suppress(FileNotFoundError, NotADirectoryError):
         for folder in runs_folder().iterdir():
-            with suppress(OSError, ValueError):
+            with suppress(OSError, ValueError, IndexError):
                 found += _listed(folder)
     return found
 
@@ -277,7 +310,10 @@ def _claimed(folder: Path) -> ProcessRecord | None:
 
 def _read_record(folder: Path) -> ProcessRecord:
     file = folder / "process"
-    return ProcessRecord.parse(file.read_text(errors="replace"), file.stat().st_mtime)
+    found = file.lstat()
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
+        raise ValueError(f"{file} is not a file of this user")
+    return ProcessRecord.parse(file.read_text(errors="replace"), found.st_mtime)
 
 
 def _read(path: Path) -> str:
