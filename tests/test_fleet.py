@@ -14,7 +14,7 @@ import pytest
 import mlfleet
 from components.event_loops import on_each_loop
 from components.projects import pid_is_gone, write_project
-from mlfleet import Fleet, FleetRun, RunEvent, RunStatus, Stage, Timeouts
+from mlfleet import Fleet, FleetRun, RunEvent, RunStatus, Stage, Timeouts, grid
 from mlfleet.errors import (
     ExecutionException,
     MlfleetError,
@@ -160,6 +160,19 @@ async def test_leaving_the_fleet_waits_for_its_runs(tracking: FakeTracking, tmp_
             await fleet.submit(uri, parameters={"name": name}, env_manager="local")
     assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["MLproject", *"abcde"]
     assert {run.status for run in tracking.runs.values()} == {RunStatus.FINISHED}
+
+
+async def test_leaving_a_fleet_for_services_cancels_its_runs(tracking: FakeTracking, tmp_path: Path) -> None:
+    async with Fleet(tracking=tracking, on_exit="cancel") as fleet:
+        run = await fleet.submit(write_project(tmp_path / "demo", "echo $$; sleep 600"), env_manager="local")
+        pid = int(await first_line(run))
+    assert pid_is_gone(pid)
+    assert tracking.runs[run.run_id].status is RunStatus.KILLED
+
+
+def test_an_unknown_way_to_leave_a_fleet_is_a_mistake() -> None:
+    with pytest.raises(UsageError, match=r"^on_exit is 'stop': give 'wait' or 'cancel'$"):
+        Fleet(on_exit="stop")  # type: ignore[arg-type]
 
 
 async def test_leaving_the_fleet_by_an_error_cancels_its_runs(tracking: FakeTracking, tmp_path: Path) -> None:
@@ -448,6 +461,50 @@ async def test_events_report_the_stages_in_order(tracking: FakeTracking, tmp_pat
     assert events[-1].status is RunStatus.FINISHED
 
 
+async def test_what_an_async_callback_does_is_awaited_in_the_order_of_the_events(
+    tracking: FakeTracking, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log: list[tuple[str, Stage]] = []
+
+    async def react(event: RunEvent) -> None:
+        log.append(("begin", event.stage))
+        await anyio.sleep(0.01)
+        log.append(("end", event.stage))
+        if event.stage is Stage.QUEUED:
+            raise ValueError("a fault of the callback")
+
+    async with Fleet(tracking=tracking, on_event=react) as fleet:
+        await fleet.submit(write_project(tmp_path / "demo", "true"), env_manager="local")
+    stages = [Stage.FETCHING, Stage.QUEUED, Stage.PREPARING, Stage.STARTING, Stage.STARTED, Stage.FINISHED]
+    assert log == [(word, stage) for stage in stages for word in ("begin", "end")]
+    assert [record.message.partition(" for ")[0] for record in caplog.records] == ["on_event failed"]
+
+
+def test_the_end_of_the_loop_ends_what_an_async_callback_does(tmp_path: Path) -> None:
+    ended: list[Stage] = []
+
+    async def react(event: RunEvent) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(event.stage)
+
+    async def main() -> None:
+        async with Fleet(tracking=FakeTracking(), on_event=react) as fleet:
+            await (await fleet.submit(write_project(tmp_path / "demo", "true"), env_manager="local")).wait()
+            ready.set()
+
+    async def wait() -> None:
+        tasks.append(asyncio.create_task(main()))
+        await ready.wait()
+
+    ready = asyncio.Event()
+    tasks: list[asyncio.Task[None]] = []
+    asyncio.run(wait())
+    assert ended == [Stage.FETCHING]
+    assert tasks[0].cancelled()
+
+
 async def test_the_output_can_be_logged_as_an_artifact(tracking: FakeTracking, tmp_path: Path) -> None:
     async with Fleet(tracking=tracking) as fleet:
         run = await fleet.submit(
@@ -520,14 +577,24 @@ def test_a_loop_that_ends_in_the_middle_leaves_nothing_running(tmp_path: Path) -
 async def test_runs_end_and_are_cancelled_on_every_event_loop(tmp_path: Path) -> None:
     uri = write_project(tmp_path / "demo", "echo $$; exec sleep {seconds}", parameters="seconds: float")
     async with Fleet(tracking=FakeTracking()) as fleet:
-        short, long = [
-            await fleet.submit(uri, parameters={"seconds": seconds}, env_manager="local") for seconds in (0, 600)
+        short, long, longer = [
+            await fleet.submit(uri, parameters={"seconds": seconds}, env_manager="local") for seconds in (0, 600, 601)
         ]
-        pid = int(await anext(long.logs()))
+        pids = [int(await anext(run.logs())) for run in (long, longer)]
         assert await short.wait()
         await long.cancel()
-        assert await long.get_status() is RunStatus.KILLED
-        assert pid_is_gone(pid)
+        await longer.cancel(grace=0)
+        for run, pid in zip((long, longer), pids, strict=True):
+            outcome = await run.outcome()
+            assert (outcome.status, outcome.reason, outcome.error) == (RunStatus.KILLED, "cancelled", None)
+            assert pid_is_gone(pid)
+        events = fleet.events()
+        async with fleet.sweep(uri, grid(seconds=[602]), env_manager="local") as sweep:
+            async for event in events:
+                if event.stage is Stage.STARTED:
+                    break
+            await sweep.cancel(grace=0)
+            assert [result.status async for result in sweep] == [RunStatus.KILLED]
 
 
 async def test_the_status_is_known_at_the_end_of_the_logs(tmp_path: Path) -> None:

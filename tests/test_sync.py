@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -88,8 +89,16 @@ def test_hundreds_at_once_and_the_exit_waits_for_them(start: Callable[[str], Scr
     assert set(script.statuses()) == {"FINISHED"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("synchronous", [True, False])
+@pytest.mark.parametrize(
+    ("number", "synchronous"),
+    [
+        (signal.SIGINT, True),
+        (signal.SIGINT, False),
+        (signal.SIGTERM, True),
+        (signal.SIGTERM, False),
+        (signal.SIGHUP, False),
+    ],
+)
 def test_an_interrupt_ends_every_run(
     start: Callable[[str], Script], tmp_path: Path, number: signal.Signals, synchronous: bool
 ) -> None:
@@ -113,6 +122,67 @@ def test_an_interrupt_ends_every_run(
     pids = [int(pid) for pid in (tmp_path / "demo" / "pids").read_text().split()]
     assert [pid_is_gone(pid) for pid in pids] == [True, True]
     assert script.statuses() == ["KILLED"]
+
+
+def test_a_signal_that_is_ignored_stays_ignored(start: Callable[[str], Script], tmp_path: Path) -> None:
+    write_project(tmp_path / "demo", "kill -HUP $PPID; echo done")
+    script = start(
+        """
+        import signal
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
+        import mlfleet
+        run = mlfleet.run("demo", env_manager="local", synchronous=False)
+        """
+    )
+    assert script.end() == (0, "", "")
+    assert script.statuses() == ["FINISHED"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_does_not_wait_for_the_grace_but_writes_the_status(
+    start: Callable[[str], Script], tmp_path: Path, number: signal.Signals
+) -> None:
+    write_project(tmp_path / "demo", "trap 'echo asked' TERM\necho $$\nwhile :; do sleep 0.1; done")
+    script = start(
+        """
+        import mlfleet
+        soon = mlfleet.Timeouts(cancel_grace=5)
+        run = mlfleet.run("demo", env_manager="local", synchronous=False, timeouts=soon)
+        def show():
+            for line in run.logs():
+                print(line, flush=True)
+        import threading
+        threading.Thread(target=show, daemon=True).start()
+        threading.Event().wait()
+        """
+    )
+    pid = int(script.line())
+    script.process.send_signal(number)
+    while script.line() != "asked":
+        pass
+    script.process.send_signal(number)
+    code, _, _ = script.end()
+    assert code == -number
+    assert script.statuses() == ["KILLED"]
+    deadline = time.monotonic() + 20
+    while not pid_is_gone(pid):  # the guardian ends it
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_the_status_before_the_command_runs_is_that_of_mlflow(start: Callable[[str], Script], tmp_path: Path) -> None:
+    write_project(tmp_path / "demo", "true")
+    script = start(
+        """
+        import mlfleet
+        run = mlfleet.run("demo", env_manager="local", synchronous=False)
+        statuses = [run.get_status()]
+        while statuses[-1] == "RUNNING":
+            statuses.append(run.get_status())
+        print(sorted(set(statuses)))
+        """
+    )
+    assert script.end() == (0, "['FINISHED', 'RUNNING']\n", "")
 
 
 # Signals come between any two steps: in these two, before and after the loop was told of a call.

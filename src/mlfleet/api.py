@@ -33,6 +33,7 @@ __all__ = [
     "run_async",
     "submit",
     "sweep_async",
+    "write_killed",
 ]
 
 logger = logging.getLogger("mlfleet.fleet")
@@ -229,6 +230,12 @@ class _Fleets:
             with suppress(MlfleetError):  # opening failed, and the caller that submitted a run got the error
                 await (await asyncio.shield(opened)).join()
 
+    async def write_killed(self) -> None:
+        opened = [each.result() for each in self._fleets.values() if each.done() and not each.cancelled()]
+        async with anyio.create_task_group() as group:
+            for fleet in opened:
+                group.start_soon(context_of(fleet).write_killed)
+
     async def close(self) -> None:
         self._closing.set()
         await self._keepers.join()
@@ -253,6 +260,7 @@ class _Fleets:
 
 _UNLIMITED = 2**31
 _fleets: WeakKeyDictionary[asyncio.AbstractEventLoop, _Fleets] = WeakKeyDictionary()
+_closing_fleets: WeakKeyDictionary[asyncio.AbstractEventLoop, _Fleets] = WeakKeyDictionary()
 
 
 async def default_fleet(tracking_uri: str | None = None) -> Fleet:
@@ -275,4 +283,14 @@ async def close_default_fleets() -> None:
     """Cancel all runs of the default Fleets of the running event loop, and close the Fleets."""
     fleets = _fleets.pop(asyncio.get_running_loop(), None)
     if fleets is not None:
+        _closing_fleets[asyncio.get_running_loop()] = fleets
         await complete(fleets.close, restart=True)
+
+
+async def write_killed() -> None:
+    """Write KILLED for all active runs of the default Fleets, also of those that are being closed, within a second."""
+    loop = asyncio.get_running_loop()
+    async with anyio.create_task_group() as group:
+        for fleets in (_fleets.get(loop), _closing_fleets.get(loop)):
+            if fleets is not None:
+                group.start_soon(fleets.write_killed)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Literal, Self, Unpack
 
 from mlfleet._concurrency.broadcast import Subscription
 from mlfleet._concurrency.throttle import Throttle
@@ -26,8 +26,9 @@ __all__ = ["Fleet", "context_of"]
 class Fleet:
     """The owner of any number of runs, which share connections, fetched projects and built environments.
 
-    Leaving ``async with Fleet()`` waits for all runs; leaving it by an exception or a cancellation cancels them first.
-    Either way their processes have ended afterwards, and each run has its terminal status.
+    Leaving ``async with Fleet()`` waits for all runs, or cancels them if `on_exit` says so; leaving it by an exception
+    or a cancellation cancels them first. Either way their processes have ended afterwards, and each run has its
+    terminal status.
 
     Args:
         tracking_uri: The URI of the tracking server or store; None: ``MLFLOW_TRACKING_URI``, else MLflow's default.
@@ -38,7 +39,10 @@ class Fleet:
         timeouts: The time limits of each stage, for runs that are submitted without their own.
         tracking_patience: Seconds for which writing the terminal status of a run is repeated while tracking cannot be
             reached.
-        on_event: Called on the event loop with every `RunEvent`. It must not block.
+        on_event: Called on the event loop with every `RunEvent`. It must not block. What an async function does for one
+            event is awaited before that for the next one begins; the runs do not wait for it, leaving the Fleet does.
+        on_exit: ``"wait"``: a normal exit of the block waits for the active runs. ``"cancel"``: it cancels them, which
+            is what services want, whose shutdown has little time.
     """
 
     def __init__(
@@ -50,8 +54,11 @@ class Fleet:
         resources: Resources | None = None,
         timeouts: Timeouts | None = None,
         tracking_patience: float = 60.0,
-        on_event: Callable[[RunEvent], None] | None = None,
+        on_event: Callable[[RunEvent], Awaitable[None] | None] | None = None,
+        on_exit: Literal["wait", "cancel"] = "wait",
     ) -> None:
+        if on_exit not in ("wait", "cancel"):
+            raise UsageError(f"on_exit is {on_exit!r}: give 'wait' or 'cancel'")
         if tracking is not None and tracking_uri is not None:
             raise UsageError("both tracking and tracking_uri are given: give one of them")
         if max_concurrent is not None and max_concurrent < 1:
@@ -64,6 +71,7 @@ class Fleet:
             resources=resources,
             events=Events(on_event),
         )
+        self._on_exit = on_exit
         self._throttle = Throttle()
         self._is_used = False
 
@@ -79,10 +87,10 @@ class Fleet:
     ) -> None:
         self._context.is_open = False
         try:
-            if error is None:
+            if error is None and self._on_exit == "wait":
                 await self._context.join()
         finally:
-            # On error or cancellation some runs are still active: they are cancelled.
+            # Runs that are still active are cancelled.
             await self._context.close()
 
     @property

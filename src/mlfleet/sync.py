@@ -20,10 +20,10 @@ from typing import Any, TypeVar, Unpack
 from mlfleet import api
 from mlfleet._engine.request import Output, active_run_id
 from mlfleet._engine.run import FleetRun
-from mlfleet._signals import before_sigterm, is_interrupt
+from mlfleet._signals import before_exit, is_interrupt
 from mlfleet._sweeps import SweepOptions, SweepResult
 from mlfleet.resources import Resources
-from mlfleet.runs import Timeouts
+from mlfleet.runs import RunStatus, Timeouts
 from mlfleet.spaces import Points
 
 __all__ = ["BlockingRun", "run", "sweep"]
@@ -56,8 +56,10 @@ class BlockingRun:
         return self._loop.call(self._run.wait)
 
     def get_status(self) -> str:
-        """Return the present status of the run: SCHEDULED, RUNNING, FINISHED, FAILED or KILLED."""
-        return self._loop.call(self._run.get_status).value
+        """Return the present status of the run, as MLflow shows it: RUNNING, FINISHED, FAILED or KILLED."""
+        status = self._loop.call(self._run.get_status)
+        # mlflow's runs begin as RUNNING, and programs wait with `while run.get_status() == "RUNNING"`.
+        return (RunStatus.RUNNING if status is RunStatus.SCHEDULED else status).value
 
     def cancel(self) -> None:
         """End the run. Return once all of its processes have ended."""
@@ -115,8 +117,9 @@ def run(
     Raises:
         ExecutionException: The run failed (only if `synchronous`).
         MlfleetError: The request or the project is wrong, or tracking cannot be reached. No run was made.
-        KeyboardInterrupt: The run was interrupted; it has ended and is KILLED. SIGTERM ends all runs in the same way
-            and then the process, if the program does not handle it and the first call came from the main thread.
+        KeyboardInterrupt: The run was interrupted; it has ended and is KILLED. SIGTERM and SIGHUP end all runs in the
+            same way and then the process, if the program does not handle them and the first call came from the main
+            thread.
     """
     loop = _loop()
     if output is None:
@@ -182,7 +185,7 @@ class _Loop:
         # they could not write to the tracking server (python/cpython#104690). concurrent.futures uses the same hook.
         register = getattr(threading, "_register_atexit", atexit.register)
         register(self._at_exit)
-        before_sigterm(lambda: self.call(api.close_default_fleets))
+        before_exit(lambda: self.call(api.close_default_fleets), lambda: self.call(api.write_killed))
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -226,7 +229,12 @@ class _Loop:
                 self.call(api.join_default_fleets)
         except KeyboardInterrupt:
             logger.warning("interrupted: ending the active runs")
-        self.call(api.close_default_fleets)
+        closing = asyncio.run_coroutine_threadsafe(api.close_default_fleets(), self._loop)
+        try:
+            closing.result()
+        except KeyboardInterrupt:
+            self.call(api.write_killed)
+            raise
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from components.command_line import id_in, on_terminal, run_on, started
 from components.mlflow_server import MlflowServer
 from components.projects import pid_is_gone, write_project
+from fakes.scripted_server import Peer, scripted
+from fakes.small_mlflow import SmallMlflow
 
 LOCAL = ("--env-manager", "local")
 # Neither the shell nor what it starts heeds SIGTERM.
@@ -76,6 +79,28 @@ def test_a_third_ctrl_c_does_not_even_wait_for_a_server_that_never_answers(tmp_p
                     terminal.read_until(told)
                 assert terminal.finish() == -signal.SIGINT
     assert "never" not in terminal.plain
+
+
+async def test_a_third_signal_writes_the_status_before_it_exits(tmp_path: Path) -> None:
+    asked = asyncio.Event()
+
+    async def hang(peer: Peer, answer: bytes) -> bool:
+        asked.set()
+        return bool(await peer.closed())
+
+    mlflow = SmallMlflow({"get": [hang] * 100})  # a run is read before its status is written
+    project = write_project(tmp_path / "demo", STUBBORN)
+    async with scripted(mlflow.script) as server:
+        with started("run", project, *LOCAL, "--tracking-uri", f"http://{server.place}") as job:
+            await asyncio.to_thread(job.read_until, "is ready")
+            job.signal(signal.SIGTERM)
+            await asyncio.to_thread(job.read_until, "stopping")
+            job.signal(signal.SIGTERM)
+            await asked.wait()  # it has ended
+            assert mlflow.statuses == ["RUNNING"]
+            job.signal(signal.SIGTERM)
+            assert await asyncio.to_thread(job.finish) == -signal.SIGTERM
+    assert mlflow.statuses == ["KILLED"]
 
 
 def test_ctrl_c_while_the_environment_is_built_marks_the_run_killed(server: MlflowServer, tmp_path: Path) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import logging
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -25,26 +29,32 @@ from mlfleet._paths import runs_folder
 from mlfleet._project.fetch import ProjectFetcher
 from mlfleet.backends.base import Backend
 from mlfleet.backends.registry import find
-from mlfleet.errors import UsageError
+from mlfleet.errors import MlfleetError, UsageError
 from mlfleet.resources import Machine, Resources, this_machine
-from mlfleet.runs import RunEvent, Stage, Timeouts
+from mlfleet.runs import RunEvent, RunStatus, Stage, Timeouts
 from mlfleet.tracking import Tracking
 
 __all__ = ["Events", "RunContext"]
 
 logger = logging.getLogger("mlfleet.fleet")
 
+_LAST_WRITE = 1.0
+"""Seconds for writing the statuses of all runs right before the process exits."""
+
 
 class Events(Broadcast[RunEvent]):
     """The events of a Fleet, for a callback and for any number of readers.
 
     Args:
-        on_event: Called on the event loop with every event; None for no callback.
+        on_event: Called on the event loop with every event; None for no callback. What it returns, if that can be
+            awaited, is awaited in the order of the events, one at a time.
     """
 
-    def __init__(self, on_event: Callable[[RunEvent], None] | None) -> None:
+    def __init__(self, on_event: Callable[[RunEvent], Awaitable[None] | None] | None) -> None:
         super().__init__(lambda event, lost: replace(event, lost=lost))
         self._on_event = on_event
+        self._reactions: deque[tuple[RunEvent, Awaitable[None]]] = deque()
+        self._tasks = TaskOwner()
 
     @property
     def has_readers(self) -> bool:
@@ -57,9 +67,35 @@ class Events(Broadcast[RunEvent]):
         if self._on_event is None:
             return
         try:
-            self._on_event(item)
+            reaction = self._on_event(item)
         except Exception:
             logger.exception("on_event failed for %r", item)
+            return
+        if reaction is None or not inspect.isawaitable(reaction):
+            return
+        self._reactions.append((item, reaction))
+        if len(self._reactions) == 1:
+            self._tasks.start(self._await_reactions(), name="mlfleet on_event", then=self._drop_reactions)
+
+    async def join(self) -> None:
+        """Wait until all that `on_event` returned was awaited."""
+        await self._tasks.join()
+
+    async def _await_reactions(self) -> None:
+        while self._reactions:
+            item, reaction = self._reactions[0]
+            try:
+                await reaction
+            except Exception:
+                logger.exception("on_event failed for %r", item)
+            self._reactions.popleft()
+
+    def _drop_reactions(self) -> None:
+        """Close the coroutines that will not be awaited, since ``asyncio.run`` has cancelled all tasks at its end."""
+        for _, reaction in self._reactions:
+            if inspect.iscoroutine(reaction):
+                reaction.close()
+        self._reactions.clear()
 
 
 class RunContext:
@@ -77,6 +113,7 @@ class RunContext:
         fetcher: The fetcher of projects.
         runs_folder: The folder with one sub-folder for each run.
         is_open: True between `open` and the beginning of the end.
+        sweep_ids: The MLflow runs of the active sweeps.
     """
 
     def __init__(
@@ -96,6 +133,7 @@ class RunContext:
         self.fetcher = ProjectFetcher()
         self.runs_folder = runs_folder()
         self.is_open = False
+        self.sweep_ids: set[str] = set()
         self._max_concurrent = max_concurrent
         self._resources = resources
         self._admission = Admission(Machine(cpus=0))
@@ -129,6 +167,7 @@ class RunContext:
         await self.cancel()
         await self.join()
         await self._services.close()
+        await self.events.join()
         self.fetcher.close()
         self.events.close()
 
@@ -141,6 +180,22 @@ class RunContext:
         async with anyio.create_task_group() as group:
             for run in self.runs:
                 group.start_soon(run.cancel)
+
+    async def write_killed(self) -> None:
+        """Write KILLED for all active runs and sweeps at once, and return within a second.
+
+        For a process that is about to exit without waiting for their ends. A status that cannot be written in time is
+        left as it is.
+        """
+        ids = [supervisor.info.run_id for supervisor in self._runs.values() if supervisor.info is not None]
+        writes = [asyncio.ensure_future(self._try_to_write_killed(run_id)) for run_id in (*ids, *self.sweep_ids)]
+        if writes:
+            # Not a cancellation: a call in a thread would be waited for.
+            await asyncio.wait(writes, timeout=_LAST_WRITE)
+
+    async def _try_to_write_killed(self, run_id: str) -> None:
+        with suppress(MlfleetError):
+            await self.tracking.update_run(run_id, RunStatus.KILLED, retry_for=_LAST_WRITE)
 
     # ---- runs -------------------------------------------------------------------------------------------------------
 

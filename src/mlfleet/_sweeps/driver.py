@@ -103,6 +103,8 @@ class Driver:
         except Exception as error:
             self.error = error
         finally:
+            if self.record is not None:
+                self._context.sweep_ids.discard(self.record.info.run_id)
             self.ended.set()
             self.entered.set()
             self.results.close()
@@ -122,6 +124,7 @@ class Driver:
             patience=context.tracking_patience,
         )  # fmt: skip
         self.record = record = await stack.enter_async_context(opening)
+        context.sweep_ids.add(record.info.run_id)
         self.attempts = Attempts(context, settings, plan, record, self.gate)
         self.entered.set()
         try:
