@@ -3,6 +3,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from components.event_loops import LOOPS
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -41,3 +45,15 @@ def test_a_changed_figure_shows_in_the_table_and_one_above_its_limit_is_marked(t
     assert "| import mlfleet / import mlflow.projects | **0.25** (above) | 0.15 | `startup` | 3.13.1 | 2 | 9 |" in lines
     assert "| mlfleet --help / mlflow run --help | 0.0712 |  | `startup` | 3.13.1 | 2 | 9 |" in lines
     assert "| Kubernetes: watches | not recorded | 2 |  |  |  |  |" in lines
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_random_operations_leave_nothing_and_end_with_the_right_statuses(loop: str) -> None:
+    script = BENCHMARKS / "random_operations.py"
+    driven = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", script, "--operations", "120", "--seed", "1", "--loop", loop],
+        capture_output=True,
+        text=True,
+    )
+    assert driven.returncode == 0, driven.stderr
+    assert driven.stdout.splitlines()[-1].endswith("nothing is left")
