@@ -336,16 +336,42 @@ async def test_a_run_is_not_started_without_tracking(tmp_path: Path) -> None:
     assert not (tmp_path / "demo" / "started").exists()
 
 
-async def test_a_status_set_by_the_project_is_kept(tracking: FakeTracking, tmp_path: Path) -> None:
-    uri = write_project(tmp_path / "demo", "echo ready; read line < gate; exit 1")
+@pytest.mark.parametrize(
+    ("code", "tracked", "status", "reason"),
+    [
+        (0, RunStatus.FAILED, RunStatus.FAILED, "its code set the status FAILED in MLflow and ended with exit code 0"),
+        (0, RunStatus.KILLED, RunStatus.KILLED, "cancelled by another process"),
+        (3, RunStatus.FINISHED, RunStatus.FAILED, "exit code 3"),
+        (3, RunStatus.FAILED, RunStatus.FAILED, "exit code 3"),
+        (0, RunStatus.FINISHED, RunStatus.FINISHED, None),
+    ],
+)
+async def test_the_worse_of_exit_code_and_tracked_status_counts(
+    tracking: FakeTracking, tmp_path: Path, code: int, tracked: RunStatus, status: RunStatus, reason: str | None
+) -> None:
+    uri = write_project(tmp_path / "demo", f"echo ready; read line < gate; exit {code}")
     os.mkfifo(tmp_path / "demo" / "gate")
     async with Fleet(tracking=tracking) as fleet:
         run = await fleet.submit(uri, env_manager="local")
         await first_line(run)
-        await tracking.update_run(run.run_id, RunStatus.FINISHED)  # as mlflow.end_run() in the project's code
+        await tracking.update_run(run.run_id, tracked)  # as mlflow.end_run(tracked) in the project's code
         await anyio.to_thread.run_sync((tmp_path / "demo" / "gate").write_text, "go\n")
-        assert await run.wait() is False
-    assert tracking.runs[run.run_id].status is RunStatus.FINISHED
+        outcome = await run.outcome()
+    assert (outcome.status, outcome.reason, outcome.exit_code) == (status, reason, code)
+    assert await run.get_status() is status
+    assert tracking.runs[run.run_id].status is status
+    assert tracking.runs[run.run_id].statuses[1:] == list(dict.fromkeys([tracked, status])), "nothing written twice"
+
+
+async def test_a_run_that_is_cancelled_after_its_code_has_finished_it_is_killed(
+    fleet: Fleet, tracking: FakeTracking, tmp_path: Path
+) -> None:
+    run = await fleet.submit(write_project(tmp_path / "demo", "echo ready; sleep 1000"), env_manager="local")
+    await first_line(run)
+    await tracking.update_run(run.run_id, RunStatus.FINISHED)
+    await run.cancel()
+    assert await run.get_status() is RunStatus.KILLED
+    assert tracking.runs[run.run_id].status is RunStatus.KILLED
 
 
 @pytest.mark.parametrize(

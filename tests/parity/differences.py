@@ -116,8 +116,8 @@ def _untouched(aspect: str, theirs: Observed, ours: Observed) -> bool:
 
 
 def _own_end(aspect: str, theirs: Observed, ours: Observed) -> bool:
-    """Recognise that mlflow's status follows the exit code and mlfleet's does not."""
-    return theirs["runs"] == ("FINISHED" if theirs["exit code"] == "0" else "FAILED") and ours["runs"] != "RUNNING"
+    """Recognise that mlflow's status follows the exit code, and mlfleet's the worse status that the code has set."""
+    return (theirs["exit code"], theirs["runs"]) == ("0", "FINISHED") and ours["runs"] in ("FAILED", "KILLED")
 
 
 def _image_name(aspect: str, theirs: Observed, ours: Observed) -> bool:

@@ -142,7 +142,6 @@ RUNS = [
     ),
     Case(
         "run-ends-itself-and-fails",
-        ("status-of-user-code",),
         mlproject=entry_point("python end.py FINISHED; exit 1"),
         files={"end.py": END},
     ),

@@ -15,7 +15,7 @@ import pytest
 
 from components.mlflow_server import MlflowServer
 from components.projects import pid_is_gone, write_project
-from mlfleet import Fleet, RunStatus, SweepResult, Timeouts, grid
+from mlfleet import Fleet, Retry, RunEvent, RunStatus, Stage, SweepResult, Timeouts, grid
 from mlfleet.errors import UsageError
 from mlfleet.runs import JobRef
 from mlfleet.testing import FakeTracking
@@ -73,6 +73,23 @@ async def test_failures_may_be_left_as_they_are(fleet: Fleet, tmp_path: Path) ->
     assert [(each.status, each.earlier) for each in again.results] == [("FINISHED", True), ("FAILED", True)]
     assert [(each.reason, each.kind) for each in again.results] == [(None, None), ("exit code 1", "failure")]
     assert again.status is RunStatus.FAILED
+
+
+async def test_a_point_whose_code_has_set_failed_is_a_failure_that_is_retried(
+    tracking: FakeTracking, tmp_path: Path
+) -> None:
+    def set_failed(event: RunEvent) -> None:  # as mlflow.end_run("FAILED") in the project's code
+        if event.stage is Stage.STARTED and event.run_id is not None:
+            tracking.runs[event.run_id].statuses.append(RunStatus.FAILED)
+
+    uri = project(tmp_path, "true")
+    async with Fleet(tracking=tracking, on_event=set_failed) as fleet:
+        retry = Retry(attempts=2, on="failure", backoff=0)
+        first = await all_of(fleet, uri, grid(n=[1]), name="lr", retry=retry)
+        again = await all_of(fleet, uri, grid(n=[1]), name="lr", resume=True, retry_failed=False)
+    assert [(each.status, each.attempts, each.exit_code) for each in first.results] == [(RunStatus.FAILED, 2, 0)]
+    assert first.status is RunStatus.FAILED
+    assert [(each.status, each.earlier) for each in again.results] == [(RunStatus.FAILED, True)]
 
 
 async def test_cancelled_points_run_again(fleet: Fleet, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from mlfleet._engine.request import Output, SweepMember
 from mlfleet.backends.base import Backend, BackendRun, Job
 from mlfleet.errors import MlfleetError, RunLost, RunTimeout, TrackingError, UsageError
 from mlfleet.runs import FAILURE_KIND_TAG, REASON_TAG, STARTED_TAG, Outcome, RunEvent, RunStatus, Stage, Timeouts
-from mlfleet.tracking.base import RunInfo, end_run, failure_tags
+from mlfleet.tracking.base import RunInfo, end_run, failure_tags, log_tags, worse
 
 if TYPE_CHECKING:
     from mlfleet._engine.context import RunContext
@@ -234,8 +234,24 @@ class Supervisor(ABC):
             if self._second_run is not None:
                 second = await end_run(tracking, self._second_run, outcome.status, patience=patience)
                 self.metrics = second.metrics
-            tags = failure_tags(outcome, await self._secrets())
-            seen = await end_run(tracking, info.run_id, outcome.status, patience=patience, tags=tags)
+                outcome = _with_tracked(outcome, second.status)
+            # If the backend cannot tell how the run ended, a status that the run's own code has written counts.
+            known = not isinstance(outcome.error, RunLost)
+            secrets = await self._secrets()
+            seen = await end_run(
+                tracking,
+                info.run_id,
+                outcome.status,
+                patience=patience,
+                overwrite=known,
+                tags=failure_tags(outcome, secrets),
+            )
+            if not known and seen.status is RunStatus.FINISHED:
+                ended = Outcome(RunStatus.FINISHED)
+            else:
+                ended = _with_tracked(outcome, seen.status)
+            if ended.status is RunStatus.FAILED and ended is not outcome:
+                await log_tags(tracking, info.run_id, failure_tags(ended, secrets), patience=patience)
         except TrackingError as error:
             logger.error(
                 "the run %s is %s, but its status could not be written to MLflow: %s",
@@ -243,13 +259,7 @@ class Supervisor(ABC):
             )  # fmt: skip
             return replace(outcome, tracking_error=error)
         self.metrics = {**self.metrics, **seen.metrics}
-        if isinstance(outcome.error, RunLost) and seen.status is RunStatus.FINISHED:
-            # The backend cannot tell how the run ended, but the run's own code has.
-            return Outcome(RunStatus.FINISHED)
-        if seen.status is RunStatus.KILLED and outcome.status is not RunStatus.KILLED:
-            # A process that cancels the run of another one writes KILLED before it ends the command.
-            return replace(outcome, status=RunStatus.KILLED, reason="cancelled by another process")
-        return outcome
+        return ended
 
     async def _secrets(self) -> list[str]:
         """Return the values that must not show in what is written about the run."""
@@ -322,6 +332,21 @@ class Supervisor(ABC):
         if scope.cancelled_caught:
             reason = f"the {stage} timeout of {seconds:g} s ran out"
             raise RunTimeout(reason, run_id=self.run_id, reason=reason, stage=stage, seconds=seconds)
+
+
+def _with_tracked(outcome: Outcome, seen: RunStatus) -> Outcome:
+    """Return the outcome with the status that the MLflow run had already, if that is the worse one.
+
+    1. KILLED: a process that cancels the run of another one writes KILLED before it ends the command.
+    2. FAILED: the run's own code has called ``mlflow.end_run("FAILED")``, whatever its exit code says.
+    3. FINISHED, or not ended: the outcome counts.
+    """
+    if not seen.is_terminal or worse(outcome.status, seen) is outcome.status:
+        return outcome
+    if seen is RunStatus.KILLED:
+        return replace(outcome, status=seen, reason="cancelled by another process")
+    code = "" if outcome.exit_code is None else f" and ended with exit code {outcome.exit_code}"
+    return replace(outcome, status=seen, reason=f"its code set the status {seen} in MLflow{code}")
 
 
 class SubmittedSupervisor(Supervisor):

@@ -17,7 +17,7 @@ from mlfleet.errors import TrackingError
 from mlfleet.runs import FAILURE_KIND_TAG, REASON_TAG, Outcome, RunStatus
 from mlfleet.tracking.models import RunInfo
 
-__all__ = ["RunInfo", "Tracking", "end_run", "failure_tags"]
+__all__ = ["RunInfo", "Tracking", "end_run", "failure_tags", "log_tags", "worse"]
 
 logger = logging.getLogger("mlfleet.tracking")
 
@@ -169,21 +169,33 @@ def failure_tags(outcome: Outcome, secrets: Iterable[str] = ()) -> dict[str, str
     return tags
 
 
+_SEVERITY = (RunStatus.FINISHED, RunStatus.FAILED, RunStatus.KILLED)
+
+
+def worse(one: RunStatus, other: RunStatus) -> RunStatus:
+    """Return the worse of two terminal statuses: KILLED before FAILED before FINISHED."""
+    return max(one, other, key=_SEVERITY.index)
+
+
 async def end_run(
     tracking: Tracking,
     run_id: str,
     status: RunStatus,
     *,
     patience: float,
+    overwrite: bool = True,
     tags: Mapping[str, str] | None = None,
 ) -> RunInfo:
-    """Write a terminal status, unless the run's own code has ended the run already.
+    """Write a terminal status, unless the run has this status or a worse one already.
+
+    A run that has ended already was ended by its own code, or by a process that cancels it.
 
     Args:
         tracking: The server or store that holds the run.
         run_id: The id of the run.
         status: The terminal status.
         patience: Seconds for which each request is repeated while tracking cannot be reached.
+        overwrite: Overwrite a better terminal status.
         tags: Tags about this end. They are written before the status, so that whoever sees the status sees them; not
             if the run has ended with another status. If they cannot be written, a warning says so.
 
@@ -199,16 +211,18 @@ async def end_run(
             info = await tracking.get_run(run_id, retry_for=patience)
             if info.deleted:
                 raise TrackingError(f"the run {run_id} was deleted", uri=tracking.uri, code="INVALID_STATE")
-            if tags and (info.status is status or not info.status.is_terminal):
-                await _log_tags(tracking, run_id, tags, patience=patience)
-            if not info.status.is_terminal:
+            is_open = not info.status.is_terminal
+            is_written = is_open or (overwrite and worse(info.status, status) is not info.status)
+            if tags and (is_written or info.status is status):
+                await log_tags(tracking, run_id, tags, patience=patience)
+            if is_written:
                 await tracking.update_run(run_id, status, end_time=end_time, retry_for=patience)
             return info
     except TimeoutError as error:
         raise TrackingError("no answer in time", uri=tracking.uri) from error
 
 
-async def _log_tags(tracking: Tracking, run_id: str, tags: Mapping[str, str], *, patience: float) -> None:
+async def log_tags(tracking: Tracking, run_id: str, tags: Mapping[str, str], *, patience: float) -> None:
     """Write the tags about an end. Not being able to is no reason to leave out the status."""
     try:
         async with asyncio.timeout(patience + _TAGS_SECONDS):
