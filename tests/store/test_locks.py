@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -49,6 +50,39 @@ async def hold(path: Path) -> Process:
     os.close(reader)
     assert text.startswith(b"held")
     return process
+
+
+# Takes a free lock without any patience while the import of the lock's library takes its time.
+SLOW_IMPORT = """if True:
+    import asyncio, importlib.abc, sys, time
+    from pathlib import Path
+    from mlfleet._store.locks import file_lock
+    class Slow(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path, target=None):
+            if name == "filelock":
+                time.sleep(0.2)
+    sys.meta_path.insert(0, Slow())
+    async def main():
+        async with file_lock(Path(sys.argv[1]), patience=0.0):
+            print("held")
+    asyncio.run(main())
+"""
+
+
+def test_a_slow_import_is_no_part_of_the_patience(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", SLOW_IMPORT, str(tmp_path / "lock")], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("held\n", 0), done.stderr
+
+
+async def test_patience_ends_only_while_the_lock_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    holder = await hold(path)
+    with pytest.raises(TimeoutError):
+        async with file_lock(path, patience=0.05):
+            pass
+    await holder.stop(0)
+    async with file_lock(path, patience=0.0):  # a lock that is free needs no patience
+        pass
 
 
 async def test_tasks_of_one_process_exclude_each_other(tmp_path: Path) -> None:

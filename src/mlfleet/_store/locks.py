@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ _queues: RunVar[WeakValueDictionary[Path, anyio.Lock]] = RunVar("mlfleet lock qu
 
 
 @asynccontextmanager
-async def file_lock(path: Path) -> AsyncIterator[None]:
+async def file_lock(path: Path, *, patience: float | None = None) -> AsyncIterator[None]:
     """Hold the lock file at `path` against other processes and other tasks of this one.
 
     The file and its folder are created if they do not exist.
@@ -31,17 +32,31 @@ async def file_lock(path: Path) -> AsyncIterator[None]:
     Waiting does not block the event loop and may be cancelled. The lock ends with its process at the latest. The file
     stays where it is: if it were deleted, two others could hold a lock of this name each.
 
+    Args:
+        path: The lock file.
+        patience: Seconds for which a refused lock is tried again; None: until it is free. Time that passes without a
+            refusal (imports, threads that are busy) does not count.
+
     Raises:
+        TimeoutError: The lock was still refused when the patience had passed.
         OSError: The file cannot be created or written.
     """
     # One task of this process at a time asks the system, so that hundreds of waiters cost no more than one.
-    async with _queue(path):
+    queue = _queue(path)
+    try:
+        queue.acquire_nowait()
+    except anyio.WouldBlock:
+        with anyio.fail_after(patience):
+            await queue.acquire()
+    try:
         lock = await FILES.run(lambda: _lock(path))
-        await _acquire(lock)
+        await _acquire(lock, patience)
         try:
             yield
         finally:
             await _release(lock)
+    finally:
+        queue.release()
 
 
 def _lock(path: Path) -> FileLock:
@@ -61,7 +76,7 @@ def _queue(path: Path) -> anyio.Lock:
     return queue
 
 
-async def _acquire(lock: FileLock) -> None:
+async def _acquire(lock: FileLock, patience: float | None) -> None:
     def attempt() -> bool:
         from filelock import Timeout
 
@@ -76,8 +91,11 @@ async def _acquire(lock: FileLock) -> None:
         if acquired:
             await _release(lock)
 
-    pause = _SHORTEST_PAUSE
+    pause, refused_at = _SHORTEST_PAUSE, None
     while not await FILES.run(attempt, undo=undo):
+        refused_at = refused_at or time.monotonic()
+        if patience is not None and time.monotonic() - refused_at >= patience:
+            raise TimeoutError(f"{lock.lock_file} is locked")
         await anyio.sleep(pause)
         pause = min(pause * 2, _LONGEST_PAUSE)
 

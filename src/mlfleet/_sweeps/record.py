@@ -14,8 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-import anyio
-
 from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.plan import Plan
@@ -177,10 +175,11 @@ async def open_record(
 
 async def _lock(stack: AsyncExitStack, path: Path, name: str) -> None:
     """Lock a sweep: two drivers would run each point twice. The lock reaches only as far as this machine."""
-    with anyio.move_on_after(_LOCK_WAIT):
-        await stack.enter_async_context(file_lock(path))
-        return
-    raise UsageError(f"another process drives the sweep {name!r} right now: wait for it, or end it first")
+    try:
+        await stack.enter_async_context(file_lock(path, patience=_LOCK_WAIT))
+    except TimeoutError:
+        text = f"another process drives the sweep {name!r} right now: wait for it, or end it first"
+        raise UsageError(text) from None
 
 
 async def is_driven(tracking: Tracking, info: RunInfo) -> bool:
@@ -188,10 +187,11 @@ async def is_driven(tracking: Tracking, info: RunInfo) -> bool:
     name = info.tags.get(NAME_TAG)
     if name is None:
         return False
-    with anyio.move_on_after(_LOCK_WAIT):
-        async with file_lock(lock_path(tracking, info.experiment_id, name)):
+    try:
+        async with file_lock(lock_path(tracking, info.experiment_id, name), patience=_LOCK_WAIT):
             return False
-    return True
+    except TimeoutError:
+        return True
 
 
 async def _content(plan: Plan) -> str:
