@@ -94,5 +94,19 @@ async def test_local_uses_the_current_environment(tmp_path: Path, monkeypatch: p
         return
     # The virtual environment was not activated: `python` is its python all the same.
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.delenv("VIRTUAL_ENV", raising=False)
+    monkeypatch.delenv("CONDA_PREFIX", raising=False)
     prepared = await local.prepare(await to_thread.run_sync(local.plan, tmp_path, None))
     assert prepared.apply({"PATH": "/usr/bin:/bin"})["PATH"] == f"{own}:/usr/bin:/bin"
+
+
+@pytest.mark.parametrize("name", ["VIRTUAL_ENV", "CONDA_PREFIX"])
+async def test_local_leaves_the_path_of_another_activated_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    local = create_manager("local")
+    monkeypatch.delenv("VIRTUAL_ENV", raising=False)
+    monkeypatch.setenv(name, str(tmp_path / "other"))
+    monkeypatch.setenv("PATH", f"{tmp_path}/other/bin:/usr/bin:/bin")
+    prepared = await local.prepare(await to_thread.run_sync(local.plan, tmp_path, None))
+    assert prepared.path == ()

@@ -42,6 +42,7 @@ def ground(
             files=files,
             plugins=plugin_folder,
             unique=uuid.uuid4().hex[:8],
+            words={"@path": sides.bare_path(root / "tools")},
         )
 
 

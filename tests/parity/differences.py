@@ -216,6 +216,7 @@ RULES: dict[str, Rule] = {
     "plugin-own-run": lambda aspect, theirs, ours: ours["runs"] == f"{theirs['runs']}, {theirs['runs']}",
     "pyenv-not-needed": _works("FileNotFoundError: [Errno 2] No such file or directory: 'None'"),
     "environment-entered": _activated,
+    "own-environment": lambda aspect, theirs, ours: ours[aspect] == f"@venv/bin:{theirs[aspect]}",
     "uv-ignored": _uv_ignored,
     # Docker
     "docker-engine-api": lambda aspect, theirs, ours: theirs[aspect].startswith("docker run --rm") and not ours[aspect],

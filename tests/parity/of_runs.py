@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 
 from parity.case import Case, entry_point
@@ -28,6 +29,12 @@ def run_with_parameter(place: Place) -> None:
 def parent(place: Place) -> None:
     """An MLflow run that is active where the call is made."""
     place.words["@parent"] = place.ground.tracking.create_run(place.words["@experiment"])
+
+
+def other_environment(place: Place) -> None:
+    """Make an environment in ``@case/other`` that is not the one in which mlflow or mlfleet is installed."""
+    (place.folder / "other" / "bin").mkdir(parents=True)
+    (place.folder / "other" / "bin" / "python").symlink_to(sys.executable)
 
 
 def config(text: str) -> Callable[[Place], None]:
@@ -88,6 +95,19 @@ LISTED = {"python_env.yaml": "build_dependencies: []\ndependencies: []\n"}
 ENVIRONMENTS = [
     Case("env-manager-unknown", arguments={"env_manager": "nowhere"}),
     Case("env-manager-local", mlproject=PYTHON, files=LISTED),
+    Case("env-manager-local-nothing-activated", ("own-environment",), environ={"PATH": "@path"}),
+    Case(
+        "env-manager-local-other-venv",
+        mlproject=entry_point("command -v python"),
+        environ={"PATH": "@case/other/bin:@path", "VIRTUAL_ENV": "@case/other"},
+        prepare=other_environment,
+    ),
+    Case(
+        "env-manager-local-other-conda",
+        mlproject=entry_point("command -v python"),
+        environ={"PATH": "@case/other/bin:@path", "CONDA_PREFIX": "@case/other"},
+        prepare=other_environment,
+    ),
     Case(
         "env-manager-uv",
         ("environment-entered", "uv-ignored"),

@@ -22,7 +22,7 @@ from parity.case import Case
 from parity.observing import Observed, observe
 from parity.places import Ground, Place
 
-__all__ = ["REFERENCES", "Side", "install", "start"]
+__all__ = ["REFERENCES", "Side", "bare_path", "install", "start"]
 
 REFERENCES = {"3.x": "mlflow-skinny>=3,<4", "2.x": "mlflow-skinny>=2,<3"}
 """What is compared with. mlflow-skinny is mlflow without what serves models and pages; `mlflow.projects` is whole."""
@@ -176,9 +176,8 @@ def start(name: str, python: Path, ground: Ground, folder: Path) -> Iterator[Sid
 
 def _environ(python: Path, ground: Ground, folder: Path) -> dict[str, str]:
     """Return the variables of a side's process, which differ in paths only."""
-    here = [path for path in os.environ["PATH"].split(os.pathsep) if not _is_of_this_machine(path)]
     mine = {
-        "PATH": os.pathsep.join((str(ground.tools), str(python.parent), *here)),
+        "PATH": os.pathsep.join((str(ground.tools), str(python.parent), *_programs())),
         "PYTHONPATH": str(ground.plugins),
         "HOME": str(ground.home),
         "MLFLOW_TRACKING_URI": ground.tracking.url,
@@ -191,6 +190,15 @@ def _environ(python: Path, ground: Ground, folder: Path) -> dict[str, str]:
     }
     passed = ("LANG", "LC_ALL", "UV_*", "PIP_*", "DOCKER_*", "HTTP_PROXY", "HTTPS_PROXY", "SSL_CERT_FILE")
     return mine | {name: value for name, value in os.environ.items() if any(_fits(name, each) for each in passed)}
+
+
+def bare_path(tools: Path) -> str:
+    """Return a PATH that leads to the environment of neither side, as that of a caller who has activated none."""
+    return os.pathsep.join((str(tools), *_programs()))
+
+
+def _programs() -> list[str]:
+    return [path for path in os.environ["PATH"].split(os.pathsep) if not _is_of_this_machine(path)]
 
 
 def _fits(name: str, pattern: str) -> bool:

@@ -122,7 +122,7 @@ class EnvironmentManager(ABC):
 class LocalManager(EnvironmentManager):
     """Runs the command in the caller's environment, as it is.
 
-    With one exception: when this process runs in a virtual or conda environment that was not activated
+    With one exception: when this process runs in a virtual or conda environment and the caller has activated none
     (``/venv/bin/mlfleet run …``), ``python`` in the command is that environment's, not whatever PATH has first.
     """
 
@@ -141,7 +141,13 @@ class LocalManager(EnvironmentManager):
 
 
 def _path() -> tuple[str, ...]:
-    """Return the folder of this interpreter, if it belongs to an environment and PATH does not lead to it."""
+    """Return the folder of this interpreter, if it belongs to an environment and PATH does not lead to it.
+
+    Not if the caller has activated another environment: mlfleet may be a tool in one of its own (pipx, ``uv tool``).
+    """
+    active = os.environ.get("VIRTUAL_ENV") or os.environ.get("CONDA_PREFIX")
+    if active and os.path.realpath(active) != os.path.realpath(sys.prefix):
+        return ()
     own = os.path.dirname(sys.executable)  # noqa: PTH120 - not resolved: a venv's python is a link
     in_environment = sys.prefix != sys.base_prefix or Path(sys.prefix, "conda-meta").is_dir()
     found = shutil.which("python")
