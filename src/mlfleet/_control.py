@@ -15,7 +15,7 @@ from mlfleet._sweeps import NAME_TAG, SPACE_TAG, is_driven
 from mlfleet._sweeps.record import forget, lock_path
 from mlfleet._text.lines import follow_file
 from mlfleet.backends.base import BackendRun
-from mlfleet.errors import BackendNotFound, MlfleetError, UsageError
+from mlfleet.errors import BackendError, BackendNotFound, MlfleetError, RunLost, UsageError
 from mlfleet.fleet import Fleet, context_of
 from mlfleet.runs import JobRef, Outcome, RunStatus
 from mlfleet.tracking import RunInfo
@@ -114,6 +114,7 @@ async def cancel_sweep(fleet: Fleet, info: RunInfo, *, grace: float | None = Non
     await fleet.tracking.update_run(info.run_id, RunStatus.KILLED)
     waited = 0.0
     errors: dict[str, MlfleetError] = {}
+    lost: dict[str, MlfleetError] = {}  # runs whose end is not confirmed: to wait for it again would take as long
     # The driver may start further runs until it has seen that its sweep was cancelled.
     while waited < _DRIVER_PATIENCE:
         running = await fleet.tracking.search_runs(
@@ -122,13 +123,16 @@ async def cancel_sweep(fleet: Fleet, info: RunInfo, *, grace: float | None = Non
             max_results=_MOST_RUNS,
         )
         errors.clear()
+        running = [run for run in running if run.run_id not in lost]
         async with anyio.create_task_group() as group:
             for run in running:
                 group.start_soon(_try_to_cancel, fleet, run.run_id, grace, errors)
         if not running and NAME_TAG in info.tags and not await is_driven(fleet.tracking, info):
             break
         waited = waited + _SHORTEST_PAUSE if len(errors) == len(running) else 0.0
+        lost.update({run_id: error for run_id, error in errors.items() if isinstance(error, RunLost)})
         await anyio.sleep(_SHORTEST_PAUSE)
+    errors |= lost
     if errors:
         raise ExceptionGroup(f"{len(errors)} runs could not be cancelled", list(errors.values()))
     return await fleet.tracking.get_run(info.run_id)
@@ -193,10 +197,17 @@ async def _wait_over(fleet: Fleet, run_id: str) -> None:
 
 
 async def _end(fleet: Fleet, info: RunInfo, handle: BackendRun, grace: float | None) -> None:
-    """Write KILLED first, so that the run's own process, if it lives, takes it for cancelled and not for failed."""
+    """Write KILLED first, so that the run's own process, if it lives, takes it for cancelled and not for failed.
+
+    Raises:
+        RunLost: The end of the run was not confirmed: it may still run.
+    """
     await fleet.tracking.update_run(info.run_id, RunStatus.KILLED)
     try:
         await handle.cancel(grace=grace)
+        error = (await handle.outcome()).error
+        if isinstance(error, BackendError):
+            raise error
     except MlfleetError:
         await fleet.tracking.update_run(info.run_id, info.status)
         raise

@@ -274,6 +274,13 @@ class Cluster:
         for pod in self.api.of_kind("pods"):
             self.runtime.close_pod(pod)
 
+    def answer(self) -> None:
+        """Let the node answer again; it catches up with the deletions that it has missed."""
+        self.answers = True
+        for key, value in tuple(self.api.objects.items()):
+            if key[0] == "pods":
+                self._changed("MODIFIED", key, value)
+
     def start(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
@@ -339,7 +346,7 @@ class Cluster:
         conditions: list[dict[str, str]] = []
         for kind in (interim, final):
             conditions.append({"type": kind, "status": "True", "reason": reason, "message": message})
-            await self._set_status(key, {"conditions": list(conditions), ("succeeded" if good else "failed"): 1})
+            await self._set_status(key, {"conditions": list(conditions), **({"succeeded": 1} if good else {})})
             await self._step()
         job = self.api.objects.get(key)
         ttl = job["spec"].get("ttlSecondsAfterFinished") if job is not None else None

@@ -45,6 +45,9 @@ def cancel(
 
     They become KILLED, also for the process that started them. Runs that have ended keep their status. A local run of
     mlfleet run, or of a sweep without a name, can be ended only by ending its process.
+
+    Exit codes: 0 nothing of the runs runs any more, 1 the end of some was not confirmed, so that they may still run, 2
+    there is a mistake in the call.
     """
     if not run_ids and sweep is None:
         raise click.UsageError("give the ids of runs, or --sweep NAME")

@@ -141,6 +141,8 @@ def _say_end(command: RunCommand, received: signal.Signals | None, *, quiet: boo
     if command.error is not None and received is None:
         _log.debug("the error in full", exc_info=command.error)
         complain(str(command.error))
+    if received is not None and command.run is not None and command.outcome and status is RunStatus.FAILED:
+        complain(f"{command.run.info.name!r} (run {command.run.run_id}) is {status}: {command.outcome.reason}")
     if quiet:
         return
     if received is not None and command.run is None:
@@ -148,7 +150,7 @@ def _say_end(command: RunCommand, received: signal.Signals | None, *, quiet: boo
     if command.run is None or status is None:
         return
     info = command.run.info
-    if status is RunStatus.FINISHED or received is not None:
+    if status is RunStatus.FINISHED or (received is not None and status is not RunStatus.FAILED):
         say(f"{info.name!r} (run {info.run_id}) is {status}")
     if command.tracking is not None:
         say(f"to look at it: {where_to_look(command.tracking, info)}")

@@ -112,7 +112,7 @@ async def test_a_thousand_runs_survive_random_faults(fake_cluster: FakeCluster, 
     for run_id, status, code, reason in ended:
         if run_id in deleted:
             assert status is RunStatus.FAILED, reason
-            assert "deleted externally" in (reason or "") or "how it ended was not seen" in (reason or "")
+            assert "deleted from outside" in (reason or "") or "how it ended was not seen" in (reason or "")
         else:
             assert (status is RunStatus.FINISHED) == (expected[run_id] == 0), reason
             # A Job that its TTL removed before the next list leaves its conditions, but no pod.

@@ -46,6 +46,6 @@ async def test_kubectl_can_find_and_delete_a_run(
         with anyio.fail_after(25):
             await kubectl("delete", "job", name)
         outcome = await run.outcome()
-        assert (outcome.status, outcome.reason) == (RunStatus.FAILED, f"the Job {name} was deleted externally")
+        assert (outcome.status, outcome.reason) == (RunStatus.FAILED, f"the Job {name} was deleted from outside")
         assert await kubectl("get", "jobs", "-o", "name") == ""
         assert fake_cluster.api.of_kind("secrets") == [], "it goes with its Job"

@@ -127,7 +127,7 @@ async def test_externally_deleted_job_fails_its_run(fake_cluster: FakeCluster) -
         fake_cluster.api.delete_job(key(run), "Background")
         outcome = await run.outcome()
     assert outcome.status is RunStatus.FAILED
-    assert outcome.reason == f"the Job {run.target.name} was deleted externally"
+    assert outcome.reason == f"the Job {run.target.name} was deleted from outside"
 
 
 async def test_run_is_lost_when_its_job_is_removed_while_no_watch_is_open(fake_cluster: FakeCluster) -> None:

@@ -104,7 +104,7 @@ def test_job_has_ended_only_with_its_final_condition(scenario: str) -> None:
         ("backoff2", "FAILED", 3, "exit code 3 (attempt 3 of 3)", "failure"),
         ("deadline", "FAILED", 137, "the Job's activeDeadlineSeconds ran out (DeadlineExceeded)", "timeout"),
         ("oom", "FAILED", 137, "out of memory (its limit is 12Mi)", "oom"),
-        ("delete-foreground", "FAILED", 137, "the Job delete-foreground was deleted externally", "infrastructure"),
+        ("delete-foreground", "FAILED", 137, "the Job delete-foreground was deleted from outside", "infrastructure"),
     ],
 )
 def test_outcome_of_each_recorded_job(

@@ -7,6 +7,7 @@ import os
 import socket
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from mlfleet._paths import run_folder
 from mlfleet._text.masking import MASK
 from mlfleet.backends._remote.run import SupervisedRuns
 from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job, ListedRun
-from mlfleet.backends.kubernetes.config import KubernetesConfig, parse_config
+from mlfleet.backends.kubernetes.config import KubernetesConfig, StartTimeouts, parse_config
 from mlfleet.backends.kubernetes.delivery import Deliveries, preview_code
 from mlfleet.backends.kubernetes.jobs import create_job, create_secret, delete_job, find_job, job_path
 from mlfleet.backends.kubernetes.login import find_cluster
@@ -30,6 +31,7 @@ from mlfleet.backends.kubernetes.manifest import (
     check_copied,
     check_tracking,
     grace_of,
+    has_secret,
     host_volumes,
     image_of,
     job_manifest,
@@ -54,12 +56,17 @@ class KubernetesBackend(Backend[KubernetesConfig]):
     """Runs each job as a ``batch/v1`` Job of a cluster.
 
     Leaving the backend ends the Jobs that it submitted. Jobs that it attached to go on.
+
+    Args:
+        end_patience: Seconds after the grace time in which nodes must confirm that the pods of a cancelled run have
+            ended. After that the run counts as lost: it may still run.
     """
 
     name: ClassVar[str] = "kubernetes"
     needs_login: ClassVar[bool] = True
 
-    def __init__(self) -> None:
+    def __init__(self, *, end_patience: float = 120.0) -> None:
+        self._end_patience = end_patience
         self._watches = WatchPool()
         self._deliveries = Deliveries()
         self._log_slots = LogSlots()
@@ -102,6 +109,10 @@ class KubernetesBackend(Backend[KubernetesConfig]):
         }
         if job.output is not None:
             data["output"] = str(job.output)
+        if config.timeouts != StartTimeouts():
+            data["start-timeout"] = asdict(config.timeouts)
+        if not config.keep_jobs:
+            data["keep-jobs"] = False
         return JobRef(self.name, job.run_id, data)
 
     def preview(self, job: Job) -> str:
@@ -150,6 +161,8 @@ class KubernetesBackend(Backend[KubernetesConfig]):
                 grace=grace_of(made),
                 timeouts=config.timeouts,
                 keep=config.keep_jobs,
+                has_secret=bool(secret),
+                patience=self._end_patience,
                 tags={"mlflow.docker.image.uri": code.image, **_tags(made)},
             )
             return self._supervise(shared, made, target, submitted=True)
@@ -171,8 +184,9 @@ class KubernetesBackend(Backend[KubernetesConfig]):
             ApiError: The cluster cannot be reached.
         """
         data = ref.data
-        context = str(data.get("context") or "")
-        config = await LOGINS.run(lambda: _attached_config(context, str(data.get("namespace") or "")))
+        config = await LOGINS.run(partial(_attached_config, data))
+        # The process that submitted the run deletes its Job as soon as it has the output, if it still lives.
+        keep = config.keep_jobs or await FILES.run(partial(_owner_lives, ref))
         name = _job_name(ref)
         shared = await self._watches.acquire(config.cluster, config.namespace)
         try:
@@ -184,6 +198,10 @@ class KubernetesBackend(Backend[KubernetesConfig]):
                 run_id=ref.run_id,
                 output=_output(ref),
                 grace=grace_of(found),
+                timeouts=config.timeouts,
+                keep=keep,
+                has_secret=has_secret(found),
+                patience=self._end_patience,
                 tags=_tags(found),
             )
             return self._supervise(shared, found, target, submitted=False)
@@ -205,8 +223,7 @@ class KubernetesBackend(Backend[KubernetesConfig]):
         """Return True if the Job has ended or is gone, and so is the process that submitted it on this machine."""
         if not await FILES.run(partial(_owner_is_gone, ref)):
             return False
-        context, namespace = str(ref.data.get("context") or ""), str(ref.data.get("namespace") or "")
-        config = await LOGINS.run(partial(_attached_config, context, namespace))
+        config = await LOGINS.run(partial(_attached_config, ref.data))
         client = await self._watches.client(config.cluster)
         try:
             found = await find_job(client, config.namespace, _job_name(ref), ref.run_id)
@@ -263,13 +280,18 @@ class KubernetesBackend(Backend[KubernetesConfig]):
         return run
 
 
-def _attached_config(context: str, namespace: str) -> KubernetesConfig:
-    """Return the configuration to find a Job again. Blocking.
+def _attached_config(data: Mapping[str, Any]) -> KubernetesConfig:
+    """Return the configuration to find a Job again, and to look after it as it was submitted. Blocking.
+
+    Args:
+        data: The data of the reference, which anybody who may write tags can have changed.
 
     Raises:
-        UsageError: The kubeconfig does not have the context any more.
+        UsageError: The kubeconfig does not have the context any more, or the reference is damaged.
     """
-    given: dict[str, Any] = {"code-delivery": "none", "namespace": namespace}
+    context = str(data.get("context") or "")
+    given: dict[str, Any] = {"code-delivery": "none", "namespace": str(data.get("namespace") or "")}
+    given.update({key: data[key] for key in ("start-timeout", "keep-jobs") if key in data})
     if context and not context.startswith("("):
         given["kube-context"] = context
     return parse_config(given, os.environ)
@@ -323,6 +345,11 @@ def _owner_is_gone(ref: JobRef) -> bool:
 
     owner = _owner(ref)
     return owner is not None and not psutil.pid_exists(owner)
+
+
+def _owner_lives(ref: JobRef) -> bool:
+    """Return True if the process that submitted the run is on this machine and lives. Blocking."""
+    return _owner(ref) is not None and not _owner_is_gone(ref)
 
 
 def _listed(raw: Mapping[str, Any]) -> ListedRun:

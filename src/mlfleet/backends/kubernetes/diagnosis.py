@@ -10,7 +10,7 @@ from mlfleet.backends.kubernetes.state import ContainerState, PodState, Snapshot
 from mlfleet.errors import RunLost
 from mlfleet.runs import FailureKind, Outcome, RunStatus
 
-__all__ = ["PendingKind", "PendingReason", "exit_code", "outcome", "pending_reason"]
+__all__ = ["PendingKind", "PendingReason", "exit_code", "outcome", "pending_reason", "straggling_pod"]
 
 _IMAGE = (
     "ErrImagePull",
@@ -74,6 +74,22 @@ def pending_reason(snapshot: Snapshot) -> PendingReason | None:
     return None
 
 
+def straggling_pod(snapshot: Snapshot) -> PodState | None:
+    """Return the pod whose run container has ended for good while others go on; None if there is none.
+
+    Kubernetes ends sidecars (init containers with ``restartPolicy: Always``) by itself, but waits for every other
+    container, such as a proxy that an admission webhook has added.
+    """
+    job = snapshot.job
+    if job is None or job.ended or job.ending is not None or job.deleting or not snapshot.pods:
+        return None
+    pod = snapshot.pods[-1]
+    if not pod.main.terminated or pod.deleting or not pod.running:
+        return None
+    restarts = pod.restart_policy != "Never" and pod.main.exit_code != 0
+    return None if restarts else pod
+
+
 def outcome(snapshot: Snapshot) -> Outcome:
     """Return the outcome of a Job that has ended: by its conditions first, and by its pods where it has none.
 
@@ -111,14 +127,14 @@ def _without_condition(snapshot: Snapshot, code: int | None) -> Outcome:
     job, pod = snapshot.job, snapshot.last_pod
     assert job is not None  # noqa: S101 - checked by the caller
     if not job.unseen:
-        reason = f"the Job {job.name} was deleted externally"
+        reason = f"the Job {job.name} was deleted from outside"
         code = code if pod is not None and pod.main.terminated else None
         return Outcome(RunStatus.FAILED, code, reason, cause=FailureKind.INFRASTRUCTURE)
     if pod is not None and pod.main.terminated and code is not None and not pod.deleting:
         if code == 0:
             return Outcome(RunStatus.FINISHED, 0)
         if job.attempts + 1 > job.retries:
-            return Outcome(RunStatus.FAILED, code, _pod_reason(pod, code), cause=_cause(snapshot, ""))
+            return Outcome(RunStatus.FAILED, code, _pod_reason(pod, code, deleted=False), cause=_cause(snapshot, ""))
     reason = f"the Job {job.name} is gone, and how it ended was not seen"
     hint = "its ttlSecondsAfterFinished may be too short" if not job.deleting else "somebody deleted it"
     lost = RunLost(f"{reason}; {hint}", backend="kubernetes")
@@ -127,7 +143,7 @@ def _without_condition(snapshot: Snapshot, code: int | None) -> Outcome:
 
 def _reason(snapshot: Snapshot, reason: str, message: str) -> str:
     job, pod, code = snapshot.job, snapshot.last_pod, exit_code(snapshot)
-    why = _pod_reason(pod, code) if pod is not None else ""
+    why = "" if pod is None else _pod_reason(pod, code, deleted=_deleted_outside(snapshot, pod))
     match reason:
         case "BackoffLimitExceeded":
             tried = f" (attempt {job.attempts} of {job.retries + 1})" if job is not None and job.retries else ""
@@ -151,13 +167,29 @@ def _cause(snapshot: Snapshot, reason: str) -> FailureKind | None:
         return FailureKind.OOM
     if pod.reason == "Evicted" or pod.disruption is not None:
         return FailureKind.PREEMPTED
+    if _deleted_outside(snapshot, pod):
+        return FailureKind.INFRASTRUCTURE
     if not pod.main.started:
         return FailureKind.FAILURE if pod.main.reason == "StartError" else FailureKind.INFRASTRUCTURE
     return None
 
 
-def _pod_reason(pod: PodState, code: int | None) -> str:
-    """Return the reason why a pod failed; empty if it is unknown."""
+def _deleted_outside(snapshot: Snapshot, pod: PodState) -> bool:
+    """Return True if a pod was deleted while its command ran, and not by the Job's controller."""
+    # pkg/controller/job/job_controller.go of Kubernetes, pastBackoffLimitOnFailure
+    job = snapshot.job
+    given_up = job is not None and pod.restart_policy == "OnFailure" and 0 < pod.main.restarts >= job.retries
+    return pod.cut and not given_up
+
+
+def _pod_reason(pod: PodState, code: int | None, *, deleted: bool) -> str:
+    """Return the reason why a pod failed; empty if it is unknown.
+
+    Args:
+        pod: The pod.
+        code: The exit code of its command; None if it is unknown.
+        deleted: True if somebody deleted it while its command ran.
+    """
     main = pod.main
     if main.reason == "OOMKilled":
         return "out of memory" + (f" (its limit is {pod.memory})" if pod.memory else "")
@@ -165,6 +197,8 @@ def _pod_reason(pod: PodState, code: int | None) -> str:
         return f"evicted from the node {pod.node}: {_short(pod.message)}".rstrip(": ")
     if pod.disruption is not None:
         return f"ended by the cluster ({pod.disruption.reason}): {_short(pod.disruption.message)}".rstrip(": ")
+    if deleted:
+        return f"its pod {pod.name} was deleted from outside"
     broken = next((each for each in pod.init if each.terminated and each.exit_code), None)
     if broken is not None and not main.started:
         return f"the init container {broken.name!r} failed: {_code(broken.exit_code or 0)}"

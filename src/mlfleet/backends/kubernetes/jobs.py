@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -12,10 +13,20 @@ from mlfleet.backends.kubernetes.names import label_value
 from mlfleet.backends.kubernetes.state import RUN_LABEL, read_job
 from mlfleet.errors import RunLost, SubmitError
 
-__all__ = ["create_job", "create_secret", "delete_job", "find_job", "job_path", "warnings_of"]
+__all__ = [
+    "create_job",
+    "create_secret",
+    "delete_job",
+    "delete_pod",
+    "delete_secret",
+    "find_job",
+    "job_path",
+    "warnings_of",
+]
 
 _log = logging.getLogger("mlfleet.kubernetes")
 _QUOTED = 5  # events
+_CLEANING = 20.0  # seconds in which the deletion of a Secret may be repeated
 
 
 def job_path(namespace: str, name: str = "") -> str:
@@ -145,6 +156,53 @@ async def delete_job(
     if answer.get("kind") != "Job":
         return True
     return not read_job(answer).ended
+
+
+async def delete_pod(
+    client: KubernetesClient, namespace: str, name: str, uid: str, *, grace: float | None = None
+) -> None:
+    """Ask for the deletion of a pod, unless it is gone.
+
+    Args:
+        client: The client of the cluster.
+        namespace: The namespace of the pod.
+        name: The name of the pod.
+        uid: The uid of the pod; another one with the same name is left alone.
+        grace: Seconds between SIGTERM and SIGKILL; None: as the pod has it.
+
+    Raises:
+        ApiError: It cannot be deleted.
+    """
+    body: dict[str, Any] = {"kind": "DeleteOptions", "apiVersion": "v1", "preconditions": {"uid": uid}}
+    if grace is not None:
+        body["gracePeriodSeconds"] = max(1, round(grace))
+    try:
+        await client.call("ending a pod", "DELETE", f"/api/v1/namespaces/{namespace}/pods/{name}", body=body)
+    except ApiError as error:
+        if error.status not in (404, 409):
+            raise
+
+
+async def delete_secret(client: KubernetesClient, namespace: str, name: str) -> None:
+    """Delete the Secret of a run that has ended. If that fails it stays as long as the Job, and a warning says so."""
+    path = f"/api/v1/namespaces/{namespace}/secrets/{name}"
+    try:
+        await client.call("deleting a Secret", "DELETE", path, seconds=_CLEANING)
+    except ApiError as error:
+        if error.status == 403:
+            _warn_of_role(namespace)
+        elif error.status != 404:
+            _log.warning("the Secret %s stays as long as its Job: %s", name, error)
+
+
+@functools.cache
+def _warn_of_role(namespace: str) -> None:
+    """Log the warning once for hundreds of runs."""
+    _log.warning(
+        "the Secrets of runs in the namespace %s stay as long as their Jobs: mlfleet may not delete them. Give it the"
+        " verb 'delete' for secrets, as in the Role of docs/backends/kubernetes.md",
+        namespace,
+    )
 
 
 async def warnings_of(client: KubernetesClient, namespace: str, name: str) -> list[str]:

@@ -28,6 +28,7 @@ __all__ = [
     "check_tracking",
     "escape",
     "grace_of",
+    "has_secret",
     "host_volumes",
     "image_of",
     "job_manifest",
@@ -160,6 +161,16 @@ def grace_of(manifest: Mapping[str, Any]) -> float:
     """Return the seconds between SIGTERM and SIGKILL for the pods of a Job."""
     seconds = manifest["spec"]["template"]["spec"].get("terminationGracePeriodSeconds")
     return 30.0 if seconds is None else float(seconds)
+
+
+def has_secret(manifest: Mapping[str, Any]) -> bool:
+    """Return True if a Job's pods read the Secret of the run, which has the name of the Job."""
+    sources = (
+        source.get("secretRef") or {}
+        for container in manifest["spec"]["template"]["spec"]["containers"]
+        for source in container.get("envFrom") or ()
+    )
+    return any(source.get("name") == manifest["metadata"]["name"] for source in sources)
 
 
 def host_volumes(volumes: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import anyio
 
@@ -16,8 +15,15 @@ from mlfleet.backends._remote.run import SupervisedRun
 from mlfleet.backends._remote.state_cache import CachedState
 from mlfleet.backends.kubernetes.client import ApiError, KubernetesClient
 from mlfleet.backends.kubernetes.config import StartTimeouts
-from mlfleet.backends.kubernetes.diagnosis import PendingKind, PendingReason, outcome, pending_reason
-from mlfleet.backends.kubernetes.jobs import delete_job, warnings_of
+from mlfleet.backends.kubernetes.diagnosis import (
+    PendingKind,
+    PendingReason,
+    exit_code,
+    outcome,
+    pending_reason,
+    straggling_pod,
+)
+from mlfleet.backends.kubernetes.jobs import delete_job, delete_pod, delete_secret, warnings_of
 from mlfleet.backends.kubernetes.output import Copier, LogSlots
 from mlfleet.backends.kubernetes.state import JobState, PodState, Snapshot, job_of_pod, read_pod
 from mlfleet.backends.kubernetes.watch import NamespaceWatch
@@ -31,7 +37,7 @@ _STALLED = 30.0  # seconds without output of a run that has ended
 _POD_COMES = 2.0  # seconds by which the pod's end may arrive later than the Job's
 _WARN_AFTER = 30.0  # seconds of waiting for a node
 _WHOLE_SECOND = 1.0  # the unit of a pod's grace period
-_STUCK = 120.0  # seconds after the grace time, in which a node must confirm that a pod has ended
+_STUCK = 120.0  # seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +53,8 @@ class Target:
         grace: Seconds between SIGTERM and SIGKILL, as the pods have it.
         timeouts: Limits for the reasons that keep the run from starting.
         keep: True if the Job stays after the end of the run until its TTL; False deletes it.
+        has_secret: True if the run has a Secret of its own, which is deleted at its end.
+        patience: Seconds after the grace time in which nodes must confirm that pods have ended.
         tags: Tags for the MLflow run.
     """
 
@@ -58,6 +66,8 @@ class Target:
     grace: float = 30.0
     timeouts: StartTimeouts = field(default_factory=StartTimeouts)
     keep: bool = True
+    has_secret: bool = False
+    patience: float = _STUCK
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -87,6 +97,9 @@ class KubernetesRun(SupervisedRun):
         self._living: asyncio.TaskGroup | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._cut = False  # True if we deleted the Job before it had ended
+        self._succeeded = False  # True if we deleted it after its command, for containers that went on
+        self._warned = False  # True once a warning has named containers that went on
+        self._over = False  # True if the run has ended, as opposed to our looking after it
 
     # ---- the handle -------------------------------------------------------------------------------------------------
 
@@ -111,21 +124,30 @@ class KubernetesRun(SupervisedRun):
     # ---- its task ---------------------------------------------------------------------------------------------------
 
     async def _tidy(self) -> None:
-        if not self.target.keep and not self._cut and self.submitted:
+        if self._over:
             await wait_done(asyncio.ensure_future(self._remove()))
         self._watch.untrack(self.target.uid)
         self._started.set()
 
     async def _remove(self) -> None:
+        """Delete what must not stay after the end of the run: the Secret, or the Job, which takes it along."""
+        target, state = self.target, self._state.value
+        if self._cut or (state is not None and state.job is not None and state.job.deleted):
+            return
         try:
-            await delete_job(self._client, self.target.namespace, self.target.name, self.target.uid)
+            if not target.keep:
+                await delete_job(self._client, target.namespace, target.name, target.uid)
+            elif target.has_secret:
+                await delete_secret(self._client, target.namespace, target.name)
         except MlfleetError as error:
-            _log.warning("the Job %s stays: %s", self.target.name, error)
+            _log.warning("the Job %s stays: %s", target.name, error)
 
     async def _abandon(self) -> None:
         """Delete the Job after the watch has failed: its end would not be noticed, so it must not go on."""
-        if not self.submitted:
-            return
+        if self.submitted:
+            await self._give_up()
+
+    async def _give_up(self) -> None:
         try:
             await delete_job(self._client, self.target.namespace, self.target.name, self.target.uid, seconds=10)
         except MlfleetError as error:
@@ -155,19 +177,28 @@ class KubernetesRun(SupervisedRun):
             failed = failed.exceptions[0]
         if isinstance(failed, StartTimeout):
             return await self._fail_start(failed)
+        if isinstance(failed, _Concluded):
+            assert self._state.value is not None  # noqa: S101 - nothing is tracked without a first state
+            return await self._end(self._state.value)
         if failed is not None:
             raise failed
         return await self._end(snapshot)
 
     def _is_over(self, snapshot: Snapshot) -> bool:
         """Return True at the end: for a Job that we delete, when it is gone together with its pods."""
-        return snapshot.job is not None and snapshot.job.deleted if self._cut else snapshot.ended
+        if self._cut or self._succeeded:
+            return snapshot.job is not None and snapshot.job.deleted
+        return snapshot.ended
 
     async def _end(self, snapshot: Snapshot) -> Outcome:
-        result, job = outcome(snapshot), snapshot.job
+        self._over, job = True, snapshot.job
         by_itself = job is not None and (job.complete or job.failed is not None or job.ending is not None)
-        if self._cut or (self._stop_request.is_requested and not by_itself):
-            result = Outcome(RunStatus.KILLED, result.exit_code, "cancelled")
+        if self._succeeded:
+            result = Outcome(RunStatus.FINISHED, 0)
+        elif self._cut or (self._stop_request.is_requested and not by_itself):
+            result = Outcome(RunStatus.KILLED, exit_code(snapshot), "cancelled")
+        else:
+            result = outcome(snapshot)
         return result if result.status is RunStatus.FINISHED else replace(result, output=await self._last_lines())
 
     async def _with_pods(self, snapshot: Snapshot) -> Snapshot:
@@ -192,7 +223,9 @@ class KubernetesRun(SupervisedRun):
         except ApiError as error:
             _log.debug("%s", error)
             return snapshot
-        pods = [read_pod(raw) for raw in answer.get("items") or () if job_of_pod(raw) == self.target.uid]
+        known = {pod.uid: pod for pod in snapshot.pods}
+        listed = [read_pod(raw) for raw in answer.get("items") or () if job_of_pod(raw) == self.target.uid]
+        pods = [pod.merge(known.get(pod.uid)) for pod in listed]
         return (
             Snapshot(snapshot.job, tuple(sorted(pods, key=lambda pod: (pod.created, pod.name)))) if pods else snapshot
         )
@@ -232,13 +265,50 @@ class KubernetesRun(SupervisedRun):
         Raises:
             StartTimeout: It does not start.
         """
-        while not self._is_over(snapshot := await self._state.until(self._is_over_or_pending)):
-            await self._wait_pending(pending_reason(snapshot))
-            del snapshot  # a long run must not keep the snapshot in memory
+        while not self._is_over(snapshot := await self._state.until(self._is_over_or_stuck)):
+            if (pod := straggling_pod(snapshot)) is not None:
+                await self._end_stragglers(pod)
+            else:
+                await self._wait_pending(pending_reason(snapshot))
+            del snapshot, pod  # a long run must not keep the snapshot in memory
         return snapshot
 
-    def _is_over_or_pending(self, snapshot: Snapshot) -> bool:
-        return self._is_over(snapshot) or pending_reason(snapshot) is not None
+    def _is_over_or_stuck(self, snapshot: Snapshot) -> bool:
+        return self._is_over(snapshot) or pending_reason(snapshot) is not None or straggling_pod(snapshot) is not None
+
+    async def _end_stragglers(self, pod: PodState) -> None:
+        """End the containers of a pod that go on after the command, when they have had the grace time for it.
+
+        The Job's controller must see a failed pod to try again or to fail the Job, so only the pod is deleted after a
+        failure. After a success that would count as a failure: the whole Job is deleted.
+
+        Raises:
+            _Concluded: The command has succeeded, and the rest does not end.
+        """
+        target, copied = self.target, -1
+        while copied != self._copier.copied:  # the log of a deleted pod cannot be read any more
+            copied = self._copier.copied
+            with anyio.move_on_after(target.grace):
+                await self._state.until(lambda snapshot: not _goes_on(snapshot, pod.uid))
+                return
+        if not self._warned:
+            self._warned = True
+            _log.warning(
+                "the command of the run %s has ended (exit code %s), and %s in its pod %s has not: it is ended now."
+                " Make a container that never ends a sidecar: an init container with restartPolicy: Always",
+                self.run_id, pod.main.exit_code, ", ".join(pod.running), pod.name,
+            )  # fmt: skip
+        if pod.main.exit_code != 0:
+            await delete_pod(self._client, target.namespace, pod.name, pod.uid)
+            await self._state.until(lambda snapshot: not _goes_on(snapshot, pod.uid))
+            return
+        self._succeeded = True
+        await delete_job(self._client, target.namespace, target.name, target.uid)
+        with anyio.move_on_after(target.grace + target.patience):
+            await self._state.until(self._is_over)
+            return
+        _log.warning("the Job %s was deleted, but its pod %s on %s does not end", target.name, pod.name, pod.node)
+        raise _Concluded("the command has succeeded")
 
     async def _wait_pending(self, found: PendingReason | None) -> None:
         """Wait until the reason is gone, or another kind of reason takes its place.
@@ -278,8 +348,8 @@ class KubernetesRun(SupervisedRun):
         found = error.reason
         said = await warnings_of(self._client, self.target.namespace, found.pod or self.target.name)
         reason = f"the run did not start within {error.seconds:g} s: {found.text}"
-        await self._abandon()
-        with anyio.move_on_after(self.target.grace + _STUCK):
+        await self._give_up()
+        with anyio.move_on_after(self.target.grace + self.target.patience):
             await self._state.until(lambda snapshot: snapshot.job is not None and snapshot.job.deleted)
         lost = SubmitError("\n".join((reason, *said)), backend="kubernetes")
         return Outcome(RunStatus.FAILED, None, reason, output=tuple(said), error=lost, cause=FailureKind.INFRASTRUCTURE)
@@ -302,30 +372,50 @@ class KubernetesRun(SupervisedRun):
                 await self._hurry(pods_end_at - anyio.current_time())
                 if self._stop_request.deadline != deadline:
                     continue
-            with anyio.move_on_after(pods_end_at + _STUCK - anyio.current_time()) as scope:
+            with anyio.move_on_after(pods_end_at + target.patience - anyio.current_time()) as scope:
                 await self._stop_request.changed()
             if scope.cancelled_caught:
-                names = ", ".join(f"{pod.name} on {pod.node}" for pod in self._pods if not pod.ended)
-                text = f"the Job {target.name} was deleted, but its pods do not end: {names or 'unknown'}"
-                raise RunLost(text, backend="kubernetes")
+                self._check_stopped()
+
+    def _check_stopped(self) -> None:
+        """Decide about a deleted Job that does not go away.
+
+        Raises:
+            _Concluded: None of its containers runs.
+            RunLost: Some may run, since their node has not confirmed their end.
+        """
+        name = self.target.name
+        running = [f"{pod.name} on {pod.node or 'no node'}" for pod in self._pods if pod.running]
+        if running:
+            raise RunLost(
+                f"the Job {name} was deleted, but its pods do not end, and their commands may still run:"
+                f" {', '.join(running)}. See whether the node answers (kubectl get nodes), and cancel again",
+                backend="kubernetes",
+            )
+        _log.warning("the Job %s was deleted and has ended, but it is still there: a finalizer may hold it", name)
+        raise _Concluded("nothing of the Job runs any more")
 
     async def _hurry(self, grace: float) -> None:
-        body: dict[str, Any] = {"kind": "DeleteOptions", "apiVersion": "v1", "gracePeriodSeconds": max(1, round(grace))}
         for pod in self._pods:
             if pod.ended:
                 continue
-            path = f"/api/v1/namespaces/{self.target.namespace}/pods/{pod.name}"
             try:
-                await self._client.call(
-                    "ending a pod", "DELETE", path, body={**body, "preconditions": {"uid": pod.uid}}
-                )
+                await delete_pod(self._client, self.target.namespace, pod.name, pod.uid, grace=grace)
             except ApiError as error:
-                if error.status not in (404, 409):
-                    _log.warning("a shorter grace time cannot be given to the pod %s: %s", pod.name, error)
+                _log.warning("a shorter grace time cannot be given to the pod %s: %s", pod.name, error)
 
     @property
     def _pods(self) -> tuple[PodState, ...]:
         return self._state.value.pods if self._state.value is not None else ()
+
+
+def _goes_on(snapshot: Snapshot, uid: str) -> bool:
+    """Return True if a pod exists that has not ended and was not deleted, and its Job has not ended, either."""
+    return not snapshot.ended and any(pod.uid == uid and not (pod.ended or pod.deleting) for pod in snapshot.pods)
+
+
+class _Concluded(MlfleetError):
+    """The outcome of the run is known, although its Job is still there. Never leaves this module."""
 
 
 class StartTimeout(MlfleetError):

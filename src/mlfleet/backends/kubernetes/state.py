@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from mlfleet.runs import RunStatus
@@ -94,6 +95,8 @@ class ContainerState:
         message: The message about its waiting or its end.
         started: True if it has ever run.
         terminated: True if it has ended and is not started again.
+        restarts: The number of times that it was started again, as ``restartPolicy: OnFailure`` wants it.
+        ended_at: The time of its last end (RFC 3339); empty if it has not ended yet.
     """
 
     name: str
@@ -104,6 +107,8 @@ class ContainerState:
     message: str = ""
     started: bool = False
     terminated: bool = False
+    restarts: int = 0
+    ended_at: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,12 +124,15 @@ class PodState:
         message: The message about the phase; mostly empty.
         node: The name of its node; empty while it has none.
         main: The run's container.
+        others: The containers beside the run's: those of the template, and injected ones.
         init: The init containers, sidecars among them.
         unschedulable: The reason why no node takes it; empty if one may.
         gated: True if a scheduling gate holds it back.
         disruption: The condition with which the cluster ended it (preemption, a drained node); None if it did not.
         memory: The memory limit of the run's container as written; empty if it has none.
+        restart_policy: ``Never``, or ``OnFailure`` if a container that fails is started again in the same pod.
         deleting: True if its deletion was requested.
+        cut: True if its deletion was requested before the run's container had ended.
         gone: True if it does not exist any more; the rest is its last state.
     """
 
@@ -136,18 +144,32 @@ class PodState:
     message: str = ""
     node: str = ""
     main: ContainerState
+    others: tuple[ContainerState, ...] = ()
     init: tuple[ContainerState, ...] = ()
     unschedulable: str = ""
     gated: bool = False
     disruption: Condition | None = None
     memory: str = ""
+    restart_policy: str = "Never"
     deleting: bool = False
+    cut: bool = False
     gone: bool = False
 
     @property
     def ended(self) -> bool:
         """True if none of its containers runs any more."""
         return self.gone or self.phase in ("Succeeded", "Failed")
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        """The names of the containers that may still run. The node ends sidecars after the others."""
+        if self.ended:
+            return ()
+        return tuple(each.name for each in (self.main, *self.others) if not each.terminated)
+
+    def merge(self, earlier: PodState | None) -> PodState:
+        """Return this state with what only an earlier one has shown: the last one names the removal of the pod only."""
+        return replace(self, cut=True) if earlier is not None and earlier.cut else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +250,7 @@ def read_pod(raw: Mapping[str, Any], *, gone: bool = False) -> PodState:
         (each for each in status.get("conditions") or () if each["type"] == "PodScheduled"), {}
     )
     waits = scheduled.get("status") == "False"
+    main = _find(name, status.get("containerStatuses") or ())
     return PodState(
         uid=meta["uid"],
         name=meta["name"],
@@ -236,13 +259,16 @@ def read_pod(raw: Mapping[str, Any], *, gone: bool = False) -> PodState:
         reason=status.get("reason") or "",
         message=status.get("message") or "",
         node=spec.get("nodeName") or "",
-        main=_find(name, status.get("containerStatuses") or ()),
+        main=main,
+        others=tuple(_container(each) for each in status.get("containerStatuses") or () if each.get("name") != name),
         init=tuple(_container(each) for each in status.get("initContainerStatuses") or ()),
         unschedulable=scheduled.get("message", "") if waits and scheduled.get("reason") == "Unschedulable" else "",
         gated=waits and scheduled.get("reason") == "SchedulingGated",
         disruption=_conditions(status).get("DisruptionTarget"),
         memory=str(((spec_of_main.get("resources") or {}).get("limits") or {}).get("memory") or ""),
+        restart_policy=spec_of_main.get("restartPolicy") or spec.get("restartPolicy") or "Never",
         deleting="deletionTimestamp" in meta,
+        cut=_is_cut(meta, main),
         gone=gone,
     )
 
@@ -251,6 +277,24 @@ def job_of_pod(raw: Mapping[str, Any]) -> str | None:
     """Return the uid of the Job that a pod belongs to, or belonged to before it was orphaned; None if there is none."""
     labels = raw["metadata"].get("labels") or {}
     return next((labels[name] for name in _OWNER_LABELS if name in labels), None)
+
+
+def _is_cut(meta: Mapping[str, Any], main: ContainerState) -> bool:
+    """Return True if a pod's deletion was requested before its container had ended."""
+    if "deletionTimestamp" not in meta:
+        return False
+    if not main.terminated:
+        return True
+    # The node asks for the removal of a pod that has ended with a grace of 0, whoever had it deleted.
+    grace = float(meta.get("deletionGracePeriodSeconds") or 0)
+    return grace > 0 and _time(meta["deletionTimestamp"]) - timedelta(seconds=grace) <= _time(main.ended_at)
+
+
+def _time(text: str) -> datetime:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        return datetime.max.replace(tzinfo=UTC)
 
 
 def _conditions(status: Mapping[str, Any]) -> dict[str, Condition]:
@@ -278,4 +322,6 @@ def _container(raw: Mapping[str, Any]) -> ContainerState:
         message=(waiting or terminated or {}).get("message") or "",
         started=running is not None or ("exitCode" in ended and ended.get("reason") not in _NOT_STARTED),
         terminated=terminated is not None,
+        restarts=int(raw.get("restartCount") or 0),
+        ended_at=ended.get("finishedAt") or "",
     )

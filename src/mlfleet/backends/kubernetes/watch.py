@@ -207,13 +207,14 @@ class _LastStates:
         self._jobs = dict(listed)
 
     def put_pod(self, owner: str, pod: PodState) -> None:
-        self._pods.setdefault(owner, {})[pod.uid] = pod
+        pods = self._pods.setdefault(owner, {})
+        pods[pod.uid] = pod.merge(pods.get(pod.uid))
 
     def put_pods(self, listed: dict[str, dict[str, PodState]]) -> None:
         for owner, pods in tuple(self._pods.items()):
             for uid, pod in pods.items():
-                if uid not in listed.get(owner, {}):
-                    listed.setdefault(owner, {})[uid] = replace(pod, gone=True)
+                there = listed.setdefault(owner, {})
+                there[uid] = there[uid].merge(pod) if uid in there else replace(pod, gone=True)
         self._pods = listed
 
     def forget(self, uid: str) -> None:

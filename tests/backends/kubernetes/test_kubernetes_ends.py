@@ -1,0 +1,314 @@
+"""The ends of runs: deletions from outside, nodes that do not answer, containers that go on, and what is left."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from components.fake_kubernetes import FakeCluster
+from fakes.kubernetes_node import Acting
+from mlfleet import Fleet
+from mlfleet._cli.run import RunCommand, _say_end
+from mlfleet._control import cancel_run
+from mlfleet._engine.request import RunRequest
+from mlfleet.backends.kubernetes import KubernetesBackend
+from mlfleet.backends.kubernetes.run import KubernetesRun
+from mlfleet.errors import RunLost
+from mlfleet.fleet import context_of
+from mlfleet.runs import FailureKind, JobRef, RunStatus
+from mlfleet.testing import FakeTracking
+
+FOREVER = Acting(seconds=600, output=(b"begun\n",))
+
+
+def key(run: KubernetesRun) -> tuple[str, str, str]:
+    return "jobs", run.target.namespace, run.target.name
+
+
+def pod_of(cluster: FakeCluster) -> tuple[str, str, str]:
+    meta = cluster.api.of_kind("pods")[-1]["metadata"]
+    return "pods", meta["namespace"], meta["name"]
+
+
+def template(*others: str, **spec: Any) -> dict[str, Any]:
+    containers = [{"name": "main"}, *({"name": name, "image": "proxy:1"} for name in others)]
+    return {"spec": {**spec, "template": {"spec": {"containers": containers}}}}
+
+
+async def project(folder: Path) -> str:
+    made = anyio.Path(folder / "demo")
+    await made.mkdir()
+    await (made / "MLproject").write_text("name: demo\nentry_points: {main: {command: sleep 60}}\n")
+    return str(made)
+
+
+CONFIG: Mapping[str, Any] = {"code-delivery": "none", "image": "busybox:1", "tracking-uri": "http://mlflow:5000"}
+
+
+# ---- deleted from outside
+
+
+@pytest.mark.parametrize("code", [143, 9, 0])
+async def test_pod_deleted_from_outside_is_a_failure_of_infrastructure(fake_cluster: FakeCluster, code: int) -> None:
+    fake_cluster.play = lambda pod: replace(FOREVER, asked=code)
+    config = await fake_cluster.config()
+    async with KubernetesBackend() as backend:
+        run = await backend.submit(fake_cluster.job(config))
+        await run.started()
+        pod = pod_of(fake_cluster)
+        fake_cluster.api.delete_pod(pod, None)
+        outcome = await run.outcome()
+    assert outcome.status is RunStatus.FAILED
+    assert outcome.reason == f"its pod {pod[2]} was deleted from outside"
+    assert (outcome.kind, outcome.exit_code) == (FailureKind.INFRASTRUCTURE, code)
+
+
+async def test_pod_that_is_deleted_after_its_end_has_failed_by_itself(fake_cluster: FakeCluster) -> None:
+    fake_cluster.play = lambda pod: Acting(code=7)
+
+    def collect(kind: str, key: tuple[str, str, str], value: dict[str, Any]) -> None:
+        if key[0] == "pods" and kind == "MODIFIED" and value["status"].get("phase") == "Failed":
+            fake_cluster.api.delete_pod(key, None)
+
+    config = await fake_cluster.config()
+    fake_cluster.api.on_change.append(collect)
+    async with KubernetesBackend() as backend:
+        outcome = await (await backend.submit(fake_cluster.job(config))).outcome()
+    assert (outcome.kind, outcome.reason) == (FailureKind.FAILURE, "exit code 7")
+
+
+async def test_deleted_namespace_is_a_failure_of_infrastructure(fake_cluster: FakeCluster) -> None:
+    fake_cluster.play = lambda pod: FOREVER
+    config = await fake_cluster.config()
+    async with KubernetesBackend() as backend:
+        run = await backend.submit(fake_cluster.job(config))
+        await run.started()
+        fake_cluster.api.delete_namespace("default")
+        outcome = await run.outcome()
+    assert (outcome.status, outcome.kind) == (RunStatus.FAILED, FailureKind.INFRASTRUCTURE)
+    assert outcome.reason == f"the Job {run.target.name} was deleted from outside"
+
+
+# ---- a node that does not answer
+
+
+async def test_cancelled_run_is_not_killed_while_its_node_does_not_answer(fake_cluster: FakeCluster) -> None:
+    fake_cluster.play = lambda pod: FOREVER
+    config = await fake_cluster.config()
+    async with KubernetesBackend(end_patience=0.1) as backend:
+        run = await backend.submit(fake_cluster.job(config))
+        await run.started()
+        fake_cluster.node.answers = False
+        await run.cancel(grace=0)
+        outcome = await run.outcome()
+        pod = pod_of(fake_cluster)
+        fake_cluster.node.answer()
+    assert outcome.status is RunStatus.FAILED
+    assert isinstance(outcome.error, RunLost)
+    assert f"their commands may still run: {pod[2]} on node1" in (outcome.reason or "")
+
+
+async def test_run_is_killed_when_only_a_finalizer_holds_its_job(
+    fake_cluster: FakeCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_cluster.play = lambda pod: FOREVER
+    fake_cluster.api.holds_jobs = True
+    config = await fake_cluster.config()
+    async with KubernetesBackend(end_patience=0.1) as backend:
+        run = await backend.submit(fake_cluster.job(config))
+        await run.started()
+        await run.cancel(grace=0)
+        assert (await run.outcome()).status is RunStatus.KILLED
+    assert "a finalizer may hold it" in caplog.text
+
+
+async def test_cancelling_the_run_of_another_process_fails_while_its_node_does_not_answer(
+    fake_cluster: FakeCluster, tmp_path: Path
+) -> None:
+    uri, tracking = await project(tmp_path), FakeTracking()
+    fake_cluster.play = lambda pod: FOREVER
+    async with Fleet(tracking=tracking) as driver, Fleet(tracking=tracking) as other:
+        run = await driver.submit(uri, backend="kubernetes", backend_config=CONFIG)
+        async for _ in run.logs():
+            break
+        fake_cluster.node.answers = False
+        context_of(other)._backends["kubernetes"] = KubernetesBackend(end_patience=0.1)
+        with pytest.raises(RunLost, match="may still run"):
+            await cancel_run(other, run.run_id, grace=0)
+        assert tracking.runs[run.run_id].status is RunStatus.RUNNING
+        fake_cluster.node.answer()
+        assert (await run.outcome()).reason == f"the Job demo-{run.run_id} was deleted from outside"
+
+
+async def test_interrupted_run_whose_end_is_not_confirmed_says_why_it_failed(
+    fake_cluster: FakeCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri, tracking = await project(tmp_path), FakeTracking()
+    fake_cluster.play = lambda pod: FOREVER
+    async with Fleet(tracking=tracking) as fleet:
+        context_of(fleet)._backends["kubernetes"] = KubernetesBackend(end_patience=0.1)
+        run = await fleet.submit(uri, backend="kubernetes", backend_config=CONFIG)
+        async for _ in run.logs():
+            break
+        fake_cluster.node.answers = False
+        await run.cancel(grace=0)
+        fake_cluster.node.answer()
+        command = RunCommand(request=RunRequest.of(uri), run=run, outcome=await run.outcome())
+    _say_end(command, signal.SIGINT, quiet=True)
+    assert f"(run {run.run_id}) is FAILED: the Job demo-{run.run_id} was deleted, but" in capsys.readouterr().err
+
+
+# ---- other containers
+
+
+@pytest.mark.parametrize("injected", [False, True])
+async def test_containers_that_go_on_after_a_success_are_ended(
+    fake_cluster: FakeCluster, injected: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_cluster.play = lambda pod: Acting(output=(b"said\n",))
+    fake_cluster.others["istio-proxy"] = Acting(seconds=600, asked=0)
+    if injected:
+        fake_cluster.node.injected = [{"name": "istio-proxy", "image": "proxy:1"}]
+    config = await fake_cluster.config(job_template=template(*() if injected else ("istio-proxy",)))
+    async with KubernetesBackend() as backend:
+        run = await backend.submit(fake_cluster.job(config, cancel_grace=0))
+        outcome = await run.outcome()
+        assert [line async for line in run.logs()] == ["said"]
+    assert (outcome.status, outcome.exit_code) == (RunStatus.FINISHED, 0)
+    assert fake_cluster.api.of_kind("pods") == []
+    told = [record.message for record in caplog.records if "istio-proxy in its pod" in record.message]
+    assert len(told) == 1
+
+
+async def test_containers_that_go_on_after_a_failure_are_ended_and_the_job_tries_again(
+    fake_cluster: FakeCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[str] = []
+
+    def play(pod: Any) -> Acting:
+        seen.append(pod["metadata"]["name"])
+        return Acting(code=5)
+
+    fake_cluster.play = play
+    fake_cluster.others["istio-proxy"] = Acting(seconds=600, asked=0)
+    config = await fake_cluster.config(job_template=template("istio-proxy", backoffLimit=1))
+    async with KubernetesBackend() as backend:
+        run = await backend.submit(fake_cluster.job(config, cancel_grace=0))
+        outcome = await run.outcome()
+        assert key(run) in fake_cluster.api.objects, "a Job that has ended stays for its TTL"
+    assert (outcome.exit_code, outcome.reason, outcome.kind) == (5, "exit code 5 (attempt 2 of 2)", FailureKind.FAILURE)
+    assert len(seen) == 2
+    assert caplog.text.count("istio-proxy in its pod") == 1
+
+
+async def test_containers_that_end_in_time_are_left_alone(
+    fake_cluster: FakeCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_cluster.others["shipper"] = Acting(seconds=0.2)
+    config = await fake_cluster.config(job_template=template("shipper"))
+    async with KubernetesBackend() as backend:
+        run = await backend.submit(fake_cluster.job(config))
+        assert await run.wait() is True
+        assert key(run) in fake_cluster.api.objects
+    assert "shipper" not in caplog.text
+
+
+# ---- attached runs
+
+
+async def abandoned(backend: KubernetesBackend, job: Any) -> JobRef:
+    """Return the reference of a run whose process is gone."""
+    gone = await asyncio.create_subprocess_exec("true")
+    await gone.wait()
+    reference = JobRef.from_json(backend.reference(job).to_json())
+    return replace(reference, data={**reference.data, "owner": f"{socket.gethostname()}:{gone.pid}"})
+
+
+async def test_attached_run_keeps_its_start_timeout(fake_cluster: FakeCluster) -> None:
+    config = await fake_cluster.config(node_selector={"gpu": "yes"}, start_timeout={"unschedulable": 0.1})
+    unlimited = await fake_cluster.config(node_selector={"gpu": "yes"})
+    async with KubernetesBackend() as first, KubernetesBackend() as second:
+        job = fake_cluster.job(unlimited)
+        await first.submit(job)
+        again = await second.attach(await abandoned(second, replace(job, config=config)))
+        outcome = await again.outcome()
+        assert fake_cluster.api.of_kind("jobs") == [], "a Job that can never start must not stay"
+    assert "did not start within 0.1 s: no node takes the pod" in (outcome.reason or "")
+
+
+async def test_attached_run_keeps_keep_jobs(fake_cluster: FakeCluster) -> None:
+    fake_cluster.play = lambda pod: replace(FOREVER, seconds=0.3)
+    config = await fake_cluster.config(keep_jobs=False)
+    job = fake_cluster.job(await fake_cluster.config())
+    async with KubernetesBackend() as first, KubernetesBackend() as second, KubernetesBackend() as third:
+        run = await first.submit(job)
+        reference = await abandoned(second, replace(job, config=config))
+        left = await third.attach(reference)
+        left.detach()
+        await left.outcome()
+        assert key(run) in fake_cluster.api.objects, "a run that is left alone"
+        again = await second.attach(reference)
+        assert await again.wait() is True
+        assert key(run) not in fake_cluster.api.objects
+
+
+# ---- the Secret
+
+
+async def test_secret_is_deleted_when_its_run_has_ended(fake_cluster: FakeCluster) -> None:
+    api, config = fake_cluster.api, await fake_cluster.config()
+    fake_cluster.play = lambda pod: Acting(seconds=0.2, output=(b"said\n",))
+    async with KubernetesBackend() as backend:
+        job = fake_cluster.job(config, secrets={"TOKEN": "hush"})
+        before = len(api.requests)
+        run = await backend.submit(job)
+        (secret,) = api.of_kind("secrets")
+        assert secret["metadata"]["ownerReferences"][0]["uid"] == run.target.uid, "it goes with its Job at the latest"
+        assert await run.wait() is True
+        assert api.of_kind("secrets") == []
+        assert key(run) in api.objects
+    watches = 4
+    assert len(api.requests) - before - watches <= 5
+
+
+async def test_secret_is_deleted_by_the_process_that_notices_the_end(fake_cluster: FakeCluster) -> None:
+    api, config = fake_cluster.api, await fake_cluster.config()
+    fake_cluster.play = lambda pod: FOREVER
+    async with KubernetesBackend() as first, KubernetesBackend() as second:
+        job = fake_cluster.job(config, secrets={"TOKEN": "hush"})
+        run = await first.submit(job)
+        run.detach()
+        await run.outcome()
+        assert len(api.of_kind("secrets")) == 1, "the run goes on"
+        again = await second.attach(first.reference(job))
+        api.delete_pod(pod_of(fake_cluster), None)
+        await again.outcome()
+        assert api.of_kind("secrets") == []
+
+
+async def test_secret_that_may_not_be_deleted_stays_with_its_job(
+    fake_cluster: FakeCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = await fake_cluster.config(namespace="old-role")
+    async with KubernetesBackend() as backend:
+        fake_cluster.play = lambda pod: FOREVER
+        runs = [await backend.submit(fake_cluster.job(config, secrets={"A": "b"})) for _ in range(2)]
+        fake_cluster.api.forbidden = {"secrets"}
+        with caplog.at_level(logging.WARNING, "mlfleet.kubernetes"):
+            for run in runs:
+                await run.started()
+                fake_cluster.api.delete_pod(
+                    next(each for each in fake_cluster.api.objects if each[0] == "pods" and run.target.name in each[2]),
+                    1,
+                )
+                await run.outcome()
+    assert caplog.text.count("verb 'delete' for secrets") == 1
