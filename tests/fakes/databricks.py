@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from fakes.databricks_tracking import FakeMlflow, error, ok
 from fakes.flaky_proxy import Answer, FlakyProxy, Forward, Request, Rule
 
 __all__ = ["FakeRun", "FakeWorkspace", "error", "not_found", "unknown_value"]
@@ -110,6 +111,9 @@ class FakeWorkspace(FlakyProxy):
         unknown: A function that returns the answer for a run that does not exist, from its number.
         submissions: The number of submissions that the workspace takes per second.
         cancels_ended: True if the workspace takes the cancellation of a run that has ended.
+        mlflow: The tracking of the workspace.
+        limits: The number of requests that the workspace takes per second, by a part of their path; empty: any number.
+        refused: The number of requests that it has refused because of the limits.
     """
 
     def __init__(self) -> None:
@@ -129,6 +133,10 @@ class FakeWorkspace(FlakyProxy):
         self.unknown: Callable[[object], Answer] = unknown_value
         self.submissions = 35
         self.cancels_ended = False
+        self.mlflow = FakeMlflow(self.folders)
+        self.limits: dict[str, int] = {}
+        self.refused = 0
+        self._recent: dict[str, list[float]] = {}
         self._answers: dict[str, int] = {}
         self._answered = asyncio.Event()
         self._moments: list[float] = []
@@ -179,6 +187,9 @@ class FakeWorkspace(FlakyProxy):
             if self.logins:
                 return error(401, "401", "The token is expired.")
             return error(403, "403", "Invalid access token.")
+        if (limit := self._exceeded_limit(parts.path)) is not None:
+            self.refused += 1
+            return error(429, "REQUEST_LIMIT_EXCEEDED", f"The limit of {limit} requests per second is exceeded.")
         query = {name: values[0] for name, values in parse_qs(parts.query).items()}
         path = unquote(parts.path)
         for prefix, answer in (
@@ -190,8 +201,19 @@ class FakeWorkspace(FlakyProxy):
                 return answer(request, path.removeprefix(prefix))
         what = path.split("/", 3)[3]
         body = json.loads(request.body) if request.body else query
+        if what.startswith("mlflow/"):
+            return self.mlflow.answer(what.removeprefix("mlflow/"), body)
         handler = getattr(self, "_" + what.replace("/", "_").replace("-", "_"), None)
         return handler(body) if handler is not None else error(404, "ENDPOINT_NOT_FOUND", path)
+
+    def _exceeded_limit(self, path: str) -> int | None:
+        """Count a request. Return the limit of its kind if that is exceeded, else None."""
+        kind = next((kind for kind in self.limits if kind in path), None)
+        if kind is None:
+            return None
+        now = time.monotonic()
+        self._recent[kind] = [*(moment for moment in self._recent.get(kind, []) if moment > now - 1.0), now]
+        return self.limits[kind] if len(self._recent[kind]) > self.limits[kind] else None
 
     def _login(self, path: str) -> Answer:
         """Return the URL where a service principal gets tokens, or issue one."""
@@ -288,7 +310,12 @@ class FakeWorkspace(FlakyProxy):
         return ok({})
 
     def _workspace_mkdirs(self, body: dict[str, Any]) -> Answer:
-        self.folders.add(body["path"])
+        path = "/Workspace" + body["path"].removeprefix("/Workspace")
+        if path.startswith("/Workspace/Users/") and not path.startswith(f"/Workspace/Users/{USER}"):
+            return error(403, "PERMISSION_DENIED", f"{USER} may not create {body['path']}.")
+        while path.count("/") > 1:
+            self.folders.add(path)
+            path = path.rpartition("/")[0]
         return ok({})
 
     def _workspace_get_status(self, body: dict[str, Any]) -> Answer:
@@ -348,17 +375,6 @@ class FakeWorkspace(FlakyProxy):
     def _secrets_delete(self, body: dict[str, Any]) -> Answer:
         there = self.secrets.pop((body["scope"], body["key"]), None)
         return ok({}) if there is not None else error(404, "RESOURCE_DOES_NOT_EXIST", "No such secret.")
-
-
-def ok(body: Mapping[str, Any]) -> Answer:
-    """Return an answer with a JSON body."""
-    return Answer(200, json.dumps(body).encode(), {"content-type": "application/json"})
-
-
-def error(status: int, code: str, message: str) -> Answer:
-    """Return an error answer with Databricks' error code."""
-    body = json.dumps({"error_code": code, "message": message}).encode()
-    return Answer(status, body, {"content-type": "application/json"})
 
 
 def unknown_value(number: object) -> Answer:

@@ -18,8 +18,24 @@ from mlfleet._request_log import unlogged_requests
 from mlfleet.errors import TrackingError, UsageError
 from mlfleet.tracking.auth import Login
 
-__all__ = ["DatabricksLogin", "check_profile", "is_databricks", "profile_of"]
+__all__ = [
+    "EXPERIMENT_ADVICE",
+    "RATES",
+    "DatabricksLogin",
+    "check_profile",
+    "experiment_path",
+    "is_databricks",
+    "profile_of",
+]
 
+RATES = {"mlflow/runs/log-batch": 40.0, "mlflow/runs/search": 6.0, "api/2.0/mlflow": 110.0}
+"""Requests per second by kind, for `Pace`. A workspace takes 47, 7 and 127 of them, runs' own requests included:
+https://docs.databricks.com/aws/en/resources/limits"""
+
+EXPERIMENT_ADVICE = (
+    "an experiment's name is a path in the workspace: --experiment-name /Users/<you>/<name> (experiment_name=…,"
+    " MLFLOW_EXPERIMENT_NAME)"
+)
 
 _HEADERS_LAST = 30.0
 """Seconds for which headers are used again. The SDK renews a token 40 s or more before it expires."""
@@ -34,6 +50,11 @@ _EXPIRED = re.compile(r"(invalid|expired)\b.*\btoken|token\b.*\b(invalid|expired
 def is_databricks(uri: str) -> bool:
     """Return True if `uri` is ``databricks`` or ``databricks://profile``."""
     return uri == "databricks" or uri.startswith("databricks://")
+
+
+def experiment_path(name: str) -> str:
+    """Return an experiment's name as Databricks keeps it: without ``/Workspace``, which other tools show before it."""
+    return name.removeprefix("/Workspace") if name.startswith("/Workspace/") else name
 
 
 def check_profile(name: str) -> None:

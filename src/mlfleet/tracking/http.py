@@ -7,14 +7,16 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
+from mlfleet._concurrency.rate_limit import Pace
 from mlfleet._concurrency.threads import LOGINS
 from mlfleet._hosts import has_loopback_host
 from mlfleet._request_log import unlogged_requests
@@ -56,12 +58,26 @@ _LONGEST_ERROR = 64 * 2**10
 # and Zstandard has no such bound.
 _ENCODINGS = ("gzip", "deflate")
 _JSON = {"Content-Type": "application/json"}
+_WARNINGS_APART = 60.0  # seconds between two warnings of failures with the same status
 _SECRET = 8
 """A header given by the caller that is at least this long is masked in messages."""
 
 T = TypeVar("T")
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
+@dataclass(slots=True)
+class _Warnings:
+    """The warnings of failures with the same status.
+
+    Attributes:
+        last: The time of the last one, by ``time.monotonic``.
+        left_out: The number of failures since then that were not logged.
+    """
+
+    last: float = -math.inf
+    left_out: int = 0
 
 
 class ServerClient:
@@ -82,6 +98,7 @@ class ServerClient:
         files_in_flight: The number of files at the same time.
         client: The caller's httpx client, which stays open; None: one that is made here.
         transport: The caller's httpx transport, which is closed with this client; None: httpx's own.
+        pace: The rate limits of the server; None: it has none.
 
     Attributes:
         login: The server's URL and our credentials.
@@ -101,6 +118,7 @@ class ServerClient:
         files_in_flight: int = _FILES_IN_FLIGHT,
         client: httpx.AsyncClient | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
+        pace: Pace | None = None,
     ) -> None:
         if max_in_flight < 1:
             raise UsageError(f"max_in_flight is {max_in_flight}: at least one request must be allowed")
@@ -117,6 +135,8 @@ class ServerClient:
         self._slots = anyio.Semaphore(max_in_flight, fast_acquire=True)
         self._file_slots = anyio.Semaphore(files_in_flight, fast_acquire=True)
         self._connections = max_in_flight + files_in_flight
+        self._pace = pace
+        self._warnings: dict[int | None, _Warnings] = {}
         self._given = client
         self._transport = transport
         self._client: httpx.AsyncClient | None = None
@@ -207,12 +227,25 @@ class ServerClient:
             return await policy.call(
                 attempt_with_login,
                 retry_if=_is_transient,
-                before_pause=_log_pause,
+                before_pause=self._log_pause,
                 policy_for=policy_for,
                 on_exhausted=exhausted,
             )
         except Transient as failure:
             raise failure.error from failure.error.__cause__
+
+    def _log_pause(self, failure: BaseException, seconds: float) -> None:
+        """Log a failure that is followed by another attempt, once a minute for hundreds of runs with the same one."""
+        status = failure.error.status if isinstance(failure, Transient) else None
+        warnings = self._warnings.setdefault(status, _Warnings())
+        now = time.monotonic()
+        if now - warnings.last < _WARNINGS_APART:
+            warnings.left_out += 1
+            log.debug("%s; trying again in %.1f s", failure, seconds)
+            return
+        more = f" ({warnings.left_out} more such failures before)" if warnings.left_out else ""
+        warnings.last, warnings.left_out = now, 0
+        log.warning("%s; trying again in %.1f s%s", failure, seconds, more)
 
     async def attempt(
         self,
@@ -240,6 +273,8 @@ class ServerClient:
         """
         self.failures  # noqa: B018 - raises if this is not open
         content = None if body is None else _encode(body).encode()
+        if self._pace is not None:
+            await self._pace.wait(_target(path))
         async with self._slots:
             if before is not None:
                 before()
@@ -435,10 +470,6 @@ def exhausted(failure: BaseException, attempts: int, seconds: float) -> None:
 
 def _is_transient(error: BaseException) -> bool:
     return isinstance(error, Transient) and not isinstance(error, LoginExpired)
-
-
-def _log_pause(failure: BaseException, seconds: float) -> None:
-    log.warning("%s; trying again in %.1f s", failure, seconds)
 
 
 def _stricter(policy: RetryPolicy, limit: RetryPolicy) -> RetryPolicy:

@@ -6,6 +6,7 @@ import asyncio
 import getpass
 import logging
 import os
+import posixpath
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
 
 from mlfleet._concurrency.cancellation import complete, wait_done
+from mlfleet._concurrency.rate_limit import Pace
 from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.threads import FILES
 from mlfleet._text.masking import mask_uri
@@ -23,7 +25,7 @@ from mlfleet.runs import DEFAULT_CANCEL_GRACE, RunStatus
 from mlfleet.tracking.artifacts import Artifacts
 from mlfleet.tracking.auth import Credentials, ServerLogin
 from mlfleet.tracking.base import RunInfo, Tracking
-from mlfleet.tracking.databricks import DatabricksLogin, is_databricks
+from mlfleet.tracking.databricks import EXPERIMENT_ADVICE, RATES, DatabricksLogin, experiment_path, is_databricks
 from mlfleet.tracking.errors import Transient
 from mlfleet.tracking.http import POLICY, ServerClient
 from mlfleet.tracking.models import (
@@ -49,6 +51,7 @@ log = logging.getLogger("mlfleet.tracking")
 MAX_IN_FLIGHT = 7
 # The longest values of parameters and tags that servers take: of MLflow 2.9 and newer, 1.28, and before that.
 _LENGTHS: tuple[Lengths, ...] = ((6000, 8000), (500, 5000), (250, 250))
+_DEFAULT_EXPERIMENT = "0"
 _PAGE = 1000
 _LOOK_SECONDS = 5.0  # for a last search after a creation has failed
 _SEARCH_PAUSE = 0.5  # seconds between two searches for a run whose creation was cancelled
@@ -95,9 +98,10 @@ class RestTracking(Tracking):
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.uri = mask_uri(uri)
+        self._on_databricks = is_databricks(uri)
         # The caller's own credentials must not be replaced by those of ~/.netrc.
         is_given = client is not None or any(name.lower() == "authorization" for name in headers or ())
-        login = DatabricksLogin(uri) if is_databricks(uri) else ServerLogin(uri, credentials, read_netrc=not is_given)
+        login = DatabricksLogin(uri) if self._on_databricks else ServerLogin(uri, credentials, read_netrc=not is_given)
         if isinstance(login, ServerLogin):
             self.uri = mask_uri(login.url)
         self._client = ServerClient(
@@ -108,9 +112,10 @@ class RestTracking(Tracking):
             max_in_flight=max_in_flight,
             timeout=timeout,
             # Databricks has workspaces of another kind.
-            workspace="" if is_databricks(uri) else workspace,
+            workspace="" if self._on_databricks else workspace,
             client=client,
             transport=transport,
+            pace=Pace(RATES) if self._on_databricks else None,
         )
         self._artifacts = Artifacts(self._client)
         self._experiments: SingleFlight[str, str] = SingleFlight(keep=True)
@@ -139,6 +144,8 @@ class RestTracking(Tracking):
         return plain, secret
 
     async def experiment_id(self, name: str) -> str:  # noqa: D102
+        if self._on_databricks:
+            name = experiment_path(name)
         return await self._experiments(name, partial(self._find_or_create_experiment, name))
 
     async def create_run(  # noqa: D102
@@ -153,7 +160,13 @@ class RestTracking(Tracking):
         }
         if name is not None:
             body["run_name"] = name
-        return await _Creation(self._client, experiment_id, body, submission).run()
+        try:
+            return await _Creation(self._client, experiment_id, body, submission).run()
+        except TrackingError as error:
+            if self._on_databricks and experiment_id == _DEFAULT_EXPERIMENT and error.status in (400, 404):
+                text = f"the run has no experiment, and a Databricks workspace has no default one; {EXPERIMENT_ADVICE}"
+                raise self._client.failures.error(text, status=error.status, code=error.code) from error
+            raise
 
     async def get_run(self, run_id: str, *, retry_for: float | None = None) -> RunInfo:  # noqa: D102
         answer = await self._client.call(
@@ -224,8 +237,7 @@ class RestTracking(Tracking):
         found = await self._experiment(name)
         if found is None:
             try:
-                answer = await self._client.call("POST", "experiments/create", body={"name": name})
-                return checked_id(answer.get("experiment_id"))
+                return await self._create_experiment(name)
             except TrackingError as error:
                 # Another client created it first, or the answer to our own request was lost.
                 if error.code != "RESOURCE_ALREADY_EXISTS" or (found := await self._experiment(name)) is None:
@@ -233,6 +245,22 @@ class RestTracking(Tracking):
         if found.get("lifecycle_stage") == "deleted":
             raise deleted_experiment(name, checked_id(found.get("experiment_id")))
         return checked_id(found.get("experiment_id"))
+
+    async def _create_experiment(self, name: str) -> str:
+        """Create an experiment and, on Databricks, the folders that its name is in."""
+        body = {"name": name}
+        try:
+            answer = await self._client.call("POST", "experiments/create", body=body)
+        except TrackingError as error:
+            if not self._on_databricks or error.status not in (400, 404) or error.code == "RESOURCE_ALREADY_EXISTS":
+                raise
+            folder = posixpath.dirname(name)
+            if not folder.startswith("/") or error.status == 400:
+                text = f"{error}; {EXPERIMENT_ADVICE}"
+                raise self._client.failures.error(text, status=error.status, code=error.code) from error
+            await self._client.call("POST", "/api/2.0/workspace/mkdirs", body={"path": folder})
+            answer = await self._client.call("POST", "experiments/create", body=body)
+        return checked_id(answer.get("experiment_id"))
 
     async def _experiment(self, name: str) -> Mapping[str, Any] | None:
         path = f"experiments/get-by-name?experiment_name={quote(name, safe='')}"

@@ -308,14 +308,18 @@ async def test_another_process_does_not_upload_again(workspace: FakeWorkspace, m
     assert len([target for target in written if ".tar.gz" in target]) <= 2
 
 
-async def test_submissions_stay_within_the_limit(
+async def test_requests_stay_within_the_limits(
     backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker, caplog: pytest.LogCaptureFixture
 ) -> None:
-    workspace.submissions = 60  # out of 75 sent at once; above 35, to allow for a slow machine
-    workspace.on_submit = succeed(workspace)
+    # Above the real limits, to allow for a slow machine, and below what 75 runs would send at once.
+    workspace.submissions = 60
+    workspace.limits = {"workspace/export": 80}
     with caplog.at_level(logging.WARNING):
         runs = await asyncio.gather(*(backend.submit(make_job()) for _ in range(75)))
+        for run in tuple(workspace.runs.values()):
+            succeed(workspace)(run)
         assert all(await asyncio.gather(*(run.wait() for run in runs)))
+    assert workspace.refused == 0
     assert "submissions in a second" not in caplog.text
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import IO, Any, TypeVar
 
-import anyio
-
+from mlfleet._concurrency.rate_limit import Pace
 from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.threads import FILES
 from mlfleet.errors import BackendError, TrackingError
@@ -38,8 +36,9 @@ class Timing:
         slow: The longest interval in seconds between polls of older runs.
         visibility_delay: Seconds for which Databricks may answer that a new run does not exist.
         after_failure: The pause in seconds after a failed poll.
-        rates: Requests per second by kind. A workspace takes 35 of ``runs/submit``, and 100 each of ``runs/get`` and
-            ``runs/get-output``: https://docs.databricks.com/aws/en/resources/limits
+        rates: Requests per second by kind, see `Pace`. A workspace takes 35 of ``runs/submit``, 100 each of
+            ``runs/get`` and ``runs/get-output``, 60 exports and 30 imports of workspace files, and 30 of DBFS:
+            https://docs.databricks.com/aws/en/resources/limits
     """
 
     young_age: float = 60.0
@@ -48,7 +47,15 @@ class Timing:
     visibility_delay: float = 30.0
     after_failure: float = 10.0
     rates: Mapping[str, float] = field(
-        default_factory=lambda: {"runs/submit": 30.0, "runs/get": 80.0, "runs/get-output": 80.0, "runs/list": 20.0}
+        default_factory=lambda: {
+            "jobs/runs/submit": 30.0,
+            "jobs/runs/get": 80.0,
+            "jobs/runs/get-output": 80.0,
+            "jobs/runs/list": 20.0,
+            "workspace/export": 50.0,
+            "workspace-files/import-file": 25.0,
+            "api/2.0/dbfs": 25.0,
+        }
     )
 
 
@@ -98,7 +105,7 @@ class Workspace:
         )
         self._opening: SingleFlight[str, None] = SingleFlight(keep=True)
         self._users: SingleFlight[str, str] = SingleFlight(keep=True)
-        self._rate_limits = {name: _RateLimit(per_second) for name, per_second in timing.rates.items()}
+        self._pace = Pace(timing.rates)
 
     async def open(self) -> None:
         """Find the workspace's URL and the login.
@@ -144,9 +151,7 @@ class Workspace:
             params: The query parameters.
             version: The version of the API; None: this client's.
         """
-        rate_limit = self._rate_limits.get(what)
-        path = f"/api/{version or self._version}/jobs/{what}"
-        return await self.call(method, path, body=body, params=params, rate_limit=rate_limit)
+        return await self.call(method, f"/api/{version or self._version}/jobs/{what}", body=body, params=params)
 
     async def call(
         self,
@@ -155,7 +160,6 @@ class Workspace:
         *,
         body: Mapping[str, Any] | None = None,
         params: Mapping[str, str] | None = None,
-        rate_limit: _RateLimit | None = None,
     ) -> dict[str, Any]:
         """Send a request that may be sent twice, with retries, and return the decoded answer.
 
@@ -164,21 +168,20 @@ class Workspace:
             path: The path of the URL.
             body: The body, sent as JSON; None: no body.
             params: The query parameters.
-            rate_limit: The limit to keep within; None: no limit.
 
         Raises:
             WorkspaceError: The workspace refuses the request, or still fails after `RETRY_SECONDS`.
         """
 
         async def attempt() -> dict[str, Any]:
-            if rate_limit is not None:
-                await rate_limit.wait()
+            await self._pace.wait(path)
             return await self._transport.attempt(method, path, body=body, params=params)
 
         return await self.retry(attempt)
 
     async def call_once(self, method: str, path: str, *, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Send a request once, inside `retry`, which translates its errors. Return the decoded answer."""
+        await self._pace.wait(path)
         return await self._transport.attempt(method, path, body=body)
 
     async def retry(self, attempt: Callable[[], Awaitable[T]]) -> T:
@@ -204,6 +207,7 @@ class Workspace:
         """Send a file; each retry reads it from its beginning."""
 
         async def attempt() -> None:
+            await self._pace.wait(path)
             async with self._transport.stream(method, path, content=_chunks(file), size=size):
                 pass
 
@@ -213,6 +217,7 @@ class Workspace:
         """Return the content of a file; None if it does not exist."""
 
         async def attempt() -> bytes:
+            await self._pace.wait(path)
             async with self._transport.stream("GET", path) as answer:
                 return await answer.aread()
 
@@ -236,22 +241,6 @@ class Workspace:
             if error.missing:
                 return None
             raise
-
-
-class _RateLimit:
-    """A rate limit for requests of one kind, which allows no burst after the event loop was blocked."""
-
-    def __init__(self, per_second: float) -> None:
-        self._gap = 1.0 / per_second
-        self._next = 0.0
-        self._lock = anyio.Lock()
-
-    async def wait(self) -> None:
-        """Wait until the next request may be sent."""
-        async with self._lock:
-            if (left := self._next - time.monotonic()) > 0:
-                await anyio.sleep(left)
-            self._next = time.monotonic() + self._gap
 
 
 @contextmanager
