@@ -225,6 +225,7 @@ RULES: dict[str, Rule] = {
     "docker-args-values": _works("expected str instance"),
     "docker-args-checked": _refuses("has no flag"),
     "docker-values-quoted": lambda aspect, theirs, ours: ours["container variables COPIED"] == "a b" and not ours.error,
+    "docker-values-as-written": lambda aspect, theirs, ours: "$" in ours[aspect] and "$" not in theirs[aspect],
     "docker-shell": _in_container,
     "docker-auth-when-needed": _works("/auth: Internal Server Error"),
     "docker-image-name": _image_name,

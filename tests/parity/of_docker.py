@@ -23,6 +23,7 @@ def case(
     given: dict[str, object] | None = None,
     environ: dict[str, str | None] | None = None,
     mlproject: dict[str, str] | None = None,
+    files: dict[str, str] | None = None,
     **arguments: object,
 ) -> Case:
     """Return a case with one entry point in a container.
@@ -35,6 +36,7 @@ def case(
         given: the parameters of the call.
         environ: Variables of the caller, as in `Case`.
         mlproject: keys of docker_env as YAML in one line, and the name; an empty text leaves one out.
+        files: More files of the project.
         arguments: more of the call.
     """
     keys = {"name": "@unique", "image": "'@image'", "volumes": VOLUMES, **(mlproject or {})}
@@ -44,7 +46,8 @@ def case(
     declared = "{a: float, b: string}" if given else "{}"
     lines += ["entry_points:", "  main:", f"    parameters: {declared}", "    command: |-", f"      {command}"]
     options = {"docker_args": {"network": "host", **(docker_args or {})}, "parameters": given or {}, **arguments}
-    return Case(name, differs, mlproject="\n".join(lines) + "\n", arguments=options, environ=environ or {}, docker=True)
+    text = "\n".join(lines) + "\n"
+    return Case(name, differs, mlproject=text, files=files or {}, arguments=options, environ=environ or {}, docker=True)
 
 
 API = "docker-engine-api"
@@ -65,6 +68,20 @@ CASES = [
     case("docker-environment-missing", "no-run-left", mlproject={"environment": VARIABLES}),
     case("docker-environment-wrong", mlproject={"environment": "{MODE: fast}"}),
     case("docker-volumes-wrong", mlproject={"volumes": "'@case/inside:/inside'"}),
+    case(
+        "docker-volumes-of-the-project",
+        API,
+        command="sh -c 'cat /a/file /b/file /c/file /d/file > /inside/content'",
+        mlproject={"volumes": '["@case/inside:/inside", "${PWD}/data:/a", "$(pwd)/data:/b", "`pwd`/data:/c"]'},
+        docker_args={"v": "$PWD/data:/d"},
+        files={"data/file": "content\n"},
+    ),
+    case(
+        "docker-environment-of-the-caller",
+        *SEEN,
+        "docker-values-as-written",
+        mlproject={"environment": '[["MODE", "${CALLER}/x"]]'},
+    ),
     case("docker-args", *SEEN, docker_args={"workdir": "/tmp", "e": "MODE=slow", "t": True}),
     case("docker-args-number", "docker-args-values", docker_args={"cpu-shares": 512}),
     case("docker-args-list", "docker-args-values", docker_args={"e": ["A=1", "B=2"]}),

@@ -120,9 +120,24 @@ def test_home_and_variables_are_expanded_in_volumes(monkeypatch: pytest.MonkeyPa
     assert options.host["Binds"] == ["/home/me/x:/x", "/mnt/data/y:/y", "/mnt/data:/z:ro"]
 
 
+def test_the_working_folder_in_paths_is_that_of_the_project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    texts = ["$PWD:/a", "${PWD}/b:/b", "$(pwd)/c:/c", "`pwd`:/d", "/mnt/$USER:$PLACE/e"]
+    options = parse({"PWD": "/elsewhere", "USER": "me", "PLACE": "/place"}, volume=texts)
+    assert options.host["Binds"] == [
+        f"{FOLDER}:/a", f"{FOLDER}/b:/b", f"{FOLDER}/c:/c", f"{FOLDER}:/d", "/mnt/me:/place/e"
+    ]  # fmt: skip
+    mounted = parse({"PWD": "/elsewhere"}, mount="type=bind,source=$PWD/data,target=/data")
+    assert mounted.host["Mounts"][0]["Source"] == f"{FOLDER}/data"
+    (tmp_path / "vars").write_text("A=1\n")
+    assert parse({"HERE": str(tmp_path)}, env_file="$HERE/vars").environ == {"A": "1"}
+
+
 @pytest.mark.parametrize(
     ("args", "text"),
     [
+        ({"volume": "$(id -un):/a"}, r"only \$NAME, \${NAME} and \$\(pwd\) are replaced"),
+        ({"volume": "${A:-/b}:/a"}, r"only \$NAME, \${NAME} and \$\(pwd\) are replaced"),
         ({"memroy": "2g"}, "no flag 'memroy', did you mean 'memory'"),
         ({"restart": "always"}, "'restart' cannot be used: a run has one end"),
         ({"d": True}, "'d' cannot be used"),

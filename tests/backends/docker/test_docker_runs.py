@@ -93,6 +93,20 @@ async def test_a_project_runs_in_its_image(
     assert tracking.requests["log"] == 2
 
 
+async def test_a_volume_without_a_source_is_one_warning(
+    fleet: Fleet, shell_image: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "there").mkdir()
+    volumes = [f"{tmp_path}/there:/a", f"{tmp_path}/typo:/b"]
+    uri = docker_project(tmp_path / "demo", shell_image, "ls -d /b", volumes=volumes)
+    for _ in range(2):
+        run = await fleet.submit(uri)
+        assert await run.wait(), await run.outcome()
+        (tmp_path / "typo").rmdir()
+    warned = [record.getMessage() for record in caplog.records if "does not exist" in record.getMessage()]
+    assert warned == [f"the source {tmp_path}/typo of a volume does not exist: the engine makes an empty folder"]
+
+
 async def test_path_parameters_are_there_inside(fleet: Fleet, shell_image: str, tmp_path: Path) -> None:
     (tmp_path / "a file.txt").write_text("its content\n")
     uri = docker_project(tmp_path / "demo", shell_image, "cat {data}", parameters="data: path")

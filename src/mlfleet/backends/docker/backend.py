@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -41,6 +42,8 @@ from mlfleet.runs import JobRef
 
 __all__ = ["DockerBackend"]
 
+_log = logging.getLogger("mlfleet.docker")
+
 _AT_ONCE = 16  # containers that are created and started at the same time; more only wait inside the engine
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")  # as the engine allows (moby/moby daemon/names)
 _GRACE = 60.0  # seconds to take back a container whose submission is cancelled
@@ -59,6 +62,7 @@ class DockerBackend(Backend[None]):
         self._images = Images(self._engine)
         self._watch = ContainerWatch(self._engine)
         self._runs = SupervisedRuns()
+        self._missing: set[str] = set()
         self._starting = anyio.CapacityLimiter(_AT_ONCE)
 
     async def __aenter__(self) -> Self:
@@ -104,6 +108,10 @@ class DockerBackend(Backend[None]):
             raise SubmitError("the job brings no docker_env", backend=self.name)
         endpoint = await self._engine.locate()
         prepared = await FILES.run(partial(_prepare, job, docker, endpoint))
+        for source in prepared.missing:
+            if source not in self._missing:
+                self._missing.add(source)
+                _log.warning("the source %s of a volume does not exist: the engine makes an empty folder", source)
         image = await self._images.base(
             docker.env.image,
             pull=prepared.options.pull,
@@ -240,6 +248,8 @@ class DockerBackend(Backend[None]):
 class _Prepared:
     options: ContainerOptions
     mounts: TrackingMounts
+    missing: tuple[str, ...]
+    """The sources of volumes that should be on this machine and are not."""
 
 
 def _prepare(job: Job, docker: DockerRequest, engine: Endpoint) -> _Prepared:
@@ -261,7 +271,9 @@ def _prepare(job: Job, docker: DockerRequest, engine: Endpoint) -> _Prepared:
         except OSError as error:
             text = f"the folder {folder} cannot be made for the container: {error.strerror}"
             raise SubmitError(text, backend="docker") from error
-    return _Prepared(options, mounts)
+    sources = [bind.partition(":")[0] for bind in options.host.get("Binds", ())] if engine.local else []
+    missing = tuple(source for source in sources if source.startswith("/") and not os.path.lexists(source))
+    return _Prepared(options, mounts, missing)
 
 
 def _options(docker: DockerRequest, folder: Path) -> ContainerOptions:

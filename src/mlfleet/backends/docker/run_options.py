@@ -56,6 +56,10 @@ class _Context:
     folder: Path
     missing: set[str]
 
+    def path(self, text: str) -> Path:
+        """Return the path of a file that a flag names."""
+        return self.folder / Path(values.expand(text, self.environ, self.folder)).expanduser()
+
 
 _Apply = Callable[[ContainerOptions, str, _Context], None]
 
@@ -72,8 +76,8 @@ def parse_arguments(args: Mapping[str, Any], *, environ: Mapping[str, str], fold
     Args:
         args: Flag (long or short, without dashes) → value. True is a bare flag, False is that flag's ``=false``, None
             leaves a flag out, and so does False for a flag that has a value; a list repeats it.
-        environ: The variables that ``env: NAME`` copies.
-        folder: The folder at which relative paths of volumes and files start.
+        environ: The variables that ``env: NAME`` copies, and that are replaced in paths of volumes and files.
+        folder: The folder at which relative paths of volumes and files start, and which ``$PWD`` in them is.
 
     Raises:
         UsageError: An unknown flag (the message names the nearest), a value that it cannot have, or a flag that makes
@@ -183,7 +187,7 @@ def _env(options: ContainerOptions, text: str, context: _Context) -> None:
 
 
 def _env_file(options: ContainerOptions, text: str, context: _Context) -> None:
-    for line in values.lines_of(context.folder / text):
+    for line in values.lines_of(context.path(text)):
         name, given, value = line.partition("=")
         if given:
             options.environ[name.strip()] = value
@@ -192,7 +196,7 @@ def _env_file(options: ContainerOptions, text: str, context: _Context) -> None:
 
 
 def _label_file(options: ContainerOptions, text: str, context: _Context) -> None:
-    for line in values.lines_of(context.folder / text):
+    for line in values.lines_of(context.path(text)):
         name, _, value = line.partition("=")
         options.config.setdefault("Labels", {})[name.strip()] = value
 
@@ -202,7 +206,7 @@ def _volume(options: ContainerOptions, text: str, context: _Context) -> None:
 
 
 def _mount(options: ContainerOptions, text: str, context: _Context) -> None:
-    options.host.setdefault("Mounts", []).append(values.mount(text, folder=context.folder))
+    options.host.setdefault("Mounts", []).append(values.mount(text, environ=context.environ, folder=context.folder))
 
 
 def _publish(options: ContainerOptions, text: str, context: _Context) -> None:
@@ -233,7 +237,7 @@ def _tmpfs(options: ContainerOptions, text: str, context: _Context) -> None:
 def _security(options: ContainerOptions, text: str, context: _Context) -> None:
     name, given, value = text.partition("=")
     if given and name == "seccomp" and value not in ("unconfined", "builtin"):
-        text = f"seccomp={values.text_of(context.folder / value)}"
+        text = f"seccomp={values.text_of(context.path(value))}"
     options.host.setdefault("SecurityOpt", []).append(text)
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "boolean",
     "device",
     "duration",
+    "expand",
     "extra_host",
     "gpus",
     "is_cdi_device",
@@ -32,7 +33,8 @@ __all__ = [
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kmgtp]?)i?b?", re.I)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ns|us|ms|s|m|h)")
 _NANOSECONDS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
-_VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
+# The first two groups are the name of a variable, the third is other syntax of the shell.
+_EXPANDED = re.compile(r"\$\{(\w+)\}|\$(\w+)|\$\(\s*pwd\s*\)|`\s*pwd\s*`|(\$[({]|`)")
 _CDI = re.compile(r"[\w.-]+/[\w.-]+=[\w.:-]+")
 _LARGEST_FILE = 2**20
 
@@ -150,12 +152,32 @@ def device(text: str) -> dict[str, str]:
     }
 
 
+def expand(text: str, environ: Mapping[str, str], folder: Path) -> str:
+    """Replace the variables in a path, as bash does when mlflow has it run ``docker run`` in the project's folder.
+
+    ``PWD``, ``$(pwd)`` and the same in backticks are that folder, wherever the caller is.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if match[3]:
+            raise FlagValueError(f"{text!r}: only $NAME, ${{NAME}} and $(pwd) are replaced in it")
+        if name is None or name == "PWD":
+            return str(folder)
+        if name not in environ:
+            raise FlagValueError(f"{text!r} refers to the variable {name}, which is not set here")
+        return environ[name]
+
+    return _EXPANDED.sub(value, text)
+
+
 def add_volume(
     config: dict[str, Any], host: dict[str, Any], text: str, *, environ: Mapping[str, str], folder: Path
 ) -> None:
     """Add ``source:target[:options]``, or the target alone for a volume without a name."""
     if not text.strip():
         raise FlagValueError("it is empty; expected SOURCE:TARGET")
+    text = expand(text, environ, folder)
     source, given, rest = text.partition(":")
     if not given:
         if not text.startswith("/"):
@@ -165,19 +187,12 @@ def add_volume(
     target = rest.partition(":")[0]
     if not target.startswith("/"):
         raise FlagValueError(f"{text!r}: the target {target!r} should be an absolute path")
-    host.setdefault("Binds", []).append(f"{_source(source, environ, folder)}:{rest}")
+    host.setdefault("Binds", []).append(f"{_source(source, folder)}:{rest}")
 
 
-def _source(text: str, environ: Mapping[str, str], folder: Path) -> str:
-    """Return a path of this machine with ``~`` and variables expanded, or the name of a volume."""
-
-    def value(match: re.Match[str]) -> str:
-        name = match[1] or match[2]
-        if name not in environ:
-            raise FlagValueError(f"{text!r} refers to the variable {name}, which is not set here")
-        return environ[name]
-
-    expanded = str(Path(_VARIABLE.sub(value, text)).expanduser()) if text[:1] in "~$" else text
+def _source(text: str, folder: Path) -> str:
+    """Return an absolute path of this machine, or the name of a volume."""
+    expanded = str(Path(text).expanduser()) if text.startswith("~") else text
     if expanded.startswith(("/", ".")):
         return os.path.normpath(folder / expanded)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", expanded):
@@ -185,7 +200,7 @@ def _source(text: str, environ: Mapping[str, str], folder: Path) -> str:
     return expanded
 
 
-def mount(text: str, *, folder: Path) -> dict[str, Any]:
+def mount(text: str, *, environ: Mapping[str, str], folder: Path) -> dict[str, Any]:
     """Read ``type=bind,source=/a,target=/b,readonly`` (https://docs.docker.com/engine/storage/bind-mounts/)."""
     made: dict[str, Any] = {"Type": "volume"}
     for item in _fields(text):
@@ -208,7 +223,7 @@ def mount(text: str, *, folder: Path) -> dict[str, Any]:
     if made["Type"] == "bind":
         if not made.get("Source"):
             raise FlagValueError(f"{text!r} needs source=/a/path")
-        made["Source"] = os.path.normpath(folder / Path(made["Source"]).expanduser())
+        made["Source"] = os.path.normpath(folder / Path(expand(made["Source"], environ, folder)).expanduser())
     return made
 
 
