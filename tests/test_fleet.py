@@ -262,8 +262,8 @@ async def test_a_timeout_ends_its_stage_and_says_which(tracking: FakeTracking, t
 
 async def test_the_setup_timeout_ends_a_build(tracking: FakeTracking, tmp_path: Path) -> None:
     # A package whose build never ends.
-    package = tmp_path / "slow"
-    package.mkdir()
+    package = tmp_path / "demo" / "slow"
+    package.mkdir(parents=True)
     (package / "pyproject.toml").write_text(
         "[build-system]\nrequires = []\nbuild-backend = 'slow'\nbackend-path = ['.']\n"
     )
@@ -271,7 +271,7 @@ async def test_the_setup_timeout_ends_a_build(tracking: FakeTracking, tmp_path: 
         f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(1000)\n"
     )
     uri = write_project(tmp_path / "demo", "true", extra="python_env: python_env.yaml\n")
-    (tmp_path / "demo" / "python_env.yaml").write_text("dependencies:\n  - ../slow\n")
+    (tmp_path / "demo" / "python_env.yaml").write_text("dependencies:\n  - ./slow\n")
     async with Fleet(tracking=tracking) as fleet:
         run = await fleet.submit(uri, timeouts=Timeouts(setup=8))
         with pytest.raises(RunTimeout, match="the setup timeout of 8 s ran out"):

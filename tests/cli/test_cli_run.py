@@ -251,7 +251,7 @@ def test_a_dry_run_masks_secrets(tmp_path: Path) -> None:
     assert found["variables"]["MLFLOW_TRACKING_URI"] == found["tracking_uri"] == "http://tracking.example:5000"
     assert "***" in found["variables"].values()
     assert found["command"].strip() == "true"
-    assert found["environment"] == {"manager": "local", "python": None, "built": None, "image": None}
+    assert found["environment"] == {"manager": "local", "python": None, "built": None, "image": None, "source": None}
 
 
 @pytest.mark.parametrize("form", [[], ["--json"]])

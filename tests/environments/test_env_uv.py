@@ -14,9 +14,9 @@ from anyio import to_thread
 from components import missing
 from components.packages import Package, make_package
 from mlfleet._environments.interpreters import installed
-from mlfleet._environments.manager import EnvironmentPlan, PreparedEnvironment, create_manager
+from mlfleet._environments.manager import EnvironmentPlan, PreparedEnvironment, choose_manager, create_manager
 from mlfleet._environments.store import list_environments
-from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
+from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind, read_project
 from mlfleet.errors import EnvironmentSetupError, SpecError
 
 pytestmark = pytest.mark.timeout(120)  # real builds on a busy machine
@@ -142,6 +142,13 @@ async def test_a_lock_file_determines_the_packages(locked: Package) -> None:
     assert run(environment, "python", "-c", ASK) == f"{environment.root} forty-two"
     assert sorted(project.iterdir()) == before  # no .venv in the user's tree
     assert await prepare(project) == environment
+    # The same without an environment manager: the lock file is the only list.
+    lines: list[str] = []
+    spec = await to_thread.run_sync(read_project, project)
+    chosen = create_manager(choose_manager(None, spec.environment))
+    again = await to_thread.run_sync(chosen.plan, project, spec.environment)
+    assert await chosen.prepare(again, on_progress=lines.append) == environment
+    assert lines == [f"the environment is made of {project}/uv.lock"]
 
 
 async def test_local_packages_of_a_lock_file_change_the_key(locked: Package) -> None:

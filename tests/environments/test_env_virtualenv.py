@@ -17,7 +17,7 @@ from components.packages import Package, make_package
 from mlfleet._environments.interpreters import Interpreter, find, installed
 from mlfleet._environments.manager import PreparedEnvironment, create_manager
 from mlfleet._environments.store import list_environments
-from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
+from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind, read_project
 from mlfleet.errors import EnvironmentSetupError
 
 pytestmark = pytest.mark.timeout(120)  # real builds on a busy machine
@@ -199,3 +199,11 @@ async def test_a_folder_that_cannot_be_written(package: Package, monkeypatch: py
     monkeypatch.setenv("MLFLOW_ENV_ROOT", str(package.folder / "file"))
     with pytest.raises(EnvironmentSetupError, match=r"cannot be kept in .*Not a directory.*set MLFLOW_ENV_ROOT"):
         await prepare("virtualenv", *write_env(package, "dependencies: []\n"))
+
+
+async def test_requirements_of_a_project_that_names_no_environment(package: Package) -> None:
+    project = package.folder.parent
+    (project / "requirements.txt").write_text("# what it needs\n./package\n")
+    spec = await to_thread.run_sync(read_project, project)
+    environment = await prepare("virtualenv", project, spec.environment)
+    assert run(environment, "python", "-c", ASK).endswith("forty-two")

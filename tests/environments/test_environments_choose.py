@@ -15,6 +15,8 @@ from mlfleet.errors import EnvironmentSetupError, UsageError
 
 PYTHON_ENV = EnvironmentFile(EnvironmentFileKind.PYTHON_ENV, Path("/p/python_env.yaml"))
 CONDA = EnvironmentFile(EnvironmentFileKind.CONDA, Path("/p/conda.yaml"))
+UV_LOCK = EnvironmentFile(EnvironmentFileKind.UV_LOCK, Path("/p/uv.lock"))
+REQUIREMENTS = EnvironmentFile(EnvironmentFileKind.REQUIREMENTS, Path("/p/requirements.txt"))
 
 
 @pytest.mark.parametrize(
@@ -23,6 +25,9 @@ CONDA = EnvironmentFile(EnvironmentFileKind.CONDA, Path("/p/conda.yaml"))
         (None, None, "virtualenv"),
         (None, PYTHON_ENV, "virtualenv"),
         (None, CONDA, "conda"),
+        (None, UV_LOCK, "uv"),
+        ("virtualenv", UV_LOCK, "virtualenv"),
+        (None, REQUIREMENTS, "virtualenv"),
         ("uv", CONDA, "uv"),
         ("virtualenv", CONDA, "virtualenv"),
         ("local", CONDA, "local"),

@@ -183,6 +183,8 @@ RULES: dict[str, Rule] = {
     "keys-once": _refuses("twice"),
     "script-checked": _refuses("there is no entry point"),
     "script-inside": _refuses("is outside the project"),
+    "files-inside": _refuses("is outside of the project's repository"),
+    "lists-found": _refuses("requirements.txt, line 1: there is no package at './nowhere'"),
     "empty-keys": _works("AttributeError: 'NoneType'"),
     "spark-job-anywhere": _works("AttributeError: 'NoneType' object has no attribute 'compute_command'"),
     # Parameters and the command

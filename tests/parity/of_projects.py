@@ -33,6 +33,10 @@ def broken_zip(place: Place) -> None:
     (place.folder / "project.zip").write_bytes(b"no zip")
 
 
+def environment_beside(place: Place) -> None:
+    (place.folder / "a.yaml").write_text("python: '3.11'\n")
+
+
 def repository(place: Place) -> None:
     """``@case/repo.git``, served as ``@git/repo.git``: the project, changed on the branch ``work``, tagged ``v1``."""
     folder = place.project
@@ -224,6 +228,12 @@ MLPROJECT = [
     Case("mlproject-wrong-type", mlproject="entry_points: [main]\n"),
     Case("mlproject-two-environments", mlproject=SIMPLE + "python_env: a.yaml\nconda_env: b.yaml\n"),
     Case("mlproject-python-env", mlproject=SIMPLE + "python_env: a.yaml\n", files={"a.yaml": "python: '3.11'\n"}),
+    Case(
+        "mlproject-python-env-outside",
+        ("files-inside",),
+        mlproject=SIMPLE + "python_env: ../a.yaml\n",
+        prepare=environment_beside,
+    ),
     Case("mlproject-python-env-missing", mlproject=SIMPLE + "python_env: a.yaml\n"),
     Case("mlproject-conda-env", mlproject=SIMPLE + "conda_env: a.yaml\n", files={"a.yaml": "dependencies: [python]\n"}),
     Case("mlproject-conda-env-missing", mlproject=SIMPLE + "conda_env: a.yaml\n"),

@@ -123,6 +123,12 @@ ENVIRONMENTS = [
         files=LISTED,
         arguments={"env_manager": "virtualenv"},
     ),
+    Case(
+        "env-manager-requirements",
+        ("lists-found",),
+        files={"requirements.txt": "./nowhere\n"},
+        arguments={"env_manager": "uv"},
+    ),
     Case("env-manager-none", ("pyenv-not-needed",), mlproject=PYTHON, arguments={"env_manager": None}),
     Case("env-manager-conda-for-python", ("no-run-left",), files=LISTED, arguments={"env_manager": "conda"}),
     Case("env-manager-conda-for-nothing", ("no-run-left",), arguments={"env_manager": "conda"}),

@@ -97,6 +97,7 @@ def test_files_of_the_root_decide_the_environment(tmp_path: Path) -> None:
 def test_an_environment_file_may_be_beside_the_project(tmp_path: Path) -> None:
     (tmp_path / "shared.yaml").write_text("")
     (tmp_path / "p").mkdir()
+    (tmp_path / ".git").mkdir()  # one repository
     spec = project(tmp_path / "p", "python_env: ../shared.yaml")
     assert spec.environment == EnvironmentFile(EnvironmentFileKind.PYTHON_ENV, tmp_path / "shared.yaml")
 

@@ -130,6 +130,8 @@ def show(found: Mapping[str, Any]) -> None:
     }
     if environment["image"] is not None:
         rows["environment"] += f" image {environment['image']}"
+    if environment["source"] is not None:
+        rows["environment"] += f" of {environment['source']}"
     if environment["built"] is not None:
         rows["environment"] += ", built already" if environment["built"] else ", to be built"
     for name, text in rows.items():
@@ -147,11 +149,18 @@ def _absolute(uri: str | None) -> str:
 def _environment(plan: Plan) -> dict[str, Any]:
     if plan.environment is None:
         image = plan.docker.env.image if plan.docker else None
-        return {"manager": "docker" if image else None, "python": None, "built": None, "image": image}
+        return {"manager": "docker" if image else None, "python": None, "built": None, "image": image, "source": None}
     environment = plan.environment
     name = f"{environment.manager}-{environment.key}"
     built = any(each.path.name == name and each.complete for each in list_environments()) if environment.key else None
-    return {"manager": environment.manager, "python": environment.python, "built": built, "image": None}
+    source = str(environment.source.path) if environment.source and environment.key else None
+    return {
+        "manager": environment.manager,
+        "python": environment.python,
+        "built": built,
+        "image": None,
+        "source": source,
+    }
 
 
 def _pairs(values: Mapping[str, object]) -> str:

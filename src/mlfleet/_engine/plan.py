@@ -161,7 +161,7 @@ class Planner:
         return None if project is None else self._plan_project(request, project)
 
     def _plan_project(self, request: RunRequest, project: Project) -> ProjectPlan:
-        spec = self._read(project.folder)
+        spec = self._read(project)
         backend = self._backend(find(_backend_name(request, spec)))
         config = backend.configure(request.read_backend_config())
         entry_point = spec.entry_point(request.entry_point)
@@ -189,13 +189,14 @@ class Planner:
             docker=docker,
         )
 
-    def _read(self, folder: Path) -> ProjectSpec:
+    def _read(self, project: Project) -> ProjectSpec:
         """Read the project's spec, or return the known one if nothing in the root of the folder has changed."""
+        folder = project.folder
         signature = _signature(folder)
         known = self._specs.get(folder)
-        if known is not None and known[0] == signature:
+        if known is not None and signature is not None and known[0] == signature:
             return known[1]
-        spec = read_project(folder)
+        spec = read_project(folder, project.root)
         self._specs[folder] = (signature, spec)
         return spec
 
@@ -230,9 +231,15 @@ def _provisional_command(entry_point: EntryPoint, parameters: ResolvedParameters
 
 
 def _signature(folder: Path) -> object:
-    """Return a value that changes with everything that `read_project` reads: the names in the folder, and MLproject."""
-    stats = [folder.stat()]
-    stats += [entry.stat() for entry in folder.iterdir() if entry.name.lower() == "mlproject"]
+    """Return a value that changes with all that `read_project` reads: the names in the folder, and two of its files.
+
+    None if that is not known (a link that leads nowhere, a folder that is gone): `read_project` says what is wrong.
+    """
+    try:
+        stats = [folder.stat()]
+        stats += [entry.stat() for entry in folder.iterdir() if entry.name.lower() in ("mlproject", "pyproject.toml")]
+    except OSError:
+        return None
     return [(stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats]
 
 

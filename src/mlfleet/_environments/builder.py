@@ -241,6 +241,8 @@ class BuildingManager(EnvironmentManager):
         name = f"{self.name}-{plan.key}"
         listeners = self._listeners.setdefault(name, [])
         if on_progress is not None:
+            if plan.source is not None and not plan.source.kind.is_declared:
+                on_progress(f"the environment is made of {plan.source.path}")
             listeners.append(on_progress)
         try:
             root = await self._once(name, lambda: self._acquire_or_build(name, plan))

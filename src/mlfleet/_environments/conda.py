@@ -73,7 +73,7 @@ class CondaManager(BuildingManager):
                 "without them; or set MLFLOW_CONDA_HOME to the folder of your conda",
                 manager=self.name,
             )
-        needs = _with_pip(read_conda_file(source.path))
+        needs = _with_pip(read_conda_file(source.path, source.root))
         packages = needs.packages
         return EnvironmentPlan(
             manager=self.name,

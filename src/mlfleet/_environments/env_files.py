@@ -1,4 +1,4 @@
-"""Reads the files that list what a project needs: ``python_env.yaml`` and ``conda.yaml``. Reading blocks."""
+"""Reads the files that list what a project needs: ``python_env.yaml``, ``conda.yaml`` and others. Reading blocks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from mlfleet._environments.pip_requirements import PipInput, Reader
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
-from mlfleet._text.documents import Node, read_yaml
+from mlfleet._text.documents import Node, read_toml, read_yaml
+from mlfleet.errors import SpecError
 
 __all__ = [
     "CondaRequirements",
@@ -36,6 +38,7 @@ _CONDA_SPEC = re.compile(
     r"^(?:(?P<channel>[^\s]+)::)?(?P<name>[A-Za-z0-9_.-]+?)(?:\[.*\])?\s*(?P<version>(?:[=<>!~]|\s)[^\s]*)?(?:\s+[^\s]+)?$"
 )
 _CONDA_LONG_VERSION = re.compile(r"\[(?:.*,)?\s*version\s*=\s*(?P<quote>['\"]?)(?P<version>[^'\"\],]+)(?P=quote).*\]$")
+_CONDA_KEYS = ("name", "channels", "dependencies", "prefix", "variables", "platforms")
 _BUILD_PACKAGES = ("pip", "setuptools", "wheel")
 
 
@@ -75,6 +78,7 @@ def read_python_requirements(folder: Path, source: EnvironmentFile | None) -> Py
     """Read what an environment of pip packages must hold for the project in `folder`.
 
     Of a ``conda.yaml``, Python, pip, setuptools, wheel and the ``pip:`` list count; other packages are one warning.
+    Of a ``pyproject.toml``, ``requires-python`` and ``dependencies`` count; the project itself is not installed.
 
     Raises:
         SpecError: The file is wrong, or names a file that does not exist.
@@ -82,28 +86,33 @@ def read_python_requirements(folder: Path, source: EnvironmentFile | None) -> Py
     if source is None:
         return PythonRequirements()
     if source.kind is EnvironmentFileKind.CONDA:
-        return _from_conda(source.path)
-    document = read_yaml(source.path).mapping(
-        ("python", "build_dependencies", "dependencies"), expected="a mapping with python and dependencies"
+        return _from_conda(source)
+    if source.kind is EnvironmentFileKind.REQUIREMENTS:
+        return PythonRequirements(packages=Reader(folder, source.root).read_file(source.path))
+    if not source.kind.is_declared:
+        return _from_pyproject(source.path.with_name("pyproject.toml"))
+    document = _document(
+        source.path, ("python", "build_dependencies", "dependencies"), "a mapping with python and dependencies"
     )
     python = document.get("python")
     return PythonRequirements(
         python=_python_version(python) if python is not None and not python.is_null else None,
-        build=Reader(folder).read(_items(document, "build_dependencies")),
-        packages=Reader(folder).read(_items(document, "dependencies")),
+        build=Reader(folder, source.root).read(_items(document, "build_dependencies")),
+        packages=Reader(folder, source.root).read(_items(document, "dependencies")),
     )
 
 
-def read_conda_file(path: Path) -> CondaRequirements:
+def read_conda_file(path: Path, root: Path | None = None) -> CondaRequirements:
     """Read a ``conda.yaml``. Paths in its ``pip:`` list are relative to its folder, as conda has it.
 
+    Args:
+        path: The file.
+        root: The folder that the files it names must be in; None: the Git working tree of its folder, else its folder.
+
     Raises:
-        SpecError: The file is wrong, or names a file that does not exist.
+        SpecError: The file is wrong, or names a file that does not exist or is elsewhere.
     """
-    document = read_yaml(path).mapping(
-        ("name", "channels", "dependencies", "prefix", "variables", "platforms"),
-        expected="a mapping with channels and dependencies",
-    )
+    document = _document(path, _CONDA_KEYS, "a mapping with channels and dependencies", warn=True)
     specs: list[str] = []
     pip: list[Node] = []
     for node in _items(document, "dependencies"):
@@ -115,7 +124,7 @@ def read_conda_file(path: Path) -> CondaRequirements:
     return CondaRequirements(
         channels=tuple(node.string(expected="a channel") for node in _items(document, "channels")),
         specs=tuple(specs),
-        packages=Reader(path.parent).read(pip),
+        packages=Reader(path.parent, root).read(pip),
         variables=tuple((name, node.text(expected="the value of a variable")) for name, node in variables.items()),
     )
 
@@ -146,6 +155,23 @@ def content_key(manager: str, *parts: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def _document(path: Path, known: tuple[str, ...], expected: str, *, warn: bool = True) -> dict[str, Node]:
+    """Return the keys of an environment file. The error for another kind of file has none of its content.
+
+    Args:
+        path: The file.
+        known: The keys that have a meaning.
+        expected: The noun phrase for the error.
+        warn: True to warn of other keys.
+    """
+    document = read_yaml(path)
+    is_another = isinstance(document.value, dict) and document.value and document.value.keys().isdisjoint(known)
+    if is_another or isinstance(document.value, str):
+        what = "other keys" if is_another else "a text"
+        raise SpecError(f"expected {expected}, found {what}", path=path, line=document.line, column=document.column)
+    return document.mapping(known if warn else None, expected=expected)
+
+
 def _items(document: dict[str, Node], key: str) -> list[Node]:
     return document[key].sequence() if key in document else []
 
@@ -172,8 +198,9 @@ def _python_version(node: Node) -> str:
     return text
 
 
-def _from_conda(path: Path) -> PythonRequirements:
-    document = read_yaml(path).mapping(expected="a mapping with channels and dependencies")
+def _from_conda(source: EnvironmentFile) -> PythonRequirements:
+    path = source.path
+    document = _document(path, _CONDA_KEYS, "a mapping with channels and dependencies", warn=False)
     python: str | None = None
     build: list[str] = []
     pip: list[Node] = []
@@ -191,7 +218,27 @@ def _from_conda(path: Path) -> PythonRequirements:
             others.append(name)
     if others:
         _warn_ignored(path, tuple(others))
-    return PythonRequirements(python, PipInput(lines=tuple(build)), Reader(path.parent).read(pip))
+    return PythonRequirements(python, PipInput(lines=tuple(build)), Reader(path.parent, source.root).read(pip))
+
+
+def _from_pyproject(path: Path) -> PythonRequirements:
+    project = read_toml(path).get("project")
+    if not isinstance(project, dict):
+        return PythonRequirements()
+    python = project.get("requires-python")
+    dependencies = project.get("dependencies", [])
+    try:
+        if not isinstance(dependencies, list):
+            raise TypeError("it is not a list")
+        lines = tuple(str(Requirement(line)) for line in dependencies)
+        if python is not None:
+            SpecifierSet(python)
+    except (InvalidRequirement, InvalidSpecifier, TypeError, AttributeError) as error:
+        raise SpecError(
+            f"project.dependencies must be a list of requirements, and project.requires-python conditions: {error}",
+            path=path,
+        ) from error
+    return PythonRequirements(python=python or None, packages=PipInput(lines=lines))
 
 
 def _split_conda_spec(node: Node) -> tuple[str, str]:

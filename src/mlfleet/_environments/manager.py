@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import shutil
 import sys
@@ -23,8 +25,11 @@ __all__ = [
     "PreparedEnvironment",
     "choose_manager",
     "create_manager",
+    "log_chosen",
     "validate_manager",
 ]
+
+_log = logging.getLogger("mlfleet.environments")
 
 NAMES = ("local", "virtualenv", "uv", "conda")
 
@@ -184,6 +189,12 @@ def create_manager(name: str, root: Path | None = None) -> EnvironmentManager:
             return LocalManager()
 
 
+@functools.lru_cache(maxsize=256)
+def log_chosen(path: Path) -> None:
+    """Log once which file an environment is made of, where the project does not say so itself."""
+    _log.info("the project names no environment: %s lists what it needs", path)
+
+
 def validate_manager(env_manager: str | None) -> None:
     """Check the name of a manager; None is allowed.
 
@@ -202,8 +213,8 @@ def validate_manager(env_manager: str | None) -> None:
 def choose_manager(env_manager: str | None, source: EnvironmentFile | None) -> str:
     """Return the name of the manager for a project.
 
-    It is the one that the caller asks for; else ``conda`` for a project with a conda file and ``virtualenv`` for every
-    other, including one that lists nothing. (A ``uv.lock`` alone does not choose ``uv``, as in the reference.)
+    It is the one that the caller asks for; else ``conda`` for a project with a conda file, ``uv`` for one without a
+    list for MLflow but with a ``uv.lock``, and ``virtualenv`` for every other, including one that lists nothing.
 
     Args:
         env_manager: The name that the caller asks for, or None.
@@ -222,4 +233,6 @@ def choose_manager(env_manager: str | None, source: EnvironmentFile | None) -> s
         )
     if env_manager is not None:
         return env_manager
+    if source is not None and source.kind is EnvironmentFileKind.UV_LOCK:
+        return "uv"
     return "conda" if is_conda else "virtualenv"

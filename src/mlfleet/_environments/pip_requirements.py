@@ -3,6 +3,10 @@
 Relative paths follow pip: ``-r`` and ``-c`` are relative to the file that names them, and so are the paths of
 ``--find-links``; those of packages (``./package``, ``-e .``) are relative to the project's folder everywhere.
 https://pip.pypa.io/en/stable/reference/requirements-file-format/
+
+All of these files but wheels and other archives must be in the project's repository (see `mlfleet._project.boundary`).
+pip quotes lines that it cannot read, so whatever could make it open another file is refused here, and so are lines of
+requirements files that are not requirements. The errors have none of their text.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
+from mlfleet._project.boundary import find_root, is_inside
 from mlfleet._text.documents import Node
 from mlfleet.errors import SpecError
 
@@ -30,6 +35,12 @@ _OPTION = re.compile(
     r"(?P<option>-r|--requirement|-c|--constraint|-e|--editable|-f|--find-links)(?:\s+|=|(?<=^-[rcef])(?=[^\s=]))(?P<value>.+)$"
 )
 _LONG = {"--requirement": "-r", "--constraint": "-c", "--editable": "-e", "--find-links": "-f"}
+# optparse takes abbreviations, and several options on one line.
+_HIDDEN_OPTION = re.compile(r"-[rce].*|--(r|re|req\w*|c|co|con|cons\w*|e|ed\w*)(=.*)?", re.S)
+_FILE_URL = re.compile(r"file:(//(localhost)?(?=/))?", re.I)
+_CODING = re.compile(rb"^[ \t\f]*#.*?coding[:=][ \t]*([-\w.]+)")
+_ASCII = frozenset({"ascii", "us-ascii", "utf-8", "utf8", "utf_8", "utf-8-sig"})
+_REQUIREMENT = re.compile(r"[A-Za-z0-9][\w.-]*\s*(\[[^\]]*\]\s*)?($|[=!~]=|[<>;(]|--?\w)", re.A)
 _COMMENT = re.compile(r"(^|\s+)#.*$")
 _VARIABLE = re.compile(r"\$\{([A-Z0-9_]+)\}")
 _EXTRAS = re.compile(r"(?P<path>.*?)(?P<extras>\[[^\]]*\])?$")
@@ -79,9 +90,11 @@ class Reader:
 
     Attributes:
         folder: The project's folder. Paths of packages, and of files that the items of a list name, are relative to it.
+        root: The folder that those files must be in, if it is not `folder` or its Git working tree.
     """
 
     folder: Path
+    root: Path | None = None
     _lines: list[str] = field(default_factory=list)
     _arguments: list[str] = field(default_factory=list)
     _contents: list[str] = field(default_factory=list)
@@ -95,24 +108,43 @@ class Reader:
         """
         for node in nodes:
             text = node.string(expected="a requirement, as pip takes it")
-            if "\n" in text.strip():
+            if len(text.strip().splitlines()) > 1 or text.rstrip().endswith("\\"):  # pip would see several lines
                 node.fail("a requirement is one line")
             if line := _COMMENT.sub("", text).strip():
                 self._read_item(line, node.fail)
         return PipInput(tuple(self._lines), tuple(self._arguments), tuple(self._contents))
 
-    def _read_item(self, line: str, fail: Fail) -> None:
+    def read_file(self, path: Path) -> PipInput:
+        """Read the lines of a requirements file in the project's folder as if they were the items of a list.
+
+        Raises:
+            SpecError: The file cannot be read, a line is not one for pip, or names a file that does not exist.
+        """
+        fail = _failure(path, None)
+        try:
+            data = _read(path)
+        except (OSError, ValueError) as error:
+            fail(f"cannot be read: {error.strerror if isinstance(error, OSError) else error}")
+        self._seen.add(path)
+        for number, line in _logical_lines(_decode(data, fail, path.name)):
+            self._read_item(line, _failure(path, number), is_item=False)
+        return PipInput(tuple(self._lines), tuple(self._arguments), tuple(self._contents))
+
+    def _read_item(self, line: str, fail: Fail, *, is_item: bool = True) -> None:
         """Read a line of the project's list: its paths become absolute."""
         option, value = _split(line)
+        _refuse_hidden(line, option, value, fail)
         local: str | None = None
         if option in ("-r", "-c"):
             local = self._requirements(option, value, self.folder, fail)
         elif option == "-e":
-            local = self._package(value, True, fail)
+            local = self._package(value, True, fail, is_item=is_item)
         elif option == "-f":
             local = self._wheels(value, fail)
         elif not line.startswith("-"):
-            local = self._package(line, False, fail)
+            local = self._package(line, False, fail, is_item=is_item)
+            if local is None and not is_item:
+                _check_requirement(line, fail)
         if local is None:
             # URLs among them may hold passwords, which must not be seen in the list of processes.
             self._lines.append(line)
@@ -121,10 +153,11 @@ class Reader:
 
     def _requirements(self, option: str, value: str, base: Path, fail: Fail) -> str | None:
         """Add the text of a requirements file and of those it names; return its path, unless it is a URL."""
-        value = _expand(value)
+        value = _FILE_URL.sub("", _expand(value), count=1)
         if "://" in value:
             return None
         path = _join(base, value)
+        self._check_inside(path, f"the requirements file {value!r}", fail)
         if path in self._seen:
             return str(path)
         self._seen.add(path)
@@ -136,19 +169,25 @@ class Reader:
             reason = error.strerror if isinstance(error, OSError) else error
             fail(f"the requirements file {value!r} cannot be read: {reason} ({path})")
         self._contents.append(f"{option} {hashlib.sha256(data).hexdigest()}")
-        for number, line in _logical_lines(data.decode("utf-8", "replace")):
+        for number, line in _logical_lines(_decode(data, fail, value)):
             self._read_nested(line, path.parent, _failure(path, number))
         return str(path)
 
     def _read_nested(self, line: str, base: Path, fail: Fail) -> None:
         """Read a line of a file that pip reads itself: only the contents of files that it names count here."""
         option, value = _split(line)
+        _refuse_hidden(line, option, value, fail)
         if option in ("-r", "-c"):
             self._requirements(option, value, base, fail)
         elif option == "-e":
             self._package(value, True, fail)
-        elif not line.startswith("-"):
-            self._package(line, False, fail)
+        elif not line.startswith("-") and self._package(line, False, fail) is None:
+            _check_requirement(line, fail)
+
+    def _check_inside(self, path: Path, what: str, fail: Fail) -> None:
+        own = find_root(self.folder)
+        if not is_inside(path, [own] if self.root is None else [self.root, own]):
+            fail(f"{what} is outside of the project's repository {self.root or own}: copy it there")
 
     def _wheels(self, value: str, fail: Fail) -> str | None:
         """Add the names in a folder of wheels; return its path, unless it is a URL."""
@@ -158,7 +197,7 @@ class Reader:
         self._contents += [f"-f {path}", *(f"{each.name} {each.stat().st_size}" for each in found if each.is_file())]
         return str(path)
 
-    def _package(self, line: str, editable: bool, fail: Fail) -> str | None:
+    def _package(self, line: str, editable: bool, fail: Fail, *, is_item: bool = False) -> str | None:
         """Return the line with an absolute path, if it names a local package, and add its content."""
         spec, marker = _split_marker(_expand(line))
         match = _EXTRAS.match(spec)
@@ -166,8 +205,12 @@ class Reader:
         if not _is_local(path_text):
             return None
         path = _join(self.folder, path_text)
+        # A line of a file with a slash that is not a path is not what it should be, and is not shown.
+        shown = repr(path_text) if is_item or path_text.startswith(".") or _exists(path, fail) else "that path"
+        if not _ARCHIVE.search(path_text):
+            self._check_inside(path, f"the package at {shown}", fail)
         if not _exists(path, fail):
-            fail(f"there is no package at {path_text!r} ({path})")
+            fail(f"there is no package at {shown}")
         self._contents.append(f"{'-e ' if editable else ''}{path}{extras} {content_of(path, editable, fail)}")
         return f"{path}{extras}{marker}"
 
@@ -183,6 +226,32 @@ def _split(line: str) -> tuple[str, str]:
         with contextlib.suppress(ValueError, IndexError):
             value = shlex.split(value)[0]
     return _LONG.get(match["option"], match["option"]), value
+
+
+def _refuse_hidden(line: str, option: str, value: str, fail: Fail) -> None:
+    """Refuse options that name a file where pip would see them, and this reader would not."""
+    if not line.startswith("-"):
+        return
+    words = (value if option else line).split()
+    if any(_HIDDEN_OPTION.fullmatch(word) for word in words):
+        fail("-r, -c and -e must stand on lines of their own, with one file each, and must not be abbreviated")
+
+
+def _check_requirement(line: str, fail: Fail) -> None:
+    """Refuse a line that pip would refuse, and show."""
+    if not ("://" in line or " @" in line or _REQUIREMENT.match(line)):
+        fail("this is not a requirement, as pip takes it")
+
+
+def _decode(data: bytes, fail: Fail, value: str) -> str:
+    """Return the text as pip and uv read it."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")):
+        fail(f"the requirements file {value!r} is not UTF-8: save it as UTF-8")
+    for line in data.split(b"\n")[:2]:
+        coding = _CODING.match(line)
+        if coding and coding[1].decode("ascii", "replace").lower() not in _ASCII:
+            fail(f"the requirements file {value!r} names a coding that is not UTF-8: save it as UTF-8")
+    return data.decode("utf-8-sig", "replace")
 
 
 def _logical_lines(text: str) -> Iterable[tuple[int, str]]:
@@ -221,7 +290,7 @@ def _read(path: Path) -> bytes:
     return data
 
 
-def _failure(path: Path, line: int) -> Fail:
+def _failure(path: Path, line: int | None) -> Fail:
     def fail(message: str) -> NoReturn:
         raise SpecError(message, path=path, line=line)
 

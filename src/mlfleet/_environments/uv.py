@@ -7,7 +7,6 @@ import hashlib
 import logging
 import os
 import shutil
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,10 +16,12 @@ from anyio import to_thread
 from mlfleet._environments.builder import Build, BuildingManager, Built, clean_environ, venv_environment
 from mlfleet._environments.env_files import content_key, read_python_requirements
 from mlfleet._environments.interpreters import find, installed
-from mlfleet._environments.manager import EnvironmentPlan, PreparedEnvironment
+from mlfleet._environments.manager import EnvironmentPlan, PreparedEnvironment, log_chosen
 from mlfleet._environments.pip_requirements import content_of
 from mlfleet._environments.virtualenv import plan_python, python_requirements
-from mlfleet._project.spec import EnvironmentFile
+from mlfleet._project.boundary import check_link, find_root, is_inside
+from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
+from mlfleet._text.documents import read_toml
 from mlfleet.errors import EnvironmentSetupError, SpecError
 
 __all__ = ["UvManager"]
@@ -62,10 +63,13 @@ class UvManager(BuildingManager):
 
     def _plan_locked(self, project_dir: Path, source: EnvironmentFile | None) -> EnvironmentPlan:
         needs = read_python_requirements(project_dir, source)
-        if source is not None and (needs.build or needs.packages):
+        if source is not None and source.kind is EnvironmentFileKind.UV_LOCK:
+            log_chosen(source.path)
+        elif source is not None and (needs.build or needs.packages):
             _warn_locked(source.path)
-        locked = _read_lock(project_dir)
-        python = needs.python or locked.python
+        locked = _read_lock(project_dir, (source.root if source else None) or find_root(project_dir))
+        is_own = source is not None and source.kind.is_declared
+        python = (needs.python if is_own else None) or locked.python
         return EnvironmentPlan(
             manager=self.name,
             key=content_key(self.name, "locked", python, locked.contents),
@@ -122,20 +126,26 @@ def _program() -> str:
         return os.fspath(uv.find_uv_bin())
     except (ImportError, FileNotFoundError) as error:
         raise EnvironmentSetupError(
-            "uv is not installed: `pip install uv`, or use the environment manager virtualenv", manager="uv"
+            "uv is not installed: `pip install uv`, or use the environment manager virtualenv "
+            "(which does not read uv.lock)",
+            manager="uv",
         ) from error
 
 
-def _read_lock(folder: Path) -> Locked:
+def _read_lock(folder: Path, root: Path) -> Locked:
     project_path, lock_path = folder / "pyproject.toml", folder / LOCK
     if not project_path.is_file():
         raise SpecError("there is no pyproject.toml beside it, which uv needs", path=lock_path)
-    _toml(project_path)
-    lock = _toml(lock_path)
+    for file in (project_path, lock_path, folder / ".python-version"):
+        check_link(file, root)
+    read_toml(project_path)
+    lock = read_toml(lock_path)
     contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (project_path, lock_path)]
     local = [package for package in _tables(lock.get("package")) if _local_source(package) is not None]
     for package in local:
         path, editable = _local_source(package) or ("", False)
+        if not is_inside(folder / path, [root]):
+            _missing(lock_path)(f"the package at {path!r} is outside of the project's repository {root}: copy it there")
         contents.append(content_of(folder / path, editable, _missing(lock_path)))
     if local:
         # What is installed are paths into this very folder, or copies of what it holds.
@@ -164,16 +174,6 @@ def _python(folder: Path, lock: dict[str, Any]) -> str | None:
         return pinned[0]
     required = lock.get("requires-python")
     return required if isinstance(required, str) else None
-
-
-def _toml(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SpecError(f"not TOML: {error}", path=path) from error
-    except OSError as error:
-        raise SpecError(f"cannot be read: {error.strerror}", path=path) from error
 
 
 def _tables(value: object) -> list[dict[str, Any]]:

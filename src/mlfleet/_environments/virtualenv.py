@@ -6,6 +6,7 @@ import importlib.util
 import platform
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from anyio import to_thread
@@ -20,8 +21,8 @@ from mlfleet._environments.builder import (
 )
 from mlfleet._environments.env_files import PythonRequirements, content_key, read_python_requirements
 from mlfleet._environments.interpreters import find, installed
-from mlfleet._environments.manager import EnvironmentPlan, PreparedEnvironment
-from mlfleet._project.spec import EnvironmentFile
+from mlfleet._environments.manager import EnvironmentPlan, PreparedEnvironment, log_chosen
+from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
 from mlfleet._text.masking import mask_uri
 
 __all__ = ["VirtualenvManager", "plan_python", "python_requirements"]
@@ -70,6 +71,10 @@ def plan_python(manager: str, project_dir: Path, source: EnvironmentFile | None,
         more: What else the key depends on.
     """
     needs = read_python_requirements(project_dir, source)
+    if source is not None and source.kind is EnvironmentFileKind.UV_LOCK:
+        source = replace(source, kind=EnvironmentFileKind.PYPROJECT, path=source.path.with_name("pyproject.toml"))
+    if source is not None and not source.kind.is_declared:
+        log_chosen(source.path)
     key = content_key(
         manager,
         needs.python or platform.python_version(),

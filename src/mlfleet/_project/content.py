@@ -310,6 +310,8 @@ def read_ignore(folder: Path, left_out: Collection[str] = frozenset()) -> Ignore
         try:
             _pattern(line)
         except re.error as error:
+            if path.is_symlink():  # It may lead to a file that is not a list of patterns: quote nothing of it.
+                raise SpecError("this line is not a pattern", path=path, line=number) from None
             raise SpecError(f"{line!r} is not a pattern: {error}", path=path, line=number) from error
     return Ignore([*DEFAULTS, *lines], left_out)
 

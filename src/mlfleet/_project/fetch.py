@@ -20,6 +20,7 @@ from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.threads import PROJECTS
 from mlfleet._project.archive import ArchiveLimits, FileHashes, unpack
 from mlfleet._project.blocking import stoppable
+from mlfleet._project.boundary import find_root
 from mlfleet._project.cache import ProjectStore, projects_folder
 from mlfleet._project.git import Checkout, Checkouts, Git
 from mlfleet._project.http_downloads import HttpArchive
@@ -57,6 +58,7 @@ class Project:
         commit: The full hash, if the project is (in) a Git repository.
         repo_url: The URL of its repository, without credentials, if there is one.
         branch: The branch, if `version` named one.
+        root: The folder that all files of the project must be in: its repository, or all that was fetched.
     """
 
     uri: str
@@ -66,6 +68,7 @@ class Project:
     commit: str | None = None
     repo_url: str | None = None
     branch: str | None = None
+    root: Path | None = None
 
 
 class _Kind(StrEnum):
@@ -134,7 +137,8 @@ class ProjectFetcher:
             raise _no_versions(parsed, path)
         key = uri, path, version
         if kind is _Kind.FOLDER:
-            return _own_project(parsed, path, await self._checkouts.find(path / parsed.subdir))
+            checkout = await self._checkouts.find(path / parsed.subdir)
+            return await PROJECTS.run(lambda: _own_project(parsed, path, checkout))
         if kind is _Kind.ZIP:
             return await self._once(key, lambda: self._local_zip(parsed, path))
         if kind is _Kind.ARCHIVE:
@@ -241,7 +245,14 @@ class ProjectFetcher:
         folder = await PROJECTS.run(lambda: _subfolder(uri, tree))
         shown = f"file://{quote(url)}" if url.startswith("/") else url
         return Project(
-            uri.text, folder, cached=True, source_name=uri.text, commit=commit, repo_url=shown, branch=revision.branch
+            uri.text,
+            folder,
+            cached=True,
+            source_name=uri.text,
+            commit=commit,
+            repo_url=shown,
+            branch=revision.branch,
+            root=tree,
         )
 
     async def _local_zip(self, uri: ProjectUri, path: Path) -> Project:
@@ -268,7 +279,7 @@ class ProjectFetcher:
 
     async def _zip_project(self, uri: ProjectUri, tree: Path, source_name: str) -> Project:
         folder = await PROJECTS.run(lambda: _subfolder(uri, _project_root(uri, tree)))
-        return Project(uri.text, folder, cached=True, source_name=source_name)
+        return Project(uri.text, folder, cached=True, source_name=source_name, root=tree)
 
     async def _unpacked_before(self, digest: str) -> Path | None:
         return await PROJECTS.run(lambda: self._zip_store(digest).trees.acquire(digest))
@@ -298,12 +309,21 @@ def _local_name(uri: ProjectUri, path: Path) -> str:
 
 
 def _own_project(uri: ProjectUri, path: Path, checkout: Checkout | None) -> Project:
-    """Return a project in a folder of the user's own."""
+    """Return a project in a folder of the user's own. Blocking."""
     folder = path / uri.subdir
+    root = find_root(folder, path)
     if checkout is None:
-        return Project(uri.text, folder, cached=False, source_name=_local_name(uri, path))
+        return Project(uri.text, folder, cached=False, source_name=_local_name(uri, path), root=root)
     name = f"file://{checkout.top}" + ("" if checkout.inside == "." else f"#{checkout.inside}")
-    return Project(uri.text, folder, cached=False, source_name=name, commit=checkout.commit, repo_url=checkout.repo_url)
+    return Project(
+        uri.text,
+        folder,
+        cached=False,
+        source_name=name,
+        commit=checkout.commit,
+        repo_url=checkout.repo_url,
+        root=root,
+    )
 
 
 def _classify(uri: ProjectUri) -> tuple[_Kind, Path]:

@@ -13,7 +13,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from mlfleet._text.documents import Node, nearest, read_yaml, warn_unknown
+from mlfleet._project.boundary import check_link, find_root, is_inside
+from mlfleet._text.documents import Node, nearest, read_toml, read_yaml, warn_unknown
 from mlfleet.errors import SpecError
 
 __all__ = [
@@ -40,6 +41,14 @@ class EnvironmentFileKind(StrEnum):
 
     PYTHON_ENV = "python_env"
     CONDA = "conda"
+    UV_LOCK = "uv.lock"
+    PYPROJECT = "pyproject.toml"
+    REQUIREMENTS = "requirements.txt"
+
+    @property
+    def is_declared(self) -> bool:
+        """True for the formats of MLflow; the others are taken where a project has none of these."""
+        return self in (EnvironmentFileKind.PYTHON_ENV, EnvironmentFileKind.CONDA)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +58,12 @@ class EnvironmentFile:
     Attributes:
         kind: The format of the file.
         path: The absolute path.
+        root: The folder that this file and those it names must be in; None: the repository of the project.
     """
 
     kind: EnvironmentFileKind
     path: Path
+    root: Path | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,16 +200,24 @@ class ProjectSpec:
             return []
 
 
-def read_project(folder: Path) -> ProjectSpec:
+def read_project(folder: Path, root: Path | None = None) -> ProjectSpec:
     """Read the project in `folder`. Blocking; call it in a thread.
 
+    Args:
+        folder: The folder of the project.
+        root: The folder that MLproject and the files it names must be in; None: the Git working tree of `folder`, else
+            `folder` itself.
+
     Raises:
-        SpecError: MLproject is wrong; the text has file, line, column and what was expected.
+        SpecError: MLproject is wrong, or names a file outside of `root`; the text has file, line, column and what was
+            expected.
     """
     folder = Path(os.path.abspath(folder))  # noqa: PTH100 - like absolute(), but without the dots
+    root = root or find_root(folder)
     path = _find(folder)
     if path is None:
-        return ProjectSpec(folder=folder, environment=_default_environment(folder))
+        return ProjectSpec(folder=folder, environment=_default_environment(folder, root))
+    check_link(path, root)
     document = read_yaml(path, defer_duplicates=True)
     unknown: list[str] = []
     keys = document.mapping(_KEYS, expected="a mapping with the keys of an MLproject file", unknown=unknown)
@@ -216,7 +235,7 @@ def read_project(folder: Path) -> ProjectSpec:
         path=path,
         entry_points=entry_points,
         broken=broken,
-        environment=None if docker or job else _environment(folder, keys),
+        environment=None if docker or job else _environment(folder, root, keys),
         docker=docker,
         databricks_spark_job=job,
     )
@@ -236,16 +255,19 @@ def _find(folder: Path) -> Path | None:
     return folder / (FILE_NAME if FILE_NAME in names else min(names))
 
 
-def _environment(folder: Path, keys: Mapping[str, Node]) -> EnvironmentFile | None:
-    """Return the file that MLproject names; as in the reference it may be outside of the project."""
+def _environment(folder: Path, root: Path, keys: Mapping[str, Node]) -> EnvironmentFile | None:
     for key, kind in (("python_env", EnvironmentFileKind.PYTHON_ENV), ("conda_env", EnvironmentFileKind.CONDA)):
         if key in keys:
             name = keys[key].string(expected="the path of a file")
             path = Path(os.path.abspath(folder / name))  # noqa: PTH100 - as above
+            if os.path.realpath(path) != (real := os.path.realpath(folder / name)):
+                path = Path(real)  # `..` behind a link
+            if not is_inside(path, [root]):
+                keys[key].fail(f"{name!r} is outside of the project's repository {root}: copy the file there")
             if not _is_file(path):
                 keys[key].fail(f"there is no file {str(path)!r}")
-            return EnvironmentFile(kind, path)
-    return _default_environment(folder)
+            return EnvironmentFile(kind, path, root)
+    return _default_environment(folder, root)
 
 
 def _is_file(path: Path) -> bool:
@@ -255,11 +277,35 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _default_environment(folder: Path) -> EnvironmentFile | None:
-    for name, kind in (("python_env.yaml", EnvironmentFileKind.PYTHON_ENV), ("conda.yaml", EnvironmentFileKind.CONDA)):
-        if _is_file(folder / name):
-            return EnvironmentFile(kind, folder / name)
+def _default_environment(folder: Path, root: Path) -> EnvironmentFile | None:
+    """Return the file that lists what the project needs, where MLproject names none."""
+    candidates = (
+        ("python_env.yaml", EnvironmentFileKind.PYTHON_ENV),
+        ("conda.yaml", EnvironmentFileKind.CONDA),
+        ("uv.lock", EnvironmentFileKind.UV_LOCK),
+        ("pyproject.toml", EnvironmentFileKind.PYPROJECT),
+        ("requirements.txt", EnvironmentFileKind.REQUIREMENTS),
+    )
+    for name, kind in candidates:
+        path = folder / name
+        if not _is_file(path):
+            continue
+        check_link(path, root)
+        if kind is EnvironmentFileKind.UV_LOCK and not _is_file(folder / "pyproject.toml"):
+            continue
+        if kind is EnvironmentFileKind.PYPROJECT and not _lists_dependencies(path):
+            continue
+        return EnvironmentFile(kind, path, root)
     return None
+
+
+def _lists_dependencies(path: Path) -> bool:
+    """Return True if a ``pyproject.toml`` says what the project needs; many only configure tools."""
+    project = read_toml(path).get("project")
+    if not isinstance(project, dict):
+        return False
+    dynamic = project.get("dynamic")
+    return not (isinstance(dynamic, list) and "dependencies" in dynamic)
 
 
 def _entry_points(node: Node | None, unknown: list[str]) -> tuple[dict[str, EntryPoint], dict[str, SpecError]]:

@@ -19,9 +19,10 @@ from typing import Any, NoReturn
 
 from mlfleet.errors import SpecError
 
-__all__ = ["Node", "nearest", "parse_yaml", "read_json", "read_yaml", "warn_unknown"]
+__all__ = ["Node", "nearest", "parse_yaml", "read_json", "read_toml", "read_yaml", "warn_unknown"]
 
 MAX_SIZE = 2**20
+MAX_TOML_SIZE = 2**25  # lock files of large projects
 MAX_DEPTH = 64
 MAX_NODES = 100_000
 MAX_LABEL = 120
@@ -235,6 +236,22 @@ def read_json(path: Path) -> Any:
         raise SpecError(f"not JSON: {error}", path=path) from error
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file. Blocking; call it in a thread.
+
+    Raises:
+        SpecError: The file cannot be read or is not TOML.
+    """
+    import tomllib
+
+    try:
+        return tomllib.loads(_read(path, MAX_TOML_SIZE).decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SpecError(f"not TOML: {error}", path=path) from error
+    except RecursionError as error:
+        raise SpecError("nested too deeply", path=path) from error
+
+
 class _Converter:
     """Converts the nodes that PyYAML composed, in one pass that checks tags, keys, size and text.
 
@@ -389,21 +406,21 @@ def _object(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, largest: int = MAX_SIZE) -> bytes:
     try:
         if path.is_dir():
             raise SpecError("this is a folder, a file was expected", path=path)
         if path.exists() and not path.is_file():
             raise SpecError("not a regular file", path=path)
         with path.open("rb") as file:
-            data = file.read(MAX_SIZE + 1)
+            data = file.read(largest + 1)
     except FileNotFoundError as error:
         raise SpecError("there is no such file", path=path) from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise SpecError(f"cannot be read: {reason}", path=path) from error
-    if len(data) > MAX_SIZE:
-        raise SpecError(f"larger than {MAX_SIZE} bytes", path=path)
+    if len(data) > largest:
+        raise SpecError(f"larger than {largest} bytes", path=path)
     return data
 
 

@@ -13,7 +13,7 @@ from databricks.sdk.service import jobs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
+from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind, read_project
 from mlfleet.backends.base import Job
 from mlfleet.backends.databricks import DatabricksBackend, bootstrap
 from mlfleet.backends.databricks.config import parse_config
@@ -238,6 +238,14 @@ def test_the_preview_lists_the_project_requirements(tmp_path: Path) -> None:
     assert_understood(body)
     assert body["environments"][0]["spec"]["dependencies"] == ["scikit-learn==1.5", "mlflow>=3"]
     assert "dapi" not in backend.preview(job)
+
+
+def test_requirements_of_a_project_that_names_no_environment_are_listed(tmp_path: Path) -> None:
+    (tmp_path / "requirements.txt").write_text("scikit-learn==1.5  # pinned\nmlflow>=3\n")
+    backend = DatabricksBackend()
+    file = read_project(tmp_path).environment
+    body = json.loads(backend.preview(make_job(tmp_path, environment_file=file, config=backend.configure({}))))
+    assert body["environments"][0]["spec"]["dependencies"] == ["scikit-learn==1.5", "mlflow>=3"]
 
 
 def test_local_requirements_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,52 @@
+"""The folder that all files of a project must be in, so that a project cannot have other files of its user read.
+
+A project names files: its environment, requirements, packages. Lines of them stand in errors and in the output of
+builds, also in ``--dry-run``, before anybody decided to run the project's code. So none of them may be elsewhere,
+whether by an absolute path, by ``..`` or by a symbolic link.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from mlfleet.errors import SpecError
+
+__all__ = ["check_link", "find_root", "is_inside"]
+
+
+def find_root(folder: Path, top: Path | None = None) -> Path:
+    """Return the folder that the files of a project must be in: its Git working tree, else `top`. Blocking.
+
+    Args:
+        folder: The folder of the project.
+        top: The folder that the caller named, which the project is a sub-folder of; None: the project's own folder.
+    """
+    real = Path(os.path.realpath(folder))
+    for parent in (real, *real.parents):
+        if os.path.lexists(parent / ".git"):
+            return parent
+    return Path(os.path.realpath(top or folder))
+
+
+def is_inside(path: Path, roots: Iterable[Path]) -> bool:
+    """Return True if the file behind `path`, with all links followed, is in one of the folders. Blocking."""
+    try:
+        real = Path(os.path.realpath(path))
+        return any(real.is_relative_to(os.path.realpath(root)) for root in roots)
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def check_link(path: Path, root: Path) -> None:
+    """Refuse a file of the project that is a symbolic link to elsewhere. Blocking.
+
+    Raises:
+        SpecError: The link leads out of `root`.
+    """
+    if not is_inside(path, [root]):
+        raise SpecError(
+            f"it is a symbolic link that leads out of the project's repository {root}: put the file itself there",
+            path=path,
+        )
