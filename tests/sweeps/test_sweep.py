@@ -265,14 +265,14 @@ async def test_only_the_chosen_kinds_of_failure_are_tried_again(
 
 
 async def test_an_environment_that_cannot_be_built_is_infrastructure(fleet: Fleet, tmp_path: Path) -> None:
-    package = tmp_path / "broken"
-    package.mkdir()
+    package = tmp_path / "demo" / "broken"
+    package.mkdir(parents=True)
     (package / "pyproject.toml").write_text(
         "[build-system]\nrequires = []\nbuild-backend = 'broken'\nbackend-path = ['.']\n"
     )
     (package / "broken.py").write_text("raise SystemExit('this package cannot be built')\n")
     uri = write_project(tmp_path / "demo", "true", extra="python_env: python_env.yaml\n")
-    (tmp_path / "demo" / "python_env.yaml").write_text("dependencies:\n  - ../broken\n")
+    (tmp_path / "demo" / "python_env.yaml").write_text("dependencies:\n  - ./broken\n")
     async with fleet.sweep(uri, [{}, {}], give_up_after=2) as sweep:
         results = [result async for result in sweep]
     assert [result.kind for result in results] == [FailureKind.INFRASTRUCTURE] * 2
