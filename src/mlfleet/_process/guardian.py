@@ -12,12 +12,15 @@ import threading
 from pathlib import Path
 from typing import IO
 
-__all__ = ["MARKER_VARIABLE", "Guardian", "guardian"]
+__all__ = ["MARKER_VARIABLE", "RUN_VARIABLE", "Guardian", "guardian"]
 
 _log = logging.getLogger("mlfleet.process")
 
 MARKER_VARIABLE = "MLFLEET_DRIVER"
 """The environment variable that tells which driver a command belongs to; its value is `Guardian.marker`."""
+
+RUN_VARIABLE = "MLFLEET_RUN"
+"""The environment variable that tells which run a process belongs to; its value is the id of the MLflow run."""
 
 _SCRIPT = Path(__file__).with_name("guardian_main.py")
 
@@ -78,9 +81,10 @@ class Guardian:
             self._warn("local runs will go on if this process is killed: their guardian cannot be started: %s", error)
 
     def _spawn(self) -> None:
-        # Without the driver's own marker, by which the guardian of another driver may look for processes to end.
+        # Without the driver's own marks, by which the driver or the guardian above it look for processes to end.
         environ = os.environ.copy()
         environ.pop(MARKER_VARIABLE, None)
+        environ.pop(RUN_VARIABLE, None)
         # The guardian imports nothing else; the driver may have found it in a folder that is not on the default path.
         psutil = importlib.util.find_spec("psutil")
         if psutil is not None and psutil.origin is not None:

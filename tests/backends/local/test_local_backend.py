@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import stat
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -201,3 +203,32 @@ async def test_what_a_command_leaves_behind_is_ended_with_the_run(
     assert pid_is_gone(int(outcome.output[0]))
     (warning,) = caplog.messages
     assert warning.startswith(f"the command of the run {'1' * 32} ended and left sleep (")
+
+
+LEFT = "setsid sleep 600 & until grep -q sleep /proc/$!/comm; do :; done; echo $!"
+"""Leaves a process that is in a session of its own, and says its id."""
+
+
+@pytest.mark.parametrize("durable", [False, True])
+async def test_cancel_ends_what_has_left_the_session_and_nothing_of_other_runs(
+    backend: LocalBackend, folder: Path, durable: bool
+) -> None:
+    runs = [
+        await backend.submit(
+            replace(job(folder, f"{LEFT}; sleep 600", durable=durable, output=folder / name), run_id=name * 32)
+        )
+        for name in "12"
+    ]
+    pids = [int(await anext(run.logs())) for run in runs]
+    await runs[0].cancel()
+    assert [pid_is_gone(pid) for pid in pids] == [True, False]
+    await runs[1].cancel(grace=0)
+    assert pid_is_gone(pids[1])
+
+
+async def test_what_has_left_the_session_of_an_ended_run_goes_on(backend: LocalBackend, folder: Path) -> None:
+    run = await backend.submit(job(folder, LEFT))
+    (line,) = [line async for line in run.logs()]
+    await run.cancel()
+    assert not pid_is_gone(int(line))
+    os.kill(int(line), signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import shutil
@@ -19,7 +20,8 @@ import anyio
 from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.threads import FILES
 from mlfleet._paths import run_folder as folder_of
-from mlfleet._process.guardian import MARKER_VARIABLE
+from mlfleet._process.guardian import MARKER_VARIABLE, RUN_VARIABLE
+from mlfleet._process.marked import end_marked
 from mlfleet._process.process import Command, Process, start
 from mlfleet._process.reattach import ReattachedProcess
 from mlfleet._text.lines import follow_file, last_lines
@@ -201,7 +203,23 @@ class _LocalRun:
         return self._outcomes[0]
 
     async def cancel(self, *, grace: float | None = None) -> None:
-        await self._process.stop(self._grace if grace is None else grace)
+        await complete(partial(self._stop, self._grace if grace is None else grace), restart=True)
+
+    async def _stop(self, grace: float) -> None:
+        """End the session, and at the same time what has left it: a process that called ``setsid``."""
+        process = self._process
+        if isinstance(process, _Ended) or process.returncode is not None:
+            return
+        stopping = asyncio.ensure_future(process.stop(grace))
+        await end_marked(
+            self._run_id,
+            grace,
+            session=process.pid,
+            goes_on=lambda: not stopping.done(),
+            # A command that ended by itself before SIGTERM reached it keeps what it has left on purpose.
+            may_end=lambda: process.stopped,
+        )
+        await stopping
 
     async def get_status(self) -> RunStatus:
         return RunStatus.RUNNING if self._process.returncode is None else (await self.outcome()).status
@@ -255,7 +273,7 @@ def _command(job: Job) -> Iterator[Command]:
     if job.durable:
         argv = run_folder.argv(job)
         folder_of(job.run_id).mkdir(parents=True, exist_ok=True, mode=0o700)
-    environ = _environ(job)
+    environ = {**_environ(job), RUN_VARIABLE: job.run_id}
     if job.durable:
         # This process may be a run of another driver itself: at that one's end a durable run goes on all the same.
         environ.pop(MARKER_VARIABLE, None)
