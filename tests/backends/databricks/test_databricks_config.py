@@ -14,9 +14,14 @@ from mlfleet._project.spec import DockerEnv
 from mlfleet.backends.base import DockerRequest
 from mlfleet.backends.databricks import DatabricksBackend
 from mlfleet.backends.databricks.config import KEYS, UploadKind, parse_config
+from mlfleet.backends.databricks.fields import read_fields
 from mlfleet.errors import UsageError
 
 CLUSTER = {"spark_version": "15.4.x-scala2.12", "num_workers": 2, "node_type_id": "i3.xlarge"}
+
+
+FIELDS = read_fields()
+OTHERS = ("spark_version", "num_workers", "autoscale", *FIELDS.submit, *FIELDS.task, *FIELDS.environment)
 
 
 def test_both_mlflow_config_forms_are_accepted() -> None:
@@ -89,6 +94,24 @@ def test_upload_location_of_each_config(config: dict[str, Any], kind: UploadKind
         ({"api_version": "2.0"}, "api_version is '2.0'"),
         ({"secret_scope": ""}, "secret_scope is empty"),
         ({"run_name": 3}, "run_name is 3: give a string"),
+        ({"max_retrys": 1}, r"key 'max_retrys' is unknown, did you mean 'max_retries'\?"),
+        ({"git_source": {"git_ulr": "x"}}, r"git_source: the key 'git_ulr' is unknown, did you mean 'git_url'\?"),
+        ({"queue": True}, "queue is True: give a mapping"),
+        ({"access_control_list": {"user_name": "me"}}, r"access_control_list is .*: give a list"),
+        (
+            {"access_control_list": [{"user": "me"}]},
+            r"access_control_list\[0\]: the key 'user' is unknown, did you mean 'user_name'",
+        ),
+        ({"compute": {"hardware_acelerator": "GPU_1xA10"}}, "did you mean 'hardware_accelerator'"),
+        ({**CLUSTER, "aws_attributes": {"availabilty": "SPOT"}}, "new_cluster: aws_attributes: .*'availability'"),
+        ({"base_environment": "/Workspace/env.yaml", "environment_version": "4"}, "both environment_version and base_"),
+        ({**CLUSTER, "base_environment": "/Workspace/env.yaml"}, "base_environment is for serverless compute only"),
+        (
+            {"environment_variables": [{"environment_variables_key": "a"}, {"environment_variables_key": "b"}]},
+            r"has 2 entries: name one of them in environment_variables_key \(a, b\)",
+        ),
+        ({"depends_on": []}, "the key 'depends_on' is unknown"),
+        ({"notebook_task": {}}, "the key 'notebook_task' is unknown"),
     ],
 )
 def test_config_mistakes_are_reported(config: dict[str, Any], message: str) -> None:
@@ -110,7 +133,7 @@ def test_the_callers_mapping_is_not_modified() -> None:
 
 @given(
     st.dictionaries(
-        st.sampled_from([*KEYS, "spark_version", "num_workers", "autoscale"]) | st.text(max_size=8),
+        st.sampled_from([*KEYS, *OTHERS]) | st.text(max_size=8),
         st.recursive(
             st.none() | st.booleans() | st.integers() | st.text(max_size=12),
             lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=8), inner, max_size=2),

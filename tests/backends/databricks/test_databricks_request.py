@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import shlex
 from pathlib import Path
@@ -227,6 +228,37 @@ def test_job_settings_are_passed_through_unchanged() -> None:
     }
     body = body_of(passed)
     assert {key: body[key] for key in passed} == passed
+
+
+def test_every_setting_of_the_databricks_sdk_is_passed_on() -> None:
+    variables = {"environment_variables_key": "data", "spec": {"variables": {"REGION": "eu"}}}
+    request = {
+        "performance_target": "COST_OPTIMIZED",  # newer than the enumeration of databricks-sdk
+        "duration_target": "12h",
+        "environment_variables": [variables],
+    }
+    task = {
+        "compute": {"hardware_accelerator": "GPU_1xA10"},
+        "description": "a demonstration",
+        "disable_auto_optimization": True,
+        "max_retries": 2,
+        "min_retry_interval_millis": 1000,
+        "retry_on_timeout": True,
+    }
+    environment = {"base_environment": "/Workspace/Shared/env.yaml", "java_dependencies": ["a:b:1"]}
+    body = body_of({**request, **task, **environment})
+    assert_understood(body)
+    assert {key: body[key] for key in request} == request
+    (sent,) = body["tasks"]
+    assert {key: sent[key] for key in task} == task
+    assert sent["environment_variables_key"] == "data"
+    assert body["environments"][0]["spec"] == {**environment, "dependencies": ["mlflow"]}
+    signature = inspect.signature(jobs.JobsAPI.submit)
+    assert body.keys() <= signature.parameters.keys()
+
+
+def test_retries_of_a_shell_command_are_passed_on() -> None:
+    assert body_of({**CLUSTER, "task": "shell_command", "max_retries": 2})["max_retries"] == 2
 
 
 def test_the_preview_lists_the_project_requirements(tmp_path: Path) -> None:

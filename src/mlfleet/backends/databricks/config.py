@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import posixpath
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeVar
 
 from mlfleet._text.documents import nearest
+from mlfleet.backends.databricks.fields import Fields, check_value, read_fields
 from mlfleet.errors import UsageError
 
 __all__ = ["KEYS", "Compute", "DatabricksConfig", "TaskKind", "Upload", "UploadKind", "parse_config"]
@@ -34,27 +35,11 @@ class TaskKind(StrEnum):
     SHELL_COMMAND = "shell_command"
 
 
-# The keys of a cluster: https://docs.databricks.com/api/workspace/clusters/create. Any of them at the top level means
-# that the configuration is a cluster, as in mlflow.
-_CLUSTER_KEYS = frozenset(
-    {
-        "apply_policy_default_values", "autoscale", "autotermination_minutes", "aws_attributes", "azure_attributes",
-        "cluster_log_conf", "cluster_name", "custom_tags", "data_security_mode", "docker_image",
-        "driver_instance_pool_id", "driver_node_type_flexibility", "driver_node_type_id", "enable_elastic_disk",
-        "enable_local_disk_encryption", "gcp_attributes", "init_scripts", "instance_pool_id", "is_single_node", "kind",
-        "node_type_id", "num_workers", "policy_id", "remote_disk_throughput", "runtime_engine", "single_user_name",
-        "spark_conf", "spark_env_vars", "spark_version", "ssh_public_keys", "total_initial_remote_disk_size",
-        "use_ml_runtime", "worker_node_type_flexibility", "workload_type",
-    }
-)  # fmt: skip
-# Keys that are copied into the request unchanged: https://docs.databricks.com/api/workspace/jobs/submit
-_PASSED_ON = (
-    "access_control_list", "budget_policy_id", "email_notifications", "git_source", "health", "notification_settings",
-    "performance_target", "queue", "run_as", "timeout_seconds", "usage_policy_id", "webhook_notifications",
-)  # fmt: skip
+# The keys that this module itself reads; `read_fields` knows the others, among them those of a cluster. Any key of a
+# cluster at the top level means that the configuration is a cluster, as in mlflow.
 KEYS = (
     "api_version", "dependencies", "environment_version", "existing_cluster_id", "libraries", "new_cluster", "profile",
-    "run_name", "secret_scope", "task", "upload", "upload_path", *_PASSED_ON,
+    "run_name", "secret_scope", "task", "upload", "upload_path",
 )  # fmt: skip
 _ENVIRONMENT_VERSION = "4"
 
@@ -64,6 +49,7 @@ class _ApiVersion(StrEnum):
     PREVIOUS = "2.1"
 
 
+_NO_FIELDS = Fields({}, {}, {}, {})
 _PREFIXES = {"/Volumes/": UploadKind.VOLUME, "/dbfs/": UploadKind.DBFS, "/Workspace/": UploadKind.WORKSPACE}
 
 
@@ -74,15 +60,17 @@ class Compute:
     Attributes:
         new_cluster: The specification of the new cluster; None: another kind of compute.
         existing_cluster_id: The id of the existing cluster; None: another kind of compute.
-        environment_version: The version of the serverless environment.
+        environment_version: The version of the serverless environment; None: its ``base_environment`` has one.
         dependencies: The requirements (lines for pip) of the serverless environment.
+        environment: Further keys of the serverless environment, by name.
         libraries: The libraries of a cluster.
     """
 
     new_cluster: Mapping[str, Any] | None = None
     existing_cluster_id: str | None = None
-    environment_version: str = _ENVIRONMENT_VERSION
+    environment_version: str | None = _ENVIRONMENT_VERSION
     dependencies: tuple[str, ...] = ()
+    environment: Mapping[str, Any] = field(default_factory=dict)
     libraries: tuple[Mapping[str, Any], ...] = ()
 
     @property
@@ -117,6 +105,7 @@ class DatabricksConfig:
         run_name: The run's name in Databricks, without the run id; None: the project's name.
         api_version: The version of the Jobs API.
         passed_on: Further keys of the request, by name.
+        task_settings: Further keys of the request's task, by name.
     """
 
     profile: str | None = None
@@ -127,10 +116,11 @@ class DatabricksConfig:
     run_name: str | None = None
     api_version: str = "2.2"
     passed_on: Mapping[str, Any] = field(default_factory=dict)
+    task_settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def parse_config(config: Mapping[str, Any]) -> DatabricksConfig:
-    """Parse ``backend_config``.
+    """Parse ``backend_config``. Blocking: databricks-sdk is imported if it has keys that are passed on.
 
     Args:
         config: The keys of a cluster, or a mapping with ``new_cluster`` or ``existing_cluster_id``, or one with neither
@@ -140,20 +130,26 @@ def parse_config(config: Mapping[str, Any]) -> DatabricksConfig:
         UsageError: A key is unknown, or a value is wrong.
     """
     given = copy.deepcopy(dict(config))
-    if _CLUSTER_KEYS & given.keys():
-        given = _as_new_cluster(given)
+    others = {str(key) for key in given} - set(KEYS)
+    fields = read_fields() if others or given.get("new_cluster") else _NO_FIELDS
+    if others & fields.cluster.keys():
+        given = _as_new_cluster(given, fields)
     if "job_clusters" in given:
         raise UsageError(
             "backend_config: job_clusters belong to jobs, and a project is a one-time run: give new_cluster,"
             " existing_cluster_id, or neither for serverless compute"
         )
+    known = {*KEYS, *fields.submit, *fields.task, *fields.environment}
     for key in given:
-        if key not in KEYS:
+        if key not in known:
             raise UsageError(
-                f"backend_config: the key {key!r} is unknown{nearest(str(key), [*KEYS, *_CLUSTER_KEYS])}. Known are"
-                f" {', '.join(sorted(KEYS))}; or the keys of a cluster (spark_version, num_workers, node_type_id, …)"
+                f"backend_config: the key {key!r} is unknown{nearest(str(key), [*known, *fields.cluster])}. Known are"
+                f" {', '.join(sorted(known))}; or the keys of a cluster (spark_version, num_workers, node_type_id, …);"
+                " a newer databricks-sdk may know more"
             )
-    compute = _compute(given)
+    for key, kind in {**fields.submit, **fields.task, **fields.environment}.items():
+        check_value(given.get(key), kind, key)
+    compute = _compute(given, fields)
     task = _choice(given, "task", TaskKind) or TaskKind.PYTHON
     if task is TaskKind.SHELL_COMMAND and compute.new_cluster is None:
         raise UsageError("backend_config: task 'shell_command' runs on a new cluster only: give new_cluster")
@@ -165,19 +161,39 @@ def parse_config(config: Mapping[str, Any]) -> DatabricksConfig:
         secret_scope=_text(given, "secret_scope"),
         run_name=_text(given, "run_name"),
         api_version=_choice(given, "api_version", _ApiVersion) or _ApiVersion.LATEST,
-        passed_on={key: given[key] for key in _PASSED_ON if given.get(key) is not None},
+        passed_on=_chosen(given, fields.submit),
+        task_settings=_task_settings(given, fields),
     )
 
 
-def _as_new_cluster(given: dict[str, Any]) -> dict[str, Any]:
+def _chosen(given: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    return {key: given[key] for key in keys if given.get(key) is not None}
+
+
+def _task_settings(given: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
+    """Return the settings of the task, which takes the variables that the request names."""
+    chosen = _chosen(given, fields.task)
+    sets = given.get("environment_variables")
+    if sets and "environment_variables_key" not in chosen and "environment_variables_key" in fields.task:
+        names = [each.get("environment_variables_key") for each in sets]
+        if len(names) > 1:
+            raise UsageError(
+                f"backend_config: environment_variables has {len(names)} entries: name one of them in"
+                f" environment_variables_key ({', '.join(map(str, names))})"
+            )
+        chosen["environment_variables_key"] = names[0]
+    return chosen
+
+
+def _as_new_cluster(given: dict[str, Any], fields: Fields) -> dict[str, Any]:
     if "new_cluster" in given or "existing_cluster_id" in given:
-        stray = sorted(_CLUSTER_KEYS & given.keys())
+        stray = sorted(fields.cluster.keys() & given.keys())
         raise UsageError(f"backend_config: {', '.join(stray)} belong into new_cluster, which is given, too")
-    rest = {key: value for key, value in given.items() if key not in _CLUSTER_KEYS}
-    return {"new_cluster": {key: value for key, value in given.items() if key in _CLUSTER_KEYS}, **rest}
+    rest = {key: value for key, value in given.items() if key not in fields.cluster}
+    return {"new_cluster": {key: value for key, value in given.items() if key in fields.cluster}, **rest}
 
 
-def _compute(given: Mapping[str, Any]) -> Compute:
+def _compute(given: Mapping[str, Any], fields: Fields) -> Compute:
     cluster: dict[str, Any] | None = _value(
         given, "new_cluster", dict, "a cluster such as {'spark_version': …, 'num_workers': 1, …}"
     )
@@ -191,9 +207,10 @@ def _compute(given: Mapping[str, Any]) -> Compute:
     if cluster is not None and existing is not None:
         raise UsageError("backend_config: both new_cluster and existing_cluster_id are given: give one of them")
     if cluster is not None:
-        _check_cluster(cluster)
+        _check_cluster(cluster, fields)
     on_cluster = cluster is not None or existing is not None
-    unfit = [key for key in (("dependencies", "environment_version") if on_cluster else ("libraries",)) if key in given]
+    serverless_only = ("dependencies", "environment_version", *fields.environment)
+    unfit = [key for key in (serverless_only if on_cluster else ("libraries",)) if key in given]
     if unfit:
         where = (
             "serverless compute only; a cluster takes libraries" if on_cluster else "clusters only; give new_cluster"
@@ -206,22 +223,27 @@ def _compute(given: Mapping[str, Any]) -> Compute:
     for library in libraries:
         if not isinstance(library, dict) or len(library) != 1:
             raise UsageError(f"backend_config: libraries holds {library!r}: give mappings such as {{'pypi': …}}")
+    version, base = given.get("environment_version"), given.get("base_environment")
+    if version and base:
+        raise UsageError("backend_config: both environment_version and base_environment are given: give one of them")
     return Compute(
         new_cluster=cluster,
         existing_cluster_id=existing,
-        environment_version=str(given.get("environment_version") or _ENVIRONMENT_VERSION),
+        environment_version=None if base else str(version or _ENVIRONMENT_VERSION),
         dependencies=tuple(dependencies),
+        environment=_chosen(given, fields.environment),
         libraries=tuple(libraries),
     )
 
 
-def _check_cluster(cluster: Mapping[str, Any]) -> None:
+def _check_cluster(cluster: Mapping[str, Any], fields: Fields) -> None:
     """Check the keys whose mistakes Databricks reports only minutes later, or in words that do not name them."""
     for key in cluster:
-        if key not in _CLUSTER_KEYS:
-            hint = nearest(key, _CLUSTER_KEYS)
+        if key not in fields.cluster:
+            hint = nearest(str(key), fields.cluster)
             if hint:
                 raise UsageError(f"backend_config: new_cluster: the key {key!r} is unknown{hint}")
+        check_value(cluster[key], fields.cluster.get(key), f"new_cluster: {key}")
     if "spark_version" not in cluster and "policy_id" not in cluster:
         raise UsageError(
             "backend_config: new_cluster has no spark_version: give a Databricks Runtime such as"
@@ -232,9 +254,6 @@ def _check_cluster(cluster: Mapping[str, Any]) -> None:
         raise UsageError(f"backend_config: new_cluster: num_workers is {workers!r}: give a whole number, 0 or more")
     if workers is not None and cluster.get("autoscale") is not None:
         raise UsageError("backend_config: new_cluster has both num_workers and autoscale: give one of them")
-    for key in ("spark_env_vars", "spark_conf", "custom_tags"):
-        if key in cluster and not isinstance(cluster[key], dict):
-            raise UsageError(f"backend_config: new_cluster: {key} is {cluster[key]!r}: give a mapping")
 
 
 def _upload(given: Mapping[str, Any]) -> Upload:

@@ -134,16 +134,19 @@ def request_body(
         argument = bootstrap_argument({"spec": paths.argument})
     body: dict[str, Any] = {"run_name": run_name(job, config), "idempotency_token": token, **config.passed_on}
     if config.task is TaskKind.SHELL_COMMAND:
-        return body | _shell_command(config, paths, argument, requirements)
+        return body | {**config.task_settings, **_shell_command(config, paths, argument, requirements)}
     task: dict[str, Any] = {
         "task_key": TASK_KEY,
         "spark_python_task": {"python_file": paths.script, "source": "WORKSPACE", "parameters": [argument]},
+        **config.task_settings,
     }
     compute = config.compute
     if compute.serverless:
         task["environment_key"] = "default"
         dependencies = [*_with_mlflow(tuple(compute.dependencies) + requirements)]
-        spec = {"environment_version": compute.environment_version, "dependencies": dependencies}
+        spec = {"dependencies": dependencies, **compute.environment}
+        if compute.environment_version is not None:
+            spec["environment_version"] = compute.environment_version
         body["environments"] = [{"environment_key": "default", "spec": spec}]
     elif compute.existing_cluster_id is not None:
         task["existing_cluster_id"] = compute.existing_cluster_id
