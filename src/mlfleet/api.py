@@ -64,6 +64,7 @@ async def run_async(
     output: Output = "capture",
     log_output: bool = False,
     resources: Resources | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> FleetRun:
     """Run a project and wait for its end.
 
@@ -101,6 +102,8 @@ async def run_async(
         log_output: Log the captured output as the artifact ``output.log``.
         resources: The resources that the run needs. On this machine it waits until they are free; in containers they
             are its limits.
+        env: Environment variables for the command, over those of this process. Their values are secret: they appear in
+            no tag, log, command line or error. The variables that mlfleet sets itself cannot be given.
 
     Returns:
         The handle of the run, which has ended if `synchronous`.
@@ -133,6 +136,7 @@ async def run_async(
         output=output,
         log_output=log_output,
         resources=resources,
+        env=env,
     )
     if synchronous:
         try:

@@ -37,8 +37,8 @@ class MlfleetBackend:
             entry_point: The name of the entry point.
             params: The parameters of the entry point.
             version: The commit, branch or tag of a Git project.
-            backend_config: The name of mlfleet's backend under the key ``backend`` (default: ``local``), the settings
-                of that backend, and the keys that mlflow adds.
+            backend_config: The name of mlfleet's backend under the key ``backend`` (default: ``local``), environment
+                variables for the command under ``env``, the settings of that backend, and the keys that mlflow adds.
             tracking_uri: The URI of the tracking server or store.
             experiment_id: The id of the experiment.
 
@@ -61,6 +61,7 @@ class MlfleetBackend:
                 docker_auth=config.pop("docker_auth", None),
                 run_id=config.pop(_RUN_ID, None),
                 backend=config.pop("backend", "local"),
+                env=config.pop("env", None),
                 backend_config=config,
                 synchronous=False,
                 tracking_uri=tracking_uri,

@@ -104,6 +104,7 @@ def run(
     output: Output | None = None,
     log_output: bool = False,
     resources: Resources | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> BlockingRun:
     """Run a project and block until it has ended, with the arguments and the meaning of ``mlflow.projects.run``.
 
@@ -152,6 +153,7 @@ def run(
             output=output,
             log_output=log_output,
             resources=resources,
+            env=env,
         )
     )
     return BlockingRun(submitted, loop)

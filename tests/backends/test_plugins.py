@@ -186,6 +186,15 @@ def test_plugin_that_gives_no_handle(place: Workplace) -> None:
     assert [run["info"]["status"] for run in place.runs] == ["FAILED"]
 
 
+def test_plugin_takes_no_variables(place: Workplace) -> None:
+    project = write_project(place.tmp_path / "hello", "echo hello")
+    done = place.run(project, "spool", "--env", "TOKEN=hush-hush")
+    assert done.returncode == 2
+    assert "'spool' cannot be given environment variables (TOKEN)" in done.stderr
+    assert "hush-hush" not in done.stderr
+    assert place.runs == []
+
+
 def test_the_callers_configuration_is_not_changed(place: Workplace) -> None:
     project = write_project(place.tmp_path / "hello", "echo hello")
     done = place.script(f"""

@@ -13,11 +13,13 @@ from typing import Any
 
 import httpx
 import pytest
+from click.testing import CliRunner
 
 from components import free_port, missing
 from components.command_line import ARGV, id_in, mlfleet, run_on, started
 from components.mlflow_server import MlflowServer
 from components.projects import pid_is_gone, write_project
+from mlfleet._cli.program import _cli as cli
 
 LOCAL = ("--env-manager", "local")
 
@@ -252,6 +254,37 @@ def test_a_dry_run_masks_secrets(tmp_path: Path) -> None:
     assert "***" in found["variables"].values()
     assert found["command"].strip() == "true"
     assert found["environment"] == {"manager": "local", "python": None, "built": None, "image": None, "source": None}
+
+
+def test_variables_are_given_or_copied(server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COPIED", "as it is here")
+    uri = write_project(tmp_path / "demo", 'echo "$COPIED|$GIVEN|${EMPTY-unset}"')
+    options = ("--env", "COPIED", "--env", "GIVEN=a=b c", "--env", "EMPTY=")
+    done = mlfleet("run", uri, *LOCAL, *options)
+    assert (done.returncode, done.stdout) == (0, "as it is here|a=b c|\n")
+    dry = mlfleet("run", uri, *LOCAL, *options, "--dry-run")
+    assert "COPIED=***" in dry.stdout
+    assert "a=b c" not in dry.stdout
+    assert "as it is here" not in dry.stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["NOT_SET_HERE"], "--env NOT_SET_HERE copies a variable that is not set here: set it, or give NAME=VALUE"),
+        (["=hush-hush"], "--env begins with '=': give NAME=VALUE"),
+        (["A=hush-hush", "A=other"], "--env A is given twice"),
+        (["1A=hush-hush"], "env has the name '1A'"),
+        (["MLFLOW_RUN_ID=hush-hush"], "MLFLOW_RUN_ID is set by mlfleet for each run: give run_id"),
+    ],
+)
+def test_wrong_variables_are_told_without_their_values(tmp_path: Path, given: list[str], message: str) -> None:
+    options = [text for each in given for text in ("--env", each)]
+    done = CliRunner().invoke(cli, ["run", str(tmp_path), *options, "--dry-run"])
+    text = done.output + str(done.exception)
+    assert done.exit_code != 0
+    assert message in " ".join(text.split())
+    assert "hush-hush" not in text
 
 
 @pytest.mark.parametrize("form", [[], ["--json"]])

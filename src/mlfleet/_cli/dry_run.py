@@ -15,6 +15,7 @@ from mlfleet._cli.progress import Progress
 from mlfleet._engine.job import draft
 from mlfleet._engine.plan import Plan, Planner
 from mlfleet._engine.request import RunRequest, choose_experiment
+from mlfleet._engine.variables import check_reserved
 from mlfleet._environments.store import list_environments
 from mlfleet._project.fetch import ProjectFetcher
 from mlfleet._signals import Interrupts
@@ -68,6 +69,9 @@ class DryRun:
         uri = await anyio.to_thread.run_sync(partial(_absolute, self.tracking_uri))
         tracking = open_tracking(uri)
         backends[plan.backend].check_tracking(tracking.uri, plan.config)
+        if self.request.env:
+            plain, secret = await tracking.environ()
+            check_reserved(self.request.env, {*plain, *secret}, tracking_uri=tracking.uri)
         name, experiment_id = choose_experiment(self.request.experiment_name, self.request.experiment_id)
         info = RunInfo(self.request.run_id or _RUN_ID, experiment_id or "0", "", RunStatus.SCHEDULED, "")
         job = await draft(plan, info, tracking, output=None, cancel_grace=DEFAULT_CANCEL_GRACE)

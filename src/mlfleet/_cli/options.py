@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -30,12 +31,14 @@ __all__ = [
     "read_config",
     "read_pairs",
     "read_run_options",
+    "read_variables",
     "run_options",
     "tracking_option",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_LONGEST_NAME = 64  # characters
 _UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _PART = r"(\d+(?:\.\d*)?|\.\d+)\s*(ms|[smhdw]|)"
 _DURATION = re.compile(rf"(?:{_PART}\s*)+")
@@ -79,6 +82,35 @@ def read_pairs(option: str, texts: Sequence[str], *, flags: bool = False) -> dic
             raise click.UsageError(f"{option} {name!r} is given twice: give it once")
         pairs[name] = value if equals else True
     return pairs
+
+
+def read_variables(option: str, texts: Sequence[str]) -> dict[str, str]:
+    """Return ``name=value`` texts as a mapping; a name alone stands for the variable of this process.
+
+    Args:
+        option: The name of the option, for the error, which shows no values.
+        texts: The values of the option.
+
+    Raises:
+        click.UsageError: A variable has no name, is given twice, or is to be copied and is not set.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name:
+            raise click.UsageError(f"{option} begins with '=': give NAME=VALUE, or NAME to copy a variable")
+        if name in found:
+            raise click.UsageError(f"{option} {name} is given twice: give it once")
+        if not equals:
+            copied = os.environ.get(name)
+            if copied is None:
+                shown = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…"
+                raise click.UsageError(
+                    f"{option} {shown} copies a variable that is not set here: set it, or give NAME=VALUE"
+                )
+            value = copied
+        found[name] = value
+    return found
 
 
 def read_config(text: str | None) -> dict[str, Any] | str | None:
@@ -188,7 +220,9 @@ def read_run_options(options: dict[str, Any]) -> dict[str, Any]:
         if key not in options:
             continue
         value = options.pop(key)
-        if option.form in ("pairs", "switches"):
+        if option.form == "variables":
+            value = read_variables(option.flags[0], value)
+        elif option.form in ("pairs", "switches"):
             value = read_pairs(option.flags[0], value, flags=option.form == "switches")
         found[option.name] = value
     _check_experiment(found["experiment_name"], found["experiment_id"])
@@ -215,7 +249,7 @@ def _click_option(option: RunOption) -> Callable[[F], F]:
     settings: dict[str, Any] = {"help": help_text(option), "metavar": option.metavar or None}
     if option.form == "flag":
         settings = {"help": option.text, "is_flag": True}
-    elif option.form in ("pairs", "switches"):
+    elif option.form in ("pairs", "switches", "variables"):
         settings["multiple"] = True
     else:
         settings["type"] = {"seconds": duration, "whole": int, "number": float}.get(option.form, str)

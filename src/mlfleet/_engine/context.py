@@ -24,6 +24,7 @@ from mlfleet._engine.plan import Plan, Planner, ProjectPlan
 from mlfleet._engine.request import RunRequest, choose_experiment
 from mlfleet._engine.run import FleetRun
 from mlfleet._engine.supervisor import SubmittedSupervisor, Supervisor
+from mlfleet._engine.variables import check_reserved
 from mlfleet._environments.manager import EnvironmentManager, create_manager
 from mlfleet._paths import runs_folder
 from mlfleet._project.fetch import ProjectFetcher
@@ -225,6 +226,11 @@ class RunContext:
         )
         backend = self._backends[plan.backend]
         backend.check_tracking(self.tracking.uri, plan.config)
+        if request.env:
+            # Reserving a part of this machine chooses the GPUs.
+            chosen = {"CUDA_VISIBLE_DEVICES"} if backend.runs_here and self._admission.machine.gpus else set()
+            plain, secret = await self.tracking.environ()
+            check_reserved(request.env, {*plain, *secret, *chosen}, tracking_uri=self.tracking.uri)
         if backend.runs_here and request.resources is not None:
             self._admission.check(request.resources)
         return plan

@@ -44,7 +44,7 @@ async def draft(plan: Plan, info: RunInfo, tracking: Tracking, *, output: Path |
         commit=plan.project.commit,
         command=plan.provisional_command,
         environ={**plain, "MLFLOW_RUN_ID": info.run_id, "MLFLOW_EXPERIMENT_ID": info.experiment_id},
-        secrets=secret,
+        secrets={**(plan.request.env or {}), **secret},
         docker=plan.docker,
         config=plan.config,
         output=output,

@@ -40,6 +40,7 @@ class RunOptions(TypedDict, total=False):
     output: Output
     log_output: bool
     resources: Resources | None
+    env: Mapping[str, str] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +55,8 @@ class RunOption:
         default: The default value, as people read it; empty if there is none, or if `text` says it.
         flags: The names on the command line; empty if the option exists in Python only.
         metavar: The placeholder of its value; empty for a flag.
-        form: How the command line reads the value. ``pairs`` are NAME=VALUE, and ``switches`` are NAME or NAME=VALUE;
-            both may be given several times.
+        form: How the command line reads the value. ``pairs`` are NAME=VALUE, ``switches`` are NAME or NAME=VALUE, and
+            so are ``variables``, whose values are secret; all three may be given several times.
         commands: The commands that have the option.
         variable: The environment variable that replaces the default.
     """
@@ -65,7 +66,7 @@ class RunOption:
     default: str = ""
     flags: tuple[str, ...] = ()
     metavar: str = ""
-    form: Literal["text", "flag", "pairs", "switches", "seconds", "whole", "number"] = "text"
+    form: Literal["text", "flag", "pairs", "switches", "variables", "seconds", "whole", "number"] = "text"
     commands: tuple[str, ...] = ("run", "sweep")
     variable: str = ""
     in_python: str = ""
@@ -264,6 +265,15 @@ OPTIONS: tuple[RunOption, ...] = (
         flags=("--memory",),
         metavar="SIZE",
         text="Memory to reserve for each run, in bytes or with a unit, as in 4Gi. A container can use no more.",
+    ),
+    RunOption(
+        name="env",
+        flags=("--env",),
+        metavar="NAME[=VALUE]",
+        form="variables",
+        text="An environment variable for the command; may be given several times. NAME alone copies the variable that "
+        "is set here. The values are kept secret.",
+        in_python="Environment variables for the command, by name. The values are kept secret.",
     ),
 )
 """The options of a run, in the order of the public functions' arguments."""

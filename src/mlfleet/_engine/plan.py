@@ -173,8 +173,11 @@ class Planner:
                 args=request.docker_args or {},
                 build_image=request.build_image,
                 auth=request.docker_auth,
+                caller_variables=frozenset(request.env or ()),
             )
         backend.check(docker, spec.folder)
+        if request.env:
+            backend.check_variables(request.env.keys(), config)
         if docker is None and backend.needs_environment:
             name = choose_manager(request.env_manager, spec.environment)
             environment = create_manager(name).plan(spec.folder, spec.environment)
@@ -214,6 +217,7 @@ def _key(request: RunRequest) -> object:
         config,
         request.env_manager,
         request.build_image,
+        frozenset(request.env or ()),
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, Unpack
 
 from mlfleet._engine.options import Output, RunOptions
+from mlfleet._engine.variables import read_variables
 from mlfleet._text.documents import read_json
 from mlfleet.errors import UsageError
 from mlfleet.resources import Resources
@@ -78,6 +79,7 @@ class RunRequest:
     Attributes:
         docker_auth: The credentials of the image's registry (secret).
         timeouts: The time limits of the stages; None for those of the Fleet.
+        env: The caller's environment variables for the command (secret).
         member: The place of the run in its sweep; None if it does not belong to one.
     """
 
@@ -102,6 +104,7 @@ class RunRequest:
     output: Output = "capture"
     log_output: bool = False
     resources: Resources | None = None
+    env: Mapping[str, str] | None = field(default=None, repr=False)
     member: SweepMember | None = None
 
     def __post_init__(self) -> None:
@@ -113,6 +116,7 @@ class RunRequest:
             if given is not None and not isinstance(given, Mapping):
                 raise UsageError(f"{name} is {type(given).__name__}: give a mapping of names to values")
             object.__setattr__(self, name, dict(given or {}))
+        object.__setattr__(self, "env", read_variables(self.env))
         if self.output not in ("capture", "inherit"):
             raise UsageError(f"output is {self.output!r}: give 'capture' or 'inherit'")
         if self.log_output and self.output == "inherit":

@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from mlfleet._concurrency.grace import StopRequest
 from mlfleet._engine.job import draft, prepare
 from mlfleet._engine.plan import Plan
 from mlfleet._engine.request import Output, SweepMember
+from mlfleet._text.masking import mask_values
 from mlfleet.backends.base import Backend, BackendRun, Job
 from mlfleet.errors import MlfleetError, RunLost, RunTimeout, TrackingError, UsageError
 from mlfleet.runs import FAILURE_KIND_TAG, REASON_TAG, STARTED_TAG, Outcome, RunEvent, RunStatus, Stage, Timeouts
@@ -51,6 +52,7 @@ class RunDescription:
         output: The destination of the run's output.
         log_output: Log the captured output as an artifact at the end.
         member: The place of the run in its sweep; None if it does not belong to one.
+        secrets: The values of the caller's variables; empty if they are not known.
     """
 
     uri: str
@@ -61,6 +63,7 @@ class RunDescription:
     output: Output = "capture"
     log_output: bool = False
     member: SweepMember | None = None
+    secrets: tuple[str, ...] = field(default=(), repr=False)
 
     @classmethod
     def of(cls, plan: Plan) -> RunDescription:
@@ -75,6 +78,7 @@ class RunDescription:
             output=request.output,
             log_output=request.log_output,
             member=request.member,
+            secrets=tuple((request.env or {}).values()),
         )
 
 
@@ -221,6 +225,9 @@ class Supervisor(ABC):
     async def _end(self, outcome: Outcome | None) -> None:
         """Write the terminal status, then release all waiters."""
         outcome = outcome or self._seen or Outcome(RunStatus.KILLED, reason="cancelled")
+        if outcome.reason is not None:
+            # The words of a backend may be those of the run, which knows its secrets.
+            outcome = replace(outcome, reason=mask_values(outcome.reason, await self._secrets()))
         if self.info is not None:
             await self._log_output()
             await self._log_start()
@@ -237,21 +244,20 @@ class Supervisor(ABC):
                 outcome = _with_tracked(outcome, second.status)
             # If the backend cannot tell how the run ended, a status that the run's own code has written counts.
             known = not isinstance(outcome.error, RunLost)
-            secrets = await self._secrets()
             seen = await end_run(
                 tracking,
                 info.run_id,
                 outcome.status,
                 patience=patience,
                 overwrite=known,
-                tags=failure_tags(outcome, secrets),
+                tags=failure_tags(outcome),
             )
             if not known and seen.status is RunStatus.FINISHED:
                 ended = Outcome(RunStatus.FINISHED)
             else:
                 ended = _with_tracked(outcome, seen.status)
             if ended.status is RunStatus.FAILED and ended is not outcome:
-                await log_tags(tracking, info.run_id, failure_tags(ended, secrets), patience=patience)
+                await log_tags(tracking, info.run_id, failure_tags(ended), patience=patience)
         except TrackingError as error:
             logger.error(
                 "the run %s is %s, but its status could not be written to MLflow: %s",
@@ -263,10 +269,10 @@ class Supervisor(ABC):
 
     async def _secrets(self) -> list[str]:
         """Return the values that must not show in what is written about the run."""
-        with suppress(TrackingError):  # a Tracking may need its server for them; then only these stay unknown
+        with suppress(Exception):  # a Tracking of the caller's own: no error of it may keep the run from its end
             _, secret = await self._context.tracking.environ()
-            return list(secret.values())
-        return []
+            return [*self.description.secrets, *secret.values()]
+        return list(self.description.secrets)
 
     def _set_outcome(self, outcome: Outcome) -> None:
         self.outcome = outcome

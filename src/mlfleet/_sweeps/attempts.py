@@ -22,7 +22,7 @@ from mlfleet._sweeps.settings import SweepSettings
 from mlfleet.errors import BackendError, MlfleetError, ParameterError, RunLost, SpecError, TrackingError
 from mlfleet.runs import FAILURE_KIND_TAG, REASON_TAG, FailureKind, JobRef, Outcome, RunEvent, RunStatus, Stage
 from mlfleet.spaces import Point
-from mlfleet.tracking.base import RunInfo, end_run, failure_tags
+from mlfleet.tracking.base import RunInfo, clean_reason, end_run, failure_tags
 
 __all__ = ["Attempts"]
 
@@ -150,8 +150,8 @@ class Attempts:
     async def _launch(self, blank: PointResult, key: str | None, attempt: int, reason: str | None) -> FleetRun:
         request, sweep = self._settings.request, self._record.info
         member = SweepMember(
-            sweep_id=sweep.run_id, index=blank.index, key=key, attempt=attempt, retry_reason=reason,
-            durable=key is not None,
+            sweep_id=sweep.run_id, index=blank.index, key=key, attempt=attempt,
+            retry_reason=None if reason is None else clean_reason(reason), durable=key is not None,
         )  # fmt: skip
         request = replace(
             request,
@@ -188,7 +188,7 @@ class Attempts:
 
     async def _mark_lost(self, run_id: str, reason: str, tags: Mapping[str, str] | None = None) -> None:
         logger.warning("the run %s was lost: %s", run_id, reason)
-        await self._context.tracking.log(run_id, tags={LOST_TAG: reason, **(tags or {})})
+        await self._context.tracking.log(run_id, tags={LOST_TAG: clean_reason(reason), **(tags or {})})
 
     def _count(self, run: FleetRun, outcome: Outcome) -> None:
         if outcome.status is RunStatus.KILLED:

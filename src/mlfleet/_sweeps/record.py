@@ -27,7 +27,7 @@ from mlfleet._sweeps.settings import SweepSettings
 from mlfleet._text.masking import mask_uri
 from mlfleet.errors import TrackingError, UsageError
 from mlfleet.runs import RunStatus
-from mlfleet.tracking.base import RunInfo, Tracking, end_run
+from mlfleet.tracking.base import RunInfo, Tracking, clean_reason, end_run
 
 __all__ = ["NAME_TAG", "SPACE_TAG", "STOPPED_TAG", "History", "SweepRecord", "is_driven", "open_record"]
 
@@ -37,8 +37,10 @@ NAME_TAG = "mlfleet.sweep.name"
 SPACE_TAG = "mlfleet.sweep.space"
 STOPPED_TAG = "mlfleet.sweep.stopped"
 _CONTENT_TAG = "mlfleet.sweep.content"
+_ENV_TAG = "mlfleet.sweep.env"
 _COUNTS_TAG = "mlfleet.sweep.counts"
 _LOCK_WAIT = 1.0  # seconds
+_LONGEST_NAMES = 4000  # characters; MLflow 2 keeps 5,000 of a tag
 _MOST_CHILDREN = 50_000  # runs; the limit of mlflow's stores (SEARCH_MAX_RESULTS_THRESHOLD)
 
 
@@ -149,7 +151,7 @@ async def open_record(
             lock = lock_path(tracking, experiment_id, settings.name)
             await _lock(stack, lock, settings.name)
         content = None if settings.name is None else await _content(plan)
-        tags = {**plan.tags, SPACE_TAG: json.dumps(space)}
+        tags = {**plan.tags, SPACE_TAG: json.dumps(space), **_names_of_variables(settings)}
         record = await _earlier(tracking, settings, experiment_id, content)
         is_new = record is None
         if record is None:
@@ -222,12 +224,36 @@ async def _earlier(
             "(--resume-changed): what has finished stays so. To run every point again, take another name. If it was "
             "the runs that wrote into the project's folder, list those files in its .dockerignore"
         )
+    _check_variables(settings, info)
     record = SweepRecord(info, before)
     children = await tracking.search_runs(
         [experiment_id], f"tags.`{SweepMember.ID_TAG}` = '{info.run_id}'", max_results=_MOST_CHILDREN
     )
     record.remember(children)
     return record
+
+
+def _names_of_variables(settings: SweepSettings) -> dict[str, str]:
+    """Return the tag with the names of the caller's variables. Their values are kept nowhere."""
+    names = " ".join(sorted(settings.request.env or ()))
+    # MLflow would cut a longer tag within a name.
+    names = names if len(names) <= _LONGEST_NAMES else names[:_LONGEST_NAMES].rpartition(" ")[0]
+    return {_ENV_TAG: names} if names else {}
+
+
+def _check_variables(settings: SweepSettings, info: RunInfo) -> None:
+    """Check that a resumed sweep gets the variables again that its earlier runs had.
+
+    Raises:
+        UsageError: Some are missing.
+    """
+    missing = [name for name in info.tags.get(_ENV_TAG, "").split() if name not in (settings.request.env or ())]
+    if missing:
+        first, names = missing[0], ", ".join(missing)
+        raise UsageError(
+            f"the runs of the sweep {settings.name!r} have the environment variables {names}, whose values are not"
+            f" kept: give them again, as env={{{first!r}: …}} (--env {first} copies the variable that is set here)"
+        )
 
 
 async def _create(
@@ -250,7 +276,7 @@ async def _close(tracking: Tracking, record: SweepRecord, patience: float, *, wi
     counts = record.counts
     tags = {
         _COUNTS_TAG: json.dumps({"finished": counts.finished, "failed": counts.failed, "killed": counts.killed}),
-        **({} if record.stopped is None else {STOPPED_TAG: record.stopped}),
+        **({} if record.stopped is None else {STOPPED_TAG: clean_reason(record.stopped)}),
     }
     try:
         if with_counts:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from urllib.parse import unquote
 
-__all__ = ["MASK", "is_secret_name", "mask", "mask_query", "mask_uri"]
+__all__ = ["MASK", "is_secret_name", "mask", "mask_query", "mask_uri", "mask_values"]
 
 MASK = "***"
 
@@ -29,6 +29,7 @@ _SECRET_PARAMETER = re.compile(
 )
 # What follows the ? of a URI: presigned URLs carry their signature there.
 _QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s?#]*)\?\S*")
+_SHORTEST_VALUE = 8  # characters
 _SECRET_NAME = re.compile(
     r"PASSWORD|PASSWD|SECRET|TOKEN|CREDENTIAL|PRIVATE|API_?KEY|ACCESS_?KEY|ACCOUNT_?KEY|CONNECTION_STRING", re.I
 )
@@ -53,6 +54,17 @@ def mask(text: str, secrets: Iterable[str]) -> str:
     for secret in sorted({s for s in secrets if s}, key=len, reverse=True):
         text = text.replace(secret, MASK)
     return mask_uri(text)
+
+
+def mask_values(text: str, values: Iterable[str]) -> str:
+    """Replace secret values of any kind, whole or by line, and the secrets of every URI, in a text.
+
+    Args:
+        text: The text.
+        values: The values. Of those with less than eight characters, such as ``1``, the text may hold its own.
+    """
+    lines = (line for value in values for line in (value, *value.splitlines()))
+    return mask(text, [line for line in lines if len(line) >= _SHORTEST_VALUE])
 
 
 def is_secret_name(name: str) -> bool:

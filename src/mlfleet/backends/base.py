@@ -49,12 +49,15 @@ class DockerRequest:
         args: Flags of ``docker run`` (values of ``env`` may be secret).
         build_image: True to build an image of base and project, rather than run the base image itself.
         auth: Credentials for the registry (secret).
+        caller_variables: The names of the variables that the caller gives the run. Their values are in `Job.secrets`,
+            and count more than those of ``docker_env``.
     """
 
     env: DockerEnv
     args: Mapping[str, Any] = field(default_factory=dict, repr=False)
     build_image: bool = False
     auth: Mapping[str, Any] | None = field(default=None, repr=False)
+    caller_variables: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +99,8 @@ class Job:
         commit: The Git commit of the folder, if it is a clean checkout.
         command: The rendered command, for ``bash -c``.
         environ: Variables to set for the command, on top of the caller's where the backend runs on this machine.
-        secrets: More such variables, which must never appear in logs, tags, argv or errors.
+        secrets: More such variables, which must never appear in logs, tags, argv or errors: the credentials of
+            tracking, and all that the caller gives.
         environment: The Python environment, prepared on this machine; None where the backend brings its own.
         docker: The Docker settings of a project with ``docker_env``.
         config: The result of this backend's `Backend.configure` for ``backend_config``.
@@ -260,6 +264,17 @@ class Backend(ABC, Generic[Config]):
             ValueError: The command would not find it; the text says why and what to do.
         """
         return None
+
+    def check_variables(self, names: Collection[str], config: Config | None = None) -> None:
+        """Check that the command can get variables of the caller in secret. Called before anything exists.
+
+        Args:
+            names: The names of the variables, which will be in `Job.secrets`.
+            config: The result of `configure`.
+
+        Raises:
+            UsageError: It cannot.
+        """
 
     def check_tracking(self, uri: str, config: Config | None = None) -> None:
         """Check that runs can reach their tracking server or store. Called before anything exists.

@@ -15,7 +15,7 @@ import copy
 import logging
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -137,6 +137,13 @@ class PluginBackend(Backend[_Prepared]):
                 f"the plugin {self.name!r} would log to {theirs}, which mlflow uses in this process, but the run is to"
                 f" be on {uri}. Set MLFLOW_TRACKING_URI to that, or call mlflow.set_tracking_uri"
             )
+
+    def check_variables(self, names: Collection[str], config: _Prepared | None = None) -> None:
+        """Refuse variables: the interface of plugins has no place for them; see `Backend.check_variables`."""
+        raise UsageError(
+            f"the plugin {self.name!r} cannot be given environment variables ({', '.join(sorted(names))}): mlflow"
+            " passes none to plugins. Set them where its runs are, or by its own keys in backend_config"
+        )
 
     async def submit(self, job: Job) -> PluginRun:
         """Call the plugin's ``run`` in a thread.

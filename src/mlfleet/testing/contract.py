@@ -148,6 +148,15 @@ class BackendContract:
         )
         assert "\n".join(await everything(run)) == f"{value}|hush-hush"
 
+    async def test_secrets_show_in_nothing_that_others_read(self, bench: Bench) -> None:
+        job = bench.job("test ${#HIDDEN} = 9", secrets={"HIDDEN": "hush-hush"})
+        reference = bench.backend.reference(job)
+        run = await bench.backend.submit(job)
+        outcome = await run.outcome()
+        assert outcome.status is RunStatus.FINISHED
+        shown = [job, outcome, reference, reference and reference.to_json(), dict(bench.backend.tags(run)), run]
+        assert "hush-hush" not in repr(shown)
+
     async def test_runs_in_the_folder_of_the_project(self, bench: Bench) -> None:
         assert await everything(await bench.submit("cat project.txt")) == ["of the project"]
 

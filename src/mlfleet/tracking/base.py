@@ -11,13 +11,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from mlfleet._text.masking import mask
+from mlfleet._text.masking import mask_values
 from mlfleet._text.plain import plain_text
 from mlfleet.errors import TrackingError
 from mlfleet.runs import FAILURE_KIND_TAG, REASON_TAG, Outcome, RunStatus
 from mlfleet.tracking.models import RunInfo
 
-__all__ = ["RunInfo", "Tracking", "end_run", "failure_tags", "log_tags", "worse"]
+__all__ = ["RunInfo", "Tracking", "clean_reason", "end_run", "failure_tags", "log_tags", "worse"]
 
 logger = logging.getLogger("mlfleet.tracking")
 
@@ -28,7 +28,6 @@ _TAGS_SECONDS = 5.0
 """Seconds for the tags about an end beyond the patience, so that the status comes soon after."""
 
 _LONGEST_REASON = 500  # characters; Databricks and old MLflow servers take 5,000, and a table shows one line
-_SHORTEST_SECRET = 8  # characters; masking each "1" would leave nothing to read
 
 
 class Tracking(ABC):
@@ -144,23 +143,30 @@ class Tracking(ABC):
         """
 
 
+def clean_reason(text: str, secrets: Iterable[str] = ()) -> str:
+    """Return the reason of a failure as one line of bounded length, without control characters and secrets.
+
+    It may hold text from elsewhere, such as a message of the cluster or the last words of the run.
+
+    Args:
+        text: The reason.
+        secrets: Texts that it must not show, whole or by line; those of less than eight characters are not looked for.
+    """
+    # Masked before anything is cut or removed, which would leave parts of a secret.
+    line = " ".join(plain_text(mask_values(text, secrets)).split())
+    return line if len(line) <= _LONGEST_REASON else f"{line[: _LONGEST_REASON - 1]}…"
+
+
 def failure_tags(outcome: Outcome, secrets: Iterable[str] = ()) -> dict[str, str]:
     """Return the tags that say why a run did not finish well; empty if it did, or was only cancelled.
 
-    The reason may hold text from elsewhere, such as a message of the cluster or the last words of the run: control
-    characters and secrets are removed, and it becomes one line of bounded length.
-
     Args:
         outcome: The outcome of the run.
-        secrets: Texts that the tags must not show; those of less than eight characters are not looked for.
+        secrets: Texts that the tags must not show, as for `clean_reason`.
     """
     if outcome.status is RunStatus.FINISHED:
         return {}
-    hidden = [line for secret in secrets for line in (secret, *secret.splitlines()) if len(line) >= _SHORTEST_SECRET]
-    # Masked before anything is cut or removed, which would leave parts of a secret.
-    reason = " ".join(plain_text(mask(outcome.reason or "", hidden)).split())
-    if len(reason) > _LONGEST_REASON:
-        reason = f"{reason[: _LONGEST_REASON - 1]}…"
+    reason = clean_reason(outcome.reason or "", secrets)
     tags = {}
     if reason and (outcome.status is RunStatus.FAILED or reason != "cancelled"):
         tags[REASON_TAG] = reason

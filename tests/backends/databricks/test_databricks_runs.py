@@ -217,6 +217,21 @@ async def test_mlflow_checks_run_before_anything_is_created(databricks: Databric
     assert databricks.requests == []
 
 
+async def test_variables_of_the_caller_go_through_a_secret_scope(
+    fleet: Fleet, databricks: Databricks, tmp_path: Path
+) -> None:
+    uri = write_project(tmp_path / "demo", 'echo "${#TOKEN} $LEVEL"')
+    env = {"TOKEN": "correct-horse", "LEVEL": "two words"}
+    with pytest.raises(UsageError, match=r"\(LEVEL, TOKEN\).* name one in backend_config {'secret_scope'"):
+        await fleet.submit(uri, backend="databricks", backend_config=CONFIG, env=env)
+    assert databricks.requests == []
+    run = await fleet.submit(uri, backend="databricks", backend_config={**CONFIG, "secret_scope": SCOPE}, env=env)
+    assert await lines_of(run) == ["13 two words"]
+    assert await run.wait()
+    shown = [request for request in databricks.requests if "secrets/put" not in request.target]
+    assert "correct-horse" not in repr([(request.target, request.body) for request in shown])
+
+
 # The emulator runs as many at a time as it has threads: six on two cores.
 @pytest.mark.timeout(280)
 async def test_200_runs_at_once(fleet: Fleet, databricks: Databricks, tmp_path: Path) -> None:

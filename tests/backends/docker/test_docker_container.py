@@ -80,6 +80,19 @@ def test_the_command_is_one_argument_and_variables_have_an_order() -> None:
     assert body["HostConfig"]["Init"] is True
 
 
+def test_the_callers_variables_count_more_than_those_of_the_project() -> None:
+    env = DockerEnv("team/image:1", environment=(("BOTH", "project"), ("ONLY", "project")))
+    made = job(
+        docker=DockerRequest(env=env, caller_variables=frozenset({"BOTH"})),
+        secrets={"BOTH": "caller", "MLFLOW_TRACKING_TOKEN": "hush"},
+    )
+    body = container_body(made, ContainerOptions(), IMAGE, TrackingMounts())
+    assert {"BOTH=caller", "ONLY=project"} <= set(body["Env"])
+    assert "BOTH=project" not in body["Env"]
+    options = parse_arguments({"env": ["BOTH=flag"]}, environ={}, folder=Path("/"))
+    assert "BOTH=flag" in container_body(made, options, IMAGE, TrackingMounts())["Env"]
+
+
 def test_an_image_with_an_init_of_its_own_gets_no_second_one() -> None:
     image = Image("i", "sha256:0", entrypoint=("/usr/bin/tini", "--"))
     assert container_body(job(), ContainerOptions(), image, TrackingMounts())["HostConfig"]["Init"] is False

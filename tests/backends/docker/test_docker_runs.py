@@ -107,6 +107,21 @@ async def test_a_volume_without_a_source_is_one_warning(
     assert warned == [f"the source {tmp_path}/typo of a volume does not exist: the engine makes an empty folder"]
 
 
+async def test_variables_of_the_caller_are_there_inside_and_need_not_be_copied(
+    fleet: Fleet, tracking: FakeTracking, docker_engine: DockerEngine, shell_image: str, tmp_path: Path
+) -> None:
+    uri = docker_project(
+        tmp_path / "demo", shell_image, 'echo "$SET|$COPIED|$MORE"', environment=[["SET", "it is"], "COPIED"]
+    )
+    env = {"SET": "by the caller", "COPIED": "from the call", "MORE": "hush-hush"}
+    run = await fleet.submit(uri, env=env, docker_args={"rm": False})
+    assert [line async for line in run.logs()] == ["by the caller|from the call|hush-hush"]
+    assert await run.wait()
+    assert "hush-hush" not in repr(tracking.runs[run.run_id])
+    with pytest.raises(UsageError, match="copies variables that are not set here: COPIED"):
+        await fleet.submit(uri, env={"MORE": "hush-hush"})
+
+
 async def test_path_parameters_are_there_inside(fleet: Fleet, shell_image: str, tmp_path: Path) -> None:
     (tmp_path / "a file.txt").write_text("its content\n")
     uri = docker_project(tmp_path / "demo", shell_image, "cat {data}", parameters="data: path")

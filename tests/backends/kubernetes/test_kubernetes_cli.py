@@ -47,6 +47,29 @@ async def test_fleet_runs_a_project_on_kubernetes(fake_cluster: FakeCluster, tmp
     assert made["metadata"]["name"] in info.tags["mlfleet.ref"]
 
 
+async def test_variables_of_the_caller_are_in_the_secret_of_the_run(fake_cluster: FakeCluster, tmp_path: Path) -> None:
+    folder = await anyio.to_thread.run_sync(project, tmp_path)
+    text = (folder / "MLproject").read_text()
+    environment = 'environment: [["SET", "plain"], ["ALSO", "plain"], "COPIED"]'
+    (folder / "MLproject").write_text(text.replace('"python:3.11"}', f'"python:3.11", {environment}}}'))
+    fake_cluster.play = lambda pod: Acting(code=0)
+    tracking = FakeTracking()
+    config = {"code-delivery": "configmap", "tracking-uri": "http://mlflow:5000", "keep-jobs": True}
+    env = {"SET": "given", "COPIED": "hush-hush"}
+    async with Fleet(tracking=tracking) as fleet:
+        run = await fleet.submit(
+            str(folder), parameters={"alpha": 1}, backend="kubernetes", backend_config=config, env=env
+        )
+        assert await run.wait()
+        (secret,), (job,) = fake_cluster.api.of_kind("secrets"), fake_cluster.api.of_kind("jobs")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert secret["stringData"] == env
+    assert container["envFrom"] == [{"secretRef": {"name": secret["metadata"]["name"]}}]
+    plain = {each["name"]: each["value"] for each in container["env"]}
+    assert (plain["ALSO"], plain.keys() & env.keys()) == ("plain", set())
+    assert "hush-hush" not in repr([job, tracking.runs[run.run_id]])
+
+
 def test_dry_run_prints_the_manifest(tmp_path: Path) -> None:
     folder = project(tmp_path)
     (tmp_path / "kubeconfig").write_text(

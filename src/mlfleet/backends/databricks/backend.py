@@ -8,7 +8,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -151,6 +151,11 @@ class DatabricksBackend(Backend[DatabricksConfig]):
                 "projects with docker_env cannot run on Databricks: run them with the backend 'docker' or 'kubernetes',"
                 " or give the project a python_env"
             )
+
+    def check_variables(self, names: Collection[str], config: DatabricksConfig | None = None) -> None:
+        """Refuse variables without a secret scope for them; see `Backend.check_variables`."""
+        if config is None or config.secret_scope is None:
+            raise UsageError(_describe_missing_scope(names))
 
     def place(self, path: str, index: int, folder: Path) -> str | None:
         """Return the path in Databricks of a file there, a file of the project, or a download; see `Backend.place`."""
@@ -476,7 +481,7 @@ async def _put_secret(workspace: Workspace, place: tuple[str, str], variables: M
         raise SubmitError(text, backend="databricks") from error
 
 
-def _describe_missing_scope(variables: Mapping[str, str]) -> str:
+def _describe_missing_scope(variables: Collection[str]) -> str:
     return (
         f"the run needs secret variables ({', '.join(sorted(variables))}), which Databricks shows to others unless they"
         " are in a secret scope: name one in backend_config {'secret_scope': …} (databricks secrets create-scope NAME)"

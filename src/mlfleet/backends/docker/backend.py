@@ -290,6 +290,7 @@ def _options(docker: DockerRequest, folder: Path) -> ContainerOptions:
         except FlagValueError as error:
             raise UsageError(f"docker_env: volumes: {error}") from error
     copied = [name for name, value in docker.env.environment if value is None]
+    copied = [name for name in copied if name not in docker.caller_variables]
     missing = [name for name in copied if name not in environ and name not in options.environ]
     if missing:
         raise UsageError(f"docker_env copies variables that are not set here: {', '.join(missing)}")

@@ -57,7 +57,8 @@ def container_body(
 ) -> dict[str, Any]:
     """Return the body of the request that creates the container.
 
-    Of several settings of one variable, the caller's docker_args win over docker_env, and that over mlfleet's own.
+    Of several settings of one variable, the caller's docker_args win over the caller's env, that over docker_env, and
+    that over mlfleet's own.
 
     Args:
         job: The job.
@@ -70,7 +71,11 @@ def container_body(
     assert docker is not None  # noqa: S101 - checked when the run was planned
     config, host = dict(options.config), dict(options.host)
     environ = {**job.environ, **mounts.environ, **job.secrets}
-    environ |= {name: value for name, value in docker.env.environment if value is not None}
+    environ |= {
+        name: value
+        for name, value in docker.env.environment
+        if value is not None and name not in docker.caller_variables
+    }
     environ |= options.environ
     init = host.get("Init", not _is_init(image))
     host["Init"] = init

@@ -385,7 +385,8 @@ def check_copied(docker: DockerRequest | None, here: Mapping[str, str]) -> None:
         UsageError: Some are not set.
     """
     names = [name for name, value in docker.env.environment if value is None] if docker is not None else []
-    missing = [name for name in names if name not in here]
+    given = docker.caller_variables if docker is not None else ()
+    missing = [name for name in names if name not in here and name not in given]
     if missing:
         raise UsageError(f"docker_env copies variables that are not set here: {', '.join(missing)}")
 
@@ -405,6 +406,8 @@ def variables(job: Job, tracking_uri: str | None, here: Mapping[str, str]) -> tu
     plain, secret = dict(job.environ), dict(job.secrets)
     if job.docker is not None:
         for name, value in job.docker.env.environment:
+            if name in job.docker.caller_variables:
+                continue
             if value is not None:
                 plain[name] = value
             elif name in here:
