@@ -226,11 +226,13 @@ class RunContext:
         )
         backend = self._backends[plan.backend]
         backend.check_tracking(self.tracking.uri, plan.config)
+        plain, secret = await self.tracking.environ()
         if request.env:
             # Reserving a part of this machine chooses the GPUs.
             chosen = {"CUDA_VISIBLE_DEVICES"} if backend.runs_here and self._admission.machine.gpus else set()
-            plain, secret = await self.tracking.environ()
             check_reserved(request.env, {*plain, *secret, *chosen}, tracking_uri=self.tracking.uri)
+        names = (*plain, *secret, "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", *(request.env or ()))
+        backend.check_config(plan.config, plan.docker, names)
         if backend.runs_here and request.resources is not None:
             self._admission.check(request.resources)
         return plan

@@ -287,6 +287,18 @@ class Backend(ABC, Generic[Config]):
             UsageError: They cannot.
         """
 
+    def check_config(self, config: Config, docker: DockerRequest | None, variables: Collection[str]) -> None:
+        """Check that the configuration fits the project. Called before anything exists, and quick.
+
+        Args:
+            config: The result of `configure`.
+            docker: The Docker settings of the project; None for a project without ``docker_env``.
+            variables: The names of the variables that mlfleet sets for the run.
+
+        Raises:
+            UsageError: The configuration sets what the run must set, or lacks what the project does not say.
+        """
+
     def preview(self, job: Job) -> str | None:
         """Return the request that `submit` would make, for people to read. Blocking; makes and asks nothing.
 

@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from functools import partial
@@ -93,6 +93,24 @@ class KubernetesBackend(Backend[KubernetesConfig]):
         if docker is not None:
             host_volumes(docker.env.volumes)
 
+    def check_config(self, config: KubernetesConfig, docker: DockerRequest | None, variables: Collection[str]) -> None:
+        """Check that the template leaves what the run sets to it, and that there is an image; see `Backend`."""
+        image = image_of(docker, config)
+        if not config.template:
+            return
+        named = [] if docker is None else [name for name, _ in docker.env.environment]
+        job = Job(
+            run_id="0" * 32,
+            experiment_id="0",
+            project_name="project",
+            project_dir=Path(),
+            command="true",
+            docker=docker,
+            config=config,
+        )
+        plain = dict.fromkeys((*variables, *named), "")
+        job_manifest(job, config, preview_code(job, config, image), plain, secrets=(), submission="")
+
     def check_tracking(self, uri: str, config: KubernetesConfig | None = None) -> None:
         """Refuse a store on this machine, unless ``tracking-uri`` gives pods another; see `Backend.check_tracking`."""
         own = config.tracking_uri if config is not None else None
@@ -125,7 +143,7 @@ class KubernetesBackend(Backend[KubernetesConfig]):
 
         config = _config(job)
         plain, secret = variables(job, config.tracking_uri, os.environ)
-        code = preview_code(job, config, image_of(job, config))
+        code = preview_code(job, config, image_of(job.docker, config))
         manifest = job_manifest(job, config, code, plain, secrets=tuple(secret), submission="(of the run)")
         documents = [manifest]
         if secret:
@@ -143,7 +161,7 @@ class KubernetesBackend(Backend[KubernetesConfig]):
         # A thousand submissions at once must not block the event loop.
         await self._throttle.wait()
         plain, secret = variables(job, config.tracking_uri, os.environ)
-        image = image_of(job, config)
+        image = image_of(job.docker, config)
         client = await self._watches.client(config.cluster)
         code = await self._deliveries.deliver(client, job, config, image)
         shared = await self._watches.acquire(config.cluster, config.namespace)

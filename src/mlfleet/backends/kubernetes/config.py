@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -11,15 +10,18 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, cast
 
+from mlfleet._oci.references import parse_reference
 from mlfleet._text.documents import Node, nearest, read_yaml
 from mlfleet.backends.kubernetes.diagnosis import PendingKind
 from mlfleet.backends.kubernetes.login import Cluster, find_cluster
 from mlfleet.backends.kubernetes.names import NAME
-from mlfleet.errors import SpecError, UsageError
+from mlfleet.backends.kubernetes.template import Checked, check_template, choose_container
+from mlfleet.errors import UsageError
 
 __all__ = ["CodeDelivery", "KubernetesConfig", "StartTimeouts", "parse_config"]
 
 GIT_IMAGE = "alpine/git:latest"
+_CHECKED = Checked("backend_config")
 _DAY = 24 * 3600
 _PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9]+(/[a-z0-9]+)?")
 
@@ -31,6 +33,11 @@ class CodeDelivery(StrEnum):
     NONE = "none"
     CONFIGMAP = "configmap"
     GIT = "git"
+
+    @property
+    def brings_folder(self) -> bool:
+        """True if the files come into a folder that is not in the image."""
+        return self in (CodeDelivery.CONFIGMAP, CodeDelivery.GIT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,12 +129,17 @@ def parse_config(config: Mapping[str, Any], environ: Mapping[str, str]) -> Kuber
         hint = nearest(unknown[0], _KEYS)
         raise UsageError(f"backend_config has the unknown key {unknown[0]!r}{hint}. It takes {', '.join(_KEYS)}")
     read = _Reader(config)
+    delivery = _delivery(read)
     template = _template(read)
+    if "workingDir" in (choose_container(template, "") if template else {}) and delivery.brings_folder:
+        raise UsageError(
+            "the Job's template sets workingDir in the run's container, which starts in the project's folder: remove it"
+            " there, or give code-delivery: 'none'"
+        )
     cluster = find_cluster(read.text("kube-context"), environ)
     namespace = read.text("namespace") or _text_at(template, "metadata", "namespace") or cluster.namespace
     if not NAME.fullmatch(namespace):
         raise UsageError(f"backend_config: {namespace!r} is not the name of a namespace")
-    delivery = _delivery(read)
     builder = read.text("builder") or "registry"
     if builder not in ("registry", "docker"):
         raise UsageError(f"backend_config: builder is {builder!r}: give 'registry' (needs no Docker) or 'docker'")
@@ -144,9 +156,9 @@ def parse_config(config: Mapping[str, Any], environ: Mapping[str, str]) -> Kuber
         tracking_uri=read.text("tracking-uri") or environ.get("KUBE_MLFLOW_TRACKING_URI") or None,
         resources=_resources(read.mapping("resources")),
         service_account=read.text("service-account"),
-        node_selector={str(key): _as_text(value) for key, value in read.mapping("node-selector").items()},
-        tolerations=[_mapping("tolerations", each) for each in read.sequence("tolerations")],
-        image_pull_secrets=[str(each) for each in read.sequence("image-pull-secrets")],
+        node_selector=_node_selector(read.mapping("node-selector")),
+        tolerations=_CHECKED.read(read.sequence("tolerations"), "list[V1Toleration]", "tolerations"),
+        image_pull_secrets=_CHECKED.read(read.sequence("image-pull-secrets"), "list[str]", "image-pull-secrets"),
         ttl=read.whole("ttl-seconds", _DAY),
         timeouts=_timeouts(config.get("start-timeout")),
         keep_jobs=read.boolean("keep-jobs", default=True),
@@ -203,9 +215,13 @@ class _Reader:
         return UsageError(f"backend_config: {key} is {self._config[key]!r}: give {expected}")
 
 
-def _as_text(value: Any) -> str:
-    """Return a label's value; YAML and JSON have true where Python writes True."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _node_selector(given: Mapping[str, Any]) -> Mapping[str, str]:
+    """Return a node selector, in which numbers and true may stand without quotes."""
+    plain = {
+        key: str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, int | float) else value
+        for key, value in given.items()
+    }
+    return cast("Mapping[str, str]", _CHECKED.read(plain, "dict(str, label)", "node-selector"))
 
 
 def _mapping(key: str, value: Any) -> Mapping[str, Any]:
@@ -221,11 +237,17 @@ def _delivery(read: _Reader) -> CodeDelivery:
     except ValueError:
         known = ", ".join(repr(each.value) for each in CodeDelivery)
         raise UsageError(f"backend_config: code-delivery is {given!r}: give one of {known}") from None
-    if delivery is CodeDelivery.IMAGE and read.text("repository-uri") is None:
+    repository = read.text("repository-uri")
+    if delivery is CodeDelivery.IMAGE and repository is None:
         raise UsageError(
             "backend_config: repository-uri is missing: an image with the project is pushed there. Without a registry,"
             " give code-delivery: 'configmap' (small projects), 'git', or 'none' if the image holds the code already"
         )
+    if repository is not None:
+        try:
+            parse_reference(repository)
+        except UsageError as error:
+            raise UsageError(f"backend_config: repository-uri: {error}") from error
     return delivery
 
 
@@ -233,22 +255,9 @@ def _template(read: _Reader) -> Mapping[str, Any]:
     path, inline = read.text("kube-job-template-path"), read.mapping("job-template")
     if path is not None and inline:
         raise UsageError("backend_config: both kube-job-template-path and job-template are given: give one of them")
-    where = "job-template"
-    template: Any = copy.deepcopy(dict(inline))
     if path is not None:
-        where = path
-        template = _plain(read_yaml(Path(path)))
-        if not isinstance(template, dict):
-            raise SpecError("a Job's manifest was expected", path=path)
-    if not template:
-        return {}
-    if template.get("kind", "Job") != "Job" or template.get("apiVersion", "batch/v1") != "batch/v1":
-        kind = f"{template.get('apiVersion')} {template.get('kind')}"
-        raise UsageError(f"{where}: a Job (batch/v1) was expected, this is a {kind}")
-    containers = _at(template, "spec", "template", "spec", "containers")
-    if not (isinstance(containers, list) and containers and all(isinstance(each, dict) for each in containers)):
-        raise UsageError(f"{where}: spec.template.spec.containers must be a list with at least one container")
-    return cast("Mapping[str, Any]", template)
+        return check_template(_plain(read_yaml(Path(path))), path)
+    return check_template(inline, "backend_config: job-template") if inline else {}
 
 
 def _plain(node: Node) -> Any:
@@ -275,10 +284,11 @@ def _resources(given: Mapping[str, Any]) -> Mapping[str, Any]:
     if not given:
         return {}
     if set(given) <= {"requests", "limits", "claims"}:
-        return copy.deepcopy(dict(given))
+        return cast("Mapping[str, Any]", _CHECKED.read(given, "V1ResourceRequirements", "resources"))
     if {"requests", "limits"} & set(given):
         raise UsageError("backend_config: resources has requests or limits, and other keys beside them")
-    flat = {str(name): str(amount) for name, amount in given.items()}
+    amounts = _CHECKED.read(given, "dict(str, quantity)", "resources")
+    flat = {name: str(amount) for name, amount in amounts.items()}
     return {"requests": dict(flat), "limits": dict(flat)}
 
 

@@ -18,6 +18,7 @@ from mlfleet.backends.base import DockerRequest, Job
 from mlfleet.backends.kubernetes.config import KubernetesConfig
 from mlfleet.backends.kubernetes.names import container_name, job_name, label_value
 from mlfleet.backends.kubernetes.state import CONTAINER_ANNOTATION, MANAGED_BY, RUN_LABEL, SWEEP_LABEL
+from mlfleet.backends.kubernetes.template import choose_container
 from mlfleet.errors import SubmitError, UsageError
 
 __all__ = [
@@ -44,6 +45,7 @@ SUBMISSION = "mlfleet.submission"
 PROJECT = "mlfleet.project"
 PROJECT_FOLDER = "/mlflow/projects/code"
 """The folder of the project in the container, as in the reference."""
+_TEMPLATE = "the Job's template"
 _URI = "MLFLOW_TRACKING_URI"
 _NAME = re.compile(r"[A-Za-z_.-][A-Za-z0-9_.-]*")
 _SHORT_TTL = 300
@@ -96,7 +98,7 @@ def job_manifest(
     draft = _draft(config)
     name = job_name(job.project_name, job.run_id)
     _identify(draft, job, config, name, submission)
-    draft.container = container = _choose_container(draft)
+    draft.container = container = choose_container(draft.manifest, _TEMPLATE)
     container["name"] = container_name(str(container.get("name", "")), job.project_name)
     _metadata(draft.manifest["spec"]["template"], "annotations")[CONTAINER_ANNOTATION] = container["name"]
     container["image"] = code.image
@@ -138,7 +140,7 @@ def labels_of(job: Job) -> dict[str, str]:
     return labels if job.sweep_id is None else {**labels, SWEEP_LABEL: label_value(job.sweep_id)}
 
 
-def image_of(job: Job, config: KubernetesConfig) -> str:
+def image_of(docker: DockerRequest | None, config: KubernetesConfig) -> str:
     """Return the image to run or to build on: of the configuration, the project, or the template.
 
     Raises:
@@ -146,10 +148,9 @@ def image_of(job: Job, config: KubernetesConfig) -> str:
     """
     if config.image is not None:
         return config.image
-    if job.docker is not None:
-        return job.docker.env.image
-    draft = _draft(config)
-    image = str(_choose_container(draft).get("image") or "")
+    if docker is not None:
+        return docker.env.image
+    image = str(choose_container(_draft(config).manifest, _TEMPLATE).get("image") or "")
     if not image or image.startswith("{"):  # the reference's example has a text in braces there
         raise UsageError(
             "the project names no image: give one as image in backend_config, or as docker_env in its MLproject"
@@ -209,20 +210,6 @@ def _draft(config: KubernetesConfig) -> _Draft:
     return _Draft(manifest, manifest["spec"]["template"]["spec"])
 
 
-def _choose_container(draft: _Draft) -> dict[str, Any]:
-    """Return the container that kubectl's annotation names, else the first one."""
-    meta = draft.manifest["spec"]["template"].get("metadata") or {}
-    name = (meta.get("annotations") or {}).get(CONTAINER_ANNOTATION)
-    containers: list[dict[str, Any]] = draft.pod["containers"]
-    if name is None:
-        return containers[0]
-    found = next((each for each in containers if each.get("name") == name), None)
-    if found is None:
-        known = ", ".join(str(each.get("name")) for each in containers)
-        raise UsageError(f"the Job's template has the annotation {CONTAINER_ANNOTATION}: {name}, and only {known}")
-    return found
-
-
 def _identify(draft: _Draft, job: Job, config: KubernetesConfig, name: str, submission: str) -> None:
     manifest = draft.manifest
     meta = manifest["metadata"] = {**(manifest.get("metadata") or {}), "name": name, "namespace": config.namespace}
@@ -258,7 +245,10 @@ def _set_environ(container: dict[str, Any], plain: Mapping[str, str], secrets: S
     given = list(container.get("env") or ())
     clash = sorted({str(each.get("name")) for each in given} & (set(plain) | set(secrets)))
     if clash:
-        raise UsageError(f"the Job's template sets {', '.join(clash)}, which the run sets too: remove it there")
+        raise UsageError(
+            f"the Job's template sets {', '.join(clash)}, which the run sets too: remove it from the env of the"
+            f" container {container['name']!r} there"
+        )
     container["env"] = given + [{"name": name, "value": escape(value)} for name, value in plain.items()]
     if secrets:
         container["envFrom"] = [*(container.get("envFrom") or ()), {"secretRef": {"name": secret}}]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import re
 
-__all__ = ["NAME", "container_name", "job_name", "label_value", "slug"]
+__all__ = ["LABEL", "NAME", "container_name", "job_name", "label_value", "slug"]
 
 NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 """A DNS-1123 label, the form of the names of containers and volumes."""
 
 _LONGEST_SLUG = 24
 _RUN_ID = re.compile(r"[a-z0-9]{1,32}")
-_LABEL = re.compile(r"[A-Za-z0-9]([-\w.]{0,61}[A-Za-z0-9])?", re.A)
+LABEL = re.compile(r"[A-Za-z0-9]([-\w.]{0,61}[A-Za-z0-9])?", re.A)
+"""The value of a label, unless it is empty."""
 
 
 def slug(text: str, longest: int = _LONGEST_SLUG) -> str:
@@ -33,7 +34,7 @@ def container_name(given: str, project: str) -> str:
 
 def label_value(text: str) -> str:
     """Return `text` if a label may hold it, else its hash."""
-    return text if _LABEL.fullmatch(text) else hashlib.sha256(text.encode()).hexdigest()[:32]
+    return text if LABEL.fullmatch(text) else hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _short_id(run_id: str) -> str:
