@@ -61,7 +61,8 @@ async def test_variables_of_the_caller_are_in_the_secret_of_the_run(fake_cluster
             str(folder), parameters={"alpha": 1}, backend="kubernetes", backend_config=config, env=env
         )
         assert await run.wait()
-        (secret,), (job,) = fake_cluster.api.of_kind("secrets"), fake_cluster.api.of_kind("jobs")
+        (job,) = fake_cluster.api.of_kind("jobs")
+    (secret,) = (body for body in fake_cluster.api.bodies if body and body.get("kind") == "Secret")
     (container,) = job["spec"]["template"]["spec"]["containers"]
     assert secret["stringData"] == env
     assert container["envFrom"] == [{"secretRef": {"name": secret["metadata"]["name"]}}]
