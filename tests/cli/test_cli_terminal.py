@@ -104,8 +104,8 @@ async def test_a_third_signal_writes_the_status_before_it_exits(tmp_path: Path) 
 
 
 def test_ctrl_c_while_the_environment_is_built_marks_the_run_killed(server: MlflowServer, tmp_path: Path) -> None:
-    package = tmp_path / "slow"
-    package.mkdir()
+    package = tmp_path / "demo" / "slow"
+    package.mkdir(parents=True)
     # The build of a package runs its setup.py.
     (package / "setup.py").write_text("import time\ntime.sleep(600)\n")
     uri = write_project(tmp_path / "demo", "echo never", extra="python_env: python_env.yaml\n")

@@ -28,6 +28,7 @@ from mlfleet._engine.variables import check_reserved
 from mlfleet._environments.manager import EnvironmentManager, create_manager
 from mlfleet._paths import runs_folder
 from mlfleet._project.fetch import ProjectFetcher
+from mlfleet._store.private_folders import secure_state
 from mlfleet.backends.base import Backend
 from mlfleet.backends.registry import find
 from mlfleet.errors import MlfleetError, UsageError
@@ -151,13 +152,18 @@ class RunContext:
     async def open(self) -> None:
         """Open tracking. A failed or cancelled call leaves nothing open."""
         try:
-            machine = await FILES.run(partial(this_machine, self._resources))
+            machine = await FILES.run(self._look_around)
             self._admission = Admission(machine, self._max_concurrent)
             await self._services.open(self.tracking)
         except BaseException:
             await self.close()
             raise
         self.is_open = True
+
+    def _look_around(self) -> Machine:
+        """Check the folder of this user's runs, and return the resources of the machine. Blocking."""
+        secure_state()
+        return this_machine(self._resources)
 
     async def close(self) -> None:
         """End all runs and close all services, however often the caller is cancelled."""

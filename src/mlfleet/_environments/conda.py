@@ -21,6 +21,7 @@ from mlfleet._paths import cache_folder
 from mlfleet._process.process import run_process
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
 from mlfleet._store.locks import file_lock
+from mlfleet._store.private_folders import secure_cache, secure_environments
 from mlfleet._text.masking import mask_uri
 from mlfleet.errors import EnvironmentSetupError
 
@@ -65,6 +66,7 @@ class CondaManager(BuildingManager):
 
     def plan(self, project_dir: Path, source: EnvironmentFile | None) -> EnvironmentPlan:
         """See `EnvironmentManager.plan`."""
+        secure_environments(self._store.root)
         if source is None or source.kind is not EnvironmentFileKind.CONDA:
             raise EnvironmentSetupError(f"the project in {project_dir} has no conda.yaml", manager=self.name)
         if conda_program() is None and importlib.util.find_spec("rattler") is None:
@@ -173,6 +175,7 @@ async def _by_program(program: str, build: Build, needs: CondaRequirements) -> N
 
 async def _by_rattler(build: Build, needs: CondaRequirements) -> None:
     # In a process of its own: it can be ended at any moment, and nothing of it goes on writing.
+    await to_thread.run_sync(secure_cache)  # packages are kept there
     request = RattlerRequest(str(build.target), needs.channels, needs.specs, str(cache_folder() / "conda"))
     # By its path, without mlfleet; -P, since the project's folder may hold files that are named like modules.
     program = Path(__file__).with_name("rattler.py")

@@ -40,6 +40,7 @@ def open_store(root: Path | None = None) -> ContentStore:
         facts_file="environment.json",
         content_key="attempt",
         lock=lambda name: lock_path(folder, name),
+        what="environments",
     )
 
 

@@ -21,6 +21,7 @@ from mlfleet._environments.pip_requirements import content_of
 from mlfleet._environments.virtualenv import plan_python, python_requirements
 from mlfleet._project.boundary import check_link, find_root, is_inside
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
+from mlfleet._store.private_folders import secure_environments
 from mlfleet._text.documents import read_toml
 from mlfleet.errors import EnvironmentSetupError, SpecError
 
@@ -56,6 +57,7 @@ class UvManager(BuildingManager):
 
     def plan(self, project_dir: Path, source: EnvironmentFile | None) -> EnvironmentPlan:
         """See `EnvironmentManager.plan`."""
+        secure_environments(self._store.root)
         _program()
         if (project_dir / LOCK).is_file():
             return self._plan_locked(project_dir, source)

@@ -23,6 +23,7 @@ from mlfleet._environments.env_files import PythonRequirements, content_key, rea
 from mlfleet._environments.interpreters import find, installed
 from mlfleet._environments.manager import EnvironmentPlan, PreparedEnvironment, log_chosen
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
+from mlfleet._store.private_folders import secure_environments
 from mlfleet._text.masking import mask_uri
 
 __all__ = ["VirtualenvManager", "plan_python", "python_requirements"]
@@ -38,6 +39,7 @@ class VirtualenvManager(BuildingManager):
 
     def plan(self, project_dir: Path, source: EnvironmentFile | None) -> EnvironmentPlan:
         """See `EnvironmentManager.plan`."""
+        secure_environments(self._store.root)
         return plan_python(self.name, project_dir, source)
 
     async def build(self, plan: EnvironmentPlan, build: Build) -> Built:

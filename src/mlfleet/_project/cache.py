@@ -66,7 +66,12 @@ class ProjectStore:
         self.lock_path = folder / "lock"
         self.mirror = folder / "mirror"
         self.trees = ContentStore(
-            folder / "trees", leases, facts_file="tree.json", content_key="name", lock=lambda _: self.lock_path
+            folder / "trees",
+            leases,
+            facts_file="tree.json",
+            content_key="name",
+            lock=lambda _: self.lock_path,
+            what="fetched projects",
         )
 
     @property

@@ -29,6 +29,7 @@ from mlfleet._project.uri import ProjectUri, UriKind, check_version, parse_uri
 from mlfleet._project.working_copies import WorkingCopies, copy_tree
 from mlfleet._store.lease import Leases
 from mlfleet._store.locks import file_lock
+from mlfleet._store.private_folders import secure_cache
 from mlfleet.errors import FetchError
 
 __all__ = ["Project", "ProjectFetcher"]
@@ -123,6 +124,7 @@ class ProjectFetcher:
 
         Raises:
             FetchError: The project cannot be fetched, or is refused; the text says why and what to do.
+            UsageError: Others can write to the cache.
         """
         parsed = parse_uri(uri)
         if version is not None:
@@ -139,6 +141,8 @@ class ProjectFetcher:
         if kind is _Kind.FOLDER:
             checkout = await self._checkouts.find(path / parsed.subdir)
             return await PROJECTS.run(lambda: _own_project(parsed, path, checkout))
+        if self._root == projects_folder():
+            await PROJECTS.run(secure_cache)
         if kind is _Kind.ZIP:
             return await self._once(key, lambda: self._local_zip(parsed, path))
         if kind is _Kind.ARCHIVE:

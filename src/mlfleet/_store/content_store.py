@@ -29,6 +29,7 @@ from typing import Any
 
 from mlfleet._paths import size_on_disk
 from mlfleet._store.lease import Leases, unleased
+from mlfleet._store.private_folders import check_owner
 
 __all__ = [
     "IN_USE",
@@ -91,16 +92,18 @@ class ContentStore:
         content_key: The key in the facts of the path of the content, relative to the entry's folder.
         lock: Returns the path of the lock file for an entry. The lock must be held for `begin`, `publish`, `discard`.
         leases: The leases that keep `prune` from removing what `acquire` returned.
+        what: The description of the entries, for errors.
     """
 
     def __init__(
-        self, root: Path, leases: Leases, *, facts_file: str, content_key: str, lock: Callable[[str], Path]
+        self, root: Path, leases: Leases, *, facts_file: str, content_key: str, lock: Callable[[str], Path], what: str
     ) -> None:
         self.root = root
         self.lock_path = lock
         self._leases = leases
         self._facts_file = facts_file
         self._content_key = content_key
+        self._what = what
 
     def lease_path(self, name: str) -> Path:
         """Return the lease file of an entry."""
@@ -112,15 +115,21 @@ class ContentStore:
         Args:
             name: The name of the entry.
             pin: True to hold the lease until ``leases.release(store.lease_path(name))``.
+
+        Raises:
+            UsageError: The entry belongs to another user.
         """
         lease = self.lease_path(name)
         if not self._leases.acquire(lease, pin=pin):
             return None
-        content = self._content(self.root / name, self.facts(name))
-        if content is None:
-            if pin:
-                self._leases.release(lease)
-            self._leases.drop(lease)
+        content = None
+        try:
+            content = self._content(self.root / name, self.facts(name))
+        finally:
+            if content is None:
+                if pin:
+                    self._leases.release(lease)
+                self._leases.drop(lease)
         return content
 
     def begin(self, name: str) -> Path:
@@ -198,6 +207,9 @@ class ContentStore:
         if facts is None:
             return None
         content = folder / str(facts[self._content_key])
+        with contextlib.suppress(FileNotFoundError):
+            for path in (folder, folder / self._facts_file, content):
+                check_owner(path, self._what)
         required = facts.get("must_exist", ())
         if not isinstance(required, list | tuple):
             return None
