@@ -228,7 +228,8 @@ class Timeouts:
     """The time limits of the stages of a run, in seconds. None, the default of the first three, sets no limit.
 
     Attributes:
-        queue: The time of waiting for a free slot of the Fleet.
+        queue: The time of waiting for a free slot of the Fleet, and again for a Databricks workspace whose quota of new
+            jobs is used up.
         setup: The time from the slot to the start of the command: environment, downloads, image, scheduling by the
             backend.
         run: The time of the command itself.

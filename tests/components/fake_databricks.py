@@ -17,7 +17,7 @@ from mlfleet.backends.databricks.client import Timing
 
 __all__ = ["QUICK", "JobMaker", "lines_of", "make_jobs", "open_workspace", "succeed"]
 
-QUICK = Timing(fast=0.1, after_failure=0.05)
+QUICK = Timing(fast=0.1, after_failure=0.05, quota_pause=0.05)
 """Short intervals for a workspace on this machine; the rates are those of Databricks."""
 
 JobMaker = Callable[..., Job]

@@ -110,6 +110,7 @@ class FakeWorkspace(FlakyProxy):
         dbfs: True if there is a DBFS root.
         unknown: A function that returns the answer for a run that does not exist, from its number.
         submissions: The number of submissions that the workspace takes per second.
+        quota: The number of jobs that it takes in all; None: any number.
         cancels_ended: True if the workspace takes the cancellation of a run that has ended.
         mlflow: The tracking of the workspace.
         limits: The number of requests that the workspace takes per second, by a part of their path; empty: any number.
@@ -132,6 +133,7 @@ class FakeWorkspace(FlakyProxy):
         self.dbfs = True
         self.unknown: Callable[[object], Answer] = unknown_value
         self.submissions = 35
+        self.quota: int | None = None
         self.cancels_ended = False
         self.mlflow = FakeMlflow(self.folders)
         self.limits: dict[str, int] = {}
@@ -233,6 +235,10 @@ class FakeWorkspace(FlakyProxy):
             return error(429, "RESOURCE_EXHAUSTED", f"That were more than {self.submissions} submissions in a second.")
         token = body["idempotency_token"]
         if token not in self.tokens:
+            if self.quota is not None and len(self.runs) >= self.quota:
+                text = "The quota for the number of jobs has been reached."
+                text += f" The current quota is {self.quota} jobs created in past 3600 seconds."
+                return error(400, "QUOTA_EXCEEDED", text)
             number = len(self.runs) + 1
             self.tokens[token] = number
             self.runs[number] = run = FakeRun(number, body, int(time.time() * 1000))

@@ -22,7 +22,7 @@ from mlfleet._signals import Interrupts
 from mlfleet._text.masking import MASK
 from mlfleet.backends.base import Backend
 from mlfleet.errors import MlfleetError
-from mlfleet.runs import DEFAULT_CANCEL_GRACE, RunEvent, RunStatus, Stage
+from mlfleet.runs import RunEvent, RunStatus, Stage, Timeouts
 from mlfleet.tracking import default_uri, open_tracking
 from mlfleet.tracking.base import RunInfo
 from mlfleet.tracking.locations import absolute_uri
@@ -74,7 +74,7 @@ class DryRun:
             check_reserved(self.request.env, {*plain, *secret}, tracking_uri=tracking.uri)
         name, experiment_id = choose_experiment(self.request.experiment_name, self.request.experiment_id)
         info = RunInfo(self.request.run_id or _RUN_ID, experiment_id or "0", "", RunStatus.SCHEDULED, "")
-        job = await draft(plan, info, tracking, output=None, cancel_grace=DEFAULT_CANCEL_GRACE)
+        job = await draft(plan, info, tracking, output=None, timeouts=Timeouts())
         return {
             "project": plan.project_name,
             "uri": plan.project.uri,

@@ -17,6 +17,7 @@ from mlfleet._engine.plan import Plan
 from mlfleet._project.downloads import download_all
 from mlfleet._project.uri import UriKind, parse_uri
 from mlfleet.backends.base import Job, ProjectCall
+from mlfleet.runs import Timeouts
 from mlfleet.tracking.base import RunInfo, Tracking
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["draft", "prepare"]
 
 
-async def draft(plan: Plan, info: RunInfo, tracking: Tracking, *, output: Path | None, cancel_grace: float) -> Job:
+async def draft(plan: Plan, info: RunInfo, tracking: Tracking, *, output: Path | None, timeouts: Timeouts) -> Job:
     """Return the job as it is known before its preparation: command, folder and environment are provisional.
 
     Args:
@@ -33,7 +34,7 @@ async def draft(plan: Plan, info: RunInfo, tracking: Tracking, *, output: Path |
         info: The MLflow run.
         tracking: The tracking server or store.
         output: The file for the run's output; None: the output is inherited.
-        cancel_grace: Seconds between the request to stop and the end by force.
+        timeouts: The time limits of the run.
     """
     plain, secret = await tracking.environ()
     return Job(
@@ -48,7 +49,8 @@ async def draft(plan: Plan, info: RunInfo, tracking: Tracking, *, output: Path |
         docker=plan.docker,
         config=plan.config,
         output=output,
-        cancel_grace=cancel_grace,
+        cancel_grace=timeouts.cancel_grace,
+        queue_timeout=timeouts.queue,
         environment_file=plan.spec.environment,
         spark_job=plan.spec.databricks_spark_job,
         tracking_uri=tracking.uri,

@@ -386,7 +386,7 @@ class SubmittedSupervisor(Supervisor):
             self.info,
             self._context.tracking,
             output=self.output_path,
-            cancel_grace=self._timeouts.cancel_grace,
+            timeouts=self._timeouts,
         )
         await self._log_job(backend, job)
         reservation = self._context.reservation(self._plan)

@@ -106,6 +106,8 @@ class Job:
         config: The result of this backend's `Backend.configure` for ``backend_config``.
         output: The file to capture stdout and stderr into; None: they are inherited from this process.
         cancel_grace: Seconds between the request to stop and the end by force.
+        queue_timeout: Seconds for which `Backend.submit` may wait while a service takes no new runs; None: no limit was
+            set.
         resources: The resources that the run needs, where the backend can provide them.
         durable: True if the run must go on, and be found again by `Backend.attach`, when this process dies. For runs
             on this machine; those elsewhere go on anyway.
@@ -133,6 +135,7 @@ class Job:
     config: object = None
     output: Path | None = None
     cancel_grace: float = DEFAULT_CANCEL_GRACE
+    queue_timeout: float | None = None
     resources: Resources | None = None
     durable: bool = False
     paths: tuple[Path, ...] = ()

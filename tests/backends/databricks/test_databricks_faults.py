@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 
 from components.fake_databricks import QUICK, JobMaker, lines_of, make_jobs, open_workspace, succeed
+from components.projects import write_project
 from fakes.databricks import FakeWorkspace, error
 from fakes.flaky_proxy import Answer, Forward, Request
+from mlfleet import FailureKind, Fleet, Timeouts
 from mlfleet.backends.databricks import DatabricksBackend
 from mlfleet.backends.databricks.client import WorkspaceError
 from mlfleet.errors import MlfleetError, SubmitError
+from mlfleet.testing import FakeTracking
 from mlfleet.tracking.databricks import DatabricksLogin
 
 
@@ -327,6 +330,56 @@ async def test_a_bad_cluster_spec(backend: DatabricksBackend, workspace: FakeWor
     with pytest.raises(SubmitError, match=r"Databricks does not take the run.*400.*Invalid spark version 1\.2\.3"):
         await backend.submit(job)
     assert workspace.secrets == {}
+
+
+async def test_submissions_wait_while_the_workspace_takes_no_new_jobs(
+    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker, caplog: pytest.LogCaptureFixture
+) -> None:
+    workspace.quota = 3
+    workspace.on_submit = succeed(workspace)
+    lines: list[str] = []
+    with caplog.at_level(logging.WARNING):
+        submitting = asyncio.gather(*(backend.submit(make_job(on_progress=lines.append)) for _ in range(10)))
+        while len(workspace.runs) < 3:
+            await workspace.wait_answered("runs/submit", 1)
+        await workspace.wait_answered("runs/submit", 8)
+        assert len(workspace.runs) == 3
+        workspace.quota = 10
+        assert all([await run.wait() for run in await submitting])
+    assert "waiting until the workspace takes new jobs again" in lines
+    assert len(workspace.runs) == 10
+    assert "3 jobs created in past 3600 seconds" in caplog.text
+
+
+async def test_a_quota_that_stays_used_up_is_a_failure_of_the_infrastructure(
+    workspace: FakeWorkspace, tmp_path: Path
+) -> None:
+    workspace.quota = 0
+    tracking = FakeTracking()
+    tracking.uri = "http://tracking.example.com"
+    uri = write_project(tmp_path / "demo", "true")
+    async with Fleet(tracking=tracking, timeouts=Timeouts(queue=0.2)) as fleet:
+        outcome = await (await fleet.submit(uri, backend="databricks")).outcome()
+    assert outcome.kind is FailureKind.INFRASTRUCTURE
+    assert "Databricks does not take the run: " in (outcome.reason or "")
+    assert "0 jobs created in past 3600 seconds. (waited 0 s for the quota)" in (outcome.reason or "")
+    assert workspace.runs == {}
+
+
+async def test_a_submission_that_waits_for_the_quota_can_be_cancelled(
+    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
+) -> None:
+    workspace.quota = 0
+    job = make_job({"secret_scope": "ours"}, tracking_uri="https://mlflow", secrets={"MLFLOW_TRACKING_TOKEN": "hush"})
+    submitting = asyncio.create_task(backend.submit(job))
+    await workspace.wait_answered("runs/submit", 2)
+    submitting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await submitting
+    workspace.quota = 1
+    assert workspace.secrets == {}
+    await backend.submit(make_job())  # does not wait for the cancelled one
+    assert len(workspace.runs) == 1
 
 
 async def test_a_disabled_dbfs_root(backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker) -> None:

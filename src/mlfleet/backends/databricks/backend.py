@@ -30,6 +30,7 @@ from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job, Liste
 from mlfleet.backends.databricks import request
 from mlfleet.backends.databricks.client import Timing, Workspace, WorkspaceError
 from mlfleet.backends.databricks.config import DatabricksConfig, TaskKind, Upload, UploadKind, parse_config
+from mlfleet.backends.databricks.quota import QuotaQueue
 from mlfleet.backends.databricks.run import DatabricksRun, RemoteRun, remove_secret
 from mlfleet.backends.databricks.states import Phase, State, read_state
 from mlfleet.backends.databricks.storage import HOME, Storage, Uploads, open_storage
@@ -53,6 +54,7 @@ class _WorkspaceContext:
         self.poller = Poller(workspace, timing)
         self.uploads = Uploads()
         self.recent = RecentRuns(workspace)
+        self.quota = QuotaQueue(timing.quota_pause)
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +338,11 @@ class DatabricksBackend(Backend[DatabricksConfig]):
 
         try:
             # Wait for the answer also when cancelled: without it the run, if there is one, could not be cancelled.
-            await complete(submit, limit=_GRACE)
+            await context.quota.submit(
+                partial(complete, submit, limit=_GRACE),
+                limit=submission.job.queue_timeout,
+                on_progress=submission.job.on_progress,
+            )
             state = await _first_state(context.workspace, made[0])
         except BaseException:
             if made:

@@ -36,6 +36,7 @@ class Timing:
         slow: The longest interval in seconds between polls of older runs.
         visibility_delay: Seconds for which Databricks may answer that a new run does not exist.
         after_failure: The pause in seconds after a failed poll.
+        quota_pause: The pause in seconds between two tries while the workspace takes no new jobs.
         rates: Requests per second by kind, see `Pace`. A workspace takes 35 of ``runs/submit``, 100 each of
             ``runs/get`` and ``runs/get-output``, 60 exports and 30 imports of workspace files, and 30 of DBFS:
             https://docs.databricks.com/aws/en/resources/limits
@@ -46,6 +47,7 @@ class Timing:
     slow: float = 30.0
     visibility_delay: float = 30.0
     after_failure: float = 10.0
+    quota_pause: float = 30.0
     rates: Mapping[str, float] = field(
         default_factory=lambda: {
             "jobs/runs/submit": 30.0,
