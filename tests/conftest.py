@@ -86,7 +86,15 @@ _SLOW_FIXTURES = {
     "s3_server",
     "shell_image",
 }
-_SLOW_PLACES = ("contract/", "environments/test_env_", "parity/", "test_docs.py", "test_examples.py", "test_sync.py")
+_SLOW_PLACES = (
+    "contract/",
+    "environments/test_env_",
+    "parity/",
+    "test_docs.py",
+    "test_detached.py",
+    "test_examples.py",
+    "test_sync.py",
+)
 
 # Words in the names of test files, and the components that these need and a machine has one of.
 _ONE_OF_A_MACHINE = {"databricks": "minilake", "object_stores": "minilake", "docker": "a Docker engine"}

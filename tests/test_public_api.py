@@ -37,7 +37,7 @@ REFERENCE = (
 
 ARGUMENTS = [option for option in OPTIONS if "." not in option.name]
 
-OURS = ["tracking_uri", "parent_run_id", "tags", "timeouts", "output", "log_output", "resources", "env"]
+OURS = ["tracking_uri", "parent_run_id", "tags", "timeouts", "output", "log_output", "resources", "env", "detach"]
 
 ERRORS = [getattr(errors, name) for name in errors.__all__]
 

@@ -18,7 +18,7 @@ from mlfleet._engine.request import Output, RunOptions, RunRequest
 from mlfleet._engine.run import FleetRun
 from mlfleet._sweeps import SweepOptions, SweepResult
 from mlfleet._text.masking import mask_uri
-from mlfleet.errors import MlfleetError
+from mlfleet.errors import MlfleetError, UsageError
 from mlfleet.fleet import Fleet, context_of
 from mlfleet.resources import Resources
 from mlfleet.runs import Timeouts
@@ -65,6 +65,7 @@ async def run_async(
     log_output: bool = False,
     resources: Resources | None = None,
     env: Mapping[str, str] | None = None,
+    detach: bool = False,
 ) -> FleetRun:
     """Run a project and wait for its end.
 
@@ -104,6 +105,8 @@ async def run_async(
             are its limits.
         env: Environment variables for the command, over those of this process. Their values are secret: they appear in
             no tag, log, command line or error. The variables that mlfleet sets itself cannot be given.
+        detach: Let a process of its own supervise the run, which so outlives this one, on every backend. Needs
+            ``synchronous=False``.
 
     Returns:
         The handle of the run, which has ended if `synchronous`.
@@ -113,6 +116,8 @@ async def run_async(
             and `RunCancelled` are subclasses.
         MlfleetError: The request or the project is wrong, or tracking cannot be reached. No run was made.
     """
+    if detach and synchronous:
+        raise UsageError("detach=True does not wait for the end of the run: give synchronous=False with it")
     run = await submit(
         uri,
         entry_point,
@@ -137,6 +142,7 @@ async def run_async(
         log_output=log_output,
         resources=resources,
         env=env,
+        detach=detach,
     )
     if synchronous:
         try:
@@ -159,7 +165,8 @@ async def submit(
     """Submit a run and return its handle as soon as its MLflow run exists.
 
     The run belongs to a default Fleet of the running event loop, which cancels its active runs when ``asyncio.run``
-    ends. The arguments are those of `run_async`. A cancelled call cancels the run.
+    ends. The arguments are those of `run_async`. A cancelled call cancels the run. With ``detach=True`` the run belongs
+    to a process of its own, and goes on at the end of this one; its handle is of use until the loop ends.
 
     Raises:
         MlfleetError: The request or the project is wrong, or tracking cannot be reached. No run was made.

@@ -70,6 +70,7 @@ class Fleet:
             max_concurrent=max_concurrent,
             resources=resources,
             events=Events(on_event),
+            tracking_uri=None if tracking is not None else tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "",
         )
         self._on_exit = on_exit
         self._throttle = Throttle()
@@ -124,6 +125,9 @@ class Fleet:
 
         The run then waits for a free slot, builds its environment and starts its command in the background. Errors
         there are failures of the run. A cancelled call cancels the run.
+
+        A detached run (``detach=True``) does not belong to the Fleet: leaving the block, `cancel` and `join` leave it
+        alone, and its slots and resources are not counted. Its handle is of use as long as the Fleet is open.
 
         Args:
             uri: The project: a folder, a Git URI or a zip file, with ``#sub/folder``.
@@ -196,6 +200,8 @@ class Fleet:
             if options.get("timeouts") is not None:
                 raise UsageError("both timeout and timeouts are given: give Timeouts(run=…) with the others")
             options["timeouts"] = replace(self._context.timeouts, run=timeout)
+        if options.get("detach"):
+            raise UsageError("a sweep cannot be detached: give it a name, by which it can be resumed")
         if on_failure not in ("continue", "stop"):
             raise UsageError(f"on_failure is {on_failure!r}: give 'continue' or 'stop'")
         settings = SweepSettings(

@@ -105,6 +105,7 @@ def run(
     log_output: bool = False,
     resources: Resources | None = None,
     env: Mapping[str, str] | None = None,
+    detach: bool = False,
 ) -> BlockingRun:
     """Run a project and block until it has ended, with the arguments and the meaning of ``mlflow.projects.run``.
 
@@ -154,6 +155,7 @@ def run(
             log_output=log_output,
             resources=resources,
             env=env,
+            detach=detach,
         )
     )
     return BlockingRun(submitted, loop)

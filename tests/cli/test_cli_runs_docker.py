@@ -58,3 +58,18 @@ def test_the_waiter_for_a_container_without_a_driver_writes_its_status(
                 assert waiter.finish() == 0
             assert waiter.plain.endswith(f"{run_id} FINISHED\n")
     assert run_on(mlflow_server, run_id)["info"]["status"] == "FINISHED"
+
+
+def test_a_detached_container_is_supervised_to_its_end(
+    project: str, mlflow_server: MlflowServer, tmp_path: Path
+) -> None:
+    done = mlfleet("run", project, "--detach", "--log-output", "-q")
+    assert (done.returncode, done.stderr) == (0, "")
+    run_id = done.stdout.strip()
+    with started("logs", "-f", run_id) as reader:
+        reader.read_until("one")
+        (tmp_path / "gate" / "open").touch()
+        assert reader.finish() == 0
+        assert reader.plain == "one\ntwo\n"
+    assert mlfleet("wait", run_id).stdout == f"{run_id} FINISHED\n"
+    assert run_id not in mlfleet("ps", "--json").stdout

@@ -75,6 +75,10 @@ class SmallMlflow:
             info = self.runs[body["run_id"]]["info"]
             info |= {key: value for key, value in body.items() if key != "run_id"}
             return {"run_info": info}
+        if name == "log-batch":
+            run = self.runs[body["run_id"]]["data"]
+            new = {tag["key"]: tag for tag in [*run["tags"], *body.get("tags", [])]}
+            run["tags"] = list(new.values())
         if name == "delete":
             del self.runs[body["run_id"]]
         return {}

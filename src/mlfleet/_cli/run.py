@@ -12,7 +12,16 @@ import click
 
 from mlfleet._cli.dry_run import DryRun, show
 from mlfleet._cli.options import debug_option, json_option, quiet_option, read_run_options, run_options
-from mlfleet._cli.output import complain, error_as_json, exit_code, print_json, print_output, say, where_to_look
+from mlfleet._cli.output import (
+    complain,
+    error_as_json,
+    exit_code,
+    print_json,
+    print_line,
+    print_output,
+    say,
+    where_to_look,
+)
 from mlfleet._cli.progress import Progress
 from mlfleet._engine.request import RunRequest
 from mlfleet._engine.run import FleetRun
@@ -42,13 +51,15 @@ def run(
     URI is a folder, a Git repository or a zip file; #sub/folder picks a folder inside.
 
     The first Ctrl-C asks the run to stop, a second one kills it. With --log-output, stdout and stderr are printed as
-    one stream.
+    one stream. With --detach, the id of the run is printed, and the run goes on.
 
     Exit codes: 0 the run finished, 1 it failed, 2 there is a mistake in the call or in the project, 130 Ctrl-C, 143
     SIGTERM.
     """
+    if options["detach"] and dry_run:
+        raise click.UsageError("--detach and --dry-run contradict each other: give one of them")
     request = RunRequest.of(
-        output="capture" if as_json or log_output else "inherit",
+        output="capture" if as_json or log_output or options["detach"] else "inherit",
         log_output=log_output,
         **read_run_options(options),
         **options,
@@ -59,11 +70,13 @@ def run(
 
 
 def _run(request: RunRequest, tracking_uri: str | None, *, as_json: bool, quiet: bool) -> int:
-    prints = request.output == "capture" and not as_json
+    prints = request.output == "capture" and not as_json and not request.detach
     command = RunCommand(request=request, tracking_uri=tracking_uri, print_output=prints)
     with Progress(inherits=not as_json, quiet=quiet) as progress:
         received = run_until_interrupted(partial(command.execute, progress), progress.say)
     _say_end(command, received, quiet=quiet)
+    if command.goes_on and not as_json:
+        print_line(command.run.run_id if command.run else "")
     if as_json:
         print_json(_as_json(command, received))
     return exit_code(command.error, received)
@@ -102,8 +115,13 @@ class RunCommand:
     outcome: Outcome | None = None
     error: MlfleetError | None = None
 
+    @property
+    def goes_on(self) -> bool:
+        """True if the run goes on, in the care of another process."""
+        return self.run is not None and self.outcome is None
+
     async def execute(self, progress: Progress, interrupts: Interrupts) -> None:
-        """Run the project and keep the result. When this returns, nothing of the run is left."""
+        """Run the project and keep the result. When this returns, nothing of the run is left, unless it is detached."""
 
         def follow(event: RunEvent) -> None:
             # Not the return value of `start`: an interrupt may arrive before it returns.
@@ -118,6 +136,9 @@ class RunCommand:
                     interrupts.fleet = fleet
                     self.tracking = fleet.tracking.uri
                     run = await context_of(fleet).start(self.request)
+                    if self.request.detach:
+                        self.run = run
+                        return
                     if self.print_output:
                         await _print_lines(run)
                     await run.check()
@@ -147,10 +168,12 @@ def _say_end(command: RunCommand, received: signal.Signals | None, *, quiet: boo
         return
     if received is not None and command.run is None:
         say("stopped before there was a run")
-    if command.run is None or status is None:
+    if command.run is None:
         return
     info = command.run.info
-    if status is RunStatus.FINISHED or (received is not None and status is not RunStatus.FAILED):
+    if command.goes_on:
+        say(f"{info.name!r} (run {info.run_id}) goes on; mlfleet logs -f, wait and cancel take its id")
+    elif status is RunStatus.FINISHED or (received is not None and status is not RunStatus.FAILED):
         say(f"{info.name!r} (run {info.run_id}) is {status}")
     if command.tracking is not None:
         say(f"to look at it: {where_to_look(command.tracking, info)}")
@@ -167,7 +190,7 @@ def _as_json(command: RunCommand, received: signal.Signals | None) -> dict[str, 
         "experiment_id": info.experiment_id if info else None,
         "project": run.project_name if run else None,
         "backend": run.backend if run else command.request.backend,
-        "status": outcome.status.value if outcome else None,
+        "status": outcome.status.value if outcome else RunStatus.RUNNING.value if command.goes_on else None,
         "exit_code": outcome.exit_code if outcome else None,
         "reason": outcome.reason if outcome else None,
         "output": str(output) if output else None,

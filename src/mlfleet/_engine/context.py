@@ -20,6 +20,7 @@ from mlfleet._concurrency.tasks import ServiceOwner, TaskOwner
 from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.admission import Admission, Reservation
 from mlfleet._engine.attach import AttachedSupervisor, find_again, read_reference
+from mlfleet._engine.detached import DetachedSupervisor, Order
 from mlfleet._engine.plan import Plan, Planner, ProjectPlan
 from mlfleet._engine.request import RunRequest, choose_experiment
 from mlfleet._engine.run import FleetRun
@@ -110,6 +111,8 @@ class RunContext:
         max_concurrent: The number of runs past the queue; None: as many as the machine has CPUs, for runs on it.
         resources: The resources of this machine that the runs may use; None: all that this process may use.
         events: The events of the Fleet.
+        tracking_uri: The URI that `tracking` was made of, with its credentials, for detached runs; empty: its default.
+            None: it was not made of a URI.
 
     Attributes:
         fetcher: The fetcher of projects.
@@ -127,8 +130,10 @@ class RunContext:
         max_concurrent: int | None,
         resources: Resources | None,
         events: Events,
+        tracking_uri: str | None = None,
     ) -> None:
         self.tracking = tracking
+        self._tracking_uri = tracking_uri
         self.timeouts = timeouts
         self.tracking_patience = tracking_patience
         self.events = events
@@ -146,6 +151,8 @@ class RunContext:
         self._tasks = TaskOwner()
         self._services = ServiceOwner(self._tasks)
         self._runs: dict[FleetRun, Supervisor] = {}
+        self._followers = TaskOwner()
+        self._detached: dict[FleetRun, DetachedSupervisor] = {}
 
     # ---- its life ---------------------------------------------------------------------------------------------------
 
@@ -171,8 +178,11 @@ class RunContext:
         await complete(self._close, restart=True)
 
     async def _close(self) -> None:
+        for supervisor in self._detached.values():
+            supervisor.let_go()
         await self.cancel()
         await self.join()
+        await self._followers.join()
         await self._services.close()
         await self.events.join()
         self.fetcher.close()
@@ -244,13 +254,38 @@ class RunContext:
         return plan
 
     async def start(self, request: RunRequest) -> FleetRun:
-        """Plan a request and launch its run. A cancelled call cancels the run."""
-        return await self.launch(await self.plan(request))
+        """Plan a request and launch its run, here or in a process of its own. A cancelled call cancels the run."""
+        return await (self._detach(request) if request.detach else self.launch(await self.plan(request)))
+
+    async def _detach(self, request: RunRequest) -> FleetRun:
+        self._check_open()
+        if self._tracking_uri is None:
+            raise UsageError(
+                "another process supervises a detached run, and cannot use the Tracking of this Fleet: give the Fleet "
+                "a tracking_uri, or submit the run without detach"
+            )
+        order = Order.of(
+            replace(request, timeouts=request.timeouts or self.timeouts),
+            tracking_uri=self._tracking_uri or self.tracking.uri,
+            tracking_patience=self.tracking_patience,
+            resources=self._resources,
+        )
+        supervisor = DetachedSupervisor(self, order, request.parameters)
+        run = FleetRun(supervisor)
+        self._detached[run] = supervisor
+
+        def forget() -> None:
+            self._detached.pop(run).give_up()
+
+        self._followers.start(supervisor.supervise(), name="mlfleet detached run", then=forget)
+        return await self._created(run)
 
     async def launch(self, plan: Plan) -> FleetRun:
         """Launch a planned run and return its handle when its MLflow run exists. A cancelled call cancels the run."""
         self._check_open()
-        run = self._supervise(SubmittedSupervisor(self, plan))
+        return await self._created(self._supervise(SubmittedSupervisor(self, plan)))
+
+    async def _created(self, run: FleetRun) -> FleetRun:
         try:
             await run.created()
         except BaseException:

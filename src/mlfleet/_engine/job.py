@@ -56,7 +56,7 @@ async def draft(plan: Plan, info: RunInfo, tracking: Tracking, *, output: Path |
         tracking_uri=tracking.uri,
         artifact_uri=info.artifact_uri,
         resources=plan.request.resources,
-        durable=plan.request.member is not None and plan.request.member.durable,
+        durable=plan.request.detach or (plan.request.member is not None and plan.request.member.durable),
         placed=plan.parameters.placed,
         call=partial(_call, plan),
         sweep_id=plan.request.member.sweep_id if plan.request.member is not None else None,

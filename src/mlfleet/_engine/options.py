@@ -41,6 +41,7 @@ class RunOptions(TypedDict, total=False):
     log_output: bool
     resources: Resources | None
     env: Mapping[str, str] | None
+    detach: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,6 +275,15 @@ OPTIONS: tuple[RunOption, ...] = (
         text="An environment variable for the command; may be given several times. NAME alone copies the variable that "
         "is set here. The values are kept secret.",
         in_python="Environment variables for the command, by name. The values are kept secret.",
+    ),
+    RunOption(
+        name="detach",
+        flags=("--detach",),
+        form="flag",
+        default="False",
+        commands=("run",),
+        text="Return when the MLflow run exists; a process of its own supervises the run from then on. mlfleet logs, "
+        "wait and cancel find it.",
     ),
 )
 """The options of a run, in the order of the public functions' arguments."""

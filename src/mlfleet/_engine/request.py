@@ -105,6 +105,7 @@ class RunRequest:
     log_output: bool = False
     resources: Resources | None = None
     env: Mapping[str, str] | None = field(default=None, repr=False)
+    detach: bool = False
     member: SweepMember | None = None
 
     def __post_init__(self) -> None:
@@ -119,6 +120,8 @@ class RunRequest:
         object.__setattr__(self, "env", read_variables(self.env))
         if self.output not in ("capture", "inherit"):
             raise UsageError(f"output is {self.output!r}: give 'capture' or 'inherit'")
+        if self.detach and self.output == "inherit":
+            raise UsageError("a detached run has no stdout of this process: give output='capture' with detach=True")
         if self.log_output and self.output == "inherit":
             raise UsageError("log_output needs the output captured: give output='capture' with it")
 

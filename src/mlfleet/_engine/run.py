@@ -91,7 +91,11 @@ class FleetRun:
     async def outcome(self) -> Outcome:
         """Wait like `wait`, and return the outcome of the run."""
         await self._supervisor.done.wait()
-        assert self._supervisor.outcome is not None  # noqa: S101 - set before the event
+        if self._supervisor.outcome is None:
+            raise UsageError(
+                f"the run {self.run_id} is detached and goes on, but the Fleet of this handle is closed: "
+                f"await mlfleet.attach({self.run_id!r}), or run mlfleet wait {self.run_id}"
+            )
         return self._supervisor.outcome
 
     async def check(self) -> None:
@@ -121,8 +125,8 @@ class FleetRun:
     async def get_status(self) -> RunStatus:
         """Return SCHEDULED before the command runs, RUNNING while it does, then the terminal status."""
         supervisor = self._supervisor
-        if supervisor.outcome is not None:
-            return supervisor.outcome.status
+        if supervisor.done.is_set():
+            return (await self.outcome()).status
         if supervisor.handle is None:
             return RunStatus.SCHEDULED
         status = await supervisor.handle.get_status()

@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 from typing import IO
 
-__all__ = ["MARKER_VARIABLE", "RUN_VARIABLE", "Guardian", "guardian"]
+__all__ = ["MARKER_VARIABLE", "RUN_VARIABLE", "Guardian", "find_python", "guardian"]
 
 _log = logging.getLogger("mlfleet.process")
 
@@ -90,7 +90,7 @@ class Guardian:
         if psutil is not None and psutil.origin is not None:
             environ["PYTHONPATH"] = str(Path(psutil.origin).parent.parent)
         popen = subprocess.Popen(
-            [_python(), "-P", str(_SCRIPT), str(os.getpid()), f"{MARKER_VARIABLE}={self.marker}"],
+            [find_python(_SCRIPT), "-P", str(_SCRIPT), str(os.getpid()), f"{MARKER_VARIABLE}={self.marker}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -125,15 +125,15 @@ class Guardian:
             self._pipe.write(message.encode())
 
 
-def _python() -> str:
-    """Return the path of the Python that runs this program.
+def find_python(script: Path) -> str:
+    """Return the path of the Python that runs this program, to run a script of mlfleet with.
 
     Raises:
         FileNotFoundError: This program is no script of a Python (it is frozen, or embeds one), or mlfleet is in a zip.
     """
     # uWSGI and programs that embed Python set sys.executable to themselves: with it they would start once more.
     for path in (Path(sys.executable or ""), Path(sys.exec_prefix, "bin", "python3")):
-        if path.name.startswith(("python", "pypy")) and path.is_file() and _SCRIPT.is_file():
+        if path.name.startswith(("python", "pypy")) and path.is_file() and script.is_file():
             return str(path)
     raise FileNotFoundError("no Python was found to run it with")
 

@@ -109,7 +109,7 @@ class LocalBackend(Backend[None]):
         return run
 
     async def list_runs(self) -> Sequence[ListedRun]:
-        """Return the runs of this machine that outlive the process that started them: those of sweeps with a name."""
+        """Return the runs of this machine that outlive the process that started them: detached, or of named sweeps."""
         return await FILES.run(run_folder.list_runs)
 
     async def is_abandoned(self, ref: JobRef) -> bool:
