@@ -109,6 +109,7 @@ PARAMETERS = [
     ),
     case("parameters-extra-and-declared", declared="a: float", given={"b": 1, "a": 2}),
     case("parameters-extra-name", "extra-names-logged", "extra-names-quoted", command="echo hello", given={"a b": 1}),
+    case("parameters-extra-name-refused", "no-run-left", command="echo hello", given={"z[0]": 1}),
 ]
 
 COMMANDS = [

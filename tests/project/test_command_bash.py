@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlfleet._project.command import render
-from mlfleet._project.parameters import resolve
+from mlfleet._project.parameters import ResolvedParameters, resolve
 from mlfleet._project.spec import EntryPoint, Parameter
 from mlfleet.errors import SpecError
 
@@ -50,7 +50,8 @@ def run_bash(commands: Sequence[str], folder: Path) -> list[list[str]]:
 
 def rendered(command: str, value: str, extra: dict[str, str] | None = None) -> str:
     entry_point = EntryPoint("main", command, {"x": Parameter("x")})
-    return render(entry_point, resolve(entry_point, {"x": value, **(extra or {})}))
+    # Not by `resolve`, which refuses some names: the command is safe whatever they are.
+    return render(entry_point, ResolvedParameters({"x": value, **(extra or {})}, {"x": value}, extra or {}))
 
 
 SPECIAL = "'\"\\$`!#~*?[]{}()<>|&;=%^,. \n\t-a1é"

@@ -36,6 +36,15 @@ def test_given_values_defaults_and_extra_ones() -> None:
     assert resolve(entry_point(), None).logged == {}
 
 
+@pytest.mark.parametrize("name", ["++x.y", "z[0]", "a=b", "a//b", "./a", "../a", "/a", "a/", ".", "x" * 251])
+def test_a_name_that_mlflow_refuses_is_found_before_there_is_a_run(name: str) -> None:
+    with pytest.raises(ParameterError, match="MLflow") as caught:
+        resolve(entry_point(), {name: "1"})
+    assert caught.value.names == (name,)
+    with pytest.raises(ParameterError, match="MLflow"):
+        resolve(entry_point(Parameter(name, default="1")), {})
+
+
 def test_all_missing_and_wrong_parameters_are_reported_together() -> None:
     point = entry_point(
         Parameter("alpha"), Parameter("beta"), Parameter("rate", "float"), Parameter("set", default="1")

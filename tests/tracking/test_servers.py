@@ -117,6 +117,22 @@ async def test_runs_that_fail_and_runs_that_are_cancelled(fleet: Fleet, tmp_path
     assert statuses == [RunStatus.FINISHED, RunStatus.KILLED]
 
 
+async def test_a_parameter_that_the_code_logs_with_another_text_is_the_reason(
+    mlflow_server: MlflowServer, tmp_path: Path
+) -> None:
+    code = shlex.quote("import mlflow; mlflow.log_param('lr', 1.0)")
+    command = f"{shlex.quote(mlflow_server.python)} -c {code} {{lr}}"
+    uri = write_project(tmp_path / "demo", command, parameters="lr: float")
+    async with Fleet(tracking=open_tracking(mlflow_server.url)) as fleet:
+        run = await fleet.submit(uri, parameters={"lr": 1}, env_manager="local")
+        outcome = await run.outcome()
+        tags = (await fleet.tracking.get_run(run.run_id)).tags
+    assert outcome.reason == (
+        "exit code 1: its code logs the parameter 'lr' with another text than it was given, as 1.0 for 1"
+    )
+    assert tags["mlfleet.reason"] == outcome.reason
+
+
 @pytest.fixture
 def killed_driver(server: MlflowServer, tmp_path: Path) -> Iterator[str]:
     """The project of a sweep of two points, ``lr``, whose driver was killed while both ran."""

@@ -68,7 +68,7 @@ class DryRun:
         )
         uri = await anyio.to_thread.run_sync(partial(_absolute, self.tracking_uri))
         tracking = open_tracking(uri)
-        backends[plan.backend].check_tracking(tracking.uri, plan.config)
+        backends[plan.backend].check_tracking(plan.tracking_uri(tracking.uri), plan.config)
         if self.request.env:
             plain, secret = await tracking.environ()
             check_reserved(self.request.env, {*plain, *secret}, tracking_uri=tracking.uri)

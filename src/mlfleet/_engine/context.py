@@ -241,7 +241,7 @@ class RunContext:
             on_progress=lambda line: self.events.publish(RunEvent(Stage.FETCHING, request.uri, detail=line)),
         )
         backend = self._backends[plan.backend]
-        backend.check_tracking(self.tracking.uri, plan.config)
+        backend.check_tracking(plan.tracking_uri(self.tracking.uri), plan.config)
         plain, secret = await self.tracking.environ()
         if request.env:
             # Reserving a part of this machine chooses the GPUs.

@@ -73,6 +73,15 @@ class Plan(ProjectPlan):
         """The name of the project by its MLproject file, or else that of its folder."""
         return self.spec.name or self.spec.folder.name
 
+    def tracking_uri(self, default: str) -> str:
+        """Return the tracking URI that the run gets: that of ``docker_env``, if it sets one.
+
+        Args:
+            default: The URI of the tracking that this process uses.
+        """
+        given = {} if self.docker is None else dict(self.docker.env.environment)
+        return given.get("MLFLOW_TRACKING_URI") or default
+
     def command(self, downloaded: Mapping[str, str]) -> str:
         """Return the command for bash.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -16,9 +17,11 @@ import anyio
 
 from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.grace import StopRequest
+from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.job import draft, prepare
 from mlfleet._engine.plan import Plan
 from mlfleet._engine.request import Output, SweepMember
+from mlfleet._text.lines import last_lines
 from mlfleet._text.masking import mask_values
 from mlfleet.backends.base import Backend, BackendRun, Job
 from mlfleet.errors import MlfleetError, RunLost, RunTimeout, TrackingError, UsageError
@@ -34,6 +37,9 @@ logger = logging.getLogger("mlfleet.runs")
 
 _NOTABLE_WAIT = 1.0
 """Seconds between queue and start from which on the time of the start is worth a request."""
+
+_HINT_LINES = 100
+_CHANGED = re.compile(r"Changing param values is not allowed\.(?:.*?'?\bkey'?(?:=|: )'([^']{1,250})')?")
 
 _SECOND_RUN_TAG = "mlfleet.second_run"
 _UNBOUNDED = nullcontext()
@@ -231,6 +237,7 @@ class Supervisor(ABC):
         if self.info is not None:
             await self._log_output()
             await self._log_start()
+            outcome = await self._with_hint(outcome)
             outcome = await self._write_status(self.info, outcome)
         self._set_outcome(outcome)
         self._publish(Stage.FINISHED, outcome.reason or "", outcome.status)
@@ -279,6 +286,19 @@ class Supervisor(ABC):
         self.stage = Stage.FINISHED
         for event in (self.created, self.started, self.done):
             event.set()
+
+    async def _with_hint(self, outcome: Outcome) -> Outcome:
+        """Add to the reason of a failure what the run's output says about parameters, which only mlfleet explains."""
+        if outcome.status is not RunStatus.FAILED or not outcome.exit_code or self.output_path is None:
+            return outcome
+        # MLflow's message goes on for 30 lines after the one that is looked for.
+        lines = await FILES.run(partial(last_lines, self.output_path, _HINT_LINES))
+        found = next((match for line in reversed(lines) if (match := _CHANGED.search(line))), None)
+        if found is None:
+            return outcome
+        name = f" {found[1]!r}" if found[1] else ""
+        hint = f"its code logs the parameter{name} with another text than it was given, as 1.0 for 1"
+        return replace(outcome, reason=f"{outcome.reason}: {hint}")
 
     async def _log_output(self) -> None:
         if not self.description.log_output or self.handle is None or self.info is None:

@@ -6,6 +6,7 @@ import difflib
 import functools
 import logging
 import os
+import posixpath
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,10 @@ __all__ = ["Download", "ResolvedParameters", "resolve"]
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _log = logging.getLogger("mlfleet.project")
 _NO_TEXT = re.compile("[\x00\ud800-\udfff]")
+
+# What MLflow takes as the name of a parameter (mlflow/utils/validation.py, _validate_param_name).
+_NAME = re.compile(r"[/\w.\- :]+")
+_LONGEST_NAME = 250
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +113,9 @@ def resolve(
         if text is None:
             missing.append(parameter.name)
             continue
+        if (refusal := _refusal(parameter.name)) is not None:
+            faults[parameter.name] = refusal
+            continue
         logged[parameter.name] = text
         if parameter.name not in texts and _is_in_project(parameter, project_dir):
             # As it is: the command runs in the project's folder, or in a copy of it.
@@ -136,6 +144,8 @@ def _texts(given: Mapping[str, object], faults: dict[str, str]) -> dict[str, str
         name = str(key)
         if not name or _NO_TEXT.search(name):
             faults[name] = "this cannot be the name of a parameter"
+        elif (refusal := _refusal(name)) is not None:
+            faults[name] = refusal
         elif not isinstance(value, str | Number | PurePath):
             kind = "nothing" if value is None else type(value).__name__
             faults[name] = f"a string, a number, a boolean or a path was expected, got {kind}"
@@ -144,6 +154,17 @@ def _texts(given: Mapping[str, object], faults: dict[str, str]) -> dict[str, str
             if _NO_TEXT.search(texts[name]):
                 faults[name] = "the value holds a NUL character or half a character, which no command can"
     return texts
+
+
+def _refusal(name: str) -> str | None:
+    """Return why MLflow would not log a parameter of that name; None if it does."""
+    if not _NAME.fullmatch(name):
+        return "MLflow takes letters, digits, spaces and _ - . : / in the names of parameters, and nothing else"
+    if posixpath.normpath(name) != name or name.startswith(("/", "..")) or name == ".":
+        return "MLflow does not take names of parameters that are paths written in another way than the shortest"
+    if len(name) > _LONGEST_NAME:
+        return f"the name is {len(name)} characters long, and MLflow takes {_LONGEST_NAME}"
+    return None
 
 
 def _checked(parameter: Parameter, text: str) -> str:

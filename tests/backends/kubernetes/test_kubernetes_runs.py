@@ -14,8 +14,10 @@ import pytest
 from aiohttp import web
 
 from components.fake_kubernetes import FakeCluster
+from components.projects import write_project
 from fakes.kubernetes import ApiFailure
 from fakes.kubernetes_node import Acting
+from mlfleet import Fleet
 from mlfleet.backends.kubernetes import KubernetesBackend
 from mlfleet.backends.kubernetes.client import KubernetesClient
 from mlfleet.backends.kubernetes.manifest import Code, job_manifest
@@ -24,6 +26,7 @@ from mlfleet.backends.kubernetes.state import read_job
 from mlfleet.backends.kubernetes.watch import NamespaceWatch
 from mlfleet.errors import BackendError, RunLost, SubmitError, UsageError
 from mlfleet.runs import FailureKind, JobRef, RunStatus
+from mlfleet.testing import FakeTracking
 
 FOREVER = Acting(seconds=600, output=(b"begun\n",))
 
@@ -247,6 +250,25 @@ async def test_tracking_on_this_machine_is_refused(fake_cluster: FakeCluster, ur
         job = fake_cluster.api.objects[key(run)]
         environ = {each["name"]: each["value"] for each in job["spec"]["template"]["spec"]["containers"][0]["env"]}
         assert environ["MLFLOW_TRACKING_URI"] == "http://mlflow.tracking:5000"
+
+
+async def test_tracking_in_the_project_or_the_template_is_checked_before_there_is_a_run(
+    fake_cluster: FakeCluster, tmp_path: Path
+) -> None:
+    tracking = FakeTracking(uri="http://mlflow:5000")
+    image = "docker_env:\n  image: python:3.12\n"
+    local = 'environment: [["MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"]]\n'
+    own = write_project(tmp_path / "own", "true", extra=f"{image}  {local}")
+    uri = write_project(tmp_path / "demo", "true", extra=image)
+    container = {"name": "main", "env": [{"name": "MLFLOW_TRACKING_URI", "value": "http://other:5000"}]}
+    template = {"spec": {"template": {"spec": {"containers": [container]}}}}
+    config = {"code-delivery": "none"}
+    async with Fleet(tracking=tracking) as fleet:
+        with pytest.raises(UsageError, match="where no pod reaches it"):
+            await fleet.submit(own, backend="kubernetes", backend_config=config)
+        with pytest.raises(UsageError, match="template sets MLFLOW_TRACKING_URI, which the run sets too"):
+            await fleet.submit(uri, backend="kubernetes", backend_config={**config, "job-template": template})
+    assert tracking.runs == {}
 
 
 async def test_lost_response_to_a_create_request_makes_no_second_job(fake_cluster: FakeCluster) -> None:
