@@ -116,7 +116,7 @@ def _masked(value: Any) -> Any:
 
 
 def show(found: Mapping[str, Any]) -> None:
-    """Print the description of a run."""
+    """Print the description of a run. A backend's request stays a document of its own: the rest is comments in it."""
     environment = found["environment"]
     rows = {
         "project": found["project"] + (f" at {found['commit'][:12]}" if found["commit"] else ""),
@@ -138,9 +138,10 @@ def show(found: Mapping[str, Any]) -> None:
         rows["environment"] += f" of {environment['source']}"
     if environment["built"] is not None:
         rows["environment"] += ", built already" if environment["built"] else ", to be built"
+    mark = "" if found["request"] is None else "# "
     for name, text in rows.items():
         if text:
-            print_line(f"{name:<12} " + text.replace("\n", f"\n{'':<13}"))
+            print_line(f"{mark}{name:<12} " + text.replace("\n", f"\n{mark}{'':<13}"))
     if found["request"] is not None:
         print_line(f"\n{found['request']}")
 

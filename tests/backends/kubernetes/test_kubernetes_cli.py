@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import anyio
+import pytest
 import yaml
 from click.testing import CliRunner
 
@@ -71,28 +72,38 @@ async def test_variables_of_the_caller_are_in_the_secret_of_the_run(fake_cluster
     assert "hush-hush" not in repr([job, tracking.runs[run.run_id]])
 
 
-def test_dry_run_prints_the_manifest(tmp_path: Path) -> None:
+@pytest.mark.parametrize("login", ["variables", "file"])
+def test_dry_run_prints_manifests_with_the_masked_login(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, login: str
+) -> None:
     folder = project(tmp_path)
     (tmp_path / "kubeconfig").write_text(
         '{"clusters": [], "users": [], "current-context": "c",'
         ' "contexts": [{"name": "c", "context": {"cluster": "c", "namespace": "team"}}]}'
     )
-    environ = {
-        "KUBECONFIG": str(tmp_path / "kubeconfig"),
-        "MLFLOW_TRACKING_URI": "http://mlflow.example:5000",
-        "MLFLOW_TRACKING_USERNAME": "me",
-        "MLFLOW_TRACKING_PASSWORD": "hush-hush",
-    }
+    environ = {"KUBECONFIG": str(tmp_path / "kubeconfig"), "MLFLOW_TRACKING_URI": "http://mlflow.example:5000"}
+    if login == "variables":
+        environ |= {"MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_PASSWORD": "hush-hush"}
+    else:
+        environ |= {"HOME": str(tmp_path)}
+        (tmp_path / ".mlflow").mkdir()
+        (tmp_path / ".mlflow" / "credentials").write_text(
+            "[mlflow]\nmlflow_tracking_username = me\nmlflow_tracking_password = hush-hush\n"
+        )
     arguments = ["run", str(folder), "-P", "alpha=0.5", "-b", "kubernetes", "--dry-run"]
     config = ["-c", '{"code-delivery": "configmap"}']
     done = CliRunner().invoke(cli, [*arguments, *config], env=environ, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert "hush-hush" not in done.output
-    text = done.output[done.output.index("apiVersion:") :]
-    job = next(yaml.safe_load_all("\n".join(line.removeprefix(" " * 13) for line in text.splitlines())))
+    assert "# project      demo" in done.stdout
+    job, secret = yaml.safe_load_all(done.stdout)
     assert job["kind"] == "Job"
-    assert job["metadata"]["namespace"] == "team"
-    assert "python train.py 0.5" in job["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert job["metadata"]["namespace"] == secret["metadata"]["namespace"] == "team"
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert "python train.py 0.5" in container["command"]
+    assert {"name": "MLFLOW_TRACKING_USERNAME", "value": "me"} in container["env"]
+    assert container["envFrom"] == [{"secretRef": {"name": secret["metadata"]["name"]}}]
+    assert secret["stringData"] == {"MLFLOW_TRACKING_PASSWORD": "***"}
 
 
 async def test_sweep_jobs_are_found_by_their_label(fake_cluster: FakeCluster, tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ class KubernetesBackend(Backend[KubernetesConfig]):
         manifest = job_manifest(job, config, code, plain, secrets=tuple(secret), submission="(of the run)")
         documents = [manifest]
         if secret:
-            documents.append(secret_manifest(job, dict.fromkeys(secret, MASK), None))
+            documents.append(secret_manifest(job, config, dict.fromkeys(secret, MASK), None))
         return yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True, width=120)
 
     async def submit(self, job: Job) -> KubernetesRun:
@@ -266,7 +266,7 @@ class KubernetesBackend(Backend[KubernetesConfig]):
             if secret:
                 # After the Job, which owns it, so that nothing is left if this process dies in between: the kubelet
                 # waits until the Secret exists.
-                await create_secret(shared.client, config.namespace, secret_manifest(job, secret, made[0]))
+                await create_secret(shared.client, config.namespace, secret_manifest(job, config, secret, made[0]))
 
         try:
             # Without the answer it would be unknown whether the Job exists.

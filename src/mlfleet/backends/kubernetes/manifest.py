@@ -112,15 +112,19 @@ def job_manifest(
     return draft.manifest
 
 
-def secret_manifest(job: Job, values: Mapping[str, str], owner: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the manifest of the Secret of a run, which is deleted with its Job.
+def secret_manifest(
+    job: Job, config: KubernetesConfig, values: Mapping[str, str], owner: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return the manifest of the Secret of a run, which is deleted with its Job at the latest.
 
     Args:
         job: The job of the run.
+        config: The configuration of the backend.
         values: The secret variables.
         owner: The Job as the API server has it; None: it does not exist yet.
     """
-    metadata: dict[str, Any] = {"name": job_name(job.project_name, job.run_id), "labels": labels_of(job)}
+    name = job_name(job.project_name, job.run_id)
+    metadata: dict[str, Any] = {"name": name, "namespace": config.namespace, "labels": labels_of(job)}
     if owner is not None:
         meta = owner["metadata"]
         reference = {"apiVersion": "batch/v1", "kind": "Job", "name": meta["name"], "uid": meta["uid"]}
