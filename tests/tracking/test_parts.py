@@ -181,6 +181,7 @@ async def test_the_fake_records_calls_and_fails_on_demand(tmp_path: Path) -> Non
         ("x" * 496 + "correct-horse", "x" * 496 + "***"),
         ("y" * 2000, "y" * 499 + "…"),
         ("exit code 1", "exit code 1"),
+        ("the folder /na\udcffme \N{GRINNING FACE}", "the folder /na?me \N{GRINNING FACE}"),
     ],
 )
 def test_the_reason_of_a_failure_becomes_a_short_clean_line_without_secrets(reason: str, told: str) -> None:

@@ -154,6 +154,8 @@ def clean_reason(text: str, secrets: Iterable[str] = ()) -> str:
     """
     # Masked before anything is cut or removed, which would leave parts of a secret.
     line = " ".join(plain_text(mask_values(text, secrets)).split())
+    # Names of files that are no UTF-8 have surrogates in Python, which no store takes.
+    line = line.encode("utf-8", "replace").decode()
     return line if len(line) <= _LONGEST_REASON else f"{line[: _LONGEST_REASON - 1]}…"
 
 
