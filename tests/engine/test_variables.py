@@ -56,6 +56,22 @@ async def test_a_given_variable_counts_more_than_the_callers(
     assert [line async for line in run.logs()] == ["given, of the caller"]
 
 
+async def test_a_durable_run_gets_variables_of_any_name(fleet: Fleet, tmp_path: Path) -> None:
+    uri = write_project(tmp_path / "demo", "echo {n} $record $code > ../got", parameters="n: string")
+    env = {"record": "of the caller", "code": "as well"}
+    async with fleet.sweep(uri, grid(n=[1]), name="lr", env=env, env_manager="local") as sweep:
+        assert (await sweep.result()).status is RunStatus.FINISHED
+    assert (tmp_path / "got").read_text() == "1 of the caller as well\n"
+
+
+async def test_more_variables_than_the_system_takes_are_the_reason_of_the_failure(fleet: Fleet, tmp_path: Path) -> None:
+    env = {f"LARGE_{n}": "x" * 130_000 for n in range(60)}
+    run = await fleet.submit(write_project(tmp_path / "demo", "true"), env=env, env_manager="local")
+    reason = (await run.outcome()).reason or ""
+    assert reason.endswith("the command with its environment variables is longer than the system allows")
+    assert "Install" not in reason
+
+
 async def test_the_value_of_a_variable_shows_nowhere(
     tracking: FakeTracking, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

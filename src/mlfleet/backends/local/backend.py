@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import os
 import shutil
@@ -351,7 +352,8 @@ def _refusal(job: Job, error: OSError | ValueError) -> str:
     if isinstance(error, OSError):
         if error.filename == str(job.project_dir):
             return f"the folder of the project, {job.project_dir}, cannot be entered: {error.strerror}"
-        if error.filename is not None and os.path.basename(error.filename) == "bash":  # noqa: PTH119
+        missing = error.errno in (errno.ENOENT, errno.EACCES) and error.filename is not None
+        if missing and os.path.basename(error.filename) == "bash":  # noqa: PTH119
             return f"bash cannot be run: {error.strerror}. Install it, or set PATH so that it is found"
         return f"the command cannot be started: {error.strerror}"
     for variables in (job.environ, job.secrets):

@@ -43,18 +43,19 @@ __all__ = [
 
 # $0 is the folder of the run, $1 the command. The trap lets the shell outlive a signal to the whole group, and the
 # command inherits no trap. The shell's own messages ("Terminated") do not go into the command's output. All of it is
-# built into the shell, so that it costs one process. The record is for `ProcessRecord`.
+# built into the shell, so that it costs one process. The record is for `ProcessRecord`. A variable of the environment
+# stays exported when the shell assigns to it: the names are those that nobody else uses.
 _SCRIPT = """\
-{ read -r record < /proc/$$/stat; } 2> /dev/null || record="$$ $PPID"
+{ read -r __mlfleet_record < /proc/$$/stat; } 2> /dev/null || __mlfleet_record="$$ $PPID"
 set -C
 exec 3>&2 2> /dev/null
-echo "$record" > "$0/process" || exit 125
+echo "$__mlfleet_record" > "$0/process" || exit 125
 set +C
 trap : HUP INT QUIT TERM
 (exec bash -c "$1" 2>&3 3>&-)
-code=$?
-echo "$code" > "$0/exit-code"
-exit "$code"
+__mlfleet_code=$?
+echo "$__mlfleet_code" > "$0/exit-code"
+exit "$__mlfleet_code"
 """
 _LOST = "lost"
 _WRITE_TIMEOUT = 2.0  # seconds that a shell gets between creating its file and writing it
