@@ -75,15 +75,33 @@ class _Event:
 
 @dataclass
 class Log:
-    """The output of one container: pairs of timestamp and line, including the line end."""
+    """The output of one instance of a container: pairs of timestamp and line, including the line end.
 
+    The kubelet rotates it: a new file begins when the current one has `max_bytes` (containerLogMaxSize), and requests
+    see the current file only. A follower reads its file to the end before it opens the current one.
+    """
+
+    max_bytes: int | None = None
     lines: list[tuple[str, bytes]] = field(default_factory=list)
     ended: bool = False
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    starts: list[int] = field(default_factory=lambda: [0])  # the number of the first line of each file
+    size: int = 0
 
     def add(self, line: bytes) -> None:
         self.lines.append((stamp(), line))
+        self.size += len(line)
+        if self.max_bytes is not None and self.size >= self.max_bytes:
+            self.rotate()
         self.wake()
+
+    def rotate(self) -> None:
+        self.starts.append(len(self.lines))
+        self.size = 0
+
+    def end_of_file(self, start: int) -> int | None:
+        """Return the number of the first line after the file that begins with the line `start`; None: it grows."""
+        return next((each for each in self.starts if each > start), None)
 
     def end(self) -> None:
         self.ended = True
@@ -103,6 +121,7 @@ class KubernetesApi:
         self.objects: dict[Key, dict[str, Any]] = {}
         self.history: list[_Event] = []
         self.logs: dict[tuple[str, str, str], Log] = {}
+        self.previous_logs: dict[tuple[str, str, str], Log] = {}  # of the instance before the current one
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.bodies: list[Any] = []
         self.faults: list[Fault] = []
@@ -448,21 +467,32 @@ class KubernetesApi:
         query, namespace, name = request.query, request.match_info["namespace"], request.match_info["name"]
         pod = self._found(("pods", namespace, name))
         container = query.get("container") or pod["spec"]["containers"][0]["name"]
-        log = self.logs.get((namespace, name, container))
+        previous = query.get("previous") == "true"
+        log = (self.previous_logs if previous else self.logs).get((namespace, name, container))
+        if log is None and previous:
+            raise ApiFailure(
+                400, "BadRequest", f'previous terminated container "{container}" in pod "{name}" not found'
+            )
         if log is None:
             text = f'container "{container}" in pod "{name}" is waiting to start: ContainerCreating'
             raise ApiFailure(400, "BadRequest", text)
         response = web.StreamResponse(headers={"Content-Type": "text/plain"})
         since = query.get("sinceTime", "")[:19]
-        at = next((n for n, (time, _) in enumerate(log.lines) if time[:19] >= since), len(log.lines))
+        file = log.starts[-1]
+        at = next((n for n in range(file, len(log.lines)) if log.lines[n][0][:19] >= since), len(log.lines))
         with self._streaming(request):
             await response.prepare(request)
             while True:
                 changed = log.changed
-                while at < len(log.lines):
+                end = log.end_of_file(file)
+                while at < (len(log.lines) if end is None else end):
                     time, line = log.lines[at]
                     at += 1
                     await response.write(f"{time} ".encode() + line if query.get("timestamps") == "true" else line)
+                    end = log.end_of_file(file)
+                if end is not None and query.get("follow") == "true":
+                    file = at = log.starts[-1]
+                    continue
                 if log.ended or query.get("follow") != "true":
                     return response
                 await changed.wait()

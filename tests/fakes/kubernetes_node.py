@@ -262,6 +262,7 @@ class Cluster:
         self.ttl = True
         self.answers = True
         self.injected: list[dict[str, Any]] = []
+        self.log_bytes: int | None = None  # the size at which the kubelet rotates logs (containerLogMaxSize)
         self._tasks: set[asyncio.Task[None]] = set()
         self._containers: dict[str, list[Container]] = {}
         self._ending: dict[str, float] = {}
@@ -302,7 +303,9 @@ class Cluster:
                 self.start(self._set_status(key, {"conditions": [condition]}))
             elif kind == "MODIFIED" and not suspended and "startTime" not in value["status"]:
                 self.start(self._run_job(key, meta["uid"]))
-        elif key[0] == "pods" and kind == "MODIFIED" and "deletionTimestamp" in meta:
+        elif key[0] == "pods" and kind == "MODIFIED" and "deletionTimestamp" not in meta:
+            self._count_restarts(key, value)
+        elif key[0] == "pods" and kind == "MODIFIED":
             seconds = float(meta["deletionGracePeriodSeconds"])
             if self.answers and seconds < self._ending.get(meta["uid"], 1e9):
                 self._ending[meta["uid"]] = seconds
@@ -331,12 +334,48 @@ class Cluster:
             job = self.api.objects.get(key)
             if ended is None or job is None or "deletionTimestamp" in job["metadata"]:
                 return
+            if _is_ending(job):
+                return
             failed += not ended
             self.api.change(key, lambda job, failed=failed: job["status"].update(active=0, failed=failed))  # type: ignore[misc]
             if ended or failed > job["spec"]["backoffLimit"]:
                 await self._finish(key, good=ended)
                 return
             await asyncio.sleep(self.retry_after)
+
+    def _count_restarts(self, pod_key: Key, pod: Mapping[str, Any]) -> None:
+        """Fail a Job whose containers were restarted as often as its backoffLimit says, while they still run.
+
+        https://github.com/kubernetes/kubernetes/blob/master/pkg/controller/job/job_controller.go
+        has it as pastBackoffLimitOnFailure.
+        """
+        owner: Mapping[str, Any] = next(iter(pod["metadata"].get("ownerReferences") or ()), {})
+        key = ("jobs", pod_key[1], owner.get("name", ""))
+        job = self.api.objects.get(key)
+        if job is None or pod["spec"].get("restartPolicy") != "OnFailure" or _is_ending(job):
+            return
+        restarts = sum(
+            each["restartCount"]
+            for field in ("initContainerStatuses", "containerStatuses")
+            for each in pod["status"].get(field) or ()
+        )
+        if restarts > 0 and restarts >= job["spec"]["backoffLimit"]:
+            self.start(self._fail_restarted(key, pod_key))
+
+    async def _fail_restarted(self, key: Key, pod: Key) -> None:
+        await self._step()
+        reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
+        interim = {"type": "FailureTarget", "status": "True", "reason": reason, "message": message}
+        job = self.api.objects.get(key)
+        if job is None or _is_ending(job):
+            return
+        await self._set_status(key, {"conditions": [interim]})
+        if pod in self.api.objects:
+            self.api.delete_pod(pod, None)
+        while pod in self.api.objects:  # noqa: ASYNC110 - a fake of a controller that looks again and again
+            await asyncio.sleep(0.01)
+        final = {**interim, "type": "Failed"}
+        await self._set_status(key, {"conditions": [interim, final], "failed": 1, "active": 0})
 
     async def _finish(self, key: Key, *, good: bool) -> None:
         """Finish a Job in two phases, as Kubernetes does since 1.31."""
@@ -399,9 +438,12 @@ class Cluster:
         self, key: Key, pod: dict[str, Any], kind: str, container: dict[str, Any], states: dict[str, dict[str, Any]]
     ) -> bool:
         uid, name = pod["metadata"]["uid"], container["name"]
+        restarts = 0
+        last: dict[str, Any] = {}
 
         async def show(state: dict[str, Any], phase: str) -> None:
-            states[name] = {"name": name, "state": state, "ready": "running" in state, "restartCount": 0}
+            shown = {"name": name, "state": state, "ready": "running" in state, "restartCount": restarts}
+            states[name] = {**shown, "lastState": last}
             field = "initContainerStatuses" if kind == "initContainers" else "containerStatuses"
             names = [each["name"] for each in pod["spec"].get(kind) or ()]
             if any(
@@ -419,19 +461,31 @@ class Cluster:
             if self._is_deleted(key):
                 return False
         await self._step()
-        if self._is_deleted(key):
-            return False
-        log = self.api.logs[(key[1], key[2], name)] = Log()
-        running = await self.runtime.start(pod, container, log)
-        self._containers.setdefault(uid, []).append(running)
-        if uid in self._ending:
-            running.terminate()
-        await show({"running": {"startedAt": now()}}, "Running" if kind == "containers" else "Pending")
-        ended = await running.wait()
-        await show(ended.state(), "Running" if kind == "containers" else "Pending")
-        await self._step()
-        log.end()
-        return ended.code == 0
+        phase = "Running" if kind == "containers" else "Pending"
+        while True:
+            if self._is_deleted(key):
+                return False
+            log_key = (key[1], key[2], name)
+            if restarts:
+                self.api.previous_logs[log_key] = self.api.logs[log_key]
+            log = self.api.logs[log_key] = Log(self.log_bytes)
+            running = await self.runtime.start(pod, container, log)
+            self._containers.setdefault(uid, []).append(running)
+            if uid in self._ending:
+                running.terminate()
+            await show({"running": {"startedAt": now()}}, phase)
+            ended = await running.wait()
+            await show(ended.state(), phase)
+            await self._step()
+            log.end()
+            if ended.code == 0 or pod["spec"].get("restartPolicy") != "OnFailure" or self._is_deleted(key):
+                return ended.code == 0
+            last = ended.state()
+            if restarts:  # the kubelet restarts at once the first time, and then after a back-off
+                message = f"back-off restarting failed container={name}"
+                await show({"waiting": {"reason": "CrashLoopBackOff", "message": message}}, phase)
+                await asyncio.sleep(self.retry_after)
+            restarts += 1
 
     def _is_deleted(self, key: Key) -> bool:
         found = self.api.objects.get(key)
@@ -470,6 +524,10 @@ class Cluster:
             "spec": {**template["spec"], "containers": [*template["spec"]["containers"], *self.injected]},
             "status": {"phase": "Pending"},
         }
+
+
+def _is_ending(job: Mapping[str, Any]) -> bool:
+    return any(each["type"] != "Suspended" for each in job["status"].get("conditions") or ())
 
 
 def scratch() -> Path:

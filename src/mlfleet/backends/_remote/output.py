@@ -11,7 +11,7 @@ from mlfleet._concurrency.threads import FILES
 from mlfleet._text.lines import write_all
 from mlfleet.errors import SubmitError
 
-__all__ = ["STDERR", "STDOUT", "OutputFile", "write_output"]
+__all__ = ["STDERR", "STDOUT", "KeptOutput", "OutputFile", "remark_line", "write_output"]
 
 STDOUT, STDERR = 1, 2
 
@@ -21,7 +21,7 @@ _log = logging.getLogger("mlfleet.output")
 class OutputFile:
     """The file that a run's output is copied to, or the output of this process in its place.
 
-    It stays open for a live stream; see `write_output` for output that arrives now and then. An output that cannot be
+    It stays open for a live stream; see `KeptOutput` for output that arrives now and then. An output that cannot be
     written (a full disk) costs lines and not the run: the rest is dropped with a warning.
 
     Args:
@@ -70,15 +70,91 @@ class OutputFile:
                 self._file, self._lost = None, True
 
 
-def write_output(path: Path | None, data: bytes, *, backend: str, begin: bool = False, at: int | None = None) -> None:
+class KeptOutput:
+    """The file that a run's output is copied to, part by part, without losing what an earlier process has copied.
+
+    Every part is written at its position, so that processes that copy the same output write the same file. Bytes that
+    the file holds already are compared and not written again. Where they differ, the rest goes behind all that the
+    file holds, after a line that says so. Nothing is held open between two calls.
+
+    Args:
+        path: The file; None: the stdout of this process.
+        backend: The name of the backend, for errors.
+
+    Attributes:
+        position: The number of bytes of output that have been written, here or by an earlier process.
+        ends_line: True if the next byte begins a line.
+    """
+
+    def __init__(self, path: Path | None, *, backend: str) -> None:
+        self._path = path
+        self._backend = backend
+        self._begun = False
+        self._held = 0  # the bytes of the file when it was opened
+        self.position = 0
+        self.ends_line = True
+
+    def seek(self, position: int) -> None:
+        """Continue a copy at the position that it had reached. Blocking."""
+        assert self._path is not None  # noqa: S101 - only a file can be continued
+        with self._path.open("rb") as file:
+            self._held = os.fstat(file.fileno()).st_size
+            self.position = min(position, self._held)
+            self.ends_line = _ends_line(file.fileno(), self.position)
+        self._begun = True
+
+    def write(self, data: bytes) -> None:
+        """Write the next part. Blocking.
+
+        Raises:
+            SubmitError: The file cannot be made.
+            OSError: The data cannot be written; the position is still before it.
+        """
+        if self._path is None:
+            write_all(STDOUT, data)
+            self._advance(data)
+            return
+        file = _open_file(self._path, self._backend, append=False)
+        try:
+            if not self._begun:
+                self._begun, self._held = True, os.fstat(file).st_size
+            data = self._without_held(file, data)
+            write_all(file, data, self.position)
+            self._advance(data)
+        finally:
+            os.close(file)
+
+    def _advance(self, data: bytes) -> None:
+        self.position += len(data)
+        if data:
+            self.ends_line = data.endswith(b"\n")
+
+    def _without_held(self, file: int, data: bytes) -> bytes:
+        size = min(self._held - self.position, len(data))
+        if size <= 0:
+            return data
+        there = os.pread(file, size, self.position)
+        if data.startswith(there) and len(there) == size:
+            self._advance(there)
+            return data[size:]
+        self.position, self._held = self._held, 0
+        line = remark_line("lines may be missing or repeated here: the copy above was made by another process")
+        return (b"" if _ends_line(file, self.position) else b"\n") + line + data
+
+
+def remark_line(text: str) -> bytes:
+    """Return a line of mlfleet's own for the output of a run."""
+    return f"mlfleet: {text}\n".encode()
+
+
+def write_output(path: Path | None, data: bytes, *, backend: str, at: int) -> None:
     """Open a file for output, write `data` and close it. Blocking.
 
     Args:
         path: The file; None: the stdout of this process.
         data: The bytes to write.
         backend: The name of the backend, for errors.
-        begin: True to drop what the file holds.
-        at: The position in the file, so that two processes may copy the same output; None: its end.
+        at: The position in the file, so that two processes may copy the same output.
 
     Raises:
         SubmitError: The file cannot be made.
@@ -87,22 +163,26 @@ def write_output(path: Path | None, data: bytes, *, backend: str, begin: bool = 
     if path is None:
         write_all(STDOUT, data)
         return
-    file = _open_file(path, backend, begin=begin, append=at is None)
+    file = _open_file(path, backend, append=False)
     try:
         write_all(file, data, at)
     finally:
         os.close(file)
 
 
-def _open_file(path: Path, backend: str, *, begin: bool, append: bool = True) -> int:
+def _open_file(path: Path, backend: str, *, begin: bool = False, append: bool = True) -> int:
     # With O_APPEND, pwrite(2) ignores its position on Linux.
     how = (os.O_TRUNC if begin else 0) | (os.O_APPEND if append else 0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return os.open(path, os.O_WRONLY | os.O_CREAT | how | os.O_CLOEXEC, 0o600)
+        return os.open(path, os.O_RDWR | os.O_CREAT | how | os.O_CLOEXEC, 0o600)
     except OSError as error:
         text = f"the output of the run cannot be written to {path}: {error.strerror}"
         raise SubmitError(text, backend=backend) from error
+
+
+def _ends_line(file: int, position: int) -> bool:
+    return position == 0 or os.pread(file, 1, position - 1) == b"\n"
 
 
 async def _close(file: int) -> None:

@@ -138,8 +138,13 @@ class SupervisedRun(AwaitedRun, ABC):
         """Yield the lines of the output; none if it goes to the output of this process."""
         if self._output is None:
             return
+        if not follow:
+            await self._catch_up()
         async for line in follow_file(self._output, self._done.wait if follow else None):
             yield line
+
+    async def _catch_up(self) -> None:
+        """Wait until the output that an earlier process has not copied yet is in the file, up to now."""
 
     # ---- its task ---------------------------------------------------------------------------------------------------
 

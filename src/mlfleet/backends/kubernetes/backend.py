@@ -195,7 +195,7 @@ class KubernetesBackend(Backend[KubernetesConfig]):
     async def attach(self, ref: JobRef) -> KubernetesRun:
         """Return the handle of a Job that an earlier process submitted.
 
-        Its output is copied from the beginning; to a file of its own if that process still lives.
+        The copy of its output goes on where that process has left it.
 
         Raises:
             RunLost: The Job does not exist any more.
@@ -344,11 +344,8 @@ def _me() -> str:
 
 
 def _output(ref: JobRef) -> Path:
-    """Return the file that the first process wrote to if that is gone, else a file of our own."""
-    path = run_folder(ref.run_id) / "output.log"
-    if _owner(ref) is None or _owner_is_gone(ref):
-        return path
-    return path.with_name(f"{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}")
+    """Return the file that the first process writes to: if it still lives, both write the same there."""
+    return run_folder(ref.run_id) / "output.log"
 
 
 def _owner(ref: JobRef) -> int | None:

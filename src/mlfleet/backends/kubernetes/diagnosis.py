@@ -119,7 +119,11 @@ def exit_code(snapshot: Snapshot) -> int | None:
     pod = snapshot.last_pod
     if pod is None or not (pod.main.started or pod.main.exit_code is not None):
         return None
-    return pod.main.exit_code
+    main = pod.main
+    if _given_up(snapshot, pod) and pod.cut and main.terminated and main.previous_code is not None:
+        # The attempt that was deleted says nothing.
+        return main.previous_code
+    return main.exit_code
 
 
 def _without_condition(snapshot: Snapshot, code: int | None) -> Outcome:
@@ -146,7 +150,9 @@ def _reason(snapshot: Snapshot, reason: str, message: str) -> str:
     why = "" if pod is None else _pod_reason(pod, code, deleted=_deleted_outside(snapshot, pod))
     match reason:
         case "BackoffLimitExceeded":
-            tried = f" (attempt {job.attempts} of {job.retries + 1})" if job is not None and job.retries else ""
+            # With restartPolicy OnFailure an attempt is a container of the same pod.
+            attempts = sum(pod.main.restarts for pod in snapshot.pods) + (job.attempts if job is not None else 0)
+            tried = f" (attempt {attempts} of {job.retries + 1})" if job is not None and job.retries else ""
             return f"{why or 'its pods failed'}{tried}"
         case "DeadlineExceeded":
             return "the Job's activeDeadlineSeconds ran out (DeadlineExceeded)"
@@ -176,10 +182,14 @@ def _cause(snapshot: Snapshot, reason: str) -> FailureKind | None:
 
 def _deleted_outside(snapshot: Snapshot, pod: PodState) -> bool:
     """Return True if a pod was deleted while its command ran, and not by the Job's controller."""
+    return pod.cut and not _given_up(snapshot, pod)
+
+
+def _given_up(snapshot: Snapshot, pod: PodState) -> bool:
+    """Return True if the Job's controller deletes a pod because its container was restarted too often."""
     # pkg/controller/job/job_controller.go of Kubernetes, pastBackoffLimitOnFailure
     job = snapshot.job
-    given_up = job is not None and pod.restart_policy == "OnFailure" and 0 < pod.main.restarts >= job.retries
-    return pod.cut and not given_up
+    return job is not None and pod.restart_policy == "OnFailure" and 0 < pod.main.restarts >= job.retries
 
 
 def _pod_reason(pod: PodState, code: int | None, *, deleted: bool) -> str:

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import logging
+import os
 import re
 import resource
+from collections.abc import Collection
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import anyio
 
 from mlfleet._concurrency.threads import FILES
-from mlfleet.backends._remote.output import write_output
+from mlfleet.backends._remote.output import KeptOutput, remark_line
+from mlfleet.backends._remote.state_cache import CachedState
 from mlfleet.backends.kubernetes.client import ApiError, KubernetesClient, Pool, reconnect_pause
+from mlfleet.backends.kubernetes.state import ContainerState, PodState, Snapshot
 from mlfleet.errors import SubmitError
 
-__all__ = ["Copier", "End", "LogSlots", "LogStream"]
+__all__ = ["ContainerLife", "Copier", "End", "LogSlots", "LogStream", "Mark", "next_log"]
 
 _log = logging.getLogger("mlfleet.kubernetes")
 _SILENCE = 60.0  # seconds without a byte of the log of a container that has ended
 _GATHER = 0.01  # seconds in which more of a trickle is let come, so that it costs fewer turns
 _SMALL = 16 * 1024
 _LOOK = 2.0  # seconds between two looks for a free slot
-_TRIES = 10  # without any output, of a container that has ended
+_PATIENCE = 90.0  # seconds for which the server may be away when a container has ended
 # RFC 3339 with nanoseconds, in the time zone of the node.
 _STAMP = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?(?:Z|[+-]\d\d:\d\d)) ")
 _LONGEST_STAMP = 37
@@ -39,23 +46,46 @@ _LONGEST_REMARK = 1000
 _BEGINNING = 48  # bytes of a line that tell what it is
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """The place that a copy has reached in the log of one instance of a container.
+
+    Attributes:
+        last: The timestamp of the last line.
+        taken: The number of complete lines with that timestamp.
+        partial: The bytes of a line that has not ended.
+    """
+
+    last: str = ""
+    taken: int = 0
+    partial: int = 0
+
+
 class LogStream:
     """Removes the timestamps of a log, and drops what an earlier connection has delivered already. Pure.
 
     The server starts again with the whole second of the last line (``sinceTime`` is not more precise). Lines before the
     last delivered line are dropped. Of several lines with the same timestamp as many are dropped as were delivered, and
-    of a line that was cut off its beginning.
+    of a line that was cut off its beginning. If a connection begins after the last delivered line, the node has
+    discarded the lines in between, and a line of mlfleet's own says so.
+
+    Args:
+        mark: The place that an earlier process has reached.
 
     Attributes:
         last: The timestamp of the last line.
         remark: The message of the kubelet itself on this connection in place of output: that there is no log.
+        reached: True if this connection has come to the last delivered line, or past it.
+        gaps: The number of places at which lines may be missing.
     """
 
-    def __init__(self) -> None:
-        self.last = b""
+    def __init__(self, mark: Mark | None = None) -> None:
+        mark = mark or Mark()
+        self.last = mark.last.encode()
         self.remark = b""
-        self._taken = 0  # complete lines with that stamp
-        self._partial = 0  # bytes taken of a line that has not ended
+        self.gaps = 0
+        self._taken = mark.taken  # complete lines with that stamp
+        self._partial = mark.partial  # bytes taken of a line that has not ended
         self._restart()
 
     def _restart(self) -> None:
@@ -64,6 +94,8 @@ class LogStream:
         self._in_line = False
         self._is_remark = False
         self.remark = b""
+        self.reached = not self.last
+        self._joins = not self.last  # this connection shows that nothing is missing before its new lines
         self._keep = True
         self._skip_bytes = 0
         self._to_skip = self._taken + (1 if self._partial else 0)
@@ -72,6 +104,11 @@ class LogStream:
     def since(self) -> str | None:
         """The ``sinceTime`` of the next request (RFC 3339); None: everything."""
         return self.last.decode() or None
+
+    @property
+    def mark(self) -> Mark:
+        """The place that has been reached."""
+        return Mark(self.last.decode(), self._taken, self._partial)
 
     def resume(self) -> None:
         """Begin a new connection."""
@@ -83,7 +120,7 @@ class LogStream:
         at = 0
         while at < len(data):
             if not self._in_line:
-                at = self._begin(data, at)
+                at = self._begin(data, at, out)
                 if not self._in_line:
                     break
             end = data.find(b"\n", at)
@@ -99,7 +136,7 @@ class LogStream:
         head, self._head = self._head, b""
         return head
 
-    def _begin(self, data: bytes, at: int) -> int:
+    def _begin(self, data: bytes, at: int, out: list[bytes]) -> int:
         """Read the timestamp of a line, which may arrive in pieces."""
         have = self._head + data[at : at + _BEGINNING]
         match = _STAMP.match(have)
@@ -118,21 +155,31 @@ class LogStream:
             self._prefix = have[:held]
             return at
         self._prefix = b""
-        self._stamp(match[1])
+        self._stamp(match[1], out)
         return at + match.end() - held
 
-    def _stamp(self, stamp: bytes) -> None:
+    def _stamp(self, stamp: bytes, out: list[bytes]) -> None:
         self._keep, self._skip_bytes = True, 0
-        if self.last and stamp < self.last:
-            self._keep = False
-        elif stamp == self.last and self._to_skip > 0:
-            self._to_skip -= 1
-            if self._to_skip == 0 and self._partial:
-                self._skip_bytes = self._partial
-            else:
-                self._keep = False
-        elif stamp != self.last:
-            self.last, self._taken, self._partial, self._to_skip = stamp, 0, 0, 0
+        if not self.reached and stamp < self.last:
+            self._keep, self._joins = False, True
+            return
+        # From here on the clock of the node may even go back: what arrives on this connection is new.
+        self.reached = True
+        if stamp == self.last:
+            self._joins = True
+            if self._to_skip > 0:
+                self._to_skip -= 1
+                if self._to_skip == 0 and self._partial:
+                    self._skip_bytes = self._partial
+                else:
+                    self._keep = False
+            return
+        if not self._joins:
+            self._joins = True
+            self.gaps += 1
+            text = f"lines may be missing here: the node has discarded its log between {self.last.decode()} and"
+            out.append((b"\n" if self._partial else b"") + remark_line(f"{text} {stamp.decode()}"))
+        self.last, self._taken, self._partial, self._to_skip = stamp, 0, 0, 0
 
     def _body(self, piece: bytes, out: list[bytes]) -> None:
         if self._prefix:
@@ -156,15 +203,105 @@ class LogStream:
         self._in_line = False
 
 
+# ---- the containers whose logs are copied ----------------------------------------------------------------------------
+
+
 class End(Protocol):
-    """The end of a container."""
+    """The end of what writes a log."""
 
     @property
     def is_there(self) -> bool:
-        """True if the container has ended, or is gone."""
+        """True if it has ended, or is gone."""
 
     async def wait(self) -> None:
         """Wait for the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerLife:
+    """The instances of one container of a pod, one after the other: ``restartPolicy: OnFailure`` starts it again.
+
+    Attributes:
+        state: The states of the run.
+        pod: The uid of the pod.
+        container: The name of the container.
+    """
+
+    state: CachedState[Snapshot]
+    pod: str
+    container: str
+
+    def _find(self) -> tuple[PodState | None, ContainerState | None]:
+        snapshot = self.state.value
+        pod = next((pod for pod in snapshot.pods if pod.uid == self.pod), None) if snapshot is not None else None
+        found = next((each for each in (pod.main, *pod.init) if each.name == self.container), None) if pod else None
+        return pod, found
+
+    @property
+    def restarts(self) -> int:
+        """The number of the latest instance, counted from 0."""
+        _, found = self._find()
+        return found.restarts if found is not None else 0
+
+    @property
+    def ended(self) -> bool:
+        """True if the container has ended and is not started again, or is gone."""
+        pod, found = self._find()
+        if pod is None or pod.ended:
+            return True
+        return found is not None and found.terminated and not self._restarts_after(pod, found)
+
+    @property
+    def restartable(self) -> bool:
+        """True if an instance that ends may be followed by another one."""
+        pod, _ = self._find()
+        return pod is not None and pod.restart_policy in ("OnFailure", "Always")
+
+    @property
+    def runs(self) -> bool:
+        """True if an instance runs now."""
+        _, found = self._find()
+        return found is not None and found.running
+
+    def end_of(self, instance: int) -> End:
+        """Return the end of an instance: it is there when the next one was started, or none will be."""
+        return _InstanceEnd(self, instance)
+
+    def _restarts_after(self, pod: PodState, found: ContainerState) -> bool:
+        if pod.deleting:
+            return False
+        return pod.restart_policy == "Always" or (pod.restart_policy == "OnFailure" and found.exit_code != 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _InstanceEnd:
+    life: ContainerLife
+    instance: int
+
+    @property
+    def is_there(self) -> bool:
+        return self.life.ended or self.life.restarts > self.instance
+
+    async def wait(self) -> None:
+        await self.life.state.until(lambda snapshot: self.is_there)
+
+
+def next_log(snapshot: Snapshot, done: Collection[str]) -> tuple[PodState, str] | None:
+    """Return the next pod to copy the output of, and its container: an init container if that has failed.
+
+    Args:
+        snapshot: The states of the run.
+        done: The uids of the pods whose output is complete.
+    """
+    for pod in snapshot.pods:
+        if pod.uid in done:
+            continue
+        if pod.main.started:
+            return pod, pod.main.name
+        broken = next((each for each in pod.init if each.terminated and each.exit_code), None)
+        if broken is not None and pod.ended:
+            return pod, broken.name
+    return None
 
 
 class LogSlots:
@@ -207,104 +344,280 @@ class LogSlots:
 
 
 class Copier:
-    """Copies the logs of the pods of one run.
+    """Copies the logs of the pods of one run, and continues a copy that an earlier process has begun.
+
+    The place that the copy has reached is kept next to the file, in ``<file>.place``: a node keeps only the last part
+    of a log, so what was copied once may not be there a second time.
 
     Args:
         client: The client of the cluster.
         slots: The limits that all runs share.
         namespace: The namespace of the pods.
         path: The file to write; None: the stdout of this process.
+        resume: True to continue the copy of an earlier process; False to begin anew, without the file of a run that
+            had the same id.
+
+    Attributes:
+        copied: The number of bytes that were copied here.
+        done: The uids of the pods whose output is complete.
+        away: True if the API server does not answer.
+        caught_up: Set when all output up to the creation of this object has been copied.
     """
 
-    def __init__(self, client: KubernetesClient, slots: LogSlots, namespace: str, path: Path | None) -> None:
+    def __init__(
+        self, client: KubernetesClient, slots: LogSlots, namespace: str, path: Path | None, *, resume: bool = False
+    ) -> None:
         self._client = client
         self._slots = slots
         self._namespace = namespace
         self._path = path
-        self._begun = False
-        self._last_byte = b"\n"
+        self._file = KeptOutput(path, backend="kubernetes")
+        self._resume = resume
+        self._opened = False
+        self._wrote = False
+        self._pod, self._container, self._instance = "", "", 0
+        self._stream = self._next_stream = LogStream()
+        self._reading: anyio.CancelScope | None = None
         self.copied = 0
+        self.done: list[str] = []
+        self.away = False
+        self.caught_up = asyncio.Event()
 
-    async def copy(self, pod: str, container: str, end: End) -> None:
-        """Copy the log of one container to its end.
+    async def open(self) -> None:
+        """Find the place that an earlier process has reached."""
+        if not self._resume:
+            self.caught_up.set()
+        if self._opened or self._path is None:
+            return
+        self._opened = True
+        place = await FILES.run(self._load if self._resume else self._remove)
+        if place:
+            self.done = [str(each) for each in place["done"]]
+            self._pod, self._container, self._instance = place["pod"], place["container"], int(place["instance"])
+            last, taken, partial_ = place["mark"]
+            self._stream = LogStream(Mark(str(last), int(taken), int(partial_)))
+
+    async def copy(self, pod: PodState, life: ContainerLife) -> None:
+        """Copy the log of one container to its end, with all its instances.
 
         Args:
-            pod: The name of the pod.
-            container: The name of the container.
-            end: The end of the container.
+            pod: The pod.
+            life: The states of the container.
         """
-        stream = LogStream()
-        attempt = 0
-        had_ended = False
+        if (self._pod, self._container) != (pod.uid, life.container):
+            await self._leave()
+            self._pod, self._container, self._instance = pod.uid, life.container, 0
+            self._stream = LogStream()
+        while True:
+            missed = self._instance + (1 if await self._copy_instance(pod.name, life) else 0)
+            await self._write(self._stream.close())
+            if life.restarts <= self._instance:
+                break
+            # Several may have come and gone: the node keeps the log of the current one and of the one before.
+            following = max(self._instance + 1, life.restarts - 1)
+            if following > missed:
+                numbers = f"attempt {following}" if following == missed + 1 else f"attempts {missed + 1} to {following}"
+                await self._report(pod.name, f"the node has discarded that of the {numbers}")
+            self._instance, self._stream = following, self._next_stream
+            await self._finish_line()
+        await self._finish_line()
+        self.done.append(pod.uid)
+        self._pod, self._stream = "", LogStream()
+        if self._path is not None:
+            await FILES.run(self._save_place)
+
+    async def finish(self, *, stalled: bool = False) -> None:
+        """Say so in the output if the rest of it is missing.
+
+        Args:
+            stalled: True if no more arrives; False if the copy is complete, apart from a pod that is gone.
+        """
+        if not stalled:
+            await self._leave()
+        elif self.away:
+            await self._report(self._pod, "the API server does not answer")
+        self.caught_up.set()
+
+    def reread(self) -> None:
+        """Give up a followed log that delivers nothing, and read it again: its connection may be broken silently."""
+        if self._reading is not None:
+            self._reading.cancel()
+
+    async def _leave(self) -> None:
+        if self._pod and self._pod not in self.done:
+            self.done.append(self._pod)
+            await self._report(self._pod, "the pod is gone, which another process has read last")
+
+    async def _copy_instance(self, pod: str, life: ContainerLife) -> bool:  # noqa: C901
+        """Copy the log of one instance of a container.
+
+        1. The latest instance is followed until it has ended.
+        2. The log of one that was replaced is read as the previous one, which also settles whose lines were followed:
+           the node may have replaced it before the states said so.
+        3. That of an older one is gone.
+
+        Returns:
+            False if it is gone.
+        """
+        stream, instance, end = self._stream, self._instance, life.end_of(self._instance)
+        self._next_stream = LogStream()
+        attempt, clean, last_success = 0, False, anyio.current_time()
         while True:
             before = self.copied
+            follow = await self._slots.acquire(end)
+            had_ended = not follow
+            behind = life.restarts - instance
             try:
-                follow = await self._slots.acquire(end)
-                had_ended = not follow
-                try:
-                    await self._follow(pod, container, stream, follow=follow)
-                finally:
-                    self._slots.release(follow=follow)
+                if behind > 1:
+                    return False
+                now = not self.caught_up.is_set()
+                clean = await self._read(pod, stream, follow=follow and not now, previous=behind == 1)
                 # The kubelet may not find the log yet of a container that has just started.
-                complete = had_ended or not stream.remark
+                complete = clean and (had_ended or not stream.remark)
+                last_success, self.away = anyio.current_time(), False
+                if behind == 1 and not stream.reached and not stream.remark:
+                    await self._copy_missed(pod)
+                if now and complete and not had_ended:
+                    self.caught_up.set()
+                    continue
             except ApiError as error:
                 complete = False
                 if error.status in (403, 404, 410) or (error.status == 400 and had_ended):
-                    if error.status == 403 or not had_ended:
-                        _log.warning("the output of the pod %s is not all there: %s", pod, error)
-                    break
+                    # If the log was read to its end just before, nothing is missing of a pod that is gone.
+                    if error.status == 403 or not (clean or (error.status == 400 and behind == 0)):
+                        await self._report(pod, str(error))
+                    return True
+                clean, self.away = False, error.is_transient
                 _log.debug("%s", error)
+                if end.is_there and anyio.current_time() - last_success > _PATIENCE:
+                    await self._report(pod, str(error))
+                    return True
+            finally:
+                self._slots.release(follow=follow)
             # A log ends with its container, but a proxy may end it sooner: it is complete only if it ended after the
-            # container.
-            if complete and (had_ended or end.is_there):
+            # container. One that may be replaced is read again when it was.
+            if complete and (had_ended or (end.is_there and life.restarts == instance)):
                 if stream.remark:
-                    remark = stream.remark.decode(errors="replace").strip()
-                    _log.warning("the output of the pod %s is not all there: %s", pod, remark)
-                break
+                    await self._report(pod, stream.remark.decode(errors="replace").strip())
+                return True
+            if complete and life.restartable and not life.runs:
+                await end.wait()
+                continue
             attempt = 0 if self.copied > before else attempt + 1
-            if attempt > _TRIES and end.is_there:
-                _log.warning("the output of the pod %s is not all there: the API server gives no more of it", pod)
-                break
             # Short, because the end of the run waits for its output.
             seconds = reconnect_pause(min(attempt, 2))
             if end.is_there and not complete:
                 await anyio.sleep(seconds)
             with anyio.move_on_after(seconds):
                 await end.wait()
-        await self._write(stream.close())
 
-    async def finish_line(self) -> None:
+    async def _copy_missed(self, pod: str) -> None:
+        """Copy the log of an instance whose successor was followed in its place; that one is not copied twice."""
+        missed, self._next_stream = LogStream(), self._stream
+        await self._finish_line()
+        await self._write(remark_line("the output of an earlier attempt, which ended before it could be copied:"))
+        await self._read(pod, missed, follow=False, previous=True)
+        await self._write(missed.close())
+
+    async def _finish_line(self) -> None:
         """End the last line, so that the next container begins a new one."""
-        if self._last_byte != b"\n":
+        if not self._file.ends_line:
             await self._write(b"\n")
 
-    async def _follow(self, pod: str, container: str, stream: LogStream, *, follow: bool) -> None:
+    async def _report(self, pod: str, why: str) -> None:
+        """Say in the log of this process, and in one line of the output, that output is missing."""
+        _log.warning("the output of the pod %s is not all there: %s", pod, why)
+        await self._finish_line()
+        await self._write(remark_line(f"output is missing here: {' '.join(why.split())}"))
+
+    async def _read(self, pod: str, stream: LogStream, *, follow: bool, previous: bool) -> bool:
+        """Read a log from the place that was reached. Return True if it was read to its end."""
         stream.resume()
-        params = {"container": container, "timestamps": "true"}
-        if follow:
+        params = {"container": self._container, "timestamps": "true"}
+        if follow and not previous:
             params["follow"] = "true"
+        if previous:
+            params["previous"] = "true"
         if stream.since is not None:
             params["sinceTime"] = stream.since
         path = f"/api/v1/namespaces/{self._namespace}/pods/{pod}/log"
-        silence = None if follow else _SILENCE
-        async with self._client.stream(
-            "reading a log", path, pool=Pool.LOGS, params=params, read_timeout=silence
-        ) as answer:
-            while data := await answer.content.readany():
-                await self._write(stream.feed(data))
-                if len(data) < _SMALL and not answer.content.at_eof():
-                    await anyio.sleep(_GATHER)
+        silence = None if "follow" in params else _SILENCE
+        gaps = stream.gaps
+        with anyio.CancelScope() as scope:
+            if silence is None:
+                self._reading = scope
+            try:
+                async with self._client.stream(
+                    "reading a log", path, pool=Pool.LOGS, params=params, read_timeout=silence
+                ) as answer:
+                    while data := await answer.content.readany():
+                        await self._write(stream.feed(data))
+                        if stream.gaps > gaps:
+                            gaps = stream.gaps
+                            _log.warning("the output of the pod %s may not be all there: see %s", pod, self._path)
+                        if len(data) < _SMALL and not answer.content.at_eof():
+                            await anyio.sleep(_GATHER)
+            finally:
+                self._reading = None
+        return not scope.cancelled_caught
 
     async def _write(self, data: bytes) -> None:
         if not data:
             return
-        first, self._begun = not self._begun, True
-        self._last_byte = data[-1:]
         self.copied += len(data)
         try:
-            await FILES.run(partial(write_output, self._path, data, backend="kubernetes", begin=first))
-        except OSError as error:
-            if first:
-                text = f"the output of the run cannot be written to {self._path}: {error.strerror}"
-                raise SubmitError(text, backend="kubernetes") from error
+            await FILES.run(partial(self._save, data))
+        except (OSError, SubmitError) as error:
+            if not self._wrote:
+                text = f"the output of the run cannot be written to {self._path}: {error}"
+                raise error if isinstance(error, SubmitError) else SubmitError(text, backend="kubernetes") from error
             _log.warning("output of a run is lost: %s", error)
+        self._wrote = True
+
+    # ---- the place, kept for a process that continues this copy -----------------------------------------------------
+
+    def _place_file(self) -> Path:
+        assert self._path is not None  # noqa: S101 - the caller has checked
+        return self._path.with_name(f"{self._path.name}.place")
+
+    def _load(self) -> dict[str, Any]:
+        """Return the place; empty if there is none. Blocking."""
+        try:
+            first, _, _ = self._place_file().read_bytes().partition(b"\n")
+            place: dict[str, Any] = json.loads(first)
+            self._file.seek(int(place["position"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+        return place
+
+    def _remove(self) -> dict[str, Any]:
+        assert self._path is not None  # noqa: S101 - the caller has checked
+        for file in (self._place_file(), self._path):
+            with contextlib.suppress(OSError):
+                file.unlink()
+        return {}
+
+    def _save(self, data: bytes) -> None:
+        """Write output, and then the place: what the file holds beyond the place is compared. Blocking."""
+        self._file.write(data)
+        if self._path is not None:
+            self._save_place()
+
+    def _save_place(self) -> None:
+        mark = self._stream.mark
+        place = {
+            "position": self._file.position,
+            "done": self.done,
+            "pod": self._pod,
+            "container": self._container,
+            "instance": self._instance,
+            "mark": [mark.last, mark.taken, mark.partial],
+        }
+        text = json.dumps(place).encode() + b"\n"
+        # In one call and over the old one, of which a longer rest may stay: a killed process leaves no half of it.
+        with contextlib.suppress(OSError):
+            file = os.open(self._place_file(), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.pwrite(file, text, 0)
+            finally:
+                os.close(file)

@@ -12,7 +12,6 @@ import anyio
 
 from mlfleet._concurrency.cancellation import wait_done
 from mlfleet.backends._remote.run import SupervisedRun
-from mlfleet.backends._remote.state_cache import CachedState
 from mlfleet.backends.kubernetes.client import ApiError, KubernetesClient
 from mlfleet.backends.kubernetes.config import StartTimeouts
 from mlfleet.backends.kubernetes.diagnosis import (
@@ -24,7 +23,7 @@ from mlfleet.backends.kubernetes.diagnosis import (
     straggling_pod,
 )
 from mlfleet.backends.kubernetes.jobs import delete_job, delete_pod, delete_secret, warnings_of
-from mlfleet.backends.kubernetes.output import Copier, LogSlots
+from mlfleet.backends.kubernetes.output import ContainerLife, Copier, LogSlots, next_log
 from mlfleet.backends.kubernetes.state import JobState, PodState, Snapshot, job_of_pod, read_pod
 from mlfleet.backends.kubernetes.watch import NamespaceWatch
 from mlfleet.errors import MlfleetError, RunLost, SubmitError
@@ -33,7 +32,9 @@ from mlfleet.runs import FailureKind, Outcome, RunStatus
 __all__ = ["KubernetesRun", "Target"]
 
 _log = logging.getLogger("mlfleet.kubernetes")
-_STALLED = 30.0  # seconds without output of a run that has ended
+_QUIET = 5.0  # seconds without output of a run that has ended, after which its log is read again
+_STALLED = 20.0  # seconds without output of a run that has ended
+_AWAY = 120.0  # the same while the API server does not answer
 _POD_COMES = 2.0  # seconds by which the pod's end may arrive later than the Job's
 _WARN_AFTER = 30.0  # seconds of waiting for a node
 _WHOLE_SECOND = 1.0  # the unit of a pod's grace period
@@ -92,7 +93,7 @@ class KubernetesRun(SupervisedRun):
         self._client = client
         self._watch = watch
         self._state = watch.track(job)
-        self._copier = Copier(client, slots, target.namespace, target.output)
+        self._copier = Copier(client, slots, target.namespace, target.output, resume=not submitted)
         self._started = asyncio.Event()
         self._living: asyncio.TaskGroup | None = None
         self._stopping: asyncio.Task[None] | None = None
@@ -128,6 +129,7 @@ class KubernetesRun(SupervisedRun):
             await wait_done(asyncio.ensure_future(self._remove()))
         self._watch.untrack(self.target.uid)
         self._started.set()
+        self._copier.caught_up.set()
 
     async def _remove(self) -> None:
         """Delete what must not stay after the end of the run: the Secret, or the Job, which takes it along."""
@@ -232,30 +234,43 @@ class KubernetesRun(SupervisedRun):
 
     # ---- output -----------------------------------------------------------------------------------------------------
 
+    async def _catch_up(self) -> None:
+        await self._copier.caught_up.wait()
+
     async def _copy(self) -> None:
         """Copy the output of one pod after the other, as the Job tries again. A pod with output has started."""
-        done: set[str] = set()
+        copier = self._copier
+        await copier.open()
         while True:
-            snapshot = await self._state.until(lambda snapshot: snapshot.ended or _next_log(snapshot, done) is not None)
-            found = _next_log(snapshot, done)
+            if self._state.value is not None and next_log(self._state.value, copier.done) is None:
+                copier.caught_up.set()
+            snapshot = await self._state.until(lambda now: now.ended or next_log(now, copier.done) is not None)
+            found = next_log(snapshot, copier.done)
             if found is None and not self._cut:
                 # The watch of pods may be behind, or away, when that of Jobs tells the end.
-                found = _next_log(await self._with_pods(snapshot), done)
+                found = next_log(await self._with_pods(snapshot), copier.done)
             if found is None:
                 break
             pod, container = found
             if pod.main.started:
                 self._started.set()
-            await self._copier.finish_line()
-            done.add(pod.uid)
-            await self._copier.copy(pod.name, container, _ContainerEnd(self._state, pod.uid, container))
+            await copier.copy(pod, ContainerLife(self._state, pod.uid, container))
+        await copier.finish()
 
     async def _drain(self, copying: asyncio.Task[None]) -> None:
         """Wait for the rest of the output, as long as some arrives."""
-        copied = -1
-        while not copying.done() and copied != self._copier.copied:
+        copied, quiet = self._copier.copied, 0.0
+        while not copying.done():
+            await asyncio.wait([copying], timeout=_QUIET)
+            quiet = 0.0 if copied != self._copier.copied else quiet + _QUIET
             copied = self._copier.copied
-            await asyncio.wait([copying], timeout=_STALLED)
+            if quiet >= (_AWAY if self._copier.away else _STALLED):
+                copying.cancel()
+                await asyncio.wait([copying])
+                await self._copier.finish(stalled=True)
+                return
+            if quiet:
+                self._copier.reread()
 
     # ---- the start --------------------------------------------------------------------------------------------------
 
@@ -425,38 +440,3 @@ class StartTimeout(MlfleetError):
         super().__init__(reason.text)
         self.reason = reason
         self.seconds = seconds
-
-
-@dataclass(frozen=True, slots=True)
-class _ContainerEnd:
-    """The end of a container, for `Copier.copy`."""
-
-    state: CachedState[Snapshot]
-    pod: str
-    container: str
-
-    @property
-    def is_there(self) -> bool:
-        return self.state.value is not None and self._in(self.state.value)
-
-    async def wait(self) -> None:
-        await self.state.until(self._in)
-
-    def _in(self, snapshot: Snapshot) -> bool:
-        pod = next((pod for pod in snapshot.pods if pod.uid == self.pod), None)
-        if pod is None or pod.ended:
-            return True
-        return any(each.terminated for each in (pod.main, *pod.init) if each.name == self.container)
-
-
-def _next_log(snapshot: Snapshot, done: set[str]) -> tuple[PodState, str] | None:
-    """Return the next pod to copy the output of, and its container: an init container if that has failed."""
-    for pod in snapshot.pods:
-        if pod.uid in done:
-            continue
-        if pod.main.started:
-            return pod, pod.main.name
-        broken = next((each for each in pod.init if each.terminated and each.exit_code), None)
-        if broken is not None and pod.ended:
-            return pod, broken.name
-    return None

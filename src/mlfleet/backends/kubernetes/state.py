@@ -94,8 +94,9 @@ class ContainerState:
         reason: The reason of its last end: ``OOMKilled``, ``Error``, ``StartError``.
         message: The message about its waiting or its end.
         started: True if it has ever run.
-        terminated: True if it has ended and is not started again.
+        terminated: True if it has ended, and its next instance, if there will be one, has not been started.
         restarts: The number of times that it was started again, as ``restartPolicy: OnFailure`` wants it.
+        previous_code: The exit code of the instance before the latest one; None if there was none, or it is unknown.
         ended_at: The time of its last end (RFC 3339); empty if it has not ended yet.
     """
 
@@ -108,6 +109,7 @@ class ContainerState:
     started: bool = False
     terminated: bool = False
     restarts: int = 0
+    previous_code: int | None = None
     ended_at: str = ""
 
 
@@ -312,7 +314,8 @@ def _find(name: str, statuses: Sequence[Mapping[str, Any]]) -> ContainerState:
 def _container(raw: Mapping[str, Any]) -> ContainerState:
     state = raw.get("state") or {}
     waiting, running, terminated = state.get("waiting"), state.get("running"), state.get("terminated")
-    ended = terminated or (raw.get("lastState") or {}).get("terminated") or {}
+    before = (raw.get("lastState") or {}).get("terminated") or {}
+    ended = terminated or before
     return ContainerState(
         name=raw.get("name", ""),
         waiting=(waiting or {}).get("reason") or ("unknown" if waiting is not None else ""),
@@ -323,5 +326,6 @@ def _container(raw: Mapping[str, Any]) -> ContainerState:
         started=running is not None or ("exitCode" in ended and ended.get("reason") not in _NOT_STARTED),
         terminated=terminated is not None,
         restarts=int(raw.get("restartCount") or 0),
+        previous_code=before.get("exitCode") if terminated is not None else None,
         ended_at=ended.get("finishedAt") or "",
     )
