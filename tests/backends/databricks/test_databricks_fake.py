@@ -10,7 +10,6 @@ import logging
 import os
 import tarfile
 import time
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import pytest
 from databricks.sdk import WorkspaceClient
 from databricks.sdk.service import jobs
 
-from components.fake_databricks import QUICK, JobMaker, lines_of, make_jobs, open_workspace, succeed
+from components.fake_databricks import QUICK, JobMaker, lines_of, succeed
 from components.git_repository import git, make_repository
 from components.projects import write_project
 from fakes.databricks import FakeRun, FakeWorkspace, not_found, unknown_value
@@ -33,24 +32,6 @@ from mlfleet.backends.databricks.states import read_state
 from mlfleet.errors import RunLost, SpecError, SubmitError
 from mlfleet.runs import FailureKind, JobRef, RunStatus
 from mlfleet.testing import FakeTracking
-
-
-@pytest.fixture
-async def workspace(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeWorkspace]:
-    async with open_workspace(monkeypatch) as fake:
-        yield fake
-
-
-@pytest.fixture
-async def backend(workspace: FakeWorkspace) -> AsyncIterator[DatabricksBackend]:
-    async with DatabricksBackend(timing=QUICK) as backend:
-        yield backend
-
-
-@pytest.fixture
-def make_job(tmp_path: Path) -> JobMaker:
-    return make_jobs(tmp_path)
-
 
 # ---- how runs end
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from components.fake_databricks import QUICK, JobMaker, lines_of, make_jobs, open_workspace, succeed
+from components.fake_databricks import QUICK, JobMaker, lines_of, succeed
 from components.projects import write_project
 from fakes.databricks import FakeWorkspace, error
 from fakes.flaky_proxy import Answer, Forward, Request
@@ -21,24 +21,6 @@ from mlfleet.backends.databricks.client import WorkspaceError
 from mlfleet.errors import MlfleetError, SubmitError
 from mlfleet.testing import FakeTracking
 from mlfleet.tracking.databricks import DatabricksLogin
-
-
-@pytest.fixture
-async def workspace(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeWorkspace]:
-    async with open_workspace(monkeypatch) as fake:
-        yield fake
-
-
-@pytest.fixture
-async def backend(workspace: FakeWorkspace) -> AsyncIterator[DatabricksBackend]:
-    async with DatabricksBackend(timing=QUICK) as backend:
-        yield backend
-
-
-@pytest.fixture
-def make_job(tmp_path: Path) -> JobMaker:
-    return make_jobs(tmp_path)
-
 
 # ---- faults
 
