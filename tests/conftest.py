@@ -92,6 +92,7 @@ _SLOW_PLACES = (
     "parity/",
     "test_docs.py",
     "test_detached.py",
+    "test_services.py",
     "test_examples.py",
     "test_sync.py",
 )
