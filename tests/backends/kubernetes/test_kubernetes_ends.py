@@ -22,6 +22,7 @@ from mlfleet._control import cancel_run
 from mlfleet._engine.request import RunRequest
 from mlfleet.backends.kubernetes import KubernetesBackend
 from mlfleet.backends.kubernetes.run import KubernetesRun
+from mlfleet.backends.kubernetes.state import read_job
 from mlfleet.errors import RunLost
 from mlfleet.fleet import context_of
 from mlfleet.runs import FailureKind, JobRef, RunStatus
@@ -312,3 +313,72 @@ async def test_secret_that_may_not_be_deleted_stays_with_its_job(
                 )
                 await run.outcome()
     assert caplog.text.count("verb 'delete' for secrets") == 1
+
+
+# ---- prune
+
+
+def set_owner(cluster: FakeCluster, run: KubernetesRun, owner: str) -> None:
+    cluster.api.change(key(run), lambda job: job["metadata"]["annotations"].update({"mlfleet.owner": owner}))
+
+
+async def test_prune_deletes_the_jobs_that_no_process_looks_after(fake_cluster: FakeCluster) -> None:
+    """The Jobs of a process that is gone, one that has ended and one that goes on; and those of this process."""
+    api, config = fake_cluster.api, await fake_cluster.config()
+    ends = {"ended", "other", "mine"}
+    fake_cluster.play = lambda pod: Acting(code=3) if pod["metadata"]["labels"]["mlfleet.run-id"] in ends else FOREVER
+    gone = await asyncio.create_subprocess_exec("true")
+    await gone.wait()
+    owners = {
+        "ended": f"{socket.gethostname()}:{gone.pid}",
+        "going": f"{socket.gethostname()}:{gone.pid}",
+        "other": f"another-machine:{gone.pid}",
+    }
+    async with KubernetesBackend() as backend, KubernetesBackend() as second:
+        runs = [await backend.submit(fake_cluster.job(config, run_id=each)) for each in (*owners, "mine")]
+        for run in runs:
+            await (run.wait() if run.run_id in ends else run.started())
+            if run.run_id in owners:
+                set_owner(fake_cluster, run, owners[run.run_id])
+        listed = {run.run_id: (run.state, run.supervised) for run in await second.list_runs()}
+        assert listed == {
+            "ended": ("failed", False), "going": ("active", False), "other": ("failed", True), "mine": ("failed", True),
+        }  # fmt: skip
+
+        async def pruned(*run_ids: str, **options: bool) -> list[str]:
+            return [run.run_id for run in await second.prune(run_ids, **options)]
+
+        assert await pruned(dry_run=True) == ["ended"]
+        assert len(api.of_kind("jobs")) == 4
+        assert await pruned("going", "mine") == []
+        assert await pruned() == ["ended"]
+        assert {job["metadata"]["labels"]["mlfleet.run-id"] for job in api.of_kind("jobs")} == {
+            "going",
+            "other",
+            "mine",
+        }
+        assert await pruned(running=True) == ["going"]
+        assert (await runs[1].outcome()).status is RunStatus.FAILED
+        assert {job["metadata"]["labels"]["mlfleet.run-id"] for job in api.of_kind("jobs")} == {"other", "mine"}
+
+
+async def test_prune_deletes_secrets_with_their_jobs(fake_cluster: FakeCluster) -> None:
+    api, config = fake_cluster.api, await fake_cluster.config()
+    gone = await asyncio.create_subprocess_exec("true")
+    await gone.wait()
+    fake_cluster.play = lambda pod: replace(FOREVER, seconds=0.1)
+    ended = anyio.Event()
+
+    def note(kind: str, key: tuple[str, str, str], value: dict[str, Any]) -> None:
+        if key[0] == "jobs" and read_job(value).ended:
+            ended.set()
+
+    api.on_change.append(note)
+    async with KubernetesBackend() as backend, KubernetesBackend() as second:
+        run = await backend.submit(fake_cluster.job(config, secrets={"TOKEN": "hush"}))
+        run.detach()
+        await run.outcome()
+        set_owner(fake_cluster, run, f"{socket.gethostname()}:{gone.pid}")
+        await ended.wait()
+        assert [each.run_id for each in await second.prune()] == [run.run_id]
+        assert api.of_kind("jobs") == api.of_kind("secrets") == []

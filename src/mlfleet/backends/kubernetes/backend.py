@@ -23,11 +23,13 @@ from mlfleet._paths import run_folder
 from mlfleet._text.masking import MASK
 from mlfleet.backends._remote.run import SupervisedRuns
 from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job, ListedRun
+from mlfleet.backends.kubernetes.client import KubernetesClient
 from mlfleet.backends.kubernetes.config import KubernetesConfig, StartTimeouts, parse_config
 from mlfleet.backends.kubernetes.delivery import Deliveries, preview_code
 from mlfleet.backends.kubernetes.jobs import create_job, create_secret, delete_job, find_job, job_path
 from mlfleet.backends.kubernetes.login import find_cluster
 from mlfleet.backends.kubernetes.manifest import (
+    OWNER,
     check_copied,
     check_tracking,
     grace_of,
@@ -168,7 +170,9 @@ class KubernetesBackend(Backend[KubernetesConfig]):
         try:
             async with self._creating:
                 submission = uuid.uuid4().hex
-                manifest = job_manifest(job, config, code, plain, secrets=tuple(secret), submission=submission)
+                manifest = job_manifest(
+                    job, config, code, plain, secrets=tuple(secret), submission=submission, owner=_me()
+                )
                 made = await self._create(shared, job, config, manifest, secret)
             target = Target(
                 namespace=config.namespace,
@@ -231,11 +235,35 @@ class KubernetesBackend(Backend[KubernetesConfig]):
 
     async def list_runs(self) -> Sequence[ListedRun]:
         """Return the runs whose Job is in the current context's cluster and namespace; see `Backend.list_runs`."""
+        _, jobs = await self._list_jobs()
+        return [await FILES.run(partial(_listed, each)) for each in jobs]
+
+    async def prune(
+        self, run_ids: Collection[str] = (), *, running: bool = False, dry_run: bool = False
+    ) -> Sequence[ListedRun]:
+        """Delete the Jobs that no process of this machine looks after, and their Secrets; see `Backend.prune`.
+
+        They are those of the current context's cluster and namespace. Jobs that another machine submitted stay.
+        """
+        client, jobs = await self._list_jobs()
+        chosen: list[ListedRun] = []
+        async with anyio.create_task_group() as group:
+            for each in jobs:
+                run, job = await FILES.run(partial(_listed, each)), read_job(each)
+                if run.supervised or job.deleting or (run_ids and run.run_id not in run_ids):
+                    continue
+                if job.ended or running:
+                    chosen.append(run)
+                    if not dry_run:
+                        group.start_soon(delete_job, client, each["metadata"]["namespace"], job.name, job.uid)
+        return chosen
+
+    async def _list_jobs(self) -> tuple[KubernetesClient, list[dict[str, Any]]]:
         cluster = await LOGINS.run(lambda: find_cluster(None, os.environ))
         client = await self._watches.client(cluster)
         params = {"labelSelector": f"{MANAGED_BY}=mlfleet"}
         answer = await client.call("listing Jobs", "GET", job_path(cluster.namespace), params=params)
-        return [_listed(each) for each in answer.get("items") or () if RUN_LABEL in (each["metadata"]["labels"] or {})]
+        return client, [each for each in answer.get("items") or () if RUN_LABEL in (each["metadata"]["labels"] or {})]
 
     async def is_abandoned(self, ref: JobRef) -> bool:
         """Return True if the Job has ended or is gone, and so is the process that submitted it on this machine."""
@@ -350,16 +378,23 @@ def _output(ref: JobRef) -> Path:
 
 def _owner(ref: JobRef) -> int | None:
     """Return the id of the process that submitted the run; None if that was on another machine."""
-    host, _, pid = str(ref.data.get("owner") or "").rpartition(":")
+    return _pid_here(str(ref.data.get("owner") or ""))
+
+
+def _pid_here(owner: str) -> int | None:
+    host, _, pid = owner.rpartition(":")
     return int(pid) if host == socket.gethostname() and pid.isdigit() else None
 
 
 def _owner_is_gone(ref: JobRef) -> bool:
     """Return True if the process that submitted the run is known to be gone. Blocking."""
+    return _is_gone(_owner(ref))
+
+
+def _is_gone(pid: int | None) -> bool:
     import psutil
 
-    owner = _owner(ref)
-    return owner is not None and not psutil.pid_exists(owner)
+    return pid is not None and not psutil.pid_exists(pid)
 
 
 def _owner_lives(ref: JobRef) -> bool:
@@ -368,6 +403,7 @@ def _owner_lives(ref: JobRef) -> bool:
 
 
 def _listed(raw: Mapping[str, Any]) -> ListedRun:
+    """Return the entry of a Job. Blocking."""
     meta, job = raw["metadata"], read_job(raw)
     state = "deleting" if job.deleting else "active"
     if job.ended:
@@ -379,6 +415,7 @@ def _listed(raw: Mapping[str, Any]) -> ListedRun:
         backend=KubernetesBackend.name,
         created=datetime.fromisoformat(meta["creationTimestamp"]),
         state=state,
-        supervised=True,  # the process that submitted it may be on another machine
+        # A process on another machine may look after its Jobs.
+        supervised=not _is_gone(_pid_here(str((meta.get("annotations") or {}).get(OWNER, "")))),
         detail={"job": f"{meta['namespace']}/{meta['name']}"},
     )

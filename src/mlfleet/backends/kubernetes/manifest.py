@@ -22,6 +22,7 @@ from mlfleet.backends.kubernetes.template import choose_container
 from mlfleet.errors import SubmitError, UsageError
 
 __all__ = [
+    "OWNER",
     "PROJECT_FOLDER",
     "SUBMISSION",
     "Code",
@@ -42,6 +43,8 @@ __all__ = [
 _log = logging.getLogger("mlfleet.kubernetes")
 SUBMISSION = "mlfleet.submission"
 """The annotation with the id of the attempt that created the Job."""
+OWNER = "mlfleet.owner"
+"""The annotation with the process that created the Job: ``host:pid``."""
 PROJECT = "mlfleet.project"
 PROJECT_FOLDER = "/mlflow/projects/code"
 """The folder of the project in the container, as in the reference."""
@@ -80,7 +83,14 @@ class _Draft:
 
 
 def job_manifest(
-    job: Job, config: KubernetesConfig, code: Code, plain: Mapping[str, str], *, secrets: Sequence[str], submission: str
+    job: Job,
+    config: KubernetesConfig,
+    code: Code,
+    plain: Mapping[str, str],
+    *,
+    secrets: Sequence[str],
+    submission: str,
+    owner: str | None = None,
 ) -> dict[str, Any]:
     """Return the manifest of the Job of a run.
 
@@ -91,13 +101,16 @@ def job_manifest(
         plain: The variables that are not secret.
         secrets: The names of further variables, which are in the run's Secret.
         submission: The id of this attempt.
+        owner: The process that makes it; None for a manifest to look at.
 
     Raises:
         UsageError: The template sets something that the run must set.
     """
     draft = _draft(config)
     name = job_name(job.project_name, job.run_id)
-    _identify(draft, job, config, name, submission)
+    _identify(
+        draft, job, config, name, {SUBMISSION: submission} if owner is None else {SUBMISSION: submission, OWNER: owner}
+    )
     draft.container = container = choose_container(draft.manifest, _TEMPLATE)
     container["name"] = container_name(str(container.get("name", "")), job.project_name)
     _metadata(draft.manifest["spec"]["template"], "annotations")[CONTAINER_ANNOTATION] = container["name"]
@@ -214,13 +227,13 @@ def _draft(config: KubernetesConfig) -> _Draft:
     return _Draft(manifest, manifest["spec"]["template"]["spec"])
 
 
-def _identify(draft: _Draft, job: Job, config: KubernetesConfig, name: str, submission: str) -> None:
+def _identify(draft: _Draft, job: Job, config: KubernetesConfig, name: str, annotations: Mapping[str, str]) -> None:
     manifest = draft.manifest
     meta = manifest["metadata"] = {**(manifest.get("metadata") or {}), "name": name, "namespace": config.namespace}
     meta.pop("generateName", None)
     for holder in (manifest, manifest["spec"]["template"]):
         _metadata(holder, "labels").update(labels_of(job))
-    _metadata(manifest, "annotations").update({SUBMISSION: submission, PROJECT: job.project_name})
+    _metadata(manifest, "annotations").update({**annotations, PROJECT: job.project_name})
     spec = manifest["spec"]
     spec.setdefault("backoffLimit", 0)
     ttl = spec.setdefault("ttlSecondsAfterFinished", config.ttl)
