@@ -97,6 +97,23 @@ async def test_it_goes_on_when_its_fleet_is_left_and_is_found_by_its_id(
     assert (code, out) == (0, f"{run.run_id} FINISHED\n")
 
 
+async def test_it_gets_the_variables_of_its_caller_and_no_file_holds_them(server: Server, tmp_path: Path) -> None:
+    state = Path(os.environ["MLFLEET_STATE_DIR"])
+    async with Fleet(tracking_uri=server.url) as fleet:
+        uri = write_project(tmp_path / "demo", "echo ${#TOKEN}; cat ../go; exit 3")
+        os.mkfifo(tmp_path / "go")
+        run = await fleet.submit(uri, env={"TOKEN": "correct-horse"}, detach=True, **LOCAL)
+        assert await anext(run.logs()) == "13"
+        command_lines = [psutil.Process(pid).cmdline() for pid in supervisors()]
+        await asyncio.to_thread((tmp_path / "go").write_text, "")
+        await run.wait()
+    assert command_lines
+    assert "correct-horse" not in json.dumps([command_lines, server.mlflow.runs])
+    files = [path for path in state.rglob("*") if path.is_file()]
+    assert files
+    assert not [path for path in files if b"correct-horse" in path.read_bytes()]
+
+
 @pytest.mark.parametrize(
     ("command", "timeouts"),
     [("echo said", None), ("echo said; exit 3", None), ("echo said; sleep 100", Timeouts(run=0.3, cancel_grace=2))],

@@ -343,11 +343,13 @@ def test_mistake_in_the_configuration_of_a_native_plugin(place: Workplace) -> No
 
 
 def test_mlflow_run(place: Workplace) -> None:
-    project = write_project(place.tmp_path / "hello", "echo hello {name} > greeting", parameters="name: string")
-    done = place.mlflow_run(project, "-P", "name=you", "--env-manager", "local")
+    project = write_project(place.tmp_path / "hello", "echo hello {name} $AND > greeting", parameters="name: string")
+    config = json.dumps({"env": {"AND": "hush-hush"}})
+    done = place.mlflow_run(project, "-P", "name=you", "--env-manager", "local", "--backend-config", config)
     assert done.returncode == 0, done.stderr
-    assert Path(project, "greeting").read_text() == "hello you\n"
+    assert Path(project, "greeting").read_text() == "hello you hush-hush\n"
     (run,) = place.runs
+    assert "hush-hush" not in json.dumps(run)
     assert run["info"]["status"] == "FINISHED"
     assert tags_of(run)["mlflow.project.backend"] == "mlfleet"
 

@@ -271,8 +271,10 @@ def test_variables_are_given_or_copied(server: MlflowServer, tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["NOT_SET_HERE"], "--env NOT_SET_HERE copies a variable that is not set here: set it, or give NAME=VALUE"),
-        (["=hush-hush"], "--env begins with '=': give NAME=VALUE"),
+        (["NOT_SET_HERE"], "--env 'NOT_SET_HERE' copies a variable that is not set here: set it, or give NAME=VALUE"),
+        (["=hush-hush"], "--env has no name: give NAME=VALUE"),
+        ([""], "--env has no name"),
+        ([" "], "--env ' ' copies a variable that is not set here"),
         (["A=hush-hush", "A=other"], "--env A is given twice"),
         (["1A=hush-hush"], "env has the name '1A'"),
         (["MLFLOW_RUN_ID=hush-hush"], "MLFLOW_RUN_ID is set by mlfleet for each run: give run_id"),

@@ -98,7 +98,7 @@ def read_variables(option: str, texts: Sequence[str]) -> dict[str, str]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not name:
-            raise click.UsageError(f"{option} begins with '=': give NAME=VALUE, or NAME to copy a variable")
+            raise click.UsageError(f"{option} has no name: give NAME=VALUE, or NAME to copy a variable")
         if name in found:
             raise click.UsageError(f"{option} {name} is given twice: give it once")
         if not equals:
@@ -106,7 +106,7 @@ def read_variables(option: str, texts: Sequence[str]) -> dict[str, str]:
             if copied is None:
                 shown = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…"
                 raise click.UsageError(
-                    f"{option} {shown} copies a variable that is not set here: set it, or give NAME=VALUE"
+                    f"{option} {shown!r} copies a variable that is not set here: set it, or give NAME=VALUE"
                 )
             value = copied
         found[name] = value
