@@ -160,6 +160,7 @@ class FakeWorkspace(FlakyProxy):
     async def open(self) -> AsyncIterator[FakeWorkspace]:
         """Listen during the block."""
         async with self.listen():
+            self.mlflow.url = self.url
             yield self
 
     async def _decide_about(self, request: Request, forward: Forward) -> Answer | None:
@@ -185,6 +186,8 @@ class FakeWorkspace(FlakyProxy):
         parts = urlsplit(request.target)
         if parts.path.startswith(("/.well-known/", "/oidc/")):
             return self._login(parts.path)
+        if parts.path.startswith("/storage/"):
+            return self.mlflow.answer_storage(request)
         if request.headers.get("authorization") != f"Bearer {self.token}":
             if self.logins:
                 return error(401, "401", "The token is expired.")

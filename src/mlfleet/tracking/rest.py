@@ -26,6 +26,7 @@ from mlfleet.tracking.artifacts import Artifacts
 from mlfleet.tracking.auth import Credentials, ServerLogin
 from mlfleet.tracking.base import RunInfo, Tracking
 from mlfleet.tracking.databricks import EXPERIMENT_ADVICE, RATES, DatabricksLogin, experiment_path, is_databricks
+from mlfleet.tracking.databricks_artifacts import DatabricksArtifacts
 from mlfleet.tracking.errors import Transient
 from mlfleet.tracking.http import POLICY, ServerClient
 from mlfleet.tracking.models import (
@@ -117,7 +118,7 @@ class RestTracking(Tracking):
             transport=transport,
             pace=Pace(RATES) if self._on_databricks else None,
         )
-        self._artifacts = Artifacts(self._client)
+        self._artifacts = DatabricksArtifacts(self._client) if self._on_databricks else Artifacts(self._client)
         self._experiments: SingleFlight[str, str] = SingleFlight(keep=True)
         self._user = ""
 
