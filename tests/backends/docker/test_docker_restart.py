@@ -128,8 +128,36 @@ async def test_a_container_that_somebody_stops_has_failed_with_a_reason(
         outcome = await run.outcome()
     assert outcome.reason == (
         "exit code 143 (SIGTERM): the Docker engine sent it SIGTERM, since it was stopped itself, or was asked to"
-        " (docker stop)"
+        " (docker stop or rm)"
     )
+
+
+async def test_a_container_that_somebody_removes_has_failed_by_its_surroundings(
+    docker_engine: DockerEngine, shell_image: str, tmp_path: Path
+) -> None:
+    extra = f"docker_env: {{image: '{shell_image}'}}\n"
+    uri = write_project(tmp_path / "demo", "echo one; sleep 600", extra=extra)
+    async with Fleet(tracking=FakeTracking()) as fleet:
+        run = await running(fleet, uri)
+        await anyio.to_thread.run_sync(docker_engine.remove, f"mlfleet-{run.run_id}")
+        outcome = await run.outcome()
+    assert (outcome.status, outcome.kind) == (RunStatus.FAILED, FailureKind.INFRASTRUCTURE)
+    assert "removed by somebody else" in str(outcome.reason) or "(docker stop or rm)" in str(outcome.reason)
+
+
+async def test_a_paused_container_can_be_cancelled(
+    docker_engine: DockerEngine, shell_image: str, tmp_path: Path
+) -> None:
+    extra = f"docker_env: {{image: '{shell_image}'}}\n"
+    uri = write_project(tmp_path / "demo", "echo one; sleep 600", extra=extra)
+    async with Fleet(tracking=FakeTracking()) as fleet:
+        run = await running(fleet, uri)
+        await anyio.to_thread.run_sync(docker_engine.call, "POST", f"/containers/mlfleet-{run.run_id}/pause")
+        assert await run.get_status() is RunStatus.RUNNING
+        await run.cancel()
+        assert (await run.outcome()).status is RunStatus.KILLED
+    label = f"mlfleet.run-id={run.run_id}"
+    assert await anyio.to_thread.run_sync(docker_engine.containers, label) == []
 
 
 async def test_an_engine_that_stays_away_is_given_up(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlfleet.backends.docker.run_options import ContainerOptions, parse_arguments
+from mlfleet.backends.docker.run_options import _FLAGS, _REFUSED, _SHORT, ContainerOptions, parse_arguments
 from mlfleet.errors import UsageError
 
 FOLDER = Path("/projects/demo")
@@ -197,3 +198,28 @@ TEXTS = st.text(max_size=30) | st.from_regex(r"[/\w.:=,\[\]\"-]{0,30}", fullmatc
 def test_every_input_is_accepted_or_a_usage_error(name: str, value: object) -> None:
     with contextlib.suppress(UsageError):
         parse_arguments({name: value}, environ={}, folder=FOLDER)
+
+
+WRONG = [
+    True, False, None, 7, -1, 1.5, float("nan"), 10**30, "", "x", "=", "=x", "x=", ":", "a:b:c", "/a:/b",
+    "~nobody-here/x:/y", "~nobody-here/x", "a\0b", "/a\0:/b", "\ud800", "9" * 400, "9" * 400 + "k", "9" * 400 +
+    "s", "9" * 5000, "-", "65536", "/dev/a:", "type=bind,source=~nobody-here/x,target=/a",
+    "target=/a,volume-driver=x,volume-opt", '"a', "device=", "count=", "seccomp=~nobody-here/x", "seccomp=/a\0",
+    "nofile=1:b", "[::1]:80:80", "80:90-91", {}, {"a": "b"}, {"x"}, [], ["x", 7], [None], [[1]], b"x",
+    Path("x"),
+]  # fmt: skip
+
+
+def test_every_wrong_value_of_every_flag_is_a_mistake_of_the_call() -> None:
+    """No value ends in an error of Python, or in a request that cannot be sent."""
+    crashed: list[str] = []
+    for flag in (*_FLAGS, *_SHORT, *_REFUSED, "no-such-flag", "", 7, None):
+        for value in WRONG:
+            try:
+                made = parse_arguments({flag: value}, environ={"A": "b"}, folder=FOLDER)  # type: ignore[dict-item]
+                json.dumps([made.config, made.host, made.endpoint, made.environ], allow_nan=False).encode()
+            except UsageError:
+                continue
+            except Exception as error:
+                crashed.append(f"{flag} {value!r:.40}: {error!r:.80}")
+    assert crashed == []

@@ -264,7 +264,9 @@ class DockerRun(SupervisedRun):
             reason += ": the Docker engine was stopped or restarted while the run was in it"
         elif state.signal in _ENDING:
             sent = signal.Signals(state.signal).name
-            reason += f": the Docker engine sent it {sent}, since it was stopped itself, or was asked to (docker stop)"
+            reason += (
+                f": the Docker engine sent it {sent}, since it was stopped itself, or was asked to (docker stop or rm)"
+            )
         return f"{reason}: {text}" if text else reason
 
 

@@ -6,6 +6,7 @@ https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operat
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,9 @@ from mlfleet.backends.docker.values import FlagValueError
 from mlfleet.errors import UsageError
 
 __all__ = ["ContainerOptions", "parse_arguments"]
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(slots=True)
@@ -58,7 +62,7 @@ class _Context:
 
     def path(self, text: str) -> Path:
         """Return the path of a file that a flag names."""
-        return self.folder / Path(values.expand(text, self.environ, self.folder)).expanduser()
+        return self.folder / values.at_home(Path(values.expand(text, self.environ, self.folder)))
 
 
 _Apply = Callable[[ContainerOptions, str, _Context], None]
@@ -122,6 +126,8 @@ def _texts(key: str, value: object, flag: _Flag) -> list[str]:
             texts.append(str(item))
         else:
             raise UsageError(f"docker_args: {key!r} is {type(item).__name__}: give a text, a number, True, or a list")
+    if any("\0" in text or (not text.isascii() and _SURROGATE.search(text)) for text in texts):
+        raise UsageError(f"docker_args: {key!r} has a character that no text for a container can have")
     return texts
 
 

@@ -12,6 +12,7 @@ from typing import Any
 __all__ = [
     "FlagValueError",
     "add_volume",
+    "at_home",
     "boolean",
     "device",
     "duration",
@@ -53,9 +54,20 @@ def boolean(text: str) -> bool:
 def whole(text: str) -> int:
     """Read a whole number."""
     try:
-        return int(text)
+        return _bounded(int(text), text)
     except ValueError:
         raise FlagValueError(f"{text!r} should be a whole number") from None
+
+
+def _bounded(number: float, text: str) -> int:
+    """Return a number as the engine can read it.
+
+    Raises:
+        FlagValueError: It is too large.
+    """
+    if abs(number) >= 2**63:
+        raise FlagValueError(f"{text[:20]!r}… is too large a number" if len(text) > 20 else f"{text!r} is too large")
+    return int(number)
 
 
 def size(text: str) -> int:
@@ -65,7 +77,7 @@ def size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise FlagValueError(f"{text!r} should be a size such as 512m or 2g")
-    return int(float(match[1]) * 1024 ** " kmgtp".index(match[2].lower() or " "))
+    return _bounded(float(match[1]) * 1024 ** " kmgtp".index(match[2].lower() or " "), text)
 
 
 def nano_cpus(text: str) -> int:
@@ -84,7 +96,7 @@ def duration(text: str) -> int:
     parts = _DURATION.findall(text)
     if not parts or "".join(number + unit for number, unit in parts) != text:
         raise FlagValueError(f"{text!r} should be a time such as 30s or 1m30s")
-    return sum(int(float(number) * _NANOSECONDS[unit]) for number, unit in parts)
+    return _bounded(sum(float(number) * _NANOSECONDS[unit] for number, unit in parts), text)
 
 
 def ulimit(text: str) -> dict[str, object]:
@@ -192,7 +204,7 @@ def add_volume(
 
 def _source(text: str, folder: Path) -> str:
     """Return an absolute path of this machine, or the name of a volume."""
-    expanded = str(Path(text).expanduser()) if text.startswith("~") else text
+    expanded = str(at_home(Path(text))) if text.startswith("~") else text
     if expanded.startswith(("/", ".")):
         return os.path.normpath(folder / expanded)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", expanded):
@@ -223,7 +235,7 @@ def mount(text: str, *, environ: Mapping[str, str], folder: Path) -> dict[str, A
     if made["Type"] == "bind":
         if not made.get("Source"):
             raise FlagValueError(f"{text!r} needs source=/a/path")
-        made["Source"] = os.path.normpath(folder / Path(expand(made["Source"], environ, folder)).expanduser())
+        made["Source"] = os.path.normpath(folder / at_home(Path(expand(made["Source"], environ, folder))))
     return made
 
 
@@ -282,11 +294,19 @@ def lines_of(path: Path) -> list[str]:
 def text_of(path: Path) -> str:
     """Return the text of a file that a flag names. Blocking."""
     try:
-        with path.expanduser().open("rb") as file:
+        with at_home(path).open("rb") as file:
             return file.read(_LARGEST_FILE).decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise FlagValueError(f"the file {path} cannot be read: {reason}") from error
+
+
+def at_home(path: Path) -> Path:
+    """Return a path with the home folder in place of ``~``."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise FlagValueError(f"{str(path)!r}: {error}") from error
 
 
 def _octal(text: str) -> int:
