@@ -25,7 +25,7 @@ from mlfleet._project.boundary import find_root, is_inside
 from mlfleet._text.documents import Node
 from mlfleet.errors import SpecError
 
-__all__ = ["PipInput", "Reader", "content_of"]
+__all__ = ["PipInput", "PipLines", "Reader", "content_of", "flatten"]
 
 MAX_FILES = 200
 MAX_SIZE = 4 * 2**20
@@ -78,6 +78,59 @@ class PipInput:
         for argument in arguments:
             shown.append(f"{argument} {next(arguments)}" if argument.startswith("-") else argument)
         return tuple(shown)
+
+
+@dataclass(frozen=True, slots=True)
+class PipLines:
+    """The packages of a `PipInput` without the files that name them.
+
+    Attributes:
+        requirements: The lines that name what to install, and options.
+        constraints: The lines of constraints files.
+        local: What only this machine has: packages in folders, archives, folders of wheels.
+    """
+
+    requirements: tuple[str, ...]
+    constraints: tuple[str, ...]
+    local: tuple[str, ...]
+
+
+def flatten(given: PipInput) -> PipLines:
+    """Replace requirements and constraints files by their lines. Blocking.
+
+    Raises:
+        SpecError: A file cannot be read any more.
+    """
+    requirements, constraints, local = list(given.lines), list[str](), list[str]()
+    arguments = iter(given.arguments)
+    seen: set[tuple[str, Path]] = set()
+
+    def read(option: str, path: Path) -> None:
+        if (option, path) in seen:
+            return
+        seen.add((option, path))
+        try:
+            text = _decode(_read(path), _failure(path, None), path.name)
+        except (OSError, ValueError) as error:
+            _failure(path, None)(f"cannot be read: {error.strerror if isinstance(error, OSError) else error}")
+        for _, line in _logical_lines(text):
+            inner, value = _split(line)
+            value = _FILE_URL.sub("", _expand(value), count=1)
+            match = _EXTRAS.match(_split_marker(_expand(line))[0])
+            if inner in ("-r", "-c") and "://" not in value:
+                # The files that a constraints file names are constraints, too.
+                read("-c" if "-c" in (option, inner) else "-r", _join(path.parent, value))
+            elif inner in ("-e", "-f") or (not line.startswith("-") and match and _is_local(match["path"])):
+                local.append(line)
+            else:
+                (constraints if option == "-c" else requirements).append(line)
+
+    for argument in arguments:
+        if argument in ("-r", "-c"):
+            read(argument, Path(next(arguments)))
+        else:
+            local.append(f"{argument} {next(arguments)}" if argument.startswith("-") else argument)
+    return PipLines(tuple(requirements), tuple(constraints), tuple(local))
 
 
 @dataclass(slots=True)

@@ -577,6 +577,22 @@ async def test_a_long_command_is_passed_in_a_file(
     await run.cancel()
 
 
+@pytest.mark.parametrize("place", ["/Volumes/a/b/c", "/Workspace/Shared/runs"])
+async def test_a_run_of_somebody_else_needs_nothing_of_my_home(
+    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker, place: str
+) -> None:
+    config = {"run_as": {"service_principal_name": "robot"}, "upload_path": place}
+    await backend.submit(make_job(config, environ={"LONG": "x" * 20_000}))
+    assert len(workspace.files) == 3
+    assert all(path.startswith(f"{place}/") for path in workspace.files), workspace.files
+    (task,) = workspace.only_run.body["tasks"]
+    script = task["spark_python_task"]
+    argument = json.loads(script["parameters"][0])["spec"]
+    assert {script["python_file"], argument} < workspace.files.keys()
+    assert json.loads(workspace.files[argument])["archive"] in workspace.files
+    assert f"{place}/bootstrap-" in backend.preview(make_job(config))
+
+
 async def test_secrets_exist_only_during_the_run(
     backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
 ) -> None:

@@ -19,7 +19,7 @@ from mlfleet.backends.base import Job
 from mlfleet.backends.databricks import DatabricksBackend, bootstrap
 from mlfleet.backends.databricks.config import parse_config
 from mlfleet.backends.databricks.request import ROOT, RunPaths, bootstrap_argument, mask_request, request_body
-from mlfleet.errors import SubmitError
+from mlfleet.errors import SpecError, SubmitError
 
 RUN = "0123456789abcdef0123456789abcdef"
 CLUSTER = {"spark_version": "15.4.x-scala2.12", "num_workers": 2, "node_type_id": "i3.xlarge"}
@@ -278,6 +278,51 @@ def test_requirements_of_a_project_that_names_no_environment_are_listed(tmp_path
     file = read_project(tmp_path).environment
     body = json.loads(backend.preview(make_job(tmp_path, environment_file=file, config=backend.configure({}))))
     assert body["environments"][0]["spec"]["dependencies"] == ["scikit-learn==1.5", "mlflow>=3"]
+
+
+def preview_of(folder: Path, config: dict[str, Any], dependencies: str) -> dict[str, Any]:
+    """Return the preview for a project with these dependencies in its ``python_env.yaml``."""
+    (folder / "python_env.yaml").write_text(f"dependencies: {dependencies}\n")
+    file = EnvironmentFile(EnvironmentFileKind.PYTHON_ENV, folder / "python_env.yaml")
+    backend = DatabricksBackend()
+    found: dict[str, Any] = json.loads(
+        backend.preview(make_job(folder, environment_file=file, config=backend.configure(config)))
+    )
+    return found
+
+
+def test_lines_of_requirements_files_go_into_the_request(tmp_path: Path) -> None:
+    (tmp_path / "deps").mkdir()
+    (tmp_path / "requirements.txt").write_text("# packages\nmlflow\n-r deps/more.txt\nscikit-learn \\\n  >=1.5\n")
+    (tmp_path / "deps" / "more.txt").write_text("pandas[parquet]; python_version > '3'\n-c pins.txt\n")
+    (tmp_path / "deps" / "pins.txt").write_text("Scikit_Learn<2\nnumpy==1.26\n")
+    body = preview_of(tmp_path, {}, "['-r requirements.txt', torch]")
+    assert body["environments"][0]["spec"]["dependencies"] == [
+        "torch",
+        "mlflow",
+        "pandas[parquet]; python_version > '3'",
+        "scikit-learn<2,>=1.5",
+        "numpy==1.26",
+    ]
+    assert_understood(body)
+
+
+def test_requirements_files_become_libraries_of_a_cluster(tmp_path: Path) -> None:
+    (tmp_path / "pins.txt").write_text("mlflow==3.1\n")
+    body = preview_of(tmp_path, CLUSTER, "['-c pins.txt', mlflow]")
+    assert body["tasks"][0]["libraries"] == [{"pypi": {"package": "mlflow==3.1"}}]
+
+
+@pytest.mark.parametrize("name", ["../other.txt", "own.txt"])
+def test_requirements_files_elsewhere_or_with_local_packages_are_refused(tmp_path: Path, name: str) -> None:
+    project = tmp_path / "project"
+    (project / "wheels").mkdir(parents=True)
+    (project / "wheels" / "own.whl").write_bytes(b"")
+    (project / "own.txt").write_text("./wheels/own.whl\n")
+    (tmp_path / "other.txt").write_text("secret-line\n")
+    with pytest.raises((SubmitError, SpecError), match=r"outside of the project|cannot install") as error:
+        preview_of(project, {}, f"['-r {name}']")
+    assert "secret-line" not in str(error.value)
 
 
 def test_local_requirements_are_refused(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.threads import FILES, LOGINS
 from mlfleet._environments.env_files import read_python_requirements
+from mlfleet._environments.pip_requirements import flatten
 from mlfleet._paths import run_folder
 from mlfleet._process.reattach import Identity, identify, machine, pid_namespace
 from mlfleet.backends._remote.run import SupervisedRuns
@@ -194,7 +195,7 @@ class DatabricksBackend(Backend[DatabricksConfig]):
         config = _config(job)
         root = config.upload.path or HOME.format(user="<user>")
         paths = request.RunPaths(
-            script=f"{HOME.format(user='<user>')}/bootstrap-<sha256>.py",
+            script=f"{config.script_upload.path or HOME.format(user='<user>')}/bootstrap-<sha256>.py",
             archive=f"{root}/projects/<sha256>.tar.gz",
             sha256="<sha256>",
             output=f"{root}/output/{job.run_id}",
@@ -307,7 +308,7 @@ class DatabricksBackend(Backend[DatabricksConfig]):
     ) -> dict[str, Any]:
         """Upload what the run needs in the workspace, and return the request."""
         job, config, context, storage = submission.job, submission.config, submission.context, submission.storage
-        home = await open_storage(context.workspace, Upload())
+        home = await open_storage(context.workspace, config.script_upload)
         required = request.project_files(job.placed)
         archive = await context.uploads.upload_project(storage, job.project_dir, job.on_progress, required=required)
         paths = request.RunPaths(
@@ -384,10 +385,11 @@ def _requirements(job: Job) -> tuple[str, ...]:
     """Return the project's requirements as lines for pip. Blocking."""
     spark = tuple((job.spark_job or {}).get("python_libraries", ()))
     needs = read_python_requirements(job.project_dir, job.environment_file)
-    if needs.packages.arguments:
-        found = " ".join(needs.packages.arguments)[:200]
+    found = flatten(needs.packages)
+    if found.local:
         text = (
-            f"the project's environment has {found!r}, which Databricks cannot install: name packages of an index there"
+            f"the project's environment has {' '.join(found.local)[:200]!r}, which Databricks cannot install: name"
+            " packages of an index there"
         )
         raise SubmitError(text, backend="databricks")
     if needs.python is not None:
@@ -395,8 +397,7 @@ def _requirements(job: Job) -> tuple[str, ...]:
             "Python %s of the project is not installed: the cluster or environment_version decides on the version",
             needs.python,
         )
-    lines = (line.strip() for line in needs.packages.lines)
-    return (*spark, *(line for line in lines if line and not line.startswith("#")))
+    return (*spark, *request.constrain(found.requirements, found.constraints))
 
 
 def _upload_of(ref: JobRef) -> Upload:

@@ -118,6 +118,15 @@ class DatabricksConfig:
     passed_on: Mapping[str, Any] = field(default_factory=dict)
     task_settings: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def script_upload(self) -> Upload:
+        """The place of the bootstrap script: the user's home, unless the run is somebody else's, who cannot read that.
+
+        Databricks does not run a script at a path below /dbfs.
+        """
+        is_shared = bool(self.upload.path) and self.upload.kind is not UploadKind.DBFS
+        return self.upload if is_shared and "run_as" in self.passed_on else Upload()
+
 
 def parse_config(config: Mapping[str, Any]) -> DatabricksConfig:
     """Parse ``backend_config``. Blocking: databricks-sdk is imported if it has keys that are passed on.

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+
 from mlfleet._project.command import substitute
 from mlfleet._text.masking import MASK, is_secret_name, mask_uri
 from mlfleet.backends.base import Job
@@ -25,6 +28,7 @@ __all__ = [
     "RunPaths",
     "bootstrap_argument",
     "bootstrap_spec",
+    "constrain",
     "is_too_long",
     "mask_request",
     "place_path",
@@ -158,6 +162,34 @@ def request_body(
     if not compute.serverless and libraries:
         task["libraries"] = libraries
     return body | {"tasks": [task]}
+
+
+def constrain(requirements: Iterable[str], constraints: Iterable[str]) -> tuple[str, ...]:
+    """Return lines for pip that install the same versions without a constraints file, which Databricks does not take.
+
+    A constraint on a required package becomes a part of that requirement. The others are required, too, since
+    dependencies that are not listed may need them.
+    """
+    lines = [line.strip() for line in requirements if line.strip() and not line.strip().startswith("#")]
+    places = {canonicalize_name(found.name): at for at, line in enumerate(lines) if (found := _parse(line)) is not None}
+    for line in constraints:
+        constraint = _parse(line)
+        at = None if constraint is None else places.get(canonicalize_name(constraint.name))
+        required = None if at is None else _parse(lines[at])
+        if constraint is None or at is None or required is None or constraint.marker or required.url or constraint.url:
+            lines.append(line)
+            continue
+        required.specifier &= constraint.specifier
+        lines[at] = str(required)
+    return tuple(lines)
+
+
+def _parse(line: str) -> Requirement | None:
+    """Return a requirement; None for an option of pip, or a line with options."""
+    try:
+        return Requirement(line)
+    except InvalidRequirement:
+        return None
 
 
 def mask_request(value: Any, name: str = "") -> Any:
