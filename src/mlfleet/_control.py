@@ -117,11 +117,10 @@ async def cancel_sweep(fleet: Fleet, info: RunInfo, *, grace: float | None = Non
     lost: dict[str, MlfleetError] = {}  # runs whose end is not confirmed: to wait for it again would take as long
     # The driver may start further runs until it has seen that its sweep was cancelled.
     while waited < _DRIVER_PATIENCE:
-        running = await fleet.tracking.search_runs(
-            [info.experiment_id],
-            f"tags.`{SweepMember.ID_TAG}` = '{info.run_id}' and attributes.status = 'RUNNING'",
-            max_results=_MOST_RUNS,
-        )
+        running: list[RunInfo] = []
+        for status in (RunStatus.RUNNING, RunStatus.SCHEDULED):
+            wanted = f"tags.`{SweepMember.ID_TAG}` = '{info.run_id}' and attributes.status = '{status}'"
+            running += await fleet.tracking.search_runs([info.experiment_id], wanted, max_results=_MOST_RUNS)
         errors.clear()
         running = [run for run in running if run.run_id not in lost]
         async with anyio.create_task_group() as group:

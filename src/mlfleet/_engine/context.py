@@ -119,6 +119,7 @@ class RunContext:
         runs_folder: The folder with one sub-folder for each run.
         is_open: True between `open` and the beginning of the end.
         sweep_ids: The MLflow runs of the active sweeps.
+        scheduled_after: Seconds that a run may wait at its backend before MLflow shows it as SCHEDULED.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class RunContext:
         self._tracking_uri = tracking_uri
         self.timeouts = timeouts
         self.tracking_patience = tracking_patience
+        self.scheduled_after = 10.0
         self.events = events
         self.fetcher = ProjectFetcher()
         self.runs_folder = runs_folder()

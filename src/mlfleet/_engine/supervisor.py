@@ -435,10 +435,27 @@ class SubmittedSupervisor(Supervisor):
                 self._publish(Stage.STARTING)
                 self.handle = await backend.submit(job)
                 await self._log_submitted(backend, self.handle)
-                await self.handle.started()
+                await self._await_start(self.handle)
             return await self._await_end(self.handle)
         finally:
             await self._settle()
+
+    async def _await_start(self, handle: BackendRun) -> None:
+        """Wait until the command runs, or never will. A run that is held back for long is SCHEDULED in MLflow."""
+        with anyio.move_on_after(self._context.scheduled_after):
+            await handle.started()
+            return
+        if await handle.get_status() is RunStatus.SCHEDULED:
+            await self._show_status(RunStatus.SCHEDULED)
+            await handle.started()
+            # Not over the KILLED of another process, which has ended the run instead.
+            if await handle.get_status() is RunStatus.RUNNING:
+                await self._show_status(RunStatus.RUNNING)
+        await handle.started()
+
+    async def _show_status(self, status: RunStatus) -> None:
+        with suppress(TrackingError), anyio.move_on_after(self._context.tracking_patience):
+            await self._context.tracking.update_run(self.run_id, status)
 
     async def _log_job(self, backend: Backend, job: Job) -> None:
         """Log parameters and the job's reference in one request, before anything exists that must be found again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -13,6 +14,7 @@ from components.fake_kubernetes import FakeCluster
 from fakes.kubernetes_node import Acting
 from mlfleet import Fleet, RunStatus, grid
 from mlfleet._cli.program import _cli as cli
+from mlfleet.fleet import context_of
 from mlfleet.testing import FakeTracking
 
 MLPROJECT = """
@@ -116,3 +118,30 @@ async def test_sweep_jobs_are_found_by_their_label(fake_cluster: FakeCluster, tm
             assert [result.status async for result in sweep] == [RunStatus.FINISHED] * 2
             labels = [job["metadata"]["labels"]["mlfleet.sweep-id"] for job in fake_cluster.api.of_kind("jobs")]
             assert labels == [sweep.run_id] * 2
+
+
+async def test_run_of_a_suspended_job_is_scheduled_in_mlflow(fake_cluster: FakeCluster, tmp_path: Path) -> None:
+    folder = await anyio.to_thread.run_sync(project, tmp_path)
+    shown = anyio.Event()
+
+    class Watched(FakeTracking):
+        async def update_run(self, run_id: str, status: RunStatus, **options: Any) -> None:
+            await super().update_run(run_id, status, **options)
+            if status is RunStatus.SCHEDULED:
+                shown.set()
+
+    tracking = Watched()
+    template = {"spec": {"suspend": True, "template": {"spec": {"containers": [{"name": "main"}]}}}}
+    config = {"code-delivery": "configmap", "tracking-uri": "http://mlflow:5000", "job-template": template}
+    async with Fleet(tracking=tracking) as fleet:
+        context_of(fleet).scheduled_after = 0.05
+        run = await fleet.submit(str(folder), parameters={"alpha": 1}, backend="kubernetes", backend_config=config)
+        await shown.wait()
+        assert await run.get_status() is RunStatus.SCHEDULED
+        (job,) = fake_cluster.api.of_kind("jobs")
+        fake_cluster.play = lambda pod: Acting(seconds=0.3)
+        key = ("jobs", job["metadata"]["namespace"], job["metadata"]["name"])
+        fake_cluster.api.change(key, lambda job: job["spec"].update(suspend=False))
+        assert await run.wait() is True
+    statuses = tracking.runs[run.run_id].statuses
+    assert statuses == [RunStatus.RUNNING, RunStatus.SCHEDULED, RunStatus.RUNNING, RunStatus.FINISHED]
