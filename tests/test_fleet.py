@@ -293,6 +293,14 @@ MISTAKES: list[tuple[dict[str, object], str]] = [
     ({"backend_config": 5}, "backend_config"),
     ({"experiment_name": "a", "experiment_id": "1"}, "experiment"),
     ({"parameters": ["alpha"]}, "parameters"),
+    # What an argument of a program becomes that is not UTF-8, and what no database takes.
+    ({"run_name": "\udcff"}, r"run_name is '\\udcff': give a text without NUL"),
+    ({"experiment_name": "a\0"}, "experiment_name is"),
+    ({"parent_run_id": "\udcff"}, "parent_run_id is"),
+    ({"storage_dir": "a\0"}, "storage_dir is"),
+    ({"tags": {"a": "\udcff"}}, "the tag 'a' is"),
+    ({"tags": {"a\0": "b"}}, "the name of a tag is"),
+    ({"entry_point": "\udcff"}, "there is no entry point"),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -243,8 +244,9 @@ def test_invalid_image_names_are_refused(text: str) -> None:
         parse_reference(text)
 
 
-async def test_bearer_token_is_fetched_when_the_registry_asks_for_it(tmp_path: Path) -> None:
+async def test_bearer_token_is_fetched_when_the_registry_asks_for_it(caplog: pytest.LogCaptureFixture) -> None:
     """Docker Hub, ghcr.io and most others do so; the password is sent only to the realm."""
+    caplog.set_level(logging.INFO)
     asked: list[tuple[str, list[str], str]] = []
     kind = "application/vnd.oci.image.manifest.v1+json"
 
@@ -274,3 +276,4 @@ async def test_bearer_token_is_fetched_when_the_registry_asks_for_it(tmp_path: P
     finally:
         await runner.cleanup()
     assert asked == [("registry.test", ["repository:team/image:pull"], "Basic bWU6aHVzaA==")], "asked for once"
+    assert f"http://{host}" not in caplog.text, "a URL may be signed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import subprocess
 import sys
@@ -113,6 +114,14 @@ async def test_http_with_and_without_a_known_size(tmp_path: Path) -> None:
 async def test_http_file_names_never_leave_their_folder(tmp_path: Path, path: str, header: str, name: str) -> None:
     async with http({path: plain(b"x", header), "/": plain(b"x", header)}) as url:
         assert await download(url + path, tmp_path) == tmp_path / "param_2" / name
+
+
+async def test_urls_with_secrets_are_not_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    async with http({"/a": plain(b"", "Location: /b?sig=SIGNED\r\n", "302 Found"), "/b": plain(b"here")}) as url:
+        await download(f"{url.replace('://', '://user:PASSWORD@')}/a?sig=SIGNED", tmp_path)
+    assert "SIGNED" not in caplog.text
+    assert "PASSWORD" not in caplog.text
 
 
 async def test_http_redirects_are_followed(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import logging
 import os
 import stat
 import zipfile
@@ -75,6 +76,17 @@ async def test_changed_zip_is_unpacked_again(write: Callable[[bytes], Path]) -> 
     await fetcher.fetch(str(write(make_zip())))
     project = await fetcher.fetch(str(write(make_zip({"MLproject": "name: changed\n"}))))
     assert (project.folder / "MLproject").read_text() == "name: changed\n"
+
+
+async def test_the_url_of_a_zip_with_secrets_is_not_logged(
+    http_files: FileServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    http_files.files["/secret.zip"] = make_zip()
+    http_files.credentials = "user:PASSWORD"
+    await ProjectFetcher().fetch(f"{http_files.url.replace('://', '://user:PASSWORD@')}/secret.zip?sig=SIGNED")
+    assert "SIGNED" not in caplog.text
+    assert "PASSWORD" not in caplog.text
 
 
 async def test_zip_over_http_is_downloaded_once_and_then_revalidated(http_files: FileServer) -> None:

@@ -321,6 +321,7 @@ MISTAKES: list[tuple[object, dict[str, Any], str]] = [
     ([{"n": 1}], {"resources": Resources(cpus=10**6)}, "can never start on this machine"),
     ([{"n": 1}], {"resources": Resources(gpus=64)}, "64 GPUs are requested"),
     ([{"n": 1}], {"backend": "slurn"}, "slurn"),
+    ([{"n": 1}], {"name": "\udcff"}, "the sweep's name is"),
 ]
 
 
@@ -332,6 +333,19 @@ async def test_a_mistake_is_found_before_anything_exists(
     with pytest.raises(MlfleetError, match=message):
         await all_of(fleet, uri, space, **options)
     assert tracking.requests == {}
+
+
+async def test_a_state_folder_that_cannot_be_written_is_named(
+    fleet: Fleet, tracking: FakeTracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "state").touch()  # a file in the place of the folder
+    monkeypatch.setenv("MLFLEET_STATE_DIR", str(tmp_path / "state"))
+    uri = project(tmp_path, "echo {n}")
+    with pytest.raises(
+        UsageError, match=r"sweep 'lr' cannot be written in .*state/sweeps: Not a dir.* MLFLEET_STATE_DIR"
+    ):
+        await all_of(fleet, uri, grid(n=[1]), name="lr")
+    assert tracking.runs == {}
 
 
 @pytest.mark.parametrize(

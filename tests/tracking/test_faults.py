@@ -238,6 +238,18 @@ async def test_an_answer_has_a_size_limit(fault: Fault, text: str) -> None:
         assert (await tracking.get_run("r1")).run_id == "r1"
 
 
+@pytest.mark.parametrize("token", ["tökén-of-mine", "token-of\nmine"])
+async def test_a_token_that_no_header_can_hold_is_not_shown(monkeypatch: pytest.MonkeyPatch, token: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", token)
+    async with scripted(SmallMlflow().script) as listening, RestTracking(f"http://{listening.place}") as tracking:
+        with pytest.raises(
+            TrackingError, match=r"the header Authorization .* not ASCII.*MLFLOW_TRACKING_TOKEN"
+        ) as caught:
+            await tracking.create_run("0", name=None, tags={})
+        assert listening.accepted == 0
+    assert "mine" not in f"{caught.value}{caught.value.__cause__}{caught.value.__context__}"
+
+
 @pytest.mark.parametrize("is_reset", [False, True])
 @on_each_loop
 async def test_a_port_that_accepts_and_closes_is_given_up_soon(is_reset: bool) -> None:

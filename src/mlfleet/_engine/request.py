@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self, Unpack
 from mlfleet._engine.options import Output, RunOptions
 from mlfleet._engine.variables import read_variables
 from mlfleet._text.documents import read_json
+from mlfleet._text.plain import UNENCODABLE
 from mlfleet.errors import UsageError
 from mlfleet.resources import Resources
 from mlfleet.runs import Timeouts
@@ -118,12 +119,23 @@ class RunRequest:
                 raise UsageError(f"{name} is {type(given).__name__}: give a mapping of names to values")
             object.__setattr__(self, name, dict(given or {}))
         object.__setattr__(self, "env", read_variables(self.env))
+        self._check_texts()
         if self.output not in ("capture", "inherit"):
             raise UsageError(f"output is {self.output!r}: give 'capture' or 'inherit'")
         if self.detach and self.output == "inherit":
             raise UsageError("a detached run has no stdout of this process: give output='capture' with detach=True")
         if self.log_output and self.output == "inherit":
             raise UsageError("log_output needs the output captured: give output='capture' with it")
+
+    def _check_texts(self) -> None:
+        """Check the texts that go to tracking as they are; others are checked where they are used."""
+        names = ("run_name", "experiment_name", "experiment_id", "run_id", "parent_run_id", "storage_dir")
+        texts = [(name, os.fspath(getattr(self, name) or "")) for name in names]
+        for tag, value in (self.tags or {}).items():
+            texts += [("the name of a tag", str(tag)), (f"the tag {str(tag)!r}", str(value))]
+        for name, text in texts:
+            if UNENCODABLE.search(text):
+                raise UsageError(f"{name} is {text[:200]!r}: give a text without NUL and with valid UTF-8 only")
 
     @classmethod
     def of(

@@ -19,6 +19,7 @@ from mlfleet._concurrency.threads import LOGINS
 from mlfleet._hosts import has_loopback_host
 from mlfleet._oci.login import find_credentials
 from mlfleet._oci.references import HUB, Reference
+from mlfleet._request_log import unlogged_requests
 from mlfleet._retry import RetryPolicy, parse_retry_after
 from mlfleet.errors import BackendError
 
@@ -244,12 +245,18 @@ class Registries:
     ) -> AsyncIterator[httpx.Response]:
         assert self._client is not None  # noqa: S101 - entered
         content = body() if body is not None else None
+        response: httpx.Response | None = None
         try:
-            async with self._client.stream(method, url, headers=dict(headers), content=content, **more) as response:
-                yield response
+            request = self._client.build_request(method, url, headers=dict(headers), content=content, **more)
+            with unlogged_requests():
+                response = await self._client.send(request, stream=True)
+            yield response
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             text = f"no answer from the registry {urlsplit(url).netloc}: {str(error) or type(error).__name__}"
             raise RegistryError(text) from error
+        finally:
+            if response is not None:
+                await complete(response.aclose)
 
     async def _scheme(self, host: str) -> str:
         """Return https; plain http is tried on this machine only, as Docker does."""

@@ -16,6 +16,7 @@ from mlfleet._concurrency.threads import PROJECTS
 from mlfleet._project.archive import ArchiveLimits
 from mlfleet._project.parameters import Download
 from mlfleet._project.uri import ProjectUri
+from mlfleet._request_log import unlogged_requests
 from mlfleet._retry import RetryPolicy, parse_retry_after
 from mlfleet._store.content_store import read_facts, write_facts
 from mlfleet._text.masking import mask
@@ -218,8 +219,9 @@ async def _get(
 
         async def attempt() -> T:
             try:
-                async with client.stream("GET", url, headers=headers) as response:
-                    return await receive(response)
+                with unlogged_requests():
+                    async with client.stream("GET", url, headers=headers) as response:
+                        return await receive(response)
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 is_transient = isinstance(error, httpx.TransportError) and not isinstance(
                     error, httpx.UnsupportedProtocol

@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from mlfleet._project.spec import EntryPoint, Parameter
 from mlfleet._text.masking import mask_query
+from mlfleet._text.plain import UNENCODABLE
 from mlfleet.errors import FetchError, ParameterError
 
 __all__ = ["Download", "ResolvedParameters", "resolve"]
@@ -23,7 +24,6 @@ __all__ = ["Download", "ResolvedParameters", "resolve"]
 # RFC 3986, 3.1.
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _log = logging.getLogger("mlfleet.project")
-_NO_TEXT = re.compile("[\x00\ud800-\udfff]")
 
 # What MLflow takes as the name of a parameter (mlflow/utils/validation.py, _validate_param_name).
 _NAME = re.compile(r"[/\w.\- :]+")
@@ -142,7 +142,7 @@ def _texts(given: Mapping[str, object], faults: dict[str, str]) -> dict[str, str
     texts: dict[str, str] = {}
     for key, value in given.items():
         name = str(key)
-        if not name or _NO_TEXT.search(name):
+        if not name or UNENCODABLE.search(name):
             faults[name] = "this cannot be the name of a parameter"
         elif (refusal := _refusal(name)) is not None:
             faults[name] = refusal
@@ -151,7 +151,7 @@ def _texts(given: Mapping[str, object], faults: dict[str, str]) -> dict[str, str
             faults[name] = f"a string, a number, a boolean or a path was expected, got {kind}"
         else:
             texts[name] = str(value)
-            if _NO_TEXT.search(texts[name]):
+            if UNENCODABLE.search(texts[name]):
                 faults[name] = "the value holds a NUL character or half a character, which no command can"
     return texts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -85,6 +86,8 @@ async def _acquire(lock: FileLock, patience: float | None) -> None:
             lock.acquire(blocking=False)
         except Timeout:
             return False
+        except NotImplementedError as error:  # filelock's for a file system without locks
+            raise OSError(errno.ENOLCK, str(error), lock.lock_file) from error
         return True
 
     async def undo(acquired: bool) -> None:

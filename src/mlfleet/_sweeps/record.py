@@ -163,7 +163,10 @@ async def open_record(
                 has_begun = True
             if lock is not None and settings.name is not None:
                 uri = plan.project.uri
-                await FILES.run(partial(write_note, lock, tracking, record.info, settings.name, uri))
+                try:
+                    await FILES.run(partial(write_note, lock, tracking, record.info, settings.name, uri))
+                except OSError as error:
+                    raise _unwritable(settings.name, error) from error
             yield record
         finally:
 
@@ -182,6 +185,8 @@ async def _lock(stack: AsyncExitStack, path: Path, name: str) -> None:
     except TimeoutError:
         text = f"another process drives the sweep {name!r} right now: wait for it, or end it first"
         raise UsageError(text) from None
+    except OSError as error:
+        raise _unwritable(name, error) from error
 
 
 async def is_driven(tracking: Tracking, info: RunInfo) -> bool:
@@ -194,6 +199,15 @@ async def is_driven(tracking: Tracking, info: RunInfo) -> bool:
             return False
     except TimeoutError:
         return True
+    except OSError as error:
+        raise _unwritable(name, error) from error
+
+
+def _unwritable(name: str, error: OSError) -> UsageError:
+    return UsageError(
+        f"the lock of the sweep {name!r} cannot be written in {sweeps_folder()}: {error.strerror or error}. Make room"
+        " there, or set MLFLEET_STATE_DIR to a folder that can be written"
+    )
 
 
 async def _content(plan: Plan) -> str:

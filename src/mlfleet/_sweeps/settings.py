@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -10,6 +11,8 @@ from typing import Any, Literal
 from mlfleet._engine.request import RunOptions, RunRequest
 from mlfleet.errors import UsageError
 from mlfleet.runs import FailureKind
+
+_NO_NAME = re.compile(r"""['"`\\%\x00-\x1f\ud800-\udfff]""")
 
 __all__ = ["GIVE_UP_AFTER", "OnFailure", "Resume", "Retry", "SweepOptions", "SweepSettings"]
 
@@ -114,7 +117,7 @@ class SweepSettings:
             raise UsageError("a sweep makes its own MLflow runs: run_id cannot be given")
         if self.name is None and self.resume:
             raise UsageError("resume needs the name of the sweep: give name= as well")
-        if self.name is not None and (not self.name.strip() or any(c in "'\"`\\%" or c < " " for c in self.name)):
+        if self.name is not None and (not self.name.strip() or _NO_NAME.search(self.name)):
             raise UsageError(
                 f"the sweep's name is {self.name!r}: give a text without quotes, percent signs and backslashes"
             )

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mlfleet._text.plain import UNENCODABLE
 from mlfleet.errors import SpecError
 
 __all__ = ["Node", "nearest", "parse_yaml", "read_json", "read_toml", "read_yaml", "warn_unknown"]
@@ -36,8 +37,6 @@ _SCALARS = {_TAG + name for name in ("str", "int", "float", "bool", "null", "tim
 _MERGE = _TAG + "merge"
 _NUMBERS = {_TAG + "int", _TAG + "float"}
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f\ufffe\uffff]")
-# Escapes of quoted YAML strings can make these.
-_NO_TEXT = re.compile("[\x00\ud800-\udfff]")
 _JSON_TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|(?P<constant>NaN|-?Infinity)', re.S)
 
 
@@ -339,7 +338,7 @@ class _Converter:
             plain.fail(f"the tag {tag!r} is not allowed, only plain data is")
         if tag in _NUMBERS and len(composed.value) > MAX_NUMBER_LENGTH:
             plain.fail(f"a number of more than {MAX_NUMBER_LENGTH} characters")
-        if bad := _NO_TEXT.search(composed.value):
+        if bad := UNENCODABLE.search(composed.value):
             plain.fail(f"the text holds {bad[0]!r}, which no command, path or variable can")
         try:
             value = self._constructor.construct_object(composed)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["CONTROLS", "plain_line", "plain_text"]
+__all__ = ["CONTROLS", "UNENCODABLE", "plain_line", "plain_text"]
+
+# NUL ends a string of the system and is no text in a database; a lone surrogate stands for a byte that is not UTF-8, as
+# in an argument of a program, and has no encoding.
+UNENCODABLE = re.compile("[\x00\ud800-\udfff]")
 
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|.)?", re.S)
 # C0 but for tab and line feed, DEL, C1 (a single 0x9b begins a control sequence, too: ECMA-48, 5.4), and the characters

@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -88,7 +88,12 @@ class EmbeddedTracking(Tracking):
         if self._lock is None:
             raise TrackingError("the tracking store is not open: use it inside `async with`", uri=self.uri)
         # One process at a time makes the tables of a database: two at the same time fail.
-        async with file_lock(self._lock):
+        async with AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(file_lock(self._lock))
+            except OSError as error:
+                text = f"the lock of the tracking store cannot be written to {self._lock}: {error.strerror or error}"
+                raise TrackingError(text, uri=self.uri) from error
             return await self._again(partial(_open_store, self._real))
 
     async def environ(self) -> tuple[dict[str, str], dict[str, str]]:  # noqa: D102 - told by Tracking

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -60,6 +61,7 @@ _ENCODINGS = ("gzip", "deflate")
 _JSON = {"Content-Type": "application/json"}
 _WARNINGS_APART = 60.0  # seconds between two warnings of failures with the same status
 _SECRET = 8
+_HEADER_VALUE = re.compile(r"[\t\x20-\x7e]*")
 """A header given by the caller that is at least this long is masked in messages."""
 
 T = TypeVar("T")
@@ -346,6 +348,7 @@ class ServerClient:
         response: httpx.Response | None = None
         try:
             sent = {**self._headers, **headers, **await self.login.headers()}
+            self._check_headers(sent)
             request = client.build_request(
                 method,
                 self.login.url + _target(path),
@@ -454,6 +457,16 @@ class ServerClient:
             )
         except (ValueError, ImportError) as error:
             raise self.failures.error(f"the proxy for {url} cannot be used: {error}") from error
+
+    def _check_headers(self, headers: Mapping[str, str]) -> None:
+        """Refuse what no header can hold, without its text: an error of httpx would show a password."""
+        wrong = next((name for name, value in headers.items() if not _HEADER_VALUE.fullmatch(value)), None)
+        if wrong is not None:
+            advice = f"; {self.login.hint}" if wrong.lower() == "authorization" else ""
+            raise self.failures.error(
+                f"the header {wrong} for {self.login.url} holds a line break or a character that is not ASCII, which no"
+                f" header can hold{advice}"
+            )
 
     def _secret_headers(self) -> tuple[str, ...]:
         harmless = {"user-agent", "accept-encoding", "x-mlflow-workspace"}

@@ -26,7 +26,7 @@ from components.docker import DockerEngine
 from components.mlflow_server import MlflowServer
 from components.projects import write_project
 from mlfleet import FailureKind, Fleet, FleetRun, RunStatus, Timeouts
-from mlfleet.errors import ExecutionException, MlfleetError, RunTimeout, UsageError
+from mlfleet.errors import ExecutionException, MlfleetError, RunTimeout, SubmitError, UsageError
 from mlfleet.testing import FakeTracking
 from mlfleet.tracking import RunInfo, open_tracking
 
@@ -341,6 +341,19 @@ async def test_mistakes_are_reported_before_anything_exists(
     with pytest.raises(UsageError, match=text):
         await fleet.submit(uri, **options)  # type: ignore[arg-type]
     assert not tracking.runs
+
+
+async def test_a_state_folder_that_cannot_be_written_is_the_reason(
+    fleet: Fleet, shell_image: str, docker_engine: DockerEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "state").touch()  # a file in the place of the folder
+    monkeypatch.setenv("MLFLEET_STATE_DIR", str(tmp_path / "state"))
+    run = await fleet.submit(docker_project(tmp_path / "demo", shell_image, "true"))
+    outcome = await run.outcome()
+    assert isinstance(outcome.error, SubmitError)
+    assert outcome.reason is not None
+    assert f"cannot be written to {tmp_path}/state/runs/{run.run_id}: Not a directory" in outcome.reason
+    assert await containers(docker_engine, run.run_id) == []
 
 
 async def test_the_docker_backend_needs_a_docker_env(fleet: Fleet, tracking: FakeTracking, tmp_path: Path) -> None:

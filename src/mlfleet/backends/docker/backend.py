@@ -318,7 +318,11 @@ def _container(container_id: str, name: str, job: Job, body: Mapping[str, Any], 
 
 
 def _acquire(lock: ContainerLock) -> ContainerLock:
-    lock.acquire()
+    try:
+        lock.acquire()
+    except OSError as error:
+        text = f"the lock of the container cannot be written to {error.filename}: {error.strerror}"
+        raise SubmitError(text, backend="docker") from error
     return lock
 
 

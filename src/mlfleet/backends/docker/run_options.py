@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlfleet._text.documents import nearest
+from mlfleet._text.plain import UNENCODABLE
 from mlfleet.backends.docker import values
 from mlfleet.backends.docker.values import FlagValueError
 from mlfleet.errors import UsageError
@@ -124,6 +125,8 @@ def _texts(key: str, value: object, flag: _Flag) -> list[str]:
             texts.append("true")
         elif isinstance(item, str | int | float | Path):
             texts.append(str(item))
+            if UNENCODABLE.search(texts[-1]):
+                raise UsageError(f"docker_args: {key!r} holds a NUL character or half a character, which no text can")
         else:
             raise UsageError(f"docker_args: {key!r} is {type(item).__name__}: give a text, a number, True, or a list")
     if any("\0" in text or (not text.isascii() and _SURROGATE.search(text)) for text in texts):
