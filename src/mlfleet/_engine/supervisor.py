@@ -204,7 +204,11 @@ class Supervisor(ABC):
             return await self._run_stages()
         except MlfleetError as error:
             seen = self._seen.output if self._seen else tuple(getattr(error, "output", ()))
-            return Outcome(RunStatus.FAILED, reason=str(error).partition("\n")[0], error=error, output=seen)
+            reason = str(error).partition("\n")[0]
+            if self._seen is not None and isinstance(self._seen.error, RunLost) and error is not self._seen.error:
+                # The run was to be ended for this error, and may still run.
+                reason = f"{reason}; {self._seen.error}"
+            return Outcome(RunStatus.FAILED, reason=reason, error=error, output=seen)
         except Exception as error:
             logger.exception("the run %s ended by an unexpected error", self.run_id)
             return Outcome(RunStatus.FAILED, reason=f"{type(error).__name__}: {error}", error=error)

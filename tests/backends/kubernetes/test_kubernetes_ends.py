@@ -25,7 +25,7 @@ from mlfleet.backends.kubernetes.run import KubernetesRun
 from mlfleet.backends.kubernetes.state import read_job
 from mlfleet.errors import RunLost
 from mlfleet.fleet import context_of
-from mlfleet.runs import FailureKind, JobRef, RunStatus
+from mlfleet.runs import FailureKind, JobRef, RunStatus, Timeouts
 from mlfleet.testing import FakeTracking
 
 FOREVER = Acting(seconds=600, output=(b"begun\n",))
@@ -166,6 +166,20 @@ async def test_interrupted_run_whose_end_is_not_confirmed_says_why_it_failed(
         command = RunCommand(request=RunRequest.of(uri), run=run, outcome=await run.outcome())
     _say_end(command, signal.SIGINT, quiet=True)
     assert f"(run {run.run_id}) is FAILED: the Job demo-{run.run_id} was deleted, but" in capsys.readouterr().err
+
+
+async def test_timeout_of_a_run_whose_end_is_not_confirmed_says_so(fake_cluster: FakeCluster, tmp_path: Path) -> None:
+    uri, tracking = await project(tmp_path), FakeTracking()
+    fake_cluster.play = lambda pod: FOREVER
+    timeouts = Timeouts(run=0.1, cancel_grace=0)
+    async with Fleet(tracking=tracking, timeouts=timeouts) as fleet:
+        context_of(fleet)._backends["kubernetes"] = KubernetesBackend(end_patience=0.1)
+        fake_cluster.node.answers = False
+        outcome = await (await fleet.submit(uri, backend="kubernetes", backend_config=CONFIG)).outcome()
+        fake_cluster.node.answer()
+    assert outcome.kind is FailureKind.TIMEOUT
+    assert (outcome.reason or "").startswith("the run timeout of 0.1 s ran out; the Job demo-")
+    assert "may still run" in (outcome.reason or "")
 
 
 # ---- other containers

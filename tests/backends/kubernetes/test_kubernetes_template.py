@@ -256,3 +256,15 @@ async def test_project_without_an_image_makes_no_run(fake_cluster: FakeCluster, 
         with pytest.raises(UsageError, match="the project names no image"):
             await fleet.submit(str(tmp_path), backend="kubernetes", backend_config=config)
     assert tracking.runs == {}
+
+
+async def test_invalid_name_of_a_variable_makes_no_run(fake_cluster: FakeCluster, tmp_path: Path) -> None:
+    (tmp_path / "MLproject").write_text(
+        "docker_env: {image: 'x:1', environment: [['1 A', y]]}\nentry_points: {main: {command: 'true'}}\n"
+    )
+    tracking = FakeTracking()
+    config = {"code-delivery": "configmap", "tracking-uri": "http://mlflow:5000"}
+    async with Fleet(tracking=tracking) as fleet:
+        with pytest.raises(UsageError, match="'1 A' is not a valid name for a variable of a container"):
+            await fleet.submit(str(tmp_path), backend="kubernetes", backend_config=config)
+    assert tracking.runs == {}

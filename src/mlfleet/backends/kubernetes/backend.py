@@ -31,6 +31,7 @@ from mlfleet.backends.kubernetes.login import find_cluster
 from mlfleet.backends.kubernetes.manifest import (
     OWNER,
     check_copied,
+    check_names,
     check_tracking,
     grace_of,
     has_secret,
@@ -98,9 +99,10 @@ class KubernetesBackend(Backend[KubernetesConfig]):
     def check_config(self, config: KubernetesConfig, docker: DockerRequest | None, variables: Collection[str]) -> None:
         """Check that the template leaves what the run sets to it, and that there is an image; see `Backend`."""
         image = image_of(docker, config)
+        named = [] if docker is None else [name for name, _ in docker.env.environment]
+        check_names((*variables, *named))
         if not config.template:
             return
-        named = [] if docker is None else [name for name, _ in docker.env.environment]
         job = Job(
             run_id="0" * 32,
             experiment_id="0",

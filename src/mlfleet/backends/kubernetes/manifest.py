@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,7 +19,7 @@ from mlfleet.backends.kubernetes.config import KubernetesConfig
 from mlfleet.backends.kubernetes.names import container_name, job_name, label_value
 from mlfleet.backends.kubernetes.state import CONTAINER_ANNOTATION, MANAGED_BY, RUN_LABEL, SWEEP_LABEL
 from mlfleet.backends.kubernetes.template import choose_container
-from mlfleet.errors import SubmitError, UsageError
+from mlfleet.errors import UsageError
 
 __all__ = [
     "OWNER",
@@ -27,6 +27,7 @@ __all__ = [
     "SUBMISSION",
     "Code",
     "check_copied",
+    "check_names",
     "check_tracking",
     "escape",
     "grace_of",
@@ -408,7 +409,7 @@ def variables(job: Job, tracking_uri: str | None, here: Mapping[str, str]) -> tu
 
     Raises:
         UsageError: Tracking is in a file of this machine.
-        SubmitError: The name of a variable is invalid in a container.
+        UsageError: The name of a variable is invalid in a container.
     """
     plain, secret = dict(job.environ), dict(job.secrets)
     if job.docker is not None:
@@ -426,10 +427,19 @@ def variables(job: Job, tracking_uri: str | None, here: Mapping[str, str]) -> tu
         if name in secret or (name.endswith("_URI") and mask_uri(value) != value):
             secret.setdefault(name, value)
             del plain[name]
-    wrong = next((name for name in (*plain, *secret) if not _NAME.fullmatch(name)), None)
-    if wrong is not None:
-        raise SubmitError(f"{wrong!r} is not a valid name for a variable of a container", backend="kubernetes")
+    check_names((*plain, *secret))
     return plain, secret
+
+
+def check_names(names: Collection[str]) -> None:
+    """Check the names of variables.
+
+    Raises:
+        UsageError: A container cannot have a variable of that name.
+    """
+    wrong = next((name for name in names if not _NAME.fullmatch(name)), None)
+    if wrong is not None:
+        raise UsageError(f"{wrong!r} is not a valid name for a variable of a container")
 
 
 def check_tracking(uri: str) -> None:
