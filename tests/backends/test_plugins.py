@@ -160,6 +160,9 @@ def test_both_runs_fail_together(place: Workplace) -> None:
     assert done.returncode == 1
     assert "the plugin 'spool' says that it failed" in done.stderr
     assert [run["info"]["status"] for run in place.runs] == ["FAILED", "FAILED"]
+    (tags,) = [tags_of(run) for run in place.runs if "mlfleet.second_run" in tags_of(run)]
+    assert tags["mlfleet.reason"].startswith("the plugin 'spool' says that it failed")
+    assert tags["mlfleet.failure_kind"] == "failure"
 
 
 def test_plugin_that_refuses(place: Workplace) -> None:

@@ -195,6 +195,8 @@ async def test_a_spark_job_that_fails(fleet: Fleet, tmp_path: Path) -> None:
     run = await fleet.submit(str(folder), backend="databricks", backend_config=CLUSTER)
     outcome = await run.outcome()
     assert (outcome.status, outcome.exit_code, outcome.reason) == (RunStatus.FAILED, 7, "exit code 7")
+    tags = (await fleet.tracking.get_run(run.run_id)).tags
+    assert (tags["mlfleet.reason"], tags["mlfleet.failure_kind"]) == ("exit code 7", "failure")
 
 
 async def test_mlflow_checks_run_before_anything_is_created(databricks: Databricks, tmp_path: Path) -> None:

@@ -226,7 +226,9 @@ def _command_lines() -> str:
 
 
 @pytest.mark.parametrize(("after", "code"), [("", 137), (" || exit 5", 5)])
-async def test_out_of_memory_is_reported(fleet: Fleet, shell_image: str, tmp_path: Path, after: str, code: int) -> None:
+async def test_out_of_memory_is_reported(
+    fleet: Fleet, tracking: FakeTracking, shell_image: str, tmp_path: Path, after: str, code: int
+) -> None:
     # The kernel ends the one that says so, rather than the shell that tells of it.
     first = "echo 1000 >/proc/self/oom_score_adj"
     command = f"bash -c '{first}; x=$(yes | head -c 500000000); echo ${{{{#x}}}}'{after}"
@@ -237,6 +239,9 @@ async def test_out_of_memory_is_reported(fleet: Fleet, shell_image: str, tmp_pat
         await run.check()
     outcome = await run.outcome()
     assert (outcome.exit_code, outcome.kind) == (code, FailureKind.OOM)
+    tags = tracking.runs[run.run_id].tags
+    assert tags["mlfleet.failure_kind"] == "oom"
+    assert tags["mlfleet.reason"].startswith("out of memory (its limit is 32 MiB)")
 
 
 async def test_a_timeout_ends_the_container(

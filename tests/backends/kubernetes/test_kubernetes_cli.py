@@ -46,6 +46,7 @@ async def test_fleet_runs_a_project_on_kubernetes(fake_cluster: FakeCluster, tmp
     (made,) = fake_cluster.api.of_kind("jobs")
     info = tracking.runs[run.run_id]
     assert info.status is RunStatus.FAILED
+    assert (info.tags["mlfleet.reason"], info.tags["mlfleet.failure_kind"]) == ("exit code 3", "failure")
     assert info.tags["mlfleet.kubernetes.uid"] == made["metadata"]["uid"]
     assert made["metadata"]["name"] in info.tags["mlfleet.ref"]
 
