@@ -194,6 +194,17 @@ def test_every_documented_variable_exists() -> None:
         assert set(_VARIABLE.findall(page.read_text())) <= known, page.name
 
 
+def test_every_difference_of_the_blocking_shim_names_its_test() -> None:
+    page = (ROOT / "docs" / "blocking.md").read_text()
+    rows = page.partition("| seen in |\n")[2].partition("\n\n")[0].splitlines()[1:]
+    tests = (ROOT / "tests" / "test_sync.py").read_text()
+    assert rows
+    for row in rows:
+        named = re.fullmatch(r"`(test_\w+)`", row.rstrip(" |").rpartition("|")[2].strip())
+        assert named, row
+        assert f"def {named[1]}(" in tests, row
+
+
 def test_every_option_of_the_command_line_is_documented() -> None:
     page = (ROOT / "docs" / "cli.md").read_text()
     documented = set(_OPTION.findall(page))

@@ -9,7 +9,7 @@ from parity.observing import Observed
 
 __all__ = ["Pair", "differing"]
 
-_ALWAYS = ("outcome", "runs", "project files", "temporary files", "backend_config")
+_ALWAYS = ("outcome", "runs", "project files", "temporary files", "processes", "backend_config")
 _TRACKED = ("status", "end time", "experiment", "parameters ", "tags ")
 
 

@@ -210,6 +210,7 @@ RULES: dict[str, Rule] = {
     "status-of-user-code": _own_end,
     "existing-run-described": _only_ours,
     "existing-run-parameters": lambda aspect, theirs, ours: "Changing param values is not allowed" in ours.error,
+    "leftovers-ended": lambda aspect, theirs, ours: (theirs[aspect], ours[aspect]) == ("left", ""),
     "cancel-told": lambda aspect, theirs, ours: (theirs["runs"], ours["runs"]) == ("RUNNING", "KILLED"),
     "asynchronous-parameters": _works("AttributeError: 'NoneType' object has no attribute 'items'"),
     # Backends and environments

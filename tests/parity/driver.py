@@ -73,6 +73,7 @@ def make(run: Any, call: dict[str, Any]) -> dict[str, Any]:
             handle = run(uri, **arguments)
         answer["run_id"] = handle.run_id
         if call["cancel_after"] is not None:
+            answer["first_status"] = str(handle.get_status())
             Path(call["cancel_after"]).read_text()  # a FIFO, into which the project writes when it has begun
             handle.cancel()
         answer["wait"] = handle.wait()

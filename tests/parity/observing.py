@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from components.projects import pid_is_gone
 from parity.places import Place
 
 __all__ = ["Observed", "observe"]
@@ -54,7 +57,10 @@ def observe(
         "project files": ", ".join(_changes(before, place.snapshot())),
         "temporary files": "left" if any((place.folder / "temporary").iterdir()) else "",
         "storage": "left" if any((place.folder / "storage").iterdir()) else "",
+        "processes": _left_process(place.folder / "left"),
     }
+    if "first_status" in answer:
+        aspects["handle first status"] = answer["first_status"]
     if "error" in answer:
         aspects["error class"] = answer["classes"][0]
     else:
@@ -97,6 +103,14 @@ class _Record:
     def is_command(self) -> bool:
         """True if this is the project's command: scripts and the steps of a build do not belong to a run."""
         return self.argv[:1] == ["-c"] and "MLFLOW_RUN_ID" in self.variables
+
+
+def _left_process(note: Path) -> str:
+    """Return ``left`` if the process whose id is in `note` goes on, and kill it."""
+    if not note.exists() or pid_is_gone(pid := int(note.read_text())):
+        return ""
+    os.kill(pid, signal.SIGKILL)
+    return "left"
 
 
 def _variables(lines: list[str]) -> dict[str, str]:

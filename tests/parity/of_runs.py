@@ -171,6 +171,11 @@ RUNS = [
         mlproject=entry_point("python end.py FINISHED; exit 1"),
         files={"end.py": END},
     ),
+    Case(
+        "run-leaves-a-process",
+        ("leftovers-ended",),
+        mlproject=entry_point("sleep 600 > /dev/null 2>&1 & echo $! > @case/left"),
+    ),
     Case("run-name", arguments={"run_name": "my run"}),
     Case(
         "run-id", ("existing-run-described",), arguments={"run_id": "@there", "parameters": {"a": 1}}, prepare=own_run

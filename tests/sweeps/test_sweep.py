@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -346,6 +347,12 @@ async def test_a_state_folder_that_cannot_be_written_is_named(
     ):
         await all_of(fleet, uri, grid(n=[1]), name="lr")
     assert tracking.runs == {}
+    monkeypatch.setenv("MLFLEET_STATE_DIR", str(tmp_path / "other"))
+    (tmp_path / "other" / "sweeps").mkdir(parents=True)
+    (tmp_path / "other" / "runs").touch()
+    (failed,) = (await all_of(fleet, uri, grid(n=[1]), name="lr", retry=Retry(attempts=1))).results
+    assert failed.reason is not None
+    assert re.fullmatch(rf"the folder of the run, {tmp_path}/other/runs/\w+, cannot be made: Not a .*", failed.reason)
 
 
 @pytest.mark.parametrize(

@@ -273,7 +273,11 @@ def _command(job: Job) -> Iterator[Command]:
     argv: tuple[str, ...] = ("bash", "-c", job.command)
     if job.durable:
         argv = run_folder.argv(job)
-        folder_of(job.run_id).mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            folder_of(job.run_id).mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            text = f"the folder of the run, {error.filename}, cannot be made: {error.strerror}"
+            raise SubmitError(text, backend=LocalBackend.name) from error
     environ = {**_environ(job), RUN_VARIABLE: job.run_id}
     if job.durable:
         # This process may be a run of another driver itself: at that one's end a durable run goes on all the same.
