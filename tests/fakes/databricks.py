@@ -38,6 +38,7 @@ class FakeRun:
         shows_state: True if answers have the older form.
         output: The answer of ``runs/get-output`` for the last attempt of the task.
         attempts: The number of attempts of the task.
+        files: The files of the workspace, among them long arguments.
         cancelled: The number of requests to cancel the run.
         ended_at: The time of the end, by ``time.monotonic``; 0 before.
     """
@@ -50,6 +51,7 @@ class FakeRun:
     shows_state: bool = True
     output: dict[str, Any] = field(default_factory=dict)
     attempts: int = 1
+    files: Mapping[str, bytes] = field(default_factory=dict)
     cancelled: int = 0
     ended_at: float = 0.0
 
@@ -57,6 +59,8 @@ class FakeRun:
     def spec(self) -> dict[str, Any]:
         """The argument of the bootstrap script."""
         found: dict[str, Any] = json.loads(self.body["tasks"][0]["spark_python_task"]["parameters"][0])
+        if "spec" in found:
+            found = json.loads(self.files[found["spec"]])
         return found
 
     @property
@@ -155,6 +159,7 @@ class FakeWorkspace(FlakyProxy):
         end = json.dumps({"exit_code": code, "parts": 1, "stopped": stopped}).encode()
         for name, content in {"000000": text, "end": end}.items():
             self.files[f"{run.spec['output']}/{name}"] = b"%d\n%b" % (len(content), content)
+        self.folders.add(run.spec["output"])
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[FakeWorkspace]:
@@ -244,7 +249,7 @@ class FakeWorkspace(FlakyProxy):
                 return error(400, "QUOTA_EXCEEDED", text)
             number = len(self.runs) + 1
             self.tokens[token] = number
-            self.runs[number] = run = FakeRun(number, body, int(time.time() * 1000))
+            self.runs[number] = run = FakeRun(number, body, int(time.time() * 1000), files=self.files)
             self.on_submit(run)
         return ok({"run_id": self.tokens[token]})
 
@@ -302,13 +307,42 @@ class FakeWorkspace(FlakyProxy):
         content = self.files.get(path)
         if content is None:
             return error(404, "NOT_FOUND", "The file does not exist.")
+        if request.method == "DELETE":
+            del self.files[path]
+            return Answer(204)
         if request.method == "HEAD":
             return Answer(200, b"", {"content-length": str(len(content))})
         return Answer(200, content)
 
     def _volume_folder(self, request: Request, path: str) -> Answer:
-        self.folders.add(path)
+        if request.method == "PUT":
+            self.folders.add(path)
+            return Answer(204)
+        inside = [each for each in self.files if each.startswith(f"{path}/")]
+        if path not in self.folders:
+            return error(404, "NOT_FOUND", "The directory does not exist.")
+        if request.method == "GET":
+            return ok({"contents": [{"path": each, "is_directory": False} for each in inside]})
+        if inside:
+            return error(400, "INVALID_PARAMETER_VALUE", "The directory is not empty.")
+        self.folders.remove(path)
         return Answer(204)
+
+    def _workspace_delete(self, body: dict[str, Any]) -> Answer:
+        return self._delete(body["path"], body)
+
+    def _dbfs_delete(self, body: dict[str, Any]) -> Answer:
+        return self._delete(f"/dbfs{body['path']}", body)
+
+    def _delete(self, path: str, body: dict[str, Any]) -> Answer:
+        inside = [each for each in self.files if each.startswith(f"{path}/")]
+        if path not in self.files and not inside:
+            return error(404, "RESOURCE_DOES_NOT_EXIST", f"Path ({path}) doesn't exist.")
+        if inside and not body.get("recursive"):
+            return error(400, "DIRECTORY_NOT_EMPTY", f"Folder ({path}) is not empty")
+        for each in [*inside, path]:
+            self.files.pop(each, None)
+        return ok({})
 
     def _import_file(self, request: Request, path: str) -> Answer:
         if path.rpartition("/")[0] not in self.folders:

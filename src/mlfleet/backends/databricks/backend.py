@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -32,11 +32,12 @@ from mlfleet.backends.databricks import request
 from mlfleet.backends.databricks.client import Timing, Workspace, WorkspaceError
 from mlfleet.backends.databricks.config import DatabricksConfig, TaskKind, Upload, UploadKind, parse_config
 from mlfleet.backends.databricks.quota import QuotaQueue
+from mlfleet.backends.databricks.records import Record, read_records, remove_record, write_record
 from mlfleet.backends.databricks.run import DatabricksRun, RemoteRun, remove_secret
 from mlfleet.backends.databricks.states import Phase, State, read_state
-from mlfleet.backends.databricks.storage import HOME, Storage, Uploads, open_storage
+from mlfleet.backends.databricks.storage import HOME, Storage, Uploads, open_folder, open_storage
 from mlfleet.backends.databricks.watch import Poller, RecentRuns
-from mlfleet.errors import RunLost, SpecError, SubmitError, UsageError
+from mlfleet.errors import BackendError, RunLost, SpecError, SubmitError, UsageError
 from mlfleet.runs import JobRef
 from mlfleet.tracking.databricks import check_profile, is_databricks, profile_of
 
@@ -68,6 +69,7 @@ class _Submission:
         context: The workspace to submit to.
         storage: The storage of the project and the output.
         attempt: The id of this execution, unique among those of the MLflow run.
+        reference: The reference to the run.
     """
 
     job: Job
@@ -75,6 +77,7 @@ class _Submission:
     context: _WorkspaceContext
     storage: Storage
     attempt: str
+    reference: JobRef
 
     @property
     def token(self) -> str:
@@ -102,6 +105,23 @@ class _Submission:
             tags=tags,
             secret=secret,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Left:
+    """A run whose process on this machine is gone.
+
+    Attributes:
+        record: Its record.
+        context: Its workspace.
+        listed: Its entry for `Backend.list_runs`.
+        is_active: True if it has not ended.
+    """
+
+    record: Record
+    context: _WorkspaceContext
+    listed: ListedRun
+    is_active: bool
 
 
 class DatabricksBackend(Backend[DatabricksConfig]):
@@ -222,16 +242,14 @@ class DatabricksBackend(Backend[DatabricksConfig]):
         requirements = await LOGINS.run(partial(_requirements, job))
         context = await self._open_context(_profile(job, config), config.api_version)
         storage = await open_storage(context.workspace, config.upload)
-        attempt = self._attempts.pop(job.run_id, None) or _new_attempt()
-        submission = _Submission(job, config, context, storage, attempt)
+        reference = self.reference(job)
+        submission = _Submission(job, config, context, storage, self._attempts.pop(job.run_id), reference)
         try:
-            body = await self._upload(submission, secret, requirements)
+            body, record = await self._upload(submission, secret, requirements)
             job.on_progress(f"submitting to {context.workspace.url}")
-            return await self._submit(submission, body)
+            return await self._submit(submission, body, record)
         except BaseException as error:
-            if secret:
-                with anyio.CancelScope(shield=True):
-                    await remove_secret(context.workspace, *submission.secret_location)
+            await complete(partial(_withdraw, submission, has_secret=bool(secret)))
             if isinstance(error, WorkspaceError) and error.status in (400, 403, 404):
                 raise SubmitError(f"Databricks does not take the run: {error}", backend=self.name) from error
             raise
@@ -249,14 +267,16 @@ class DatabricksBackend(Backend[DatabricksConfig]):
         """
         context = await self._context_of(ref)
         found = await _find(context, ref)
+        scope = ref.data.get("secret_scope")
+        secret = (str(scope), _secret_key(ref.run_id)) if scope else None
         if found is None:
+            if secret is not None and await FILES.run(partial(_owner_is_gone, ref)):
+                await remove_secret(context.workspace, *secret)
             text = f"the workspace {context.workspace.url} has no run of the MLflow run {ref.run_id}, or has it no more"
             raise RunLost(text, backend=self.name)
         storage = await open_storage(context.workspace, _upload_of(ref))
         folder = _output_folder(ref.run_id, str(ref.data.get("attempt")))
         output = run_folder(ref.run_id) / "output.log"
-        scope = ref.data.get("secret_scope")
-        secret = (str(scope), _secret_key(ref.run_id)) if scope else None
         remote = RemoteRun(run_id=ref.run_id, id=str(found["run_id"]), folder=folder, output=output, secret=secret)
         return self._supervise(remote, context, storage, read_state(found), submitted=False)
 
@@ -265,7 +285,8 @@ class DatabricksBackend(Backend[DatabricksConfig]):
     async def list_runs(self) -> Sequence[ListedRun]:
         """Return the active runs in the workspace of MLFLOW_TRACKING_URI, or else of databricks-sdk's login.
 
-        Ended runs, which Databricks keeps for 60 days, are left out; see `Backend.list_runs`.
+        Of ended runs, which Databricks keeps for 60 days, only those are listed that a dead process of this machine
+        left something of; see `Backend.list_runs`.
 
         Raises:
             WorkspaceError: The workspace cannot be reached, or no way to log in was found.
@@ -274,7 +295,59 @@ class DatabricksBackend(Backend[DatabricksConfig]):
         context = await self._open_context(
             profile_of(uri) if is_databricks(uri) else None, DatabricksConfig().api_version
         )
-        return [_listed(run_id, run) for run_id, run in await context.recent.list_active()]
+        left = {each.listed.run_id: each.listed for each in await self._find_left()}
+        active = (_listed(run_id, run) for run_id, run in await context.recent.list_active())
+        return [*(run for run in active if run.run_id not in left), *left.values()]
+
+    async def prune(
+        self, run_ids: Collection[str] = (), *, running: bool = False, dry_run: bool = False
+    ) -> Sequence[ListedRun]:
+        """Remove what dead processes of this machine left in workspaces: secrets and files; see `Backend.prune`.
+
+        These are the secret variables, the output and the argument of a run. Packed projects stay, since other runs
+        may use them, and so do Databricks' own entries of runs.
+        """
+        chosen: list[ListedRun] = []
+        for left in await self._find_left():
+            if (run_ids and left.listed.run_id not in run_ids) or (left.is_active and not running):
+                continue
+            if not dry_run:
+                await self._remove(left)
+            chosen.append(left.listed)
+        return chosen
+
+    async def _find_left(self) -> list[_Left]:
+        """Return the runs with a record on this machine whose process is gone."""
+        found: list[_Left] = []
+        for record in await FILES.run(_read_abandoned):
+            reference = record.reference
+            try:
+                context = await self._context_of(reference)
+                run = await _find(context, replace(reference, tags={_NUMBER_TAG: record.number}))
+            except BackendError as error:
+                _log.warning("the run %s cannot be looked for: %s", reference.run_id, error)
+                continue
+            since = reference.data.get("since")
+            entry = run or {"run_id": record.number, "start_time": since, "state": {"life_cycle_state": "GONE"}}
+            listed = replace(_listed(reference.run_id, entry), supervised=False)
+            found.append(_Left(record, context, listed, run is not None and not read_state(run).is_terminal))
+        return found
+
+    async def _remove(self, left: _Left) -> None:
+        """Remove what a run has left, and end it before if it is active."""
+        reference, workspace = left.record.reference, left.context.workspace
+        if left.is_active:
+            handle = await self.attach(replace(reference, tags={_NUMBER_TAG: left.record.number}))
+            await handle.cancel()
+        if scope := reference.data.get("secret_scope"):
+            await remove_secret(workspace, str(scope), _secret_key(reference.run_id))
+        upload = _upload_of(reference)
+        storage = await open_storage(workspace, upload)
+        await storage.remove_folder(_output_folder(reference.run_id, str(reference.data.get("attempt"))))
+        if left.record.argument:
+            folder, _, name = left.record.argument.partition("/arguments/")
+            await open_folder(workspace, folder).remove_file(f"arguments/{name}")
+        await FILES.run(partial(remove_record, reference.run_id))
 
     async def is_abandoned(self, ref: JobRef) -> bool:
         """Return True if the run has ended or is gone, and so is the process that submitted it on this machine."""
@@ -305,8 +378,8 @@ class DatabricksBackend(Backend[DatabricksConfig]):
 
     async def _upload(
         self, submission: _Submission, secret: Mapping[str, str], requirements: tuple[str, ...]
-    ) -> dict[str, Any]:
-        """Upload what the run needs in the workspace, and return the request."""
+    ) -> tuple[dict[str, Any], Record]:
+        """Upload what the run needs in the workspace, and return the request and the record of the run."""
         job, config, context, storage = submission.job, submission.config, submission.context, submission.storage
         home = await open_storage(context.workspace, config.script_upload)
         required = request.project_files(job.placed)
@@ -319,15 +392,19 @@ class DatabricksBackend(Backend[DatabricksConfig]):
             secret=submission.secret_location[1] if secret else None,
         )
         argument = request.bootstrap_argument(request.bootstrap_spec(job, config, paths))
-        if request.is_too_long(argument):
-            name, content = f"arguments/{submission.token}.json", argument.encode()
+        name, content = f"arguments/{submission.token}.json", argument.encode()
+        is_long = request.is_too_long(argument)
+        record = Record(submission.reference, argument=home.path(name) if is_long else "")
+        await FILES.run(partial(write_record, record))
+        if is_long:
             await home.write(name, io.BytesIO(content), len(content))
             paths = request.with_argument(paths, home.path(name))
         if secret:
             await _put_secret(context.workspace, submission.secret_location, secret)
-        return request.request_body(job, config, paths, token=submission.token, requirements=requirements)
+        body = request.request_body(job, config, paths, token=submission.token, requirements=requirements)
+        return body, record
 
-    async def _submit(self, submission: _Submission, body: Mapping[str, Any]) -> DatabricksRun:
+    async def _submit(self, submission: _Submission, body: Mapping[str, Any], record: Record) -> DatabricksRun:
         """Submit the run. If that is cancelled, the run is cancelled, too, before the cancellation goes on."""
         config, context = submission.config, submission.context
         version = "2.0" if config.task is TaskKind.SHELL_COMMAND else None
@@ -344,6 +421,7 @@ class DatabricksBackend(Backend[DatabricksConfig]):
                 limit=submission.job.queue_timeout,
                 on_progress=submission.job.on_progress,
             )
+            await FILES.run(partial(write_record, replace(record, number=made[0])))
             state = await _first_state(context.workspace, made[0])
         except BaseException:
             if made:
@@ -448,6 +526,11 @@ def _owner_is_gone(ref: JobRef) -> bool:
     return owner["started"] is not None and not Identity(int(owner["pid"]), owner["started"]).is_alive()
 
 
+def _read_abandoned() -> list[Record]:
+    """Return the records of runs whose process is gone. Blocking."""
+    return [record for record in read_records() if _owner_is_gone(record.reference)]
+
+
 def _listed(run_id: str, run: Mapping[str, Any]) -> ListedRun:
     status, state = run.get("status") or {}, run.get("state") or {}
     return ListedRun(
@@ -466,6 +549,13 @@ async def _find(context: _WorkspaceContext, ref: JobRef) -> dict[str, Any] | Non
     return await context.recent.find(
         ref.run_id, number=ref.tags.get(_NUMBER_TAG, ""), since=since if isinstance(since, int) else 0
     )
+
+
+async def _withdraw(submission: _Submission, *, has_secret: bool) -> None:
+    """Remove the secret variables and the record of a run whose submission failed."""
+    if has_secret:
+        await remove_secret(submission.context.workspace, *submission.secret_location)
+    await FILES.run(partial(remove_record, submission.job.run_id))
 
 
 async def _first_state(workspace: Workspace, number: str) -> State:

@@ -215,6 +215,16 @@ class Workspace:
 
         await self.retry(attempt)
 
+    async def delete(self, path: str) -> None:
+        """Send a DELETE request with retries; its answer has no content."""
+
+        async def attempt() -> None:
+            await self._pace.wait(path)
+            async with self._transport.stream("DELETE", path):
+                pass
+
+        await self.retry(attempt)
+
     async def read_file(self, path: str) -> bytes | None:
         """Return the content of a file; None if it does not exist."""
 

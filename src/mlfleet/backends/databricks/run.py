@@ -6,15 +6,18 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import anyio
 
 from mlfleet._concurrency.cancellation import wait_done
+from mlfleet._concurrency.threads import FILES
 from mlfleet.backends._remote.run import SupervisedRun
 from mlfleet.backends.databricks.client import Workspace, WorkspaceError
 from mlfleet.backends.databricks.output import Ending, OutputCopy
+from mlfleet.backends.databricks.records import remove_record
 from mlfleet.backends.databricks.states import Phase, State
 from mlfleet.backends.databricks.storage import Storage
 from mlfleet.backends.databricks.watch import Poller
@@ -121,6 +124,8 @@ class DatabricksRun(SupervisedRun):
         self._poller.untrack(self._run.id)
         if self._run.secret is not None and not self._detached:
             await wait_done(asyncio.ensure_future(remove_secret(self._workspace, *self._run.secret)))
+        if self._state.value is not None and self._state.value.is_terminal and not self._detached:
+            await FILES.finish(partial(remove_record, self.run_id))
 
     async def _live(self) -> Outcome:
         try:

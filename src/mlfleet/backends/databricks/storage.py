@@ -27,7 +27,7 @@ from mlfleet.backends.databricks.client import Workspace, WorkspaceError
 from mlfleet.backends.databricks.config import Upload, UploadKind
 from mlfleet.errors import SubmitError
 
-__all__ = ["HOME", "Archive", "Storage", "Uploads", "open_storage"]
+__all__ = ["HOME", "Archive", "Storage", "Uploads", "open_folder", "open_storage"]
 
 _log = logging.getLogger("mlfleet.databricks")
 _IN_MEMORY = 2**23  # bytes of a packed project that are kept in memory
@@ -70,6 +70,14 @@ class Storage(ABC):
     async def read(self, name: str) -> bytes | None:
         """Return the content of a file; None if it does not exist."""
 
+    @abstractmethod
+    async def remove_file(self, name: str) -> None:
+        """Remove a file, if it exists."""
+
+    @abstractmethod
+    async def remove_folder(self, name: str) -> None:
+        """Remove a folder with the files in it, if it exists."""
+
 
 class Volume(Storage):
     """A folder of a Unity Catalog volume, through the Files API."""
@@ -98,6 +106,29 @@ class Volume(Storage):
 
     async def read(self, name: str) -> bytes | None:
         return await self._workspace.read_file(self._url(name))
+
+    async def remove_file(self, name: str) -> None:
+        with _ignore_missing():
+            await self._workspace.delete(self._url(name))
+
+    async def remove_folder(self, name: str) -> None:
+        folder = f"/api/2.0/fs/directories{quote(self.path(name))}"
+        with _ignore_missing():
+            # A volume removes empty folders only.
+            for path in await self._list(folder):
+                with _ignore_missing():
+                    await self._workspace.delete("/api/2.0/fs/files" + quote(path))
+            await self._workspace.delete(folder)
+
+    async def _list(self, url: str) -> list[str]:
+        found: list[str] = []
+        params: dict[str, str] = {}
+        while True:
+            page = await self._workspace.call("GET", url, params=params)
+            found += [str(entry["path"]) for entry in page.get("contents") or []]
+            if not page.get("next_page_token"):
+                return found
+            params = {"page_token": str(page["next_page_token"])}
 
     def _url(self, name: str) -> str:
         return "/api/2.0/fs/files" + quote(self.path(name))
@@ -133,6 +164,14 @@ class WorkspaceFiles(Storage):
         return await self._workspace.read_file(
             f"/api/2.0/workspace/export?path={path}&direct_download=true&format=AUTO"
         )
+
+    async def remove_file(self, name: str) -> None:
+        await self.remove_folder(name)
+
+    async def remove_folder(self, name: str) -> None:
+        with _ignore_missing():
+            body = {"path": self.path(name), "recursive": True}
+            await self._workspace.call("POST", "/api/2.0/workspace/delete", body=body)
 
 
 class Dbfs(Storage):
@@ -178,9 +217,27 @@ class Dbfs(Storage):
             if len(pieces[-1]) < _READ_BLOCK:
                 return b"".join(pieces)
 
+    async def remove_file(self, name: str) -> None:
+        await self.remove_folder(name)
+
+    async def remove_folder(self, name: str) -> None:
+        with _explain_disabled_root(), _ignore_missing():
+            body = {"path": self._api(name), "recursive": True}
+            await self._workspace.call("POST", "/api/2.0/dbfs/delete", body=body)
+
     async def _call(self, method: str, what: str, *, params: dict[str, str]) -> dict[str, object]:
         with _explain_disabled_root():
             return await self._workspace.call(method, f"/api/2.0/dbfs/{what}", params=params)
+
+
+@contextmanager
+def _ignore_missing() -> Iterator[None]:
+    """Ignore the error of a workspace that does not have what is asked for."""
+    try:
+        yield
+    except WorkspaceError as error:
+        if not error.missing:
+            raise
 
 
 @contextmanager
@@ -205,6 +262,11 @@ async def open_storage(workspace: Workspace, upload: Upload) -> Storage:
     if upload.kind is UploadKind.DBFS:
         return Dbfs(workspace, upload.path)
     return WorkspaceFiles(workspace, upload.path or HOME.format(user=await workspace.user()))
+
+
+def open_folder(workspace: Workspace, path: str) -> Storage:
+    """Return the storage at a path for code that runs in Databricks."""
+    return Volume(workspace, path) if path.startswith("/Volumes/") else WorkspaceFiles(workspace, path)
 
 
 def _check_size(size: int, largest: int, rule: str) -> None:

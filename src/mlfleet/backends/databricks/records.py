@@ -1,0 +1,74 @@
+"""Records of the runs that this machine submitted, by which `mlfleet prune` finds what killed processes left.
+
+A record is written before anything of a run exists elsewhere, and removed when the end of the run was seen: there are
+records only of active runs, and of those whose process died.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlfleet._paths import run_folder, runs_folder
+from mlfleet.errors import SpecError
+from mlfleet.runs import JobRef
+
+__all__ = ["Record", "read_records", "remove_record", "write_record"]
+
+_log = logging.getLogger("mlfleet.databricks")
+_NAME = "databricks.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """The record of a run.
+
+    Attributes:
+        reference: The reference to the run.
+        number: The run's id in Databricks; empty: it was not known yet.
+        argument: The path of the file with the argument of its bootstrap script; empty: there is none.
+    """
+
+    reference: JobRef
+    number: str = ""
+    argument: str = ""
+
+
+def write_record(record: Record) -> None:
+    """Write a record, in place of an earlier one of the same MLflow run. A failure is only logged. Blocking."""
+    content = {"ref": record.reference.to_json(), "number": record.number, "argument": record.argument}
+    path = run_folder(record.reference.run_id) / _NAME
+    half = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        half.write_text(json.dumps(content))
+        half.replace(path)
+    except OSError as error:
+        _log.warning("'mlfleet prune' will not know the run %s: %s: %s", path.parent.name, path, error.strerror)
+
+
+def remove_record(run_id: str) -> None:
+    """Remove the record of a run, if there is one. Blocking."""
+    try:
+        (run_folder(run_id) / _NAME).unlink(missing_ok=True)
+    except OSError as error:
+        _log.warning("the record of the run %s cannot be removed: %s", run_id, error.strerror)
+
+
+def read_records() -> list[Record]:
+    """Return all records, without damaged ones. Blocking."""
+    found = (_read(path) for path in sorted(runs_folder().glob(f"*/{_NAME}")))
+    return [record for record in found if record is not None]
+
+
+def _read(path: Path) -> Record | None:
+    try:
+        raw: Any = json.loads(path.read_bytes())
+        record = Record(JobRef.from_json(raw["ref"]), str(raw["number"]), str(raw["argument"]))
+    except (OSError, ValueError, LookupError, TypeError, SpecError):
+        return None
+    return record if record.reference.run_id == path.parent.name else None

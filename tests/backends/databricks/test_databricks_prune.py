@@ -1,0 +1,149 @@
+"""What killed processes leave in a scripted Databricks workspace, and its removal."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.fake_databricks import QUICK, JobMaker, make_jobs, open_workspace, succeed
+from fakes.databricks import FakeWorkspace
+from mlfleet._paths import runs_folder
+from mlfleet.backends.databricks import DatabricksBackend
+from mlfleet.errors import RunLost, SubmitError
+
+
+@pytest.fixture
+async def workspace(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeWorkspace]:
+    async with open_workspace(monkeypatch) as fake:
+        yield fake
+
+
+@pytest.fixture
+async def backend(workspace: FakeWorkspace) -> AsyncIterator[DatabricksBackend]:
+    async with DatabricksBackend(timing=QUICK) as backend:
+        yield backend
+
+
+@pytest.fixture
+def make_job(tmp_path: Path) -> JobMaker:
+    return make_jobs(tmp_path)
+
+
+DRIVER = """
+import asyncio, json, sys
+from pathlib import Path
+from mlfleet.backends.base import Job
+from mlfleet.backends.databricks import DatabricksBackend
+
+async def main():
+    async with DatabricksBackend() as backend:
+        for run_id, config in json.loads(sys.argv[1]).items():
+            job = Job(
+                run_id=run_id, experiment_id="0", project_name="demo", project_dir=Path(sys.argv[2]), command="true",
+                environ={"LONG": "x" * 20_000}, secrets={"MLFLOW_TRACKING_TOKEN": "hush"}, output=Path("output.log"),
+                tracking_uri="https://mlflow", config=backend.configure({"secret_scope": "ours", **config}),
+            )
+            await backend.submit(job)
+        print("submitted", flush=True)
+        await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+async def submit_and_die(folder: Path, *configs: Mapping[str, Any]) -> list[str]:
+    """Submit runs with secrets and long arguments in a process that is killed then; return their ids."""
+    runs = {uuid.uuid4().hex: config for config in configs}
+    (folder / "dead").mkdir()
+    arguments = (json.dumps(runs), str(folder / "dead"))
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", DRIVER, *arguments, stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert await process.stdout.readline() == b"submitted\n"
+    process.kill()
+    await process.wait()
+    return list(runs)
+
+
+async def test_prune_removes_what_a_killed_process_left_of_ended_runs(
+    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker, tmp_path: Path
+) -> None:
+    places = ["/Workspace/Shared/x", "/Volumes/a/b/c", "dbfs:/mlfleet"]
+    dead = await submit_and_die(tmp_path, *({"upload_path": place} for place in places))
+    ours = await backend.submit(make_job())
+    assert await backend.prune() == [], "they are active, and the last one is looked after"
+    listed = {run.run_id: (run.supervised, run.state) for run in await backend.list_runs()}
+    assert listed == {**dict.fromkeys(dead, (False, "pending")), ours.run_id: (True, "pending")}
+    for number in (1, 2, 3):
+        workspace.put_output(workspace.runs[number], b"done\n")
+        workspace.runs[number].set_state("TERMINATED", "SUCCESS")
+    listed = {run.run_id: (run.supervised, run.state) for run in await backend.list_runs()}
+    assert listed == {**dict.fromkeys(dead, (False, "terminated")), ours.run_id: (True, "pending")}
+    assert {run.run_id for run in await backend.prune(dry_run=True)} == set(dead)
+    assert await backend.prune(["another"]) == []
+    assert len(workspace.secrets) == 3
+    assert [run.run_id for run in await backend.prune([dead[1]])] == [dead[1]]
+    assert len(workspace.secrets) == 2
+    assert {run.run_id for run in await backend.prune()} == {dead[0], dead[2]}
+    assert workspace.secrets == {}
+    assert [path for path in workspace.files if any(run_id in path for run_id in dead)] == []
+    assert len([path for path in workspace.files if path.endswith(".tar.gz")]) == 4
+    assert await backend.prune() == []
+    assert [run.run_id for run in await backend.list_runs()] == [ours.run_id]
+
+
+async def test_prune_ends_active_runs_of_killed_processes_if_asked(
+    backend: DatabricksBackend, workspace: FakeWorkspace, tmp_path: Path
+) -> None:
+    (run_id,) = await submit_and_die(tmp_path, {})
+    workspace.only_run.set_state("RUNNING")
+    assert [run.run_id for run in await backend.prune(running=True)] == [run_id]
+    assert workspace.only_run.cancelled == 1
+    assert workspace.secrets == {}
+    assert [path for path in workspace.files if run_id in path] == []
+
+
+async def test_prune_removes_what_is_left_of_a_run_that_databricks_has_forgotten(
+    backend: DatabricksBackend, workspace: FakeWorkspace, tmp_path: Path
+) -> None:
+    (run_id,) = await submit_and_die(tmp_path, {})
+    workspace.runs.clear()
+    (listed,) = await backend.list_runs()
+    assert (listed.run_id, listed.state) == (run_id, "gone")
+    assert [run.run_id for run in await backend.prune()] == [run_id]
+    assert workspace.secrets == {}
+
+
+async def test_attach_to_a_deleted_run_of_a_killed_process_removes_its_secret(
+    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
+) -> None:
+    job = make_job({"secret_scope": "ours"}, tracking_uri="https://mlflow", secrets={"MLFLOW_TRACKING_TOKEN": "hush"})
+    reference = backend.reference(job)
+    workspace.secrets["ours", f"mlfleet-{job.run_id}"] = "hush"
+    with pytest.raises(RunLost):
+        await backend.attach(reference)
+    assert workspace.secrets != {}, "this process may be about to submit it"
+    owner = {**reference.data["owner"], "started": -1}
+    with pytest.raises(RunLost):
+        await backend.attach(replace(reference, data={**reference.data, "owner": owner}))
+    assert workspace.secrets == {}
+
+
+async def test_no_record_is_left_of_runs_whose_end_was_seen(
+    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
+) -> None:
+    workspace.on_submit = succeed(workspace)
+    await (await backend.submit(make_job())).wait()
+    workspace.quota = 0
+    with pytest.raises(SubmitError):
+        await backend.submit(make_job(queue_timeout=0))
+    assert list(runs_folder().glob("*/databricks.json")) == []
