@@ -240,6 +240,18 @@ def test_a_dry_run_shows_everything_and_makes_nothing(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == before
 
 
+def test_a_list_is_several_values_of_one_name(tmp_path: Path) -> None:
+    parameters = "tags: {type: list, default: []}\nname: {default: x}"
+    uri = write_project(tmp_path / "demo", "echo {tags} {name}", parameters=parameters)
+    for given in (["-P", "tags=a b", "-P", "tags=c"], ["-P", "tags=[a b,c]"]):
+        found = json.loads(mlfleet("run", uri, *LOCAL, "--dry-run", "--json", *given).stdout)
+        assert found["command"].strip() == "__mlfleet_1='a b'; echo --tags \"${__mlfleet_1}\" --tags c x"
+        assert found["parameters"]["tags"] == "[a b,c]"
+    done = mlfleet("run", uri, *LOCAL, "-P", "name=a", "-P", "name=b")
+    assert done.returncode == 2
+    assert "'name': a string, a number, a boolean or a path was expected, got list (several values need" in done.stderr
+
+
 def test_a_dry_run_masks_secrets(tmp_path: Path) -> None:
     uri = write_project(tmp_path / "demo", "true")
     done = mlfleet(

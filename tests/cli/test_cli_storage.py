@@ -80,7 +80,7 @@ def test_version_and_help() -> None:
         (["run"], "Missing argument 'URI'"),
         (["run", ".", "--frob"], "No such option"),
         (["run", ".", "-P", "alpha"], "-P 'alpha' is not of the form NAME=VALUE"),
-        (["run", ".", "-P", "a=1", "-P", "a=2"], "-P 'a' is given twice"),
+        (["run", ".", "--tag", "a=1", "--tag", "a=2"], "--tag 'a' is given twice"),
         (["run", ".", "-A", "=x"], "-A '=x' is not of the form NAME=VALUE or NAME"),
         (["run", ".", "--tag", "x"], "--tag 'x' is not of the form"),
         (["run", ".", "-c", "{bad"], "-c is neither a path that ends in .json nor JSON"),

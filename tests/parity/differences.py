@@ -143,6 +143,11 @@ def _command_is(command: str) -> Rule:
     return lambda aspect, theirs, ours: ours["command"] == command
 
 
+_OPTIONS = (
+    ("echo True --note ''", "echo --flag "),
+    ("echo --tags '[1,2]'", "echo --tags 1 --tags 2"),
+)
+
 EVERYWHERE = frozenset(
     [
         "driver-marker",
@@ -188,7 +193,8 @@ RULES: dict[str, Rule] = {
     "empty-keys": _works("AttributeError: 'NoneType'"),
     "spark-job-anywhere": _works("AttributeError: 'NoneType' object has no attribute 'compute_command'"),
     # Parameters and the command
-    "float-checked": _refuses("a number was expected"),
+    "types-checked": _refuses("was expected, got '"),
+    "options-rendered": lambda aspect, theirs, ours: (theirs[aspect], ours[aspect]) in _OPTIONS,
     "plain-values": _refuses("a string, a number, a boolean or a path was expected"),
     "path-default-in-project": _works("no such file"),
     "http-downloads": _works("ValueError: not enough values to unpack"),

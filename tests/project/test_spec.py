@@ -155,7 +155,7 @@ ENTRY = "entry_points: {main: {command: ls, parameters: {p: path}}}\n"
         ),
         (
             "entry_points: {main: {command: ls, parameters: {a: {type: [float]}}}}",
-            "parameters.a.type: expected a type (string, float, path or uri), found a list",
+            "parameters.a.type: expected a type (string, float, int, bool, list, path or uri), found a list",
         ),
         (
             "entry_points: {main: {command: ls, parameters: {a: float, a: float}}}",

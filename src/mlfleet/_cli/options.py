@@ -61,13 +61,14 @@ def duration(text: str | float) -> float:
     return sum(float(number) * _UNITS[unit] for number, unit in re.findall(_PART, plain))
 
 
-def read_pairs(option: str, texts: Sequence[str], *, flags: bool = False) -> dict[str, Any]:
+def read_pairs(option: str, texts: Sequence[str], *, flags: bool = False, lists: bool = False) -> dict[str, Any]:
     """Return ``name=value`` texts as a mapping.
 
     Args:
         option: The name of the option, for the error.
         texts: The values of the option.
         flags: Take a name without a value for a flag, whose value is True.
+        lists: Make a list of the values of a name that is given several times.
 
     Raises:
         click.UsageError: A text has no ``=`` or no name, or a name was given before.
@@ -78,6 +79,10 @@ def read_pairs(option: str, texts: Sequence[str], *, flags: bool = False) -> dic
         if not name or not (equals or flags):
             shape = "NAME=VALUE or NAME" if flags else "NAME=VALUE"
             raise click.UsageError(f"{option} {text!r} is not of the form {shape}")
+        if name in pairs and lists:
+            before = pairs[name]
+            pairs[name] = [*(before if isinstance(before, list) else [before]), value]
+            continue
         if name in pairs:
             raise click.UsageError(f"{option} {name!r} is given twice: give it once")
         pairs[name] = value if equals else True
@@ -223,7 +228,8 @@ def read_run_options(options: dict[str, Any]) -> dict[str, Any]:
         if option.form == "variables":
             value = read_variables(option.flags[0], value)
         elif option.form in ("pairs", "switches"):
-            value = read_pairs(option.flags[0], value, flags=option.form == "switches")
+            settings = {"flags": option.form == "switches", "lists": option.name == "parameters"}
+            value = read_pairs(option.flags[0], value, **settings)
         found[option.name] = value
     _check_experiment(found["experiment_name"], found["experiment_id"])
     found["backend_config"] = read_config(found["backend_config"])

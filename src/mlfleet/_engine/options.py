@@ -98,9 +98,10 @@ OPTIONS: tuple[RunOption, ...] = (
         metavar="NAME=VALUE",
         form="pairs",
         commands=("run",),
-        text="A parameter; may be given several times. One that the entry point does not declare is appended to its "
-        "command.",
-        in_python="The parameters by name. Those that the entry point does not declare are appended to its command.",
+        text="A parameter; may be given several times. A list is NAME=[a,b], or several values of one name. One that "
+        "the entry point does not declare is appended to its command.",
+        in_python="The parameters by name; lists where the type is list. Those that the entry point does not declare "
+        "are appended to its command.",
     ),
     RunOption(
         name="docker_args",

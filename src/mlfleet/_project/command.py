@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import re
 import shlex
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-from mlfleet._project.parameters import ResolvedParameters
+from mlfleet._project.parameters import ResolvedParameters, is_true
 from mlfleet._project.shell import HOLE, VARIABLE_PREFIX, Context, Place, places, reference
-from mlfleet._project.spec import EntryPoint
+from mlfleet._project.spec import EntryPoint, Parameter
 from mlfleet._text.documents import nearest
 from mlfleet.errors import ParameterError, SpecError
 
@@ -24,6 +24,15 @@ _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 # Names that may stay in the command as they are.
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _WORD = re.compile(r"[A-Za-z_]\w*", re.A)
+
+# What may stand behind and before a placeholder that is a word, and before one that is the value of an option.
+_LONGEST_LEAD = 1000  # characters that are looked at, so that the time stays linear
+_ENDS_WORD = " \t\n;&|)"
+_LEAD = r"(?:\A|(?<!\\)[ \t\n;&|(])(?:\\\n)*"
+_WORD_BEGINS = re.compile(_LEAD + r"\Z")
+_OWN_OPTION = re.compile(_LEAD + r"(?P<option>--?[A-Za-z][\w.-]*)(?P<gap>=|(?:[ \t]|\\\n)*[ \t](?:\\\n)*)\Z", re.A)
+_ONE_WORD = re.compile(r"(?:[<>][&|]?|(?:\A|[\s;&|(])case[ \t])[ \t]*\Z")
+_TEST = re.compile(r"\s*(?:(?:if|elif|while|until|then|do|else|!)\s+)*(?:\[\[?|test)\s")
 
 
 MAX_LENGTH = 131_071
@@ -53,6 +62,9 @@ def render(entry_point: EntryPoint, parameters: ResolvedParameters, downloaded: 
     where it is no variable, the parameter is meant). ``}}`` that closes two single braces, as in nested JSON, stays
     two. Comments stay as they are.
 
+    The placeholder of a flag, of a list, of an optional parameter, or of one with an option stands for whole words, if
+    it is a word itself: see `_option_words`.
+
     Extra parameters are appended as ``--name value``.
 
     Args:
@@ -73,15 +85,23 @@ def render(entry_point: EntryPoint, parameters: ResolvedParameters, downloaded: 
         template = re.sub(r"(?<!\\)\n+\Z", "", template)
     read = _read(template, frozenset(values))
     variables = _Variables()
-    holes = iter(zip(read.names, read.places, strict=True))
+    written: list[str] = []
+    position = 0
+    for hole, name, place in zip(re.finditer(HOLE, read.text), read.names, read.places, strict=True):
 
-    def placed(hole: re.Match[str]) -> str:
-        name, place = next(holes)
-        return _placed(entry_point, name, values[name], place, read.text, hole.start(), variables)
+        def refer(value: str, name: str = name, place: Place = place, at: int = hole.start()) -> str:
+            return _placed(entry_point, name, value, place, read.text, at, variables)
 
-    command = " ".join(
-        [re.sub(HOLE, placed, read.text), *_appended(entry_point, parameters.extra, read.end, variables)]
-    )
+        parameter = entry_point.parameters[name]
+        begin, words = hole.start(), None
+        is_unquoted = place.context in (Context.UNQUOTED, Context.SCRIPT)
+        if is_unquoted and (read.text[hole.end() : hole.end() + 1] or " ") in _ENDS_WORD:
+            items = parameters.lists.get(name)
+            begin, words = _option_words(parameter, values[name], items, read.text, hole.start(), refer)
+        written += [read.text[position:begin], refer(values[name]) if words is None else " ".join(words)]
+        position = hole.end()
+    written.append(read.text[position:])
+    command = " ".join(["".join(written), *_appended(entry_point, parameters.extra, read.end, variables)])
     command = variables.assignments() + command
     length = len(command.encode())
     if length > MAX_LENGTH:
@@ -156,6 +176,67 @@ def _read(template: str, declared: frozenset[str]) -> _Template:
         )
     *found, end = places(text)
     return _Template(text, tuple(names), tuple(found), end)
+
+
+def _option_words(
+    parameter: Parameter,
+    text: str,
+    items: tuple[str, ...] | None,
+    command: str,
+    at: int,
+    refer: Callable[[str], str],
+) -> tuple[int, list[str] | None]:
+    """Return the words for a placeholder that ends a word, and the position of the text that they replace.
+
+    Four cases, by what stands directly before the placeholder:
+
+    1. A part of its word other than ``--name=``, or something that needs one word: the value, as in quotes.
+    2. An option (``--name {name}``, ``--name={name}``), where the parameter has no other one: the value of that option,
+       which is repeated for each item of a list, and left out with an optional value that is empty.
+    3. Nothing, and the parameter has an option: the option and the value; once for each item of a list, and the option
+       alone for a ``bool`` that is true.
+    4. Nothing, and it has no option: the value, or nothing for an optional value that is empty.
+
+    Args:
+        parameter: The parameter.
+        text: Its value.
+        items: The items of a list; None for other types.
+        command: The command.
+        at: The position of the placeholder.
+        refer: Returns the text for a value.
+
+    Returns:
+        The position at which the words begin, and the words; None: the value as it is.
+    """
+    is_list, is_flag = parameter.type == "list", parameter.type == "bool"
+    is_left_out = parameter.optional and not text
+    if not (is_list or is_flag or is_left_out or parameter.option is not None) or _needs_word(command, at):
+        return at, None
+    values = () if is_left_out else (items or ()) if is_list else (text,)
+    own = _OWN_OPTION.search(command, max(at - _LONGEST_LEAD, 0), at)
+    if own is not None and parameter.option in (None, own["option"], own["option"] + "="):
+        if is_flag and not is_left_out:
+            return at, None
+        joint = "=" if own["gap"] == "=" else " "
+        return own.start("option"), [f"{own['option']}{joint}{refer(value)}" for value in values]
+    if _WORD_BEGINS.search(command, max(at - _LONGEST_LEAD, 0), at) is None:
+        return at, None
+    option = parameter.option
+    if option is None and (is_list or is_flag):
+        option = shlex.quote(f"--{parameter.name}")
+    if is_flag:
+        return at, [option.removesuffix("=")] if option and values and is_true(text) else []
+    if not option:
+        return at, [refer(value) for value in values]
+    joint = "" if option.endswith("=") else " "
+    return at, [f"{option}{joint}{refer(value)}" for value in values]
+
+
+def _needs_word(command: str, at: int) -> bool:
+    """Return True where bash needs one word: in ``[``, ``[[`` and ``test``, and after ``case``, ``<`` and ``>``."""
+    before = command[max(at - _LONGEST_LEAD, 0) : at]
+    is_test = before.rfind("[[ ") > before.rfind("]]") or _TEST.match(re.split(r"[;&|\n(]", before)[-1]) is not None
+    return is_test or _ONE_WORD.search(before) is not None
 
 
 def _placed(

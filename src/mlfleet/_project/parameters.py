@@ -14,20 +14,24 @@ from numbers import Number
 from pathlib import Path, PurePath
 from urllib.parse import unquote, urlsplit
 
+from mlfleet._project.lists import format_list, parse_list
 from mlfleet._project.spec import EntryPoint, Parameter
 from mlfleet._text.masking import mask_query
 from mlfleet._text.plain import UNENCODABLE
 from mlfleet.errors import FetchError, ParameterError
 
-__all__ = ["Download", "ResolvedParameters", "resolve"]
+__all__ = ["Download", "ResolvedParameters", "is_true", "resolve"]
 
 # RFC 3986, 3.1.
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _log = logging.getLogger("mlfleet.project")
-
 # What MLflow takes as the name of a parameter (mlflow/utils/validation.py, _validate_param_name).
 _NAME = re.compile(r"[/\w.\- :]+")
 _LONGEST_NAME = 250
+_PLAIN = "a string, a number, a boolean or a path was expected"
+_WHOLE = re.compile(r"[+-]?[0-9]+")
+# As in YAML.
+_BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,7 @@ class ResolvedParameters:
         extra: The undeclared parameters, appended to the command as ``--name value``, in this order.
         downloads: The files to download before the command can be rendered.
         placed: Text for the command → value, of the ``path`` parameters whose files are elsewhere.
+        lists: Name → items, of the declared parameters of the type ``list``.
     """
 
     logged: Mapping[str, str]
@@ -69,6 +74,7 @@ class ResolvedParameters:
     extra: Mapping[str, str]
     downloads: tuple[Download, ...] = ()
     placed: Mapping[str, str] = field(default_factory=dict)
+    lists: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def resolve(
@@ -80,7 +86,8 @@ def resolve(
 ) -> ResolvedParameters:
     """Check `given` against what the entry point declares. It reads the disk only to check that local paths exist.
 
-    Values are texts, numbers, booleans and paths, which count as what ``str()`` makes of them. A relative path is
+    Values are texts, numbers, booleans and paths, which count as what ``str()`` makes of them, and lists of these where
+    the type is ``list``. A relative path is
     relative to the caller's working directory, as in the reference. Only a default that does not exist there is looked
     for in the project, too: its author cannot know the folders of callers.
 
@@ -96,7 +103,7 @@ def resolve(
         ParameterError: Parameters are missing or wrong; the text names all of them.
     """
     faults: dict[str, str] = {}
-    texts = _texts(given or {}, faults)
+    texts = _texts(given or {}, faults, entry_point)
     extra = {name: text for name, text in texts.items() if name not in entry_point.parameters}
     logged: dict[str, str] = {}
     declared: dict[str, str] = {}
@@ -117,6 +124,9 @@ def resolve(
             faults[parameter.name] = refusal
             continue
         logged[parameter.name] = text
+        if parameter.optional and not text:
+            declared[parameter.name] = text
+            continue
         if parameter.name not in texts and _is_in_project(parameter, project_dir):
             # As it is: the command runs in the project's folder, or in a copy of it.
             declared[parameter.name] = text
@@ -135,25 +145,46 @@ def resolve(
     hints = _misspelt([name for name in declared if name not in texts], extra)
     if hints:
         _warn_misspelt(entry_point.name, hints)
-    return ResolvedParameters(logged | extra, declared, extra, tuple(downloads), placed)
+    return ResolvedParameters(logged | extra, declared, extra, tuple(downloads), placed, _lists(entry_point, declared))
 
 
-def _texts(given: Mapping[str, object], faults: dict[str, str]) -> dict[str, str]:
+def _lists(entry_point: EntryPoint, declared: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    return {name: parse_list(text) for name, text in declared.items() if entry_point.parameters[name].type == "list"}
+
+
+def _texts(given: Mapping[str, object], faults: dict[str, str], entry_point: EntryPoint) -> dict[str, str]:
     texts: dict[str, str] = {}
     for key, value in given.items():
         name = str(key)
+        declared = entry_point.parameters.get(name)
         if not name or UNENCODABLE.search(name):
             faults[name] = "this cannot be the name of a parameter"
-        elif (refusal := _refusal(name)) is not None:
+            continue
+        if (refusal := _refusal(name)) is not None:
             faults[name] = refusal
-        elif not isinstance(value, str | Number | PurePath):
-            kind = "nothing" if value is None else type(value).__name__
-            faults[name] = f"a string, a number, a boolean or a path was expected, got {kind}"
-        else:
-            texts[name] = str(value)
-            if UNENCODABLE.search(texts[name]):
-                faults[name] = "the value holds a NUL character or half a character, which no command can"
+            continue
+        try:
+            if isinstance(value, list | tuple):
+                if declared is None or declared.type != "list":
+                    raise ValueError(
+                        f"{_PLAIN}, got {type(value).__name__} (several values need `type: list` in MLproject)"
+                    )
+                texts[name] = format_list([_text(item) for item in value])
+            else:
+                texts[name] = _text(value)
+        except ValueError as error:
+            faults[name] = str(error)
     return texts
+
+
+def _text(value: object) -> str:
+    """Return the text of a plain value; a ValueError says what is wrong with it."""
+    if not isinstance(value, str | Number | PurePath):
+        raise ValueError(f"{_PLAIN}, got {'nothing' if value is None else type(value).__name__}")
+    text = str(value)
+    if UNENCODABLE.search(text):
+        raise ValueError("the value holds a NUL character or half a character, which no command can")
+    return text
 
 
 def _refusal(name: str) -> str | None:
@@ -175,6 +206,12 @@ def _checked(parameter: Parameter, text: str) -> str:
                 float(text)
             except ValueError:
                 raise ValueError(f"a number was expected, got {_shown(text)}") from None
+        case "int" if not _WHOLE.fullmatch(text.strip()):
+            raise ValueError(f"a whole number was expected, got {_shown(text)}")
+        case "bool":
+            is_true(text)
+        case "list":
+            parse_list(text)
         case "uri":
             if not _SCHEME.match(text):
                 raise ValueError(f"a URI such as s3://bucket/key was expected, got {_shown(text)}")
@@ -184,6 +221,14 @@ def _checked(parameter: Parameter, text: str) -> str:
                 raise ValueError(f"there is no file or folder {path!r}")
             return path
     return text
+
+
+def is_true(text: str) -> bool:
+    """Return the value of a parameter of the type ``bool``; a ValueError says that it is none."""
+    known = _BOOLEANS.get(text.strip().lower())
+    if known is None:
+        raise ValueError(f"true or false was expected, got {_shown(text)}")
+    return known
 
 
 def _uri_or_path(text: str) -> str:

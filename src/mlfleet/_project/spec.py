@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlfleet._project.boundary import check_link, find_root, is_inside
+from mlfleet._project.lists import format_list
 from mlfleet._text.documents import Node, nearest, read_toml, read_yaml, warn_unknown
 from mlfleet.errors import SpecError
 
@@ -34,6 +35,8 @@ _KEYS = ("name", "docker_env", "python_env", "conda_env", "entry_points", "datab
 _ENVIRONMENT_KEYS = ("docker_env", "python_env", "conda_env")
 _SCRIPTS = (".py", ".sh", ".R")
 _LISTED = 20
+# Written into the command as it is.
+_OPTION = re.compile(r"([-+]{0,2}[A-Za-z0-9_][A-Za-z0-9_.-]*=?)?", re.A)
 
 
 class EnvironmentFileKind(StrEnum):
@@ -72,15 +75,20 @@ class Parameter:
 
     Attributes:
         name: The name, as in ``{name}`` in the command.
-        type: ``string``, ``float``, ``path`` or ``uri``; any other counts as a string.
+        type: ``string``, ``float``, ``int``, ``bool``, ``list``, ``path`` or ``uri``; any other counts as a string.
         default: The text of the default; None: the parameter is required.
         default_error: The reason why the default cannot be used; it counts only if no value is given.
+        optional: True if an empty value leaves the parameter out of the command.
+        option: The option that the placeholder writes before the value; None for none, or, with the types ``bool`` and
+            ``list``, for ``--`` and the name. Empty: a list is written as words.
     """
 
     name: str
     type: str = "string"
     default: str | None = None
     default_error: str | None = None
+    optional: bool = False
+    option: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,16 +353,40 @@ def _parameter(name: str, node: Node, unknown: list[str]) -> Parameter:
         return Parameter(name, node.value)
     if not isinstance(node.value, dict):
         node.wrong("a type, or a mapping with type and default")
-    # `description` is for people; many projects have it.
-    keys = node.mapping(("type", "default", "description"), unknown=unknown)
+    # `description` is for people; many projects have it. `optional` and `option` are not the reference's.
+    keys = node.mapping(("type", "default", "description", "optional", "option"), unknown=unknown)
     keys = {key: value for key, value in keys.items() if not value.is_null}
-    kind = keys["type"].string(expected="a type (string, float, path or uri)") if "type" in keys else "string"
-    if "default" not in keys:
-        return Parameter(name, kind)
-    try:
-        return Parameter(name, kind, _plain_text(keys["default"]))
-    except SpecError as error:
-        return Parameter(name, kind, default_error=f"its default is wrong ({error})")
+    types = "a type (string, float, int, bool, list, path or uri)"
+    kind = keys["type"].string(expected=types) if "type" in keys else "string"
+    optional = _boolean(keys["optional"]) if "optional" in keys else False
+    option = _option(keys["option"]) if "option" in keys else None
+    default, error = "" if optional else None, None
+    if "default" in keys:
+        try:
+            default = _list_text(keys["default"]) if kind == "list" else _plain_text(keys["default"])
+        except SpecError as wrong:
+            default, error = None, f"its default is wrong ({wrong})"
+    return Parameter(name, kind, default, error, optional, option)
+
+
+def _boolean(node: Node) -> bool:
+    if not isinstance(node.value, bool):
+        node.wrong("true or false")
+    return node.value
+
+
+def _option(node: Node) -> str:
+    option = node.string(expected="an option such as --name")
+    if not _OPTION.fullmatch(option):
+        node.fail(f"{option!r} is not an option such as --name, -n or --name=")
+    return option
+
+
+def _list_text(node: Node) -> str:
+    """Return the default of a list as text."""
+    if not isinstance(node.value, list):
+        return _plain_text(node)
+    return format_list([_plain_text(item) for item in node.value])
 
 
 def _plain_text(node: Node) -> str:
