@@ -124,6 +124,59 @@ def test_an_interrupt_ends_every_run(
     assert script.statuses() == ["KILLED"]
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_sigterm_ends_a_sweep_and_writes_its_statuses(
+    start: Callable[[str], Script], tmp_path: Path, count: int
+) -> None:
+    write_project(
+        tmp_path / "demo",
+        "trap 'touch asked' TERM\ntouch begun-{n}\nwhile :; do sleep 0.1; done",
+        parameters="n: string",
+    )
+    script = start(
+        f"""
+        import mlfleet, os, signal, threading, time
+        def kill():
+            while not all(os.path.exists(f"demo/begun-{{n}}") for n in range(2)):
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGTERM)
+            while {count} == 2 and not os.path.exists("demo/asked"):
+                time.sleep(0.05)
+            if {count} == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        threading.Thread(target=kill).start()
+        soon = mlfleet.Timeouts(cancel_grace={0.2 if count == 1 else 5})
+        mlfleet.sweep("demo", mlfleet.grid(n=[0, 1]), env_manager="local", timeouts=soon, max_concurrent=2)
+        """
+    )
+    code, _, err = script.end()
+    assert (code, err) == (-signal.SIGTERM, "")
+    assert script.statuses() == ["KILLED"] * 3
+
+
+def test_the_exit_waits_for_calls_in_other_threads(start: Callable[[str], Script], tmp_path: Path) -> None:
+    write_project(tmp_path / "demo", "touch begun; sleep 0.5")
+    script = start(
+        """
+        import mlfleet, os, threading
+        def work():
+            print(len(mlfleet.run("demo", env_manager="local", output="capture").run_id))
+            ended.wait()
+            try:
+                mlfleet.run("demo", env_manager="local")
+            except mlfleet.UsageError as error:
+                print(error)
+        ended = threading.Event()
+        threading._register_atexit(ended.set)  # called after that of mlfleet, which is younger
+        threading.Thread(target=work).start()
+        while not os.path.exists("demo/begun"):
+            pass
+        """
+    )
+    assert script.end() == (0, "32\nthe program is exiting: it can neither start runs nor reach them\n", "")
+    assert script.statuses() == ["FINISHED"]
+
+
 def test_a_signal_that_is_ignored_stays_ignored(start: Callable[[str], Script], tmp_path: Path) -> None:
     write_project(tmp_path / "demo", "kill -HUP $PPID; echo done")
     script = start(

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Unpack
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import anyio
 
@@ -214,8 +214,10 @@ async def sweep_async(
         MlfleetError: The request, the project or the first point is wrong, or tracking cannot be reached. No run was
             made.
     """
-    async with Fleet(tracking_uri=tracking_uri) as fleet, fleet.sweep(uri, space, **options) as sweep:
-        return await sweep.result()
+    async with Fleet(tracking_uri=tracking_uri) as fleet:
+        _sweep_fleets.setdefault(asyncio.get_running_loop(), WeakSet()).add(fleet)
+        async with fleet.sweep(uri, space, **options) as sweep:
+            return await sweep.result()
 
 
 class _Fleets:
@@ -272,6 +274,7 @@ class _Fleets:
 _UNLIMITED = 2**31
 _fleets: WeakKeyDictionary[asyncio.AbstractEventLoop, _Fleets] = WeakKeyDictionary()
 _closing_fleets: WeakKeyDictionary[asyncio.AbstractEventLoop, _Fleets] = WeakKeyDictionary()
+_sweep_fleets: WeakKeyDictionary[asyncio.AbstractEventLoop, WeakSet[Fleet]] = WeakKeyDictionary()
 
 
 async def default_fleet(tracking_uri: str | None = None) -> Fleet:
@@ -299,9 +302,11 @@ async def close_default_fleets() -> None:
 
 
 async def write_killed() -> None:
-    """Write KILLED for all active runs of the default Fleets, also of those that are being closed, within a second."""
+    """Write KILLED for all active runs and sweeps of the functions here, also of those being ended, within a second."""
     loop = asyncio.get_running_loop()
     async with anyio.create_task_group() as group:
         for fleets in (_fleets.get(loop), _closing_fleets.get(loop)):
             if fleets is not None:
                 group.start_soon(fleets.write_killed)
+        for fleet in _sweep_fleets.get(loop, ()):
+            group.start_soon(context_of(fleet).write_killed)

@@ -13,7 +13,8 @@ import os
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from concurrent.futures import CancelledError, Future, wait
+from concurrent.futures import CancelledError, Future, InvalidStateError, wait
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar, Unpack
 
@@ -22,6 +23,7 @@ from mlfleet._engine.request import Output, active_run_id
 from mlfleet._engine.run import FleetRun
 from mlfleet._signals import before_exit, is_interrupt
 from mlfleet._sweeps import SweepOptions, SweepResult
+from mlfleet.errors import UsageError
 from mlfleet.resources import Resources
 from mlfleet.runs import RunStatus, Timeouts
 from mlfleet.spaces import Points
@@ -156,7 +158,8 @@ def run(
             resources=resources,
             env=env,
             detach=detach,
-        )
+        ),
+        starts=True,
     )
     return BlockingRun(submitted, loop)
 
@@ -174,7 +177,7 @@ def sweep(
     if options.get("parent_run_id") is None:
         # mlflow's active run belongs to the calling thread.
         options["parent_run_id"] = active_run_id()
-    return _loop().call(partial(api.sweep_async, uri, space, tracking_uri=tracking_uri, **options))
+    return _loop().call(partial(api.sweep_async, uri, space, tracking_uri=tracking_uri, **options), starts=True)
 
 
 class _Loop:
@@ -182,6 +185,9 @@ class _Loop:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
+        self._starts: set[asyncio.Task[Any]] = set()
+        self._is_closing = False
+        self._results: set[Future[Any]] = set()
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="mlfleet", daemon=True)
         self._thread.start()
@@ -189,20 +195,36 @@ class _Loop:
         # they could not write to the tracking server (python/cpython#104690). concurrent.futures uses the same hook.
         register = getattr(threading, "_register_atexit", atexit.register)
         register(self._at_exit)
-        before_exit(lambda: self.call(api.close_default_fleets), lambda: self.call(api.write_killed))
+        before_exit(lambda: self.call(self._close), lambda: self.call(api.write_killed))
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         self._loop.run_forever()
 
-    def call(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Run `work` on the loop and wait. An interrupt cancels it and waits until it has cleaned up."""
+    def call(self, work: Callable[[], Awaitable[T]], *, starts: bool = False) -> T:
+        """Run `work` on the loop and wait. An interrupt cancels it and waits until it has cleaned up.
+
+        Args:
+            work: The coroutine function to run.
+            starts: True if it starts runs: it is ended with them, and the exit of the process waits for it.
+
+        Raises:
+            UsageError: The program is exiting, and does not run the loop any more.
+        """
         result: Future[T] = Future()
+        self._results.add(result)
+        result.add_done_callback(self._results.discard)
         tasks: list[asyncio.Task[T]] = []
 
         def begin() -> None:
+            if starts and self._is_closing:
+                self._refuse(result)
+                return
             tasks.append(self._loop.create_task(_await(work)))
             tasks[0].add_done_callback(partial(_copy, result))
+            if starts:
+                self._starts.add(tasks[0])
+                tasks[0].add_done_callback(self._starts.discard)
 
         def stop() -> None:
             if tasks:
@@ -213,7 +235,10 @@ class _Loop:
         # anyio's portal waits for the loop before it returns a future: an interrupt in between would leave the work
         # running. The future of run_coroutine_threadsafe is cancelled before the work has ended.
         try:
-            self._loop.call_soon_threadsafe(begin)
+            if self._loop.is_closed():
+                self._refuse(result)
+            else:
+                self._loop.call_soon_threadsafe(begin)
             return result.result()
         except BaseException:
             if not result.done():
@@ -230,10 +255,10 @@ class _Loop:
             return
         try:
             if not is_interrupt(getattr(sys, "last_value", None)):
-                self.call(api.join_default_fleets)
+                self.call(self._join)
         except KeyboardInterrupt:
             logger.warning("interrupted: ending the active runs")
-        closing = asyncio.run_coroutine_threadsafe(api.close_default_fleets(), self._loop)
+        closing = asyncio.run_coroutine_threadsafe(self._close(), self._loop)
         try:
             closing.result()
         except KeyboardInterrupt:
@@ -242,6 +267,31 @@ class _Loop:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        # Threads that are no daemons go on: these calls came too late.
+        for result in tuple(self._results):
+            self._refuse(result)
+
+    def _refuse(self, result: Future[Any]) -> None:
+        with suppress(InvalidStateError):  # it was given by another thread
+            result.set_exception(UsageError("the program is exiting: it can neither start runs nor reach them"))
+
+    async def _join(self) -> None:
+        """Wait for all runs, and for the calls of other threads that start some."""
+        await api.join_default_fleets()
+        while self._starts:
+            await asyncio.wait(self._starts)
+            await api.join_default_fleets()
+        self._is_closing = True
+
+    async def _close(self) -> None:
+        """End all runs, and the calls of all threads that start some."""
+        self._is_closing = True
+        starts = tuple(self._starts)
+        for call in starts:
+            call.cancel()
+        if starts:
+            await asyncio.wait(starts)
+        await api.close_default_fleets()
 
 
 async def _await(work: Callable[[], Awaitable[T]]) -> T:
