@@ -128,6 +128,7 @@ ENVIRONMENTS = [
         ("lists-found",),
         files={"requirements.txt": "./nowhere\n"},
         arguments={"env_manager": "uv"},
+        environ={"MLFLOW_ENV_ROOT": "@case/environments"},
     ),
     Case("env-manager-none", ("pyenv-not-needed",), mlproject=PYTHON, arguments={"env_manager": None}),
     Case("env-manager-conda-for-python", ("no-run-left",), files=LISTED, arguments={"env_manager": "conda"}),
