@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from components.projects import write_project
 from mlfleet import Fleet, RunOptions, RunStatus, Timeouts, grid
@@ -150,6 +153,21 @@ async def test_variables_that_cannot_be_are_refused_before_anything_exists(
         await fleet.submit(write_project(tmp_path / "demo", "true"), env=env, env_manager="local")
     assert VALUE not in str(caught.value)
     assert not tracking.runs
+
+
+@given(st.dictionaries(st.text(max_size=8), st.text(alphabet=st.characters(), min_size=8), min_size=1))
+def test_any_mapping_of_texts_is_taken_as_it_is_or_refused_without_its_values(env: dict[str, str]) -> None:
+    refusal = ""
+    taken: object = None
+    try:
+        taken = RunRequest.of("x", env=env).env
+    except UsageError as error:
+        refusal = str(error)
+    if refusal:
+        assert not any(value in refusal for value in env.values() if len(set(value)) > 2)
+    else:
+        assert taken == env
+        subprocess.run(["true"], env=env, check=True)
 
 
 async def test_a_variable_by_which_the_run_finds_tracking_is_refused(tmp_path: Path) -> None:
