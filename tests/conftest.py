@@ -41,6 +41,7 @@ pytest_plugins: list[str] = [
     "components.plugins",
     "components.registry",
     "components.s3",
+    "components.slurm",
     "components.ssh_server",
 ]
 
@@ -85,6 +86,7 @@ _SLOW_FIXTURES = {
     "registry_with_password",
     "s3_server",
     "shell_image",
+    "slurm",
 }
 _SLOW_PLACES = (
     "contract/",

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import anyio
 
@@ -148,7 +149,7 @@ class RunContext:
         self._admission = Admission(Machine(cpus=0))
         self._planner = Planner(self.fetcher, self._backend_instance)
         self._backends: dict[str, Backend] = {}
-        self._managers: dict[str, EnvironmentManager] = {}
+        self._managers: dict[tuple[str, Path | None], EnvironmentManager] = {}
         self._experiments: SingleFlight[str, str] = SingleFlight(keep=True)
         self._tasks = TaskOwner()
         self._services = ServiceOwner(self._tasks)
@@ -334,11 +335,16 @@ class RunContext:
     def _backend_instance(self, kind: type[Backend]) -> Backend:
         return self._backends.setdefault(kind.name, kind())
 
-    def environment_manager(self, name: str) -> EnvironmentManager:
-        """Return the manager of that name, one for all runs, so that one build serves all of them."""
-        if name not in self._managers:
-            self._managers[name] = create_manager(name)
-        return self._managers[name]
+    def environment_manager(self, name: str, root: Path | None = None) -> EnvironmentManager:
+        """Return the manager of that name, one for all runs, so that one build serves all of them.
+
+        Args:
+            name: The name of the manager.
+            root: The folder of built environments; None: that of this machine.
+        """
+        if (name, root) not in self._managers:
+            self._managers[name, root] = create_manager(name, root)
+        return self._managers[name, root]
 
     async def experiment_id(self, request: RunRequest) -> str:
         """Return the id of the experiment of a run, which is created if it does not exist."""

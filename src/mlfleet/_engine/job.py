@@ -82,6 +82,7 @@ async def prepare(
         variables: The environment variables that tell the run which resources it may use.
         on_progress: Called with lines about the build of the environment.
     """
+    shared = (await context.backend(plan.backend)).shared_folder(plan.config)
     folder = plan.project.folder
     if plan.project.cached:
         folder = await stack.enter_async_context(context.fetcher.working_copy(plan.project))
@@ -90,11 +91,11 @@ async def prepare(
         await FILES.run(partial(job.output.unlink, missing_ok=True))
     downloaded: dict[str, str] = {}
     if plan.parameters.downloads:
-        storage = await _storage(plan, stack)
+        storage = await _storage(plan.request.storage_dir or (shared and shared / "downloads"), stack)
         downloaded = await download_all(plan.parameters.downloads, storage, context.tracking.download)
     environment = None
     if plan.environment is not None:
-        manager = context.environment_manager(plan.environment.manager)
+        manager = context.environment_manager(plan.environment.manager, shared and shared / "environments")
         environment = await manager.prepare(plan.environment, on_progress=on_progress)
     return replace(
         job,
@@ -131,14 +132,18 @@ def _paths(plan: Plan, downloaded: Mapping[str, str]) -> tuple[Path, ...]:
     return tuple(Path(text) for text in named if text not in plan.parameters.placed)
 
 
-async def _storage(plan: Plan, stack: AsyncExitStack) -> Path:
-    """Make a new folder for downloads, which is removed when the run ends."""
+async def _storage(parent: str | os.PathLike[str] | None, stack: AsyncExitStack) -> Path:
+    """Make a new folder for downloads, which is removed when the run ends.
+
+    Args:
+        parent: The folder to make it in; None: that for temporary files.
+        stack: Gets the clean-up for the end of the run.
+    """
 
     def make() -> Path:
-        given = plan.request.storage_dir
-        if given is not None:
-            Path(given).mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix="mlfleet-", dir=given))
+        if parent is not None:
+            Path(parent).mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="mlfleet-", dir=parent))
 
     async def remove(folder: Path) -> None:
         await PROJECTS.finish(partial(shutil.rmtree, folder, ignore_errors=True))

@@ -44,7 +44,7 @@ _HINTS = {
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A program with its arguments and surroundings. Its stdin is /dev/null.
+    """A program with its arguments and surroundings.
 
     Attributes:
         argv: The program and its arguments. Every user of the machine can read them: they must not hold secrets.
@@ -58,6 +58,7 @@ class Command:
             None: they are left alone.
         guarded: True if the command must not outlive this process. It needs a `rest_grace`, and has `MARKER_VARIABLE`
             in its environment.
+        stdin: What the program reads from stdin, at most 64 KiB, which a pipe takes at once; None: /dev/null.
     """
 
     argv: Sequence[str]
@@ -69,6 +70,7 @@ class Command:
     title: str = "a command"
     rest_grace: float | None = None
     guarded: bool = False
+    stdin: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,6 +366,7 @@ async def run_process(
     *,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
+    stdin: bytes | None = None,
     merge: bool = False,
     on_line: Callable[[str], None] | None = None,
     limit: int = 16 * 2**20,
@@ -374,6 +377,7 @@ async def run_process(
         argv: The program and its arguments. Every user of the machine can read them: they must not hold secrets.
         cwd: The working directory; None: this process's.
         env: All environment variables; None: this process's.
+        stdin: What the program reads from stdin, at most 64 KiB; None: /dev/null.
         merge: True to send stderr into stdout.
         on_line: Called with every line of output as it comes. An exception that it raises ends the command.
         limit: Bytes of each stream to keep; of longer output the end is kept.
@@ -385,7 +389,7 @@ async def run_process(
     """
     with ExitStack() as stack:
         streams = [stack.enter_context(Stream(limit, on_line)) for _ in range(1 if merge else 2)]
-        command = Command(list(argv), cwd, env, streams[0].writer, streams[-1].writer)
+        command = Command(list(argv), cwd, env, streams[0].writer, streams[-1].writer, stdin=stdin)
         process = await start(lambda: nullcontext(command))
         try:
             for stream in streams:
@@ -411,6 +415,7 @@ def _spawn(command: Command) -> tuple[int, int | None]:
     if command.guarded:
         guardian().start()
         env = {**(os.environ if env is None else env), MARKER_VARIABLE: guardian().marker}
+    stdin = None if command.stdin is None else _filled_pipe(command.stdin)
     try:
         # Never preexec_fn: without it Popen uses vfork, whose cost does not grow with this process's memory.
         popen = subprocess.Popen(
@@ -418,13 +423,16 @@ def _spawn(command: Command) -> tuple[int, int | None]:
             executable=command.program,
             cwd=None if command.cwd is None else str(command.cwd),
             env=env,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL if stdin is None else stdin,
             stdout=command.stdout,
             stderr=command.stderr,
             start_new_session=True,
         )
     except OSError as error:
         raise _explained(error) from error
+    finally:
+        if stdin is not None:
+            os.close(stdin)
     try:
         pidfd = open_pidfd(popen.pid)
     except OSError as error:
@@ -436,6 +444,16 @@ def _spawn(command: Command) -> tuple[int, int | None]:
         # If this process is killed before this line, the guardian finds the command by its marker.
         guardian().add(popen.pid, command.rest_grace or 0)
     return popen.pid, pidfd
+
+
+def _filled_pipe(data: bytes) -> int:
+    """Return the end for reading of a pipe that holds `data`. Blocking."""
+    reader, writer = os.pipe()
+    try:
+        os.write(writer, data)
+    finally:
+        os.close(writer)
+    return reader
 
 
 def open_pidfd(pid: int) -> int | None:

@@ -302,6 +302,17 @@ class Backend(ABC, Generic[Config]):
             UsageError: The configuration sets what the run must set, or lacks what the project does not say.
         """
 
+    def shared_folder(self, config: Config) -> Path | None:
+        """Return the folder for what is prepared on this machine and used elsewhere: environments and downloads.
+
+        Args:
+            config: The result of `configure`.
+
+        Returns:
+            The folder, which is at the same path where the runs are; None: they run on this machine, or need neither.
+        """
+        return None
+
     def preview(self, job: Job) -> str | None:
         """Return the request that `submit` would make, for people to read. Blocking; makes and asks nothing.
 

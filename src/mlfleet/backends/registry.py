@@ -41,6 +41,7 @@ _BUILT_IN = {
     "local": _BuiltIn("mlfleet.backends.local.backend:LocalBackend"),
     "docker": _BuiltIn("mlfleet.backends.docker:DockerBackend", "docker"),
     "kubernetes": _BuiltIn("mlfleet.backends.kubernetes:KubernetesBackend", "kubernetes"),
+    "slurm": _BuiltIn("mlfleet.backends.slurm:SlurmBackend"),
     "databricks": _BuiltIn("mlfleet.backends.databricks:DatabricksBackend", "databricks"),
 }
 

@@ -1,0 +1,408 @@
+"""The Slurm backend: it submits each run as a batch job, and attaches to jobs of earlier processes."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+import anyio
+
+from mlfleet._concurrency.cancellation import complete
+from mlfleet._concurrency.single_flight import SingleFlight
+from mlfleet._concurrency.threads import FILES
+from mlfleet._hosts import has_loopback_host
+from mlfleet._paths import run_folder, size_on_disk
+from mlfleet._process.guardian import MARKER_VARIABLE
+from mlfleet.backends._remote.owner import describe_this_process, owner_lives
+from mlfleet.backends._remote.run import SupervisedRuns
+from mlfleet.backends.base import Backend, DockerRequest, Job, ListedRun
+from mlfleet.backends.slurm.client import ListedJob, SlurmClient, Timing, sbatch_arguments
+from mlfleet.backends.slurm.config import SlurmConfig, default_work_dir, parse_config
+from mlfleet.backends.slurm.run import SlurmRun
+from mlfleet.backends.slurm.run_files import RunFiles, folders_of_runs, write_run
+from mlfleet.backends.slurm.script import command_script
+from mlfleet.backends.slurm.states import GONE, JobState
+from mlfleet.backends.slurm.submits import ArraySubmitter, single
+from mlfleet.backends.slurm.watch import Poller
+from mlfleet.errors import RunLost, UsageError
+from mlfleet.runs import DEFAULT_CANCEL_GRACE, JobRef
+from mlfleet.tracking.databricks import is_databricks
+
+__all__ = ["SlurmBackend"]
+
+_URI = "MLFLOW_TRACKING_URI"
+_RUN_ID_LENGTH = 32
+_FOUND_AFTER = 30.0  # seconds after which a run without a job and without a living driver will have none
+
+
+class _Cluster:
+    """One cluster with the client, the poller and the submitter that all its runs share."""
+
+    def __init__(self, client: SlurmClient, poller: Poller) -> None:
+        self.client = client
+        self.poller = poller
+        self.arrays = ArraySubmitter(client)
+
+
+class SlurmBackend(Backend[SlurmConfig]):
+    """A backend that runs jobs as batch jobs of a cluster with Slurm, by its client programs.
+
+    Closing the backend cancels the jobs that it submitted; jobs that it attached to go on.
+
+    Args:
+        timing: The intervals of polls and retries; None: those that suit a shared cluster.
+    """
+
+    name: ClassVar[str] = "slurm"
+    needs_environment: ClassVar[bool] = True
+
+    def __init__(self, *, timing: Timing | None = None) -> None:
+        self._timing = timing or Timing()
+        self._stack = AsyncExitStack()
+        self._clusters: SingleFlight[str | None, _Cluster] = SingleFlight(keep=True)
+        self._runs = SupervisedRuns()
+        self._owner: Mapping[str, Any] = {}
+
+    async def __aenter__(self) -> Self:
+        self._owner = await FILES.run(describe_this_process)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        async def close() -> None:
+            await self._runs.close()
+            await self._stack.aclose()
+
+        await complete(close)
+
+    # ---- before anything exists -------------------------------------------------------------------------------------
+
+    def configure(self, config: Mapping[str, Any]) -> SlurmConfig:
+        """Check ``backend_config``; see `parse_config`.
+
+        Raises:
+            UsageError: A key is unknown or a value is wrong.
+        """
+        return parse_config(config, os.environ)
+
+    def check(self, docker: DockerRequest | None, folder: Path) -> None:
+        """Refuse projects with ``docker_env``; see `Backend.check`."""
+        if docker is not None:
+            raise UsageError(
+                "projects with docker_env cannot run on Slurm, whose nodes seldom have an engine: give the project a"
+                " python_env, or run it with the backend 'docker' or 'kubernetes'"
+            )
+
+    def check_tracking(self, uri: str, config: SlurmConfig | None = None) -> None:
+        """Refuse tracking that the nodes cannot reach, unless ``tracking-uri`` gives them another address."""
+        if config is None or config.tracking_uri is not None or is_databricks(uri):
+            return
+        hint = (
+            "Give tracking-uri in backend_config: the address of a tracking server that the nodes can reach, or a"
+            " store on the shared file system if you accept its risks"
+        )
+        if uri.startswith(("http://", "https://")):
+            if has_loopback_host(uri):
+                raise UsageError(
+                    f"the tracking server {uri} is on loopback, which on a node is the node itself. {hint}"
+                )
+        elif uri.startswith("sqlite:"):
+            raise UsageError(
+                f"the tracking store {uri} is a file of SQLite, which several machines damage on a network file system"
+                f" (https://sqlite.org/howtocorrupt.html, 2.1). {hint}"
+            )
+        elif uri.startswith(("file:", "/", ".")) and not _is_below(uri, config.work_dir):
+            raise UsageError(f"the tracking store {uri} is on this machine, where nodes may not see it. {hint}")
+
+    def shared_folder(self, config: SlurmConfig) -> Path:
+        """Return the work folder; see `Backend.shared_folder`."""
+        return config.work_dir
+
+    def preview(self, job: Job) -> str:
+        """Return the command line of sbatch, the batch script and the script of the command, without the secrets."""
+        config = _config(job)
+        files = RunFiles(config.work_dir, job.run_id)
+        submission = single(files, sbatch_arguments(config, job.resources))
+        command = command_script(
+            files.folder, files.project, job.command, environment=job.environment, setup=config.setup
+        )
+        environ = _variables(job, config)
+        shown = "\n".join(f"{name}={environ[name]}" for name in sorted(environ))
+        hidden = "".join(f"\n{name}=***" for name in sorted(job.secrets))
+        return (
+            f"{shlex.join(submission.argv())} <<'EOF'\n{submission.script.rstrip()}\nEOF\n\n"
+            f"# {files.folder}/command.sh\n{command}\n# {files.folder}/environ, besides this process's variables\n"
+            f"{shown}{hidden}"
+        )
+
+    # ---- one run ----------------------------------------------------------------------------------------------------
+
+    def reference(self, job: Job) -> JobRef:
+        """Return the cluster and the work folder, by which `attach` finds the run's files and its job."""
+        config = _config(job)
+        return JobRef(
+            self.name,
+            job.run_id,
+            {
+                "cluster": config.clusters,
+                "work_dir": str(config.work_dir),
+                "start_timeout": config.start_timeout,
+                "latency": config.latency,
+                "keep": config.keep,
+                "grace": job.cancel_grace,
+                "since": time.time(),
+                "owner": dict(self._owner),
+            },
+        )
+
+    async def submit(self, job: Job) -> SlurmRun:
+        """Write the run's files into the work folder and submit its job.
+
+        Raises:
+            SubmitError: Slurm does not take the job, or the work folder cannot be written.
+            SlurmError: The controller could not be reached for ten minutes.
+        """
+        config = _config(job)
+        cluster = await self._open_cluster(config.clusters)
+        arguments = sbatch_arguments(config, job.resources)
+        files = await write_run(job, config, _environ(job, config), self._owner)
+        try:
+            job.on_progress("submitting to Slurm")
+            if config.array:
+                number = await cluster.arrays.submit(files, arguments, sweep_id=job.sweep_id)
+            else:
+                number = await cluster.client.submit(single(files, arguments))
+            await FILES.run(partial(files.write_job, number))
+        except BaseException:
+            await complete(lambda: FILES.finish(files.remove))
+            raise
+        return self._supervise(
+            files,
+            number,
+            cluster,
+            output=job.output,
+            submitted=True,
+            grace=job.cancel_grace,
+            start_timeout=config.start_timeout,
+            latency=config.latency,
+            keep=config.keep,
+        )
+
+    def tags(self, run: Any) -> Mapping[str, str]:
+        """Return the tag with the id of the job."""
+        return {"mlfleet.slurm.job": run.job} if isinstance(run, SlurmRun) else {}
+
+    async def attach(self, ref: JobRef) -> SlurmRun:
+        """Return the handle of a run that an earlier process submitted.
+
+        Raises:
+            RunLost: There are no files of the run, or no job was submitted for it.
+            SlurmError: The controller cannot be asked.
+        """
+        files = _files(ref)
+        cluster = await self._open_cluster(_cluster_of(ref))
+        number, state = await self._find(ref, files, cluster.client)
+        if number is None:
+            raise RunLost(f"the run {ref.run_id} is lost: no job of Slurm was submitted for it", backend=self.name)
+        grace, latency, limit = (ref.data.get(name) for name in ("grace", "latency", "start_timeout"))
+        run = self._supervise(
+            files,
+            number,
+            cluster,
+            output=run_folder(ref.run_id) / "output.log",
+            submitted=False,
+            grace=_seconds(grace, DEFAULT_CANCEL_GRACE),
+            start_timeout=None if limit is None else _seconds(limit, 0.0),
+            latency=_seconds(latency, 0.0),
+            keep=ref.data.get("keep") is True,
+        )
+        if state is not None:
+            run.set_state(state)
+        return run
+
+    # ---- runs of other processes ------------------------------------------------------------------------------------
+
+    async def list_runs(self) -> Sequence[ListedRun]:
+        """Return the runs of this user whose job is waiting or running; see `Backend.list_runs`."""
+        cluster = await self._open_cluster(None)
+        jobs = await cluster.client.list_jobs()
+        return await FILES.run(partial(_listed, [job for job in jobs if not JobState(job.state).is_over]))
+
+    async def prune(
+        self, run_ids: Collection[str] = (), *, running: bool = False, dry_run: bool = False
+    ) -> Sequence[ListedRun]:
+        """Remove the files of runs that no process looks after, in the default work folder; see `Backend.prune`."""
+        cluster = await self._open_cluster(None)
+        found = await FILES.run(partial(_kept, default_work_dir(os.environ), set(run_ids)))
+        states = await cluster.client.states([number for _, number, _ in found if number is not None])
+        removed = []
+        for files, number, listed in found:
+            state = GONE if number is None else states.get(number, GONE)
+            if not state.is_over and not running:
+                continue
+            if not dry_run:
+                if not state.is_over and number is not None:
+                    await cluster.client.cancel(number)
+                await FILES.run(files.remove)
+            removed.append(listed)
+        return removed
+
+    async def is_abandoned(self, ref: JobRef) -> bool:
+        """Return True if the job is over, and so is the process of this machine that submitted it."""
+        if await FILES.run(partial(owner_lives, ref.data.get("owner"))) is not False:
+            return False
+        with suppress(RunLost):
+            cluster = await self._open_cluster(_cluster_of(ref))
+            _, state = await self._find(ref, _files(ref), cluster.client)
+            return state is not None and state.is_over
+        return True
+
+    async def withdraw(self, ref: JobRef) -> bool:
+        """Claim a run that no job has claimed yet, so that its command never runs, and cancel its job."""
+        with suppress(RunLost):
+            files = _files(ref)
+            if await FILES.run(files.withdraw):
+                cluster = await self._open_cluster(_cluster_of(ref))
+                number = await FILES.run(files.job) or await cluster.client.find(f"mlfleet-{ref.run_id}")
+                if number is not None:
+                    await cluster.client.cancel(number)
+                return True
+        return False
+
+    # ---- helpers ----------------------------------------------------------------------------------------------------
+
+    async def _find(self, ref: JobRef, files: RunFiles, client: SlurmClient) -> tuple[str | None, JobState | None]:
+        """Return the job of a run and its state. A job that Slurm has forgotten is `GONE`."""
+        if not await FILES.run(files.is_own):
+            text = f"the run {ref.run_id} is lost: {files.folder} does not exist, or is not this user's own"
+            raise RunLost(text, backend=self.name)
+        number = await FILES.run(files.job)
+        if number is None:
+            number = await client.find(f"mlfleet-{ref.run_id}")
+        if number is None:
+            since = ref.data.get("since")
+            if isinstance(since, int | float) and time.time() - since < _FOUND_AFTER:
+                await anyio.sleep(self._timing.fast)
+                number = await FILES.run(files.job) or await client.find(f"mlfleet-{ref.run_id}")
+        if number is None:
+            return None, None
+        return number, (await client.states([number]))[number]
+
+    async def _open_cluster(self, name: str | None) -> _Cluster:
+        """Return the shared services of a cluster; the first call opens them."""
+
+        async def enter() -> _Cluster:
+            client = SlurmClient(name, self._timing)
+            await client.open()
+            return _Cluster(client, await self._stack.enter_async_context(Poller(client, self._timing)))
+
+        return await self._clusters(name, enter)
+
+    def _supervise(self, files: RunFiles, number: str, cluster: _Cluster, **options: Any) -> SlurmRun:
+        run = SlurmRun(files, number, cluster.client, cluster.poller, **options)
+        self._runs.start(run, name=f"mlfleet Slurm job {number}")
+        return run
+
+
+def _config(job: Job) -> SlurmConfig:
+    return job.config if isinstance(job.config, SlurmConfig) else parse_config({}, os.environ)
+
+
+def _variables(job: Job, config: SlurmConfig) -> dict[str, str]:
+    """Return the variables that mlfleet sets for the command and that are not secret."""
+    return {**job.environ, **({} if config.tracking_uri is None else {_URI: config.tracking_uri})}
+
+
+def _environ(job: Job, config: SlurmConfig) -> dict[str, str]:
+    """Return all variables of the command: those of this process, those of the job and the secret ones."""
+    environ = {**os.environ, **_variables(job, config), **job.secrets}
+    # This process may be a run itself: at its driver's end a job goes on all the same.
+    environ.pop(MARKER_VARIABLE, None)
+    return environ
+
+
+def _files(ref: JobRef) -> RunFiles:
+    run_folder(ref.run_id)  # checks the id
+    work_dir = Path(str(ref.data.get("work_dir") or default_work_dir(os.environ)))
+    if not work_dir.is_absolute():
+        raise RunLost(f"the tag {JobRef.TAG} of the run {ref.run_id} names no work folder", backend="slurm")
+    return RunFiles(work_dir, ref.run_id)
+
+
+def _cluster_of(ref: JobRef) -> str | None:
+    name = ref.data.get("cluster")
+    return parse_config({"clusters": name}, {}).clusters if name else None
+
+
+def _seconds(value: object, default: float) -> float:
+    return float(value) if isinstance(value, int | float) and value >= 0 else default
+
+
+def _is_below(uri: str, folder: Path) -> bool:
+    path = Path(uri.removeprefix("file://").removeprefix("file:")).absolute()
+    return path.is_relative_to(folder)
+
+
+def _listed(jobs: Sequence[ListedJob]) -> list[ListedRun]:
+    """Return the runs of jobs. Blocking."""
+    runs = []
+    for job in jobs:
+        run_id = _run_id(job)
+        if run_id is None:
+            continue
+        files = RunFiles(job.work_dir, run_id)
+        if not files.is_own():
+            continue
+        runs.append(
+            ListedRun(
+                run_id=run_id,
+                backend=SlurmBackend.name,
+                created=datetime.fromtimestamp(job.submitted, UTC),
+                state=job.state.lower(),
+                supervised=owner_lives(files.owner()) is not False,
+                detail={"job": job.id},
+                output=files.output,
+            )
+        )
+    return runs
+
+
+def _run_id(job: ListedJob) -> str | None:
+    _, _, index = job.id.partition("_")
+    if index:
+        link = job.work_dir / "arrays" / job.name / index
+        with suppress(OSError):
+            return Path(os.readlink(link)).name  # noqa: PTH115
+        return None
+    name = job.name.removeprefix("mlfleet-")
+    return name if len(name) == _RUN_ID_LENGTH and name.isalnum() else None
+
+
+def _kept(work_dir: Path, run_ids: set[str]) -> list[tuple[RunFiles, str | None, ListedRun]]:
+    """Return the runs in a work folder that no living process looks after, each with its job. Blocking."""
+    found = []
+    for files in folders_of_runs(work_dir):
+        if (run_ids and files.run_id not in run_ids) or owner_lives(files.owner()) is not False:
+            continue
+        number = files.job()
+        listed = ListedRun(
+            run_id=files.run_id,
+            backend=SlurmBackend.name,
+            created=datetime.fromtimestamp(files.folder.stat().st_mtime, UTC),
+            state="ended" if files.exit_record() is not None else "unknown",
+            supervised=False,
+            detail={} if number is None else {"job": number},
+            output=files.output,
+            size=size_on_disk(files.folder),
+        )
+        found.append((files, number, listed))
+    return found

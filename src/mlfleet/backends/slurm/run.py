@@ -1,0 +1,222 @@
+"""The handle of a run in Slurm, whose task follows the job, ends it on request and reads how it ended."""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import partial
+from pathlib import Path
+
+import anyio
+
+from mlfleet._concurrency.cancellation import complete
+from mlfleet._concurrency.threads import FILES
+from mlfleet._text.lines import last_lines
+from mlfleet.backends._remote.output import write_output
+from mlfleet.backends._remote.run import SupervisedRun
+from mlfleet.backends.slurm.client import SlurmClient, SlurmError
+from mlfleet.backends.slurm.run_files import RunFiles
+from mlfleet.backends.slurm.states import ExitRecord, JobState, conclude
+from mlfleet.backends.slurm.watch import Poller
+from mlfleet.errors import BackendError, MlfleetError
+from mlfleet.runs import DEFAULT_CANCEL_GRACE, FailureKind, Outcome, RunStatus
+
+__all__ = ["SlurmRun"]
+
+_log = logging.getLogger("mlfleet.slurm")
+_KILL_MARGIN = 2.0  # seconds before KillWait at which SIGKILL should have been sent
+_LOOK = 0.5  # seconds between two looks for a file that another machine has written
+_COPY_PAUSE = 0.5  # seconds between two looks for new output that goes to the output of this process
+_CHUNK = 2**20
+
+
+class SlurmRun(SupervisedRun):
+    """The handle of a run.
+
+    Args:
+        files: The files of the run.
+        job: The id of the job.
+        client: The client of the cluster.
+        poller: The poller of the cluster's jobs.
+        output: The file to copy the output to at the end; None: it goes to the stdout of this process as it comes.
+        submitted: True if this process submitted the run: then it does not outlive its backend.
+        grace: Seconds between the request to stop and the end by force.
+        start_timeout: See `SlurmConfig`.
+        latency: See `SlurmConfig`.
+        keep: See `SlurmConfig`.
+    """
+
+    backend = "slurm"
+    noun = "job"
+
+    def __init__(
+        self,
+        files: RunFiles,
+        job: str,
+        client: SlurmClient,
+        poller: Poller,
+        *,
+        output: Path | None,
+        submitted: bool,
+        grace: float = DEFAULT_CANCEL_GRACE,
+        start_timeout: float | None = None,
+        latency: float = 30.0,
+        keep: bool = False,
+    ) -> None:
+        super().__init__(files.run_id, files.output, submitted=submitted, grace=grace)
+        self.job = job
+        self._files = files
+        self._client = client
+        self._poller = poller
+        self._target = output
+        self._start_timeout = start_timeout
+        self._latency = latency
+        self._keep = keep
+        self._state = poller.track(job)
+        self._copied = 0
+
+    # ---- the handle -------------------------------------------------------------------------------------------------
+
+    def set_state(self, state: JobState) -> None:
+        """Set a state that is known before the first poll."""
+        self._state.put(state)
+
+    async def started(self) -> None:
+        """Wait until the job runs or has ended."""
+        try:
+            await self._state.until(lambda state: not state.is_waiting)
+        except MlfleetError:
+            return  # the outcome has the error
+
+    async def get_status(self) -> RunStatus:
+        """Return the status of the latest poll."""
+        if self._outcome is not None:
+            return self._outcome.status
+        state = self._state.value
+        return RunStatus.SCHEDULED if state is None or state.is_waiting else RunStatus.RUNNING
+
+    # ---- its task ---------------------------------------------------------------------------------------------------
+
+    async def _live(self) -> Outcome:
+        never: list[Outcome] = []
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._cancel_when_asked)
+                group.start_soon(self._end_what_never_starts, never)
+                if self._target is None:
+                    group.start_soon(self._copy_as_it_comes)
+                state = await self._state.until(lambda state: state.is_over)
+                group.cancel_scope.cancel()
+        except* MlfleetError as errors:
+            raise errors.exceptions[0] from None
+        record = await self._read_exit(state)
+        claimed = await FILES.run(self._files.is_claimed)
+        lines = await FILES.run(partial(last_lines, self._files.output))
+        if record is None:
+            lines += await FILES.run(partial(last_lines, self._files.messages))
+        outcome = conclude(state, record, cancelled=self._stop_request.is_requested, claimed=claimed, output=lines)
+        if never and not self._stop_request.is_requested:
+            outcome = never[0]
+        return (
+            outcome
+            if outcome.status is not RunStatus.KILLED
+            else Outcome(outcome.status, outcome.exit_code, outcome.reason, lines)
+        )
+
+    async def _read_exit(self, state: JobState) -> ExitRecord | None:
+        """Return the record of the command's end; wait for it as long as the shared file system may need."""
+        deadline = time.monotonic() + self._latency
+        while True:
+            record = await FILES.run(self._files.exit_record)
+            # Slurm says itself how a job ended that never began, or that it has ended.
+            expected = state.is_gone or state.word in ("COMPLETED", "FAILED")
+            if record is not None or not expected or time.monotonic() > deadline:
+                return record
+            if not state.is_gone and not await FILES.run(self._files.is_claimed):
+                return None
+            await anyio.sleep(min(_LOOK, self._latency))
+
+    async def _cancel_when_asked(self) -> None:
+        """Wait for a request to stop, and end the job as often as its grace is shortened."""
+        await self._stop_request.requested()
+        while True:
+            grace = self._stop_request.remaining or 0.0
+            await FILES.run(partial(self._files.write_grace, grace))
+            state = self._state.value
+            is_long = grace > self._client.kill_wait - _KILL_MARGIN and state is not None and not state.is_waiting
+            try:
+                # Slurm itself sends SIGKILL after KillWait. With a longer grace only the batch script gets SIGTERM.
+                await self._client.cancel(self.job, only_script=is_long)
+            except SlurmError as error:
+                text = f"the job {self.job} could not be cancelled, and may still run: {error}"
+                raise BackendError(text, backend="slurm") from error
+            self._poller.poll_soon(self.job)
+            if is_long:
+                with anyio.move_on_after(grace):
+                    await self._stop_request.changed()
+            else:
+                await self._stop_request.changed()
+
+    async def _end_what_never_starts(self, never: list[Outcome]) -> None:
+        """Cancel a job that waits for something that does not come by itself."""
+        while True:
+            state = await self._state.until(lambda state: state.never_starts or state.failed_to_launch)
+            limit = 0.0 if state.failed_to_launch else self._start_timeout
+            if limit is None:
+                return
+            with anyio.move_on_after(limit) as waiting:
+                await self._state.until(lambda state: not (state.never_starts or state.failed_to_launch))
+            if not waiting.cancelled_caught:
+                continue
+            reason = state.reason.strip("()")
+            if state.failed_to_launch:
+                text, kind = f"Slurm could not start the job on its node ({reason})", FailureKind.INFRASTRUCTURE
+            else:
+                text = f"the job can never start: Slurm gives the reason {reason}. Change the options of sbatch in"
+                text, kind = f"{text} backend_config", FailureKind.FAILURE
+            never.append(Outcome(RunStatus.FAILED, None, text, cause=kind))
+            await self._client.cancel(self.job)
+            self._poller.poll_soon(self.job)
+            return
+
+    async def _copy_as_it_comes(self) -> None:
+        while True:
+            await self._copy()
+            await anyio.sleep(_COPY_PAUSE)
+
+    async def _copy(self) -> None:
+        """Copy new output to the stdout of this process."""
+
+        def copy() -> int:
+            copied = 0
+            try:
+                with self._files.output.open("rb") as file:
+                    file.seek(self._copied)
+                    while data := file.read(_CHUNK):
+                        write_output(None, data, backend="slurm")
+                        copied += len(data)
+            except FileNotFoundError:
+                pass
+            return copied
+
+        self._copied += await FILES.run(copy)
+
+    async def _abandon(self) -> None:
+        """End the job, after an error because of which it is not watched any more."""
+        try:
+            await self._client.cancel(self.job)
+        except SlurmError as error:
+            _log.warning("the job %s of the run %s may still run: %s", self.job, self.run_id, error)
+
+    async def _tidy(self) -> None:
+        self._poller.untrack(self.job)
+        if not self._detached:
+            await complete(self._finish)
+
+    async def _finish(self) -> None:
+        try:
+            if self._target is None:
+                await self._copy()
+            await FILES.run(partial(self._files.finish, self._target, keep=self._keep))
+        except OSError as error:
+            _log.warning("the output of the run %s stays in %s: %s", self.run_id, self._files.output, error)

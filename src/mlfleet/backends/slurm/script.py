@@ -1,0 +1,179 @@
+"""The batch script, which Slurm starts on a node, and the script of the command, which the batch script starts.
+
+The batch script claims the run, starts the command in a session of its own, passes a request to stop on to it, ends
+whatever is left of it, and records its exit code. It does so by itself because Slurm ends the processes of a job
+reliably only where the administrator has set up cgroups, and because Slurm forgets ended jobs within minutes.
+
+Parameters, variables and secrets are in files of the run's folder, which only the user may read: everybody may read the
+arguments of processes, and ``scontrol write batch_script`` shows the batch script to operators.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mlfleet._environments.manager import PreparedEnvironment
+
+__all__ = ["array_script", "batch_script", "command_script", "environment_file"]
+
+# What is read and written: see `mlfleet.backends.slurm.run_files`.
+#
+# 1. Claim. The first job that makes the folder `claim` owns the run: a submit whose answer was lost may have been
+#    repeated. A job that Slurm has started again (requeue) has the same id and a higher restart count, and takes over.
+# 2. The command leads a session, and so a process group, of its own. `setsid` does not fork here, since a background
+#    process of a shell without job control leads no group: $! is the command's own pid.
+# 3. `scancel` sends SIGTERM: the trap passes it on, and after the grace in the file `grace` SIGKILL follows. `wait`
+#    returns early whenever the trap has run, and is then called again.
+# 4. The exit code is recorded before the rest is ended: Slurm kills this script, too, after KillWait.
+# 5. What the command has left behind is ended: its group, then all processes of this user with this job's id in their
+#    environment, in whatever session.
+_WRAPPER = r"""
+unset SLURM_EXPORT_ENV SBATCH_EXPORT
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+restarts=${SLURM_RESTART_COUNT:-0}
+cd "$run" || exit 1
+exec >> output.log 2>&1
+
+if ! mkdir claim 2> /dev/null; then
+  owner= count=
+  read -r owner count < claim/job
+  if [ "$owner" != "$job" ] || [ "$restarts" -le "${count:-0}" ]; then
+    echo "mlfleet: the run was claimed before; this job does nothing" >&2
+    exit 0
+  fi
+  rm -f exit
+fi
+echo "$job $restarts" > claim/job.new && mv claim/job.new claim/job || exit 1
+
+command='' killer='' asked='' interrupted=''
+stop() {
+  interrupted=1 asked=1
+  local grace=10
+  read -r grace < grace
+  [ -n "$command" ] || return
+  kill -TERM -- "-$command" 2> /dev/null
+  kill -CONT -- "-$command" 2> /dev/null
+  [ -n "$killer" ] && kill -KILL "$killer" 2> /dev/null
+  (trap '' TERM; sleep "$grace"; kill -KILL -- "-$command" 2> /dev/null) < /dev/null > /dev/null 2>&1 &
+  killer=$!
+}
+trap stop TERM
+trap '' HUP INT
+
+setsid bash "$run/command.sh" < /dev/null &
+command=$!
+[ -n "$asked" ] && stop
+interrupted=1
+while [ -n "$interrupted" ]; do
+  interrupted=''
+  wait "$command"
+  code=$?
+done
+echo "$code $asked" > exit.new && mv exit.new exit
+trap '' TERM
+
+grace=10
+read -r grace < grace
+if kill -TERM -- "-$command" 2> /dev/null; then
+  [ -n "$asked" ] || echo "mlfleet: the command ended and left $(ps -o comm= --sid "$command" | xargs), ended now" >&2
+  kill -CONT -- "-$command" 2> /dev/null
+  for _ in $(seq "$(printf '%.0f' "${grace}e1")"); do
+    kill -0 -- "-$command" 2> /dev/null || break
+    sleep 0.1
+  done
+  kill -KILL -- "-$command" 2> /dev/null
+fi
+[ -n "$killer" ] && kill -KILL "$killer" 2> /dev/null
+for folder in /proc/[0-9]*; do
+  pid=${folder#/proc/}
+  [ "$pid" = "$$" ] && continue
+  read -r record < "$folder/stat" || continue
+  fields=${record##*) }
+  set -- $fields
+  [ "$4" = "$$" ] && continue
+  if grep -qzx "SLURM_JOB_ID=$SLURM_JOB_ID" "$folder/environ" && [ -O "$folder" ]; then
+    case $(tr '\0' ' ' < "$folder/cmdline") in slurmstepd*) continue ;; esac
+    kill -KILL "$pid"
+  fi
+done 2> /dev/null
+rm -f environ
+exit "$code"
+"""
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_FUNCTION = re.compile(r"BASH_FUNC_([A-Za-z0-9_.-]+)%%")
+# Variables that bash itself sets and does not let anybody set, and those that describe the machine of the driver.
+_LEFT_OUT = {"BASHOPTS", "SHELLOPTS", "UID", "EUID", "PPID", "BASH_VERSINFO", "_", "SHLVL", "PWD", "OLDPWD", "HOSTNAME"}
+_OF_SLURM = ("SLURM_", "SBATCH_", "SLURMD_")
+
+# The names of the script's own variables must not be those of anybody's.
+_LOAD = """\
+while IFS= read -r -d '' __mlfleet_entry; do
+  case $__mlfleet_entry in
+    BASH_FUNC_*) eval "${__mlfleet_entry#BASH_FUNC_}" ;;
+    *) export "$__mlfleet_entry" ;;
+  esac
+done < "$__mlfleet_run/environ"
+"""
+
+
+def batch_script(folder: Path) -> str:
+    """Return the batch script of one run.
+
+    Args:
+        folder: The folder of the run.
+    """
+    return f"#!/bin/bash\nrun={shlex.quote(str(folder))}\n{_WRAPPER}"
+
+
+def array_script(folder: Path) -> str:
+    """Return the batch script of an array, whose tasks find their runs by the links in a folder.
+
+    Args:
+        folder: The folder with a link to the run's folder for each index.
+    """
+    return f'#!/bin/bash\nrun=$(readlink -f {shlex.quote(str(folder))}/"$SLURM_ARRAY_TASK_ID") || exit 1\n{_WRAPPER}'
+
+
+def command_script(
+    folder: Path, project: Path, command: str, *, environment: PreparedEnvironment | None, setup: Sequence[str]
+) -> str:
+    """Return the script that sets the variables, runs the lines of ``setup`` and becomes the command.
+
+    Args:
+        folder: The folder of the run.
+        project: The run's copy of the project.
+        command: The rendered command, for ``bash -c``.
+        environment: The Python environment, which comes before what the lines of ``setup`` add to PATH.
+        setup: Lines of bash.
+    """
+    lines = [f"__mlfleet_run={shlex.quote(str(folder))}", _LOAD + f"cd {shlex.quote(str(project))} || exit 1"]
+    for line in setup:
+        failed = shlex.quote(f"mlfleet: this line of setup failed: {line}")
+        lines.append(f"{{\n{line}\n}} || {{ echo {failed} >&2; exit 1; }}")
+    if environment is not None:
+        for name, value in environment.environ.items():
+            lines.append(f"unset {name}" if value is None else f"export {name}={shlex.quote(value)}")
+        if environment.path:
+            lines.append(f"export PATH={shlex.quote(':'.join(environment.path))}${{PATH:+:$PATH}}")
+    lines.append(f"unset __mlfleet_run __mlfleet_entry\nexec bash -c {shlex.quote(command)}")
+    return "\n".join(lines) + "\n"
+
+
+def environment_file(environ: Mapping[str, str]) -> bytes:
+    """Return the file with the variables of the command: ``NAME=value``, each with a NUL character at its end.
+
+    Variables of Slurm are left out, so that the command sees those of its own job. Functions that bash exports (such
+    as ``module``) become their definitions.
+    """
+    entries = []
+    for name, value in environ.items():
+        function = _FUNCTION.fullmatch(name)
+        if function is not None:
+            entries.append(f"BASH_FUNC_{function[1]} {value}\nexport -f {function[1]}")
+        elif _NAME.fullmatch(name) and name not in _LEFT_OUT and not name.startswith(_OF_SLURM):
+            entries.append(f"{name}={value}")
+    return b"".join(entry.encode(errors="surrogateescape") + b"\0" for entry in entries)
