@@ -17,8 +17,8 @@ from mlfleet.errors import BackendNotFound
 PLUGIN = """
 from mlfleet.backends.base import Backend
 
-class Slurm(Backend):
-    name = "slurm"
+class Pbs(Backend):
+    name = "pbs"
     async def submit(self, job):
         raise NotImplementedError
 
@@ -28,9 +28,9 @@ not_a_backend = object()
 
 def install(folder: Path, **targets: str) -> None:
     """Put a distribution into `folder` that announces these backends."""
-    info = folder / "mlfleet_slurm-1.0.dist-info"
+    info = folder / "mlfleet_pbs-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mlfleet-slurm\nVersion: 1.0\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mlfleet-pbs\nVersion: 1.0\n")
     entries = "\n".join(f"{name} = {target}" for name, target in targets.items())
     (info / "entry_points.txt").write_text(f"[mlfleet.backends]\n{entries}\n")
 
@@ -58,33 +58,33 @@ def test_an_unknown_name_is_an_error_that_names_the_nearest_and_the_installed() 
 
 
 def test_plugin(tmp_path: Path) -> None:
-    (tmp_path / "mlfleet_slurm.py").write_text(PLUGIN)
-    install(tmp_path, slurm="mlfleet_slurm:Slurm")
-    assert ask(tmp_path, "print(find('slurm').name, 'slurm' in available())") == "slurm True"
+    (tmp_path / "mlfleet_pbs.py").write_text(PLUGIN)
+    install(tmp_path, pbs="mlfleet_pbs:Pbs")
+    assert ask(tmp_path, "print(find('pbs').name, 'pbs' in available())") == "pbs True"
 
 
 def test_plugin_cannot_take_the_name_of_a_built_in_backend(tmp_path: Path) -> None:
-    (tmp_path / "mlfleet_slurm.py").write_text(PLUGIN)
-    install(tmp_path, local="mlfleet_slurm:Slurm")
+    (tmp_path / "mlfleet_pbs.py").write_text(PLUGIN)
+    install(tmp_path, local="mlfleet_pbs:Pbs")
     assert ask(tmp_path, "print(find('local').__module__)") == "mlfleet.backends.local.backend"
 
 
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("mlfleet_slurm:Slrm", "announced as 'mlfleet_slurm:Slrm': module 'mlfleet_slurm' has no attribute 'Slrm'"),
+        ("mlfleet_pbs:Pbss", "announced as 'mlfleet_pbs:Pbss': module 'mlfleet_pbs' has no attribute 'Pbss'"),
         (
-            "mlfleet_slurm:not_a_backend",
-            "announced as 'mlfleet_slurm:not_a_backend', which is not a subclass of Backend",
+            "mlfleet_pbs:not_a_backend",
+            "announced as 'mlfleet_pbs:not_a_backend', which is not a subclass of Backend",
         ),
-        ("mlfleet_gone:Slurm", "cannot be loaded: No module named 'mlfleet_gone'"),
+        ("mlfleet_gone:Pbs", "cannot be loaded: No module named 'mlfleet_gone'"),
     ],
 )
 def test_broken_plugin(tmp_path: Path, target: str, message: str) -> None:
-    (tmp_path / "mlfleet_slurm.py").write_text(PLUGIN)
-    install(tmp_path, slurm=target)
-    answer = ask(tmp_path, "find('slurm')")
-    assert answer.startswith("mlfleet.errors.BackendNotFound: the backend 'slurm' ")
+    (tmp_path / "mlfleet_pbs.py").write_text(PLUGIN)
+    install(tmp_path, pbs=target)
+    answer = ask(tmp_path, "find('pbs')")
+    assert answer.startswith("mlfleet.errors.BackendNotFound: the backend 'pbs' ")
     assert message in answer
 
 

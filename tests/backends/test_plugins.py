@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,7 +12,6 @@ from typing import Any
 import httpx
 import pytest
 
-from components import missing
 from components.command_line import mlfleet, run_on
 from components.git_http import GitServer
 from components.git_repository import make_repository
@@ -305,22 +303,6 @@ def test_plugin_gets_a_git_project_at_the_commit_that_was_planned(place: Workpla
     seen = json.loads(record.read_text())
     assert (seen[0], seen[3]) == (uri, commit)
     assert tags_of(place.runs[0])["mlflow.source.git.commit"] == commit
-
-
-def test_a_published_plugin(place: Workplace) -> None:
-    """mlflow-slurm as it is on PyPI. It asks for the project's environment before it asks for Slurm."""
-    if importlib.util.find_spec("mlflow_slurm") is None:
-        missing("mlflow-slurm", "pip install mlflow-slurm")
-    project = write_project(place.tmp_path / "hello", "echo hello", extra="conda_env: conda.yaml\n")
-    Path(project, "conda.yaml").write_text("name: hello\ndependencies: [python]\n")
-    done = mlfleet(
-        *("run", project, "-b", "slurm", "--experiment-id", place.experiment),
-        cwd=place.tmp_path,
-        env={"MLFLOW_TRACKING_URI": place.server.url, "MLFLOW_CONDA_HOME": str(place.tmp_path / "nowhere")},
-    )
-    assert done.returncode == 1
-    assert "the plugin 'slurm' did not take the run: ExecutionException: Could not find Conda executable" in done.stderr
-    assert "FAILED" in [run["info"]["status"] for run in place.runs]
 
 
 # ---- native ones ----------------------------------------------------------------------------------------------------

@@ -94,9 +94,17 @@ class Slurm:
 
     def call(self, *argv: str) -> str:
         """Run a client program and return its output."""
-        done = subprocess.run(argv, env=self.environ, capture_output=True, text=True, timeout=60)
+        # The test may have put something else in front of it on PATH.
+        program = shutil.which(argv[0], path="/usr/bin:/usr/local/bin") or argv[0]
+        done = subprocess.run([program, *argv[1:]], env=self.environ, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         return done.stdout
+
+    def resume_node(self) -> None:
+        """Take the node back after it was set down, and wait until it is idle; it may come back by itself."""
+        with suppress(AssertionError):
+            self.call("scontrol", "update", "nodename=n1", "state=resume")
+        _wait_for_node(self.environ)
 
     def jobs(self, *options: str) -> list[str]:
         """Return the id and state of the jobs that have not ended."""

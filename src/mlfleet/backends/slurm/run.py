@@ -11,8 +11,8 @@ import anyio
 
 from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.threads import FILES
-from mlfleet._text.lines import last_lines
-from mlfleet.backends._remote.output import write_output
+from mlfleet._text.lines import last_lines, write_all
+from mlfleet.backends._remote.output import STDOUT
 from mlfleet.backends._remote.run import SupervisedRun
 from mlfleet.backends.slurm.client import SlurmClient, SlurmError
 from mlfleet.backends.slurm.run_files import RunFiles
@@ -193,7 +193,7 @@ class SlurmRun(SupervisedRun):
                 with self._files.output.open("rb") as file:
                     file.seek(self._copied)
                     while data := file.read(_CHUNK):
-                        write_output(None, data, backend="slurm")
+                        write_all(STDOUT, data)
                         copied += len(data)
             except FileNotFoundError:
                 pass

@@ -145,7 +145,9 @@ def conclude(
     if not claimed:
         reason = state.reason.strip("()")
         why = f" ({reason})" if reason and reason != "None" else ""
-        return _failed(f"Slurm could not start the job{why}", FailureKind.INFRASTRUCTURE, state, output)
+        # The raw exit code is then one of Slurm's own error numbers.
+        text = f"Slurm could not start the job{why}"
+        return Outcome(RunStatus.FAILED, None, text, output, cause=FailureKind.INFRASTRUCTURE)
     return _ended(_bash_code(state.exit_code), output)
 
 

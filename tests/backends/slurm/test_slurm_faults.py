@@ -1,0 +1,340 @@
+"""What Slurm, its administrators and other users do to jobs, on a real Slurm."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+import pytest
+
+from backends.slurm.conftest import MakeJob
+from components.slurm import CPUS, QUICK, Slurm
+from mlfleet import Resources, RunLost, RunStatus
+from mlfleet.backends.base import BackendRun, Job
+from mlfleet.backends.slurm import SlurmBackend
+from mlfleet.backends.slurm.run import SlurmRun
+from mlfleet.errors import SubmitError
+from mlfleet.runs import FailureKind
+
+pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(120)]
+
+
+async def line_of(run: BackendRun, text: str) -> None:
+    async for line in run.logs():
+        if line == text:
+            return
+    raise AssertionError(f"the run ended without {text!r}: {await run.outcome()}")
+
+
+async def running(backend: SlurmBackend, job: Job) -> SlurmRun:
+    run = await backend.submit(job)
+    await line_of(run, "ready")
+    return run
+
+
+async def call(slurm: Slurm, *argv: str) -> str:
+    return await anyio.to_thread.run_sync(lambda: slurm.call(*argv))
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Wait until something that Slurm says is true."""
+    while not await anyio.to_thread.run_sync(holds):  # noqa: ASYNC110 - Slurm has no event to wait for
+        await anyio.sleep(0.05)
+
+
+def wrapper(tmp_path: Path, program: str, script: str) -> None:
+    """Put a script in front of a client program on PATH; it finds the real one as $real."""
+    folder = tmp_path / "bin"
+    folder.mkdir(exist_ok=True)
+    path = folder / program
+    path.write_text(f"#!/bin/bash\nreal=/usr/bin/{program}\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.fixture
+def on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    return lambda program, script: wrapper(tmp_path, program, script)
+
+
+# ---- submits --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_refused_job_is_an_error_with_the_words_of_slurm_and_leaves_nothing(
+    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob
+) -> None:
+    with pytest.raises(SubmitError, match=r"does not take the job: .*[Ii]nvalid partition"):
+        await backend.submit(make_job("true", {"partition": "nowhere"}))
+    assert list((slurm.work_dir / "runs").iterdir()) == []
+
+
+async def test_a_submit_whose_answer_is_lost_runs_once(
+    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob, tmp_path: Path, on_path: Callable[[str, str], None]
+) -> None:
+    on_path("sbatch", '"$real" "$@" > /dev/null; echo "sbatch: error: Socket timed out on send/recv" >&2; exit 1')
+    job = make_job(f"echo x >> {tmp_path}/executions")
+    run = await backend.submit(job)
+    assert await run.wait()
+    assert (tmp_path / "executions").read_text() == "x\n"
+    assert slurm.jobs("-n", f"mlfleet-{job.run_id}") == []
+
+
+async def test_a_second_job_of_the_same_run_does_nothing(
+    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob, tmp_path: Path, on_path: Callable[[str, str], None]
+) -> None:
+    # The first submit succeeds late: neither its answer nor its job is seen before the second one.
+    on_path(
+        "sbatch", f'in=$(cat); echo "$in" | "$real" "$@"; mkdir {tmp_path}/once 2>&- && echo "$in" | "$real" "$@"; true'
+    )
+    job = make_job(f"echo x >> {tmp_path}/executions; sleep 1")
+    run = await backend.submit(job)
+    assert await run.wait()
+    await until(lambda: not slurm.jobs())
+    assert (tmp_path / "executions").read_text() == "x\n"
+
+
+async def test_a_stopped_controller_ends_no_run_and_a_submit_waits_for_it(
+    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob, tmp_path: Path
+) -> None:
+    go = tmp_path / "go"
+    first = await running(backend, make_job(f"echo ready; until [ -e {go} ]; do sleep 0.05; done"))
+    controller = slurm.controller
+    controller.suspend()
+    try:
+        submitting = asyncio.create_task(backend.submit(make_job(f"echo x >> {tmp_path}/executions")))
+        go.touch()
+        await asyncio.sleep(7)  # sbatch gives up after MessageTimeout, 5 s
+        assert await first.get_status() is RunStatus.RUNNING
+    finally:
+        controller.resume()
+    second = await submitting
+    assert await first.wait()
+    assert await second.wait()
+    assert (tmp_path / "executions").read_text() == "x\n"
+
+
+async def test_a_job_that_can_never_start_is_ended_with_the_reason(backend: SlurmBackend, make_job: MakeJob) -> None:
+    run = await backend.submit(make_job("true", {"nodes": 2, "start-timeout": 0.5}))
+    outcome = await run.outcome()
+    assert (outcome.status, outcome.kind) == (RunStatus.FAILED, FailureKind.FAILURE)
+    assert "can never start: Slurm gives the reason Partition" in str(outcome.reason)
+
+
+# ---- what happens to running jobs -----------------------------------------------------------------------------------
+
+
+async def test_a_job_that_somebody_else_cancels_has_failed(
+    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob
+) -> None:
+    run = await running(backend, make_job("echo ready; sleep 600"))
+    await call(slurm, "scancel", run.job)
+    outcome = await run.outcome()
+    assert (outcome.status, outcome.kind) == (RunStatus.FAILED, FailureKind.INFRASTRUCTURE)
+    assert outcome.reason == "the job was cancelled from outside"
+
+
+async def test_a_preempted_job_has_failed_as_preempted(slurm: Slurm, backend: SlurmBackend, make_job: MakeJob) -> None:
+    run = await running(backend, make_job("echo ready; sleep 600", resources=Resources(cpus=CPUS)))
+    urgent = await backend.submit(make_job("true", {"partition": "urgent"}, resources=Resources(cpus=CPUS)))
+    outcome = await run.outcome()
+    assert (outcome.status, outcome.kind) == (RunStatus.FAILED, FailureKind.PREEMPTED)
+    assert await urgent.wait()
+
+
+async def test_a_job_on_a_node_that_goes_down_has_failed(
+    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob
+) -> None:
+    run = await running(backend, make_job("echo ready; sleep 600"))
+    try:
+        await call(slurm, "scontrol", "update", "nodename=n1", "state=down", "reason=test")
+        outcome = await run.outcome()
+    finally:
+        await anyio.to_thread.run_sync(slurm.resume_node)
+    assert (outcome.status, outcome.kind) == (RunStatus.FAILED, FailureKind.INFRASTRUCTURE)
+    assert "NODE_FAIL" in str(outcome.reason)
+
+
+async def test_a_job_above_its_memory_limit_has_failed_as_oom(
+    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob
+) -> None:
+    command = f"{sys.executable} -c 'import time; block = bytearray(300_000_000); time.sleep(60)'"
+    outcome = await (await backend.submit(make_job(command, {"mem": "50M"}))).outcome()
+    assert (outcome.status, outcome.kind) == (RunStatus.FAILED, FailureKind.OOM)
+
+
+async def test_a_job_that_the_administrator_requeues_runs_again(
+    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob, tmp_path: Path
+) -> None:
+    command = f"echo x >> {tmp_path}/executions; echo ready; [ $(wc -l < {tmp_path}/executions) = 2 ] || sleep 600"
+    run = await running(backend, make_job(command, {"requeue": True}))
+    await call(slurm, "scontrol", "requeue", run.job)
+    # Slurm holds a requeued job for a while (BeginTime).
+    await until(lambda: "PENDING" in "".join(slurm.jobs("-j", run.job)))
+    await call(slurm, "scontrol", "update", f"jobid={run.job}", "starttime=now")
+    assert await run.wait()
+    assert (tmp_path / "executions").read_text() == "x\nx\n"
+
+
+async def test_what_a_command_leaves_in_other_sessions_is_ended_with_the_job(
+    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob
+) -> None:
+    job = make_job("setsid sleep 600 & (trap '' TERM; sleep 600) & nohup sleep 600 & echo done", cancel_grace=0.5)
+    run = await backend.submit(job)
+    assert await run.wait()
+    assert slurm.processes(job.run_id) == []
+
+
+async def test_a_grace_longer_than_killwait_is_kept(slurm: Slurm, backend: SlurmBackend, make_job: MakeJob) -> None:
+    # KillWait is 5 s here.
+    run = await running(
+        backend, make_job("trap 'sleep 7; echo tidied; exit 0' TERM; echo ready; sleep 600 & wait", cancel_grace=30)
+    )
+    await run.cancel()
+    assert (await run.outcome()).status is RunStatus.KILLED
+    assert "tidied" in [line async for line in run.logs()]
+
+
+# ---- many jobs ------------------------------------------------------------------------------------------------------
+
+
+async def test_submits_of_the_same_moment_become_one_array(
+    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob
+) -> None:
+    jobs = [make_job(f"echo {index}; exit {index % 2}", {"array": True}) for index in range(8)]
+    runs = await asyncio.gather(*(backend.submit(job) for job in jobs))
+    assert len({run.job.partition("_")[0] for run in runs}) == 1
+    assert sorted(run.job.partition("_")[2] for run in runs) == [str(index) for index in range(8)]
+    outcomes = [await run.outcome() for run in runs]
+    assert [outcome.exit_code for outcome in outcomes] == [0, 1] * 4
+    assert [[line async for line in run.logs()] for run in runs] == [[str(index)] for index in range(8)]
+
+
+async def test_one_run_of_an_array_is_cancelled_alone(slurm: Slurm, backend: SlurmBackend, make_job: MakeJob) -> None:
+    jobs = [make_job("echo ready; sleep 2", {"array": True}) for _ in range(3)]
+    runs = await asyncio.gather(*(backend.submit(job) for job in jobs))
+    await line_of(runs[1], "ready")
+    await runs[1].cancel()
+    assert [(await run.outcome()).status for run in runs] == [
+        RunStatus.FINISHED, RunStatus.KILLED, RunStatus.FINISHED,
+    ]  # fmt: skip
+
+
+async def test_all_jobs_are_followed_by_one_process_a_poll(
+    slurm: Slurm, make_job: MakeJob, tmp_path: Path, on_path: Callable[[str, str], None]
+) -> None:
+    calls = tmp_path / "calls"
+    on_path("squeue", f'echo "$@" >> {calls}; exec "$real" "$@"')
+    async with SlurmBackend(timing=QUICK) as backend:
+        runs = await asyncio.gather(*(backend.submit(make_job("sleep 1")) for _ in range(20)))
+        assert all([await run.wait() for run in runs])
+    polls = [line for line in calls.read_text().splitlines() if " -j " in line]
+    assert max(line.split(" -j ")[1].split(" ")[0].count(",") + 1 for line in polls) == 20
+
+
+# ---- secrets, and runs of other processes ---------------------------------------------------------------------------
+
+
+async def test_a_secret_is_in_no_job_record_script_or_command_line(
+    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob, tmp_path: Path, on_path: Callable[[str, str], None]
+) -> None:
+    on_path("sbatch", f'in=$(cat); echo "$@" "$in" >> {tmp_path}/seen; echo "$in" | exec "$real" "$@"')
+    job = make_job('echo "${#TOKEN}"; echo ready; sleep 600', secrets={"TOKEN": "hush-hush"})
+    run = await running(backend, job)
+    script = tmp_path / "script"
+    await call(slurm, "scontrol", "write", "batch_script", run.job, str(script))
+    shown = await call(slurm, "scontrol", "show", "job", "-dd", run.job)
+    arguments = await anyio.to_thread.run_sync(
+        lambda: subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    )
+    for text in (shown, script.read_text(), (tmp_path / "seen").read_text(), arguments, backend.preview(job)):
+        assert "hush-hush" not in text
+    assert [line async for line in run.logs(follow=False)] == ["9", "ready"]
+    await run.cancel()
+    assert b"hush-hush" not in b"".join(path.read_bytes() for path in slurm.work_dir.rglob("*") if path.is_file())
+
+
+async def test_a_run_that_slurm_has_forgotten_is_judged_by_its_files(
+    slurm: Slurm, make_job: MakeJob, tmp_path: Path, on_path: Callable[[str, str], None]
+) -> None:
+    jobs = [make_job("echo done"), make_job("exit 5"), make_job("kill -9 $PPID", {"latency": 0.2})]
+    references = []
+    async with SlurmBackend(timing=QUICK) as backend:
+        references = [backend.reference(job) for job in jobs]
+        for job in jobs:
+            await (await backend.submit(job)).outcome()
+    on_path("squeue", 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1')
+    async with SlurmBackend(timing=QUICK) as backend:
+        outcomes = [await (await backend.attach(reference)).outcome() for reference in references]
+    assert [(each.status, each.exit_code) for each in outcomes] == [
+        (RunStatus.FINISHED, 0), (RunStatus.FAILED, 5), (RunStatus.FAILED, None),
+    ]  # fmt: skip
+    assert isinstance(outcomes[2].error, RunLost)
+
+
+async def test_a_driver_that_is_killed_leaves_its_jobs_to_whoever_attaches(
+    slurm: Slurm, make_job: MakeJob, tmp_path: Path
+) -> None:
+    job = make_job(f"echo ready; until [ -e {tmp_path}/go ]; do sleep 0.05; done; exit 4")
+    async with SlurmBackend(timing=QUICK) as first:
+        reference = first.reference(job)
+        run = await running(first, job)
+        run.detach()  # as if this process had been killed
+        await run.outcome()
+    async with SlurmBackend(timing=QUICK) as second:
+        listed = await second.list_runs()
+        assert [(each.run_id, each.state, each.detail["job"]) for each in listed] == [(job.run_id, "running", run.job)]
+        again = await second.attach(reference)
+        assert await again.get_status() is RunStatus.RUNNING
+        (tmp_path / "go").touch()
+        assert (await again.outcome()).exit_code == 4
+
+
+async def test_a_withdrawn_run_never_begins(slurm: Slurm, make_job: MakeJob, tmp_path: Path) -> None:
+    async with SlurmBackend(timing=QUICK) as backend:
+        blocker = await running(backend, make_job("echo ready; sleep 600", resources=Resources(cpus=CPUS)))
+        job = make_job(f"touch {tmp_path}/begun")
+        run = await backend.submit(job)
+        assert await backend.withdraw(backend.reference(job))
+        await blocker.cancel()
+        assert (await run.outcome()).status is RunStatus.FAILED
+    assert not (tmp_path / "begun").exists()
+
+
+async def test_a_planted_folder_of_somebody_else_is_not_believed(
+    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob
+) -> None:
+    job = make_job("true")
+    folder = slurm.work_dir / "runs" / job.run_id
+    folder.mkdir(parents=True)
+    (folder / "exit").write_text("0 \n")
+    (folder / "job").write_text("1\n")
+    folder.chmod(0o777)
+    with pytest.raises(RunLost, match="is not this user's own"):
+        await backend.attach(backend.reference(job))
+
+
+async def test_prune_removes_files_of_ended_runs_without_a_driver(
+    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob
+) -> None:
+    job = make_job("true")
+    assert await (await backend.submit(job)).wait()
+    assert await backend.prune([job.run_id]) == []  # this process looks after it
+    owner = slurm.work_dir / "runs" / job.run_id / "owner"
+    done = subprocess.run(
+        [sys.executable, "-c", "import json; from mlfleet.backends._remote.owner import describe_this_process as d;"
+        "print(json.dumps(d()))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )  # fmt: skip
+    owner.write_text(done.stdout)  # a process that has ended
+    assert [each.run_id for each in await backend.prune([job.run_id], dry_run=True)] == [job.run_id]
+    assert [each.run_id for each in await backend.prune()] == [job.run_id]
+    assert not owner.parent.exists()
