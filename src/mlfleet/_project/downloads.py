@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import anyio
 
 from mlfleet._concurrency.threads import PROJECTS
+from mlfleet._object_stores import DRIVERS, fsspec_name, fsspec_uri, store_options
 from mlfleet._project.blocking import Stopped, stoppable
 from mlfleet._project.http_downloads import download_file
 from mlfleet._project.parameters import Download
@@ -28,27 +29,6 @@ T = TypeVar("T")
 _ARTIFACTS = ("runs", "models", "mlflow-artifacts")
 _CHUNK = 2**20
 _AT_ONCE = 4
-
-_DRIVERS: Mapping[str, str] = {
-    "s3": "s3fs",
-    "s3a": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "abfs": "adlfs",
-    "abfss": "adlfs",
-    "wasb": "adlfs",
-    "wasbs": "adlfs",
-    "az": "adlfs",
-    "hdfs": "pyarrow",
-    "webhdfs": "requests",
-    "dbfs": "requests",
-    "sftp": "paramiko",
-    "ftp": "",
-}
-"""Scheme → the package that fsspec needs for it. Others of fsspec's (``file``, ``memory``, chains) are refused."""
-
-_FSSPEC_NAMES: Mapping[str, str] = {"wasb": "abfs", "wasbs": "abfs", "abfss": "abfs", "s3a": "s3"}
-"""Scheme → fsspec's name for it, where that differs. Azure's host is the same account by any of them."""
 
 
 async def download_all(downloads: Sequence[Download], storage: Path, artifacts: Artifacts) -> dict[str, str]:
@@ -111,11 +91,11 @@ async def _download(download: Download, storage: Path, artifacts: Artifacts) -> 
             return await artifacts(download.uri, folder)
         if scheme in ("http", "https"):
             return await download_file(download, folder)
-        if scheme in _DRIVERS:
+        if scheme in DRIVERS:
             return await _download_objects(download, folder)
     except OSError as error:
         raise download.failed(f"it cannot be stored, {error}") from error
-    known = ", ".join(sorted({*_ARTIFACTS, "http", "https", *_DRIVERS}))
+    known = ", ".join(sorted({*_ARTIFACTS, "http", "https", *DRIVERS}))
     raise download.failed(f"the scheme {scheme}: is unknown, give a local path or one of {known}")
 
 
@@ -156,16 +136,13 @@ def _open_store(download: Download) -> tuple[Any, str]:
         import fsspec
 
         # A driver that is missing is an ImportError, or a protocol that is not known.
-        fsspec.get_filesystem_class(_FSSPEC_NAMES.get(scheme, scheme))
+        fsspec.get_filesystem_class(fsspec_name(scheme))
     except (ImportError, ValueError) as error:
-        driver = f" {_DRIVERS[scheme]}" if _DRIVERS[scheme] else ""
+        driver = f" {DRIVERS[scheme]}" if DRIVERS[scheme] else ""
         reason = f"a driver is missing; run: pip install 'mlfleet[remote]'{driver}"
         raise download.failed(reason) from error
     try:
-        rest = download.uri[len(scheme) + 1 :]
-        # Without the slashes fsspec would take dbfs:/data for a file of this machine.
-        uri = f"{_FSSPEC_NAMES.get(scheme, scheme)}:{rest if rest.startswith('//') else f'//{rest}'}"
-        store, path = fsspec.core.url_to_fs(uri, **_options(download, scheme))
+        store, path = fsspec.core.url_to_fs(fsspec_uri(download.uri), **_options(download, scheme))
         # Instances are shared, and what they listed earlier may have changed.
         store.invalidate_cache()
     except FetchError:
@@ -186,15 +163,7 @@ def _options(download: Download, scheme: str) -> dict[str, Any]:
         if not host or not token:
             raise download.failed("set DATABRICKS_HOST and DATABRICKS_TOKEN")
         return {"instance": host.removeprefix("https://").rstrip("/"), "token": token}
-    if _DRIVERS[scheme] == "adlfs":
-        # The first is MLflow's name. adlfs reads the second itself, but would share an instance that was made before it
-        # changed.
-        names = {"account_key": "AZURE_STORAGE_ACCESS_KEY", "connection_string": "AZURE_STORAGE_CONNECTION_STRING"}
-        return {option: os.environ[name] for option, name in names.items() if os.environ.get(name)}
-    endpoint = os.environ.get("MLFLOW_S3_ENDPOINT_URL")
-    if scheme in ("s3", "s3a") and endpoint:
-        return {"client_kwargs": {"endpoint_url": endpoint}}
-    return {}
+    return store_options(scheme)
 
 
 def _list(download: Download, store: Any, path: str) -> dict[str, tuple[str, ...]]:

@@ -11,6 +11,7 @@ from typing import IO, Any, TypeVar
 from urllib.parse import quote
 
 from mlfleet._concurrency.threads import TRANSFERS
+from mlfleet._object_stores import ARTIFACT_SCHEMES, DRIVERS, fsspec_uri, store_options
 from mlfleet._text.masking import mask, mask_uri
 from mlfleet.errors import TrackingError
 from mlfleet.tracking.http import ARTIFACTS, ServerClient
@@ -31,22 +32,12 @@ _CHUNK = 2**20
 _DEPTH = 100
 _REDIRECTIONS = 4
 
-_DRIVERS = {
-    "s3": "s3fs",
-    "s3a": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "abfs": "adlfs",
-    "abfss": "adlfs",
-    "wasb": "adlfs",
-    "wasbs": "adlfs",
-    "az": "adlfs",
-    "hdfs": "pyarrow",
-    "sftp": "paramiko",
-}
-_STORE_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_ACCESS_KEY")
-# Schemes that have another name in fsspec.
-_FSSPEC_NAMES = {"wasb": "abfs", "wasbs": "abfs", "abfss": "abfs", "s3a": "s3"}
+_STORE_SECRETS = (
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AZURE_STORAGE_ACCESS_KEY",
+    "AZURE_STORAGE_CONNECTION_STRING",
+)
 
 T = TypeVar("T")
 
@@ -296,36 +287,25 @@ def _download_objects(store: Any, key: str, target: Path) -> None:
 
 def _open_store(uri: str) -> tuple[Any, str]:
     scheme = split_uri(uri).scheme
-    driver = _DRIVERS.get(scheme)
-    if driver is None:
+    if scheme not in ARTIFACT_SCHEMES:
         raise TrackingError(
             f"artifacts at {scheme}: URIs are not supported by mlfleet ({mask_uri(uri)}); supported are "
-            f"mlflow-artifacts:, folders, and {', '.join(f'{name}:' for name in sorted(_DRIVERS))}. "
+            f"mlflow-artifacts:, folders, and {', '.join(f'{name}:' for name in sorted(ARTIFACT_SCHEMES))}. "
             "Code in the run itself may use mlflow for it"
         )
     try:
         from fsspec.core import url_to_fs
 
-        rest = uri[len(scheme) + 1 :]
-        # Without the slashes fsspec would take hdfs:/runs for a folder of this machine.
-        place = f"{_FSSPEC_NAMES.get(scheme, scheme)}:{rest if rest.startswith('//') else f'//{rest}'}"
-        store, key = url_to_fs(place, **_store_options(scheme))
+        # A cached listing would hide objects that were stored meanwhile.
+        fresh = {"use_listings_cache": False, "skip_instance_cache": True}
+        store, key = url_to_fs(fsspec_uri(uri), **fresh, **store_options(scheme))
     except ImportError as error:
+        driver = DRIVERS[scheme]
         text = f"artifacts at {scheme}: URIs need fsspec and {driver}: pip install 'mlfleet[remote]' {driver}"
         raise TrackingError(text) from error
     except Exception as error:
         raise _store_error("found at", uri, error) from error
     return store, str(key)
-
-
-def _store_options(scheme: str) -> dict[str, Any]:
-    endpoint = os.environ.get("MLFLOW_S3_ENDPOINT_URL")
-    # A cached listing would hide objects that were stored meanwhile.
-    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
-    if _DRIVERS[scheme] == "adlfs" and (account_key := os.environ.get("AZURE_STORAGE_ACCESS_KEY")):
-        # The variable that MLflow reads.
-        return {**options, "account_key": account_key}
-    return {**options, "endpoint_url": endpoint} if endpoint and scheme in ("s3", "s3a") else options
 
 
 def _store_error(what: str, uri: str, error: Exception) -> TrackingError:
