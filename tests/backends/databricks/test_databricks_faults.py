@@ -348,6 +348,23 @@ async def test_a_quota_that_stays_used_up_is_a_failure_of_the_infrastructure(
     assert workspace.runs == {}
 
 
+async def test_submissions_wait_while_the_workspace_has_too_many_active_runs(
+    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # instead of five minutes
+
+    async def refuse(request: Request, forward: Forward) -> Answer | None:
+        return await busy(request, forward) if request.target.endswith("runs/submit") else await forward()
+
+    workspace.fault = refuse
+    submitting = asyncio.create_task(backend.submit(make_job()))
+    await workspace.wait_answered("runs/submit", 5)
+    workspace.fault = None
+    run = await submitting
+    succeed(workspace)(workspace.only_run)
+    assert await run.wait() is True
+
+
 async def test_a_submission_that_waits_for_the_quota_can_be_cancelled(
     backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
 ) -> None:
@@ -380,17 +397,33 @@ async def test_an_unreachable_workspace_is_reported(make_job: JobMaker, monkeypa
             await backend.submit(make_job())
 
 
+AZURE_RESOURCE = "/subscriptions/1/resourceGroups/2/providers/Microsoft.Databricks/workspaces/3"
+SERVICE_PRINCIPALS = {
+    "databricks": {"DATABRICKS_CLIENT_ID": "robot", "DATABRICKS_CLIENT_SECRET": "robot-secret"},
+    "azure": {
+        "ARM_CLIENT_ID": "robot",
+        "ARM_CLIENT_SECRET": "robot-secret",
+        "ARM_TENANT_ID": "team",
+        "DATABRICKS_AZURE_RESOURCE_ID": AZURE_RESOURCE,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", SERVICE_PRINCIPALS)
 async def test_a_service_principal_login_to_an_unreachable_workspace_is_reported(
-    make_job: JobMaker, monkeypatch: pytest.MonkeyPatch
+    make_job: JobMaker, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setenv("DATABRICKS_HOST", "http://127.0.0.1:9")
     monkeypatch.delenv("DATABRICKS_TOKEN", raising=False)
-    monkeypatch.setenv("DATABRICKS_CLIENT_ID", "robot")
-    monkeypatch.setenv("DATABRICKS_CLIENT_SECRET", "robot-secret")
-    monkeypatch.setenv("DATABRICKS_CONFIG_FILE", "/dev/null")
+    environ = {"DATABRICKS_HOST": "http://127.0.0.1:9", "DATABRICKS_CONFIG_FILE": "/dev/null"}
+    for name, value in {**environ, **SERVICE_PRINCIPALS[kind]}.items():
+        monkeypatch.setenv(name, value)
     async with DatabricksBackend(timing=QUICK) as backend:
-        with pytest.raises(WorkspaceError, match=r"cannot be reached: connection refused; check DATABRICKS_HOST"):
+        with pytest.raises(
+            WorkspaceError, match=r"cannot be reached: connection refused; check DATABRICKS_HOST"
+        ) as caught:
             await backend.submit(make_job())
+    assert "(tried 3 times in " in str(caught.value)
+    assert "robot-secret" not in str(caught.value)
 
 
 SETTINGS = """\

@@ -313,6 +313,15 @@ def test_requirements_files_become_libraries_of_a_cluster(tmp_path: Path) -> Non
     assert body["tasks"][0]["libraries"] == [{"pypi": {"package": "mlflow==3.1"}}]
 
 
+@pytest.mark.parametrize("line", ["--extra-index-url https://me:hush@x/simple", "torch --hash=sha256:0"])
+def test_options_of_pip_go_to_serverless_compute_only(tmp_path: Path, line: str) -> None:
+    body = preview_of(tmp_path, {}, f"['{line}']")
+    assert body["environments"][0]["spec"]["dependencies"] == [line.replace("me:hush", "***"), "mlflow"]
+    with pytest.raises(SubmitError, match="which the libraries of a cluster do not take: name the package") as error:
+        preview_of(tmp_path, CLUSTER, f"['{line}']")
+    assert "hush" not in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["../other.txt", "own.txt"])
 def test_requirements_files_elsewhere_or_with_local_packages_are_refused(tmp_path: Path, name: str) -> None:
     project = tmp_path / "project"

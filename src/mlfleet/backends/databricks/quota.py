@@ -1,4 +1,4 @@
-"""Waiting while a workspace's quota of new jobs is used up."""
+"""Waiting while a workspace takes no new runs: its quota of jobs per hour is used up, or too many runs are active."""
 
 from __future__ import annotations
 
@@ -85,4 +85,10 @@ class QuotaQueue:
 
 
 def _is_exceeded(error: WorkspaceError) -> bool:
+    """Return True if the workspace takes no new jobs, or has as many active runs as it may have.
+
+    It answers with 429 to the second, as to too many requests, which have been tried again for some minutes before.
+    """
+    if error.status == 429:
+        return True
     return error.status == 400 and (error.code == "QUOTA_EXCEEDED" or _EXCEEDED.search(str(error)) is not None)

@@ -250,6 +250,14 @@ def _cluster(config: DatabricksConfig, paths: RunPaths) -> dict[str, Any]:
 
 
 def _libraries(config: DatabricksConfig, requirements: tuple[str, ...]) -> list[dict[str, Any]]:
+    for line in requirements:
+        if line.startswith("-") or " --" in line:
+            raise SubmitError(
+                f"the project's environment has the option {mask_uri(line)!r}, which the libraries of a cluster do not"
+                " take: name the package in backend_config {'libraries': [{'pypi': {'package': …, 'repo': …}}]}, or use"
+                " serverless compute",
+                backend="databricks",
+            )
     return [*map(dict, config.compute.libraries), *({"pypi": {"package": line}} for line in requirements)]
 
 
