@@ -125,7 +125,7 @@ async def test_a_python_that_is_not_there(package: Package) -> None:
     text = str(caught.value)
     assert "python_env.yaml cannot be built: there is no Python 3.99 here, only " in text
     assert sys.version.split()[0] in text
-    assert "environment manager uv, which can download it" in text
+    assert "uv (`pip install uv`) and pyenv (`pyenv install 3.99`) can fetch a Python" in text
 
 
 async def test_a_package_that_is_not_there(package: Package) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import stat
 import subprocess
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -222,6 +224,14 @@ async def test_a_link_that_leads_nowhere_is_an_error_of_the_project(tmp_path: Pa
         folder = tmp_path / name
         folder.mkdir()
         os.symlink(target, folder / "MLproject")
+        archive = tmp_path / f"{name}.zip"
+        with zipfile.ZipFile(archive, "w") as file:
+            member = zipfile.ZipInfo("MLproject")
+            member.external_attr = (stat.S_IFLNK | 0o777) << 16
+            file.writestr(member, target)
+        async with Fleet(tracking=FakeTracking()) as fleet:
+            with pytest.raises(MlfleetError, match="MLproject: "):
+                await fleet.submit(str(archive))
         with pytest.raises(MlfleetError, match="MLproject: "):
             async with Fleet(tracking=FakeTracking()) as fleet:
                 await fleet.submit(str(folder))

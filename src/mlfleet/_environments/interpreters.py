@@ -17,7 +17,7 @@ from packaging.version import InvalidVersion, Version
 from mlfleet._environments.env_files import matches
 from mlfleet._process.process import run_process
 
-__all__ = ["Interpreter", "current", "find", "installed"]
+__all__ = ["Interpreter", "current", "find", "installed", "probe"]
 
 _PROBE = "import platform, sys; print(platform.python_version()); print(sys.executable)"
 _PROBE_TIMEOUT = 20.0
@@ -98,19 +98,19 @@ def _programs(path: str) -> Iterator[Path]:
 async def _probe_all(paths: list[Path]) -> list[Interpreter]:
     found: list[Interpreter] = []
 
-    async def probe(path: Path) -> None:
+    async def probe_one(path: Path) -> None:
         async with slots:
-            if (interpreter := await _probe(path)) is not None:
+            if (interpreter := await probe(path)) is not None:
                 found.append(interpreter)
 
     slots = anyio.Semaphore(4)
     async with anyio.create_task_group() as tasks:
         for path in paths:
-            tasks.start_soon(probe, path)
+            tasks.start_soon(probe_one, path)
     return found
 
 
-async def _probe(path: Path) -> Interpreter | None:
+async def probe(path: Path) -> Interpreter | None:
     """Return the interpreter behind a program, which may be a script of pyenv; None if it does not run."""
     with anyio.move_on_after(_PROBE_TIMEOUT):
         try:

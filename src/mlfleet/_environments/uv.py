@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +16,8 @@ from mlfleet._environments.env_files import content_key, read_python_requirement
 from mlfleet._environments.interpreters import find, installed
 from mlfleet._environments.manager import EnvironmentPlan, PreparedEnvironment, log_chosen
 from mlfleet._environments.pip_requirements import content_of
+from mlfleet._environments.python_downloads import fetch, uv_program
+from mlfleet._environments.python_downloads import hint as remedy
 from mlfleet._environments.virtualenv import plan_python, python_requirements
 from mlfleet._project.boundary import check_link, find_root, is_inside
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
@@ -50,7 +50,7 @@ class UvManager(BuildingManager):
 
     A project with a ``uv.lock`` gets exactly what that holds (``uv sync --frozen --no-dev``), and the lists of its
     ``python_env.yaml`` do not count. The interpreter is found as by the virtualenv manager; if there is none of that
-    version, uv takes one of its own or downloads it, if its settings allow that.
+    version, uv downloads one, if its settings allow that, or pyenv builds one.
     """
 
     name = "uv"
@@ -87,6 +87,8 @@ class UvManager(BuildingManager):
         uv = await to_thread.run_sync(_program)
         environ = clean_environ()
         interpreter = await find(plan.python)
+        if interpreter is None and plan.python is not None:
+            interpreter = await fetch(build, plan.python, self._store.lock_path("python"))
         if interpreter is None and not {"UV_PYTHON_PREFERENCE", "UV_NO_MANAGED_PYTHON"} & environ.keys():
             # What PATH has does not fit, and uv stumbles over programs of pyenv there that do not run.
             environ["UV_PYTHON_PREFERENCE"] = "only-managed"
@@ -110,7 +112,7 @@ class UvManager(BuildingManager):
             return
         hint = None
         if b"No interpreter found" in completed.stdout or b"downloads are" in completed.stdout:
-            hint = f"there is no Python {plan.python} here, only {', '.join(await installed())}"
+            hint = f"there is no Python {plan.python} here, only {', '.join(await installed())}; {remedy(plan.python)}"
         raise build.failure(f"`{' '.join(argv[:2])}` ended with exit code {completed.returncode}", hint=hint)
 
     async def enter(self, plan: EnvironmentPlan, root: Path) -> PreparedEnvironment:
@@ -119,19 +121,14 @@ class UvManager(BuildingManager):
 
 
 def _program() -> str:
-    """Return the uv on PATH, else that of the package ``uv``."""
-    if found := shutil.which("uv"):
+    """Return the program; see `uv_program`."""
+    if found := uv_program():
         return found
-    try:
-        import uv
-
-        return os.fspath(uv.find_uv_bin())
-    except (ImportError, FileNotFoundError) as error:
-        raise EnvironmentSetupError(
-            "uv is not installed: `pip install uv`, or use the environment manager virtualenv "
-            "(which does not read uv.lock)",
-            manager="uv",
-        ) from error
+    raise EnvironmentSetupError(
+        "uv is not installed: `pip install uv`, or use the environment manager virtualenv "
+        "(which does not read uv.lock)",
+        manager="uv",
+    )
 
 
 def _read_lock(folder: Path, root: Path) -> Locked:

@@ -22,6 +22,7 @@ from mlfleet._environments.builder import (
 from mlfleet._environments.env_files import PythonRequirements, content_key, read_python_requirements
 from mlfleet._environments.interpreters import find, installed
 from mlfleet._environments.manager import EnvironmentPlan, PreparedEnvironment, log_chosen
+from mlfleet._environments.python_downloads import fetch, hint
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
 from mlfleet._store.private_folders import secure_environments
 from mlfleet._text.masking import mask_uri
@@ -32,7 +33,8 @@ __all__ = ["VirtualenvManager", "plan_python", "python_requirements"]
 class VirtualenvManager(BuildingManager):
     """Finds an interpreter of the version, makes a virtual environment and installs with pip.
 
-    The interpreter is the current one if its version fits, else the newest of pyenv's that fits, else one on PATH.
+    The interpreter is the current one if its version fits, else the newest of pyenv's that fits, else one on PATH, else
+    one that uv or pyenv fetches.
     """
 
     name = "virtualenv"
@@ -45,10 +47,11 @@ class VirtualenvManager(BuildingManager):
     async def build(self, plan: EnvironmentPlan, build: Build) -> Built:
         """See `BuildingManager.build`."""
         interpreter = await find(plan.python)
+        if interpreter is None and plan.python is not None:
+            interpreter = await fetch(build, plan.python, self._store.lock_path("python"))
         if interpreter is None:
             raise build.failure(
-                f"there is no Python {plan.python} here, only {', '.join(await installed())}",
-                hint="install it, with pyenv for example, or use the environment manager uv, which can download it",
+                f"there is no Python {plan.python} here, only {', '.join(await installed())}", hint=hint(plan.python)
             )
         await _create(build, interpreter.path)
         needs = python_requirements(plan)
