@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mlfleet import Resources, UsageError
+from mlfleet.backends.slurm.backend import SlurmBackend
 from mlfleet.backends.slurm.client import sbatch_arguments
 from mlfleet.backends.slurm.config import parse_config
 from mlfleet.backends.slurm.script import environment_file
@@ -61,6 +62,14 @@ def test_keys_count_more_than_resources() -> None:
 def test_the_default_work_folder_is_that_of_the_variable() -> None:
     assert parse_config({}, {"MLFLEET_SLURM_WORK_DIR": "/shared/me"}).work_dir == Path("/shared/me")
     assert parse_config({}, {}).work_dir == Path("~/.mlfleet/slurm").expanduser()
+
+
+def test_variables_that_the_node_sets_cannot_be_given() -> None:
+    backend = SlurmBackend()
+    backend.check_variables(["TOKEN"], parse_config({}, {}))
+    with pytest.raises(UsageError, match="env: CUDA_VISIBLE_DEVICES, SLURM_CPU_BIND cannot be given to runs on Slurm"):
+        backend.check_variables(["TOKEN", "SLURM_CPU_BIND", "CUDA_VISIBLE_DEVICES"], parse_config({}, {}))
+    assert environment_file({"CUDA_VISIBLE_DEVICES": "of the driver", "A": "1"}) == b"A=1\0"
 
 
 def test_variables_of_slurm_and_of_bash_itself_are_left_out_and_functions_are_kept() -> None:

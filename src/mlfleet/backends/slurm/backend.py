@@ -28,7 +28,7 @@ from mlfleet.backends.slurm.client import ListedJob, SlurmClient, Timing, sbatch
 from mlfleet.backends.slurm.config import SlurmConfig, default_work_dir, parse_config
 from mlfleet.backends.slurm.run import SlurmRun
 from mlfleet.backends.slurm.run_files import RunFiles, folders_of_runs, write_run
-from mlfleet.backends.slurm.script import command_script
+from mlfleet.backends.slurm.script import command_script, is_left_out
 from mlfleet.backends.slurm.states import GONE, JobState
 from mlfleet.backends.slurm.submits import ArraySubmitter, single
 from mlfleet.backends.slurm.watch import Poller
@@ -101,6 +101,15 @@ class SlurmBackend(Backend[SlurmConfig]):
             raise UsageError(
                 "projects with docker_env cannot run on Slurm, whose nodes seldom have an engine: give the project a"
                 " python_env, or run it with the backend 'docker' or 'kubernetes'"
+            )
+
+    def check_variables(self, names: Collection[str], config: SlurmConfig | None = None) -> None:
+        """Refuse variables that Slurm or bash sets on the node; see `Backend.check_variables`."""
+        set_there = sorted(filter(is_left_out, names))
+        if set_there:
+            raise UsageError(
+                f"env: {', '.join(set_there)} cannot be given to runs on Slurm, since Slurm or bash sets it on the"
+                " node: leave it out, or set it in the lines of setup"
             )
 
     def check_tracking(self, uri: str, config: SlurmConfig | None = None) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mlfleet._environments.manager import PreparedEnvironment
 
-__all__ = ["array_script", "batch_script", "command_script", "environment_file"]
+__all__ = ["array_script", "batch_script", "command_script", "environment_file", "is_left_out"]
 
 # What is read and written: see `mlfleet.backends.slurm.run_files`.
 #
@@ -107,6 +107,8 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _FUNCTION = re.compile(r"BASH_FUNC_([A-Za-z0-9_.-]+)%%")
 # Variables that bash itself sets and does not let anybody set, and those that describe the machine of the driver.
 _LEFT_OUT = {"BASHOPTS", "SHELLOPTS", "UID", "EUID", "PPID", "BASH_VERSINFO", "_", "SHLVL", "PWD", "OLDPWD", "HOSTNAME"}
+# The devices that Slurm gives a job (https://slurm.schedmd.com/gres.html); those of the driver are other ones.
+_LEFT_OUT |= {"CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"}
 _OF_SLURM = ("SLURM_", "SBATCH_", "SLURMD_")
 
 # The names of the script's own variables must not be those of anybody's.
@@ -163,6 +165,11 @@ def command_script(
     return "\n".join(lines) + "\n"
 
 
+def is_left_out(name: str) -> bool:
+    """Return True if Slurm or bash sets the variable of that name on the node."""
+    return name in _LEFT_OUT or name.startswith(_OF_SLURM)
+
+
 def environment_file(environ: Mapping[str, str]) -> bytes:
     """Return the file with the variables of the command: ``NAME=value``, each with a NUL character at its end.
 
@@ -174,6 +181,6 @@ def environment_file(environ: Mapping[str, str]) -> bytes:
         function = _FUNCTION.fullmatch(name)
         if function is not None:
             entries.append(f"BASH_FUNC_{function[1]} {value}\nexport -f {function[1]}")
-        elif _NAME.fullmatch(name) and name not in _LEFT_OUT and not name.startswith(_OF_SLURM):
+        elif _NAME.fullmatch(name) and not is_left_out(name):
             entries.append(f"{name}={value}")
     return b"".join(entry.encode(errors="surrogateescape") + b"\0" for entry in entries)
