@@ -78,10 +78,12 @@ class Log:
     """The output of one instance of a container: pairs of timestamp and line, including the line end.
 
     The kubelet rotates it: a new file begins when the current one has `max_bytes` (containerLogMaxSize), and requests
-    see the current file only. A follower reads its file to the end before it opens the current one.
+    see the current file only. A follower reads its file to the end before it opens the current one, unless the kubelet
+    is older than 1.28 (`follows` is False): then nothing more arrives until the container ends.
     """
 
     max_bytes: int | None = None
+    follows: bool = True
     lines: list[tuple[str, bytes]] = field(default_factory=list)
     ended: bool = False
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -490,10 +492,14 @@ class KubernetesApi:
                     at += 1
                     await response.write(f"{time} ".encode() + line if query.get("timestamps") == "true" else line)
                     end = log.end_of_file(file)
-                if end is not None and query.get("follow") == "true":
+                if end is not None and query.get("follow") == "true" and log.follows:
                     file = at = log.starts[-1]
                     continue
                 if log.ended or query.get("follow") != "true":
+                    if query.get("follow") == "true" and ("pods", namespace, name) not in self.objects:
+                        # So said Kubernetes 1.20 with containerd 1.6.
+                        await response.write(b"rpc error: code = NotFound desc = an error occurred when try to find")
+                        await response.write(b' container "9f92d684fdbb": not found')
                     return response
                 await changed.wait()
 

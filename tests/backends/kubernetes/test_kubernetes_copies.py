@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -15,8 +17,10 @@ from components.fake_kubernetes import FakeCluster
 from fakes.kubernetes import ApiFailure, Log
 from fakes.kubernetes_node import Acting
 from mlfleet._paths import run_folder
+from mlfleet._text.lines import follow_file
 from mlfleet.backends.base import Job
 from mlfleet.backends.kubernetes import KubernetesBackend
+from mlfleet.backends.kubernetes.output import ContainerLife, Copier, LogSlots
 from mlfleet.backends.kubernetes.run import KubernetesRun
 from mlfleet.runs import JobRef, RunStatus
 
@@ -205,6 +209,49 @@ async def test_outage_of_the_server_loses_no_lines_silently(fake_cluster: FakeCl
     assert found[2].startswith(MISSING)
 
 
+async def test_old_kubelet_that_does_not_follow_into_the_next_file_loses_no_lines_silently(
+    fake_cluster: FakeCluster,
+) -> None:
+    fake_cluster.play = lambda pod: FOREVER
+    async with KubernetesBackend() as backend:
+        run, _, log = await begin(backend, fake_cluster)
+        log.follows = False
+        write(log, 0, 1)
+        await copied(run, "line 1")
+        log.rotate()
+        write(log, 2)
+        end(fake_cluster)
+        await run.outcome()
+    found = read(run)
+    assert found[:2] + found[3:] == lines(0, 1, 2)
+    assert found[2].startswith(MISSING), "the new file may not begin where the old one ended"
+
+
+async def test_large_log_that_is_quiet_is_read_again_for_old_kubelets(
+    fake_cluster: FakeCluster, tmp_path: Path
+) -> None:
+    fake_cluster.play = lambda pod: FOREVER
+    async with KubernetesBackend() as backend:
+        run, _, log = await begin(backend, fake_cluster)
+        log.follows = False
+        copier = Copier(run._client, LogSlots(quiet=0.1), run.target.namespace, tmp_path / "copy.log")
+        await copier.open()
+        pod = run._state.value.pods[0]  # type: ignore[union-attr]
+        copying = asyncio.create_task(copier.copy(pod, ContainerLife(run._state, pod.uid, pod.main.name)))
+        log.add(b"x" * 300_000 + b"\n")
+        for number in range(3):
+            write(log, number)
+            with anyio.fail_after(10):
+                async for line in follow_file(tmp_path / "copy.log", asyncio.Event().wait):
+                    if line == f"line {number}":
+                        break
+            log.rotate()
+        end(fake_cluster)
+        await copying
+        await run.outcome()
+    assert (tmp_path / "copy.log").read_text().splitlines()[1:] == lines(0, 1, 2)
+
+
 async def test_log_whose_connection_is_broken_silently_is_read_again(fake_cluster: FakeCluster) -> None:
     api = fake_cluster.api
     fake_cluster.play = lambda pod: FOREVER
@@ -220,7 +267,7 @@ async def test_log_whose_connection_is_broken_silently_is_read_again(fake_cluste
         end(fake_cluster)
         assert (await run.outcome()).exit_code == 137
         log.wake = hidden  # type: ignore[method-assign]
-    assert api.counted("GET", "/log") == 2
+    assert api.counted("GET", "/log") == 2, "followed, and read again"
     assert read(run) == lines(0, 1)
 
 

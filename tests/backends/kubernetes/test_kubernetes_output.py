@@ -56,6 +56,7 @@ def test_every_line_arrives_once_wherever_the_connection_breaks(
     "said",
     [
         b"unable to retrieve container logs for containerd://0123456789",
+        b'rpc error: code = NotFound desc = an error occurred when try to find container "0123": not found',
         b'failed to try resolving symlinks in path "/var/log/pods/a/0.log": lstat: no such file or directory',
     ],
 )

@@ -11,10 +11,12 @@ import re
 import resource
 from collections.abc import Collection
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import aiohttp
 import anyio
 
 from mlfleet._concurrency.threads import FILES
@@ -31,13 +33,20 @@ _SILENCE = 60.0  # seconds without a byte of the log of a container that has end
 _GATHER = 0.01  # seconds in which more of a trickle is let come, so that it costs fewer turns
 _SMALL = 16 * 1024
 _LOOK = 2.0  # seconds between two looks for a free slot
+_END_COMES = 2.0  # seconds by which a container's end may be seen later than the end of its log
+_QUIET = 8.0  # seconds; less than the ten between two looks of the kubelet at the sizes of logs
+_LONG_QUIET = 30.0  # seconds
+_SHORT_QUIETS = 3  # how often in turn a quiet log is read again after the short time
+_ROTATABLE = 256 * 1024  # bytes; no kubelet rotates a smaller log
 _PATIENCE = 90.0  # seconds for which the server may be away when a container has ended
 # RFC 3339 with nanoseconds, in the time zone of the node.
 _STAMP = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?(?:Z|[+-]\d\d:\d\d)) ")
 _LONGEST_STAMP = 37
 # https://github.com/kubernetes/kubernetes/blob/master/pkg/kubelet/kuberuntime/kuberuntime_container.go and
 # …/staging/src/k8s.io/cri-client/pkg/logs/logs.go: with the status 200, for the answer has begun already.
+_GONE = b"rpc error: code = "  # the runtime has removed the container whose log was followed
 _REMARKS = (
+    _GONE,
     b"failed to try resolving symlinks in path ",
     b"failed to open log file ",
     b"unable to retrieve container logs for ",
@@ -110,9 +119,14 @@ class LogStream:
         """The place that has been reached."""
         return Mark(self.last.decode(), self._taken, self._partial)
 
-    def resume(self) -> None:
-        """Begin a new connection."""
+    def resume(self, *, at_end: bool = False) -> None:
+        """Begin a new connection.
+
+        Args:
+            at_end: True if the one before had delivered all that was printed until a moment ago.
+        """
         self._restart()
+        self._joins |= at_end
 
     def feed(self, data: bytes) -> bytes:
         """Return the new part of `data`, without timestamps."""
@@ -309,9 +323,13 @@ class LogSlots:
 
     With more runs than that, the output of the others arrives when a slot is free or when their container has ended,
     for which there are other slots.
+
+    Args:
+        quiet: Seconds without output after which a log that the kubelet may have rotated is read again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, quiet: float = _QUIET) -> None:
+        self.quiet = quiet
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._following = max(16, min(2000, files // 4))  # free slots
         self._reading = asyncio.Semaphore(50)
@@ -341,6 +359,14 @@ class LogSlots:
             self._following += 1
         else:
             self._reading.release()
+
+
+class _Reading(Enum):
+    """The end of one reading of a log."""
+
+    ENDED = "it was read to its end"
+    QUIET = "nothing more was printed"
+    GIVEN_UP = "see `Copier.reread`"
 
 
 class Copier:
@@ -374,6 +400,9 @@ class Copier:
         self._file = KeptOutput(path, backend="kubernetes")
         self._resume = resume
         self._opened = False
+        self._rotatable = 0 if not resume else _ROTATABLE  # bytes of the present instance
+        self._quiets = 0  # readings in turn that ended for want of output
+        self._stalls = False  # True if this kubelet does not follow a log from one file to the next
         self._wrote = False
         self._pod, self._container, self._instance = "", "", 0
         self._stream = self._next_stream = LogStream()
@@ -451,7 +480,9 @@ class Copier:
     async def _copy_instance(self, pod: str, life: ContainerLife) -> bool:  # noqa: C901
         """Copy the log of one instance of a container.
 
-        1. The latest instance is followed until it has ended.
+        1. The latest instance is followed until it has ended, and then read once more, since that may end too early.
+           Kubelets before 1.28 do not follow a log from one file to the next: after the rotation nothing arrives
+           (https://github.com/kubernetes/kubernetes/issues/115701). So a large log that is quiet is read again.
         2. The log of one that was replaced is read as the previous one, which also settles whose lines were followed:
            the node may have replaced it before the states said so.
         3. That of an older one is gone.
@@ -461,7 +492,8 @@ class Copier:
         """
         stream, instance, end = self._stream, self._instance, life.end_of(self._instance)
         self._next_stream = LogStream()
-        attempt, clean, last_success = 0, False, anyio.current_time()
+        attempt, last_success = 0, anyio.current_time()
+        clean = was_clean = quiet = False  # the log was read to its end by the last read, and by the one before
         while True:
             before = self.copied
             follow = await self._slots.acquire(end)
@@ -471,9 +503,13 @@ class Copier:
                 if behind > 1:
                     return False
                 now = not self.caught_up.is_set()
-                clean = await self._read(pod, stream, follow=follow and not now, previous=behind == 1)
+                was_clean = clean
+                stream.resume(at_end=quiet)
+                reading = await self._read(pod, stream, follow=follow and not now, previous=behind == 1)
+                quiet = reading is _Reading.QUIET
+                clean = reading is not _Reading.GIVEN_UP and (not stream.remark or stream.remark.startswith(_GONE))
                 # The kubelet may not find the log yet of a container that has just started.
-                complete = clean and (had_ended or not stream.remark)
+                complete = reading is _Reading.ENDED and (had_ended or not stream.remark)
                 last_success, self.away = anyio.current_time(), False
                 if behind == 1 and not stream.reached and not stream.remark:
                     await self._copy_missed(pod)
@@ -487,25 +523,26 @@ class Copier:
                     if error.status == 403 or not (clean or (error.status == 400 and behind == 0)):
                         await self._report(pod, str(error))
                     return True
-                clean, self.away = False, error.is_transient
+                clean = quiet = False
+                self.away = error.is_transient
                 _log.debug("%s", error)
                 if end.is_there and anyio.current_time() - last_success > _PATIENCE:
                     await self._report(pod, str(error))
                     return True
             finally:
                 self._slots.release(follow=follow)
-            # A log ends with its container, but a proxy may end it sooner: it is complete only if it ended after the
-            # container. One that may be replaced is read again when it was.
-            if complete and (had_ended or (end.is_there and life.restarts == instance)):
-                if stream.remark:
+            if complete and had_ended:
+                if stream.remark and not was_clean:
                     await self._report(pod, stream.remark.decode(errors="replace").strip())
                 return True
             if complete and life.restartable and not life.runs:
                 await end.wait()
                 continue
+            if quiet:
+                continue
             attempt = 0 if self.copied > before else attempt + 1
             # Short, because the end of the run waits for its output.
-            seconds = reconnect_pause(min(attempt, 2))
+            seconds = _END_COMES if complete else reconnect_pause(min(attempt, 2))
             if end.is_there and not complete:
                 await anyio.sleep(seconds)
             with anyio.move_on_after(seconds):
@@ -514,6 +551,7 @@ class Copier:
     async def _copy_missed(self, pod: str) -> None:
         """Copy the log of an instance whose successor was followed in its place; that one is not copied twice."""
         missed, self._next_stream = LogStream(), self._stream
+        missed.resume()
         await self._finish_line()
         await self._write(remark_line("the output of an earlier attempt, which ended before it could be copied:"))
         await self._read(pod, missed, follow=False, previous=True)
@@ -530,9 +568,8 @@ class Copier:
         await self._finish_line()
         await self._write(remark_line(f"output is missing here: {' '.join(why.split())}"))
 
-    async def _read(self, pod: str, stream: LogStream, *, follow: bool, previous: bool) -> bool:
-        """Read a log from the place that was reached. Return True if it was read to its end."""
-        stream.resume()
+    async def _read(self, pod: str, stream: LogStream, *, follow: bool, previous: bool) -> _Reading:
+        """Read a log from the place that was reached."""
         params = {"container": self._container, "timestamps": "true"}
         if follow and not previous:
             params["follow"] = "true"
@@ -542,7 +579,6 @@ class Copier:
             params["sinceTime"] = stream.since
         path = f"/api/v1/namespaces/{self._namespace}/pods/{pod}/log"
         silence = None if "follow" in params else _SILENCE
-        gaps = stream.gaps
         with anyio.CancelScope() as scope:
             if silence is None:
                 self._reading = scope
@@ -550,16 +586,39 @@ class Copier:
                 async with self._client.stream(
                     "reading a log", path, pool=Pool.LOGS, params=params, read_timeout=silence
                 ) as answer:
-                    while data := await answer.content.readany():
-                        await self._write(stream.feed(data))
-                        if stream.gaps > gaps:
-                            gaps = stream.gaps
-                            _log.warning("the output of the pod %s may not be all there: see %s", pod, self._path)
-                        if len(data) < _SMALL and not answer.content.at_eof():
-                            await anyio.sleep(_GATHER)
+                    return await self._receive(pod, stream, answer, follow=silence is None)
             finally:
                 self._reading = None
-        return not scope.cancelled_caught
+        return _Reading.GIVEN_UP
+
+    async def _receive(self, pod: str, stream: LogStream, answer: aiohttp.ClientResponse, *, follow: bool) -> _Reading:
+        gaps, began = stream.gaps, anyio.current_time()
+        while True:
+            with anyio.move_on_after(self._patience if follow else None) as waiting:
+                data = await answer.content.readany()
+            if waiting.cancelled_caught:
+                self._quiets += 1
+                return _Reading.QUIET
+            if not data:
+                return _Reading.ENDED
+            if new := stream.feed(data):
+                # What arrives at once after a quiet time was printed in it.
+                self._stalls |= self._quiets > 0 and anyio.current_time() - began < 1.0
+                self._quiets = 0
+                self._rotatable += len(new)
+                await self._write(new)
+            if stream.gaps > gaps:
+                gaps = stream.gaps
+                _log.warning("the output of the pod %s may not be all there: see %s", pod, self._path)
+            if len(data) < _SMALL and not answer.content.at_eof():
+                await anyio.sleep(_GATHER)
+
+    @property
+    def _patience(self) -> float | None:
+        """The seconds without output after which a followed log is read again; None: never."""
+        if self._rotatable < _ROTATABLE:
+            return None
+        return self._slots.quiet if self._stalls or self._quiets < _SHORT_QUIETS else _LONG_QUIET
 
     async def _write(self, data: bytes) -> None:
         if not data:
