@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from functools import partial
 
 import anyio
@@ -10,10 +10,11 @@ import anyio
 from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.attach import read_reference
 from mlfleet._engine.request import SweepMember
+from mlfleet._engine.run import handle_output
 from mlfleet._paths import run_folder
 from mlfleet._sweeps import NAME_TAG, SPACE_TAG, is_driven
 from mlfleet._sweeps.record import forget, lock_path
-from mlfleet._text.lines import follow_file
+from mlfleet._text.lines import follow_bytes
 from mlfleet.backends.base import BackendRun
 from mlfleet.errors import BackendError, BackendNotFound, MlfleetError, RunLost, UsageError
 from mlfleet.fleet import Fleet, context_of
@@ -21,7 +22,7 @@ from mlfleet.runs import JobRef, Outcome, RunStatus
 from mlfleet.tracking import RunInfo
 from mlfleet.tracking.base import end_run, failure_tags
 
-__all__ = ["cancel_run", "cancel_sweep", "read_logs", "wait_for"]
+__all__ = ["cancel_run", "cancel_sweep", "read_output", "wait_for"]
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.2, 2.0  # seconds between two looks
 _MOST_RUNS = 50_000  # what mlflow's own stores give at most
@@ -137,8 +138,8 @@ async def cancel_sweep(fleet: Fleet, info: RunInfo, *, grace: float | None = Non
     return await fleet.tracking.get_run(info.run_id)
 
 
-async def read_logs(fleet: Fleet, run_id: str, *, follow: bool) -> AsyncGenerator[str, None]:
-    """Yield the lines of a run's output from its beginning.
+async def read_output(fleet: Fleet, run_id: str, *, follow: bool) -> AsyncGenerator[bytes, None]:
+    """Yield a run's output byte for byte from its beginning.
 
     Args:
         fleet: The Fleet whose tracking and backends are used.
@@ -156,9 +157,10 @@ async def read_logs(fleet: Fleet, run_id: str, *, follow: bool) -> AsyncGenerato
     if reference is not None and not info.status.is_terminal:
         backend = await context_of(fleet).backend(reference.backend)
     handle: BackendRun | None = None
+    chunks: AsyncIterator[bytes]
     if backend is not None and reference is not None and not backend.runs_here:
         handle = await backend.attach(reference)
-        lines = handle.logs(follow=follow)
+        chunks = handle_output(handle, follow=follow)
     else:
         if not await FILES.run(kept.exists) and not (follow and reference is not None):
             raise UsageError(
@@ -166,9 +168,9 @@ async def read_logs(fleet: Fleet, run_id: str, *, follow: bool) -> AsyncGenerato
                 "keeps none; --log-output stores it with MLflow"
             )
         ended = partial(_wait_over, fleet, run_id) if follow and not info.status.is_terminal else None
-        lines = follow_file(kept, ended)
-    async for line in lines:
-        yield line
+        chunks = follow_bytes(kept, ended)
+    async for data in chunks:
+        yield data
     if handle is not None and follow:
         await _settle(fleet, run_id, await handle.outcome())
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from mlfleet import Fleet
-from mlfleet._control import cancel_run, read_logs, wait_for
+from mlfleet._control import cancel_run, read_output, wait_for
+from mlfleet._text.lines import split_lines
 from mlfleet.backends.docker import DockerBackend
 from mlfleet.backends.local.run_folder import this_process
 from mlfleet.errors import BackendError, MlfleetError, RunLost, SpecError, UsageError
@@ -55,8 +56,8 @@ def planted(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
 
 
 async def lines_of(fleet: Fleet, run_id: str) -> list[str]:
-    async with aclosing(read_logs(fleet, run_id, follow=False)) as lines:
-        return [line async for line in lines]
+    async with aclosing(read_output(fleet, run_id, follow=False)) as chunks:
+        return [line async for line in split_lines(chunks)]
 
 
 async def test_only_the_output_of_the_run_itself_is_printed(

@@ -163,6 +163,17 @@ def test_output_that_is_logged_is_printed_too(server: MlflowServer, tmp_path: Pa
     assert [file["path"] for file in listed.json()["files"]] == ["output.log"]
 
 
+def test_output_that_is_logged_is_printed_byte_for_byte(server: MlflowServer, tmp_path: Path) -> None:
+    printed = b"\xff\xfe\r50%\r\nlast\0" + "\N{SNOWMAN}".encode()
+    write_project(tmp_path / "demo", "cat data")
+    (tmp_path / "demo" / "data").write_bytes(printed)
+    argv = [*ARGV, "run", str(tmp_path / "demo"), *LOCAL, "--log-output"]
+    done = subprocess.run(argv, capture_output=True, check=True)
+    assert done.stdout == printed
+    run_id = id_in(done.stderr.decode())
+    assert subprocess.run([*ARGV, "logs", run_id], capture_output=True, check=True).stdout == printed
+
+
 def test_a_reader_that_goes_away_does_not_stop_the_run(server: MlflowServer, tmp_path: Path) -> None:
     uri = write_project(tmp_path / "demo", "for i in $(seq 5000); do echo line $i; done; touch done")
     with subprocess.Popen(

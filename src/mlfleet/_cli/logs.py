@@ -9,7 +9,7 @@ import click
 
 from mlfleet._cli.options import debug_option, tracking_option
 from mlfleet._cli.output import print_output
-from mlfleet._control import read_logs
+from mlfleet._control import read_output
 from mlfleet.fleet import Fleet
 
 __all__ = ["logs"]
@@ -26,10 +26,10 @@ def logs(*, run_id: str, follow: bool, tracking_uri: str | None) -> None:
     async def show() -> None:
         async with (
             Fleet(tracking_uri=tracking_uri) as fleet,
-            aclosing(read_logs(fleet, run_id, follow=follow)) as lines,
+            aclosing(read_output(fleet, run_id, follow=follow)) as chunks,
         ):
-            async for line in lines:
-                await print_output(f"{line}\n".encode(errors="replace"))
+            async for data in chunks:
+                await print_output(data)
 
     try:
         anyio.run(show)

@@ -24,7 +24,7 @@ from mlfleet._cli.output import (
 )
 from mlfleet._cli.progress import Progress
 from mlfleet._engine.request import RunRequest
-from mlfleet._engine.run import FleetRun
+from mlfleet._engine.run import FleetRun, run_output
 from mlfleet._reporting import run_url
 from mlfleet._signals import Interrupts, run_until_interrupted
 from mlfleet.errors import MlfleetError
@@ -140,7 +140,7 @@ class RunCommand:
                         self.run = run
                         return
                     if self.print_output:
-                        await _print_lines(run)
+                        await _print_output(run)
                     await run.check()
             except MlfleetError as error:
                 self.error = error
@@ -148,10 +148,10 @@ class RunCommand:
             self.outcome = await self.run.outcome()
 
 
-async def _print_lines(run: FleetRun) -> None:
-    async for line in run.logs():
+async def _print_output(run: FleetRun) -> None:
+    async for data in run_output(run):
         try:
-            await print_output(f"{line}\n".encode(errors="replace"))
+            await print_output(data)
         except OSError:
             return  # the reader is gone; the run goes on, and its output is in its file
 

@@ -13,7 +13,7 @@ from mlfleet._engine.attach import find_again, read_reference
 from mlfleet._engine.request import RunRequest
 from mlfleet._engine.supervisor import RunDescription, Supervisor
 from mlfleet._process.detached import Connection
-from mlfleet._text.lines import follow_file
+from mlfleet._text.lines import follow_bytes, split_lines
 from mlfleet.errors import MlfleetError, RunCancelled, RunLost, SubmitError, UsageError
 from mlfleet.resources import Resources
 from mlfleet.runs import REASON_TAG, JobRef, Outcome, RunEvent, RunStatus, Stage
@@ -250,12 +250,15 @@ class _Followed:
     async def get_status(self) -> RunStatus:
         return RunStatus.RUNNING if self._supervisor.stage is Stage.STARTED else RunStatus.SCHEDULED
 
-    async def logs(self, *, follow: bool = True) -> AsyncIterator[str]:
+    def logs(self, *, follow: bool = True) -> AsyncIterator[str]:
+        return split_lines(self.output_bytes(follow=follow))
+
+    async def output_bytes(self, *, follow: bool = True) -> AsyncIterator[bytes]:
         path = self._supervisor.output_path
         if path is None:
             return
-        async for line in follow_file(path, self._supervisor.done.wait if follow else None):
-            yield line
+        async for data in follow_bytes(path, self._supervisor.done.wait if follow else None):
+            yield data
 
 
 def _plain(value: object) -> object:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from mlfleet._engine.supervisor import Supervisor
+from mlfleet.backends.base import BackendRun
 from mlfleet.errors import RunCancelled, UsageError
 from mlfleet.runs import Outcome, RunStatus, Stage, failure
 from mlfleet.tracking.base import RunInfo
 
-__all__ = ["FleetRun"]
+__all__ = ["FleetRun", "handle_output", "run_output"]
 
 
 class FleetRun:
@@ -167,3 +168,23 @@ class FleetRun:
             raise supervisor.creation_error
         if supervisor.info is None:
             raise RunCancelled("the run was cancelled before its MLflow run was created")
+
+
+async def run_output(run: FleetRun) -> AsyncGenerator[bytes, None]:
+    """Yield the captured output of a run byte for byte, until the run has ended."""
+    supervisor = run._supervisor
+    await supervisor.started.wait()
+    if supervisor.handle is not None:
+        async for data in handle_output(supervisor.handle, follow=True):
+            yield data
+
+
+async def handle_output(handle: BackendRun, *, follow: bool) -> AsyncGenerator[bytes, None]:
+    """Yield the output of a backend's run: byte for byte if the handle gives it so, else the text of its lines."""
+    given = getattr(handle, "output_bytes", None)
+    if given is not None:
+        async for data in given(follow=follow):
+            yield data
+        return
+    async for line in handle.logs(follow=follow):
+        yield f"{line}\n".encode(errors="replace")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import os
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import anyio
 
 from mlfleet._concurrency.threads import FILES
 
-__all__ = ["LineSplitter", "follow_file", "last_lines", "write_all"]
+__all__ = ["LineSplitter", "follow_bytes", "follow_file", "last_lines", "split_lines", "write_all"]
 
 _LONGEST_LINE = 64 * 1024  # characters
 # One piece's lines are handled in one turn of the event loop: 16 KiB of nothing but line ends take 1 to 3 ms.
@@ -102,17 +102,31 @@ def last_lines(path: Path, count: int = 20, limit: int = 16 * 1024) -> tuple[str
     return tuple(lines[-count:]) if count > 0 else ()
 
 
-async def follow_file(path: Path, ended: Callable[[], Awaitable[object]] | None = None) -> AsyncIterator[str]:
-    """Yield the lines of a growing file from its beginning, until nothing more will come.
+async def split_lines(chunks: AsyncIterable[bytes]) -> AsyncIterator[str]:
+    """Yield the lines of a stream of bytes; see `LineSplitter`."""
+    splitter = LineSplitter()
+    async for data in chunks:
+        for line in splitter.feed(data):
+            yield line
+    for line in splitter.close():
+        yield line
+
+
+def follow_file(path: Path, ended: Callable[[], Awaitable[object]] | None = None) -> AsyncIterator[str]:
+    """Yield the lines of a growing file; see `follow_bytes`."""
+    return split_lines(follow_bytes(path, ended))
+
+
+async def follow_bytes(path: Path, ended: Callable[[], Awaitable[object]] | None = None) -> AsyncIterator[bytes]:
+    """Yield the bytes of a growing file from its beginning, until nothing more will come.
 
     Nothing is held open between two reads, so a follower may be dropped at any time.
 
     Args:
         path: The file; it need not exist yet.
         ended: A function that returns when the writer has ended, at once if it has already: ``event.wait``,
-            ``process.wait``. It is awaited over and over and cancelled each time. None: yield the present lines.
+            ``process.wait``. It is awaited over and over and cancelled each time. None: yield what is there.
     """
-    splitter = LineSplitter()
     offset = 0
     pause = _SHORTEST_PAUSE
     has_ended = ended is None
@@ -122,8 +136,8 @@ async def follow_file(path: Path, ended: Callable[[], Awaitable[object]] | None 
             end = await FILES.run(lambda: _size(path))
         data = await FILES.run(partial(_read, path, offset))
         offset += len(data)
-        for line in splitter.feed(data):
-            yield line
+        if data:
+            yield data
         if data and (end is None or offset < end):
             pause = _SHORTEST_PAUSE
         elif has_ended or ended is None:
@@ -133,8 +147,6 @@ async def follow_file(path: Path, ended: Callable[[], Awaitable[object]] | None 
                 await ended()
                 has_ended = True
             pause = min(pause * 2, _LONGEST_PAUSE)
-    for line in splitter.close():
-        yield line
 
 
 def _size(path: Path) -> int:

@@ -15,7 +15,7 @@ from mlfleet._concurrency.cancellation import wait_done
 from mlfleet._concurrency.grace import StopRequest
 from mlfleet._concurrency.tasks import TaskOwner
 from mlfleet._concurrency.threads import FILES
-from mlfleet._text.lines import follow_file, last_lines
+from mlfleet._text.lines import follow_bytes, last_lines, split_lines
 from mlfleet.errors import MlfleetError, RunLost
 from mlfleet.runs import DEFAULT_CANCEL_GRACE, Outcome, RunStatus
 
@@ -134,14 +134,18 @@ class SupervisedRun(AwaitedRun, ABC):
         self._begin_stop(grace)
         await self._done.wait()
 
-    async def logs(self, *, follow: bool = True) -> AsyncIterator[str]:
+    def logs(self, *, follow: bool = True) -> AsyncIterator[str]:
         """Yield the lines of the output; none if it goes to the output of this process."""
+        return split_lines(self.output_bytes(follow=follow))
+
+    async def output_bytes(self, *, follow: bool = True) -> AsyncIterator[bytes]:
+        """Yield the output byte for byte; nothing if it goes to the output of this process."""
         if self._output is None:
             return
         if not follow:
             await self._catch_up()
-        async for line in follow_file(self._output, self._done.wait if follow else None):
-            yield line
+        async for data in follow_bytes(self._output, self._done.wait if follow else None):
+            yield data
 
     async def _catch_up(self) -> None:
         """Wait until the output that an earlier process has not copied yet is in the file, up to now."""

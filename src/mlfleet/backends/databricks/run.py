@@ -109,14 +109,14 @@ class DatabricksRun(SupervisedRun):
         state = self._state.value
         return RunStatus.SCHEDULED if state is None or state.phase is Phase.WAITING else RunStatus.RUNNING
 
-    async def logs(self, *, follow: bool = True) -> AsyncIterator[str]:
-        """Yield the lines of the output; none if it goes to the output of this process."""
+    async def output_bytes(self, *, follow: bool = True) -> AsyncIterator[bytes]:
+        """Yield the output byte for byte; nothing if it goes to the output of this process."""
         if follow:
             self._followed.set()
         elif self._outcome is None and self._output is not None:
             await self._copy.copy_new_parts()
-        async for line in super().logs(follow=follow):
-            yield line
+        async for data in super().output_bytes(follow=follow):
+            yield data
 
     # ---- its task ---------------------------------------------------------------------------------------------------
 

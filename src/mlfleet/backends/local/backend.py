@@ -25,7 +25,7 @@ from mlfleet._process.guardian import MARKER_VARIABLE, RUN_VARIABLE
 from mlfleet._process.marked import end_marked
 from mlfleet._process.process import Command, Process, start
 from mlfleet._process.reattach import ReattachedProcess
-from mlfleet._text.lines import follow_file, last_lines
+from mlfleet._text.lines import follow_bytes, last_lines, split_lines
 from mlfleet.backends.base import Backend, BackendRun, Job, ListedRun
 from mlfleet.backends.local import run_folder
 from mlfleet.errors import BackendError, RunLost, SubmitError
@@ -225,11 +225,14 @@ class _LocalRun:
     async def get_status(self) -> RunStatus:
         return RunStatus.RUNNING if self._process.returncode is None else (await self.outcome()).status
 
-    async def logs(self, *, follow: bool = True) -> AsyncIterator[str]:
+    def logs(self, *, follow: bool = True) -> AsyncIterator[str]:
+        return split_lines(self.output_bytes(follow=follow))
+
+    async def output_bytes(self, *, follow: bool = True) -> AsyncIterator[bytes]:
         if self._output is None:
             return
-        async for line in follow_file(self._output, self._process.wait if follow else None):
-            yield line
+        async for data in follow_bytes(self._output, self._process.wait if follow else None):
+            yield data
 
 
 class _Ended:
