@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
 
+from mlfleet._paths import run_folder
 from mlfleet.backends.base import Job
 from mlfleet.backends.kubernetes import KubernetesBackend
 from mlfleet.backends.kubernetes.client import ApiError, KubernetesClient
@@ -26,51 +28,78 @@ IMAGE = os.environ.get("MLFLEET_TEST_IMAGE", "busybox")
 CONTEXT = os.environ.get("MLFLEET_TEST_CONTEXT")
 
 
+@dataclass(frozen=True)
+class Place:
+    """A namespace of its own on the cluster.
+
+    Attributes:
+        api: A client.
+        given: The ``backend_config``.
+        project: The folder of the project.
+        folder: The folder for files.
+    """
+
+    api: KubernetesClient
+    given: Mapping[str, Any]
+    project: Path
+    folder: Path
+
+    def output(self, run_id: str) -> Path:
+        """Return the file for the output of a run: where other processes look for it."""
+        return run_folder(run_id) / "output.log"
+
+    def job(self, run_id: str, command: str, /, **given: Any) -> Job:
+        """Return a job; `given` are more keys of ``backend_config``."""
+        config = parse_config({**self.given, **given}, {"KUBECONFIG": GIVEN, "HOME": str(self.folder)})
+        return Job(
+            run_id=run_id,
+            experiment_id="0",
+            project_name="contract",
+            project_dir=self.project,
+            command=command,
+            output=self.output(run_id),
+            config=replace(config, timeouts=StartTimeouts(image=120, config=60, unschedulable=120)),
+        )
+
+
+@pytest.fixture
+async def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Place]:
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "project.txt").write_text("of the project\n")
+    monkeypatch.setenv("KUBECONFIG", GIVEN)
+    namespace = f"mlfleet-test-{uuid.uuid4().hex[:8]}"
+    given = {"code-delivery": "configmap", "image": IMAGE, "namespace": namespace, "kube-context": CONTEXT}
+    config = await anyio.to_thread.run_sync(parse_config, given, {"KUBECONFIG": GIVEN, "HOME": str(tmp_path)})
+    async with KubernetesClient(config.cluster) as api:
+        body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}
+        await api.call("making a namespace", "POST", "/api/v1/namespaces", body=body)
+        await _service_account(api, namespace)
+        try:
+            yield Place(api, given, project, tmp_path)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await api.call("removing a namespace", "DELETE", f"/api/v1/namespaces/{namespace}")
+
+
 # A pod takes seconds to start and to end, and sixteen at once on one node some more; its first image must be pulled.
 @pytest.mark.timeout(300)
 @pytest.mark.cluster
 @pytest.mark.skipif(not GIVEN, reason="no real cluster: set MLFLEET_TEST_KUBECONFIG")
 class TestKubernetesCluster(BackendContract):
     @pytest.fixture
-    async def harness(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Harness]:
-        project = tmp_path / "project"
-        project.mkdir()
-        (project / "project.txt").write_text("of the project\n")
-        monkeypatch.setenv("KUBECONFIG", GIVEN)
-        namespace = f"mlfleet-test-{uuid.uuid4().hex[:8]}"
-        given = {"code-delivery": "configmap", "image": IMAGE, "namespace": namespace, "kube-context": CONTEXT}
-        config = await anyio.to_thread.run_sync(parse_config, given, {"KUBECONFIG": GIVEN, "HOME": str(tmp_path)})
-        config = replace(config, timeouts=StartTimeouts(image=120, config=60, unschedulable=120))
-
+    async def harness(self, place: Place) -> Harness:
         def job(run_id: str, command: str, **options: object) -> Job:
-            return Job(
-                run_id=run_id,
-                experiment_id="0",
-                project_name="contract",
-                project_dir=project,
-                command=command,
-                output=tmp_path / run_id / "output.log",
-                config=config,
-                **options,  # type: ignore[arg-type]
-            )
+            return replace(place.job(run_id, command), **options)  # type: ignore[arg-type]
 
-        async with KubernetesClient(config.cluster) as api:
+        async def leftovers(run_id: str) -> Sequence[str]:
+            path = f"/api/v1/namespaces/{place.given['namespace']}/pods"
+            answer = await place.api.call("listing", "GET", path, params={"labelSelector": f"mlfleet.run-id={run_id}"})
+            found = [(pod["metadata"]["name"], pod["status"].get("phase")) for pod in answer["items"]]
+            return [f"{name}: {phase}" for name, phase in found if phase not in ("Succeeded", "Failed")]
 
-            async def leftovers(run_id: str) -> Sequence[str]:
-                path = f"/api/v1/namespaces/{namespace}/pods"
-                answer = await api.call("listing", "GET", path, params={"labelSelector": f"mlfleet.run-id={run_id}"})
-                found = [(pod["metadata"]["name"], pod["status"].get("phase")) for pod in answer["items"]]
-                return [f"{name}: {phase}" for name, phase in found if phase not in ("Succeeded", "Failed")]
-
-            body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}
-            await api.call("making a namespace", "POST", "/api/v1/namespaces", body=body)
-            await _service_account(api, namespace)
-            try:
-                # A node needs a second or two to report that a pod runs, and that it has ended.
-                yield Harness(open=KubernetesBackend, job=job, leftovers=leftovers, cancel_grace=1.0, lag=3.0)
-            finally:
-                with anyio.CancelScope(shield=True):
-                    await api.call("removing a namespace", "DELETE", f"/api/v1/namespaces/{namespace}")
+        # A node needs a second or two to report that a pod runs, and that it has ended.
+        return Harness(open=KubernetesBackend, job=job, leftovers=leftovers, cancel_grace=1.0, lag=3.0)
 
 
 async def _service_account(api: KubernetesClient, namespace: str) -> None:
