@@ -23,6 +23,7 @@ __all__ = ["Connection"]
 
 _SCRIPT = Path(__file__).with_name("detached_main.py")
 _SIZE = 4  # bytes before each message that hold its length
+_CLOSE_TIMEOUT = 5.0  # seconds
 _FULL = 2**20  # bytes that wait to be sent from which on messages that can be missed are dropped
 
 
@@ -96,11 +97,14 @@ class Connection:
         return message
 
     async def close(self) -> None:
-        """Send what is left, and close. Whoever has this end no more has closed it, too."""
+        """Send what is left, and close. What the other process does not read in some seconds is dropped."""
         self.is_open = False
         self._writer.close()
         try:
-            await self._writer.wait_closed()
+            async with asyncio.timeout(_CLOSE_TIMEOUT):
+                await self._writer.wait_closed()
+        except TimeoutError:
+            self._writer.transport.abort()
         except ConnectionError:
             return
 
