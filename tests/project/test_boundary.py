@@ -101,6 +101,7 @@ def test_a_link_to_a_project_is_followed_as_the_system_follows_it(tmp_path: Path
     spec = read_project(secret.parent / "link")
     assert spec.environment is not None
     assert spec.environment.path == tmp_path / "repo" / "env.yaml"
+    plan(secret.parent / "link", "uv")
 
 
 @pytest.mark.parametrize(
@@ -112,6 +113,33 @@ def test_links_out_of_the_repository_are_refused(tmp_path: Path, secret: Path, n
     if name == "uv.lock":
         (folder / "pyproject.toml").write_text("")
     assert "is a symbolic link that leads out of the project's repository" in refusal(folder, "uv")
+
+
+@pytest.mark.parametrize("name", ["uv.toml", "pyproject.toml", ".python-version"])
+def test_settings_of_uv_that_are_links_are_refused(tmp_path: Path, secret: Path, name: str) -> None:
+    folder = tmp_path / "repo" / "project"
+    write_project(folder, "true", extra="python_env: env.yaml\n")
+    (folder / "env.yaml").write_text("dependencies: []\n")
+    (tmp_path / "repo" / ".git").mkdir()
+    linked(tmp_path / "repo", name, secret)
+    assert f"{name}: it is a symbolic link that leads out" in refusal(folder, "uv")
+
+
+@pytest.mark.parametrize("name", ["setup.cfg", "pyproject.toml", "setup.py"])
+def test_a_package_with_a_link_in_place_of_its_settings_is_refused(tmp_path: Path, secret: Path, name: str) -> None:
+    folder = tmp_path / "project"
+    write_project(folder, "true")
+    linked(folder / "package", name, secret)
+    (folder / "requirements.txt").write_text("-e ./package\n")
+    assert f"line 1: {name} of the package at './package' is outside" in refusal(folder)
+
+
+@pytest.mark.parametrize("file", ["{secret}", "../home/netrc", "link"])
+def test_a_spark_job_runs_no_file_outside_of_the_repository(tmp_path: Path, secret: Path, file: str) -> None:
+    folder = tmp_path / "project"
+    linked(folder, "link", secret)
+    (folder / "MLproject").write_text(f"databricks_spark_job: {{python_file: {file.format(secret=secret)}}}\n")
+    assert "is outside of the project's repository" in refusal(folder)
 
 
 @pytest.mark.parametrize(

@@ -262,6 +262,8 @@ class Reader:
         shown = repr(path_text) if is_item or path_text.startswith(".") or _exists(path, fail) else "that path"
         if not _ARCHIVE.search(path_text):
             self._check_inside(path, f"the package at {shown}", fail)
+            for name in _BUILD_FILES:  # what builds a package quotes lines of these
+                self._check_inside(path / name, f"{name} of the package at {shown}", fail)
         if not _exists(path, fail):
             fail(f"there is no package at {shown}")
         self._contents.append(f"{'-e ' if editable else ''}{path}{extras} {content_of(path, editable, fail)}")

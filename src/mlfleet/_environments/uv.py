@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -59,6 +60,7 @@ class UvManager(BuildingManager):
         """See `EnvironmentManager.plan`."""
         secure_environments(self._store.root)
         _program()
+        _check_settings(project_dir, (source.root if source else None) or find_root(project_dir))
         if (project_dir / LOCK).is_file():
             return self._plan_locked(project_dir, source)
         return plan_python(self.name, project_dir, source)
@@ -131,12 +133,20 @@ def _program() -> str:
     )
 
 
+def _check_settings(folder: Path, root: Path) -> None:
+    """Refuse links to elsewhere where uv looks for its settings, since it quotes the lines that it cannot read."""
+    real = Path(os.path.realpath(folder))
+    for parent in (real, *real.parents):
+        if parent.is_relative_to(os.path.realpath(root)):
+            for name in ("uv.toml", "pyproject.toml", ".python-version", ".python-versions"):
+                check_link(parent / name, root)
+
+
 def _read_lock(folder: Path, root: Path) -> Locked:
     project_path, lock_path = folder / "pyproject.toml", folder / LOCK
     if not project_path.is_file():
         raise SpecError("there is no pyproject.toml beside it, which uv needs", path=lock_path)
-    for file in (project_path, lock_path, folder / ".python-version"):
-        check_link(file, root)
+    check_link(lock_path, root)
     read_toml(project_path)
     lock = read_toml(lock_path)
     contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (project_path, lock_path)]

@@ -235,6 +235,10 @@ def read_project(folder: Path, root: Path | None = None) -> ProjectSpec:
         keys[environments[1]].fail(f"only one of {', '.join(_ENVIRONMENT_KEYS)} can be given, here are {environments}")
     entry_points, broken = _entry_points(keys.get("entry_points"), unknown)
     job = _spark_job(keys, [*entry_points, *broken], entry_points, unknown)
+    if job is not None and job["python_file"] is not None and not is_inside(folder / job["python_file"], [root]):
+        keys["databricks_spark_job"].fail(
+            f"the file {job['python_file']!r} is outside of the project's repository {root}: copy the file there"
+        )
     docker = _docker(keys["docker_env"], unknown) if "docker_env" in keys else None
     warn_unknown(path, unknown)
     return ProjectSpec(
@@ -271,7 +275,10 @@ def _environment(folder: Path, root: Path, keys: Mapping[str, Node]) -> Environm
             if os.path.realpath(path) != (real := os.path.realpath(folder / name)):
                 path = Path(real)  # `..` behind a link
             if not is_inside(path, [root]):
-                keys[key].fail(f"{name!r} is outside of the project's repository {root}: copy the file there")
+                keys[key].fail(
+                    f"{name!r} is outside of the project's repository {root}: copy the file there, or give a URI that "
+                    "names the folder of both, as in folder#sub/folder"
+                )
             if not _is_file(path):
                 keys[key].fail(f"there is no file {str(path)!r}")
             return EnvironmentFile(kind, path, root)
