@@ -106,6 +106,7 @@ class FakeWorkspace(FlakyProxy):
         files: The contents by path, of volumes, workspace files and DBFS.
         folders: The folders that exist in the workspace.
         secrets: The contents by scope and key.
+        secret_times: The times at which secrets were put, in milliseconds since the epoch, by key.
         fault: A rule that may answer a request in place of the workspace; None: the workspace answers all.
         on_submit: Called with each new run.
         on_cancel: Called with each run that is cancelled; None: the run is TERMINATED and CANCELED at once.
@@ -113,39 +114,38 @@ class FakeWorkspace(FlakyProxy):
         logins: The number of tokens issued to a service principal.
         dbfs: True if there is a DBFS root.
         unknown: A function that returns the answer for a run that does not exist, from its number.
-        submissions: The number of submissions that the workspace takes per second.
         quota: The number of jobs that it takes in all; None: any number.
         cancels_ended: True if the workspace takes the cancellation of a run that has ended.
         mlflow: The tracking of the workspace.
-        limits: The number of requests that the workspace takes per second, by a part of their path; empty: any number.
+        limits: The number of requests that the workspace takes per second, by a part of their path; of others it takes
+            any number.
         refused: The number of requests that it has refused because of the limits.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.rule = self._decide_about
+        self.rule = self._respond
         self.fault: Rule | None = None
         self.runs: dict[int, FakeRun] = {}
         self.tokens: dict[str, int] = {}
         self.files: dict[str, bytes] = {}
         self.folders: set[str] = {f"/Workspace/Users/{USER}"}
         self.secrets: dict[tuple[str, str], str] = {}
+        self.secret_times: dict[str, int] = {}
         self.on_submit: Callable[[FakeRun], None] = lambda run: None
         self.on_cancel: Callable[[FakeRun], None] | None = None
         self.token = TOKEN
         self.logins = 0
         self.dbfs = True
         self.unknown: Callable[[object], Answer] = unknown_value
-        self.submissions = 35
         self.quota: int | None = None
         self.cancels_ended = False
         self.mlflow = FakeMlflow(self.folders)
-        self.limits: dict[str, int] = {}
+        self.limits = {"jobs/runs/submit": 35}
         self.refused = 0
         self._recent: dict[str, list[float]] = {}
         self._answers: dict[str, int] = {}
         self._answered = asyncio.Event()
-        self._moments: list[float] = []
         self._handles: dict[int, tuple[str, bytearray]] = {}
 
     @property
@@ -168,11 +168,11 @@ class FakeWorkspace(FlakyProxy):
             self.mlflow.url = self.url
             yield self
 
-    async def _decide_about(self, request: Request, forward: Forward) -> Answer | None:
-        async def onward() -> Answer:
+    async def _respond(self, request: Request, forward: Forward) -> Answer | None:
+        async def answer_healthy() -> Answer:
             return self.answer(request)
 
-        answer = await (self.fault(request, onward) if self.fault is not None else onward())
+        answer = await (self.fault(request, answer_healthy) if self.fault is not None else answer_healthy())
         kind = urlsplit(request.target).path.split("/", 3)[-1]
         self._answers[kind] = self._answers.get(kind, 0) + 1
         answered, self._answered = self._answered, asyncio.Event()
@@ -237,10 +237,6 @@ class FakeWorkspace(FlakyProxy):
     # ---- jobs -------------------------------------------------------------------------------------------------------
 
     def _jobs_runs_submit(self, body: dict[str, Any]) -> Answer:
-        now = time.monotonic()
-        self._moments = [*(moment for moment in self._moments if moment > now - 1.0), now]
-        if len(self._moments) > self.submissions:
-            return error(429, "RESOURCE_EXHAUSTED", f"That were more than {self.submissions} submissions in a second.")
         token = body["idempotency_token"]
         if token not in self.tokens:
             if self.quota is not None and len(self.runs) >= self.quota:
@@ -413,7 +409,17 @@ class FakeWorkspace(FlakyProxy):
         if body["scope"] != "ours":
             return error(404, "RESOURCE_DOES_NOT_EXIST", f"Scope {body['scope']} does not exist!")
         self.secrets[body["scope"], body["key"]] = body["string_value"]
+        self.secret_times[body["key"]] = int(time.time() * 1000)
         return ok({})
+
+    def _secrets_scopes_list(self, body: dict[str, Any]) -> Answer:
+        return ok({"scopes": [{"name": "ours", "backend_type": "DATABRICKS"}, {"name": "theirs"}]})
+
+    def _secrets_list(self, body: dict[str, Any]) -> Answer:
+        if body["scope"] != "ours":
+            return error(403, "PERMISSION_DENIED", f"{USER} may not list the scope {body['scope']}.")
+        keys = [key for scope, key in self.secrets if scope == "ours"]
+        return ok({"secrets": [{"key": key, "last_updated_timestamp": self.secret_times[key]} for key in keys]})
 
     def _secrets_delete(self, body: dict[str, Any]) -> Answer:
         there = self.secrets.pop((body["scope"], body["key"]), None)

@@ -147,7 +147,7 @@ ENDED = ("TERMINATED", "SKIPPED", "INTERNAL_ERROR")
 async def test_every_pair_of_states(workspace: FakeWorkspace, make_job: JobMaker, form: str) -> None:
     """`test_databricks_states.py` covers their meaning; here listings and single responses report them."""
     pairs = list(itertools.product(LIVES, RESULTS))
-    workspace.submissions = len(pairs)
+    workspace.limits = {}
     async with DatabricksBackend(timing=replace(QUICK, rates={})) as backend:
         runs = await asyncio.gather(*(backend.submit(make_job()) for _ in pairs))
         by_id = {run.run_id: run for run in runs}
@@ -293,21 +293,20 @@ async def test_requests_stay_within_the_limits(
     backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker, caplog: pytest.LogCaptureFixture
 ) -> None:
     # Above the real limits, to allow for a slow machine, and below what 75 runs would send at once.
-    workspace.submissions = 60
-    workspace.limits = {"workspace/export": 80}
+    workspace.limits = {"jobs/runs/submit": 60, "workspace/export": 80}
     with caplog.at_level(logging.WARNING):
         runs = await asyncio.gather(*(backend.submit(make_job()) for _ in range(75)))
         for run in tuple(workspace.runs.values()):
             succeed(workspace)(run)
         assert all(await asyncio.gather(*(run.wait() for run in runs)))
     assert workspace.refused == 0
-    assert "submissions in a second" not in caplog.text
+    assert caplog.text == ""
 
 
 # Their submissions and outputs are some thousand requests.
 @pytest.mark.timeout(120)
 async def test_500_runs_are_listed_in_pages(workspace: FakeWorkspace, make_job: JobMaker) -> None:
-    workspace.submissions = 500
+    workspace.limits = {}
     workspace.on_submit = lambda run: run.set_state("RUNNING")
     async with DatabricksBackend(timing=replace(QUICK, fast=0.5, rates={})) as backend:
         runs = await asyncio.gather(*(backend.submit(make_job()) for _ in range(500)))

@@ -123,6 +123,27 @@ async def test_prune_removes_what_is_left_of_a_run_that_databricks_has_forgotten
     assert workspace.secrets == {}
 
 
+async def test_prune_removes_old_secrets_of_other_machines(
+    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
+) -> None:
+    month = 30 * 86_400_000  # milliseconds
+    secret: dict[str, Any] = {"tracking_uri": "https://mlflow", "secrets": {"MLFLOW_TRACKING_TOKEN": "hush"}}
+    ours = await backend.submit(make_job({"secret_scope": "ours"}, **secret))
+    old, young = uuid.uuid4().hex, uuid.uuid4().hex
+    for run_id in (old, young):
+        workspace.secrets["ours", f"mlfleet-{run_id}"] = "hush"
+        workspace.secret_times[f"mlfleet-{run_id}"] = workspace.secret_times[f"mlfleet-{ours.run_id}"]
+    for run_id in (old, ours.run_id):
+        workspace.secret_times[f"mlfleet-{run_id}"] -= month
+    workspace.secrets["ours", "a-key"] = "not ours"
+    workspace.secret_times["a-key"] = 0
+    assert [run.run_id for run in await backend.prune(dry_run=True)] == [old]
+    assert await backend.prune([young]) == []
+    assert [run.run_id for run in await backend.prune()] == [old]
+    kept = {"a-key", f"mlfleet-{young}", f"mlfleet-{ours.run_id}"}
+    assert {key for _, key in workspace.secrets} == kept
+
+
 async def test_attach_to_a_deleted_run_of_a_killed_process_removes_its_secret(
     backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
 ) -> None:

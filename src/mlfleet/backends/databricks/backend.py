@@ -33,7 +33,8 @@ from mlfleet.backends.databricks.client import Timing, Workspace, WorkspaceError
 from mlfleet.backends.databricks.config import DatabricksConfig, TaskKind, Upload, UploadKind, parse_config
 from mlfleet.backends.databricks.quota import QuotaQueue
 from mlfleet.backends.databricks.records import Record, read_records, remove_record, write_record
-from mlfleet.backends.databricks.run import DatabricksRun, RemoteRun, remove_secret
+from mlfleet.backends.databricks.run import DatabricksRun, RemoteRun
+from mlfleet.backends.databricks.secret_scopes import find_old_secrets, put_secret, remove_secret, secret_key
 from mlfleet.backends.databricks.states import Phase, State, read_state
 from mlfleet.backends.databricks.storage import HOME, Storage, Uploads, open_folder, open_storage
 from mlfleet.backends.databricks.watch import Poller, RecentRuns
@@ -92,7 +93,7 @@ class _Submission:
     @property
     def secret_location(self) -> tuple[str, str]:
         """The secret scope and the key of the run's secret variables."""
-        return str(self.config.secret_scope), _secret_key(self.job.run_id)
+        return str(self.config.secret_scope), secret_key(self.job.run_id)
 
     def remote_run(self, number: str, tags: Mapping[str, str]) -> RemoteRun:
         """Return the description of the submitted run with this number."""
@@ -268,7 +269,7 @@ class DatabricksBackend(Backend[DatabricksConfig]):
         context = await self._context_of(ref)
         found = await _find(context, ref)
         scope = ref.data.get("secret_scope")
-        secret = (str(scope), _secret_key(ref.run_id)) if scope else None
+        secret = (str(scope), secret_key(ref.run_id)) if scope else None
         if found is None:
             if secret is not None and await FILES.run(partial(_owner_is_gone, ref)):
                 await remove_secret(context.workspace, *secret)
@@ -291,10 +292,7 @@ class DatabricksBackend(Backend[DatabricksConfig]):
         Raises:
             WorkspaceError: The workspace cannot be reached, or no way to log in was found.
         """
-        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-        context = await self._open_context(
-            profile_of(uri) if is_databricks(uri) else None, DatabricksConfig().api_version
-        )
+        context = await self._own_context()
         left = {each.listed.run_id: each.listed for each in await self._find_left()}
         active = (_listed(run_id, run) for run_id, run in await context.recent.list_active())
         return [*(run for run in active if run.run_id not in left), *left.values()]
@@ -304,16 +302,40 @@ class DatabricksBackend(Backend[DatabricksConfig]):
     ) -> Sequence[ListedRun]:
         """Remove what dead processes of this machine left in workspaces: secrets and files; see `Backend.prune`.
 
-        These are the secret variables, the output and the argument of a run. Packed projects stay, since other runs
-        may use them, and so do Databricks' own entries of runs.
+        These are the secret variables, the output and the argument of a run, and secret variables that any machine
+        left more than a week ago in the workspace of `list_runs`. Packed projects stay, since other runs may use them,
+        and so do Databricks' own entries of runs.
         """
-        chosen: list[ListedRun] = []
+        chosen = await self._prune_old_secrets(run_ids, dry_run=dry_run)
         for left in await self._find_left():
             if (run_ids and left.listed.run_id not in run_ids) or (left.is_active and not running):
                 continue
             if not dry_run:
                 await self._remove(left)
             chosen.append(left.listed)
+        return chosen
+
+    async def _prune_old_secrets(self, run_ids: Collection[str], *, dry_run: bool) -> list[ListedRun]:
+        context = await self._own_context()
+        known = {record.reference.run_id for record in await FILES.run(read_records)}
+        active = {run_id for run_id, _ in await context.recent.list_active()}
+        chosen: list[ListedRun] = []
+        for secret in await find_old_secrets(context.workspace, known | active):
+            if run_ids and secret.run_id not in run_ids:
+                continue
+            if not dry_run:
+                await remove_secret(context.workspace, secret.scope, secret_key(secret.run_id))
+            detail = {"secret_scope": secret.scope}
+            chosen.append(
+                ListedRun(
+                    run_id=secret.run_id,
+                    backend=self.name,
+                    created=secret.created,
+                    state="ended",
+                    supervised=False,
+                    detail=detail,
+                )
+            )
         return chosen
 
     async def _find_left(self) -> list[_Left]:
@@ -340,7 +362,7 @@ class DatabricksBackend(Backend[DatabricksConfig]):
             handle = await self.attach(replace(reference, tags={_NUMBER_TAG: left.record.number}))
             await handle.cancel()
         if scope := reference.data.get("secret_scope"):
-            await remove_secret(workspace, str(scope), _secret_key(reference.run_id))
+            await remove_secret(workspace, str(scope), secret_key(reference.run_id))
         upload = _upload_of(reference)
         storage = await open_storage(workspace, upload)
         await storage.remove_folder(_output_folder(reference.run_id, str(reference.data.get("attempt"))))
@@ -357,6 +379,11 @@ class DatabricksBackend(Backend[DatabricksConfig]):
         return found is None or read_state(found).is_terminal
 
     # ---- one run ----------------------------------------------------------------------------------------------------
+
+    async def _own_context(self) -> _WorkspaceContext:
+        """Return the context of the workspace of MLFLOW_TRACKING_URI, or else of databricks-sdk's login."""
+        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+        return await self._open_context(profile_of(uri) if is_databricks(uri) else None, DatabricksConfig().api_version)
 
     async def _context_of(self, ref: JobRef) -> _WorkspaceContext:
         profile = ref.data.get("profile")
@@ -400,7 +427,7 @@ class DatabricksBackend(Backend[DatabricksConfig]):
             await home.write(name, io.BytesIO(content), len(content))
             paths = request.with_argument(paths, home.path(name))
         if secret:
-            await _put_secret(context.workspace, submission.secret_location, secret)
+            await put_secret(context.workspace, submission.secret_location, secret)
         body = request.request_body(job, config, paths, token=submission.token, requirements=requirements)
         return body, record
 
@@ -492,10 +519,6 @@ def _upload_of(ref: JobRef) -> Upload:
     return Upload(UploadKind(kind), str(ref.data.get("path") or ""))
 
 
-def _secret_key(run_id: str) -> str:
-    return f"mlfleet-{run_id}"
-
-
 def _output_folder(run_id: str, attempt: str) -> str:
     return f"output/{run_id}-{attempt}"
 
@@ -565,17 +588,6 @@ async def _first_state(workspace: Workspace, number: str) -> State:
     except WorkspaceError as error:
         _log.info("the state of the new run %s is not known yet: %s", number, error)
         return State(phase=Phase.WAITING)
-
-
-async def _put_secret(workspace: Workspace, place: tuple[str, str], variables: Mapping[str, str]) -> None:
-    scope, key = place
-    body = {"scope": scope, "key": key, "string_value": json.dumps(dict(variables))}
-    try:
-        await workspace.call("POST", "/api/2.0/secrets/put", body=body)
-    except WorkspaceError as error:
-        names = ", ".join(sorted(variables))
-        text = f"the secret variables {names} cannot be put into the secret scope {scope!r}: {error}"
-        raise SubmitError(text, backend="databricks") from error
 
 
 def _describe_missing_scope(variables: Collection[str]) -> str:

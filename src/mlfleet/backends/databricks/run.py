@@ -18,20 +18,20 @@ from mlfleet.backends._remote.run import SupervisedRun
 from mlfleet.backends.databricks.client import Workspace, WorkspaceError
 from mlfleet.backends.databricks.output import Ending, OutputCopy
 from mlfleet.backends.databricks.records import remove_record
+from mlfleet.backends.databricks.secret_scopes import remove_secret
 from mlfleet.backends.databricks.states import Phase, State
 from mlfleet.backends.databricks.storage import Storage
 from mlfleet.backends.databricks.watch import Poller
 from mlfleet.errors import BackendError, MlfleetError, RunLost
 from mlfleet.runs import FailureKind, Outcome, RunStatus
 
-__all__ = ["DatabricksRun", "RemoteRun", "remove_secret"]
+__all__ = ["DatabricksRun", "RemoteRun"]
 
 _log = logging.getLogger("mlfleet.databricks")
 _FIRST_PAUSE, _LAST_PAUSE = 0.25, 3.0  # seconds between checks for new output while it is followed
 _POLL_SOON_INTERVAL = 20.0  # seconds between requests to poll a cancelled run often
 _LINES = 20
 _CUT = b"(mlfleet: the beginning is missing, Databricks keeps the last 5 MB)\n"
-_CLEANUP = 30.0  # seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,15 +225,3 @@ def _with_trace(lines: tuple[str, ...], page: Mapping[str, Any]) -> tuple[str, .
     if not trace or (lines and trace[-1].strip() == lines[-1].strip()):
         return lines
     return (*lines, *trace)[-_LINES:]
-
-
-async def remove_secret(workspace: Workspace, scope: str, key: str) -> None:
-    """Remove the secret variables of a run from a secret scope. A failure is only logged."""
-    with anyio.move_on_after(_CLEANUP) as deadline:
-        try:
-            await workspace.call("POST", "/api/2.0/secrets/delete", body={"scope": scope, "key": key})
-        except WorkspaceError as error:
-            if not error.missing:
-                _log.warning("the secret %s is left behind in the scope %s: %s", key, scope, error)
-    if deadline.cancelled_caught:
-        _log.warning("the secret %s may be left behind in the scope %s", key, scope)
