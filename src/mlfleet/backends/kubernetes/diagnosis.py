@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from mlfleet.backends.kubernetes.state import ContainerState, PodState, Snapshot
+from mlfleet.backends.kubernetes.state import Condition, ContainerState, PodState, Snapshot
 from mlfleet.errors import RunLost
 from mlfleet.runs import FailureKind, Outcome, RunStatus
 
-__all__ = ["PendingKind", "PendingReason", "exit_code", "outcome", "pending_reason", "straggling_pod"]
+__all__ = [
+    "PendingKind",
+    "PendingReason",
+    "decided_outcome",
+    "exit_code",
+    "outcome",
+    "pending_reason",
+    "straggling_pod",
+]
 
 _IMAGE = (
     "ErrImagePull",
@@ -88,6 +96,21 @@ def straggling_pod(snapshot: Snapshot) -> PodState | None:
         return None
     restarts = pod.restart_policy != "Never" and pod.main.exit_code != 0
     return None if restarts else pod
+
+
+def decided_outcome(snapshot: Snapshot) -> Outcome | None:
+    """Return the outcome of a Job by the end of its command, before the Job has one; None if it may try again."""
+    job, pod = snapshot.job, snapshot.last_pod
+    assert job is not None  # noqa: S101 - the pod that has ended is one of its
+    assert pod is not None  # noqa: S101
+    if pod.main.exit_code == 0:
+        return Outcome(RunStatus.FINISHED, 0)
+    # Not the controller's own count: before Kubernetes 1.26 it does not count pods that were deleted.
+    tried = sum(1 for each in snapshot.pods if each.main.terminated and each.main.exit_code != 0)
+    if tried <= job.retries:
+        return None
+    failed = Condition("Failed", "BackoffLimitExceeded")
+    return outcome(replace(snapshot, job=replace(job, failed=failed, attempts=tried)))
 
 
 def outcome(snapshot: Snapshot) -> Outcome:

@@ -17,6 +17,7 @@ from mlfleet.backends.kubernetes.config import StartTimeouts
 from mlfleet.backends.kubernetes.diagnosis import (
     PendingKind,
     PendingReason,
+    decided_outcome,
     exit_code,
     outcome,
     pending_reason,
@@ -98,7 +99,7 @@ class KubernetesRun(SupervisedRun):
         self._living: asyncio.TaskGroup | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._cut = False  # True if we deleted the Job before it had ended
-        self._succeeded = False  # True if we deleted it after its command, for containers that went on
+        self._decided: Outcome | None = None  # the outcome, if we deleted it for containers that went on
         self._warned = False  # True once a warning has named containers that went on
         self._over = False  # True if the run has ended, as opposed to our looking after it
 
@@ -188,15 +189,15 @@ class KubernetesRun(SupervisedRun):
 
     def _is_over(self, snapshot: Snapshot) -> bool:
         """Return True at the end: for a Job that we delete, when it is gone together with its pods."""
-        if self._cut or self._succeeded:
+        if self._cut or self._decided is not None:
             return snapshot.job is not None and snapshot.job.deleted
         return snapshot.ended
 
     async def _end(self, snapshot: Snapshot) -> Outcome:
         self._over, job = True, snapshot.job
         by_itself = job is not None and (job.complete or job.failed is not None or job.ending is not None)
-        if self._succeeded:
-            result = Outcome(RunStatus.FINISHED, 0)
+        if self._decided is not None:
+            result = self._decided
         elif self._cut or (self._stop_request.is_requested and not by_itself):
             result = Outcome(RunStatus.KILLED, exit_code(snapshot), "cancelled")
         else:
@@ -294,11 +295,11 @@ class KubernetesRun(SupervisedRun):
     async def _end_stragglers(self, pod: PodState) -> None:
         """End the containers of a pod that go on after the command, when they have had the grace time for it.
 
-        The Job's controller must see a failed pod to try again or to fail the Job, so only the pod is deleted after a
-        failure. After a success that would count as a failure: the whole Job is deleted.
+        A deleted pod has failed for the Job's controller, which may try again: only the pod is deleted where it should.
+        Otherwise the whole Job is deleted, whose outcome is that of the command.
 
         Raises:
-            _Concluded: The command has succeeded, and the rest does not end.
+            _Concluded: The command has ended for the last time, and the rest does not end.
         """
         target, copied = self.target, -1
         while copied != self._copier.copied:  # the log of a deleted pod cannot be read any more
@@ -313,17 +314,19 @@ class KubernetesRun(SupervisedRun):
                 " Make a container that never ends a sidecar: an init container with restartPolicy: Always",
                 self.run_id, pod.main.exit_code, ", ".join(pod.running), pod.name,
             )  # fmt: skip
-        if pod.main.exit_code != 0:
+        assert self._state.value is not None  # noqa: S101 - nothing is tracked without a first state
+        decided = decided_outcome(self._state.value)
+        if decided is None:
             await delete_pod(self._client, target.namespace, pod.name, pod.uid)
             await self._state.until(lambda snapshot: not _goes_on(snapshot, pod.uid))
             return
-        self._succeeded = True
+        self._decided = decided
         await delete_job(self._client, target.namespace, target.name, target.uid)
         with anyio.move_on_after(target.grace + target.patience):
             await self._state.until(self._is_over)
             return
         _log.warning("the Job %s was deleted, but its pod %s on %s does not end", target.name, pod.name, pod.node)
-        raise _Concluded("the command has succeeded")
+        raise _Concluded("the command has ended")
 
     async def _wait_pending(self, found: PendingReason | None) -> None:
         """Wait until the reason is gone, or another kind of reason takes its place.
