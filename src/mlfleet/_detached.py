@@ -1,7 +1,7 @@
 """The process that supervises one detached run, from its request to its terminal status.
 
-It is the driver of that run, as any process with a `Fleet` is the driver of its runs. The process that submitted the
-run is told about it as long as it is there, and may cancel it.
+It is the driver of that run, as any process with a `Fleet` is the driver of its runs. As long as the process that
+submitted the run lives, it gets the events of the run and may cancel it.
 """
 
 from __future__ import annotations

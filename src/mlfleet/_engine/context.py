@@ -182,7 +182,7 @@ class RunContext:
 
     async def _close(self) -> None:
         for supervisor in self._detached.values():
-            supervisor.let_go()
+            supervisor.stop_following()
         await self.cancel()
         await self.join()
         await self._followers.join()

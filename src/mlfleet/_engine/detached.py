@@ -58,7 +58,7 @@ class DetachedSupervisor(Supervisor):
     """Follows a run that another process supervises.
 
     The end of this supervisor is not the end of the run, unless the MLflow run does not exist yet or `cancel` was
-    called. If the other process dies, this one concludes the run as anybody would who looks for it.
+    called. If the other process dies, this one concludes the run.
 
     Args:
         context: The services of the Fleet.
@@ -95,7 +95,7 @@ class DetachedSupervisor(Supervisor):
         self._connection.send("cancel", grace)
         await self.done.wait()
 
-    def let_go(self) -> None:
+    def stop_following(self) -> None:
         """Stop following the run, which goes on. A run without an MLflow run yet is cancelled."""
         self._scope.cancel()
 

@@ -1,9 +1,9 @@
 """The process that supervises a detached run, from its start to the import of mlfleet.
 
 Started by `mlfleet._process.detached` as a script of its own, with its connection to that process as standard input. It
-forks once, and its parent ends at once: so it is nobody's child, and leaves no zombie in a service that submits
-thousands of runs. The first message holds the folders in which the other process finds its modules; so mlfleet, and the
-plugins that are its backends, are the same here.
+forks once, and its parent ends at once: it is not a child of that process, and leaves no zombie in a service that
+submits thousands of runs. The first message holds the folders in which the other process finds its modules: mlfleet,
+and the plugins that are its backends, are the same here.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _receive(connection: socket.socket, size: int) -> bytes:
     data = b""
     while len(data) < size:
         more = connection.recv(size - len(data))
-        if not more:  # the other process is gone: nobody knows of the run
+        if not more:  # the other process is gone, and no run was made
             os._exit(0)
         data += more
     return data
