@@ -243,6 +243,8 @@ def test_outcome_names_eviction_and_preemption() -> None:
     preempted = outcome(Snapshot(failed, (pod(conditions=[target]),)))
     assert preempted.kind is FailureKind.PREEMPTED
     assert preempted.reason == "ended by the cluster (PreemptionByScheduler): preempted"
+    late = outcome(Snapshot(failed, (pod(reason="DeadlineExceeded", message="Pod was active longer than allowed"),)))
+    assert (late.kind, late.reason) == (FailureKind.TIMEOUT, "DeadlineExceeded: Pod was active longer than allowed")
     killed = outcome(Snapshot(failed, (pod(),)))
     assert (killed.kind, killed.reason) == (FailureKind.FAILURE, "exit code 143 (SIGTERM)")
 

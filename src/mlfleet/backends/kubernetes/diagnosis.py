@@ -188,7 +188,8 @@ def _reason(snapshot: Snapshot, reason: str, message: str) -> str:
 def _cause(snapshot: Snapshot, reason: str) -> FailureKind | None:
     """Return the kind of failure; None leaves that to the exit code."""
     pod = snapshot.last_pod
-    if reason == "DeadlineExceeded":
+    # Jobs and pods both have an activeDeadlineSeconds.
+    if reason == "DeadlineExceeded" or (pod is not None and pod.reason == "DeadlineExceeded"):
         return FailureKind.TIMEOUT
     if pod is None:
         return FailureKind.INFRASTRUCTURE
