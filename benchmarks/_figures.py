@@ -41,6 +41,13 @@ LIMITS: Mapping[str, float] = {
     "Kubernetes: requests per run with a Secret": 5,
     # databricks_backend.py
     "Databricks: polling rounds a minute": 60,
+    # slurm_backend.py
+    "Slurm: 300 runs, time until all are done / bare sbatch": 1.3,
+    "Slurm: sbatch calls for 300 runs": 300,
+    "Slurm: sbatch calls at the same time": 4,
+    "Slurm: sbatch calls for 300 runs in arrays": 2,
+    "Slurm: squeue calls at the same time": 1,
+    "Slurm: executions of a run whose submit was unclear, at most": 1,
     # startup.py
     "import mlfleet / import mlflow.projects": 0.15,
 }

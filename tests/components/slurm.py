@@ -13,7 +13,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from components import free_port, missing
 from mlfleet._retry import RetryPolicy
 from mlfleet.backends.slurm.client import Timing
 
-__all__ = ["QUICK", "Slurm", "slurm", "slurm_daemons"]
+__all__ = ["QUICK", "Slurm", "run_slurm", "slurm", "slurm_daemons"]
 
 QUICK = Timing(fast=0.1, slow=1.0, search=10.0, retries=RetryPolicy(seconds=60, first_pause=0.2, longest_pause=1.0))
 CPUS = 32
@@ -122,12 +122,25 @@ class Slurm:
 
 @pytest.fixture(scope="session")
 def slurm_daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("slurm")
+    for parent in folder.parents[:3]:  # munged insists on it
+        parent.chmod(0o711)
+    with run_slurm(folder):
+        yield folder
+
+
+@contextmanager
+def run_slurm(folder: Path, *, cpus: int = CPUS) -> Iterator[dict[str, str]]:
+    """Run the daemons with their files in a folder, and return the variables by which the client programs find them.
+
+    Args:
+        folder: The folder; other users must be able to enter those above it.
+        cpus: The number of CPUs that the node pretends to have.
+    """
     for program in ("munged", "slurmctld", "slurmd"):
         if shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None:
             missing("Slurm", "apt-get install slurmctld slurmd slurm-client munge")
-    folder = tmp_path_factory.mktemp("slurm")
-    for parent in (folder, *folder.parents[:3]):  # munged insists on it
-        parent.chmod(0o711)
+    folder.chmod(0o711)
     for name in ("munge", "controller", "node"):
         (folder / name).mkdir(mode=0o755)
     key = folder / "munge/key"
@@ -140,7 +153,7 @@ def slurm_daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         node_port=free_port(),
         user=getpass.getuser(),
         folder=folder,
-        cpus=CPUS,
+        cpus=cpus,
     )
     config.write_text(text)
     environ = {**os.environ, "SLURM_CONF": str(config), "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
@@ -154,7 +167,7 @@ def slurm_daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             subprocess.run(argv, env=environ, check=True, capture_output=True, timeout=30)
             started.append(argv[0])
         _wait_for_node(environ)
-        yield folder
+        yield environ
     finally:
         for program in reversed(started):
             _stop(folder / ("munge/pid" if program == "munged" else f"{program}.pid"))

@@ -88,17 +88,15 @@ if kill -TERM -- "-$command" 2> /dev/null; then
   kill -KILL -- "-$command" 2> /dev/null
 fi
 [ -n "$killer" ] && kill -KILL "$killer" 2> /dev/null
-for folder in /proc/[0-9]*; do
+for file in $(grep -lzx "SLURM_JOB_ID=$SLURM_JOB_ID" /proc/[0-9]*/environ); do
+  folder=${file%/environ}
   pid=${folder#/proc/}
-  [ "$pid" = "$$" ] && continue
   read -r record < "$folder/stat" || continue
-  fields=${record##*) }
-  set -- $fields
-  [ "$4" = "$$" ] && continue
-  if grep -qzx "SLURM_JOB_ID=$SLURM_JOB_ID" "$folder/environ" && [ -O "$folder" ]; then
-    case $(tr '\0' ' ' < "$folder/cmdline") in slurmstepd*) continue ;; esac
-    kill -KILL "$pid"
-  fi
+  set -- ${record##*) }
+  # Not this session, which is this script's, and not the daemon of the job.
+  { [ "$pid" = "$$" ] || [ "$4" = "$$" ] || [ ! -O "$folder" ]; } && continue
+  case $(tr '\0' ' ' < "$folder/cmdline") in slurmstepd*) continue ;; esac
+  kill -KILL "$pid"
 done 2> /dev/null
 rm -f environ
 exit "$code"

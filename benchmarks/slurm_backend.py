@@ -1,0 +1,190 @@
+"""Measure the Slurm backend on a real Slurm of one node, beside a bare loop of sbatch.
+
+Counts the client programs that runs need and how many of them run at the same time, compares the time until all runs
+are done with that of bare jobs, and repeats unclear submits (the controller has the job, the answer is lost). Needs
+slurmctld, slurmd, slurm-client and munge.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from _figures import add_options, report
+from components.slurm import run_slurm
+from mlfleet.backends.base import BackendRun, Job
+from mlfleet.backends.slurm import SlurmBackend
+from mlfleet.backends.slurm.client import Timing
+from mlfleet.runs import RunStatus
+
+PROGRAMS = ("sbatch", "squeue", "scancel", "scontrol")
+# Notes the beginning and the end of each call; an unclear sbatch has submitted the job and gives no answer.
+WRAPPER = """#!/bin/bash
+echo "+ {program} $*" >> "$CALLS"
+if [ {program} = sbatch ] && [ -n "$UNCLEAR" ]; then
+  /usr/bin/sbatch "$@" > /dev/null; code=1
+  echo "sbatch: error: Socket timed out on send/recv operation" >&2
+else
+  /usr/bin/{program} "$@"; code=$?
+fi
+echo "- {program}" >> "$CALLS"
+exit $code
+"""
+
+
+class Bench:
+    """The backend with client programs that note their calls.
+
+    Args:
+        folder: An empty folder for all files.
+        environ: The variables by which the client programs find Slurm.
+    """
+
+    def __init__(self, folder: Path, environ: Mapping[str, str]) -> None:
+        self.folder = folder
+        self.calls = folder / "calls"
+        programs = folder / "bin"
+        programs.mkdir()
+        for program in PROGRAMS:
+            (programs / program).write_text(WRAPPER.format(program=program))
+            (programs / program).chmod(0o755)
+        os.environ |= {**environ, "CALLS": str(self.calls), "PATH": f"{programs}:{os.environ['PATH']}", "UNCLEAR": ""}
+        self.project = folder / "project"
+        self.project.mkdir()
+        (self.project / "project.txt").write_text("a project\n")
+
+    def job(self, command: str, **config: object) -> Job:
+        """Return a job; its configuration is that of the backend's keys."""
+        run_id = uuid.uuid4().hex
+        return Job(
+            run_id=run_id,
+            experiment_id="0",
+            project_name="benchmark",
+            project_dir=self.project,
+            command=command,
+            output=self.folder / "outputs" / run_id,
+            config=SlurmBackend().configure({"work-dir": str(self.folder / "work"), **config}),
+        )
+
+    def noted(self) -> list[str]:
+        """Return the calls since the last one of this method."""
+        lines = self.calls.read_text().splitlines() if self.calls.exists() else []
+        self.calls.unlink(missing_ok=True)
+        return lines
+
+
+def bare(count: int) -> float:
+    """Return the seconds until as many jobs of bare sbatch are done."""
+    began = time.monotonic()
+    for _ in range(count):
+        subprocess.run(
+            ["/usr/bin/sbatch", "--parsable", "--output=/dev/null", "--wrap=true"],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+    while subprocess.run(["/usr/bin/squeue", "-h"], capture_output=True, check=True).stdout.strip():
+        time.sleep(0.1)
+    return time.monotonic() - began
+
+
+async def check(runs: Sequence[BackendRun]) -> None:
+    """Wait for the ends of runs, which must be good ones."""
+    for run in runs:
+        outcome = await run.outcome()
+        if outcome.status is not RunStatus.FINISHED:
+            raise SystemExit(f"a run failed: {outcome}")
+
+
+async def many(bench: Bench, count: int, *, array: bool) -> tuple[float, list[str]]:
+    """Return the seconds until as many runs are done, and the calls."""
+    async with SlurmBackend() as backend:
+        bench.noted()
+        began = time.monotonic()
+        runs = await asyncio.gather(*(backend.submit(bench.job("true", array=array)) for _ in range(count)))
+        await check(runs)
+        return time.monotonic() - began, bench.noted()
+
+
+async def unclear(bench: Bench, count: int) -> float:
+    """Return the largest number of executions of a run whose submit was unclear."""
+    executions = bench.folder / "executions"
+    executions.mkdir()
+    os.environ["UNCLEAR"] = "1"
+    try:
+        async with SlurmBackend(timing=Timing(fast=0.5)) as backend:
+            jobs = [bench.job(f"echo x >> {executions}/$SLURM_JOB_NAME") for _ in range(count)]
+            runs = await asyncio.gather(*(backend.submit(job) for job in jobs))
+            await check(runs)
+    finally:
+        os.environ["UNCLEAR"] = ""
+    counts = [len(path.read_text().splitlines()) for path in executions.iterdir()]
+    if len(counts) != count:
+        raise SystemExit(f"{len(counts)} of {count} runs were executed")
+    return float(max(counts))
+
+
+def most_at_once(calls: list[str], program: str) -> int:
+    """Return the largest number of calls of a program that ran at the same time."""
+    most = now = 0
+    for line in calls:
+        if line.split()[1] == program:
+            now += 1 if line.startswith("+") else -1
+            most = max(most, now)
+    return most
+
+
+def began(calls: list[str], program: str) -> int:
+    """Return the number of calls of a program."""
+    return sum(line.startswith(f"+ {program} ") for line in calls)
+
+
+async def measure(bench: Bench, options: argparse.Namespace) -> dict[str, float]:
+    ratios, figures = [], dict[str, float]()
+    for _ in range(options.rounds):
+        alone = await asyncio.to_thread(bare, options.runs)
+        seconds, calls = await many(bench, options.runs, array=False)
+        ratios.append(seconds / alone)
+        figures = {
+            f"Slurm: sbatch calls for {options.runs} runs": began(calls, "sbatch"),
+            "Slurm: sbatch calls at the same time": most_at_once(calls, "sbatch"),
+            "Slurm: squeue calls at the same time": most_at_once(calls, "squeue"),
+            f"Slurm: squeue calls until {options.runs} runs are done": began(calls, "squeue"),
+        }
+    _, calls = await many(bench, options.runs, array=True)
+    return {
+        f"Slurm: {options.runs} runs, time until all are done / bare sbatch": statistics.median(ratios),
+        **figures,
+        f"Slurm: sbatch calls for {options.runs} runs in arrays": began(calls, "sbatch"),
+        "Slurm: executions of a run whose submit was unclear, at most": await unclear(bench, options.unclear),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=300, help="runs at the same time (default: 300)")
+    parser.add_argument("--unclear", type=int, default=100, help="unclear submits (default: 100)")
+    add_options(parser, rounds=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o711)
+        daemons = folder / "slurm"
+        daemons.mkdir()
+        with run_slurm(daemons, cpus=64) as environ:
+            figures = asyncio.run(measure(Bench(folder, environ), options))
+    report("slurm_backend", figures, options)
+
+
+if __name__ == "__main__":
+    main()
