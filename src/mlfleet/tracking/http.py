@@ -464,8 +464,8 @@ class ServerClient:
         if wrong is not None:
             advice = f"; {self.login.hint}" if wrong.lower() == "authorization" else ""
             raise self.failures.error(
-                f"the header {wrong} for {self.login.url} holds a line break or a character that is not ASCII, which no"
-                f" header can hold{advice}"
+                f"the header {wrong} cannot be sent to {self.login.url}: it holds a line break or a character that is"
+                f" not ASCII{advice}"
             )
 
     def _secret_headers(self) -> tuple[str, ...]:
