@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mlfleet.errors import UsageError
 
-__all__ = ["Machine", "Resources", "this_machine"]
+__all__ = ["Machine", "Resources", "memory_text", "this_machine"]
 
 _UNITS = {
     "": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15,
@@ -153,6 +153,15 @@ def _read(path: Path) -> str:
         return path.read_text().strip()
     except OSError:
         return ""
+
+
+def memory_text(size: int) -> str:
+    """Return a size of memory in bytes with the largest unit that has no fraction, as people ask for it: ``512Mi``."""
+    for base, units in ((1024, ("Ti", "Gi", "Mi", "Ki")), (1000, ("T", "G", "M", "k"))):
+        for power, unit in zip((4, 3, 2, 1), units, strict=True):
+            if size and size % base**power == 0:
+                return f"{size // base**power}{unit}"
+    return str(size)
 
 
 def _parse(memory: int | str | None) -> int | None:

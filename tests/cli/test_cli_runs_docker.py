@@ -60,6 +60,20 @@ def test_the_waiter_for_a_container_without_a_driver_writes_its_status(
     assert run_on(mlflow_server, run_id)["info"]["status"] == "FINISHED"
 
 
+def test_logs_of_a_container_without_a_driver_are_those_up_to_now(project: str, tmp_path: Path) -> None:
+    with started("run", project, "--json") as driver:
+        run_id = id_in(driver.read_until("mlfleet: running") + driver.read_until(")"))
+        with started("logs", "-f", run_id) as reader:
+            reader.read_until("one")
+        driver.signal(signal.SIGKILL)
+        driver.finish()
+    assert mlfleet("logs", run_id).stdout == "one\n"
+    assert mlfleet("logs", run_id).stdout == "one\n"
+    (tmp_path / "gate" / "open").touch()
+    assert mlfleet("wait", run_id).returncode == 0
+    assert mlfleet("logs", run_id).stdout == "one\ntwo\n"
+
+
 def test_a_detached_container_is_supervised_to_its_end(
     project: str, mlflow_server: MlflowServer, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -26,11 +26,14 @@ from mlfleet.tracking import open_tracking
 pytestmark = pytest.mark.timeout(120)  # processes that import mlflow, and containers, on a busy machine
 
 _DRIVER = """\
-import asyncio, sys
+import asyncio, json, sys
 import mlfleet
 
 async def main():
-    run = await mlfleet.submit(sys.argv[1], tracking_uri=sys.argv[2], timeouts=mlfleet.Timeouts(cancel_grace=1))
+    run = await mlfleet.submit(
+        sys.argv[1], tracking_uri=sys.argv[2], docker_args=json.loads(sys.argv[3]),
+        timeouts=mlfleet.Timeouts(cancel_grace=1),
+    )
     async for line in run.logs():
         print(run.run_id, line, flush=True)
     await run.wait()
@@ -44,9 +47,12 @@ def docker_project(folder: Path, image: str, command: str) -> str:
 
 
 @asynccontextmanager
-async def driver(uri: str, store: str) -> AsyncIterator[tuple[anyio.abc.Process, str]]:
+async def driver(
+    uri: str, store: str, docker_args: Mapping[str, object] | None = None
+) -> AsyncIterator[tuple[anyio.abc.Process, str]]:
     """Another process that has submitted the project and seen its first line; with the run's id."""
-    async with await anyio.open_process([sys.executable, "-c", _DRIVER, uri, store], stderr=None) as process:
+    argv = [sys.executable, "-c", _DRIVER, uri, store, json.dumps(docker_args)]
+    async with await anyio.open_process(argv, stderr=None) as process:
         assert process.stdout is not None
         said = b""
         while b"\n" not in said:
@@ -87,6 +93,34 @@ async def test_a_driver_that_is_killed_leaves_a_run_to_attach_to(
         assert await containers(docker_engine, run_id) == []
         with pytest.raises(UsageError, match="has ended already: FAILED"):
             await fleet.attach(run_id)
+
+
+async def test_output_that_the_engine_has_discarded_stays_in_the_file(
+    docker_engine: DockerEngine, shell_image: str, new_store: Callable[[Path], str], tmp_path: Path
+) -> None:
+    store = new_store(tmp_path / "mlflow.db")
+    command = "echo one; while [ ! -e /gate/open ]; do sleep 0.1; done; for i in $(seq 500); do echo line $i; done"
+    uri = write_project(
+        tmp_path / "demo", f"{command}; touch /gate/done; while [ -e /gate/open ]; do sleep 0.1; done; echo last",
+        extra=f"docker_env: {json.dumps({'image': shell_image, 'volumes': [f'{tmp_path}/gate:/gate']})}\n",
+    )  # fmt: skip
+    gate = tmp_path / "gate"
+    args = {"log-driver": "json-file", "log-opt": ["max-size=4k", "max-file=1"]}
+    async with driver(uri, store, docker_args=args) as (process, run_id):
+        process.kill()
+        await process.wait()
+    (gate / "open").touch()
+    with anyio.fail_after(30):
+        while not (gate / "done").exists():  # noqa: ASYNC110 - in a container
+            await anyio.sleep(0.05)
+    async with Fleet(tracking_uri=store) as fleet:
+        run = await fleet.attach(run_id)
+        (gate / "open").unlink()
+        await run.wait()
+        lines = [line async for line in run.logs()]
+    assert (lines[0], lines[-1]) == ("one", "last")
+    assert lines[1].startswith("mlfleet: lines may be missing or repeated here")
+    assert lines[-2] == "line 500"
 
 
 async def test_containers_of_dead_drivers_are_listed_and_pruned(

@@ -25,6 +25,7 @@ from mlfleet.backends.kubernetes.run import KubernetesRun
 from mlfleet.backends.kubernetes.state import read_job
 from mlfleet.backends.kubernetes.watch import NamespaceWatch
 from mlfleet.errors import BackendError, RunLost, SubmitError, UsageError
+from mlfleet.resources import Resources
 from mlfleet.runs import FailureKind, JobRef, RunStatus
 from mlfleet.testing import FakeTracking
 
@@ -54,6 +55,23 @@ async def test_out_of_memory_kill_is_named_in_the_outcome(fake_cluster: FakeClus
     async with KubernetesBackend() as backend:
         outcome = await (await backend.submit(fake_cluster.job(config))).outcome()
     assert (outcome.kind, outcome.reason) == (FailureKind.OOM, "out of memory (its limit is 64Mi)")
+
+
+async def test_memory_limit_is_shown_as_it_was_asked_for(fake_cluster: FakeCluster) -> None:
+    fake_cluster.play = lambda pod: Acting(code=137, reason="OOMKilled")
+    job = fake_cluster.job(await fake_cluster.config(), resources=Resources(memory="512Mi"))
+    async with KubernetesBackend() as backend:
+        assert (await (await backend.submit(job)).outcome()).reason == "out of memory (its limit is 512Mi)"
+
+
+async def test_failed_container_beside_the_command_is_named(fake_cluster: FakeCluster) -> None:
+    assert fake_cluster.node is not None
+    fake_cluster.others["proxy"] = Acting(code=3)
+    fake_cluster.node.injected = [{"name": "proxy", "image": "proxy:1"}]
+    async with KubernetesBackend() as backend:
+        outcome = await (await backend.submit(fake_cluster.job(await fake_cluster.config()))).outcome()
+    assert outcome.status is RunStatus.FAILED
+    assert outcome.reason == "the command has succeeded, but the container 'proxy' failed: exit code 3"
 
 
 async def test_retries_are_one_run(fake_cluster: FakeCluster) -> None:

@@ -133,6 +133,7 @@ class DockerBackend(Backend[None]):
         """Return the handle of a container that an earlier process submitted.
 
         If that process is gone, this one copies the output from its beginning and removes the container at its end.
+        Where the engine rotates logs, what was copied before is kept.
 
         Raises:
             RunLost: The container does not exist any more.
@@ -168,6 +169,7 @@ class DockerBackend(Backend[None]):
             memory=int(found["HostConfig"].get("Memory") or 0),
             output=Path(output) if output else run_folder(ref.run_id) / "output.log",
             stop_signal=str(config.get("StopSignal") or "SIGTERM"),
+            rotates=_rotates(found["HostConfig"].get("LogConfig") or {}),
         )
         named = ContainerLock.from_label(labels.get(DRIVER_LABEL, ""), ref.run_id)
         lock = await FILES.run(partial(_acquire, named))
@@ -324,6 +326,12 @@ def _acquire(lock: ContainerLock) -> ContainerLock:
         text = f"the lock of the container cannot be written to {error.filename}: {error.strerror}"
         raise SubmitError(text, backend="docker") from error
     return lock
+
+
+def _rotates(log: Mapping[str, Any]) -> bool:
+    """Return True if a log driver may discard the older part of a log."""
+    # https://docs.docker.com/engine/logging/drivers/local/
+    return log.get("Type") == "local" or "max-size" in (log.get("Config") or {})
 
 
 def _refusal(name: str, image: Image, error: EngineError) -> str:

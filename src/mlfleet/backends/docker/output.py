@@ -17,7 +17,7 @@ import anyio
 
 from mlfleet._concurrency.threads import FILES
 from mlfleet._paths import runs_folder
-from mlfleet.backends._remote.output import STDERR, STDOUT, OutputFile
+from mlfleet.backends._remote.output import STDERR, STDOUT, KeptOutput, OutputFile
 from mlfleet.backends.docker.client import Engine, EngineError
 
 __all__ = ["ContainerLock", "OutputCopy"]
@@ -109,15 +109,18 @@ class OutputCopy:
         container: The container's id.
         path: The file to write; None: the stdout and stderr of this process.
         tty: True if the container has a terminal, so that its output is one plain stream.
+        keep: True to compare what the file holds with what the engine has, rather than begin the file anew: an engine
+            that rotates logs may have discarded what an earlier process has copied.
 
     Attributes:
         copied: The number of bytes copied so far.
     """
 
-    def __init__(self, engine: Engine, container: str, path: Path | None, *, tty: bool) -> None:
+    def __init__(self, engine: Engine, container: str, path: Path | None, *, tty: bool, keep: bool = False) -> None:
         self._engine = engine
         self._container = container
         self._file = OutputFile(path, backend="docker")
+        self._kept = KeptOutput(path, backend="docker") if keep and path is not None else None
         self._separate = path is None
         self._tty = tty
         self._pending = bytearray()
@@ -130,7 +133,8 @@ class OutputCopy:
         Raises:
             SubmitError: It cannot be written.
         """
-        await self._file.open()
+        if self._kept is None:
+            await self._file.open()
 
     async def close(self) -> None:
         """Close the file."""
@@ -156,6 +160,9 @@ class OutputCopy:
         """
         self._pending.clear()
         self._skip = self.copied
+        if self._kept is not None and self.copied:
+            self._skip = 0
+            await FILES.run(partial(self._kept.seek, 0))
         return await self._copy("GET", "logs", {"follow": follow, "stdout": True, "stderr": True})
 
     async def _copy(
@@ -204,4 +211,10 @@ class OutputCopy:
             self._skip, data = max(0, self._skip - len(data)), data[self._skip :]
         if data:
             self.copied += len(data)
-            self._file.write(data, stream=stream)
+            if self._kept is None:
+                self._file.write(data, stream=stream)
+                return
+            try:
+                self._kept.write(data)
+            except OSError as error:
+                _log.warning("output of a run is lost: %s", error)

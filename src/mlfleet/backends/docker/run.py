@@ -46,6 +46,7 @@ class Container:
         grace: Seconds between SIGTERM and SIGKILL.
         tags: Tags for the MLflow run, which name the image.
         stop_signal: The signal that asks it to stop.
+        rotates: True if the engine may discard the older part of its output.
     """
 
     id: str
@@ -57,6 +58,7 @@ class Container:
     grace: float = 10.0
     tags: Mapping[str, str] = field(default_factory=dict)
     stop_signal: str = "SIGTERM"
+    rotates: bool = False
 
 
 class DockerRun(SupervisedRun):
@@ -82,8 +84,13 @@ class DockerRun(SupervisedRun):
         self._watch = watch
         self._state = watch.track(container.id)
         self._lock = lock
-        self._copy = OutputCopy(engine, container.id, container.output, tty=container.tty)
+        self._copy = OutputCopy(
+            engine, container.id, container.output, tty=container.tty, keep=container.rotates and not submitted
+        )
         self._attached = anyio.Event()
+        self._caught_up = anyio.Event()  # the file has what the container had printed when this object was made
+        if submitted or not lock.is_held:
+            self._caught_up.set()
 
     # ---- the handle -------------------------------------------------------------------------------------------------
 
@@ -115,6 +122,10 @@ class DockerRun(SupervisedRun):
         await wait_done(asyncio.ensure_future(self._release()))
         self._watch.untrack(self._container.id)
         self._attached.set()
+        self._caught_up.set()
+
+    async def _catch_up(self) -> None:
+        await self._caught_up.wait()
 
     async def _release(self) -> None:
         await self._copy.close()
@@ -169,9 +180,10 @@ class DockerRun(SupervisedRun):
         while not complete:
             state = self._state.value
             ended = state is not None and state.ended
-            if not await self._copy.replay(follow=not ended):
+            if not await self._copy.replay(follow=not ended and self._caught_up.is_set()):
                 await anyio.sleep(_PAUSE)
                 continue
+            self._caught_up.set()
             complete = ended  # a replay that began after the end has everything
         copied.set()
 

@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from mlfleet.backends.kubernetes.state import Condition, ContainerState, PodState, Snapshot
 from mlfleet.errors import RunLost
+from mlfleet.resources import memory_text
 from mlfleet.runs import FailureKind, Outcome, RunStatus
 
 __all__ = [
@@ -226,7 +227,8 @@ def _pod_reason(pod: PodState, code: int | None, *, deleted: bool) -> str:
     """
     main = pod.main
     if main.reason == "OOMKilled":
-        return "out of memory" + (f" (its limit is {pod.memory})" if pod.memory else "")
+        limit = memory_text(int(pod.memory)) if pod.memory.isdecimal() else pod.memory
+        return "out of memory" + (f" (its limit is {limit})" if limit else "")
     if pod.reason == "Evicted":
         return f"evicted from the node {pod.node}: {_short(pod.message)}".rstrip(": ")
     if pod.disruption is not None:
@@ -240,6 +242,9 @@ def _pod_reason(pod: PodState, code: int | None, *, deleted: bool) -> str:
         return f"the command cannot be started: {_short(main.message)}"
     if pod.reason:
         return f"{pod.reason}: {_short(pod.message)}".rstrip(": ")
+    other = next((each for each in pod.others if each.terminated and each.exit_code), None)
+    if other is not None and code == 0:
+        return f"the command has succeeded, but the container {other.name!r} failed: {_code(other.exit_code or 0)}"
     return "" if code is None else _code(code)
 
 
