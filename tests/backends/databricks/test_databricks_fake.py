@@ -256,6 +256,29 @@ async def test_a_submit_that_is_cancelled_cancels_the_run(
     assert not workspace.only_run.active
 
 
+async def test_a_submit_that_is_cancelled_again_and_again_waits_for_the_end_of_the_run(
+    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
+) -> None:
+    workspace.on_cancel = lambda run: run.set_state("TERMINATING")
+
+    async def fail(request: Request, forward: Forward) -> Answer | None:
+        if "runs/get?" in request.target and not workspace.only_run.cancelled:
+            submitting.cancel()
+        return await forward()
+
+    workspace.fault = fail
+    submitting = asyncio.create_task(backend.submit(make_job()))
+    await workspace.wait_answered("runs/cancel", 1)
+    for _ in range(3):
+        submitting.cancel()
+        await workspace.wait_answered("runs/get", 1)
+        assert not submitting.done()
+    workspace.only_run.set_state("TERMINATED", "CANCELED")
+    with pytest.raises(asyncio.CancelledError):
+        await submitting
+    assert workspace.only_run.cancelled == 1
+
+
 async def test_leaving_the_backend_cancels_its_runs(workspace: FakeWorkspace, make_job: JobMaker) -> None:
     async with DatabricksBackend(timing=QUICK) as backend:
         runs = [await backend.submit(make_job()) for _ in range(3)]

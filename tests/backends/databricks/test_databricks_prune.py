@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import anyio.to_thread
 import pytest
 
 from components.fake_databricks import QUICK, JobMaker, make_jobs, open_workspace, succeed
 from fakes.databricks import FakeWorkspace
-from mlfleet._paths import runs_folder
 from mlfleet.backends.databricks import DatabricksBackend
+from mlfleet.backends.databricks.records import read_records
 from mlfleet.errors import RunLost, SubmitError
 
 
@@ -101,6 +102,20 @@ async def test_prune_removes_what_a_killed_process_left_of_ended_runs(
     assert [run.run_id for run in await backend.list_runs()] == [ours.run_id]
 
 
+async def test_prune_leaves_a_run_that_another_process_has_attached_to(
+    backend: DatabricksBackend, workspace: FakeWorkspace, tmp_path: Path
+) -> None:
+    (run_id,) = await submit_and_die(tmp_path, {})
+    (record,) = await anyio.to_thread.run_sync(read_records)
+    async with DatabricksBackend(timing=QUICK) as other:
+        run = await other.attach(record.reference)
+        assert await backend.prune(running=True) == []
+        succeed(workspace)(workspace.only_run)
+        assert await run.wait() is True
+    assert run.run_id == run_id
+    assert await anyio.to_thread.run_sync(read_records) == []
+
+
 async def test_prune_ends_active_runs_of_killed_processes_if_asked(
     backend: DatabricksBackend, workspace: FakeWorkspace, tmp_path: Path
 ) -> None:
@@ -167,4 +182,4 @@ async def test_no_record_is_left_of_runs_whose_end_was_seen(
     workspace.quota = 0
     with pytest.raises(SubmitError):
         await backend.submit(make_job(queue_timeout=0))
-    assert list(runs_folder().glob("*/databricks.json")) == []
+    assert await anyio.to_thread.run_sync(read_records) == []

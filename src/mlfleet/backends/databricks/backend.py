@@ -32,7 +32,7 @@ from mlfleet.backends.databricks import request
 from mlfleet.backends.databricks.client import Timing, Workspace, WorkspaceError
 from mlfleet.backends.databricks.config import DatabricksConfig, TaskKind, Upload, UploadKind, parse_config
 from mlfleet.backends.databricks.quota import QuotaQueue
-from mlfleet.backends.databricks.records import Record, read_records, remove_record, write_record
+from mlfleet.backends.databricks.records import Record, change_owner, read_records, remove_record, write_record
 from mlfleet.backends.databricks.run import DatabricksRun, RemoteRun
 from mlfleet.backends.databricks.secret_scopes import find_old_secrets, put_secret, remove_secret, secret_key
 from mlfleet.backends.databricks.states import Phase, State, read_state
@@ -153,9 +153,11 @@ class DatabricksBackend(Backend[DatabricksConfig]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with anyio.CancelScope(shield=True):
-            await self._runs.close()
-            await self._stack.aclose()
+        await complete(self._close, restart=True)
+
+    async def _close(self) -> None:
+        await self._runs.close()
+        await self._stack.aclose()
 
     def configure(self, config: Mapping[str, Any]) -> DatabricksConfig:
         """Parse ``backend_config``: a cluster, or a mapping of settings; see `parse_config`.
@@ -220,9 +222,7 @@ class DatabricksBackend(Backend[DatabricksConfig]):
             archive=f"{root}/projects/<sha256>.tar.gz",
             sha256="<sha256>",
             output=f"{root}/output/{job.run_id}",
-            secret=f"mlfleet-{job.run_id}"
-            if config.secret_scope and request.public_variables(job, config)[1]
-            else None,
+            secret=secret_key(job.run_id) if config.secret_scope and request.public_variables(job, config)[1] else None,
         )
         body = request.request_body(
             job, config, paths, token=f"{job.run_id}-<attempt>", requirements=_requirements(job)
@@ -278,6 +278,7 @@ class DatabricksBackend(Backend[DatabricksConfig]):
         storage = await open_storage(context.workspace, _upload_of(ref))
         folder = _output_folder(ref.run_id, str(ref.data.get("attempt")))
         output = run_folder(ref.run_id) / "output.log"
+        await FILES.run(partial(change_owner, ref.run_id, self._this_process))
         remote = RemoteRun(run_id=ref.run_id, id=str(found["run_id"]), folder=folder, output=output, secret=secret)
         return self._supervise(remote, context, storage, read_state(found), submitted=False)
 
@@ -453,8 +454,7 @@ class DatabricksBackend(Backend[DatabricksConfig]):
         except BaseException:
             if made:
                 handle = self._supervise(submission.remote_run(made[0], {}), context, submission.storage, None)
-                with anyio.move_on_after(_GRACE, shield=True):
-                    await handle.cancel()
+                await complete(partial(_cancel, handle), restart=True)
             raise
         remote = submission.remote_run(made[0], _tags(made[0], state, context.workspace.url))
         return self._supervise(remote, context, submission.storage, state)
@@ -572,6 +572,12 @@ async def _find(context: _WorkspaceContext, ref: JobRef) -> dict[str, Any] | Non
     return await context.recent.find(
         ref.run_id, number=ref.tags.get(_NUMBER_TAG, ""), since=since if isinstance(since, int) else 0
     )
+
+
+async def _cancel(run: DatabricksRun) -> None:
+    """Cancel a run whose submission was cancelled, and wait for its end for some time."""
+    with anyio.move_on_after(_GRACE):
+        await run.cancel()
 
 
 async def _withdraw(submission: _Submission, *, has_secret: bool) -> None:

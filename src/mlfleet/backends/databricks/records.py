@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mlfleet._paths import run_folder, runs_folder
 from mlfleet.errors import SpecError
 from mlfleet.runs import JobRef
 
-__all__ = ["Record", "read_records", "remove_record", "write_record"]
+__all__ = ["Record", "change_owner", "read_records", "remove_record", "write_record"]
 
 _log = logging.getLogger("mlfleet.databricks")
 _NAME = "databricks.json"
@@ -49,6 +50,14 @@ def write_record(record: Record) -> None:
         half.replace(path)
     except OSError as error:
         _log.warning("'mlfleet prune' will not know the run %s: %s: %s", path.parent.name, path, error.strerror)
+
+
+def change_owner(run_id: str, owner: Mapping[str, Any]) -> None:
+    """Note in the record of a run, if there is one, that another process looks after it now. Blocking."""
+    record = _read(run_folder(run_id) / _NAME)
+    if record is not None:
+        data = {**record.reference.data, "owner": owner}
+        write_record(replace(record, reference=replace(record.reference, data=data)))
 
 
 def remove_record(run_id: str) -> None:
