@@ -10,7 +10,15 @@ import platformdirs
 
 from mlfleet.errors import UsageError
 
-__all__ = ["cache_folder", "environments_folder", "run_folder", "runs_folder", "size_on_disk", "sweeps_folder"]
+__all__ = [
+    "active_folder",
+    "cache_folder",
+    "environments_folder",
+    "run_folder",
+    "runs_folder",
+    "size_on_disk",
+    "sweeps_folder",
+]
 
 
 def cache_folder() -> Path:
@@ -42,6 +50,11 @@ def run_folder(run_id: str) -> Path:
     if run_id in ("", ".", "..") or "/" in run_id or "\0" in run_id:
         raise UsageError(f"{run_id!r} is not the id of a run")
     return runs_folder() / run_id
+
+
+def active_folder() -> Path:
+    """Return the folder for the records of active runs, next to `runs_folder`."""
+    return runs_folder().with_name("active")
 
 
 def sweeps_folder() -> Path:

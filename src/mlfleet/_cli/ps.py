@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
 import anyio
 import click
 
-from mlfleet._cli.options import debug_option, json_option
+from mlfleet._cli.options import debug_option, json_option, tracking_option
 from mlfleet._cli.output import complain, print_json, print_line, short
 from mlfleet._concurrency.threads import FILES
+from mlfleet._control import look_at
+from mlfleet._engine.conclude import Driver
+from mlfleet._engine.records import RunRecord, list_records
+from mlfleet._paths import run_folder
 from mlfleet._sweeps.record import SweepEntry, list_sweeps
 from mlfleet._text.lines import last_lines
 from mlfleet._text.plain import plain_line
 from mlfleet.backends.base import Backend, ListedRun
 from mlfleet.backends.registry import find, native
 from mlfleet.errors import BackendError, BackendNotFound
+from mlfleet.fleet import Fleet
+from mlfleet.runs import REASON_TAG
 
 __all__ = ["on_each_backend", "print_rows", "ps", "run_row"]
 
@@ -41,6 +48,7 @@ _BLANK = dict.fromkeys(
 
 
 @click.command()
+@click.argument("run_ids", metavar="[RUN_ID]...", nargs=-1)
 @click.option(
     "-b",
     "--backend",
@@ -50,16 +58,28 @@ _BLANK = dict.fromkeys(
     help="Also list the runs of this backend, which is otherwise not asked because it needs a login; may be given "
     "several times.",
 )
+@tracking_option
 @json_option("Print a JSON list.")
 @debug_option
-def ps(*, asked: tuple[str, ...], as_json: bool) -> None:
-    """List runs and sweeps that outlive the process that started them, the newest first.
+def ps(*, run_ids: tuple[str, ...], asked: tuple[str, ...], tracking_uri: str | None, as_json: bool) -> None:
+    """List the active runs and sweeps that this machine knows, the newest first; or show the runs with these ids.
 
     "nobody looks after it" means that the process that started the run has died. mlfleet sweep --resume or
-    mlfleet.attach(RUN_ID) take over; mlfleet logs, wait and cancel work on all runs.
+    mlfleet.attach(RUN_ID) take over; mlfleet logs, wait and cancel work on all runs. With ids, the status of a run
+    that is over and whose process has died is written to MLflow.
     """
+    if run_ids:
+        print_rows(anyio.run(_rows_by_id, run_ids, tracking_uri), as_json=as_json, none="no runs")
+        return
     rows = [_sweep_row(entry) for entry in list_sweeps()]
-    rows += [run_row(run) for run in anyio.run(on_each_backend, asked, lambda backend: backend.list_runs())]
+    listed = [run_row(run) for run in anyio.run(on_each_backend, asked, lambda backend: backend.list_runs())]
+    records = {record.run_id: (record, record.driver_lives()) for record in list_records()}
+    for row in listed:
+        if records.pop(row["run_id"], (None, None))[1] is False:
+            row["supervised"] = False
+    rows += listed
+    # A living process is about to write the status of a run whose outcome it has recorded.
+    rows += [_record_row(record, lives) for record, lives in records.values() if not (lives and record.outcome)]
     print_rows(sorted(rows, key=lambda row: row["created"], reverse=True), as_json=as_json, none="no runs")
 
 
@@ -74,7 +94,7 @@ async def on_each_backend(
         strict: True to raise the errors of all backends; False to print a warning in their place.
     """
     found: list[ListedRun] = []
-    for name in dict.fromkeys((*native(), *asked)):
+    for name in dict.fromkeys((*await FILES.run(native), *asked)):
         try:
             kind = await FILES.run(partial(find, name))  # in a thread: it imports the backend
             if kind.needs_login and name not in asked:
@@ -103,6 +123,40 @@ def _sweep_row(entry: SweepEntry) -> dict[str, Any]:
         "project": entry.project,
         "sweep": entry.name,
     }
+
+
+async def _rows_by_id(run_ids: Sequence[str], tracking_uri: str | None) -> list[dict[str, Any]]:
+    async with Fleet(tracking_uri=tracking_uri) as fleet:
+        found = [await look_at(fleet, run_id) for run_id in dict.fromkeys(run_ids)]
+    return [
+        {
+            **_BLANK,
+            "run_id": info.run_id,
+            "backend": info.tags.get("mlflow.project.backend", ""),
+            "state": info.status.value.lower(),
+            "supervised": info.status.is_terminal or driver is not Driver.GONE,
+            "created": datetime.fromtimestamp((info.start_time or 0) / 1000, UTC),
+            "project": plain_line(info.tags.get("mlflow.source.name", "")),
+            "last_line": plain_line(info.tags.get(REASON_TAG, "")),
+        }
+        for info, driver in found
+    ]
+
+
+def _record_row(record: RunRecord, lives: bool | None) -> dict[str, Any]:
+    """Return the row of a run that no backend has listed: it is not asked, or has nothing of the run (any more)."""
+    created = datetime.fromtimestamp(record.began, UTC)
+    output = run_folder(record.run_id) / "output.log" if record.captured and lives is not None else None
+    run = ListedRun(
+        run_id=record.run_id,
+        backend=record.backend,
+        created=created,
+        state="active" if lives is not False else "left",
+        supervised=lives is not False,
+        detail={"project": record.project},
+        output=output,
+    )
+    return run_row(run)
 
 
 def run_row(run: ListedRun) -> dict[str, Any]:

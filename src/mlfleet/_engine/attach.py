@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
+from mlfleet._concurrency.threads import FILES
+from mlfleet._engine.records import RunRecord, find_record
 from mlfleet._engine.request import SweepMember
 from mlfleet._engine.supervisor import RunDescription, Supervisor
-from mlfleet.backends.base import Backend, BackendRun
+from mlfleet._paths import run_folder
+from mlfleet._text.lines import follow_bytes, split_lines
+from mlfleet.backends.base import DRIVER_DIED, BackendRun
 from mlfleet.errors import RunLost, UsageError
-from mlfleet.runs import JobRef, Outcome, Timeouts
-from mlfleet.tracking.base import RunInfo
+from mlfleet.runs import JobRef, Outcome, RunStatus, Timeouts
+from mlfleet.tracking.base import RunInfo, clean_reason
 
 if TYPE_CHECKING:
     from mlfleet._engine.context import RunContext
 
-__all__ = ["AttachedSupervisor", "find_again", "read_reference"]
+__all__ = ["AttachedSupervisor", "FoundRun", "find_again", "read_reference"]
 
 
 class AttachedSupervisor(Supervisor):
@@ -27,10 +33,17 @@ class AttachedSupervisor(Supervisor):
         found: The backend's handle; a `RunLost` instead ends the run as FAILED.
         backend: The name of the backend.
         timeouts: The time limits from now on, of which ``run`` and ``cancel_grace`` count; None: those of the Fleet.
+        record: The record of the run on this machine; None if it has none.
     """
 
     def __init__(
-        self, context: RunContext, info: RunInfo, found: BackendRun | RunLost, backend: str, timeouts: Timeouts | None
+        self,
+        context: RunContext,
+        info: RunInfo,
+        found: BackendRun | RunLost,
+        backend: str,
+        timeouts: Timeouts | None,
+        record: RunRecord | None = None,
     ) -> None:
         uri = info.tags.get("mlflow.source.name") or info.run_id
         description = RunDescription(
@@ -44,15 +57,33 @@ class AttachedSupervisor(Supervisor):
         super().__init__(context, description, timeouts or context.timeouts)
         self._found = found
         self._known = info
+        self._record_of_driver = record
 
     async def _create(self) -> None:
         self.info = self._known
 
+    async def _record(self) -> None:
+        """Do nothing yet: a cancellation now would leave the run alone."""
+
+    async def _take_over(self) -> None:
+        """Record the run as one of this process, unless the process that submitted it lives."""
+        record = self._record_of_driver
+        if record is None or await FILES.run(record.driver_lives) is False:
+            await super()._record()
+
+    def _end_tags(self, outcome: Outcome) -> dict[str, str]:
+        tags = super()._end_tags(outcome)
+        if isinstance(outcome.error, RunLost) and self.description.member is not None:
+            tags[SweepMember.LOST_TAG] = clean_reason(outcome.reason or DRIVER_DIED)
+        return tags
+
     async def _run_stages(self) -> Outcome:
         if isinstance(self._found, RunLost):
+            await self._take_over()
             raise self._found
         self.handle = self._found
         try:
+            await self._take_over()
             await self.handle.started()
             return await self._await_end(self.handle)
         finally:
@@ -78,21 +109,72 @@ def read_reference(info: RunInfo) -> JobRef:
     return replace(reference, tags=info.tags)
 
 
-async def find_again(backend: Backend, info: RunInfo, reference: JobRef) -> BackendRun | RunLost:
-    """Return the backend's handle of a run; a `RunLost` if the run should be there and is not.
+@dataclass(frozen=True, slots=True)
+class FoundRun:
+    """A run that an earlier process submitted.
 
-    Args:
-        backend: The opened backend.
-        info: The MLflow run.
-        reference: The reference to its job.
+    Attributes:
+        backend: The name of its backend.
+        handle: The backend's handle; a `RunLost` if the run should be there and is not.
+        record: The record of the run on this machine; None if it has none.
+    """
+
+    backend: str
+    handle: BackendRun | RunLost
+    record: RunRecord | None
+
+
+async def find_again(context: RunContext, info: RunInfo) -> FoundRun:
+    """Find a run by its reference, or by its record on this machine if its driver died.
 
     Raises:
-        UsageError: The run has ended.
+        UsageError: The run has ended, or ends with the process that started it.
         BackendError: The backend cannot be asked.
     """
+    record = await FILES.run(partial(find_record, info.run_id))
+    is_left = record is not None and await FILES.run(record.driver_lives) is False
+    if record is not None and is_left and record.outcome is not None and not info.status.is_terminal:
+        return FoundRun(record.backend, _EndedRun(info.run_id, record.outcome), record)
+    if record is not None and is_left and JobRef.TAG not in info.tags:
+        backend, name = await context.backend(record.backend), record.backend
+        finding = backend.find_left(info.run_id, grace=record.grace)
+    else:
+        reference = read_reference(info)
+        backend, name = await context.backend(reference.backend), reference.backend
+        finding = backend.attach(reference)
     try:
-        return await backend.attach(reference)
+        return FoundRun(name, await finding, record)
     except RunLost as error:
         if info.status.is_terminal:
             raise UsageError(f"the run {info.run_id} has ended already: {info.status}") from error
-        return error
+        return FoundRun(name, error, record)
+
+
+class _EndedRun:
+    """The handle of a run whose end its driver has seen, but could not write any more."""
+
+    def __init__(self, run_id: str, outcome: Outcome) -> None:
+        self._outcome = outcome
+        self.run_id = run_id
+
+    async def started(self) -> None:
+        """Return at once."""
+
+    async def wait(self) -> bool:
+        return self._outcome.status is RunStatus.FINISHED
+
+    async def outcome(self) -> Outcome:
+        return self._outcome
+
+    async def get_status(self) -> RunStatus:
+        return self._outcome.status
+
+    async def cancel(self, *, grace: float | None = None) -> None:
+        """Do nothing."""
+
+    def logs(self, *, follow: bool = True) -> AsyncIterator[str]:
+        return split_lines(self.output_bytes())
+
+    async def output_bytes(self, *, follow: bool = True) -> AsyncIterator[bytes]:
+        async for data in follow_bytes(run_folder(self.run_id) / "output.log"):
+            yield data

@@ -15,14 +15,16 @@ from pathlib import Path
 import anyio
 
 from mlfleet._concurrency.broadcast import Broadcast
-from mlfleet._concurrency.cancellation import complete
+from mlfleet._concurrency.cancellation import complete, wait_done
 from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.tasks import ServiceOwner, TaskOwner
 from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.admission import Admission, Reservation
-from mlfleet._engine.attach import AttachedSupervisor, find_again, read_reference
+from mlfleet._engine.attach import AttachedSupervisor, find_again
+from mlfleet._engine.conclude import conclude_left
 from mlfleet._engine.detached import DetachedSupervisor, Order
 from mlfleet._engine.plan import Plan, Planner, ProjectPlan
+from mlfleet._engine.records import RunRecords
 from mlfleet._engine.request import RunRequest, choose_experiment
 from mlfleet._engine.run import FleetRun
 from mlfleet._engine.supervisor import SubmittedSupervisor, Supervisor
@@ -33,7 +35,7 @@ from mlfleet._project.fetch import ProjectFetcher
 from mlfleet._store.private_folders import secure_state
 from mlfleet.backends.base import Backend
 from mlfleet.backends.registry import find
-from mlfleet.errors import MlfleetError, UsageError
+from mlfleet.errors import MlfleetError, RunLost, UsageError
 from mlfleet.resources import Machine, Resources, this_machine
 from mlfleet.runs import RunEvent, RunStatus, Stage, Timeouts
 from mlfleet.tracking import Tracking
@@ -118,6 +120,7 @@ class RunContext:
     Attributes:
         fetcher: The fetcher of projects.
         runs_folder: The folder with one sub-folder for each run.
+        records: The records of the runs, for the processes that conclude them if this one dies.
         is_open: True between `open` and the beginning of the end.
         sweep_ids: The MLflow runs of the active sweeps.
         scheduled_after: Seconds that a run may wait at its backend before MLflow shows it as SCHEDULED.
@@ -142,6 +145,7 @@ class RunContext:
         self.events = events
         self.fetcher = ProjectFetcher()
         self.runs_folder = runs_folder()
+        self.records = RunRecords()
         self.is_open = False
         self.sweep_ids: set[str] = set()
         self._max_concurrent = max_concurrent
@@ -156,6 +160,7 @@ class RunContext:
         self._runs: dict[FleetRun, Supervisor] = {}
         self._followers = TaskOwner()
         self._detached: dict[FleetRun, DetachedSupervisor] = {}
+        self._concluding: asyncio.Task[None] | None = None
 
     # ---- its life ---------------------------------------------------------------------------------------------------
 
@@ -169,6 +174,7 @@ class RunContext:
             await self.close()
             raise
         self.is_open = True
+        self._concluding = asyncio.create_task(conclude_left(self), name="mlfleet conclude what others left")
 
     def _look_around(self) -> Machine:
         """Check the folder of this user's runs, and return the resources of the machine. Blocking."""
@@ -181,12 +187,16 @@ class RunContext:
         await complete(self._close, restart=True)
 
     async def _close(self) -> None:
+        if self._concluding is not None:
+            self._concluding.cancel()
+            await wait_done(self._concluding)
         for supervisor in self._detached.values():
             supervisor.stop_following()
         await self.cancel()
         await self.join()
         await self._followers.join()
         await self._services.close()
+        await self.records.close()
         await self.events.join()
         self.fetcher.close()
         self.events.close()
@@ -301,10 +311,12 @@ class RunContext:
         """Supervise a run that an earlier process submitted. See `Fleet.attach`."""
         self._check_open()
         info = await self.tracking.get_run(run_id)
-        reference = read_reference(info)
-        found = await find_again(await self.backend(reference.backend), info, reference)
-        run = self._supervise(AttachedSupervisor(self, info, found, reference.backend, timeouts))
+        found = await find_again(self, info)
+        supervisor = AttachedSupervisor(self, info, found.handle, found.backend, timeouts, found.record)
+        run = self._supervise(supervisor)
         await run.created()
+        if isinstance(found.handle, RunLost) or (await found.handle.get_status()).is_terminal:
+            await run.outcome()  # its status is to be known as soon as there is a handle
         return run
 
     def _check_open(self) -> None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Number
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from mlfleet._engine.attach import find_again, read_reference
+from mlfleet._concurrency.threads import FILES
+from mlfleet._engine.attach import find_again
+from mlfleet._engine.records import remove_record
 from mlfleet._engine.request import RunRequest
 from mlfleet._engine.supervisor import RunDescription, Supervisor
 from mlfleet._process.detached import Connection
 from mlfleet._text.lines import follow_bytes, split_lines
+from mlfleet.backends.base import DRIVER_DIED
 from mlfleet.errors import MlfleetError, RunCancelled, RunLost, SubmitError, UsageError
 from mlfleet.resources import Resources
 from mlfleet.runs import REASON_TAG, JobRef, Outcome, RunEvent, RunStatus, Stage
@@ -126,6 +130,9 @@ class DetachedSupervisor(Supervisor):
         if self.info is None:
             raise RunCancelled("the run was cancelled before its MLflow run was created")
 
+    async def _record(self) -> None:
+        """Do nothing: the other process records the run."""
+
     async def _run_stages(self) -> Outcome:
         self.handle = _Followed(self)
         await self._follow(lambda: self._seen is not None)
@@ -141,9 +148,8 @@ class DetachedSupervisor(Supervisor):
             good = info.status is RunStatus.FINISHED
             return Outcome(info.status, reason=None if good else info.tags.get(REASON_TAG))
         if JobRef.TAG not in info.tags:
-            raise RunLost("its driver died before it had started it")
-        reference = read_reference(info)
-        found = await find_again(await self._context.backend(reference.backend), info, reference)
+            raise RunLost(DRIVER_DIED)
+        found = (await find_again(self._context, info)).handle
         if isinstance(found, RunLost):
             raise found
         self.handle = found
@@ -213,6 +219,8 @@ class DetachedSupervisor(Supervisor):
         outcome = outcome or Outcome(RunStatus.KILLED, reason="cancelled")
         if self._is_mine and self.info is not None:
             outcome = await self._write_status(self.info, outcome)
+            if outcome.tracking_error is None:
+                await FILES.run(partial(remove_record, self.info.run_id))
         self._set_outcome(outcome)
         if self.info is not None:
             self._publish(Stage.FINISHED, outcome.reason or "", outcome.status)

@@ -46,6 +46,8 @@ class SweepMember:
     INDEX_TAG: ClassVar[str] = "mlfleet.sweep.index"
     ATTEMPT_TAG: ClassVar[str] = "mlfleet.sweep.attempt"
     REASON_TAG: ClassVar[str] = "mlfleet.sweep.retry_reason"
+    LOST_TAG: ClassVar[str] = "mlfleet.lost"
+    """The tag of a run that did not fail by itself, but died with its driver: its point runs again at resume."""
 
     @classmethod
     def from_tags(cls, tags: Mapping[str, str]) -> Self | None:

@@ -20,6 +20,7 @@ from mlfleet._concurrency.grace import StopRequest
 from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.job import draft, prepare
 from mlfleet._engine.plan import Plan
+from mlfleet._engine.records import RunRecord, tracking_key
 from mlfleet._engine.request import Output, SweepMember
 from mlfleet._text.lines import last_lines
 from mlfleet._text.masking import mask_values
@@ -201,6 +202,7 @@ class Supervisor(ABC):
         self.created.set()
         self._publish(Stage.QUEUED)
         try:
+            await self._record()
             return await self._run_stages()
         except MlfleetError as error:
             seen = self._seen.output if self._seen else tuple(getattr(error, "output", ()))
@@ -212,6 +214,22 @@ class Supervisor(ABC):
         except Exception as error:
             logger.exception("the run %s ended by an unexpected error", self.run_id)
             return Outcome(RunStatus.FAILED, reason=f"{type(error).__name__}: {error}", error=error)
+
+    async def _record(self) -> None:
+        """Record that this process supervises the run, so that others know what to do if it dies."""
+        assert self.info is not None  # noqa: S101 - set by _create
+        member = self.description.member
+        record = RunRecord(
+            run_id=self.info.run_id,
+            backend=self.description.backend,
+            project=self.description.project_name,
+            tracking=tracking_key(self._context.tracking.uri),
+            grace=self._timeouts.cancel_grace,
+            durable=member is not None and member.durable,
+            captured=self.description.output == "capture",
+            sweep_id=None if member is None else member.sweep_id,
+        )
+        await self._context.records.add(record)
 
     async def _await_end(self, handle: BackendRun) -> Outcome:
         self._publish(Stage.STARTED)
@@ -239,10 +257,13 @@ class Supervisor(ABC):
             # The words of a backend may be those of the run, which knows its secrets.
             outcome = replace(outcome, reason=mask_values(outcome.reason, await self._secrets()))
         if self.info is not None:
+            await self._context.records.end(self.info.run_id, outcome)
             await self._log_output()
             await self._log_start()
             outcome = await self._with_hint(outcome)
             outcome = await self._write_status(self.info, outcome)
+            if outcome.tracking_error is None:
+                await self._context.records.remove(self.info.run_id)
         self._set_outcome(outcome)
         self._publish(Stage.FINISHED, outcome.reason or "", outcome.status)
 
@@ -261,14 +282,14 @@ class Supervisor(ABC):
                 outcome.status,
                 patience=patience,
                 overwrite=known,
-                tags=failure_tags(outcome),
+                tags=self._end_tags(outcome),
             )
             if not known and seen.status is RunStatus.FINISHED:
                 ended = Outcome(RunStatus.FINISHED)
             else:
                 ended = _with_tracked(outcome, seen.status)
             if ended.status is RunStatus.FAILED and ended is not outcome:
-                await log_tags(tracking, info.run_id, failure_tags(ended), patience=patience)
+                await log_tags(tracking, info.run_id, self._end_tags(ended), patience=patience)
         except TrackingError as error:
             logger.error(
                 "the run %s is %s, but its status could not be written to MLflow: %s",
@@ -277,6 +298,10 @@ class Supervisor(ABC):
             return replace(outcome, tracking_error=error)
         self.metrics = {**self.metrics, **seen.metrics}
         return ended
+
+    def _end_tags(self, outcome: Outcome) -> dict[str, str]:
+        """Return the tags to write with the status."""
+        return failure_tags(outcome)
 
     async def _secrets(self) -> list[str]:
         """Return the values that must not show in what is written about the run."""

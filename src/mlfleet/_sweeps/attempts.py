@@ -28,7 +28,6 @@ __all__ = ["Attempts"]
 
 logger = logging.getLogger("mlfleet.sweep")
 
-LOST_TAG = "mlfleet.lost"
 _EARLY = 5.0  # seconds; a run that fails sooner has probably not begun its work
 
 
@@ -103,7 +102,7 @@ class Attempts:
         latest = history.latest
         if done is None and latest is not None and not self._settings.retry_failed and not history.open:
             # A run that was lost with its driver did not fail by itself: it runs again.
-            done = latest if latest.status is RunStatus.FAILED and LOST_TAG not in latest.tags else None
+            done = latest if latest.status is RunStatus.FAILED and SweepMember.LOST_TAG not in latest.tags else None
         if done is None:
             return None
         reason = kind = None
@@ -188,7 +187,7 @@ class Attempts:
 
     async def _mark_lost(self, run_id: str, reason: str, tags: Mapping[str, str] | None = None) -> None:
         logger.warning("the run %s was lost: %s", run_id, reason)
-        await self._context.tracking.log(run_id, tags={LOST_TAG: clean_reason(reason), **(tags or {})})
+        await self._context.tracking.log(run_id, tags={SweepMember.LOST_TAG: clean_reason(reason), **(tags or {})})
 
     def _count(self, run: FleetRun, outcome: Outcome) -> None:
         if outcome.status is RunStatus.KILLED:

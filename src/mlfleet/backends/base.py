@@ -6,13 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self
 
 from mlfleet._environments.manager import PreparedEnvironment
 from mlfleet._project.spec import DockerEnv, EnvironmentFile, EnvironmentFileKind
-from mlfleet.errors import BackendError, UsageError
+from mlfleet.errors import BackendError, RunLost, UsageError
 from mlfleet.resources import Resources
 from mlfleet.runs import DEFAULT_CANCEL_GRACE, JobRef, Outcome, SubmittedRun
 
@@ -27,6 +28,7 @@ else:
     Config = TypeVar("Config")
 
 __all__ = [
+    "DRIVER_DIED",
     "Backend",
     "BackendRun",
     "DockerEnv",
@@ -36,8 +38,21 @@ __all__ = [
     "Job",
     "ListedRun",
     "PreparedEnvironment",
+    "Presence",
     "ProjectCall",
 ]
+
+DRIVER_DIED = "its driver died"
+"""The reason of runs that ended with the process that supervised them."""
+
+
+class Presence(StrEnum):
+    """The state of a run at its backend, as far as it matters for concluding the run."""
+
+    ACTIVE = "active"
+    ENDED = "ended"
+    MISSING = "missing"
+    """The backend does not have it: it was removed, or is still to be made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +166,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListedRun:
-    """A run that a backend still has something of, whichever process submitted it.
+    """A run that exists at its backend, running or ended, whichever process submitted it.
 
     Attributes:
         run_id: The id of the MLflow run.
@@ -366,8 +381,9 @@ class Backend(ABC, Generic[Config]):
     # ---- runs of other processes ------------------------------------------------------------------------------------
 
     async def list_runs(self) -> Sequence[ListedRun]:
-        """Return the runs that the backend still has something of, in any order, whichever process submitted them.
+        """Return the runs that exist at the backend, in any order, whichever process submitted them.
 
+        A run exists as long as the backend has its process, container or job, which may have ended; `prune` removes it.
         The default is for backends whose runs end with the process that started them.
 
         Raises:
@@ -402,6 +418,31 @@ class Backend(ABC, Generic[Config]):
             BackendError: The backend cannot be asked.
         """
         return False
+
+    async def presence(self, ref: JobRef) -> Presence | None:
+        """Return if the backend has a run now, and if that has ended, whatever its driver does.
+
+        Called again and again, with pauses, while somebody waits for the run of a driver that cannot be seen.
+
+        Returns:
+            None if the backend cannot tell, which is the default.
+
+        Raises:
+            BackendError: The backend cannot be asked.
+        """
+        return None
+
+    async def find_left(self, run_id: str, *, grace: float) -> BackendRun:
+        """Return the handle of what a driver that died has left of a run without a reference.
+
+        Args:
+            run_id: The id of the MLflow run.
+            grace: Seconds between the request to stop and the end by force, for calls of `cancel` that name none.
+
+        Raises:
+            RunLost: Nothing of it is left, as the default says.
+        """
+        raise RunLost(DRIVER_DIED, backend=self.name)
 
     async def withdraw(self, ref: JobRef) -> bool:
         """Keep a run from beginning, if it has not begun yet.

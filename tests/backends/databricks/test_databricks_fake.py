@@ -10,6 +10,7 @@ import logging
 import os
 import tarfile
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,15 @@ from components.projects import write_project
 from fakes.databricks import FakeRun, FakeWorkspace, not_found, unknown_value
 from fakes.flaky_proxy import Answer, Forward, Request
 from mlfleet import Fleet
+from mlfleet._control import cancel_run, wait_for
+from mlfleet._engine.records import RunRecord, RunRecords
 from mlfleet.backends.databricks import DatabricksBackend
 from mlfleet.backends.databricks.request import ROOT
 from mlfleet.backends.databricks.states import read_state
 from mlfleet.errors import RunLost, SpecError, SubmitError
 from mlfleet.runs import FailureKind, JobRef, RunStatus
 from mlfleet.testing import FakeTracking
+from mlfleet.tracking import RunInfo
 
 # ---- how runs end
 
@@ -478,6 +482,49 @@ async def test_a_fleet_attaches_by_the_id_that_the_first_one_logged(workspace: F
             succeed(workspace)(workspace.only_run)
             assert await again.wait() is True
     assert workspace.count("runs/list") == 0
+
+
+@pytest.mark.parametrize("work", [wait_for, cancel_run])
+async def test_a_run_whose_driver_died_is_concluded_with_its_own_end(
+    workspace: FakeWorkspace, make_job: JobMaker, work: Callable[[Fleet, str], Awaitable[RunInfo]]
+) -> None:
+    workspace.on_submit = lambda run: run.set_state("INTERNAL_ERROR", "FAILED")
+    reference, tracking = await left_by_dead_driver(make_job, submit=True)
+    async with DatabricksBackend(timing=QUICK) as backend:
+        assert await (await backend.attach(reference)).get_status() is RunStatus.FAILED
+    async with Fleet(tracking=tracking) as fleet:
+        assert (await work(fleet, reference.run_id)).status is RunStatus.FAILED
+
+
+async def test_the_secret_of_a_run_that_was_never_submitted_goes_with_it(
+    workspace: FakeWorkspace, make_job: JobMaker
+) -> None:
+    reference, tracking = await left_by_dead_driver(make_job, submit=False)
+    place = ("scope", f"mlfleet-{reference.run_id}")
+    workspace.secrets[place] = "hush-hush"
+    dead = RunRecords()
+    await dead.add(RunRecord(run_id=reference.run_id, backend="databricks", project="demo", tracking=""))
+    await dead.close()
+    async with Fleet(tracking=tracking) as fleet:
+        info = await wait_for(fleet, reference.run_id)
+    assert info.status is RunStatus.FAILED
+    assert "has no run of the MLflow run" in info.tags["mlfleet.reason"]
+    assert place not in workspace.secrets
+
+
+async def left_by_dead_driver(make_job: JobMaker, *, submit: bool) -> tuple[JobRef, FakeTracking]:
+    """Make the MLflow run of a job whose driver is gone, and its run in Databricks if it was submitted."""
+    tracking = FakeTracking(uri="http://tracking.example.com")
+    run = await tracking.create_run("0", name=None, tags={})
+    job = replace(make_job(), run_id=run.run_id)
+    async with DatabricksBackend(timing=QUICK) as backend:
+        made = backend.reference(job)
+        if submit:
+            await (await backend.submit(job)).wait()
+    owner = {**made.data["owner"], "started": -1}
+    reference = replace(made, data={**made.data, "owner": owner, "secret_scope": "scope"})
+    await tracking.log(run.run_id, tags={JobRef.TAG: reference.to_json()})
+    return reference, tracking
 
 
 @pytest.mark.parametrize("data", [{"attempt": "../../../Users/else"}, {"upload": "elsewhere"}])

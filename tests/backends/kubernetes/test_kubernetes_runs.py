@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from components.projects import write_project
 from fakes.kubernetes import ApiFailure
 from fakes.kubernetes_node import Acting
 from mlfleet import Fleet
+from mlfleet._control import cancel_run, wait_for
+from mlfleet._engine.conclude import Driver, judge
 from mlfleet.backends.kubernetes import KubernetesBackend
 from mlfleet.backends.kubernetes.client import KubernetesClient
 from mlfleet.backends.kubernetes.manifest import Code, job_manifest
@@ -25,9 +28,11 @@ from mlfleet.backends.kubernetes.run import KubernetesRun
 from mlfleet.backends.kubernetes.state import read_job
 from mlfleet.backends.kubernetes.watch import NamespaceWatch
 from mlfleet.errors import BackendError, RunLost, SubmitError, UsageError
+from mlfleet.fleet import context_of
 from mlfleet.resources import Resources
 from mlfleet.runs import FailureKind, JobRef, RunStatus
 from mlfleet.testing import FakeTracking
+from mlfleet.tracking import RunInfo
 
 FOREVER = Acting(seconds=600, output=(b"begun\n",))
 
@@ -323,6 +328,7 @@ async def test_attach_to_a_finished_job_and_to_a_deleted_job(fake_cluster: FakeC
     assert JobRef.from_json(reference.to_json()) == reference
     async with KubernetesBackend() as second:
         again = await second.attach(reference)
+        assert await again.get_status() is RunStatus.FAILED
         outcome = await again.outcome()
         assert (outcome.exit_code, outcome.output) == (5, ("last words",))
         fake_cluster.api.remove(key(again))
@@ -380,6 +386,45 @@ async def test_run_is_abandoned_once_its_job_and_its_driver_have_ended(fake_clus
             assert await backend.is_abandoned(elsewhere) is False
         fake_cluster.api.remove(key(run))
         assert await backend.is_abandoned(dead) is True, "its Job is gone"
+
+
+@pytest.mark.parametrize(("owner", "work"), [("gone", wait_for), ("gone", cancel_run), ("elsewhere", cancel_run)])
+async def test_a_job_whose_driver_does_not_write_its_end_is_concluded_with_it(
+    fake_cluster: FakeCluster, owner: str, work: Callable[[Fleet, str], Awaitable[RunInfo]]
+) -> None:
+    fake_cluster.play = lambda pod: Acting(code=5)
+    reference, tracking = await submitted_by_another(fake_cluster, owner)
+    async with Fleet(tracking=tracking) as fleet:
+        info = await work(fleet, reference.run_id)
+    assert (info.status, info.tags["mlfleet.reason"]) == (RunStatus.FAILED, "exit code 5")
+
+
+async def test_the_end_of_a_job_of_another_machine_is_written_by_one_that_waits_long_enough(
+    fake_cluster: FakeCluster,
+) -> None:
+    fake_cluster.play = lambda pod: Acting(code=0)
+    reference, tracking = await submitted_by_another(fake_cluster, "elsewhere")
+    async with Fleet(tracking=tracking) as fleet:
+        info = await wait_for(fleet, reference.run_id, unseen_patience=0)
+        assert info.status is RunStatus.FINISHED
+        # A Job that is not there may be one that its driver is about to make.
+        fake_cluster.api.objects.clear()
+        verdict = await judge(context_of(fleet), replace(info, status=RunStatus.RUNNING))
+    assert (verdict.driver, verdict.ended) == (Driver.UNSEEN, False)
+
+
+async def submitted_by_another(cluster: FakeCluster, owner: str) -> tuple[JobRef, FakeTracking]:
+    """Make a Job that has ended, and its MLflow run as a driver leaves it that is gone or on another machine."""
+    tracking = FakeTracking(uri="http://tracking.example.com")
+    run = await tracking.create_run("0", name=None, tags={})
+    job = cluster.job(await cluster.config(), run_id=run.run_id)
+    async with KubernetesBackend() as backend:
+        made = backend.reference(job)
+        await (await backend.submit(job)).wait()
+    changes: dict[str, Any] = {"started": -1} if owner == "gone" else {"host": "elsewhere"}
+    reference = replace(made, data={**made.data, "owner": {**made.data["owner"], **changes}})
+    await tracking.log(run.run_id, tags={JobRef.TAG: reference.to_json()})
+    return reference, tracking
 
 
 async def test_leaving_the_backend_leaves_attached_runs_alone(fake_cluster: FakeCluster) -> None:

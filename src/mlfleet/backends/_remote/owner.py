@@ -7,7 +7,7 @@ from typing import Any
 
 from mlfleet._process.reattach import Identity, identify, machine, pid_namespace
 
-__all__ = ["describe_this_process", "owner_lives"]
+__all__ = ["describe_this_process", "owner_lives", "owner_text"]
 
 
 def describe_this_process() -> dict[str, Any]:
@@ -21,12 +21,17 @@ def describe_this_process() -> dict[str, Any]:
     }
 
 
+def owner_text() -> str:
+    """Return the text ``host:pid`` of this process, for where a backend keeps short texts only."""
+    return f"{machine()}:{os.getpid()}"
+
+
 def owner_lives(owner: object) -> bool | None:
     """Return True if the process that submitted a run lives, False if it has died. Blocking.
 
     Args:
-        owner: The facts in the run's reference, which anybody who may write tags can have changed; or the text
-            ``host:pid`` of earlier versions, which cannot tell a process from a later one with its pid.
+        owner: The facts in the run's reference, which anybody who may write tags can have changed; or an `owner_text`,
+            which cannot tell a process from a later one with its pid.
 
     Returns:
         None if the process cannot be seen from here, since it is or was on another machine, or in another container.

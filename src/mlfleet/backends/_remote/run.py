@@ -101,6 +101,8 @@ class SupervisedRun(AwaitedRun, ABC):
         output: The file for the run's output; None: it goes to the output of this process.
         submitted: True if this process submitted the run: then it does not outlive its backend.
         grace: Seconds between the request to stop and the end by force, for calls of `cancel` that name none.
+        ended_as: The terminal status of a run that had ended before there was this handle, so that `get_status` knows
+            it at once; None if it goes on. The outcome comes later, with the output.
 
     Attributes:
         submitted: The argument `submitted`.
@@ -113,9 +115,16 @@ class SupervisedRun(AwaitedRun, ABC):
     """The backend's word for a run, such as ``container``."""
 
     def __init__(
-        self, run_id: str, output: Path | None, *, submitted: bool, grace: float = DEFAULT_CANCEL_GRACE
+        self,
+        run_id: str,
+        output: Path | None,
+        *,
+        submitted: bool,
+        grace: float = DEFAULT_CANCEL_GRACE,
+        ended_as: RunStatus | None = None,
     ) -> None:
         super().__init__(run_id)
+        self._ended_as = ended_as
         self.submitted = submitted
         self._output = output
         self._stop_request = StopRequest(grace)

@@ -25,9 +25,9 @@ from mlfleet._concurrency.threads import FILES, LOGINS
 from mlfleet._environments.env_files import read_python_requirements
 from mlfleet._environments.pip_requirements import flatten
 from mlfleet._paths import run_folder
-from mlfleet._process.reattach import Identity, identify, machine, pid_namespace
+from mlfleet.backends._remote.owner import describe_this_process, owner_lives
 from mlfleet.backends._remote.run import SupervisedRuns
-from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job, ListedRun
+from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job, ListedRun, Presence
 from mlfleet.backends.databricks import request
 from mlfleet.backends.databricks.client import Timing, Workspace, WorkspaceError
 from mlfleet.backends.databricks.config import DatabricksConfig, TaskKind, Upload, UploadKind, parse_config
@@ -147,7 +147,7 @@ class DatabricksBackend(Backend[DatabricksConfig]):
         self._this_process: Mapping[str, Any] = {}
 
     async def __aenter__(self) -> Self:
-        self._this_process = await FILES.run(_describe_this_process)
+        self._this_process = await FILES.run(describe_this_process)
         return self
 
     async def __aexit__(
@@ -271,7 +271,7 @@ class DatabricksBackend(Backend[DatabricksConfig]):
         scope = ref.data.get("secret_scope")
         secret = (str(scope), secret_key(ref.run_id)) if scope else None
         if found is None:
-            if secret is not None and await FILES.run(partial(_owner_is_gone, ref)):
+            if secret is not None and await FILES.run(partial(owner_lives, ref.data.get("owner"))) is False:
                 await remove_secret(context.workspace, *secret)
             text = f"the workspace {context.workspace.url} has no run of the MLflow run {ref.run_id}, or has it no more"
             raise RunLost(text, backend=self.name)
@@ -374,10 +374,16 @@ class DatabricksBackend(Backend[DatabricksConfig]):
 
     async def is_abandoned(self, ref: JobRef) -> bool:
         """Return True if the run has ended or is gone, and so is the process that submitted it on this machine."""
-        if not await FILES.run(partial(_owner_is_gone, ref)):
+        if await FILES.run(partial(owner_lives, ref.data.get("owner"))) is not False:
             return False
+        return await self.presence(ref) is not Presence.ACTIVE
+
+    async def presence(self, ref: JobRef) -> Presence:
+        """Return the state of the run; see `Backend.presence`."""
         found = await _find(await self._context_of(ref), ref)
-        return found is None or read_state(found).is_terminal
+        if found is None:
+            return Presence.MISSING
+        return Presence.ENDED if read_state(found).is_terminal else Presence.ACTIVE
 
     # ---- one run ----------------------------------------------------------------------------------------------------
 
@@ -468,7 +474,9 @@ class DatabricksBackend(Backend[DatabricksConfig]):
         *,
         submitted: bool = True,
     ) -> DatabricksRun:
-        run = DatabricksRun(remote, context.workspace, storage, context.poller, submitted=submitted)
+        ended_as = state.status if state is not None and state.is_terminal and not submitted else None
+        workspace, poller = context.workspace, context.poller
+        run = DatabricksRun(remote, workspace, storage, poller, submitted=submitted, ended_as=ended_as)
         if state is not None:
             run.set_state(state)
         self._runs.start(run, name=f"mlfleet Databricks run {remote.id}")
@@ -527,31 +535,9 @@ def _new_attempt() -> str:
     return uuid.uuid4().hex[:12]
 
 
-def _describe_this_process() -> Mapping[str, Any]:
-    """Return the facts by which `_owner_is_gone` finds this process. Blocking."""
-    me = identify(os.getpid())
-    return {
-        "host": machine(),
-        "pid_namespace": pid_namespace(),
-        "pid": os.getpid(),
-        "started": None if me is None else me.started,
-    }
-
-
-def _owner_is_gone(ref: JobRef) -> bool:
-    """Return True if the process that submitted the run is known to be gone. Blocking.
-
-    A process on another machine cannot be seen; references of earlier versions name no process.
-    """
-    owner: Mapping[str, Any] = ref.data.get("owner") or {}
-    if owner.get("host") != machine() or owner.get("pid_namespace") != pid_namespace():
-        return False
-    return owner["started"] is not None and not Identity(int(owner["pid"]), owner["started"]).is_alive()
-
-
 def _read_abandoned() -> list[Record]:
     """Return the records of runs whose process is gone. Blocking."""
-    return [record for record in read_records() if _owner_is_gone(record.reference)]
+    return [record for record in read_records() if owner_lives(record.reference.data.get("owner")) is False]
 
 
 def _listed(run_id: str, run: Mapping[str, Any]) -> ListedRun:

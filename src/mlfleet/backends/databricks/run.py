@@ -64,15 +64,23 @@ class DatabricksRun(SupervisedRun):
         storage: The storage of its output.
         poller: The poller of the workspace's runs.
         submitted: True if this process submitted the run: then it does not outlive its backend.
+        ended_as: The status of a run that had ended before; None if it goes on.
     """
 
     backend = "databricks"
     noun = "run"
 
     def __init__(
-        self, run: RemoteRun, workspace: Workspace, storage: Storage, poller: Poller, *, submitted: bool
+        self,
+        run: RemoteRun,
+        workspace: Workspace,
+        storage: Storage,
+        poller: Poller,
+        *,
+        submitted: bool,
+        ended_as: RunStatus | None = None,
     ) -> None:
-        super().__init__(run.run_id, run.output, submitted=submitted)
+        super().__init__(run.run_id, run.output, submitted=submitted, ended_as=ended_as)
         self._run = run
         self._workspace = workspace
         self._poller = poller
@@ -103,9 +111,14 @@ class DatabricksRun(SupervisedRun):
         self._cancelling.set()
 
     async def get_status(self) -> RunStatus:
-        """Return the status of the latest poll."""
+        """Return the status of the latest poll, and a terminal one once the output is here.
+
+        A run that had ended before it was attached to has its terminal status at once.
+        """
         if self._outcome is not None:
             return self._outcome.status
+        if self._ended_as is not None:
+            return self._ended_as
         state = self._state.value
         return RunStatus.SCHEDULED if state is None or state.phase is Phase.WAITING else RunStatus.RUNNING
 
@@ -208,7 +221,7 @@ class DatabricksRun(SupervisedRun):
         if state.status is RunStatus.FINISHED:
             return Outcome(RunStatus.FINISHED, 0 if code is None else code)
         failed_itself = ending is not None and not ending.stopped and state.status is RunStatus.FAILED
-        if self._cancelling.is_set() and not failed_itself:
+        if self._cancelling.is_set() and not failed_itself and self._ended_as is None:
             return Outcome(RunStatus.KILLED, code, "cancelled")
         if state.status is RunStatus.KILLED:
             return Outcome(RunStatus.KILLED, code, f"cancelled in Databricks ({state.reason})")

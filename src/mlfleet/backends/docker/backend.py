@@ -19,8 +19,9 @@ from mlfleet._concurrency.cancellation import complete, wait_done
 from mlfleet._concurrency.threads import FILES
 from mlfleet._oci import login
 from mlfleet._paths import run_folder
+from mlfleet._process.reattach import machine
 from mlfleet.backends._remote.run import SupervisedRuns
-from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job, ListedRun
+from mlfleet.backends.base import DRIVER_DIED, Backend, BackendRun, DockerRequest, Job, ListedRun, Presence
 from mlfleet.backends.docker.client import Endpoint, Engine, EngineError
 from mlfleet.backends.docker.container import TrackingMounts, container_body, container_name, tracking_mounts
 from mlfleet.backends.docker.image import Image, Images, check_reference
@@ -38,7 +39,7 @@ from mlfleet.backends.docker.watch import (
     remove_container,
 )
 from mlfleet.errors import RunLost, SubmitError, UsageError
-from mlfleet.runs import JobRef
+from mlfleet.runs import JobRef, RunStatus
 
 __all__ = ["DockerBackend"]
 
@@ -94,7 +95,8 @@ class DockerBackend(Backend[None]):
         """Return the engine's address and the container's name."""
         endpoint = self._engine.endpoint
         url = endpoint.url if endpoint is not None else ""
-        return JobRef(self.name, job.run_id, {"engine": url, "container": container_name(job.run_id, _names(job))})
+        data = {"engine": url, "container": container_name(job.run_id, _names(job)), "host": machine()}
+        return JobRef(self.name, job.run_id, data)
 
     async def submit(self, job: Job) -> DockerRun:
         """Pull or build the image if necessary, and start the job's container.
@@ -173,7 +175,15 @@ class DockerBackend(Backend[None]):
         )
         named = ContainerLock.from_label(labels.get(DRIVER_LABEL, ""), ref.run_id)
         lock = await FILES.run(partial(_acquire, named))
-        return self._supervise(container, lock, submitted=False)
+        state: Mapping[str, Any] = found.get("State") or {}
+        if state.get("Status") == "created" and lock.is_held:
+            await remove_container(self._engine, container.id)
+            await FILES.run(lock.release)
+            raise RunLost(f"the container {name} was never started: {DRIVER_DIED}", backend=self.name)
+        ended_as = None
+        if state.get("Status") in ("exited", "dead"):
+            ended_as = RunStatus.FAILED if state.get("ExitCode") else RunStatus.FINISHED
+        return self._supervise(container, lock, submitted=False, ended_as=ended_as)
 
     async def list_runs(self) -> Sequence[ListedRun]:
         """Return the runs whose container the engine has; see `Backend.list_runs`."""
@@ -188,7 +198,20 @@ class DockerBackend(Backend[None]):
     async def is_abandoned(self, ref: JobRef) -> bool:
         """Return True if the run's container has ended and no process looks after it."""
         found = await list_containers(self._engine, ref.run_id)
-        return bool(found) and not found[0].supervised and found[0].state in ("exited", "dead")
+        return bool(found) and not found[0].supervised and found[0].state in ("created", "exited", "dead")
+
+    async def presence(self, ref: JobRef) -> Presence | None:
+        """Return the state of the run's container; None if it may be on the engine of another machine."""
+        is_from_here = ref.data.get("host") == machine()
+        found = await list_containers(self._engine, ref.run_id)
+        if found:
+            if is_from_here and found[0].supervised:
+                return Presence.ACTIVE  # a process of this machine copies its output, and will remove it
+            if found[0].state == "created" and not found[0].supervised:
+                return Presence.MISSING  # `attach` removes it
+            return Presence.ENDED if found[0].state in ("exited", "dead") else Presence.ACTIVE
+        here = (await self._engine.locate()).url
+        return Presence.MISSING if is_from_here and ref.data.get("engine") == here else None
 
     # ---- one container ----------------------------------------------------------------------------------------------
 
@@ -240,8 +263,10 @@ class DockerBackend(Backend[None]):
             for container in containers:
                 await remove_container(self._engine, container)
 
-    def _supervise(self, container: Container, lock: ContainerLock, *, submitted: bool) -> DockerRun:
-        run = DockerRun(container, self._engine, self._watch, lock, submitted=submitted)
+    def _supervise(
+        self, container: Container, lock: ContainerLock, *, submitted: bool, ended_as: RunStatus | None = None
+    ) -> DockerRun:
+        run = DockerRun(container, self._engine, self._watch, lock, submitted=submitted, ended_as=ended_as)
         self._runs.start(run, name=f"mlfleet container {container.name}")
         return run
 

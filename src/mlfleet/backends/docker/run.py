@@ -70,15 +70,26 @@ class DockerRun(SupervisedRun):
         watch: The states of the engine's containers.
         lock: The ownership lock of the container, which need not be held.
         submitted: True if this process submitted the run.
+        ended_as: The status of a run whose container had ended before; None if it goes on.
     """
 
     backend = "docker"
     noun = "container"
 
     def __init__(
-        self, container: Container, engine: Engine, watch: ContainerWatch, lock: ContainerLock, *, submitted: bool
+        self,
+        container: Container,
+        engine: Engine,
+        watch: ContainerWatch,
+        lock: ContainerLock,
+        *,
+        submitted: bool,
+        ended_as: RunStatus | None = None,
     ) -> None:
-        super().__init__(container.run_id, container.output, submitted=submitted, grace=container.grace)
+        super().__init__(
+            container.run_id, container.output, submitted=submitted, grace=container.grace, ended_as=ended_as
+        )
+        self._was_signalled = False  # True if the container ran when it was asked to stop
         self._container = container
         self._engine = engine
         self._watch = watch
@@ -103,8 +114,13 @@ class DockerRun(SupervisedRun):
         """Return at once: a container runs when the engine has answered its start."""
 
     async def get_status(self) -> RunStatus:
-        """Return RUNNING until the container is removed, then the terminal status."""
-        return RunStatus.RUNNING if self._outcome is None else self._outcome.status
+        """Return RUNNING until the container is removed, then the terminal status.
+
+        A container that had ended before it was attached to has its terminal status at once.
+        """
+        if self._outcome is not None:
+            return self._outcome.status
+        return self._ended_as or RunStatus.RUNNING
 
     # ---- its task ---------------------------------------------------------------------------------------------------
 
@@ -221,6 +237,7 @@ class DockerRun(SupervisedRun):
 
         try:
             await _KILLING.call(kill, retry_if=runs_still)
+            self._was_signalled = True
         except EngineError as error:
             if runs_still(error):
                 text = f"the container {container.name} may still run, it could not be stopped: {error}"
@@ -243,7 +260,7 @@ class DockerRun(SupervisedRun):
             if error.status != 404:
                 raise
         code = state.exit_code
-        if self._stop_request.is_requested:
+        if self._stop_request.is_requested and (self._was_signalled or code is None):
             return Outcome(RunStatus.KILLED, code, "cancelled")
         if code is None:
             text = f"the container {self._container.name} was removed by somebody else before its end was seen"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import anyio
 
@@ -21,8 +20,9 @@ from mlfleet._concurrency.threads import FILES, LOGINS
 from mlfleet._concurrency.throttle import Throttle
 from mlfleet._paths import run_folder
 from mlfleet._text.masking import MASK
+from mlfleet.backends._remote.owner import describe_this_process, owner_lives, owner_text
 from mlfleet.backends._remote.run import SupervisedRuns
-from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job, ListedRun
+from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job, ListedRun, Presence
 from mlfleet.backends.kubernetes.client import KubernetesClient
 from mlfleet.backends.kubernetes.config import KubernetesConfig, StartTimeouts, parse_config
 from mlfleet.backends.kubernetes.delivery import Deliveries, preview_code
@@ -70,12 +70,17 @@ class KubernetesBackend(Backend[KubernetesConfig]):
 
     def __init__(self, *, end_patience: float = 120.0) -> None:
         self._end_patience = end_patience
+        self._this_process: Mapping[str, Any] = {}
         self._watches = WatchPool()
         self._deliveries = Deliveries()
         self._log_slots = LogSlots()
         self._runs = SupervisedRuns()
         self._throttle = Throttle()
         self._creating = asyncio.Semaphore(_AT_ONCE)
+
+    async def __aenter__(self) -> Self:
+        self._this_process = await FILES.run(describe_this_process)
+        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -127,7 +132,7 @@ class KubernetesBackend(Backend[KubernetesConfig]):
             "context": config.cluster.context,
             "namespace": config.namespace,
             "name": job_name(job.project_name, job.run_id),
-            "owner": _me(),
+            "owner": self._this_process,
         }
         if job.output is not None:
             data["output"] = str(job.output)
@@ -173,7 +178,7 @@ class KubernetesBackend(Backend[KubernetesConfig]):
             async with self._creating:
                 submission = uuid.uuid4().hex
                 manifest = job_manifest(
-                    job, config, code, plain, secrets=tuple(secret), submission=submission, owner=_me()
+                    job, config, code, plain, secrets=tuple(secret), submission=submission, owner=owner_text()
                 )
                 made = await self._create(shared, job, config, manifest, secret)
             target = Target(
@@ -210,7 +215,8 @@ class KubernetesBackend(Backend[KubernetesConfig]):
         data = ref.data
         config = await LOGINS.run(partial(_attached_config, data))
         # The process that submitted the run deletes its Job as soon as it has the output, if it still lives.
-        keep = config.keep_jobs or await FILES.run(partial(_owner_lives, ref))
+        lives = bool(await FILES.run(partial(owner_lives, data.get("owner"))))
+        keep = config.keep_jobs or lives
         name = _job_name(ref)
         shared = await self._watches.acquire(config.cluster, config.namespace)
         try:
@@ -220,7 +226,7 @@ class KubernetesBackend(Backend[KubernetesConfig]):
                 name=name,
                 uid=found["metadata"]["uid"],
                 run_id=ref.run_id,
-                output=_output(ref),
+                output=_output(ref.run_id),
                 grace=grace_of(found),
                 timeouts=config.timeouts,
                 keep=keep,
@@ -269,15 +275,19 @@ class KubernetesBackend(Backend[KubernetesConfig]):
 
     async def is_abandoned(self, ref: JobRef) -> bool:
         """Return True if the Job has ended or is gone, and so is the process that submitted it on this machine."""
-        if not await FILES.run(partial(_owner_is_gone, ref)):
+        if await FILES.run(partial(owner_lives, ref.data.get("owner"))) is not False:
             return False
+        return await self.presence(ref) is not Presence.ACTIVE
+
+    async def presence(self, ref: JobRef) -> Presence:
+        """Return the state of the Job; see `Backend.presence`."""
         config = await LOGINS.run(partial(_attached_config, ref.data))
         client = await self._watches.client(config.cluster)
         try:
             found = await find_job(client, config.namespace, _job_name(ref), ref.run_id)
         except RunLost:
-            return True
-        return read_job(found).ended
+            return Presence.MISSING
+        return Presence.ENDED if read_job(found).ended else Presence.ACTIVE
 
     # ---- one Job ----------------------------------------------------------------------------------------------------
 
@@ -369,39 +379,9 @@ def _tags(made: Mapping[str, Any]) -> dict[str, str]:
     return {"mlfleet.kubernetes.job": f"{meta['namespace']}/{meta['name']}", "mlfleet.kubernetes.uid": meta["uid"]}
 
 
-def _me() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}"
-
-
-def _output(ref: JobRef) -> Path:
+def _output(run_id: str) -> Path:
     """Return the file that the first process writes to: if it still lives, both write the same there."""
-    return run_folder(ref.run_id) / "output.log"
-
-
-def _owner(ref: JobRef) -> int | None:
-    """Return the id of the process that submitted the run; None if that was on another machine."""
-    return _pid_here(str(ref.data.get("owner") or ""))
-
-
-def _pid_here(owner: str) -> int | None:
-    host, _, pid = owner.rpartition(":")
-    return int(pid) if host == socket.gethostname() and pid.isdigit() else None
-
-
-def _owner_is_gone(ref: JobRef) -> bool:
-    """Return True if the process that submitted the run is known to be gone. Blocking."""
-    return _is_gone(_owner(ref))
-
-
-def _is_gone(pid: int | None) -> bool:
-    import psutil
-
-    return pid is not None and not psutil.pid_exists(pid)
-
-
-def _owner_lives(ref: JobRef) -> bool:
-    """Return True if the process that submitted the run is on this machine and lives. Blocking."""
-    return _owner(ref) is not None and not _owner_is_gone(ref)
+    return run_folder(run_id) / "output.log"
 
 
 def _listed(raw: Mapping[str, Any]) -> ListedRun:
@@ -418,6 +398,6 @@ def _listed(raw: Mapping[str, Any]) -> ListedRun:
         created=datetime.fromisoformat(meta["creationTimestamp"]),
         state=state,
         # A process on another machine may look after its Jobs.
-        supervised=not _is_gone(_pid_here(str((meta.get("annotations") or {}).get(OWNER, "")))),
+        supervised=owner_lives(str((meta.get("annotations") or {}).get(OWNER, ""))) is not False,
         detail={"job": f"{meta['namespace']}/{meta['name']}"},
     )

@@ -89,7 +89,8 @@ class KubernetesRun(SupervisedRun):
         *,
         submitted: bool,
     ) -> None:
-        super().__init__(target.run_id, target.output, submitted=submitted, grace=target.grace)
+        ended_as = Snapshot(job).status if job.ended and not submitted else None
+        super().__init__(target.run_id, target.output, submitted=submitted, grace=target.grace, ended_as=ended_as)
         self.target = target
         self._client = client
         self._watch = watch
@@ -115,9 +116,14 @@ class KubernetesRun(SupervisedRun):
             self._stopping = self._living.create_task(self._stop())
 
     async def get_status(self) -> RunStatus:
-        """Return SCHEDULED until a container runs, and a final status only once the output is complete."""
+        """Return SCHEDULED until a container runs, and a final status only once the output is complete.
+
+        A Job that had ended before it was attached to has its final status at once.
+        """
         if self._outcome is not None:
             return self._outcome.status
+        if self._ended_as is not None:
+            return self._ended_as
         snapshot = self._state.value
         if snapshot is None:
             return RunStatus.SCHEDULED

@@ -18,21 +18,22 @@ from typing import ClassVar, Self
 
 import anyio
 
-from mlfleet._concurrency.cancellation import complete
+from mlfleet._concurrency.cancellation import complete, wait_done
 from mlfleet._concurrency.threads import FILES
 from mlfleet._paths import run_folder as folder_of
 from mlfleet._process.guardian import MARKER_VARIABLE, RUN_VARIABLE
-from mlfleet._process.marked import end_marked
+from mlfleet._process.marked import end_marked, find_marked
 from mlfleet._process.process import Command, Process, start
 from mlfleet._process.reattach import ReattachedProcess
 from mlfleet._text.lines import follow_bytes, last_lines, split_lines
-from mlfleet.backends.base import Backend, BackendRun, Job, ListedRun
+from mlfleet.backends.base import DRIVER_DIED, Backend, BackendRun, Job, ListedRun, Presence
 from mlfleet.backends.local import run_folder
 from mlfleet.errors import BackendError, RunLost, SubmitError
 from mlfleet.runs import DEFAULT_CANCEL_GRACE, JobRef, Outcome, RunStatus
 
 __all__ = ["LocalBackend"]
 
+_LEFT_POLL = 0.2  # seconds between two looks at the processes that a driver has left
 _START_TIMEOUT, _START_POLL = 5.0, 0.05  # seconds that a run to attach to may take to begin, and between two looks
 
 
@@ -116,6 +117,22 @@ class LocalBackend(Backend[None]):
     async def is_abandoned(self, ref: JobRef) -> bool:
         """Return True if a run of this machine is over and the process that started it is gone."""
         return await FILES.run(partial(run_folder.is_abandoned, ref))
+
+    async def presence(self, ref: JobRef) -> Presence | None:
+        """Return the state of a durable run; None if it is on another machine."""
+        return await FILES.run(partial(run_folder.presence, ref)) if "folder" in ref.data else None
+
+    async def find_left(self, run_id: str, *, grace: float) -> BackendRun:
+        """Return the handle of the processes that a driver that died has left, found by the run's variable.
+
+        The guardian is about to end them, if there is one.
+
+        Raises:
+            RunLost: None is left.
+        """
+        if not await find_marked(run_id):
+            raise RunLost(DRIVER_DIED, backend=self.name)
+        return _LeftRun(run_id, grace)
 
     async def withdraw(self, ref: JobRef) -> bool:
         """Claim a run that its shell has not claimed yet, so that it never begins.
@@ -233,6 +250,53 @@ class _LocalRun:
             return
         async for data in follow_bytes(self._output, self._process.wait if follow else None):
             yield data
+
+
+class _LeftRun:
+    """The handle of the processes that a driver that died has left. Nobody learns their exit codes."""
+
+    def __init__(self, run_id: str, grace: float) -> None:
+        self.run_id = run_id
+        self._grace = grace
+        self._stopped = False
+
+    async def started(self) -> None:
+        """Return at once."""
+
+    async def wait(self) -> bool:
+        return (await self.outcome()).status is RunStatus.FINISHED
+
+    async def outcome(self) -> Outcome:
+        while await find_marked(self.run_id):  # noqa: ASYNC110 - nobody tells of the ends of others' processes
+            await anyio.sleep(_LEFT_POLL)
+        return self._outcome()
+
+    async def cancel(self, *, grace: float | None = None) -> None:
+        self._stopped = self._stopped or bool(await find_marked(self.run_id))
+        await complete(partial(end_marked, self.run_id, self._grace if grace is None else grace), restart=True)
+
+    async def get_status(self) -> RunStatus:
+        return RunStatus.RUNNING if await find_marked(self.run_id) else self._outcome().status
+
+    def logs(self, *, follow: bool = True) -> AsyncIterator[str]:
+        return split_lines(self.output_bytes(follow=follow))
+
+    async def output_bytes(self, *, follow: bool = True) -> AsyncIterator[bytes]:
+        path = folder_of(self.run_id) / "output.log"
+        # A task of its own: `follow_bytes` cancels what it waits for again and again, and a look takes a while.
+        ending = asyncio.ensure_future(self.outcome())
+        try:
+            async for data in follow_bytes(path, partial(asyncio.wait, [ending]) if follow else None):
+                yield data
+        finally:
+            ending.cancel()
+            await wait_done(ending)
+
+    def _outcome(self) -> Outcome:
+        if self._stopped:
+            return Outcome(RunStatus.KILLED, reason="cancelled")
+        error = RunLost(DRIVER_DIED, backend=LocalBackend.name)
+        return Outcome(RunStatus.FAILED, reason=DRIVER_DIED, error=error)
 
 
 class _Ended:

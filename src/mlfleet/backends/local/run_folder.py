@@ -21,7 +21,7 @@ from pathlib import Path
 from mlfleet._paths import run_folder, runs_folder
 from mlfleet._process.reattach import Identity, ProcessRecord, boot_id, identify, machine, open_process, pid_namespace
 from mlfleet._process.sessions import kill_session
-from mlfleet.backends.base import Job, ListedRun
+from mlfleet.backends.base import Job, ListedRun, Presence
 from mlfleet.errors import BackendError, RunLost, SpecError
 from mlfleet.runs import JobRef
 
@@ -36,6 +36,7 @@ __all__ = [
     "is_here",
     "list_runs",
     "output_file",
+    "presence",
     "reference",
     "this_process",
     "withdraw",
@@ -200,13 +201,20 @@ def is_abandoned(ref: JobRef) -> bool:
         return False
     if is_here(ref) and driver_lives(ref):
         return False
+    return presence(ref) is not Presence.ACTIVE
+
+
+def presence(ref: JobRef) -> Presence | None:
+    """Return the state of a run; None if it was started on another machine. Blocking."""
+    if not is_here(ref, this_boot=False):
+        return None
     try:
         found = find(ref, give_up=False)
     except RunLost:
-        return True
+        return Presence.MISSING
     if isinstance(found, Living):
         found.close()
-    return isinstance(found, Ended)
+    return Presence.ENDED if isinstance(found, Ended) else Presence.ACTIVE
 
 
 def withdraw(ref: JobRef) -> bool:

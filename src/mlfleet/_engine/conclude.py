@@ -1,0 +1,210 @@
+"""The end of runs whose driver died: who may conclude a run, and how its status is written.
+
+The driver of a run is the process that supervises it. The cases, in this order:
+
+1. The run has a record on this machine. Its driver lives: nobody else concludes the run.
+2. It has one, and its driver is gone. The outcome that the driver wrote into the record counts; without one, a run
+   without a reference has ended when nothing of it is left here, and one with a reference when its backend says so.
+3. It has none, but its reference names a driver of this machine: the backend says if that is gone and the run is over.
+4. Otherwise the driver cannot be seen. A run that has ended at its backend is concluded when its status has not been
+   written for `UNSEEN_PATIENCE` seconds. One that the backend does not have (any more) is left alone: its driver may
+   be about to make it.
+
+MLflow's own status counts in all cases: a terminal one is only ever made worse, by an exit code.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from typing import TYPE_CHECKING
+
+import anyio
+
+from mlfleet._concurrency.threads import FILES
+from mlfleet._engine.attach import read_reference
+from mlfleet._engine.records import RunRecord, find_record, list_records, remove_record, tracking_key
+from mlfleet._engine.request import SweepMember
+from mlfleet.backends.base import DRIVER_DIED, Backend, Presence
+from mlfleet.backends.registry import find
+from mlfleet.errors import BackendNotFound, MlfleetError, RunLost, TrackingError
+from mlfleet.runs import FailureKind, JobRef, Outcome, RunStatus
+from mlfleet.tracking.base import RunInfo, end_run, failure_tags
+
+if TYPE_CHECKING:
+    from mlfleet._engine.context import RunContext
+
+__all__ = ["UNSEEN_PATIENCE", "Driver", "Verdict", "conclude", "conclude_left", "judge"]
+
+logger = logging.getLogger("mlfleet.runs")
+
+UNSEEN_PATIENCE = 120.0
+"""Seconds in which a driver that cannot be seen must write the status of a run that has ended at its backend."""
+
+_PAUSE = 2.0  # seconds between two looks at runs whose processes are still being ended
+
+
+class Driver(StrEnum):
+    """The state of the process that supervises a run."""
+
+    LIVES = "lives"
+    GONE = "gone"
+    UNSEEN = "unseen"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The state of a run as another process than its driver sees it.
+
+    Attributes:
+        driver: The state of its driver.
+        ended: True if nothing of the run runs any more, as far as that is known.
+        outcome: The outcome to write; None if the backend must be asked for it.
+        is_missing: True if the backend has nothing of the run: it was never made, or has been removed.
+    """
+
+    driver: Driver
+    ended: bool = False
+    outcome: Outcome | None = None
+    is_missing: bool = False
+
+    @property
+    def is_left(self) -> bool:
+        """True if the run has ended, and its driver will not write its status."""
+        return self.ended and self.driver is Driver.GONE
+
+
+async def judge(context: RunContext, info: RunInfo, *, elsewhere: bool = True) -> Verdict:
+    """Return the state of a run that this process does not supervise.
+
+    Args:
+        context: The services of the Fleet.
+        info: The MLflow run.
+        elsewhere: True to ask the backend about runs of other machines, too.
+
+    Raises:
+        MlfleetError: The reference is damaged, or the backend cannot be asked about a run of this machine.
+    """
+    record, lives = await FILES.run(partial(_look_up, info.run_id))
+    if lives:
+        return Verdict(Driver.LIVES)
+    reference = read_reference(info) if JobRef.TAG in info.tags else None
+    if record is not None and lives is False:
+        return await _judge_left(context, record, reference)
+    if reference is None:
+        return Verdict(Driver.UNSEEN)
+    try:
+        backend = await context.backend(reference.backend)
+    except BackendNotFound:  # not installed here: its own process, or a machine that has it, writes the status
+        return Verdict(Driver.UNSEEN)
+    if await backend.is_abandoned(reference):
+        return Verdict(Driver.GONE, ended=True)
+    if not elsewhere:
+        return Verdict(Driver.UNSEEN)
+    try:
+        return Verdict(Driver.UNSEEN, ended=await backend.presence(reference) is Presence.ENDED)
+    except MlfleetError as error:  # this machine need not have access to the backend
+        logger.debug("the run %s cannot be looked at from here: %s", info.run_id, error)
+        return Verdict(Driver.UNSEEN)
+
+
+async def conclude(context: RunContext, info: RunInfo, verdict: Verdict) -> None:
+    """Write the status of a run that has ended and whose driver does not do it.
+
+    Raises:
+        MlfleetError: Tracking or the backend cannot be reached.
+    """
+    if verdict.outcome is None:
+        await (await context.attach(info.run_id)).outcome()
+        return
+    outcome = verdict.outcome
+    tags = failure_tags(outcome)
+    if isinstance(outcome.error, RunLost) and SweepMember.ID_TAG in info.tags:
+        tags[SweepMember.LOST_TAG] = outcome.reason or DRIVER_DIED
+    await end_run(
+        context.tracking,
+        info.run_id,
+        outcome.status,
+        patience=context.tracking_patience,
+        overwrite=outcome.exit_code is not None,
+        tags=tags,
+    )
+    await FILES.run(partial(remove_record, info.run_id))
+
+
+async def conclude_left(context: RunContext) -> None:
+    """Conclude the runs that drivers of this machine have left in the context's tracking, as far as that asks nobody.
+
+    Runs of sweeps with a name are left to their sweep, and runs that a backend elsewhere has to those who ask for them.
+    """
+    key = tracking_key(context.tracking.uri)
+    try:
+        while True:
+            going = [not await _conclude_record(context, record) for record in await FILES.run(partial(_left, key))]
+            if not any(going):
+                return
+            await anyio.sleep(_PAUSE)
+    except MlfleetError as error:
+        logger.debug("runs that another process has left are not concluded now: %s", error)
+    except Exception:
+        logger.exception("runs that another process has left are not concluded")
+
+
+async def _conclude_record(context: RunContext, record: RunRecord) -> bool:
+    """Conclude the run of a record, if that is possible. Return False to try again later."""
+    try:
+        info = await context.tracking.get_run(record.run_id)
+    except TrackingError as error:
+        if error.code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        info = None
+    if info is None or info.deleted or info.status.is_terminal:
+        await FILES.run(partial(remove_record, record.run_id))
+        return True
+    if JobRef.TAG in info.tags and record.outcome is None:
+        return True
+    verdict = await judge(context, info)
+    if not verdict.is_left:
+        return False
+    await conclude(context, info, verdict)
+    logger.info("the run %s was concluded: %s", record.run_id, DRIVER_DIED)
+    return True
+
+
+async def _judge_left(context: RunContext, record: RunRecord, reference: JobRef | None) -> Verdict:
+    """Return the state of a run whose driver is gone."""
+    if record.outcome is not None:
+        return Verdict(Driver.GONE, ended=True, outcome=record.outcome)
+    if reference is not None:
+        backend = await context.backend(reference.backend)
+        presence = await backend.presence(reference)
+        ended = await backend.is_abandoned(reference) if presence is None else presence is not Presence.ACTIVE
+        return Verdict(Driver.GONE, ended=ended, is_missing=presence is Presence.MISSING)
+    # The reference is written before anything is made elsewhere: only a backend of this machine can have left more.
+    try:
+        can_tell = (await FILES.run(partial(find, record.backend))).find_left is not Backend.find_left
+    except BackendNotFound:
+        can_tell = False
+    if can_tell:
+        try:
+            await (await context.backend(record.backend)).find_left(record.run_id, grace=record.grace)
+        except RunLost:
+            pass
+        else:
+            return Verdict(Driver.GONE)
+    lost = RunLost(DRIVER_DIED, backend=record.backend)
+    outcome = Outcome(RunStatus.FAILED, reason=DRIVER_DIED, error=lost, cause=FailureKind.INFRASTRUCTURE)
+    return Verdict(Driver.GONE, ended=True, outcome=outcome)
+
+
+def _look_up(run_id: str) -> tuple[RunRecord | None, bool | None]:
+    record = find_record(run_id)
+    return record, None if record is None else record.driver_lives()
+
+
+def _left(key: str) -> list[RunRecord]:
+    """Return the records of a tracking server or store whose drivers are gone. Blocking."""
+    records = [record for record in list_records() if record.tracking == key and not record.durable]
+    return [record for record in records if record.driver_lives() is False]

@@ -1,0 +1,313 @@
+"""The records of active runs on this machine, from which other processes conclude the runs of a driver that died.
+
+A record is a small file for each run, in ``active`` of the state folder. It is made when the MLflow run exists, and
+removed when its terminal status is written. Every driver holds the lock of a file beside them, which ends with its
+process however that ends: a record whose driver's lock is free has been left.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import secrets
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+from mlfleet._concurrency.single_flight import Coalescing
+from mlfleet._concurrency.threads import FILES
+from mlfleet._paths import active_folder
+from mlfleet._process.reattach import boot_id, machine
+from mlfleet._store.lease import unleased
+from mlfleet.errors import UsageError
+from mlfleet.runs import DEFAULT_CANCEL_GRACE, FailureKind, Outcome, RunStatus
+
+__all__ = ["RunRecord", "RunRecords", "find_record", "list_records", "remove_record", "tracking_key"]
+
+_log = logging.getLogger("mlfleet.runs")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """The record of a run.
+
+    Attributes:
+        run_id: The id of the MLflow run.
+        backend: The name of the backend.
+        project: The name of the project.
+        tracking: The `tracking_key` of the tracking server or store.
+        began: The time at which the record was made, in seconds since the epoch.
+        grace: Seconds between the request to stop and the end by force.
+        durable: True if the run outlives its driver on this machine, so that its sweep goes on with it.
+        captured: True if the output of the run is kept in its folder.
+        sweep_id: The MLflow run of the sweep that the run belongs to.
+        driver: The name of the driver's lock.
+        host: The machine of the driver.
+        boot: The id of that machine's boot, by which containers of one machine know each other.
+        outcome: The end of the run as its driver saw it; None before the end.
+    """
+
+    run_id: str
+    backend: str
+    project: str
+    tracking: str
+    began: float = field(default_factory=time.time)
+    grace: float = DEFAULT_CANCEL_GRACE
+    durable: bool = False
+    captured: bool = True
+    sweep_id: str | None = None
+    driver: str = ""
+    host: str = ""
+    boot: str = ""
+    outcome: Outcome | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read the lines of a file: the record, and after the run's end its outcome.
+
+        Raises:
+            ValueError: The text is not a record. KeyError and TypeError likewise.
+        """
+        first, _, rest = text.partition("\n")
+        facts: dict[str, Any] = json.loads(first)
+        record = cls(**{name: facts[name] for name in cls.__dataclass_fields__ if name in facts})
+        if rest.endswith("\n"):
+            record = replace(record, outcome=_read_outcome(json.loads(rest)))
+        return record
+
+    def to_text(self) -> str:
+        """Return the line of a record without its outcome."""
+        return json.dumps({name: value for name, value in asdict(self).items() if name != "outcome"}) + "\n"
+
+    def driver_lives(self) -> bool | None:
+        """Return True if the process that supervises the run lives; None if that cannot be seen here. Blocking."""
+        if self.host != machine() and self.boot != boot_id():
+            return None  # a state folder that machines share
+        with unleased(_lock_path(self.driver)) as is_free:
+            return not is_free
+
+
+class RunRecords:
+    """The records of the runs that one Fleet supervises.
+
+    A record that cannot be written is left out, with one warning: the run goes on without it.
+    """
+
+    def __init__(self) -> None:
+        self._pending: dict[str, list[RunRecord | Outcome]] = {}  # run id → what to write; nothing: remove the file
+        self._mine: set[str] = set()
+        self._guard = threading.Lock()
+        self._flush: Coalescing[str, None] = Coalescing()
+        self._lock = _DriverLock()
+        self._warned = False
+
+    async def add(self, record: RunRecord) -> None:
+        """Write the record of a run, which this process supervises from now on."""
+        self._mine.add(record.run_id)
+        await self._write(record.run_id, record)
+
+    async def end(self, run_id: str, outcome: Outcome) -> None:
+        """Write the outcome of a run into its record, before its status is written."""
+        if run_id in self._mine:
+            await self._write(run_id, outcome)
+
+    async def remove(self, run_id: str) -> None:
+        """Remove the record of a run whose status is written."""
+        if run_id in self._mine:
+            self._mine.discard(run_id)
+            await self._write(run_id, None)
+
+    async def close(self) -> None:
+        """Give up the lock. Records that are left are concluded by the next process."""
+        await FILES.finish(self._close)
+
+    async def _write(self, run_id: str, content: RunRecord | Outcome | None) -> None:
+        with self._guard:
+            if isinstance(content, Outcome):
+                self._pending.setdefault(run_id, []).append(content)
+            else:
+                self._pending[run_id] = [] if content is None else [content]
+        # Hundreds of runs that begin or end at the same time take few turns in a thread.
+        await self._flush("", partial(FILES.run, self._write_pending))
+
+    def _write_pending(self) -> None:
+        with self._guard:
+            pending, self._pending = self._pending, {}
+            for run_id, contents in pending.items():
+                try:
+                    self._lock.acquire()
+                    _apply(run_id, contents, self._lock.name)
+                except OSError as error:
+                    self._warn(error)
+
+    def _close(self) -> None:
+        self._write_pending()
+        self._lock.release()
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            text = "runs are not recorded in %s, so nobody can conclude them if this process dies: %s"
+            _log.warning(text, active_folder(), error.strerror or error)
+
+
+def tracking_key(uri: str) -> str:
+    """Return the name under which records keep a tracking server or store, which hides its address."""
+    return hashlib.sha256(uri.encode()).hexdigest()[:16]
+
+
+def find_record(run_id: str) -> RunRecord | None:
+    """Return the record of a run on this machine; None if there is none. Blocking."""
+    with suppress(OSError, ValueError, KeyError, TypeError, UsageError):
+        record = _read(_record_path(run_id))
+        return record if record.run_id == run_id else None
+    return None
+
+
+def list_records() -> list[RunRecord]:
+    """Return the records of all runs on this machine, and remove locks that nothing needs any more. Blocking."""
+    found: list[RunRecord] = []
+    folder = active_folder()
+    names = _names(folder)
+    for name in names:
+        if name.endswith(".json"):
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                record = _read(folder / name)
+                if name == f"{record.run_id}.json":
+                    found.append(record)
+    used = {record.driver for record in found}
+    for name in names:
+        if name.endswith(".lock") and name.removesuffix(".lock") not in used:
+            with unleased(folder / name) as is_free:
+                # The lock of a driver has its name only once it is held: a free one belongs to no process.
+                if is_free:
+                    (folder / name).unlink(missing_ok=True)
+    return found
+
+
+def remove_record(run_id: str) -> None:
+    """Remove the record of a run that was concluded. Blocking."""
+    with suppress(OSError, UsageError):
+        _record_path(run_id).unlink(missing_ok=True)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+_held: weakref.WeakSet[_DriverLock] = weakref.WeakSet()
+
+
+class _DriverLock:
+    """The lock that a Fleet holds as long as its process lives. It is taken with the first record."""
+
+    def __init__(self) -> None:
+        self.name = f"{os.getpid()}-{secrets.token_hex(8)}"
+        self._descriptor: int | None = None
+
+    def acquire(self) -> None:
+        if self._descriptor is not None:
+            return
+        path = _lock_path(self.name)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        unfinished = path.with_suffix(".new")
+        descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            unfinished.rename(path)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._descriptor = descriptor
+        _held.add(self)
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            _lock_path(self.name).unlink(missing_ok=True)
+        self.close()
+
+    def close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _close_in_child() -> None:
+    """Close the locks in a forked child, which would hold them beyond the death of its parent."""
+    for lock in tuple(_held):
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+def _apply(run_id: str, contents: Sequence[RunRecord | Outcome], driver: str) -> None:
+    path = _record_path(run_id)
+    if not contents:
+        path.unlink(missing_ok=True)
+        return
+    texts = []
+    for content in contents:
+        if isinstance(content, RunRecord):
+            content = replace(content, driver=driver, host=machine(), boot=boot_id(), outcome=None)
+        texts.append(content.to_text() if isinstance(content, RunRecord) else _outcome_text(content))
+    how = os.O_CREAT | os.O_TRUNC if isinstance(contents[0], RunRecord) else os.O_APPEND
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | how, 0o600)
+    try:
+        os.write(descriptor, "".join(texts).encode())
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: Path) -> RunRecord:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    with os.fdopen(descriptor, "rb") as file:
+        if os.fstat(descriptor).st_uid != os.getuid():
+            raise ValueError(f"{path} is another user's")
+        return RunRecord.parse(file.read().decode())
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return [entry.name for entry in os.scandir(folder)]
+    except OSError:
+        return []
+
+
+def _record_path(run_id: str) -> Path:
+    if "/" in run_id or "\0" in run_id:
+        raise UsageError(f"{run_id!r} is not the id of a run")
+    return active_folder() / f"{run_id}.json"
+
+
+def _lock_path(driver: str) -> Path:
+    return active_folder() / f"{Path(driver).name}.lock"
+
+
+def _outcome_text(outcome: Outcome) -> str:
+    kind = outcome.kind
+    facts = {
+        "status": outcome.status.value,
+        "exit_code": outcome.exit_code,
+        "reason": outcome.reason,
+        "kind": None if kind is None else kind.value,
+    }
+    return json.dumps(facts) + "\n"
+
+
+def _read_outcome(facts: Mapping[str, Any]) -> Outcome:
+    kind = facts.get("kind")
+    return Outcome(
+        RunStatus(facts["status"]),
+        facts["exit_code"],
+        facts["reason"],
+        cause=None if kind is None else FailureKind(kind),
+    )

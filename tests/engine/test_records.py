@@ -1,0 +1,135 @@
+"""Records of active runs: what a process leaves on disk for the next one, if it dies or cannot reach tracking."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import anyio
+import pytest
+
+from components.projects import pid_is_gone, write_project
+from mlfleet import Fleet, RunStatus
+from mlfleet._engine.records import RunRecord, RunRecords, find_record, tracking_key
+from mlfleet.errors import TrackingError
+from mlfleet.testing import FakeTracking
+
+
+def records() -> list[str]:
+    folder = Path(os.environ["MLFLEET_STATE_DIR"], "active")
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+async def all_gone() -> None:
+    while records():  # noqa: ASYNC110 - the background work of a Fleet has no event
+        await anyio.sleep(0.01)
+
+
+async def test_a_run_that_ends_leaves_no_record_and_makes_four_requests(tmp_path: Path) -> None:
+    tracking = FakeTracking()
+    async with Fleet(tracking=tracking) as fleet:
+        uri = write_project(tmp_path / "demo", "echo {n}; sleep 600", parameters="n: string")
+        run = await fleet.submit(uri, parameters={"n": 1}, env_manager="local")
+        await anext(run.logs())
+        assert f"{run.run_id}.json" in records()
+        await run.cancel()
+        assert f"{run.run_id}.json" not in records()
+    assert records() == []
+    assert sum(tracking.requests.values()) <= 4 + tracking.requests["experiment_id"]
+
+
+@pytest.mark.parametrize(("command", "status"), [("true", RunStatus.FINISHED), ("exit 3", RunStatus.FAILED)])
+async def test_the_next_fleet_writes_a_status_that_could_not_be_written(
+    tmp_path: Path, command: str, status: RunStatus
+) -> None:
+    tracking = FakeTracking()
+    async with Fleet(tracking=tracking, tracking_patience=0.1) as fleet:
+        tracking.fail = lambda method: TrackingError("down") if method in ("update_run", "get_run") else None
+        run = await fleet.submit(write_project(tmp_path / "demo", command), env_manager="local")
+        outcome = await run.outcome()
+        assert (outcome.status, outcome.tracking_error is not None) == (status, True)
+    assert tracking.runs[run.run_id].status is RunStatus.RUNNING
+    tracking.fail = None
+    async with Fleet(tracking=tracking):
+        await all_gone()
+    recorded = tracking.runs[run.run_id]
+    assert recorded.status is status
+    assert recorded.tags.get("mlfleet.reason") == (None if status is RunStatus.FINISHED else "exit code 3")
+
+
+async def test_a_status_that_the_run_has_set_itself_is_kept(tmp_path: Path) -> None:
+    tracking = FakeTracking()
+    made = await tracking.create_run("0", name=None, tags={})
+    dead = RunRecords()
+    await dead.add(record(made.run_id, tracking))
+    await tracking.update_run(made.run_id, RunStatus.FINISHED)
+    await dead.close()
+    async with Fleet(tracking=tracking):
+        await all_gone()
+    assert tracking.runs[made.run_id].statuses == [RunStatus.RUNNING, RunStatus.FINISHED]
+
+
+async def test_the_next_fleet_leaves_runs_of_other_stores_of_named_sweeps_and_of_living_drivers_alone() -> None:
+    tracking = FakeTracking()
+    left, foreign, durable, active = [(await tracking.create_run("0", name=None, tags={})).run_id for _ in range(4)]
+    dead, living = RunRecords(), RunRecords()
+    await dead.add(record(left, tracking))
+    await dead.add(record(foreign, FakeTracking(uri="memory:other")))
+    await dead.add(record(durable, tracking, durable=True))
+    await living.add(record(active, tracking))
+    await dead.close()
+    async with Fleet(tracking=tracking):
+        while tracking.runs[left].status is RunStatus.RUNNING:  # noqa: ASYNC110
+            await anyio.sleep(0.01)
+    assert tracking.runs[left].tags["mlfleet.reason"] == "its driver died"
+    assert {tracking.runs[run_id].status for run_id in (foreign, durable, active)} == {RunStatus.RUNNING}
+    await living.close()
+
+
+def record(run_id: str, tracking: FakeTracking, *, durable: bool = False) -> RunRecord:
+    return RunRecord(
+        run_id=run_id, backend="local", project="demo", tracking=tracking_key(tracking.uri), durable=durable
+    )
+
+
+FORKING = """
+import asyncio, os, time
+from mlfleet._engine.records import RunRecord, RunRecords
+records = RunRecords()
+asyncio.run(records.add(RunRecord(run_id="1" * 32, backend="local", project="demo", tracking="")))
+if os.fork() == 0:
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+os.wait3(0)
+"""
+
+
+def test_a_forked_child_does_not_keep_its_parents_records_alive() -> None:
+    with subprocess.Popen([sys.executable, "-c", FORKING], stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        child = int(driver.stdout.readline())
+        found = find_record("1" * 32)
+        assert found is not None
+        assert found.driver_lives() is True
+        driver.kill()
+        driver.wait()
+        assert not pid_is_gone(child)
+        assert found.driver_lives() is False
+        os.kill(child, signal.SIGKILL)
+
+
+async def test_a_state_folder_that_cannot_be_written_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MLFLEET_STATE_DIR", str(tmp_path / "file"))
+    async with Fleet(tracking=FakeTracking()) as fleet:
+        for _ in range(2):
+            run = await fleet.submit(write_project(tmp_path / "demo", "true"), env_manager="local", output="inherit")
+            assert await run.wait() is True
+    assert [message.partition(":")[0] for message in caplog.messages] == [
+        f"runs are not recorded in {tmp_path}/file/active, so nobody can conclude them if this process dies"
+    ]
