@@ -18,6 +18,8 @@ __all__ = ["Fields", "check_value", "read_fields"]
 _OWN_SUBMIT = {"environments", "idempotency_token", "return", "run_name", "tasks"}
 _OWN_TASK = {"depends_on", "environment_key", "existing_cluster_id", "libraries", "new_cluster", "run_if", "task_key"}
 _OWN_ENVIRONMENT = {"client", "dependencies", "environment_version"}
+# The API takes them for longer than databricks-sdk knows them (0.140).
+_OLDER_SUBMIT = {"performance_target": str, "usage_policy_id": str}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ def read_fields() -> Fields:
             f"backend_config cannot be checked without databricks-sdk: {error}. To do: pip install"
             " 'mlfleet[databricks]'"
         ) from error
-    submit = _without(get_type_hints(jobs.JobsAPI.submit), _OWN_SUBMIT)
+    submit = {**_OLDER_SUBMIT, **_without(get_type_hints(jobs.JobsAPI.submit), _OWN_SUBMIT)}
     task = {
         name: kind
         for name, kind in _without(get_type_hints(jobs.SubmitTask), _OWN_TASK | submit.keys()).items()
@@ -76,8 +78,7 @@ def check_value(value: object, kind: Any, place: str) -> None:
     if value is None:
         return
     if origin in (Union, types.UnionType):
-        (kind, *_) = [each for each in arguments if each is not type(None)]
-        check_value(value, kind, place)
+        check_value(value, next(each for each in arguments if each is not type(None)), place)
     elif origin is list:
         if not isinstance(value, list):
             raise UsageError(f"backend_config: {place} is {_shown(value)}: give a list")

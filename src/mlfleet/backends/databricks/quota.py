@@ -15,10 +15,10 @@ __all__ = ["QuotaQueue"]
 
 _log = logging.getLogger("mlfleet.databricks")
 _LONGEST = 3900.0
-"""Seconds to wait if the run has no time limit for its queue: the quota counts the jobs of the last hour."""
+"""Seconds to wait by default: the quota counts the jobs of the last hour."""
 
-# "The current quota is 10000 jobs created in past 3600 seconds."
-_EXCEEDED = re.compile(r"\bquota\b|\bjobs created in (the )?past \d+ seconds", re.I)
+# "The quota for the number of jobs has been reached. The current quota is 10000 jobs created in past 3600 seconds."
+_EXCEEDED = re.compile(r"\bquota\b.*\b(reached|exceeded)\b|\bjobs created in (the )?past \d+ seconds", re.I)
 
 
 class QuotaQueue:
@@ -37,11 +37,11 @@ class QuotaQueue:
     async def submit(
         self, send: Callable[[], Awaitable[None]], *, limit: float | None, on_progress: Callable[[str], None]
     ) -> None:
-        """Submit a run as soon as the workspace takes it. A cancelled call has sent nothing that is not answered.
+        """Submit a run as soon as the workspace takes it. A cancelled call sends nothing more.
 
         Args:
-            send: Sends the request once.
-            limit: Seconds to wait; None: as long as the quota can be used up.
+            send: A coroutine function that sends the request, and awaits the answer also if it is cancelled.
+            limit: Seconds to wait; None: an hour, after which the workspace takes new jobs again, and some minutes.
             on_progress: Called with one line if the run has to wait.
 
         Raises:
