@@ -162,8 +162,9 @@ async def test_killing_the_driver_at_any_request_leaves_one_job(fake_cluster: Fa
         assert len(mine) == 1, killed_at
         names = [name for name in fake_cluster.created if name == mine[0]["metadata"]["name"]]
         assert len(names) == 1, killed_at
-        owners = [secret["metadata"]["ownerReferences"][0]["uid"] for secret in api.of_kind("secrets")]
-        assert mine[0]["metadata"]["uid"] in owners
+        secrets = [body["metadata"] for body in api.bodies if body and body.get("kind") == "Secret"]
+        assert mine[0]["metadata"]["uid"] in [each["ownerReferences"][0]["uid"] for each in secrets], killed_at
+        assert api.of_kind("secrets") == [], killed_at
 
 
 def _start(folder: Path, run_id: str) -> subprocess.Popen[bytes]:
