@@ -116,7 +116,29 @@ async def test_resumed_copy_of_an_ended_run_is_not_repeated(fake_cluster: FakeCl
             assert read(again) == lines(0, 1)
 
 
-async def test_copy_without_a_recorded_place_is_continued_by_comparison(fake_cluster: FakeCluster) -> None:
+async def test_job_that_is_submitted_again_after_a_crash_keeps_the_output(fake_cluster: FakeCluster) -> None:
+    fake_cluster.play = lambda pod: FOREVER
+    job = at_home(fake_cluster.job(await fake_cluster.config()))
+    async with KubernetesBackend() as first, KubernetesBackend() as second:
+        run = await first.submit(job)
+        await run.started()
+        (log,) = fake_cluster.api.logs.values()
+        write(log, 0, 1)
+        await copied(run, "line 1")
+        await leave(run)
+        log.rotate()
+        write(log, 2)
+        again = await second.submit(job)
+        await copied(again, "line 2")
+        found = read(again)
+        await again.cancel()
+    assert found[:2] + found[3:] == lines(0, 1, 2)
+
+
+@pytest.mark.parametrize("text", [None, b"", b"{}\n", b'{"done": 1, "mark": [1, 2]}\n', b"\xff"])
+async def test_copy_without_a_recorded_place_is_continued_by_comparison(
+    fake_cluster: FakeCluster, text: bytes | None
+) -> None:
     fake_cluster.play = lambda pod: FOREVER
     async with KubernetesBackend() as first, KubernetesBackend() as second:
         run, reference, log = await begin(first, fake_cluster)
@@ -126,7 +148,7 @@ async def test_copy_without_a_recorded_place_is_continued_by_comparison(fake_clu
         assert run.target.output is not None
         for other in run.target.output.parent.iterdir():
             if other != run.target.output:
-                other.unlink()
+                other.unlink() if text is None else other.write_bytes(text)
         write(log, 5)
         again = await second.attach(reference)
         await copied(again, "line 5")

@@ -380,8 +380,7 @@ class Copier:
         slots: The limits that all runs share.
         namespace: The namespace of the pods.
         path: The file to write; None: the stdout of this process.
-        resume: True to continue the copy of an earlier process; False to begin anew, without the file of a run that
-            had the same id.
+        resume: True if an earlier process may have begun the copy.
 
     Attributes:
         copied: The number of bytes that were copied here.
@@ -400,7 +399,7 @@ class Copier:
         self._file = KeptOutput(path, backend="kubernetes")
         self._resume = resume
         self._opened = False
-        self._rotatable = 0 if not resume else _ROTATABLE  # bytes of the present instance
+        self._rotatable = 0 if not resume else _ROTATABLE  # bytes that were copied, as far as it matters
         self._quiets = 0  # readings in turn that ended for want of output
         self._stalls = False  # True if this kubelet does not follow a log from one file to the next
         self._wrote = False
@@ -419,12 +418,8 @@ class Copier:
         if self._opened or self._path is None:
             return
         self._opened = True
-        place = await FILES.run(self._load if self._resume else self._remove)
-        if place:
-            self.done = [str(each) for each in place["done"]]
-            self._pod, self._container, self._instance = place["pod"], place["container"], int(place["instance"])
-            last, taken, partial_ = place["mark"]
-            self._stream = LogStream(Mark(str(last), int(taken), int(partial_)))
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none, or it is damaged
+            await FILES.run(self._load)
 
     async def copy(self, pod: PodState, life: ContainerLife) -> None:
         """Copy the log of one container to its end, with all its instances.
@@ -625,7 +620,8 @@ class Copier:
             return
         self.copied += len(data)
         try:
-            await FILES.run(partial(self._save, data))
+            # A cancelled caller has taken the data from the stream already: it must not be lost.
+            await FILES.finish(partial(self._save, data))
         except (OSError, SubmitError) as error:
             if not self._wrote:
                 text = f"the output of the run cannot be written to {self._path}: {error}"
@@ -639,22 +635,16 @@ class Copier:
         assert self._path is not None  # noqa: S101 - the caller has checked
         return self._path.with_name(f"{self._path.name}.place")
 
-    def _load(self) -> dict[str, Any]:
-        """Return the place; empty if there is none. Blocking."""
-        try:
-            first, _, _ = self._place_file().read_bytes().partition(b"\n")
-            place: dict[str, Any] = json.loads(first)
-            self._file.seek(int(place["position"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}
-        return place
-
-    def _remove(self) -> dict[str, Any]:
-        assert self._path is not None  # noqa: S101 - the caller has checked
-        for file in (self._place_file(), self._path):
-            with contextlib.suppress(OSError):
-                file.unlink()
-        return {}
+    def _load(self) -> None:
+        """Continue at the place. Blocking."""
+        first, _, _ = self._place_file().read_bytes().partition(b"\n")
+        place: dict[str, Any] = json.loads(first)
+        done, (last, taken, cut) = [str(each) for each in place["done"]], place["mark"]
+        stream = LogStream(Mark(str(last), int(taken), int(cut)))
+        pod, container, instance = str(place["pod"]), str(place["container"]), int(place["instance"])
+        self._file.seek(int(place["position"]))
+        self.done, self._stream = done, stream
+        self._pod, self._container, self._instance = pod, container, instance
 
     def _save(self, data: bytes) -> None:
         """Write output, and then the place: what the file holds beyond the place is compared. Blocking."""
