@@ -20,7 +20,9 @@ from mlfleet import Fleet
 from mlfleet._cli.run import RunCommand, _say_end
 from mlfleet._control import cancel_run
 from mlfleet._engine.request import RunRequest
+from mlfleet.backends.base import Presence
 from mlfleet.backends.kubernetes import KubernetesBackend
+from mlfleet.backends.kubernetes.diagnosis import straggling_pod
 from mlfleet.backends.kubernetes.run import KubernetesRun
 from mlfleet.backends.kubernetes.state import read_job
 from mlfleet.errors import RunLost
@@ -224,6 +226,28 @@ async def test_containers_that_go_on_after_a_failure_are_ended_and_the_job_tries
     assert (outcome.exit_code, outcome.reason, outcome.kind) == (5, "exit code 5 (attempt 2 of 2)", FailureKind.FAILURE)
     assert len(seen) == 2
     assert caplog.text.count("istio-proxy in its pod") == 1
+
+
+async def test_run_whose_command_has_ended_is_over_for_other_processes_and_cannot_be_cancelled(
+    fake_cluster: FakeCluster,
+) -> None:
+    commands = [Acting(code=0), FOREVER]
+    fake_cluster.play = lambda pod: commands[0]
+    fake_cluster.others["istio-proxy"] = Acting(seconds=600, asked=0)
+    config = await fake_cluster.config(job_template=template("istio-proxy"))
+    async with KubernetesBackend() as backend, KubernetesBackend() as other:
+        ended, going = (fake_cluster.job(config, cancel_grace=60) for _ in range(2))
+        first = await backend.submit(ended)
+        await first._state.until(lambda snapshot: straggling_pod(snapshot) is not None)
+        commands.reverse()
+        second = await backend.submit(going)
+        await second.started()
+        assert await other.presence(backend.reference(ended)) is Presence.ENDED
+        assert await other.presence(backend.reference(going)) is Presence.ACTIVE
+        handle = await other.attach(backend.reference(ended))
+        await handle.cancel(grace=0)
+        outcome = await handle.outcome()
+    assert (outcome.status, outcome.exit_code) == (RunStatus.FINISHED, 0)
 
 
 async def test_containers_that_end_in_time_are_left_alone(

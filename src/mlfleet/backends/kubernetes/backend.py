@@ -26,7 +26,7 @@ from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job, Liste
 from mlfleet.backends.kubernetes.client import KubernetesClient
 from mlfleet.backends.kubernetes.config import KubernetesConfig, StartTimeouts, parse_config
 from mlfleet.backends.kubernetes.delivery import Deliveries, preview_code
-from mlfleet.backends.kubernetes.jobs import create_job, create_secret, delete_job, find_job, job_path
+from mlfleet.backends.kubernetes.jobs import create_job, create_secret, delete_job, find_job, has_ended, job_path
 from mlfleet.backends.kubernetes.login import find_cluster
 from mlfleet.backends.kubernetes.manifest import (
     OWNER,
@@ -287,7 +287,7 @@ class KubernetesBackend(Backend[KubernetesConfig]):
             found = await find_job(client, config.namespace, _job_name(ref), ref.run_id)
         except RunLost:
             return Presence.MISSING
-        return Presence.ENDED if read_job(found).ended else Presence.ACTIVE
+        return Presence.ENDED if await has_ended(client, found) else Presence.ACTIVE
 
     # ---- one Job ----------------------------------------------------------------------------------------------------
 

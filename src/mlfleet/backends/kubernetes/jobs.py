@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlfleet.backends.kubernetes.client import RETRIES, ApiError, KubernetesClient
+from mlfleet.backends.kubernetes.diagnosis import decided_outcome, straggling_pod
 from mlfleet.backends.kubernetes.manifest import SUBMISSION
 from mlfleet.backends.kubernetes.names import label_value
-from mlfleet.backends.kubernetes.state import RUN_LABEL, read_job
+from mlfleet.backends.kubernetes.state import RUN_LABEL, PodState, Snapshot, job_of_pod, read_job, read_pod
 from mlfleet.errors import RunLost, SubmitError
 
 __all__ = [
@@ -20,7 +21,9 @@ __all__ = [
     "delete_pod",
     "delete_secret",
     "find_job",
+    "has_ended",
     "job_path",
+    "list_pods",
     "warnings_of",
 ]
 
@@ -119,6 +122,48 @@ async def find_job(client: KubernetesClient, namespace: str, name: str, run_id: 
     if (found["metadata"].get("labels") or {}).get(RUN_LABEL) != label_value(run_id):
         raise RunLost(f"the Job {name} does not belong to the run {run_id}", backend="kubernetes")
     return found
+
+
+async def has_ended(client: KubernetesClient, found: Mapping[str, Any]) -> bool:
+    """Return True if a Job has ended, or its command has and only other containers go on.
+
+    Args:
+        client: The client of the cluster.
+        found: The Job as the API server has it.
+
+    Raises:
+        ApiError: Its pods cannot be listed.
+    """
+    job = read_job(found)
+    if job.ended:
+        return True
+    pods = await list_pods(client, found["metadata"]["namespace"], job.name, job.uid)
+    snapshot = Snapshot(job, pods)
+    return straggling_pod(snapshot) is not None and decided_outcome(snapshot) is not None
+
+
+async def list_pods(client: KubernetesClient, namespace: str, name: str, uid: str) -> tuple[PodState, ...]:
+    """Return the pods of a Job in the order of their creation.
+
+    Args:
+        client: The client of the cluster.
+        namespace: The namespace of the Job.
+        name: The name of the Job.
+        uid: The uid of the Job.
+
+    Raises:
+        ApiError: They cannot be listed.
+    """
+    answer = await client.call(
+        "looking for the pods of a Job",
+        "GET",
+        f"/api/v1/namespaces/{namespace}/pods",
+        # The label without a prefix is that of all versions; the other one is new in 1.27.
+        params={"labelSelector": f"job-name={name}"},
+        seconds=10,
+    )
+    pods = [read_pod(raw) for raw in answer.get("items") or () if job_of_pod(raw) == uid]
+    return tuple(sorted(pods, key=lambda pod: (pod.created, pod.name)))
 
 
 async def delete_job(

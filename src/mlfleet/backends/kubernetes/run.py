@@ -23,9 +23,9 @@ from mlfleet.backends.kubernetes.diagnosis import (
     pending_reason,
     straggling_pod,
 )
-from mlfleet.backends.kubernetes.jobs import delete_job, delete_pod, delete_secret, warnings_of
+from mlfleet.backends.kubernetes.jobs import delete_job, delete_pod, delete_secret, list_pods, warnings_of
 from mlfleet.backends.kubernetes.output import ContainerLife, Copier, LogSlots, next_log
-from mlfleet.backends.kubernetes.state import JobState, PodState, Snapshot, job_of_pod, read_pod
+from mlfleet.backends.kubernetes.state import JobState, PodState, Snapshot
 from mlfleet.backends.kubernetes.watch import NamespaceWatch
 from mlfleet.errors import MlfleetError, RunLost, SubmitError
 from mlfleet.runs import FailureKind, Outcome, RunStatus
@@ -221,23 +221,13 @@ class KubernetesRun(SupervisedRun):
             return snapshot
         with anyio.move_on_after(_POD_COMES):
             return await self._state.until(has_end)
+        target, known = self.target, {pod.uid: pod for pod in snapshot.pods}
         try:
-            answer = await self._client.call(
-                "looking for the pods of a Job",
-                "GET",
-                f"/api/v1/namespaces/{self.target.namespace}/pods",
-                params={"labelSelector": f"batch.kubernetes.io/job-name={self.target.name}"},
-                seconds=10,
-            )
+            listed = await list_pods(self._client, target.namespace, target.name, target.uid)
         except ApiError as error:
             _log.debug("%s", error)
             return snapshot
-        known = {pod.uid: pod for pod in snapshot.pods}
-        listed = [read_pod(raw) for raw in answer.get("items") or () if job_of_pod(raw) == self.target.uid]
-        pods = [pod.merge(known.get(pod.uid)) for pod in listed]
-        return (
-            Snapshot(snapshot.job, tuple(sorted(pods, key=lambda pod: (pod.created, pod.name)))) if pods else snapshot
-        )
+        return Snapshot(snapshot.job, tuple(pod.merge(known.get(pod.uid)) for pod in listed)) if listed else snapshot
 
     # ---- output -----------------------------------------------------------------------------------------------------
 
@@ -384,7 +374,9 @@ class KubernetesRun(SupervisedRun):
         """Delete the Job and wait for the end of its pods. The task group cancels this when the Job is gone."""
         if self._state.value is not None and self._state.value.ended:
             return
-        target = self.target
+        target, state = self.target, self._state.value
+        if state is not None and straggling_pod(state) is not None and self._decided is None:
+            self._decided = decided_outcome(state)  # what has ended keeps its end
         self._cut = await delete_job(self._client, target.namespace, target.name, target.uid)
         pods_end_at = anyio.current_time() + target.grace
         while True:
