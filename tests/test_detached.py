@@ -298,14 +298,16 @@ async def test_secrets_are_in_no_argument_and_no_file(server: Server, tmp_path: 
 async def test_the_command_line_prints_the_id_of_the_run(server: Server, tmp_path: Path) -> None:
     uri = write_project(tmp_path / "demo", PATIENT)
     code, out, err = await cli("run", uri, "--detach", "--env-manager", "local")
-    assert (code, out) == (0, "run1\n")
+    (first,) = server.mlflow.runs
+    assert (code, out) == (0, f"{first}\n")
     assert "goes on; mlfleet logs -f, wait and cancel take its id" in err
     code, out, _ = await cli("run", uri, "--detach", "--env-manager", "local", "--json", "-q")
     told = json.loads(out)
-    assert (code, told["run_id"], told["status"], told["project"]) == (0, "run2", "RUNNING", "demo")
+    _, second = server.mlflow.runs
+    assert (code, told["run_id"], told["status"], told["project"]) == (0, second, "RUNNING", "demo")
     (tmp_path / "go").touch()
-    code, out, _ = await cli("wait", "run1", "run2")
-    assert (code, sorted(out.splitlines())) == (0, ["run1 FINISHED", "run2 FINISHED"])
+    code, out, _ = await cli("wait", first, second)
+    assert (code, sorted(out.splitlines())) == (0, [f"{first} FINISHED", f"{second} FINISHED"])
     assert Path(told["output"]).read_text().endswith("done\n")
 
 

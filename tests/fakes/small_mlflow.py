@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import struct
+import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -33,6 +34,8 @@ class SmallMlflow:
     def __init__(self, faults: Mapping[str, list[Fault]] | None = None) -> None:
         self.runs: dict[str, dict[str, Any]] = {}
         self.requests: list[str] = []
+        # Processes of a run are found by its id: another test must not have the same.
+        self._name = uuid.uuid4().hex
         self._faults = {name: list(some) for name, some in (faults or {}).items()}
 
     async def script(self, peer: Peer) -> None:
@@ -61,7 +64,7 @@ class SmallMlflow:
     def _answer(self, name: str, request: Request) -> dict[str, Any]:
         body = json.loads(request.body or b"{}")
         if name == "create":
-            run_id = f"run{len(self.runs) + 1}"
+            run_id = f"run{len(self.runs) + 1}-{self._name}"
             self.add_run(run_id)
             self.runs[run_id]["data"]["tags"] = body["tags"]
             return {"run": self.runs[run_id]}

@@ -10,23 +10,26 @@ from numbers import Number
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+import anyio
+
 from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.attach import find_again
+from mlfleet._engine.conclude import Driver, judge
 from mlfleet._engine.records import remove_record
 from mlfleet._engine.request import RunRequest
 from mlfleet._engine.supervisor import RunDescription, Supervisor
 from mlfleet._process.detached import Connection
 from mlfleet._text.lines import follow_bytes, split_lines
-from mlfleet.backends.base import DRIVER_DIED
 from mlfleet.errors import MlfleetError, RunCancelled, RunLost, SubmitError, UsageError
 from mlfleet.resources import Resources
-from mlfleet.runs import REASON_TAG, JobRef, Outcome, RunEvent, RunStatus, Stage
+from mlfleet.runs import REASON_TAG, Outcome, RunEvent, RunStatus, Stage
 
 if TYPE_CHECKING:
     from mlfleet._engine.context import RunContext
 
 __all__ = ["DetachedSupervisor", "Order"]
 
+_PAUSE = 0.2  # seconds between two looks at a run that another process concludes
 _PLAIN = (str, int, float, bool, bytes, type(None))
 _BY_THIS_PROCESS = (Stage.QUEUED, Stage.FINISHED)
 """The stages that this process publishes itself, when it knows the run and the outcome."""
@@ -142,13 +145,18 @@ class DetachedSupervisor(Supervisor):
         return await self._conclude()
 
     async def _conclude(self) -> Outcome:
-        """Conclude a run whose supervising process has died."""
-        info = await self._context.tracking.get_run(self.run_id)
-        if info.status.is_terminal:
-            good = info.status is RunStatus.FINISHED
-            return Outcome(info.status, reason=None if good else info.tags.get(REASON_TAG))
-        if JobRef.TAG not in info.tags:
-            raise RunLost(DRIVER_DIED)
+        """Conclude a run whose supervising process has died, unless another one does."""
+        while True:
+            info = await self._context.tracking.get_run(self.run_id)
+            if info.status.is_terminal:
+                good = info.status is RunStatus.FINISHED
+                return Outcome(info.status, reason=None if good else info.tags.get(REASON_TAG))
+            verdict = await judge(self._context, info, elsewhere=False)
+            if verdict.driver is not Driver.LIVES:
+                break
+            await anyio.sleep(_PAUSE)
+        if verdict.outcome is not None:
+            return verdict.outcome
         found = (await find_again(self._context, info)).handle
         if isinstance(found, RunLost):
             raise found
