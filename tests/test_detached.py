@@ -22,7 +22,19 @@ from components.command_line import mlfleet as command_line
 from components.projects import pid_is_gone, write_project
 from fakes.scripted_server import Peer, scripted
 from fakes.small_mlflow import SmallMlflow
-from mlfleet import Fleet, JobRef, MlfleetError, RunCancelled, RunEvent, RunStatus, Timeouts, UsageError, grid
+from mlfleet import (
+    FailureKind,
+    Fleet,
+    JobRef,
+    MlfleetError,
+    RunCancelled,
+    RunEvent,
+    RunStatus,
+    Stage,
+    Timeouts,
+    UsageError,
+    grid,
+)
 from mlfleet._process.guardian import MARKER_VARIABLE, RUN_VARIABLE
 from mlfleet.testing import FakeTracking
 
@@ -278,6 +290,28 @@ async def test_it_goes_on_when_its_supervisor_is_killed_and_is_concluded_by_the_
         code, out, _ = await cli("wait", run.run_id)
         assert (code, out) == (0, f"{run.run_id} FINISHED\n")
     assert server.mlflow.statuses == ["KILLED" if how == "cancels" else "FINISHED"]
+
+
+async def test_a_run_whose_supervisor_is_killed_before_its_command_fails(server: Server, tmp_path: Path) -> None:
+    package = tmp_path / "demo" / "slow"
+    package.mkdir(parents=True)
+    (package / "setup.py").write_text("import time\ntime.sleep(600)\n")  # run by the build
+    uri = write_project(tmp_path / "demo", "echo never", extra="python_env: python_env.yaml\n")
+    (tmp_path / "demo" / "python_env.yaml").write_text("dependencies:\n  - ./slow\n")
+    async with Fleet(tracking_uri=server.url) as fleet:
+        events = fleet.events()
+        runs = [await fleet.submit(uri, detach=True, env_manager="virtualenv") for _ in range(2)]
+        async for event in events:
+            if event.stage is Stage.PREPARING and event.run_id == runs[1].run_id:
+                break
+        server.driver(runs[0].run_id).kill()
+        outcome = await runs[0].outcome()
+        assert (outcome.status, outcome.kind) == (RunStatus.FAILED, FailureKind.INFRASTRUCTURE)
+    server.driver(runs[1].run_id).kill()
+    await until(lambda: not supervisors())
+    code, out, _ = await cli("wait", runs[1].run_id)
+    assert (code, out.split()[:2]) == (1, [runs[1].run_id, "FAILED"])
+    assert server.mlflow.statuses == ["FAILED", "FAILED"]
 
 
 async def test_secrets_are_in_no_argument_and_no_file(server: Server, tmp_path: Path) -> None:

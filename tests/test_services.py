@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -14,12 +15,15 @@ import httpx
 import pytest
 
 from components import free_port, missing, stop
+from components.command_line import mlfleet
 from components.projects import pid_is_gone, write_project
 from fakes.scripted_server import scripted
 from fakes.small_mlflow import SmallMlflow
+from mlfleet import Fleet
 
 pytestmark = pytest.mark.timeout(90)  # servers and kernels start, on a machine that may be busy
 
+DIED = "its driver died"
 # The command's own process, a child in its session, and one that left it.
 COMMAND = """setsid sleep 1000 &
 left=$!
@@ -117,6 +121,12 @@ async def test_a_web_server_that_is_stopped_hard_leaves_no_command(
         with suppress(httpx.HTTPError):
             await endpoint
     await until_gone(commands)
+    done = await asyncio.to_thread(mlfleet, "wait", *mlflow.runs)
+    assert (done.returncode, sorted(done.stdout.splitlines())) == (
+        1,
+        sorted(f"{run_id} FAILED ({DIED})" for run_id in mlflow.runs),
+    )
+    assert mlflow.statuses == ["FAILED"] * 2
 
 
 async def test_the_fleet_in_the_lifespan_of_a_web_server_ends_its_runs(
@@ -201,3 +211,9 @@ async def test_a_jupyter_kernel_that_is_restarted_and_shut_down_leaves_no_comman
             file.unlink()
         await asyncio.to_thread(notebook_server, end + how)
         await until_gone(commands)
+    # The kernel itself ends what it can. The next Fleet concludes the rest: that of the next kernel, or this one.
+    async with Fleet(tracking_uri=os.environ["MLFLOW_TRACKING_URI"]):
+        while "RUNNING" in mlflow.statuses:  # noqa: ASYNC110 - nothing tells of it
+            await asyncio.sleep(0.05)
+    assert len(mlflow.statuses) == 6
+    assert set(mlflow.statuses) <= ({"FAILED"} if how else {"FAILED", "KILLED"})
