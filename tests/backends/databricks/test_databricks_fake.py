@@ -360,11 +360,13 @@ async def test_500_runs_are_listed_in_pages(workspace: FakeWorkspace, make_job: 
 
 
 async def test_attach_finds_runs_by_one_listing(workspace: FakeWorkspace, make_job: JobMaker) -> None:
+    timing = replace(QUICK, rates={})
+    workspace.limits = {}
     jobs = [make_job() for _ in range(60)]
-    async with DatabricksBackend(timing=QUICK) as first:
+    async with DatabricksBackend(timing=timing) as first:
         references = [JobRef.from_json(first.reference(job).to_json()) for job in jobs]
         await asyncio.gather(*(first.submit(job) for job in jobs))
-        async with DatabricksBackend(timing=QUICK) as second:
+        async with DatabricksBackend(timing=timing) as second:
             again = await asyncio.gather(*(second.attach(reference) for reference in references))
             assert workspace.count("runs/list") - workspace.count("active_only") == 3
             for run in workspace.runs.values():
