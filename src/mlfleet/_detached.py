@@ -26,6 +26,7 @@ from mlfleet._engine.supervisor import RunDescription
 from mlfleet._paths import run_folder
 from mlfleet._process.detached import Connection
 from mlfleet._signals import Interrupts, run_until_interrupted
+from mlfleet._store.private_folders import secure_state
 from mlfleet.errors import MlfleetError, RunCancelled
 from mlfleet.fleet import Fleet, context_of
 from mlfleet.runs import Outcome, RunEvent
@@ -137,6 +138,7 @@ class _Relay(logging.Handler):
 
 def _log_to(folder: Path) -> None:
     """Let standard output and standard error of this process go to a file beside the output of the run."""
+    secure_state()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     file = os.open(folder / "supervisor.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for descriptor in (1, 2):

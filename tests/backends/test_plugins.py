@@ -104,20 +104,23 @@ def place(plugin_folder: Path, mlflow_server: MlflowServer, tmp_path: Path) -> W
 
 
 def test_plugin_that_takes_our_run(place: Workplace) -> None:
-    project = write_project(place.tmp_path / "hello", "echo hello {name} > greeting", parameters="name: string")
+    parameters = "name: string\ntags: {type: list, default: []}"
+    project = write_project(place.tmp_path / "hello", "echo hello {name} > greeting", parameters=parameters)
     record = place.tmp_path / "seen.json"
-    done = place.run(project, "spool", "-P", "name=you", "--env-manager", "local", record=str(record))
+    done = place.run(
+        project, "spool", "-P", "name=you", "-P", "tags=a", "-P", "tags=b", "--env-manager", "local", record=str(record)
+    )
     assert done.returncode == 0, done.stderr
     assert Path(project, "greeting").read_text() == "hello you\n"
     (run,) = place.runs
     assert run["info"]["status"] == "FINISHED"
     assert tags_of(run)["mlflow.project.backend"] == "spool"
     assert "mlfleet.second_run" not in tags_of(run)
-    assert {each["key"]: each["value"] for each in run["data"]["params"]} == {"name": "you"}
+    assert {each["key"]: each["value"] for each in run["data"]["params"]} == {"name": "you", "tags": "[a,b]"}
 
     seen = json.loads(record.read_text())
     config = seen.pop(4)
-    assert seen == [project, "main", {"name": "you"}, None, place.server.url, place.experiment]
+    assert seen == [project, "main", {"name": "you", "tags": "[a,b]"}, None, place.server.url, place.experiment]
     assert config == {
         "record": str(record),
         "ENV_MANAGER": "local",

@@ -15,6 +15,7 @@ from mlfleet import Fleet, UsageError
 from mlfleet._environments.manager import create_manager
 from mlfleet._environments.store import list_environments, open_store
 from mlfleet.testing import FakeTracking
+from mlfleet.tracking import open_tracking
 
 OTHER = 12345
 
@@ -180,3 +181,11 @@ async def test_a_fetched_project_that_another_user_planted_is_not_run(tmp_path: 
     with pytest.raises(UsageError, match="in the folder of fetched projects belongs to the user 12345"):
         await run(archive, tracking)
     assert not tracking.runs
+
+
+async def test_the_cache_is_private_when_only_its_locks_are_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLEET_CACHE_DIR", str(tmp_path / "cache"))
+    async with open_tracking(f"sqlite:///{tmp_path}/mlflow.db"):
+        assert mode(tmp_path / "cache") == 0o700

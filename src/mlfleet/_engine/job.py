@@ -117,7 +117,11 @@ def _call(plan: Plan) -> ProjectCall:
         uri=uri.text if elsewhere else None,
         version=plan.project.commit if elsewhere else None,
         entry_point=request.entry_point,
-        parameters=request.parameters,
+        # Lists as MLflow keeps them: plugins know texts only.
+        parameters={
+            name: plan.parameters.logged[name] if isinstance(value, list | tuple) else value
+            for name, value in request.parameters.items()
+        },
         env_manager=request.env_manager,
         storage_dir=None if request.storage_dir is None else os.fspath(request.storage_dir),
         docker_args=request.docker_args,

@@ -20,6 +20,7 @@ from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.threads import STORES
 from mlfleet._paths import cache_folder
 from mlfleet._store.locks import file_lock
+from mlfleet._store.private_folders import secure_cache
 from mlfleet._text.masking import mask_uri
 from mlfleet.errors import TrackingError
 from mlfleet.runs import RunStatus
@@ -76,6 +77,7 @@ class EmbeddedTracking(Tracking):
 
     async def __aenter__(self) -> Self:
         def settle() -> tuple[str, Path]:
+            secure_cache()
             uri = absolute_uri(self._given) if self._given is not None else default_uri()
             name = hashlib.sha256(uri.encode()).hexdigest()[:16]
             return uri, cache_folder() / "locks" / f"store-{name}.lock"
