@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,11 +13,12 @@ from mlfleet._concurrency.cancellation import wait_done
 from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.attach import read_reference
 from mlfleet._engine.conclude import UNSEEN_PATIENCE, Driver, Verdict, conclude, judge
-from mlfleet._engine.records import find_record
+from mlfleet._engine.records import find_record, list_records
 from mlfleet._engine.request import SweepMember
 from mlfleet._engine.run import handle_output
 from mlfleet._paths import run_folder
 from mlfleet._sweeps import NAME_TAG, SPACE_TAG, is_driven
+from mlfleet._sweeps.members import Members
 from mlfleet._sweeps.record import forget, lock_path
 from mlfleet._text.lines import follow_bytes
 from mlfleet.backends.base import BackendRun
@@ -136,7 +137,7 @@ async def cancel_sweep(fleet: Fleet, info: RunInfo, *, grace: float | None = Non
             wanted = f"tags.`{SweepMember.ID_TAG}` = '{info.run_id}' and attributes.status = '{status}'"
             running += await fleet.tracking.search_runs([info.experiment_id], wanted, max_results=_MOST_RUNS)
         errors.clear()
-        running = [run for run in running if run.run_id not in lost]
+        running = [run for run in await FILES.run(partial(_members, fleet, info, running)) if run.run_id not in lost]
         async with anyio.create_task_group() as group:
             for run in running:
                 group.start_soon(_try_to_cancel, fleet, run.run_id, grace, errors)
@@ -149,6 +150,15 @@ async def cancel_sweep(fleet: Fleet, info: RunInfo, *, grace: float | None = Non
     if errors:
         raise ExceptionGroup(f"{len(errors)} runs could not be cancelled", list(errors.values()))
     return await fleet.tracking.get_run(info.run_id)
+
+
+def _members(fleet: Fleet, sweep: RunInfo, runs: Sequence[RunInfo]) -> Sequence[RunInfo]:
+    """Return those of the runs tagged as a sweep's that are its own, as far as this machine knows. Blocking."""
+    if name := sweep.tags.get(NAME_TAG):
+        members = Members.read(lock_path(fleet.tracking, sweep.experiment_id, name))
+        return members.choose(runs) if members is not None and members.is_of(sweep) else runs
+    own = {record.run_id for record in list_records() if record.sweep_id == sweep.run_id}
+    return [run for run in runs if run.run_id in own] if own else runs
 
 
 async def read_output(fleet: Fleet, run_id: str, *, follow: bool) -> AsyncGenerator[bytes, None]:

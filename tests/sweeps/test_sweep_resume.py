@@ -16,6 +16,7 @@ import pytest
 from components.mlflow_server import MlflowServer
 from components.projects import pid_is_gone, write_project
 from mlfleet import Fleet, Retry, RunEvent, RunStatus, Stage, SweepResult, Timeouts, grid
+from mlfleet._control import cancel_sweep
 from mlfleet.errors import UsageError
 from mlfleet.runs import JobRef
 from mlfleet.testing import FakeTracking
@@ -155,6 +156,70 @@ async def test_two_drivers_of_one_sweep_do_not_get_in_each_others_way(fleet: Fle
             await all_of(fleet, uri, grid(n=[1]), name="lr", resume=True)
         async with fleet.sweep(uri, grid(n=[1]), name="other", env_manager="local"):
             pass
+
+
+# ---- runs that somebody else has tagged -----------------------------------------------------------------------------
+
+
+async def test_a_foreign_run_that_is_tagged_as_one_of_the_sweep_is_neither_awaited_nor_a_result(
+    fleet: Fleet, tracking: FakeTracking, tmp_path: Path
+) -> None:
+    uri = project(tmp_path, "exit {n}")
+    first = await all_of(fleet, uri, grid(n=[0, 1]), name="lr")
+    for result in first.results:
+        assert result.run_id is not None
+        tags = {**tracking.runs[result.run_id].tags, "mlfleet.ref": JobRef("local", "?").to_json()}
+        for status in (RunStatus.RUNNING, RunStatus.FINISHED):
+            foreign = await tracking.create_run("0", name="foreign", tags=tags)
+            await tracking.update_run(foreign.run_id, status)
+    again = await all_of(fleet, uri, grid(n=[0, 1]), name="lr", resume=True)
+    assert [(each.status, each.earlier, each.attempts) for each in again.results] == [
+        ("FINISHED", True, 1),
+        ("FAILED", False, 2),
+    ]
+    assert again.results[0].run_id == first.results[0].run_id
+    left = [run.statuses[-1] for run in tracking.runs.values() if run.name == "foreign"]
+    assert left == [RunStatus.RUNNING, RunStatus.FINISHED] * 2
+
+
+async def test_a_foreign_run_with_the_name_of_the_sweep_is_not_resumed(
+    fleet: Fleet, tracking: FakeTracking, tmp_path: Path
+) -> None:
+    uri = project(tmp_path, "true")
+    first = await all_of(fleet, uri, grid(n=[0]), name="lr")
+    foreign = await tracking.create_run("0", name=None, tags=tracking.runs[first.run_id].tags)
+    again = await all_of(fleet, uri, grid(n=[0]), name="lr", resume=True)
+    assert (again.run_id, again.counts.earlier) == (first.run_id, 1)
+    assert tracking.runs[foreign.run_id].statuses == [RunStatus.RUNNING]
+
+
+async def test_a_cancelled_sweep_leaves_foreign_runs_alone(
+    fleet: Fleet, tracking: FakeTracking, tmp_path: Path
+) -> None:
+    uri = project(tmp_path, "echo {n}; sleep 600")
+    async with fleet.sweep(uri, grid(n=[0]), name="lr", env_manager="local") as sweep:
+        while not sweep.runs:  # noqa: ASYNC110 - there is no event for it
+            await anyio.sleep(0.01)
+        (run,) = sweep.runs
+        await anext(run.logs())
+        tags = dict(tracking.runs[run.run_id].tags)
+        foreign = await tracking.create_run("0", name=None, tags=tags)
+        await cancel_sweep(fleet, await tracking.get_run(sweep.run_id), grace=0.1)
+        await sweep.result()
+    assert tracking.runs[run.run_id].status is RunStatus.KILLED
+    assert tracking.runs[foreign.run_id].statuses == [RunStatus.RUNNING]
+
+
+async def test_a_session_without_the_list_of_the_last_one_goes_by_the_tags(
+    fleet: Fleet, tracking: FakeTracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on another machine, or with a sweep of the first version."""
+    uri = project(tmp_path, "true")
+    here = os.environ["MLFLEET_STATE_DIR"]
+    for count, state in enumerate((here, str(tmp_path / "elsewhere"), here)):
+        monkeypatch.setenv("MLFLEET_STATE_DIR", state)
+        result = await all_of(fleet, uri, grid(n=range(count + 1)), name="lr", resume=True)
+        assert (result.counts.earlier, result.counts.finished) == (count, count + 1)
 
 
 # ---- after SIGKILL --------------------------------------------------------------------------------------------------

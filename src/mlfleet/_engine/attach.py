@@ -15,13 +15,13 @@ from mlfleet._paths import run_folder
 from mlfleet._text.lines import follow_bytes, split_lines
 from mlfleet.backends.base import DRIVER_DIED, BackendRun
 from mlfleet.errors import RunLost, UsageError
-from mlfleet.runs import JobRef, Outcome, RunStatus, Timeouts
+from mlfleet.runs import FAILURE_KIND_TAG, REASON_TAG, FailureKind, JobRef, Outcome, RunStatus, Timeouts
 from mlfleet.tracking.base import RunInfo, clean_reason
 
 if TYPE_CHECKING:
     from mlfleet._engine.context import RunContext
 
-__all__ = ["AttachedSupervisor", "FoundRun", "find_again", "read_reference"]
+__all__ = ["AttachedSupervisor", "FoundRun", "concluded", "find_again", "read_reference"]
 
 
 class AttachedSupervisor(Supervisor):
@@ -148,6 +148,15 @@ async def find_again(context: RunContext, info: RunInfo) -> FoundRun:
         if info.status.is_terminal:
             raise UsageError(f"the run {info.run_id} has ended already: {info.status}") from error
         return FoundRun(name, error, record)
+
+
+def concluded(info: RunInfo) -> FoundRun:
+    """Return a run that has ended as MLflow has it."""
+    reason, kind = info.tags.get(REASON_TAG), info.tags.get(FAILURE_KIND_TAG)
+    lost = RunLost(info.tags[SweepMember.LOST_TAG]) if SweepMember.LOST_TAG in info.tags else None
+    cause = FailureKind(kind) if kind in {each.value for each in FailureKind} else None
+    outcome = Outcome(info.status, reason=reason, error=lost, cause=cause)
+    return FoundRun(info.tags.get("mlflow.project.backend", ""), _EndedRun(info.run_id, outcome), None)
 
 
 class _EndedRun:

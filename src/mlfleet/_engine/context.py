@@ -20,7 +20,7 @@ from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.tasks import ServiceOwner, TaskOwner
 from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.admission import Admission, Reservation
-from mlfleet._engine.attach import AttachedSupervisor, find_again
+from mlfleet._engine.attach import AttachedSupervisor, concluded, find_again
 from mlfleet._engine.conclude import conclude_left
 from mlfleet._engine.detached import DetachedSupervisor, Order
 from mlfleet._engine.plan import Plan, Planner, ProjectPlan
@@ -307,11 +307,17 @@ class RunContext:
             raise
         return run
 
-    async def attach(self, run_id: str, *, timeouts: Timeouts | None = None) -> FleetRun:
-        """Supervise a run that an earlier process submitted. See `Fleet.attach`."""
+    async def attach(self, run_id: str, *, timeouts: Timeouts | None = None, ended: bool = False) -> FleetRun:
+        """Supervise a run that an earlier process submitted. See `Fleet.attach`.
+
+        Args:
+            run_id: The id of the MLflow run.
+            timeouts: The time limits from now on.
+            ended: True to take the status of a run that somebody else has concluded meanwhile for its outcome.
+        """
         self._check_open()
         info = await self.tracking.get_run(run_id)
-        found = await find_again(self, info)
+        found = concluded(info) if ended and info.status.is_terminal else await find_again(self, info)
         supervisor = AttachedSupervisor(self, info, found.handle, found.backend, timeouts, found.record)
         run = self._supervise(supervisor)
         await run.created()

@@ -32,6 +32,7 @@ class SweepMember:
         attempt: The number of the attempt, counted from 1.
         retry_reason: The reason why the previous attempt failed; None for the first one.
         durable: Let the run outlive this process on this machine, so that it can be found again.
+        token: The number by which the driver's list knows the run before it has an id; None if there is no list.
     """
 
     sweep_id: str
@@ -40,12 +41,14 @@ class SweepMember:
     attempt: int = 1
     retry_reason: str | None = None
     durable: bool = False
+    token: str | None = None
 
     ID_TAG: ClassVar[str] = "mlfleet.sweep.id"
     KEY_TAG: ClassVar[str] = "mlfleet.sweep.point"
     INDEX_TAG: ClassVar[str] = "mlfleet.sweep.index"
     ATTEMPT_TAG: ClassVar[str] = "mlfleet.sweep.attempt"
     REASON_TAG: ClassVar[str] = "mlfleet.sweep.retry_reason"
+    MEMBER_TAG: ClassVar[str] = "mlfleet.sweep.member"
     LOST_TAG: ClassVar[str] = "mlfleet.lost"
     """The tag of a run that did not fail by itself, but died with its driver: its point runs again at resume."""
 
@@ -59,6 +62,7 @@ class SweepMember:
             sweep_id=sweep_id,
             index=int(index),
             key=tags.get(cls.KEY_TAG),
+            durable=cls.KEY_TAG in tags,
             attempt=int(attempt),
             retry_reason=tags.get(cls.REASON_TAG),
         )
@@ -71,6 +75,7 @@ class SweepMember:
             self.INDEX_TAG: str(self.index),
             self.ATTEMPT_TAG: str(self.attempt),
             self.REASON_TAG: self.retry_reason,
+            self.MEMBER_TAG: self.token,
         }
         return {name: value for name, value in tags.items() if value is not None}
 

@@ -148,8 +148,10 @@ class Attempts:
 
     async def _launch(self, blank: PointResult, key: str | None, attempt: int, reason: str | None) -> FleetRun:
         request, sweep = self._settings.request, self._record.info
+        members = self._record.members
+        token = None if members is None else await members.expect()
         member = SweepMember(
-            sweep_id=sweep.run_id, index=blank.index, key=key, attempt=attempt,
+            sweep_id=sweep.run_id, index=blank.index, key=key, attempt=attempt, token=token,
             retry_reason=None if reason is None else clean_reason(reason), durable=key is not None,
         )  # fmt: skip
         request = replace(
@@ -157,12 +159,19 @@ class Attempts:
             parameters=blank.parameters, run_name=f"{sweep.name}-{blank.index}", parent_run_id=sweep.run_id,
             experiment_name=None, experiment_id=sweep.experiment_id, member=member,
         )  # fmt: skip
-        return await self._context.launch(await self._context.plan(request, like=self._plan))
+        run = await self._context.launch(await self._context.plan(request, like=self._plan))
+        if members is not None and token is not None:
+            try:
+                await members.add(token, run.run_id)
+            except BaseException:
+                await complete(partial(self.end_run, run), restart=True)
+                raise
+        return run
 
     async def _find(self, info: RunInfo) -> FleetRun | None:
         """Attach to the run of an earlier session. Return None if it was never started: its MLflow run is ended."""
         if JobRef.TAG in info.tags:
-            return await self._context.attach(info.run_id, timeouts=self._settings.request.timeouts)
+            return await self._context.attach(info.run_id, timeouts=self._settings.request.timeouts, ended=True)
         reason = "its driver ended before it was started"
         lost = Outcome(RunStatus.FAILED, reason=reason, cause=FailureKind.INFRASTRUCTURE)
         await self._mark_lost(info.run_id, reason, failure_tags(lost))

@@ -22,6 +22,7 @@ from mlfleet._paths import sweeps_folder
 from mlfleet._project.content import content_hash
 from mlfleet._store.lease import unleased
 from mlfleet._store.locks import file_lock
+from mlfleet._sweeps.members import LIST_TAG, Members
 from mlfleet._sweeps.results import SweepCounts
 from mlfleet._sweeps.settings import SweepSettings
 from mlfleet._text.masking import mask_uri
@@ -39,6 +40,7 @@ STOPPED_TAG = "mlfleet.sweep.stopped"
 _CONTENT_TAG = "mlfleet.sweep.content"
 _ENV_TAG = "mlfleet.sweep.env"
 _COUNTS_TAG = "mlfleet.sweep.counts"
+_MOST_NAMED = 20  # runs that claim to be a sweep of one name
 _LOCK_WAIT = 1.0  # seconds
 _LONGEST_NAMES = 4000  # characters; MLflow 2 keeps 5,000 of a tag
 _MOST_CHILDREN = 50_000  # runs; the limit of mlflow's stores (SEARCH_MAX_RESULTS_THRESHOLD)
@@ -86,6 +88,7 @@ class SweepRecord:
         status: The status that the MLflow run gets at the end.
         counts: The counts that are written at the end.
         stopped: The reason why the sweep ended early; None if it did not.
+        members: The list of the sweep's runs; None if the sweep has no name.
     """
 
     info: RunInfo
@@ -93,6 +96,7 @@ class SweepRecord:
     status: RunStatus = RunStatus.KILLED
     counts: SweepCounts = field(default_factory=SweepCounts)
     stopped: str | None = None
+    members: Members | None = None
     _earlier: dict[str, dict[str, list[RunInfo]]] = field(default_factory=dict)
 
     def remember(self, children: Sequence[RunInfo]) -> None:
@@ -114,6 +118,10 @@ class SweepRecord:
         if not points:
             del self._earlier[key]
         return history
+
+    def run_ids(self) -> list[str]:
+        """Return the ids of the runs that are remembered."""
+        return [run.run_id for points in self._earlier.values() for runs in points.values() for run in runs]
 
     def unclaimed(self) -> list[RunInfo]:
         """Return the runs that have not ended, of points that the space does not have any more."""
@@ -152,12 +160,22 @@ async def open_record(
             await _lock(stack, lock, settings.name)
         content = None if settings.name is None else await _content(plan)
         tags = {**plan.tags, SPACE_TAG: json.dumps(space), **_names_of_variables(settings)}
-        record = await _earlier(tracking, settings, experiment_id, content)
+        old = None if lock is None else await FILES.run(partial(Members.read, lock))
+        members = None if lock is None else Members.new(lock)
+        if members is not None:
+            tags[LIST_TAG] = members.number
+        record = await _earlier(tracking, settings, experiment_id, content, old)
         is_new = record is None
         if record is None:
             record = await _create(tracking, settings, experiment_id, content, tags)
         has_begun = is_new
+        record.members = members
         try:
+            if members is not None and settings.name is not None:
+                try:
+                    await FILES.run(partial(members.write, record.info.run_id, record.run_ids()))
+                except OSError as error:
+                    raise _unwritable(settings.name, error) from error
             if not is_new:
                 await _reopen(tracking, record, tags)
                 has_begun = True
@@ -217,15 +235,18 @@ async def _content(plan: Plan) -> str:
 
 
 async def _earlier(
-    tracking: Tracking, settings: SweepSettings, experiment_id: str, content: str | None
+    tracking: Tracking, settings: SweepSettings, experiment_id: str, content: str | None, members: Members | None
 ) -> SweepRecord | None:
     """Return the record of the earlier sweep of that name, with all its runs; None if it does not exist."""
     if settings.name is None:
         return None
-    found = await tracking.search_runs([experiment_id], f"tags.`{NAME_TAG}` = '{settings.name}'", max_results=1)
+    found = await tracking.search_runs(
+        [experiment_id], f"tags.`{NAME_TAG}` = '{settings.name}'", max_results=_MOST_NAMED
+    )
     if not found:
         return None
-    info = found[0]
+    # Anybody may have given another run this name.
+    info = next((run for run in found if members is not None and members.is_of(run)), found[0])
     if not settings.resume:
         raise UsageError(
             f"there is a sweep {settings.name!r} already (run {info.run_id}): pass resume=True (--resume) to go on "
@@ -243,7 +264,7 @@ async def _earlier(
     children = await tracking.search_runs(
         [experiment_id], f"tags.`{SweepMember.ID_TAG}` = '{info.run_id}'", max_results=_MOST_CHILDREN
     )
-    record.remember(children)
+    record.remember(members.choose(children) if members is not None and members.is_of(info) else children)
     return record
 
 

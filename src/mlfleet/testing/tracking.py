@@ -19,7 +19,7 @@ from mlfleet.tracking.base import RunInfo, Tracking
 
 __all__ = ["FakeTracking", "RecordedRun"]
 
-_CLAUSE = re.compile(r"\s*(tags|params)\.[`\"]?([^`\"=]+?)[`\"]?\s*=\s*'([^']*)'\s*")
+_CLAUSE = re.compile(r"\s*(tags|params|attributes)\.[`\"]?([^`\"=]+?)[`\"]?\s*=\s*'([^']*)'\s*")
 
 
 @dataclass(slots=True)
@@ -206,11 +206,14 @@ def _clauses(filter_string: str) -> list[tuple[str, str, str]]:
     clauses = []
     for part in re.split(r"\s+and\s+", filter_string, flags=re.I):
         match = _CLAUSE.fullmatch(part)
-        if match is None:
-            raise UsageError(f"FakeTracking only understands tags.x = 'y' and params.x = 'y', joined by and: {part!r}")
+        if match is None or (match[1] == "attributes" and match[2] != "status"):
+            known = "tags.x = 'y', params.x = 'y' and attributes.status = 'y'"
+            raise UsageError(f"FakeTracking only understands {known}, joined by and: {part!r}")
         clauses.append((match[1], match[2], match[3]))
     return clauses
 
 
 def _matches(run: RecordedRun, kind: str, name: str, value: str) -> bool:
+    if kind == "attributes":
+        return run.status.value == value
     return (run.tags if kind == "tags" else run.params).get(name) == value
