@@ -19,7 +19,9 @@ import mlfleet
 from components.docker import DockerEngine
 from components.projects import write_project
 from mlfleet import Fleet, FleetRun, RunStatus, Timeouts
-from mlfleet.errors import ExecutionException, UsageError
+from mlfleet.backends.docker import DockerBackend
+from mlfleet.errors import ExecutionException, RunLost, UsageError
+from mlfleet.fleet import context_of
 from mlfleet.testing import FakeTracking
 from mlfleet.tracking import open_tracking
 
@@ -216,6 +218,7 @@ class Proxy:
 
     def __init__(self, folder: Path, engine: str) -> None:
         self.path = folder / "engine.sock"
+        self.answers = True
         self._engine = engine
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -249,6 +252,8 @@ class Proxy:
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(2**16):
+            if not self.answers and b"/kill?" in data:
+                await asyncio.get_running_loop().create_future()  # until the connection is closed
             writer.write(data)
             await writer.drain()
         writer.close()
@@ -294,3 +299,24 @@ async def test_an_engine_that_comes_back_loses_no_run_and_no_output(
         assert (outcome.exit_code, outcome.output) == (4, ("one", "two"))
         assert outcome.reason == "exit code 4: the Docker engine was stopped or restarted while the run was in it"
         assert await containers(docker_engine, run.run_id) == []
+
+
+async def test_a_container_whose_engine_does_not_answer_is_not_killed(
+    proxy: Proxy, docker_engine: DockerEngine, shell_image: str, tmp_path: Path
+) -> None:
+    uri, tracking = docker_project(tmp_path / "demo", shell_image, "echo one; sleep 600"), FakeTracking()
+    async with Fleet(tracking=tracking) as fleet:
+        context_of(fleet)._backends["docker"] = DockerBackend(end_patience=0.3)
+        run = await fleet.submit(uri, docker_args={"network": "none"})
+        async for _ in run.logs():
+            break
+        proxy.answers = False
+        await run.cancel(grace=0)
+        outcome = await run.outcome()
+        proxy.answers = True
+    assert outcome.status is RunStatus.FAILED
+    assert isinstance(outcome.error, RunLost)
+    assert "may still run, it could not be stopped" in str(outcome.reason)
+    (left,) = await containers(docker_engine, run.run_id)
+    assert left["State"] == "running"
+    await anyio.to_thread.run_sync(docker_engine.remove, f"mlfleet-{run.run_id}")

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -54,11 +54,16 @@ class DockerBackend(Backend[None]):
     """Runs jobs in containers of one engine: that of ``DOCKER_HOST``, ``DOCKER_CONTEXT`` or Docker's current context.
 
     Leaving the backend ends the containers that it submitted, and leaves those that it attached to alone.
+
+    Args:
+        end_patience: Seconds for the engine's answer to a request to stop a container. After that its run counts as
+            lost: it may still run.
     """
 
     name: ClassVar[str] = "docker"
 
-    def __init__(self) -> None:
+    def __init__(self, *, end_patience: float = 60.0) -> None:
+        self._end_patience = end_patience
         self._engine = Engine()
         self._images = Images(self._engine)
         self._watch = ContainerWatch(self._engine)
@@ -266,6 +271,7 @@ class DockerBackend(Backend[None]):
     def _supervise(
         self, container: Container, lock: ContainerLock, *, submitted: bool, ended_as: RunStatus | None = None
     ) -> DockerRun:
+        container = replace(container, patience=self._end_patience)
         run = DockerRun(container, self._engine, self._watch, lock, submitted=submitted, ended_as=ended_as)
         self._runs.start(run, name=f"mlfleet container {container.name}")
         return run

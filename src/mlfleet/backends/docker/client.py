@@ -179,18 +179,19 @@ class Engine:
             raise
         return docker
 
-    async def call(self, doing: str, work: Callable[[Docker], Awaitable[T]]) -> T:
+    async def call(self, doing: str, work: Callable[[Docker], Awaitable[T]], *, seconds: float = _ANSWER) -> T:
         """Make a request.
 
         Args:
             doing: The words that complete "the Docker engine was …" in an error.
             work: A function that makes the request with the client.
+            seconds: The time for the answer, 300 by default.
 
         Raises:
             EngineError: The engine refuses, or cannot be reached.
         """
         docker = await self.open()
-        with self._explained(doing), anyio.fail_after(_ANSWER):
+        with self._explained(doing), anyio.fail_after(seconds):
             return await work(docker)
 
     @asynccontextmanager

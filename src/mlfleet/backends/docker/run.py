@@ -46,6 +46,7 @@ class Container:
         grace: Seconds between SIGTERM and SIGKILL.
         tags: Tags for the MLflow run, which name the image.
         stop_signal: The signal that asks it to stop.
+        patience: Seconds for the engine's answer to a request to stop it.
         rotates: True if the engine may discard the older part of its output.
     """
 
@@ -58,6 +59,7 @@ class Container:
     grace: float = 10.0
     tags: Mapping[str, str] = field(default_factory=dict)
     stop_signal: str = "SIGTERM"
+    patience: float = 60.0
     rotates: bool = False
 
 
@@ -230,6 +232,7 @@ class DockerRun(SupervisedRun):
             await self._engine.call(
                 "asked to stop a container",
                 lambda docker: docker.containers.container(container.id).kill(signal=signal_name),
+                seconds=container.patience,
             )
 
         def runs_still(error: BaseException) -> bool:
