@@ -11,7 +11,6 @@ import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
@@ -222,6 +221,8 @@ def _from_conda(source: EnvironmentFile) -> PythonRequirements:
 
 
 def _from_pyproject(path: Path) -> PythonRequirements:
+    from packaging.requirements import InvalidRequirement, Requirement
+
     project = read_toml(path).get("project")
     if not isinstance(project, dict):
         return PythonRequirements()
