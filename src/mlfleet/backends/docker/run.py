@@ -239,7 +239,9 @@ class DockerRun(SupervisedRun):
             return isinstance(error, EngineError) and error.status not in (404, 409)
 
         try:
-            await _KILLING.call(kill, retry_if=runs_still)
+            # No longer than for one answer.
+            policy = replace(_KILLING, seconds=min(_KILLING.seconds, container.patience))
+            await policy.call(kill, retry_if=runs_still)
             self._was_signalled = True
         except EngineError as error:
             if runs_still(error):
