@@ -332,7 +332,8 @@ def test_control_characters_from_elsewhere_do_not_reach_the_terminal(server: Mlf
     done = mlfleet("run", uri, *LOCAL, "--log-output")
     assert done.returncode == 1
     assert re.search(r"^  \| bad", done.stderr, re.M), done.stderr  # the last lines of its output, in the error
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]|owned", done.stderr)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\udc9b]|owned", done.stderr)
+    assert done.stdout == "\x1b]0;owned\x07bad \x1b[2J\udc9bH\n"  # the output itself, byte for byte
     shown = mlfleet("run", uri, *LOCAL, "--dry-run", "-P", "name=\x1b[2Jcleared", "--run-name", "\x9b2Jnamed")
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", shown.stdout)
     assert "name=cleared" in shown.stdout

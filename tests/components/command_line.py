@@ -39,7 +39,13 @@ def mlfleet(
         env: Variables on top of this process's.
     """
     return subprocess.run(
-        [*ARGV, *arguments], cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, check=False
+        [*ARGV, *arguments],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",  # the output of a run is any bytes
+        check=False,
     )
 
 
