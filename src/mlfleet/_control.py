@@ -56,10 +56,9 @@ async def wait_for(fleet: Fleet, run_id: str, *, unseen_patience: float = UNSEEN
         info = await fleet.tracking.get_run(run_id)
         if info.status.is_terminal:
             return info
-        if SPACE_TAG in info.tags and not await is_driven(fleet.tracking, info):
-            seen += 1
-            # Only a sweep with a name has a lock that shows its driver.
-            if seen > 1 and NAME_TAG in info.tags:
+        if SPACE_TAG in info.tags and NAME_TAG in info.tags:
+            seen = 0 if await is_driven(fleet.tracking, info) else seen + 1
+            if seen > 1:
                 raise UsageError(f"no process drives the sweep {info.name!r} ({run_id}) any more: resume it")
         elif await watch.is_left(info):
             await conclude(context_of(fleet), info, watch.verdict)
@@ -233,7 +232,7 @@ async def look_at(fleet: Fleet, run_id: str) -> tuple[RunInfo, Driver]:
         MlfleetError: Tracking or the backend cannot be reached.
     """
     info = await fleet.tracking.get_run(run_id)
-    if info.status.is_terminal or SPACE_TAG in info.tags:
+    if info.status.is_terminal or NAME_TAG in info.tags:
         return info, Driver.UNSEEN
     verdict = await judge(context_of(fleet), info, elsewhere=False)
     if verdict.is_left:

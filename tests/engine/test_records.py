@@ -12,7 +12,8 @@ import anyio
 import pytest
 
 from components.projects import pid_is_gone, write_project
-from mlfleet import Fleet, RunStatus
+from mlfleet import Fleet, RunStatus, grid
+from mlfleet._control import wait_for
 from mlfleet._engine.records import RunRecord, RunRecords, find_record, tracking_key
 from mlfleet.errors import TrackingError
 from mlfleet.testing import FakeTracking
@@ -93,6 +94,21 @@ def record(run_id: str, tracking: FakeTracking, *, durable: bool = False) -> Run
     return RunRecord(
         run_id=run_id, backend="local", project="demo", tracking=tracking_key(tracking.uri), durable=durable
     )
+
+
+async def test_a_sweep_without_a_name_is_concluded_when_its_driver_has_died(tmp_path: Path) -> None:
+    tracking = FakeTracking()
+    async with Fleet(tracking=tracking, tracking_patience=0.1) as fleet:
+        uri = write_project(tmp_path / "demo", "true", parameters="n: string")
+        async with fleet.sweep(uri, grid(n=[1]), env_manager="local") as sweep:
+            assert f"{sweep.run_id}.json" in records()
+            tracking.fail = lambda method: TrackingError("down") if method in ("update_run", "get_run") else None
+            await sweep.result()
+    assert f"{sweep.run_id}.json" in records()
+    tracking.fail = None
+    async with Fleet(tracking=tracking) as fleet:
+        info = await wait_for(fleet, sweep.run_id)
+    assert (info.status, info.tags["mlfleet.reason"]) == (RunStatus.FAILED, "its driver died")
 
 
 FORKING = """

@@ -9,6 +9,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from mlfleet._engine.context import RunContext
+from mlfleet._engine.records import RunRecord, tracking_key
 from mlfleet._sweeps.attempts import Attempts
 from mlfleet._sweeps.points import Gate, Source
 from mlfleet._sweeps.record import SweepRecord, open_record
@@ -123,8 +124,17 @@ class Driver:
             context.tracking, settings, plan, await context.experiment_id(plan.request), describe(self._points),
             patience=context.tracking_patience,
         )  # fmt: skip
+        stack.push_async_callback(self._remove_record)
         self.record = record = await stack.enter_async_context(opening)
         context.sweep_ids.add(record.info.run_id)
+        if settings.name is None:
+            # A sweep with a name has a lock and is resumed; nobody goes on with this one if this process dies.
+            uri = context.tracking.uri
+            facts = RunRecord(
+                run_id=record.info.run_id, backend="sweep", project=plan.project_name, tracking=tracking_key(uri),
+                captured=False,
+            )  # fmt: skip
+            await context.records.add(facts)
         self.attempts = Attempts(context, settings, plan, record, self.gate)
         self.entered.set()
         try:
@@ -134,6 +144,11 @@ class Driver:
             record.counts, record.stopped = self.counts, self.stopped
         if self.error is not None:
             raise self.error
+
+    async def _remove_record(self) -> None:
+        """Remove the record of a sweep whose status is written."""
+        if self.record is not None and self.record.is_written:
+            await self._context.records.remove(self.record.info.run_id)
 
     def _status(self) -> RunStatus:
         if self.cancelled:

@@ -89,6 +89,7 @@ class SweepRecord:
         counts: The counts that are written at the end.
         stopped: The reason why the sweep ended early; None if it did not.
         members: The list of the sweep's runs; None if the sweep has no name.
+        is_written: True once the terminal status is written.
     """
 
     info: RunInfo
@@ -97,6 +98,7 @@ class SweepRecord:
     counts: SweepCounts = field(default_factory=SweepCounts)
     stopped: str | None = None
     members: Members | None = None
+    is_written: bool = False
     _earlier: dict[str, dict[str, list[RunInfo]]] = field(default_factory=dict)
 
     def remember(self, children: Sequence[RunInfo]) -> None:
@@ -320,6 +322,7 @@ async def _close(tracking: Tracking, record: SweepRecord, patience: float, *, wi
         logger.warning("the counts of the sweep %s could not be written: %s", record.info.run_id, error)
     try:
         seen = await end_run(tracking, record.info.run_id, record.status, patience=patience)
+        record.is_written = True
         if seen.status is RunStatus.KILLED:
             record.status = RunStatus.KILLED  # by another process
     except TrackingError as error:
