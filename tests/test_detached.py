@@ -82,6 +82,15 @@ async def until(is_true: Callable[[], object]) -> None:
         await asyncio.sleep(0.05)
 
 
+def write_slow_build(folder: Path) -> str:
+    """Write a project whose environment takes ten minutes to build."""
+    package = folder / "slow"
+    package.mkdir(parents=True)
+    (package / "setup.py").write_text("import time\ntime.sleep(600)\n")
+    (folder / "python_env.yaml").write_text("dependencies:\n  - ./slow\n")
+    return write_project(folder, "echo never", extra="python_env: python_env.yaml\n")
+
+
 async def cli(*arguments: str) -> tuple[int, str, str]:
     done = await asyncio.to_thread(command_line, *arguments)
     return done.returncode, done.stdout, done.stderr
@@ -255,6 +264,21 @@ async def test_cancel_ends_it_wherever_it_comes_from(server: Server, tmp_path: P
     assert server.mlflow.statuses == ["KILLED", "KILLED"]
 
 
+async def test_cancel_from_elsewhere_ends_what_prepares_it(server: Server, tmp_path: Path) -> None:
+    uri = write_slow_build(tmp_path / "demo")
+    async with Fleet(tracking_uri=server.url) as fleet:
+        events = fleet.events()
+        run = await fleet.submit(uri, detach=True, env_manager="virtualenv")
+        async for event in events:
+            if event.stage is Stage.PREPARING:
+                break
+        code, out, _ = await cli("cancel", run.run_id)
+        assert (code, out) == (0, f"{run.run_id} KILLED\n")
+        assert (await run.outcome()).status is RunStatus.KILLED
+    await until(lambda: not supervisors())
+    assert server.mlflow.statuses == ["KILLED"]
+
+
 async def test_it_goes_on_when_its_submitter_is_killed(server: Server, tmp_path: Path) -> None:
     uri = write_project(tmp_path / "demo", PATIENT)
     code = "import mlfleet, os, signal\n"
@@ -293,11 +317,7 @@ async def test_it_goes_on_when_its_supervisor_is_killed_and_is_concluded_by_the_
 
 
 async def test_a_run_whose_supervisor_is_killed_before_its_command_fails(server: Server, tmp_path: Path) -> None:
-    package = tmp_path / "demo" / "slow"
-    package.mkdir(parents=True)
-    (package / "setup.py").write_text("import time\ntime.sleep(600)\n")  # run by the build
-    uri = write_project(tmp_path / "demo", "echo never", extra="python_env: python_env.yaml\n")
-    (tmp_path / "demo" / "python_env.yaml").write_text("dependencies:\n  - ./slow\n")
+    uri = write_slow_build(tmp_path / "demo")
     async with Fleet(tracking_uri=server.url) as fleet:
         events = fleet.events()
         runs = [await fleet.submit(uri, detach=True, env_manager="virtualenv") for _ in range(2)]

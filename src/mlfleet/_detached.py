@@ -12,6 +12,7 @@ import os
 import pickle
 import socket
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,11 +30,13 @@ from mlfleet._signals import Interrupts, run_until_interrupted
 from mlfleet._store.private_folders import secure_state
 from mlfleet.errors import MlfleetError, RunCancelled
 from mlfleet.fleet import Fleet, context_of
-from mlfleet.runs import Outcome, RunEvent
+from mlfleet.runs import Outcome, RunEvent, RunStatus, Stage
 
 __all__ = ["supervise"]
 
 _log = logging.getLogger("mlfleet.fleet")
+
+_STATUS_INTERVAL = 2.0  # seconds between two looks at the status of a run whose command has not begun
 
 
 def supervise(end: socket.socket) -> None:
@@ -113,13 +116,25 @@ class _Supervision:
                     plan = await context.plan(order.request)
                     run = await context.launch(plan)
                     await FILES.run(partial(_log_to, run_folder(run.run_id)))
-                    await run.outcome()
+                    async with anyio.create_task_group() as group:
+                        group.start_soon(_watch_status, fleet, run)
+                        await run.outcome()
+                        group.cancel_scope.cancel()
             except Exception as failure:
                 error = failure
         if self._run is None:
             return ("refused", _sendable(error))
         outcome = await self._run.outcome()
         return ("ended", _sendable_outcome(outcome), dict(self._run.metrics))
+
+
+async def _watch_status(fleet: Fleet, run: FleetRun) -> None:
+    """End a run that another process has cancelled before its command began. Its backend has nothing to end yet."""
+    while run.stage not in (Stage.STARTED, Stage.FINISHED):
+        await anyio.sleep(_STATUS_INTERVAL)
+        with suppress(MlfleetError):
+            if (await fleet.tracking.get_run(run.run_id)).status is RunStatus.KILLED:
+                await run.cancel()
 
 
 class _Relay(logging.Handler):
