@@ -194,7 +194,7 @@ _NAME = re.compile(r"\(([0-9a-f]{32})\)$")
 
 
 class RecentRuns:
-    """Finds the runs of a workspace that mlfleet submitted. Concurrent calls share a listing.
+    """The runs of a workspace that mlfleet submitted, found by their ids or by a listing that concurrent calls share.
 
     Args:
         workspace: The client of the workspace.
