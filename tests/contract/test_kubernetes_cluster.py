@@ -20,7 +20,7 @@ from mlfleet._paths import run_folder
 from mlfleet.backends.base import Job
 from mlfleet.backends.kubernetes import KubernetesBackend
 from mlfleet.backends.kubernetes.client import ApiError, KubernetesClient
-from mlfleet.backends.kubernetes.config import StartTimeouts, parse_config
+from mlfleet.backends.kubernetes.config import KubernetesConfig, StartTimeouts, parse_config
 from mlfleet.testing import BackendContract, Harness
 
 GIVEN = os.environ.get("MLFLEET_TEST_KUBECONFIG", "")
@@ -35,12 +35,14 @@ class Place:
     Attributes:
         api: A client.
         given: The ``backend_config``.
+        config: The same, read.
         project: The folder of the project.
         folder: The folder for files.
     """
 
     api: KubernetesClient
     given: Mapping[str, Any]
+    config: KubernetesConfig
     project: Path
     folder: Path
 
@@ -49,8 +51,9 @@ class Place:
         return run_folder(run_id) / "output.log"
 
     def job(self, run_id: str, command: str, /, **given: Any) -> Job:
-        """Return a job; `given` are more keys of ``backend_config``."""
-        config = parse_config({**self.given, **given}, {"KUBECONFIG": GIVEN, "HOME": str(self.folder)})
+        """Return a job. `given` are more keys of ``backend_config``; with any, this call blocks."""
+        environ = {"KUBECONFIG": GIVEN, "HOME": str(self.folder)}
+        config = parse_config({**self.given, **given}, environ) if given else self.config
         return Job(
             run_id=run_id,
             experiment_id="0",
@@ -76,7 +79,7 @@ async def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         await api.call("making a namespace", "POST", "/api/v1/namespaces", body=body)
         await _service_account(api, namespace)
         try:
-            yield Place(api, given, project, tmp_path)
+            yield Place(api, given, config, project, tmp_path)
         finally:
             with anyio.CancelScope(shield=True):
                 await api.call("removing a namespace", "DELETE", f"/api/v1/namespaces/{namespace}")

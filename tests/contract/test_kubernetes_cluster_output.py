@@ -89,8 +89,7 @@ def numbers(lines: Sequence[str]) -> list[int]:
 async def test_followed_output_is_complete_although_the_node_rotates_it(place: Place) -> None:
     parts = "\n".join(f"print_lines {n * 3000} {(n + 1) * 3000}; sleep 1" for n in range(20))
     async with KubernetesBackend() as backend:
-        job = await anyio.to_thread.run_sync(place.job, "followed", PRINT + parts)
-        run = await backend.submit(job)
+        run = await backend.submit(place.job("followed", PRINT + parts))
         assert (await run.outcome()).status is RunStatus.FINISHED
     found = place.output("followed").read_text().splitlines()
     assert numbers(found) == list(range(60_000))
