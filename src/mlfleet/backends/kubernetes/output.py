@@ -430,6 +430,7 @@ class Copier:
         """
         if (self._pod, self._container) != (pod.uid, life.container):
             await self._leave()
+            await self._finish_line()
             self._pod, self._container, self._instance = pod.uid, life.container, 0
             self._stream = LogStream()
         while True:
@@ -444,7 +445,6 @@ class Copier:
                 await self._report(pod.name, f"the node has discarded that of the {numbers}")
             self._instance, self._stream = following, self._next_stream
             await self._finish_line()
-        await self._finish_line()
         self.done.append(pod.uid)
         self._pod, self._stream = "", LogStream()
         if self._path is not None:
