@@ -17,7 +17,7 @@ import pytest
 from components.fake_databricks import QUICK, JobMaker, make_jobs, open_workspace, succeed
 from fakes.databricks import FakeWorkspace
 from mlfleet.backends.databricks import DatabricksBackend
-from mlfleet.backends.databricks.records import read_records
+from mlfleet.backends.databricks.records import change_owner, read_records
 from mlfleet.errors import RunLost, SubmitError
 
 
@@ -75,10 +75,10 @@ async def submit_and_die(folder: Path, *configs: Mapping[str, Any]) -> list[str]
     return list(runs)
 
 
-async def test_prune_removes_what_a_killed_process_left_of_ended_runs(
+async def test_prune_removes_what_a_killed_process_left_of_ended_and_forgotten_runs(
     backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker, tmp_path: Path
 ) -> None:
-    places = ["/Workspace/Shared/x", "/Volumes/a/b/c", "dbfs:/mlfleet"]
+    places = ["/Workspace/Shared/x", "/Volumes/a/b/c", "dbfs:/mlfleet", "/Workspace/Shared/y"]
     dead = await submit_and_die(tmp_path, *({"upload_path": place} for place in places))
     ours = await backend.submit(make_job())
     assert await backend.prune() == [], "they are active, and the last one is looked after"
@@ -87,25 +87,41 @@ async def test_prune_removes_what_a_killed_process_left_of_ended_runs(
     for number in (1, 2, 3):
         workspace.put_output(workspace.runs[number], b"done\n")
         workspace.runs[number].set_state("TERMINATED", "SUCCESS")
+    del workspace.runs[4]
     listed = {run.run_id: (run.supervised, run.state) for run in await backend.list_runs()}
-    assert listed == {**dict.fromkeys(dead, (False, "terminated")), ours.run_id: (True, "pending")}
+    states = dict.fromkeys(dead, (False, "terminated")) | {dead[3]: (False, "gone"), ours.run_id: (True, "pending")}
+    assert listed == states
     assert {run.run_id for run in await backend.prune(dry_run=True)} == set(dead)
     assert await backend.prune(["another"]) == []
-    assert len(workspace.secrets) == 3
+    assert len(workspace.secrets) == 4
     assert [run.run_id for run in await backend.prune([dead[1]])] == [dead[1]]
-    assert len(workspace.secrets) == 2
-    assert {run.run_id for run in await backend.prune()} == {dead[0], dead[2]}
+    assert len(workspace.secrets) == 3
+    assert {run.run_id for run in await backend.prune()} == {dead[0], dead[2], dead[3]}
     assert workspace.secrets == {}
     assert [path for path in workspace.files if any(run_id in path for run_id in dead)] == []
-    assert len([path for path in workspace.files if path.endswith(".tar.gz")]) == 4
+    assert len([path for path in workspace.files if path.endswith(".tar.gz")]) == 5
     assert await backend.prune() == []
     assert [run.run_id for run in await backend.list_runs()] == [ours.run_id]
 
 
+async def submit_for_a_dead_process(backend: DatabricksBackend, make_job: JobMaker) -> str:
+    """Submit a run with secrets, and record a process that is gone as its owner. Return the run's id."""
+    secrets = {"MLFLOW_TRACKING_TOKEN": "hush"}
+    job = make_job({"secret_scope": "ours"}, tracking_uri="https://mlflow", secrets=secrets)
+    await backend.submit(job)
+
+    def change() -> None:
+        (record,) = read_records()
+        change_owner(job.run_id, {**record.reference.data["owner"], "started": -1})
+
+    await anyio.to_thread.run_sync(change)
+    return job.run_id
+
+
 async def test_prune_leaves_a_run_that_another_process_has_attached_to(
-    backend: DatabricksBackend, workspace: FakeWorkspace, tmp_path: Path
+    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
 ) -> None:
-    (run_id,) = await submit_and_die(tmp_path, {})
+    run_id = await submit_for_a_dead_process(backend, make_job)
     (record,) = await anyio.to_thread.run_sync(read_records)
     async with DatabricksBackend(timing=QUICK) as other:
         run = await other.attach(record.reference)
@@ -117,25 +133,14 @@ async def test_prune_leaves_a_run_that_another_process_has_attached_to(
 
 
 async def test_prune_ends_active_runs_of_killed_processes_if_asked(
-    backend: DatabricksBackend, workspace: FakeWorkspace, tmp_path: Path
+    backend: DatabricksBackend, workspace: FakeWorkspace, make_job: JobMaker
 ) -> None:
-    (run_id,) = await submit_and_die(tmp_path, {})
+    run_id = await submit_for_a_dead_process(backend, make_job)
     workspace.only_run.set_state("RUNNING")
     assert [run.run_id for run in await backend.prune(running=True)] == [run_id]
     assert workspace.only_run.cancelled == 1
     assert workspace.secrets == {}
     assert [path for path in workspace.files if run_id in path] == []
-
-
-async def test_prune_removes_what_is_left_of_a_run_that_databricks_has_forgotten(
-    backend: DatabricksBackend, workspace: FakeWorkspace, tmp_path: Path
-) -> None:
-    (run_id,) = await submit_and_die(tmp_path, {})
-    workspace.runs.clear()
-    (listed,) = await backend.list_runs()
-    assert (listed.run_id, listed.state) == (run_id, "gone")
-    assert [run.run_id for run in await backend.prune()] == [run_id]
-    assert workspace.secrets == {}
 
 
 async def test_prune_removes_old_secrets_of_other_machines(
