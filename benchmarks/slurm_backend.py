@@ -181,7 +181,8 @@ def main() -> None:
         folder.chmod(0o711)
         daemons = folder / "slurm"
         daemons.mkdir()
-        with run_slurm(daemons, cpus=64) as environ:
+        # On a busy machine a node that answers late would lose jobs: Slurm cancels what it could not start in time.
+        with run_slurm(daemons, cpus=64, message_timeout=60) as environ:
             figures = asyncio.run(measure(Bench(folder, environ), options))
     report("slurm_backend", figures, options)
 

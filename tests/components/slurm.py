@@ -60,7 +60,7 @@ ReturnToService=2
 MailProg=/bin/true
 KillWait=5
 MinJobAge=60
-MessageTimeout=5
+MessageTimeout={message_timeout}
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0,default_queue_depth=1000
 MaxArraySize=201
@@ -115,7 +115,8 @@ class Slurm:
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
-                if process.environ().get("MLFLEET_TEST_RUN") == run_id and process.status() != psutil.STATUS_ZOMBIE:
+                is_of_run = process.environ().get("MLFLEET_TEST_RUN") == run_id or run_id in process.cwd()
+                if is_of_run and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(str(process))
         return [*found, *self.jobs("-n", f"mlfleet-{run_id}")]
 
@@ -130,12 +131,13 @@ def slurm_daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @contextmanager
-def run_slurm(folder: Path, *, cpus: int = CPUS) -> Iterator[dict[str, str]]:
+def run_slurm(folder: Path, *, cpus: int = CPUS, message_timeout: int = 5) -> Iterator[dict[str, str]]:
     """Run the daemons with their files in a folder, and return the variables by which the client programs find them.
 
     Args:
         folder: The folder; other users must be able to enter those above it.
         cpus: The number of CPUs that the node pretends to have.
+        message_timeout: Seconds after which programs and daemons stop waiting for an answer.
     """
     for program in ("munged", "slurmctld", "slurmd"):
         if shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None:
@@ -154,6 +156,7 @@ def run_slurm(folder: Path, *, cpus: int = CPUS) -> Iterator[dict[str, str]]:
         user=getpass.getuser(),
         folder=folder,
         cpus=cpus,
+        message_timeout=message_timeout,
     )
     config.write_text(text)
     environ = {**os.environ, "SLURM_CONF": str(config), "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}

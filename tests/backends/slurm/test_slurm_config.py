@@ -64,6 +64,11 @@ def test_the_default_work_folder_is_that_of_the_variable() -> None:
     assert parse_config({}, {}).work_dir == Path("~/.mlfleet/slurm").expanduser()
 
 
+def test_a_folder_of_the_variable_that_sbatch_would_not_take_as_it_is_is_refused() -> None:
+    with pytest.raises(UsageError, match="MLFLEET_SLURM_WORK_DIR is '/shared/%u': give a path without %"):
+        parse_config({}, {"MLFLEET_SLURM_WORK_DIR": "/shared/%u"})
+
+
 def test_variables_that_the_node_sets_cannot_be_given() -> None:
     backend = SlurmBackend()
     backend.check_variables(["TOKEN"], parse_config({}, {}))
@@ -86,6 +91,8 @@ def state(word: str, code: int = 0, reason: str = "None") -> JobState:
     [
         (state("COMPLETED"), ExitRecord(0, False), {}, (RunStatus.FINISHED, 0, None)),
         (state("COMPLETED"), None, {}, (RunStatus.FINISHED, 0, None)),
+        # The run was withdrawn.
+        (state("COMPLETED"), None, {"claimed": False}, (RunStatus.FAILED, None, FailureKind.INFRASTRUCTURE)),
         (state("FAILED", 3 << 8), ExitRecord(3, False), {}, (RunStatus.FAILED, 3, FailureKind.FAILURE)),
         (state("FAILED", 137 << 8), ExitRecord(137, False), {}, (RunStatus.FAILED, 137, FailureKind.OOM)),
         (state("FAILED", 9), None, {}, (RunStatus.FAILED, 137, FailureKind.OOM)),
@@ -115,3 +122,14 @@ def test_what_slurm_says_and_the_exit_record_make_the_outcome(
     outcome = conclude(job, record, **facts)
     assert (outcome.status, outcome.exit_code, outcome.kind) == expected
     assert (outcome.reason is None) == (outcome.status is RunStatus.FINISHED)
+
+
+def test_a_job_that_its_node_did_not_start_in_time_is_told_from_one_that_somebody_cancelled() -> None:
+    # As seen on a real Slurm whose slurmd was stopped for longer than MessageTimeout.
+    cancelled = JobState("CANCELLED", 0, "None", restarts=1)
+    reasons = [
+        conclude(cancelled, None, cancelled=False, claimed=claimed, output=()).reason for claimed in (False, True)
+    ]
+    assert reasons == [
+        "Slurm cancelled the job, since its node did not start it in time", "the job was cancelled from outside",
+    ]  # fmt: skip

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,29 +12,15 @@ import anyio
 import anyio.to_thread
 import pytest
 
-from backends.slurm.conftest import MakeJob
+from backends.slurm.conftest import MakeJob, OnPath, leave, line_of, running
 from components.slurm import CPUS, QUICK, Slurm
 from mlfleet import Resources, RunLost, RunStatus
-from mlfleet.backends.base import BackendRun, Job
+from mlfleet.backends.base import Presence
 from mlfleet.backends.slurm import SlurmBackend
-from mlfleet.backends.slurm.run import SlurmRun
 from mlfleet.errors import SubmitError
 from mlfleet.runs import FailureKind
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(120)]
-
-
-async def line_of(run: BackendRun, text: str) -> None:
-    async for line in run.logs():
-        if line == text:
-            return
-    raise AssertionError(f"the run ended without {text!r}: {await run.outcome()}")
-
-
-async def running(backend: SlurmBackend, job: Job) -> SlurmRun:
-    run = await backend.submit(job)
-    await line_of(run, "ready")
-    return run
 
 
 async def call(slurm: Slurm, *argv: str) -> str:
@@ -49,22 +33,7 @@ async def until(holds: Callable[[], bool]) -> None:
         await anyio.sleep(0.05)
 
 
-def wrapper(tmp_path: Path, program: str, script: str) -> None:
-    """Put a script in front of a client program on PATH; it finds the real one as $real."""
-    folder = tmp_path / "bin"
-    folder.mkdir(exist_ok=True)
-    path = folder / program
-    path.write_text(f"#!/bin/bash\nreal=/usr/bin/{program}\n{script}\n")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-
-
-@pytest.fixture
-def on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    return lambda program, script: wrapper(tmp_path, program, script)
-
-
-# ---- submits --------------------------------------------------------------------------------------------------------
+# ---- submits ------------------------------------------------------------------------------------------------------
 
 
 async def test_a_refused_job_is_an_error_with_the_words_of_slurm_and_leaves_nothing(
@@ -76,7 +45,7 @@ async def test_a_refused_job_is_an_error_with_the_words_of_slurm_and_leaves_noth
 
 
 async def test_a_submit_whose_answer_is_lost_runs_once(
-    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob, tmp_path: Path, on_path: Callable[[str, str], None]
+    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob, tmp_path: Path, on_path: OnPath
 ) -> None:
     on_path("sbatch", '"$real" "$@" > /dev/null; echo "sbatch: error: Socket timed out on send/recv" >&2; exit 1')
     job = make_job(f"echo x >> {tmp_path}/executions")
@@ -87,17 +56,19 @@ async def test_a_submit_whose_answer_is_lost_runs_once(
 
 
 async def test_a_second_job_of_the_same_run_does_nothing(
-    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob, tmp_path: Path, on_path: Callable[[str, str], None]
+    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob, tmp_path: Path, on_path: OnPath
 ) -> None:
     # The first submit succeeds late: neither its answer nor its job is seen before the second one.
     on_path(
         "sbatch", f'in=$(cat); echo "$in" | "$real" "$@"; mkdir {tmp_path}/once 2>&- && echo "$in" | "$real" "$@"; true'
     )
-    job = make_job(f"echo x >> {tmp_path}/executions; sleep 1")
+    job = make_job(f"echo x >> {tmp_path}/executions; sleep 2; echo done >> {tmp_path}/executions", {"latency": 0.2})
     run = await backend.submit(job)
     assert await run.wait()
+    assert (tmp_path / "executions").read_text() == "x\ndone\n"
     await until(lambda: not slurm.jobs())
-    assert (tmp_path / "executions").read_text() == "x\n"
+    assert (tmp_path / "executions").read_text() == "x\ndone\n"
+    assert [line async for line in run.logs()] == []
 
 
 async def test_a_stopped_controller_ends_no_run_and_a_submit_waits_for_it(
@@ -127,7 +98,7 @@ async def test_a_job_that_can_never_start_is_ended_with_the_reason(backend: Slur
     assert "can never start: Slurm gives the reason Partition" in str(outcome.reason)
 
 
-# ---- what happens to running jobs -----------------------------------------------------------------------------------
+# ---- what happens to running jobs ---------------------------------------------------------------------------------
 
 
 async def test_a_job_that_somebody_else_cancels_has_failed(
@@ -172,14 +143,15 @@ async def test_a_job_above_its_memory_limit_has_failed_as_oom(
 async def test_a_job_that_the_administrator_requeues_runs_again(
     slurm: Slurm, backend: SlurmBackend, make_job: MakeJob, tmp_path: Path
 ) -> None:
-    command = f"echo x >> {tmp_path}/executions; echo ready; [ $(wc -l < {tmp_path}/executions) = 2 ] || sleep 600"
-    run = await running(backend, make_job(command, {"requeue": True}))
+    executions = tmp_path / "executions"
+    command = f"echo $TOKEN >> {executions}; echo ready; [ $(wc -l < {executions}) = 2 ] || sleep 600"
+    run = await running(backend, make_job(command, {"requeue": True}, secrets={"TOKEN": "hush-hush"}))
     await call(slurm, "scontrol", "requeue", run.job)
     # Slurm holds a requeued job for a while (BeginTime).
     await until(lambda: "PENDING" in "".join(slurm.jobs("-j", run.job)))
     await call(slurm, "scontrol", "update", f"jobid={run.job}", "starttime=now")
     assert await run.wait()
-    assert (tmp_path / "executions").read_text() == "x\nx\n"
+    assert executions.read_text() == "hush-hush\nhush-hush\n"
 
 
 async def test_what_a_command_leaves_in_other_sessions_is_ended_with_the_job(
@@ -201,7 +173,7 @@ async def test_a_grace_longer_than_killwait_is_kept(slurm: Slurm, backend: Slurm
     assert "tidied" in [line async for line in run.logs()]
 
 
-# ---- many jobs ------------------------------------------------------------------------------------------------------
+# ---- many jobs ----------------------------------------------------------------------------------------------------
 
 
 async def test_submits_of_the_same_moment_become_one_array(
@@ -227,7 +199,7 @@ async def test_one_run_of_an_array_is_cancelled_alone(slurm: Slurm, backend: Slu
 
 
 async def test_all_jobs_are_followed_by_one_process_a_poll(
-    slurm: Slurm, make_job: MakeJob, tmp_path: Path, on_path: Callable[[str, str], None]
+    slurm: Slurm, make_job: MakeJob, tmp_path: Path, on_path: OnPath
 ) -> None:
     calls = tmp_path / "calls"
     on_path("squeue", f'echo "$@" >> {calls}; exec "$real" "$@"')
@@ -238,11 +210,11 @@ async def test_all_jobs_are_followed_by_one_process_a_poll(
     assert max(line.split(" -j ")[1].split(" ")[0].count(",") + 1 for line in polls) == 20
 
 
-# ---- secrets, and runs of other processes ---------------------------------------------------------------------------
+# ---- secrets, and runs of other processes -------------------------------------------------------------------------
 
 
 async def test_a_secret_is_in_no_job_record_script_or_command_line(
-    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob, tmp_path: Path, on_path: Callable[[str, str], None]
+    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob, tmp_path: Path, on_path: OnPath
 ) -> None:
     on_path("sbatch", f'in=$(cat); echo "$@" "$in" >> {tmp_path}/seen; echo "$in" | exec "$real" "$@"')
     job = make_job('echo "${#TOKEN}"; echo ready; sleep 600', secrets={"TOKEN": "hush-hush"})
@@ -261,7 +233,7 @@ async def test_a_secret_is_in_no_job_record_script_or_command_line(
 
 
 async def test_a_run_that_slurm_has_forgotten_is_judged_by_its_files(
-    slurm: Slurm, make_job: MakeJob, tmp_path: Path, on_path: Callable[[str, str], None]
+    slurm: Slurm, make_job: MakeJob, tmp_path: Path, on_path: OnPath
 ) -> None:
     jobs = [make_job("echo done"), make_job("exit 5"), make_job("kill -9 $PPID", {"latency": 0.2})]
     references = []
@@ -290,6 +262,7 @@ async def test_a_driver_that_is_killed_leaves_its_jobs_to_whoever_attaches(
     async with SlurmBackend(timing=QUICK) as second:
         listed = await second.list_runs()
         assert [(each.run_id, each.state, each.detail["job"]) for each in listed] == [(job.run_id, "running", run.job)]
+        assert await second.presence(reference) is Presence.ACTIVE
         again = await second.attach(reference)
         assert await again.get_status() is RunStatus.RUNNING
         (tmp_path / "go").touch()
@@ -326,15 +299,7 @@ async def test_prune_removes_files_of_ended_runs_without_a_driver(
     job = make_job("true")
     assert await (await backend.submit(job)).wait()
     assert await backend.prune([job.run_id]) == []  # this process looks after it
-    owner = slurm.work_dir / "runs" / job.run_id / "owner"
-    done = subprocess.run(
-        [sys.executable, "-c", "import json; from mlfleet.backends._remote.owner import describe_this_process as d;"
-        "print(json.dumps(d()))"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )  # fmt: skip
-    owner.write_text(done.stdout)  # a process that has ended
+    await leave(slurm, job.run_id)
     assert [each.run_id for each in await backend.prune([job.run_id], dry_run=True)] == [job.run_id]
     assert [each.run_id for each in await backend.prune()] == [job.run_id]
-    assert not owner.parent.exists()
+    assert not (slurm.work_dir / "runs" / job.run_id).exists()

@@ -23,16 +23,16 @@ from mlfleet._paths import run_folder, size_on_disk
 from mlfleet._process.guardian import MARKER_VARIABLE
 from mlfleet.backends._remote.owner import describe_this_process, owner_lives
 from mlfleet.backends._remote.run import SupervisedRuns
-from mlfleet.backends.base import Backend, DockerRequest, Job, ListedRun
+from mlfleet.backends.base import Backend, DockerRequest, Job, ListedRun, Presence
 from mlfleet.backends.slurm.client import ListedJob, SlurmClient, Timing, sbatch_arguments
 from mlfleet.backends.slurm.config import SlurmConfig, default_work_dir, parse_config
 from mlfleet.backends.slurm.run import SlurmRun
-from mlfleet.backends.slurm.run_files import RunFiles, folders_of_runs, write_run
+from mlfleet.backends.slurm.run_files import RunFiles, folders_of_runs, prune_shared, write_run
 from mlfleet.backends.slurm.script import command_script, is_left_out
 from mlfleet.backends.slurm.states import GONE, JobState
 from mlfleet.backends.slurm.submits import ArraySubmitter, single
 from mlfleet.backends.slurm.watch import Poller
-from mlfleet.errors import RunLost, UsageError
+from mlfleet.errors import RunLost, SubmitError, UsageError
 from mlfleet.runs import DEFAULT_CANCEL_GRACE, JobRef
 from mlfleet.tracking.databricks import is_databricks
 
@@ -41,6 +41,7 @@ __all__ = ["SlurmBackend"]
 _URI = "MLFLOW_TRACKING_URI"
 _RUN_ID_LENGTH = 32
 _FOUND_AFTER = 30.0  # seconds after which a run without a job and without a living driver will have none
+_TAKE_BACK = 60.0  # seconds to wait for the end of the job of a submit that was cancelled
 
 
 class _Cluster:
@@ -83,7 +84,7 @@ class SlurmBackend(Backend[SlurmConfig]):
             await self._runs.close()
             await self._stack.aclose()
 
-        await complete(close)
+        await complete(close, restart=True)
 
     # ---- before anything exists -------------------------------------------------------------------------------------
 
@@ -130,7 +131,7 @@ class SlurmBackend(Backend[SlurmConfig]):
                 f"the tracking store {uri} is a file of SQLite, which several machines damage on a network file system"
                 f" (https://sqlite.org/howtocorrupt.html, 2.1). {hint}"
             )
-        elif uri.startswith(("file:", "/", ".")) and not _is_below(uri, config.work_dir):
+        elif (uri.startswith("file:") or "://" not in uri) and not _is_below(uri, config.work_dir):
             raise UsageError(f"the tracking store {uri} is on this machine, where nodes may not see it. {hint}")
 
     def shared_folder(self, config: SlurmConfig) -> Path:
@@ -185,27 +186,32 @@ class SlurmBackend(Backend[SlurmConfig]):
         cluster = await self._open_cluster(config.clusters)
         arguments = sbatch_arguments(config, job.resources)
         files = await write_run(job, config, _environ(job, config), self._owner)
+        run: SlurmRun | None = None
         try:
             job.on_progress("submitting to Slurm")
             if config.array:
                 number = await cluster.arrays.submit(files, arguments, sweep_id=job.sweep_id)
             else:
                 number = await cluster.client.submit(single(files, arguments))
+            run = self._supervise(
+                files,
+                number,
+                cluster,
+                output=job.output,
+                submitted=True,
+                grace=job.cancel_grace,
+                start_timeout=config.start_timeout,
+                latency=config.latency,
+                keep=config.keep,
+            )
             await FILES.run(partial(files.write_job, number))
-        except BaseException:
-            await complete(lambda: FILES.finish(files.remove))
+        except BaseException as error:
+            await complete(partial(_take_back, files, run), restart=True)
+            if isinstance(error, OSError):
+                text = f"the id of the job cannot be written below {config.work_dir}: {error.strerror}"
+                raise SubmitError(text, backend=self.name) from error
             raise
-        return self._supervise(
-            files,
-            number,
-            cluster,
-            output=job.output,
-            submitted=True,
-            grace=job.cancel_grace,
-            start_timeout=config.start_timeout,
-            latency=config.latency,
-            keep=config.keep,
-        )
+        return run
 
     def tags(self, run: Any) -> Mapping[str, str]:
         """Return the tag with the id of the job."""
@@ -223,6 +229,7 @@ class SlurmBackend(Backend[SlurmConfig]):
         number, state = await self._find(ref, files, cluster.client)
         if number is None:
             raise RunLost(f"the run {ref.run_id} is lost: no job of Slurm was submitted for it", backend=self.name)
+        await FILES.run(partial(self._take_over, files))
         grace, latency, limit = (ref.data.get(name) for name in ("grace", "latency", "start_timeout"))
         run = self._supervise(
             files,
@@ -254,27 +261,36 @@ class SlurmBackend(Backend[SlurmConfig]):
         cluster = await self._open_cluster(None)
         found = await FILES.run(partial(_kept, default_work_dir(os.environ), set(run_ids)))
         states = await cluster.client.states([number for _, number, _ in found if number is not None])
-        removed = []
-        for files, number, listed in found:
-            state = GONE if number is None else states.get(number, GONE)
-            if not state.is_over and not running:
-                continue
-            if not dry_run:
-                if not state.is_over and number is not None:
-                    await cluster.client.cancel(number)
+        going = []
+        for files, number, _ in found:
+            if number is not None and not (await FILES.run(partial(_own, states[number], files, number))).is_over:
+                going.append(number)
+        removed = [(files, number, listed) for files, number, listed in found if running or number not in going]
+        if not dry_run:
+            async with anyio.create_task_group() as group:  # they share one process
+                for number in going if running else ():
+                    group.start_soon(cluster.client.cancel, number)
+            for files, _, _ in removed:
                 await FILES.run(files.remove)
-            removed.append(listed)
-        return removed
+            await FILES.run(partial(prune_shared, default_work_dir(os.environ)))
+        return [listed for _, _, listed in removed]
 
     async def is_abandoned(self, ref: JobRef) -> bool:
         """Return True if the job is over, and so is the process of this machine that submitted it."""
         if await FILES.run(partial(owner_lives, ref.data.get("owner"))) is not False:
             return False
-        with suppress(RunLost):
+        return await self.presence(ref) is not Presence.ACTIVE
+
+    async def presence(self, ref: JobRef) -> Presence:
+        """Return the state of the job; see `Backend.presence`."""
+        try:
             cluster = await self._open_cluster(_cluster_of(ref))
-            _, state = await self._find(ref, _files(ref), cluster.client)
-            return state is not None and state.is_over
-        return True
+            number, state = await self._find(ref, _files(ref), cluster.client)
+        except RunLost:
+            return Presence.MISSING
+        if number is None or state is None:
+            return Presence.ACTIVE if _is_young(ref) else Presence.MISSING
+        return Presence.ENDED if state.is_over else Presence.ACTIVE
 
     async def withdraw(self, ref: JobRef) -> bool:
         """Claim a run that no job has claimed yet, so that its command never runs, and cancel its job."""
@@ -298,14 +314,19 @@ class SlurmBackend(Backend[SlurmConfig]):
         number = await FILES.run(files.job)
         if number is None:
             number = await client.find(f"mlfleet-{ref.run_id}")
-        if number is None:
-            since = ref.data.get("since")
-            if isinstance(since, int | float) and time.time() - since < _FOUND_AFTER:
-                await anyio.sleep(self._timing.fast)
-                number = await FILES.run(files.job) or await client.find(f"mlfleet-{ref.run_id}")
+        if number is None and _is_young(ref):
+            await anyio.sleep(self._timing.fast)
+            number = await FILES.run(files.job) or await client.find(f"mlfleet-{ref.run_id}")
         if number is None:
             return None, None
-        return number, (await client.states([number]))[number]
+        state = (await client.states([number]))[number]
+        return number, await FILES.run(partial(_own, state, files, number))
+
+    def _take_over(self, files: RunFiles) -> None:
+        """Look after a run whose process has died, so that `prune` of another process leaves it. Blocking."""
+        if owner_lives(files.owner()) is False:
+            with suppress(OSError):
+                files.write_owner(self._owner)
 
     async def _open_cluster(self, name: str | None) -> _Cluster:
         """Return the shared services of a cluster; the first call opens them."""
@@ -313,7 +334,9 @@ class SlurmBackend(Backend[SlurmConfig]):
         async def enter() -> _Cluster:
             client = SlurmClient(name, self._timing)
             await client.open()
-            return _Cluster(client, await self._stack.enter_async_context(Poller(client, self._timing)))
+            cluster = _Cluster(client, await self._stack.enter_async_context(Poller(client, self._timing)))
+            self._stack.push_async_callback(cluster.arrays.close)
+            return cluster
 
         return await self._clusters(name, enter)
 
@@ -338,6 +361,24 @@ def _environ(job: Job, config: SlurmConfig) -> dict[str, str]:
     # This process may be a run itself: at its driver's end a job goes on all the same.
     environ.pop(MARKER_VARIABLE, None)
     return environ
+
+
+async def _take_back(files: RunFiles, run: SlurmRun | None) -> None:
+    """Remove the files of a submit that failed, and first end its job if there is one."""
+    if run is not None:
+        with anyio.move_on_after(_TAKE_BACK):
+            await run.cancel()
+    await FILES.run(files.remove)
+
+
+def _own(state: JobState, files: RunFiles, job: str) -> JobState:
+    """Return the state of a job, or `GONE` if the id is now that of another one. Blocking."""
+    return state if state.is_gone or files.has_job_named(state.name, job) else GONE
+
+
+def _is_young(ref: JobRef) -> bool:
+    since = ref.data.get("since")
+    return isinstance(since, int | float) and time.time() - since < _FOUND_AFTER
 
 
 def _files(ref: JobRef) -> RunFiles:

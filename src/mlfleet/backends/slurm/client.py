@@ -39,11 +39,13 @@ _NOT_SUBMITTED = re.compile(
 # Nobody knows whether a job was made.
 _UNCLEAR = re.compile("timed out|Zero Bytes were transmitted|Unexpected message received|Connection reset")
 _INVALID_ID = "Invalid job id specified"
-_FORMAT = "JobArrayID:|,State:|,exit_code:|,Reason:|,RestartCnt:|"
-_FOUND = "JobID:|,State:|,Reason:|"
+_FORMAT = "JobArrayID:|,State:|,exit_code:|,Reason:|,RestartCnt:|,Name:|"
+# JobID is another one for each task of an array that has begun.
+_FOUND = "ArrayJobID:|,State:|,Reason:|"
 _LISTED = "JobArrayID:|,State:|,Name:|,Comment:|,SubmitTime:|"
 _ERROR_PREFIX = re.compile(r"^(sbatch|squeue|scancel|scontrol): (error: |fatal: )?", re.M)
 _BAD_CONSTRAINTS = "BadConstraints"
+_CALL_LIMIT = 120.0  # seconds after which a program has hung: they give up after MessageTimeout and a few retries
 
 _RETRIES = RetryPolicy(seconds=600, first_pause=1, longest_pause=30)
 
@@ -234,7 +236,7 @@ class SlurmClient:
         text = _message(completed)
         if _NOT_SUBMITTED.search(text):
             raise SlurmError(f"Slurm cannot be reached: {text}", backend="slurm")
-        if _UNCLEAR.search(text) or completed.returncode in (0, -9, -15):
+        if _UNCLEAR.search(text) or completed.returncode <= 0:  # without an id, or ended by a signal
             error = SlurmError(f"sbatch had no clear answer: {text}", backend="slurm")
             error.unclear = True
             raise error
@@ -256,14 +258,14 @@ class SlurmClient:
             await anyio.sleep(pause)
 
     async def find(self, name: str) -> str | None:
-        """Return the id of the job with a name, the newest if there are several; None: there is none.
+        """Return the id of this user's job with a name, the newest if there are several; None: there is none.
 
         A refused submit may leave a job that has failed for its constraints: it does not count.
 
         Raises:
             SlurmError: The controller cannot be asked.
         """
-        shown = await self._run("squeue", *self._cluster, "-h", "-t", "all", "-n", name, "-O", _FOUND)
+        shown = await self._run("squeue", *self._cluster, "-h", "-t", "all", "--me", "-n", name, "-O", _FOUND)
         ids = []
         for line in shown.splitlines():
             job, state, reason, *_ = [*line.split("|"), "", ""]
@@ -283,15 +285,15 @@ class SlurmClient:
             return {}
         which = ("--me",) if len(jobs) > _BY_USER else ("-j", ",".join(jobs))
         # Never --json: it gives all jobs of the cluster, and other fields with each version.
-        completed = await self._call(("squeue", *self._cluster, "-h", "-r", "-t", "all", *which, "-O", _FORMAT))
+        completed = await self._ask(("squeue", *self._cluster, "-h", "-r", "-t", "all", *which, "-O", _FORMAT))
         text = _message(completed)
         if completed.returncode != 0 and _INVALID_ID not in text:
             raise SlurmError(f"Slurm cannot be asked for the states of jobs: {text}", backend="slurm")
         found = dict.fromkeys(jobs, GONE)
         for line in completed.stdout.decode(errors="replace").splitlines():
             fields = line.split("|")
-            if len(fields) >= 5 and fields[0] in found:
-                found[fields[0]] = JobState(fields[1], _whole(fields[2]), fields[3], _whole(fields[4]))
+            if len(fields) >= 6 and fields[0] in found:
+                found[fields[0]] = JobState(fields[1], _whole(fields[2]), fields[3], _whole(fields[4]), name=fields[5])
         return found
 
     async def list_jobs(self) -> list[ListedJob]:
@@ -303,7 +305,9 @@ class SlurmClient:
         shown = await self._run("squeue", *self._cluster, "-h", "-r", "-t", "all", "--me", "-O", _LISTED)
         listed = []
         for line in shown.splitlines():
-            job, state, name, comment, submitted, *_ = [*line.split("|"), *("",) * 5]
+            # The comment ends with the work folder, in whose path a | may be.
+            job, state, name, rest, *_ = [*line.split("|", 3), *("",) * 4]
+            comment, submitted, *_ = [*rest.rsplit("|", 2), *("",) * 2]
             product, _, work_dir = comment.partition(" ")
             if product == "mlfleet" and name.startswith("mlfleet-") and work_dir.startswith("/"):
                 listed.append(ListedJob(job, state, name, Path(work_dir), _time(submitted)))
@@ -340,15 +344,23 @@ class SlurmClient:
 
     async def _cancel_by_name(self, name: str) -> None:
         with suppress(SlurmError):
-            await self._run("scancel", *self._cluster, f"--name={name}")
+            await self._run("scancel", *self._cluster, "--me", f"--name={name}")
 
     # ---- processes --------------------------------------------------------------------------------------------------
 
     async def _run(self, *argv: str) -> str:
-        completed = await self._call(argv)
+        completed = await self._ask(argv)
         if completed.returncode != 0:
             raise SlurmError(f"{argv[0]} failed: {_message(completed)}", backend="slurm")
         return completed.stdout.decode(errors="replace")
+
+    async def _ask(self, argv: Sequence[str]) -> Completed:
+        """Run a program that may be repeated, unlike sbatch, and so may be ended when it hangs."""
+        try:
+            with anyio.fail_after(_CALL_LIMIT):
+                return await self._call(argv)
+        except TimeoutError:
+            raise SlurmError(f"{argv[0]} has not answered for {_CALL_LIMIT:.0f} s", backend="slurm") from None
 
     async def _call(self, argv: Sequence[str], stdin: bytes | None = None) -> Completed:
         try:

@@ -94,8 +94,12 @@ class SlurmConfig:
 
 
 def default_work_dir(environ: Mapping[str, str]) -> Path:
-    """Return the folder of ``MLFLEET_SLURM_WORK_DIR``, else ``~/.mlfleet/slurm``: clusters usually share the homes."""
-    return Path(environ.get(WORK_DIR_VARIABLE) or "~/.mlfleet/slurm").expanduser().absolute()
+    """Return the folder of ``MLFLEET_SLURM_WORK_DIR``, else ``~/.mlfleet/slurm``: clusters usually share the homes.
+
+    Raises:
+        UsageError: The path is relative, or sbatch would not take it as it is.
+    """
+    return _absolute(environ.get(WORK_DIR_VARIABLE) or "~/.mlfleet/slurm", WORK_DIR_VARIABLE)
 
 
 def parse_config(config: Mapping[str, Any], environ: Mapping[str, str]) -> SlurmConfig:
@@ -126,7 +130,7 @@ def parse_config(config: Mapping[str, Any], environ: Mapping[str, str]) -> Slurm
         clusters=_clusters(config),
         exclusive=_flag(config, "exclusive"),
         requeue=_flag(config, "requeue"),
-        work_dir=default_work_dir(environ) if work_dir is None else _absolute(work_dir),
+        work_dir=default_work_dir(environ) if work_dir is None else _absolute(work_dir, "backend_config: work-dir"),
         setup=_lines(config, "setup"),
         start_timeout=_seconds(config, "start-timeout", _START_TIMEOUT, none=True),
         latency=_seconds(config, "latency", _LATENCY) or 0.0,
@@ -173,15 +177,13 @@ def _clusters(config: Mapping[str, Any]) -> str | None:
     return text
 
 
-def _absolute(text: str) -> Path:
+def _absolute(text: str, source: str) -> Path:
     path = Path(text).expanduser()
     if not path.is_absolute():
-        raise UsageError(
-            f"backend_config: work-dir is {text!r}: give an absolute path, which the nodes see as this machine does"
-        )
+        raise UsageError(f"{source} is {text!r}: give an absolute path, which the nodes see as this machine does")
     # sbatch reads % in the path of the output as a pattern, and \ as a request not to.
     if re.search(r"[%\\\n]", str(path)):
-        raise UsageError(f"backend_config: work-dir is {text!r}: give a path without %, \\ and line breaks")
+        raise UsageError(f"{source} is {text!r}: give a path without %, \\ and line breaks")
     return path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import anyio
 
 from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.threads import FILES
-from mlfleet._text.lines import last_lines, write_all
-from mlfleet.backends._remote.output import STDOUT
+from mlfleet._text.lines import last_lines
+from mlfleet.backends._remote.output import OutputFile
 from mlfleet.backends._remote.run import SupervisedRun
 from mlfleet.backends.slurm.client import SlurmClient, SlurmError
 from mlfleet.backends.slurm.run_files import RunFiles
@@ -28,6 +29,7 @@ _KILL_MARGIN = 2.0  # seconds before KillWait at which SIGKILL should have been 
 _LOOK = 0.5  # seconds between two looks for a file that another machine has written
 _COPY_PAUSE = 0.5  # seconds between two looks for new output that goes to the output of this process
 _CHUNK = 2**20
+_FIRST_POLL = 5.0  # seconds to wait for the first state of a job that is to be cancelled
 
 
 class SlurmRun(SupervisedRun):
@@ -74,6 +76,7 @@ class SlurmRun(SupervisedRun):
         self._keep = keep
         self._state = poller.track(job)
         self._copied = 0
+        self._stdout = OutputFile(None, backend="slurm")
 
     # ---- the handle -------------------------------------------------------------------------------------------------
 
@@ -105,49 +108,64 @@ class SlurmRun(SupervisedRun):
                 group.start_soon(self._end_what_never_starts, never)
                 if self._target is None:
                     group.start_soon(self._copy_as_it_comes)
-                state = await self._state.until(lambda state: state.is_over)
+                state = await self._follow()
                 group.cancel_scope.cancel()
         except* MlfleetError as errors:
             raise errors.exceptions[0] from None
         record = await self._read_exit(state)
-        claimed = await FILES.run(self._files.is_claimed)
+        claimed = await FILES.run(self._files.claimed_by) is not None
         lines = await FILES.run(partial(last_lines, self._files.output))
         if record is None:
             lines += await FILES.run(partial(last_lines, self._files.messages))
         outcome = conclude(state, record, cancelled=self._stop_request.is_requested, claimed=claimed, output=lines)
-        if never and not self._stop_request.is_requested:
-            outcome = never[0]
-        return (
-            outcome
-            if outcome.status is not RunStatus.KILLED
-            else Outcome(outcome.status, outcome.exit_code, outcome.reason, lines)
-        )
+        if never and not claimed and not self._stop_request.is_requested:
+            return never[0]
+        return outcome
+
+    async def _follow(self) -> JobState:
+        """Return the last state of the job that runs the command.
+
+        A submit whose answer was lost may have been repeated, and then the first job may be the one that has begun.
+        """
+        while True:
+            state = await self._state.until(lambda state: state.is_over)
+            claimed = await FILES.run(self._files.claimed_by)
+            if claimed is None or claimed == self.job:
+                return state
+            before, self.job = self.job, claimed
+            self._state = self._poller.track(claimed)
+            self._poller.untrack(before)
 
     async def _read_exit(self, state: JobState) -> ExitRecord | None:
         """Return the record of the command's end; wait for it as long as the shared file system may need."""
         deadline = time.monotonic() + self._latency
         while True:
             record = await FILES.run(self._files.exit_record)
-            # Slurm says itself how a job ended that never began, or that it has ended.
+            # Of other ends Slurm gives the reason itself, also of a job that never began.
             expected = state.is_gone or state.word in ("COMPLETED", "FAILED")
             if record is not None or not expected or time.monotonic() > deadline:
                 return record
-            if not state.is_gone and not await FILES.run(self._files.is_claimed):
+            if state.is_launch_failure and await FILES.run(self._files.claimed_by) is None:
                 return None
             await anyio.sleep(min(_LOOK, self._latency))
 
     async def _cancel_when_asked(self) -> None:
         """Wait for a request to stop, and end the job as often as its grace is shortened."""
         await self._stop_request.requested()
+        with anyio.move_on_after(_FIRST_POLL):
+            await self._state.until(lambda state: True)
         while True:
             grace = self._stop_request.remaining or 0.0
-            await FILES.run(partial(self._files.write_grace, grace))
+            claimed = await FILES.run(partial(self._prepare_stop, grace))
             state = self._state.value
             is_long = grace > self._client.kill_wait - _KILL_MARGIN and state is not None and not state.is_waiting
             try:
                 # Slurm itself sends SIGKILL after KillWait. With a longer grace only the batch script gets SIGTERM.
-                await self._client.cancel(self.job, only_script=is_long)
-            except SlurmError as error:
+                async with anyio.create_task_group() as group:
+                    for job in {self.job, claimed or self.job}:
+                        group.start_soon(partial(self._client.cancel, job, only_script=is_long))
+            except* SlurmError as errors:
+                error = errors.exceptions[0]
                 text = f"the job {self.job} could not be cancelled, and may still run: {error}"
                 raise BackendError(text, backend="slurm") from error
             self._poller.poll_soon(self.job)
@@ -156,6 +174,15 @@ class SlurmRun(SupervisedRun):
                     await self._stop_request.changed()
             else:
                 await self._stop_request.changed()
+
+    def _prepare_stop(self, grace: float) -> str | None:
+        """Set the grace, keep further jobs from beginning, and return the job that has begun. Blocking."""
+        try:
+            self._files.write_grace(grace)
+            self._files.withdraw()
+        except OSError as error:
+            _log.warning("the job %s is cancelled with an earlier grace: %s", self.job, error)
+        return self._files.claimed_by()
 
     async def _end_what_never_starts(self, never: list[Outcome]) -> None:
         """Cancel a job that waits for something that does not come by itself."""
@@ -187,19 +214,15 @@ class SlurmRun(SupervisedRun):
     async def _copy(self) -> None:
         """Copy new output to the stdout of this process."""
 
-        def copy() -> int:
-            copied = 0
-            try:
-                with self._files.output.open("rb") as file:
-                    file.seek(self._copied)
-                    while data := file.read(_CHUNK):
-                        write_all(STDOUT, data)
-                        copied += len(data)
-            except FileNotFoundError:
-                pass
-            return copied
+        def copy() -> None:
+            # In the thread: the result of a cancelled call is lost.
+            with suppress(OSError), self._files.output.open("rb") as file:
+                file.seek(self._copied)
+                while data := file.read(_CHUNK):
+                    self._copied += len(data)
+                    self._stdout.write(data)
 
-        self._copied += await FILES.run(copy)
+        await FILES.run(copy)
 
     async def _abandon(self) -> None:
         """End the job, after an error because of which it is not watched any more."""
@@ -219,4 +242,4 @@ class SlurmRun(SupervisedRun):
                 await self._copy()
             await FILES.run(partial(self._files.finish, self._target, keep=self._keep))
         except OSError as error:
-            _log.warning("the output of the run %s stays in %s: %s", self.run_id, self._files.output, error)
+            _log.warning("files of the run %s stay in %s: %s", self.run_id, self._files.folder, error)

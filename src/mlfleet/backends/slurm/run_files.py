@@ -9,7 +9,7 @@
     runs/<run id>/
         project/                the run's own copy of the project
         command.sh  environ     the command, and its variables with the secrets
-        owner  job              the process that submitted the run; the id of the job, once it is known
+        owner  job              the process that looks after the run; the id of the job, once it is known
         grace                   seconds between SIGTERM and SIGKILL
         claim/job               the job that runs it, and how often Slurm has started that again
         exit                    the exit code, and whether the command was asked to stop before
@@ -22,12 +22,14 @@ minutes.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import stat
 import tarfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -39,15 +41,17 @@ from mlfleet._concurrency.threads import FILES
 from mlfleet._project.blocking import stoppable
 from mlfleet._project.content import DEFAULTS, pack
 from mlfleet._project.working_copies import copy_tree
+from mlfleet._store.content_store import remove_tree
 from mlfleet.backends.base import Job
 from mlfleet.backends.slurm.config import SlurmConfig
 from mlfleet.backends.slurm.script import command_script, environment_file
 from mlfleet.backends.slurm.states import ExitRecord
 from mlfleet.errors import SubmitError
 
-__all__ = ["RunFiles", "copy_project", "folders_of_runs", "link_array", "write_run"]
+__all__ = ["RunFiles", "copy_project", "folders_of_runs", "link_array", "prune_shared", "write_run"]
 
 _WITHDRAWN = "withdrawn"
+_UNUSED_AFTER = 24 * 3600.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +96,17 @@ class RunFiles:
 
     def job(self) -> str | None:
         """Return the id of the job that runs the command, or else of the one that was submitted last; None: unknown."""
-        claimed = self._read("claim/job").split()
-        if claimed and claimed[0] != _WITHDRAWN:
-            return claimed[0]
-        return self._read("job").strip() or None
+        return self.claimed_by() or self._read("job").strip() or None
+
+    def has_job_named(self, name: str, job: str) -> bool:
+        """Return True if a job with an id and a name is of this run."""
+        _, _, index = job.partition("_")
+        if not index:
+            return name == f"mlfleet-{self.run_id}"
+        try:
+            return Path(os.readlink(self.work_dir / "arrays" / name / index)).name == self.run_id  # noqa: PTH115
+        except OSError:
+            return False
 
     def write_job(self, job: str) -> None:
         """Record the id of the submitted job."""
@@ -105,10 +116,10 @@ class RunFiles:
         """Set the seconds between SIGTERM and SIGKILL for the next request to stop."""
         self._write("grace", f"{grace:.3f}\n".encode())
 
-    def is_claimed(self) -> bool:
-        """Return True if a job has begun to run the command."""
+    def claimed_by(self) -> str | None:
+        """Return the id of the job that has begun to run the command; None: none has (yet)."""
         claimed = self._read("claim/job").split()
-        return bool(claimed) and claimed[0] != _WITHDRAWN
+        return claimed[0] if claimed and claimed[0] != _WITHDRAWN else None
 
     def withdraw(self) -> bool:
         """Keep jobs from running the command. Return False if one has begun."""
@@ -128,12 +139,16 @@ class RunFiles:
         return ExitRecord(int(code), asked == "1") if code.isdecimal() else None
 
     def owner(self) -> Mapping[str, Any]:
-        """Return the record of the process that submitted the run; empty: there is none."""
+        """Return the record of the process that looks after the run; empty: there is none."""
         try:
             found = json.loads(self._read("owner") or "{}")
         except ValueError:
             return {}
         return found if isinstance(found, dict) else {}
+
+    def write_owner(self, owner: Mapping[str, Any]) -> None:
+        """Record the process that looks after the run."""
+        self._write("owner", json.dumps(dict(owner)).encode())
 
     def finish(self, output: Path | None, *, keep: bool) -> None:
         """Copy the output to its place on this machine, and remove what an ended run does not need any more.
@@ -143,20 +158,25 @@ class RunFiles:
             keep: True to leave the copy of the project.
 
         Raises:
-            OSError: The output cannot be copied.
+            OSError: The output cannot be copied, or a file cannot be removed.
         """
-        for name in ("environ", "command.sh"):
-            (self.folder / name).unlink(missing_ok=True)
-        if not keep:
-            shutil.rmtree(self.project, ignore_errors=True)
-        if output is not None and output != self.output:
-            output.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            if output is not None and output != self.output:
+                output.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                with suppress(FileNotFoundError):
+                    shutil.copyfile(self.output, output)
+        finally:
             with suppress(FileNotFoundError):
-                shutil.copyfile(self.output, output)
+                self.withdraw()  # a second job, of a repeated submit, may still wait
+            for name in ("environ", "command.sh"):
+                (self.folder / name).unlink(missing_ok=True)
+            if not keep:
+                remove_tree(self.project)
 
     def remove(self) -> None:
         """Remove all files of the run."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if os.path.lexists(self.folder):
+            remove_tree(self.folder)
 
     def _read(self, name: str) -> str:
         try:
@@ -189,14 +209,15 @@ async def write_run(job: Job, config: SlurmConfig, environ: Mapping[str, str], o
 
     def write() -> None:
         files.remove()  # an MLflow run that runs again
-        for folder in (config.work_dir, files.folder.parent, files.folder):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        config.work_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _make_own(files.folder.parent)
+        files.folder.mkdir(mode=0o700)
         script = command_script(
             files.folder, files.project, job.command, environment=job.environment, setup=config.setup
         )
         files._write("command.sh", script.encode(errors="surrogateescape"))
         files._write("environ", environment_file(environ))
-        files._write("owner", json.dumps(dict(owner)).encode())
+        files.write_owner(owner)
         files.write_grace(job.cancel_grace)
 
     async def remove(_: None) -> None:
@@ -227,13 +248,14 @@ async def copy_project(folder: Path, work_dir: Path) -> Path:
         target = work_dir / "projects" / packed.digest
         if not await FILES.run(target.is_dir):
             await stoppable(partial(_unpack, packed.file, target))
+        await FILES.run(partial(os.utime, target))  # for `prune_shared`
         return target
     finally:
         packed.file.close()
 
 
 def _unpack(file: Any, target: Path, stop: threading.Event) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _make_own(target.parent)
     new = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}")
     try:
         with tarfile.open(fileobj=file) as archive:
@@ -246,16 +268,28 @@ def _unpack(file: Any, target: Path, stop: threading.Event) -> None:
             if not target.is_dir():
                 raise
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        if new.exists():
+            remove_tree(new)
 
 
-def link_array(work_dir: Path, name: str, runs: tuple[RunFiles, ...]) -> Path:
-    """Make the folder by which the tasks of an array find their runs, and return it. Blocking."""
-    folder = work_dir / "arrays" / name
-    folder.mkdir(parents=True, mode=0o700)
+def link_array(folder: Path, runs: tuple[RunFiles, ...]) -> None:
+    """Make the folder by which the tasks of an array find their runs. Blocking."""
+    _make_own(folder.parent)
+    folder.mkdir(mode=0o700)
     for index, files in enumerate(runs):
         (folder / str(index)).symlink_to(Path("..", "..", "runs", files.run_id))
-    return folder
+
+
+def prune_shared(work_dir: Path) -> None:
+    """Remove copies of projects that no run has used for a day, and the folders of arrays without runs. Blocking."""
+    with suppress(OSError):
+        for folder in (work_dir / "arrays").iterdir():
+            if not any(link.exists() for link in folder.iterdir()):
+                remove_tree(folder)
+    with suppress(OSError):
+        for folder in (work_dir / "projects").iterdir():
+            if time.time() - folder.stat().st_mtime > _UNUSED_AFTER:
+                remove_tree(folder)
 
 
 def folders_of_runs(work_dir: Path) -> Iterator[RunFiles]:
@@ -265,6 +299,19 @@ def folders_of_runs(work_dir: Path) -> Iterator[RunFiles]:
             files = RunFiles(work_dir, folder.name)
             if files.is_own():
                 yield files
+
+
+def _make_own(folder: Path) -> None:
+    """Make a folder that nobody else can write, since what it holds is run as this user.
+
+    Raises:
+        PermissionError: It exists and another user owns it, or can write it.
+    """
+    folder.mkdir(exist_ok=True, mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        text = f"{folder} is another user's, or others can write it: give a work-dir of your own"
+        raise PermissionError(errno.EACCES, text)
 
 
 def _private(path: str, flags: int) -> int:

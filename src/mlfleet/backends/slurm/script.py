@@ -22,11 +22,15 @@ __all__ = ["array_script", "batch_script", "command_script", "environment_file",
 # What is read and written: see `mlfleet.backends.slurm.run_files`.
 #
 # 1. Claim. The first job that makes the folder `claim` owns the run: a submit whose answer was lost may have been
-#    repeated. A job that Slurm has started again (requeue) has the same id and a higher restart count, and takes over.
+#    repeated. A job that Slurm has started again (requeue) has the same id and a higher restart count, and takes over,
+#    unless the command had ended by itself before. Slurm starts a job again also without --requeue, if its node did not
+#    answer in time: so the variables stay for as long as the command has not ended by itself.
 # 2. The command leads a session, and so a process group, of its own. `setsid` does not fork here, since a background
-#    process of a shell without job control leads no group: $! is the command's own pid.
+#    process of a shell without job control leads no group: $! is the command's own pid. Such a process ignores SIGINT
+#    and SIGQUIT, and a program cannot tell that nobody meant it: `env` (coreutils 8.31 and later) undoes that.
 # 3. `scancel` sends SIGTERM: the trap passes it on, and after the grace in the file `grace` SIGKILL follows. `wait`
-#    returns early whenever the trap has run, and is then called again.
+#    returns early whenever the trap has run, and is then called again. What sends SIGKILL has a session of its own, so
+#    that it can be ended together with its `sleep`.
 # 4. The exit code is recorded before the rest is ended: Slurm kills this script, too, after KillWait.
 # 5. What the command has left behind is ended: its group, then all processes of this user with this job's id in their
 #    environment, in whatever session.
@@ -36,7 +40,6 @@ job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 restarts=${SLURM_RESTART_COUNT:-0}
 cd "$run" || exit 1
-exec >> output.log 2>&1
 
 if ! mkdir claim 2> /dev/null; then
   owner= count=
@@ -45,8 +48,12 @@ if ! mkdir claim 2> /dev/null; then
     echo "mlfleet: the run was claimed before; this job does nothing" >&2
     exit 0
   fi
+  code='' asked=''
+  [ -e exit ] && read -r code asked < exit
+  [ -n "$code" ] && [ -z "$asked" ] && exit "$code"
   rm -f exit
 fi
+exec >> output.log 2>&1
 echo "$job $restarts" > claim/job.new && mv claim/job.new claim/job || exit 1
 
 command='' killer='' asked='' interrupted=''
@@ -57,14 +64,19 @@ stop() {
   [ -n "$command" ] || return
   kill -TERM -- "-$command" 2> /dev/null
   kill -CONT -- "-$command" 2> /dev/null
-  [ -n "$killer" ] && kill -KILL "$killer" 2> /dev/null
-  (trap '' TERM; sleep "$grace"; kill -KILL -- "-$command" 2> /dev/null) < /dev/null > /dev/null 2>&1 &
+  [ -n "$killer" ] && kill -KILL -- "-$killer" 2> /dev/null
+  (
+    trap '' TERM
+    exec setsid bash -c 'sleep "$1"; kill -KILL -- "-$2"' killer "$grace" "$command"
+  ) < /dev/null > /dev/null 2>&1 &
   killer=$!
 }
 trap stop TERM
-trap '' HUP INT
+trap 'interrupted=1' HUP INT
 
-setsid bash "$run/command.sh" < /dev/null &
+defaults='env --default-signal=INT,QUIT'
+$defaults true 2> /dev/null || defaults=''
+$defaults setsid bash "$run/command.sh" < /dev/null &
 command=$!
 [ -n "$asked" ] && stop
 interrupted=1
@@ -87,7 +99,7 @@ if kill -TERM -- "-$command" 2> /dev/null; then
   done
   kill -KILL -- "-$command" 2> /dev/null
 fi
-[ -n "$killer" ] && kill -KILL "$killer" 2> /dev/null
+[ -n "$killer" ] && kill -KILL -- "-$killer" 2> /dev/null
 for file in $(grep -lzx "SLURM_JOB_ID=$SLURM_JOB_ID" /proc/[0-9]*/environ); do
   folder=${file%/environ}
   pid=${folder#/proc/}
@@ -98,7 +110,7 @@ for file in $(grep -lzx "SLURM_JOB_ID=$SLURM_JOB_ID" /proc/[0-9]*/environ); do
   case $(tr '\0' ' ' < "$folder/cmdline") in slurmstepd*) continue ;; esac
   kill -KILL "$pid"
 done 2> /dev/null
-rm -f environ
+[ -n "$asked" ] || rm -f environ
 exit "$code"
 """
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -153,7 +165,7 @@ def command_script(
     lines = [f"__mlfleet_run={shlex.quote(str(folder))}", _LOAD + f"cd {shlex.quote(str(project))} || exit 1"]
     for line in setup:
         failed = shlex.quote(f"mlfleet: this line of setup failed: {line}")
-        lines.append(f"{{\n{line}\n}} || {{ echo {failed} >&2; exit 1; }}")
+        lines.append(f"{{\n:\n{line}\n}} || {{ echo {failed} >&2; exit 1; }}")
     if environment is not None:
         for name, value in environment.environ.items():
             lines.append(f"unset {name}" if value is None else f"export {name}={shlex.quote(value)}")

@@ -31,11 +31,15 @@ _ENDED = frozenset(
 _NEVER = frozenset(
     {
         "PartitionConfig", "BadConstraints", "InvalidAccount", "InvalidQOS", "DependencyNeverSatisfied",
-        "PartitionTimeLimit", "PartitionNodeLimit", "PartitionInactive", "AccountNotAllowed", "QOSNotAllowed",
+        "PartitionTimeLimit", "PartitionNodeLimit", "AccountNotAllowed", "QOSNotAllowed",
     }
 )  # fmt: skip
 _LAUNCH_FAILED = "launch_failed_requeued_held"
 _MEMORY_TEXT = "Exceeded job memory limit"
+# The controller starts a job again whose node did not answer within MessageTimeout, also with --no-requeue. A node that
+# could not begin the first one then cancels it ("Could not launch job … and not able to requeue it, cancelling job" in
+# slurmd.log, Slurm 22.05).
+_NOT_LAUNCHED = "Slurm cancelled the job, since its node did not start it in time"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +51,14 @@ class JobState:
         exit_code: The raw exit code, a wait status as in waitpid(2).
         reason: The reason for a pending job to wait, or for the end of another one.
         restarts: The number of times that Slurm has started the job again.
+        name: The name of the job: after a reset of the controller another job may have the id.
     """
 
     word: str
     exit_code: int = 0
     reason: str = ""
     restarts: int = 0
+    name: str = ""
 
     @property
     def is_gone(self) -> bool:
@@ -83,6 +89,11 @@ class JobState:
     def failed_to_launch(self) -> bool:
         """True if Slurm could not start the job and holds it until somebody releases it."""
         return self.is_waiting and self.reason.strip("()").replace(" ", "_") == _LAUNCH_FAILED
+
+    @property
+    def is_launch_failure(self) -> bool:
+        """True if the job may not have begun. The reason comes with any death by a signal, too."""
+        return self.word == "FAILED" and self.reason.strip("()") == "JobLaunchFailure"
 
 
 GONE = JobState("")
@@ -116,12 +127,12 @@ def conclude(
         state: The last state of the job.
         record: What the batch script has recorded; None: nothing.
         cancelled: True if this process has cancelled the job.
-        claimed: True if the batch script has begun.
+        claimed: True if the batch script has begun the command.
         output: The last lines of the output, and without a record also those of Slurm's messages.
     """
     by_itself = record is not None and not record.asked
     if cancelled and not by_itself:
-        return Outcome(RunStatus.KILLED, None if record is None else record.code, "cancelled")
+        return Outcome(RunStatus.KILLED, None if record is None else record.code, "cancelled", output)
     match state.word:
         case "TIMEOUT" | "DEADLINE":
             return _failed("the job reached its time limit", FailureKind.TIMEOUT, state, output)
@@ -132,13 +143,19 @@ def conclude(
         case "OUT_OF_MEMORY":
             return _failed("the job ran out of memory", FailureKind.OOM, state, output)
         case "CANCELLED" if not by_itself:
-            return _failed("the job was cancelled from outside", FailureKind.INFRASTRUCTURE, state, output)
+            text = "the job was cancelled from outside" if claimed or not state.restarts else _NOT_LAUNCHED
+            return _failed(text, FailureKind.INFRASTRUCTURE, state, output)
     if record is not None:
         return _ended(record.code, output)
+    return _judge(state, claimed, output)
+
+
+def _judge(state: JobState, claimed: bool, output: tuple[str, ...]) -> Outcome:
+    """Return the outcome of a job without an exit record."""
     if state.is_gone:
         error = RunLost("Slurm does not know the job any more, and it has recorded no exit code", backend="slurm")
         return Outcome(RunStatus.FAILED, None, str(error), output, error=error)
-    if state.word == "COMPLETED":
+    if state.word == "COMPLETED" and claimed:
         return Outcome(RunStatus.FINISHED, 0)
     if any(_MEMORY_TEXT in line for line in output):
         return _failed("the job exceeded its memory limit", FailureKind.OOM, state, output)
@@ -146,7 +163,9 @@ def conclude(
         reason = state.reason.strip("()")
         why = f" ({reason})" if reason and reason != "None" else ""
         # The raw exit code is then one of Slurm's own error numbers.
-        text = f"Slurm could not start the job{why}"
+        text = f"Slurm could not start the job{why}: see that the node has the work folder at the same path"
+        if state.word == "COMPLETED":
+            text = "the job did not run the command, since the run had been withdrawn"
         return Outcome(RunStatus.FAILED, None, text, output, cause=FailureKind.INFRASTRUCTURE)
     return _ended(_bash_code(state.exit_code), output)
 

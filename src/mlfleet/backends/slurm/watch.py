@@ -102,11 +102,7 @@ class Poller(StateCache[JobState]):
             now = time.monotonic()
             first = min((self._schedules[key].due for key in active), default=math.inf)
             if first <= now:
-                return [
-                    key
-                    for key in active
-                    if self._schedules[key].due <= now + 0.5 * self._interval(self._schedules[key])
-                ]
+                return [key for key in active if self._is_due(self._schedules[key], now)]
             with anyio.move_on_after(first - now):
                 await changed.wait()
 
