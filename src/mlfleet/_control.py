@@ -244,7 +244,7 @@ async def look_at(fleet: Fleet, run_id: str) -> tuple[RunInfo, Driver]:
 async def _settle(fleet: Fleet, run_id: str, outcome: Outcome, *, patience: float = _DRIVER_PATIENCE) -> None:
     """Write the status of a run whose end was seen here, unless its own process does; backends forget ends."""
     records = context_of(fleet).records
-    await records.end(run_id, outcome)
+    records.end(run_id, outcome)
     for _ in range(int(patience / _SHORTEST_PAUSE)):
         if (await fleet.tracking.get_run(run_id)).status.is_terminal:
             return
@@ -252,7 +252,7 @@ async def _settle(fleet: Fleet, run_id: str, outcome: Outcome, *, patience: floa
     _, secret = await fleet.tracking.environ()
     tags = failure_tags(outcome, secret.values())
     await end_run(fleet.tracking, run_id, outcome.status, patience=fleet.tracking_patience, tags=tags)
-    await records.remove(run_id)
+    records.remove(run_id)
 
 
 async def _follow_until_over(fleet: Fleet, run_id: str, kept: Path) -> AsyncGenerator[bytes, None]:

@@ -7,6 +7,7 @@ process however that ends: a record whose driver's lock is free has been left.
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import hashlib
 import json
@@ -18,12 +19,11 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from mlfleet._concurrency.single_flight import Coalescing
+from mlfleet._concurrency.cancellation import wait_done
 from mlfleet._concurrency.threads import FILES
 from mlfleet._paths import active_folder
 from mlfleet._process.reattach import boot_id, machine
@@ -34,6 +34,8 @@ from mlfleet.runs import DEFAULT_CANCEL_GRACE, FailureKind, Outcome, RunStatus
 __all__ = ["RunRecord", "RunRecords", "find_record", "list_records", "remove_record", "tracking_key"]
 
 _log = logging.getLogger("mlfleet.runs")
+
+_GAP = 0.01  # seconds between two turns in a thread, in which changes gather
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +88,7 @@ class RunRecord:
 
     def to_text(self) -> str:
         """Return the line of a record without its outcome."""
-        return json.dumps({name: value for name, value in asdict(self).items() if name != "outcome"}) + "\n"
+        return json.dumps({name: getattr(self, name) for name in self.__slots__ if name != "outcome"}) + "\n"
 
     def driver_lives(self) -> bool | None:
         """Return True if the process that supervises the run lives; None if that cannot be seen here. Blocking."""
@@ -106,38 +108,54 @@ class RunRecords:
         self._pending: dict[str, list[RunRecord | Outcome]] = {}  # run id → what to write; nothing: remove the file
         self._mine: set[str] = set()
         self._guard = threading.Lock()
-        self._flush: Coalescing[str, None] = Coalescing()
+        self._waiting: list[asyncio.Future[None]] = []
+        self._writing: asyncio.Task[None] | None = None
         self._lock = _DriverLock()
         self._warned = False
 
     async def add(self, record: RunRecord) -> None:
         """Write the record of a run, which this process supervises from now on."""
         self._mine.add(record.run_id)
-        await self._write(record.run_id, record)
+        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(written)
+        self._write(record.run_id, [record])
+        await written
 
-    async def end(self, run_id: str, outcome: Outcome) -> None:
-        """Write the outcome of a run into its record, before its status is written."""
+    def end(self, run_id: str, outcome: Outcome) -> None:
+        """Write the outcome of a run into its record soon: its status may take a while to be written."""
         if run_id in self._mine:
-            await self._write(run_id, outcome)
+            self._write(run_id, [*self._pending.get(run_id, ()), outcome])
 
-    async def remove(self, run_id: str) -> None:
-        """Remove the record of a run whose status is written."""
+    def remove(self, run_id: str) -> None:
+        """Remove the record of a run soon, because its status is written."""
         if run_id in self._mine:
             self._mine.discard(run_id)
-            await self._write(run_id, None)
+            self._write(run_id, [])
 
     async def close(self) -> None:
         """Give up the lock. Records that are left are concluded by the next process."""
+        if self._writing is not None:
+            self._writing.cancel()
+            await wait_done(self._writing)
         await FILES.finish(self._close)
 
-    async def _write(self, run_id: str, content: RunRecord | Outcome | None) -> None:
+    def _write(self, run_id: str, contents: list[RunRecord | Outcome]) -> None:
         with self._guard:
-            if isinstance(content, Outcome):
-                self._pending.setdefault(run_id, []).append(content)
-            else:
-                self._pending[run_id] = [] if content is None else [content]
-        # Hundreds of runs that begin or end at the same time take few turns in a thread.
-        await self._flush("", partial(FILES.run, self._write_pending))
+            self._pending[run_id] = contents
+        if self._writing is None or self._writing.done():
+            self._writing = asyncio.get_running_loop().create_task(self._write_soon(), name="mlfleet records")
+
+    async def _write_soon(self) -> None:
+        """Write what is pending, again and again: hundreds of runs at the same time take few turns in a thread."""
+        while self._pending or self._waiting:  # a turn may have written what was added after it began
+            waiting, self._waiting = self._waiting, []
+            try:
+                await FILES.run(self._write_pending)
+            finally:
+                for written in waiting:
+                    if not written.done():
+                        written.set_result(None)
+            await asyncio.sleep(_GAP)
 
     def _write_pending(self) -> None:
         with self._guard:
@@ -145,7 +163,7 @@ class RunRecords:
             for run_id, contents in pending.items():
                 try:
                     self._lock.acquire()
-                    _apply(run_id, contents, self._lock.name)
+                    _apply(run_id, contents, self._lock)
                 except OSError as error:
                     self._warn(error)
 
@@ -211,6 +229,7 @@ class _DriverLock:
 
     def __init__(self) -> None:
         self.name = f"{os.getpid()}-{secrets.token_hex(8)}"
+        self.host = self.boot = ""
         self._descriptor: int | None = None
 
     def acquire(self) -> None:
@@ -226,7 +245,7 @@ class _DriverLock:
         except BaseException:
             os.close(descriptor)
             raise
-        self._descriptor = descriptor
+        self._descriptor, self.host, self.boot = descriptor, machine(), boot_id()
         _held.add(self)
 
     def release(self) -> None:
@@ -249,7 +268,7 @@ def _close_in_child() -> None:
 os.register_at_fork(after_in_child=_close_in_child)
 
 
-def _apply(run_id: str, contents: Sequence[RunRecord | Outcome], driver: str) -> None:
+def _apply(run_id: str, contents: Sequence[RunRecord | Outcome], driver: _DriverLock) -> None:
     path = _record_path(run_id)
     if not contents:
         path.unlink(missing_ok=True)
@@ -257,7 +276,7 @@ def _apply(run_id: str, contents: Sequence[RunRecord | Outcome], driver: str) ->
     texts = []
     for content in contents:
         if isinstance(content, RunRecord):
-            content = replace(content, driver=driver, host=machine(), boot=boot_id(), outcome=None)
+            content = replace(content, driver=driver.name, host=driver.host, boot=driver.boot, outcome=None)
         texts.append(content.to_text() if isinstance(content, RunRecord) else _outcome_text(content))
     how = os.O_CREAT | os.O_TRUNC if isinstance(contents[0], RunRecord) else os.O_APPEND
     descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | how, 0o600)

@@ -257,13 +257,13 @@ class Supervisor(ABC):
             # The words of a backend may be those of the run, which knows its secrets.
             outcome = replace(outcome, reason=mask_values(outcome.reason, await self._secrets()))
         if self.info is not None:
-            await self._context.records.end(self.info.run_id, outcome)
+            self._context.records.end(self.info.run_id, outcome)
             await self._log_output()
             await self._log_start()
             outcome = await self._with_hint(outcome)
             outcome = await self._write_status(self.info, outcome)
             if outcome.tracking_error is None:
-                await self._context.records.remove(self.info.run_id)
+                self._context.records.remove(self.info.run_id)
         self._set_outcome(outcome)
         self._publish(Stage.FINISHED, outcome.reason or "", outcome.status)
 

@@ -148,7 +148,7 @@ class Driver:
     async def _remove_record(self) -> None:
         """Remove the record of a sweep whose status is written."""
         if self.record is not None and self.record.is_written:
-            await self._context.records.remove(self.record.info.run_id)
+            self._context.records.remove(self.record.info.run_id)
 
     def _status(self) -> RunStatus:
         if self.cancelled:
