@@ -11,6 +11,7 @@ from pathlib import Path
 
 import anyio
 import anyio.to_thread
+import psutil
 import pytest
 
 from backends.slurm.conftest import MakeJob, OnPath, leave, running
@@ -143,6 +144,45 @@ async def test_a_line_of_setup_that_fails_ends_the_run_and_is_named(backend: Slu
     run = await backend.submit(make_job("echo no", {"setup": ["true", "false # it's wrong"]}))
     assert (await run.outcome()).exit_code == 1
     assert [line async for line in run.logs()] == ["mlfleet: this line of setup failed: false # it's wrong"]
+
+
+async def test_nothing_outlives_a_job_that_somebody_else_cancels_although_the_grace_is_long(
+    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob
+) -> None:
+    # After KillWait, 5 s here, Slurm kills the batch script.
+    job = make_job("trap '' TERM; echo ready; sleep 600 & wait; sleep 600", cancel_grace=60)
+    run = await running(backend, job)
+    await anyio.to_thread.run_sync(slurm.call, "scancel", run.job)
+    assert (await run.outcome()).reason == "the job was cancelled from outside"
+    assert await anyio.to_thread.run_sync(slurm.processes, job.run_id) == []
+
+
+async def test_a_process_of_another_cluster_with_the_id_of_the_job_is_left_alone(
+    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob, tmp_path: Path
+) -> None:
+    run = await running(backend, make_job(f"echo ready; until [ -e {tmp_path}/go ]; do sleep 0.05; done"))
+    other = await asyncio.create_subprocess_exec("sleep", "600", env={"PATH": "/bin", "SLURM_JOB_ID": run.job})
+    try:
+        (tmp_path / "go").touch()
+        assert await run.wait()
+        assert await anyio.to_thread.run_sync(lambda: psutil.Process(other.pid).status()) == psutil.STATUS_SLEEPING
+    finally:
+        other.kill()
+        await other.wait()
+
+
+async def test_a_command_that_is_killed_by_force_has_only_its_own_output(
+    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob
+) -> None:
+    job = make_job("trap '' TERM; echo ready; sleep 600", cancel_grace=60)
+    run = await running(backend, job)
+    first = asyncio.create_task(run.cancel())
+    await asyncio.sleep(0)
+    await run.cancel(grace=0.2)
+    await first
+    assert ((await run.outcome()).status, (await run.outcome()).exit_code) == (RunStatus.KILLED, 137)
+    assert [line async for line in run.logs()] == ["ready"]
+    assert await anyio.to_thread.run_sync(slurm.processes, job.run_id) == []
 
 
 async def test_binary_output_is_copied_byte_for_byte(backend: SlurmBackend, make_job: MakeJob) -> None:

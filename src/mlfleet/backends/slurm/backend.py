@@ -185,7 +185,9 @@ class SlurmBackend(Backend[SlurmConfig]):
         config = _config(job)
         cluster = await self._open_cluster(config.clusters)
         arguments = sbatch_arguments(config, job.resources)
-        files = await write_run(job, config, _environ(job, config), self._owner)
+        # The time limit, a preemption and a cancellation from outside leave the batch script no more than KillWait.
+        grace = min(job.cancel_grace, cluster.client.longest_grace)
+        files = await write_run(job, config, _environ(job, config), self._owner, grace=grace)
         run: SlurmRun | None = None
         try:
             job.on_progress("submitting to Slurm")

@@ -45,6 +45,7 @@ _FOUND = "ArrayJobID:|,State:|,Reason:|"
 _LISTED = "JobArrayID:|,State:|,Name:|,Comment:|,SubmitTime:|"
 _ERROR_PREFIX = re.compile(r"^(sbatch|squeue|scancel|scontrol): (error: |fatal: )?", re.M)
 _BAD_CONSTRAINTS = "BadConstraints"
+_KILL_MARGIN = 2.0  # seconds before KillWait at which SIGKILL should have been sent
 _CALL_LIMIT = 120.0  # seconds after which a program has hung: they give up after MessageTimeout and a few retries
 
 _RETRIES = RetryPolicy(seconds=600, first_pause=1, longest_pause=30)
@@ -164,6 +165,11 @@ class SlurmClient:
         self._cancelling: Coalescing[tuple[str, ...], None] = Coalescing()
         self.kill_wait = 30.0
         self.largest_array = 1001
+
+    @property
+    def longest_grace(self) -> float:
+        """The longest grace, in seconds, whose end comes before Slurm kills the batch script."""
+        return max(0.0, self.kill_wait - _KILL_MARGIN)
 
     async def open(self) -> None:
         """Read the settings of the cluster.

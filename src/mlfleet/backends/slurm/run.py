@@ -25,7 +25,6 @@ from mlfleet.runs import DEFAULT_CANCEL_GRACE, FailureKind, Outcome, RunStatus
 __all__ = ["SlurmRun"]
 
 _log = logging.getLogger("mlfleet.slurm")
-_KILL_MARGIN = 2.0  # seconds before KillWait at which SIGKILL should have been sent
 _LOOK = 0.5  # seconds between two looks for a file that another machine has written
 _COPY_PAUSE = 0.5  # seconds between two looks for new output that goes to the output of this process
 _CHUNK = 2**20
@@ -158,7 +157,7 @@ class SlurmRun(SupervisedRun):
             grace = self._stop_request.remaining or 0.0
             claimed = await FILES.run(partial(self._prepare_stop, grace))
             state = self._state.value
-            is_long = grace > self._client.kill_wait - _KILL_MARGIN and state is not None and not state.is_waiting
+            is_long = grace > self._client.longest_grace and state is not None and not state.is_waiting
             try:
                 # Slurm itself sends SIGKILL after KillWait. With a longer grace only the batch script gets SIGTERM.
                 async with anyio.create_task_group() as group:

@@ -192,7 +192,9 @@ class RunFiles:
         new.rename(path)
 
 
-async def write_run(job: Job, config: SlurmConfig, environ: Mapping[str, str], owner: Mapping[str, Any]) -> RunFiles:
+async def write_run(
+    job: Job, config: SlurmConfig, environ: Mapping[str, str], owner: Mapping[str, Any], *, grace: float
+) -> RunFiles:
     """Write the files of a run. A failed or cancelled call leaves none of them.
 
     Args:
@@ -200,6 +202,7 @@ async def write_run(job: Job, config: SlurmConfig, environ: Mapping[str, str], o
         config: Its configuration.
         environ: All variables of the command, the secret ones included.
         owner: The record of this process.
+        grace: Seconds between SIGTERM and SIGKILL when Slurm ends the job by itself.
 
     Raises:
         SubmitError: A file cannot be written.
@@ -218,7 +221,7 @@ async def write_run(job: Job, config: SlurmConfig, environ: Mapping[str, str], o
         files._write("command.sh", script.encode(errors="surrogateescape"))
         files._write("environ", environment_file(environ))
         files.write_owner(owner)
-        files.write_grace(job.cancel_grace)
+        files.write_grace(grace)
 
     async def remove(_: None) -> None:
         await FILES.finish(files.remove)

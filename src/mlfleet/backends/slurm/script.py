@@ -32,10 +32,13 @@ __all__ = ["array_script", "batch_script", "command_script", "environment_file",
 #    returns early whenever the trap has run, and is then called again. What sends SIGKILL has a session of its own, so
 #    that it can be ended together with its `sleep`.
 # 4. The exit code is recorded before the rest is ended: Slurm kills this script, too, after KillWait.
+#    Messages of bash itself, such as that a process was killed, are not output of the command: they go to Slurm's file.
 # 5. What the command has left behind is ended: its group, then all processes of this user with this job's id in their
-#    environment, in whatever session.
+#    environment, in whatever session. The id alone does not do, since a job of another cluster may be on the machine;
+#    neither does the run alone, whose variable is inherited by jobs that the command submits.
 _WRAPPER = r"""
 unset SLURM_EXPORT_ENV SBATCH_EXPORT
+export MLFLEET_SLURM_RUN=${run##*/}
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 restarts=${SLURM_RESTART_COUNT:-0}
@@ -53,7 +56,6 @@ if ! mkdir claim 2> /dev/null; then
   [ -n "$code" ] && [ -z "$asked" ] && exit "$code"
   rm -f exit
 fi
-exec >> output.log 2>&1
 echo "$job $restarts" > claim/job.new && mv claim/job.new claim/job || exit 1
 
 command='' killer='' asked='' interrupted=''
@@ -76,7 +78,7 @@ trap 'interrupted=1' HUP INT
 
 defaults='env --default-signal=INT,QUIT'
 $defaults true 2> /dev/null || defaults=''
-$defaults setsid bash "$run/command.sh" < /dev/null &
+$defaults setsid bash "$run/command.sh" < /dev/null >> output.log 2>&1 &
 command=$!
 [ -n "$asked" ] && stop
 interrupted=1
@@ -91,7 +93,8 @@ trap '' TERM
 grace=10
 read -r grace < grace
 if kill -TERM -- "-$command" 2> /dev/null; then
-  [ -n "$asked" ] || echo "mlfleet: the command ended and left $(ps -o comm= --sid "$command" | xargs), ended now" >&2
+  left=$(ps -o comm= --sid "$command" | xargs)
+  [ -n "$asked" ] || echo "mlfleet: the command ended and left $left, ended now" >> output.log
   kill -CONT -- "-$command" 2> /dev/null
   for _ in $(seq "$(printf '%.0f' "${grace}e1")"); do
     kill -0 -- "-$command" 2> /dev/null || break
@@ -100,7 +103,8 @@ if kill -TERM -- "-$command" 2> /dev/null; then
   kill -KILL -- "-$command" 2> /dev/null
 fi
 [ -n "$killer" ] && kill -KILL -- "-$killer" 2> /dev/null
-for file in $(grep -lzx "SLURM_JOB_ID=$SLURM_JOB_ID" /proc/[0-9]*/environ); do
+of_job=$(grep -lzx "SLURM_JOB_ID=$SLURM_JOB_ID" /proc/[0-9]*/environ 2> /dev/null)
+for file in $(grep -lzxF "MLFLEET_SLURM_RUN=$MLFLEET_SLURM_RUN" /dev/null $of_job); do
   folder=${file%/environ}
   pid=${folder#/proc/}
   read -r record < "$folder/stat" || continue
@@ -117,6 +121,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _FUNCTION = re.compile(r"BASH_FUNC_([A-Za-z0-9_.-]+)%%")
 # Variables that bash itself sets and does not let anybody set, and those that describe the machine of the driver.
 _LEFT_OUT = {"BASHOPTS", "SHELLOPTS", "UID", "EUID", "PPID", "BASH_VERSINFO", "_", "SHLVL", "PWD", "OLDPWD", "HOSTNAME"}
+_LEFT_OUT.add("MLFLEET_SLURM_RUN")
 # The devices that Slurm gives a job (https://slurm.schedmd.com/gres.html); those of the driver are other ones.
 _LEFT_OUT |= {"CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"}
 _OF_SLURM = ("SLURM_", "SBATCH_", "SLURMD_")
