@@ -294,6 +294,39 @@ async def test_log_whose_connection_is_broken_silently_is_read_again(fake_cluste
     assert read(run) == lines(0, 1)
 
 
+async def test_output_that_the_server_does_not_give_is_called_missing(
+    fake_cluster: FakeCluster, tmp_path: Path
+) -> None:
+    api = fake_cluster.api
+    fake_cluster.play = lambda pod: FOREVER
+    asked = anyio.Event()
+
+    async with KubernetesBackend() as backend:
+        run, _, log = await begin(backend, fake_cluster)
+        write(log, 0)
+        end(fake_cluster)
+        await run.outcome()
+        assert api.counted("GET", "/log") <= 2
+
+        def broken(request: web.Request) -> web.Response | None:
+            if not request.path.endswith("/log"):
+                return None
+            asked.set()
+            return ApiFailure(500, "InternalError", "dial tcp: i/o timeout").response()
+
+        api.faults.append(broken)
+        copier = Copier(run._client, LogSlots(), run.target.namespace, tmp_path / "copy.log")
+        pod = run._state.value.pods[0]  # type: ignore[union-attr]
+        copying = asyncio.create_task(copier.copy(pod, ContainerLife(run._state, pod.uid, pod.main.name)))
+        await asked.wait()
+        assert copier.lacks
+        copying.cancel()
+        await asyncio.wait([copying])
+        await copier.finish(stalled=True)
+    (said,) = (tmp_path / "copy.log").read_text().splitlines()
+    assert said == "mlfleet: output is missing here: the API server gives no more of it"
+
+
 # ---- attempts in one pod ---------------------------------------------------------------------------------------------
 
 

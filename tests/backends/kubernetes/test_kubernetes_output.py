@@ -51,6 +51,17 @@ def test_every_line_arrives_once_wherever_the_connection_breaks(
     assert out + stream.close() == b"\n".join(text for _, text in lines)
 
 
+def test_lines_that_another_stream_has_delivered_are_dropped() -> None:
+    stamp = "2026-11-23T04:27:2{}.500000000Z".format
+    first = LogStream()
+    first.feed(f"{stamp(1)} one\n{stamp(3)} three\n".encode())
+    first.resume()
+    first.feed(f"{stamp(3)} three\n{stamp(6)} six\n".encode())
+    log = "".join(f"{stamp(number)} {number}\n" for number in range(8))
+    other = LogStream(known=first.spans, heading=b"more:\n")
+    assert other.feed(log.encode()) == b"more:\n0\n4\n5\n7\n"
+
+
 @pytest.mark.parametrize("cut", range(1, 60))
 @pytest.mark.parametrize(
     "said",

@@ -367,7 +367,7 @@ async def test_runs_are_listed_whichever_process_submitted_them(fake_cluster: Fa
     }
 
 
-@pytest.mark.timeout(120)  # at the end the output of the pod whose Job was removed is followed until it stalls for 30 s
+@pytest.mark.timeout(120)  # at the end the output of the pod whose Job was removed is followed until it stalls for 10 s
 async def test_run_is_abandoned_once_its_job_and_its_driver_have_ended(fake_cluster: FakeCluster) -> None:
     fake_cluster.play = lambda pod: Acting(code=3) if "ends" in pod["metadata"]["labels"]["mlfleet.run-id"] else FOREVER
     config = await fake_cluster.config()

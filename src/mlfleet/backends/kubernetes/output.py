@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import resource
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -80,16 +80,24 @@ class LogStream:
 
     Args:
         mark: The place that an earlier process has reached.
+        known: The first and the last timestamps of lines that were delivered by other streams of the same container.
+        heading: Text to deliver before the first line.
 
     Attributes:
+        spans: The first and the last timestamps of the lines that each connection has delivered.
         last: The timestamp of the last line.
         remark: The message of the kubelet itself on this connection in place of output: that there is no log.
         reached: True if this connection has come to the last delivered line, or past it.
         gaps: The number of places at which lines may be missing.
     """
 
-    def __init__(self, mark: Mark | None = None) -> None:
+    def __init__(
+        self, mark: Mark | None = None, *, known: Sequence[tuple[bytes, bytes]] = (), heading: bytes = b""
+    ) -> None:
         mark = mark or Mark()
+        self.known = list(known)
+        self.spans: list[tuple[bytes, bytes]] = []
+        self._heading = heading
         self.last = mark.last.encode()
         self.remark = b""
         self.gaps = 0
@@ -106,6 +114,7 @@ class LogStream:
         self.reached = not self.last
         self._joins = not self.last  # this connection shows that nothing is missing before its new lines
         self._keep = True
+        self._in_span = False
         self._skip_bytes = 0
         self._to_skip = self._taken + (1 if self._partial else 0)
 
@@ -173,7 +182,18 @@ class LogStream:
         return at + match.end() - held
 
     def _stamp(self, stamp: bytes, out: list[bytes]) -> None:
+        self._judge(stamp, out)
+        if self._keep:
+            first = self.spans.pop()[0] if self._in_span else stamp
+            self.spans.append((first, stamp))
+            self._in_span = True
+
+    def _judge(self, stamp: bytes, out: list[bytes]) -> None:
+        """Decide whether to keep a line."""
         self._keep, self._skip_bytes = True, 0
+        if any(first <= stamp <= last for first, last in self.known):
+            self._keep = False
+            return
         if not self.reached and stamp < self.last:
             self._keep, self._joins = False, True
             return
@@ -194,6 +214,9 @@ class LogStream:
             text = f"lines may be missing here: the node has discarded its log between {self.last.decode()} and"
             out.append((b"\n" if self._partial else b"") + remark_line(f"{text} {stamp.decode()}"))
         self.last, self._taken, self._partial, self._to_skip = stamp, 0, 0, 0
+        if self._heading:
+            out.append(self._heading)
+            self._heading = b""
 
     def _body(self, piece: bytes, out: list[bytes]) -> None:
         if self._prefix:
@@ -385,7 +408,6 @@ class Copier:
     Attributes:
         copied: The number of bytes that were copied here.
         done: The uids of the pods whose output is complete.
-        away: True if the API server does not answer.
         caught_up: Set when all output up to the creation of this object has been copied.
     """
 
@@ -404,11 +426,13 @@ class Copier:
         self._stalls = False  # True if this kubelet does not follow a log from one file to the next
         self._wrote = False
         self._pod, self._container, self._instance = "", "", 0
-        self._stream = self._next_stream = LogStream()
+        self._stream = LogStream()
+        self._next_stream: LogStream | None = None  # where it is not a new one
         self._reading: anyio.CancelScope | None = None
         self.copied = 0
         self.done: list[str] = []
-        self.away = False
+        self._away = False  # True if the API server does not answer
+        self._life: ContainerLife | None = None  # of the container whose log is copied now
         self.caught_up = asyncio.Event()
 
     async def open(self) -> None:
@@ -433,6 +457,7 @@ class Copier:
             await self._finish_line()
             self._pod, self._container, self._instance = pod.uid, life.container, 0
             self._stream = LogStream()
+        self._life = life
         while True:
             missed = self._instance + (1 if await self._copy_instance(pod.name, life) else 0)
             await self._write(self._stream.close())
@@ -443,8 +468,11 @@ class Copier:
             if following > missed:
                 numbers = f"attempt {following}" if following == missed + 1 else f"attempts {missed + 1} to {following}"
                 await self._report(pod.name, f"the node has discarded that of the {numbers}")
-            self._instance, self._stream = following, self._next_stream
+            old = self._stream
+            self._instance = following
+            self._stream = self._next_stream or LogStream(known=(*old.known, *old.spans))
             await self._finish_line()
+        self._life = None
         self.done.append(pod.uid)
         self._pod, self._stream = "", LogStream()
         if self._path is not None:
@@ -458,9 +486,14 @@ class Copier:
         """
         if not stalled:
             await self._leave()
-        elif self.away:
-            await self._report(self._pod, "the API server does not answer")
+        elif self.lacks:
+            await self._report(self._pod, "the API server gives no more of it")
         self.caught_up.set()
+
+    @property
+    def lacks(self) -> bool:
+        """True if there is more output, or may be, as soon as the API server gives it."""
+        return self._away or (self._life is not None and self._life.end_of(self._instance).is_there)
 
     def reread(self) -> None:
         """Give up a followed log that delivers nothing, and read it again: its connection may be broken silently."""
@@ -486,7 +519,7 @@ class Copier:
             False if it is gone.
         """
         stream, instance, end = self._stream, self._instance, life.end_of(self._instance)
-        self._next_stream = LogStream()
+        self._next_stream = None
         attempt, last_success = 0, anyio.current_time()
         clean = was_clean = quiet = False  # the log was read to its end by the last read, and by the one before
         while True:
@@ -505,7 +538,7 @@ class Copier:
                 clean = reading is not _Reading.GIVEN_UP and (not stream.remark or stream.remark.startswith(_GONE))
                 # The kubelet may not find the log yet of a container that has just started.
                 complete = reading is _Reading.ENDED and (had_ended or not stream.remark)
-                last_success, self.away = anyio.current_time(), False
+                last_success, self._away = anyio.current_time(), False
                 if behind == 1 and not stream.reached and not stream.remark:
                     await self._copy_missed(pod)
                 if now and complete and not had_ended:
@@ -519,7 +552,7 @@ class Copier:
                         await self._report(pod, str(error))
                     return True
                 clean = quiet = False
-                self.away = error.is_transient
+                self._away = error.is_transient
                 _log.debug("%s", error)
                 if end.is_there and anyio.current_time() - last_success > _PATIENCE:
                     await self._report(pod, str(error))
@@ -544,13 +577,15 @@ class Copier:
                 await end.wait()
 
     async def _copy_missed(self, pod: str) -> None:
-        """Copy the log of an instance whose successor was followed in its place; that one is not copied twice."""
-        missed, self._next_stream = LogStream(), self._stream
-        missed.resume()
-        await self._finish_line()
-        await self._write(remark_line("the output of an earlier attempt, which ended before it could be copied:"))
+        """Copy what is missing of the log of an instance whose successor was followed in its place."""
+        stream = self._next_stream = self._stream
+        heading = remark_line("the output of an earlier attempt, which ended before it could be copied:")
+        missed = LogStream(
+            known=(*stream.known, *stream.spans), heading=heading if self._file.ends_line else b"\n" + heading
+        )
         await self._read(pod, missed, follow=False, previous=True)
         await self._write(missed.close())
+        stream.known += missed.spans
 
     async def _finish_line(self) -> None:
         """End the last line, so that the next container begins a new one."""

@@ -34,8 +34,8 @@ __all__ = ["KubernetesRun", "Target"]
 
 _log = logging.getLogger("mlfleet.kubernetes")
 _QUIET = 5.0  # seconds without output of a run that has ended, after which its log is read again
-_STALLED = 20.0  # seconds without output of a run that has ended
-_AWAY = 120.0  # the same while the API server does not answer
+_STALLED = 10.0  # seconds without output of a run that has ended, whose container goes on
+_AWAY = 120.0  # the same if output is missing
 _POD_COMES = 2.0  # seconds by which the pod's end may arrive later than the Job's
 _WARN_AFTER = 30.0  # seconds of waiting for a node
 _WHOLE_SECOND = 1.0  # the unit of a pod's grace period
@@ -261,7 +261,7 @@ class KubernetesRun(SupervisedRun):
             await asyncio.wait([copying], timeout=_QUIET)
             quiet = 0.0 if copied != self._copier.copied else quiet + _QUIET
             copied = self._copier.copied
-            if quiet >= (_AWAY if self._copier.away else _STALLED):
+            if quiet >= (_AWAY if self._copier.lacks else _STALLED):
                 copying.cancel()
                 await asyncio.wait([copying])
                 await self._copier.finish(stalled=True)
