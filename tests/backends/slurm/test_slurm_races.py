@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -55,7 +56,9 @@ async def test_a_submit_that_is_cancelled_at_any_moment_leaves_nothing(
 async def test_a_submit_whose_job_cannot_be_recorded_ends_the_job(
     slurm: Slurm, backend: SlurmBackend, make_job: MakeJob, on_path: OnPath
 ) -> None:
-    on_path("sbatch", f'cd {slurm.work_dir}/runs/*; mkdir -p job/full; exec "$real" "$@"')
+    on_path(
+        "sbatch", f'echo "Welcome to the cluster"; cd {slurm.work_dir}/runs/*; mkdir -p job/full; exec "$real" "$@"'
+    )
     job = make_job("sleep 600", cancel_grace=0.5)
     with pytest.raises(SubmitError, match="the id of the job cannot be written below"):
         await backend.submit(job)
@@ -120,16 +123,34 @@ async def test_the_second_job_of_a_repeated_submit_does_not_run_after_a_cancella
     assert not (tmp_path / "begun").exists()
 
 
+async def test_a_lost_submit_of_a_run_that_runs_again_is_not_taken_for_its_earlier_job(
+    slurm: Slurm, make_job: MakeJob, tmp_path: Path, on_path: OnPath
+) -> None:
+    job = make_job("echo done")
+    async with SlurmBackend(timing=replace(QUICK, search=0.5)) as backend:
+        first = await backend.submit(job)
+        assert await first.wait()
+        # The first request never arrives.
+        on_path(
+            "sbatch",
+            f'mkdir {tmp_path}/lost 2>&- || exec "$real" "$@"; echo "sbatch: error: Socket timed out" >&2; exit 1',
+        )
+        second = await backend.submit(job)
+        assert await second.wait()
+        assert second.job != first.job
+
+
 # ---- what the command finds, and what it leaves -------------------------------------------------------------------
 
 
 async def test_the_command_gets_its_signals_its_variables_and_its_setup_in_a_strange_work_folder(
-    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob, tmp_path: Path
+    backend: SlurmBackend, make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("MLFLEET_RUN", "outer")  # the driver is part of a local run
     work_dir = tmp_path / 'it\'s a "work" folder | ü'
     setup = ["", "# modules", "export FROM_SETUP='of setup'", "set -u"]
     job = make_job(
-        'trap; echo "$FROM_SETUP" "$TEXT"; timeout -s INT 0.2 sleep 600; echo "$?"',
+        'trap; echo "$FROM_SETUP" "$TEXT" "${MLFLEET_RUN-}"; timeout -s INT 0.2 sleep 600; echo "$?"',
         {"work-dir": str(work_dir), "setup": setup},
         secrets={"TEXT": "two\nlines"},
     )
@@ -137,7 +158,7 @@ async def test_the_command_gets_its_signals_its_variables_and_its_setup_in_a_str
     assert [each.run_id for each in await backend.list_runs()] in ([job.run_id], [])
     assert await run.wait()
     # No signal is ignored, and SIGINT ends a program.
-    assert [line async for line in run.logs()] == ["of setup two", "lines", "124"]
+    assert [line async for line in run.logs()] == ["of setup two", "lines ", "124"]
 
 
 async def test_a_line_of_setup_that_fails_ends_the_run_and_is_named(backend: SlurmBackend, make_job: MakeJob) -> None:

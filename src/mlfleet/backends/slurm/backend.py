@@ -20,7 +20,7 @@ from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.threads import FILES
 from mlfleet._hosts import has_loopback_host
 from mlfleet._paths import run_folder, size_on_disk
-from mlfleet._process.guardian import MARKER_VARIABLE
+from mlfleet._process.guardian import MARKER_VARIABLE, RUN_VARIABLE
 from mlfleet.backends._remote.owner import describe_this_process, owner_lives
 from mlfleet.backends._remote.run import SupervisedRuns
 from mlfleet.backends.base import Backend, DockerRequest, Job, ListedRun, Presence
@@ -194,7 +194,8 @@ class SlurmBackend(Backend[SlurmConfig]):
             if config.array:
                 number = await cluster.arrays.submit(files, arguments, sweep_id=job.sweep_id)
             else:
-                number = await cluster.client.submit(single(files, arguments))
+                after = await FILES.run(files.earlier)
+                number = await cluster.client.submit(single(files, arguments, after=after))
             run = self._supervise(
                 files,
                 number,
@@ -300,7 +301,7 @@ class SlurmBackend(Backend[SlurmConfig]):
             files = _files(ref)
             if await FILES.run(files.withdraw):
                 cluster = await self._open_cluster(_cluster_of(ref))
-                number = await FILES.run(files.job) or await cluster.client.find(f"mlfleet-{ref.run_id}")
+                number = await _job_of(files, cluster.client)
                 if number is not None:
                     await cluster.client.cancel(number)
                 return True
@@ -313,12 +314,10 @@ class SlurmBackend(Backend[SlurmConfig]):
         if not await FILES.run(files.is_own):
             text = f"the run {ref.run_id} is lost: {files.folder} does not exist, or is not this user's own"
             raise RunLost(text, backend=self.name)
-        number = await FILES.run(files.job)
-        if number is None:
-            number = await client.find(f"mlfleet-{ref.run_id}")
+        number = await _job_of(files, client)
         if number is None and _is_young(ref):
             await anyio.sleep(self._timing.fast)
-            number = await FILES.run(files.job) or await client.find(f"mlfleet-{ref.run_id}")
+            number = await _job_of(files, client)
         if number is None:
             return None, None
         state = (await client.states([number]))[number]
@@ -360,8 +359,9 @@ def _variables(job: Job, config: SlurmConfig) -> dict[str, str]:
 def _environ(job: Job, config: SlurmConfig) -> dict[str, str]:
     """Return all variables of the command: those of this process, those of the job and the secret ones."""
     environ = {**os.environ, **_variables(job, config), **job.secrets}
-    # This process may be a run itself: at its driver's end a job goes on all the same.
-    environ.pop(MARKER_VARIABLE, None)
+    # This process may be part of a run itself: at the end of that run, or of its driver, a job goes on all the same.
+    for name in (MARKER_VARIABLE, RUN_VARIABLE):
+        environ.pop(name, None)
     return environ
 
 
@@ -371,6 +371,14 @@ async def _take_back(files: RunFiles, run: SlurmRun | None) -> None:
         with anyio.move_on_after(_TAKE_BACK):
             await run.cancel()
     await FILES.run(files.remove)
+
+
+async def _job_of(files: RunFiles, client: SlurmClient) -> str | None:
+    """Return the id of a run's job: that of its files, or else one with the run's name; None: there is none."""
+    number = await FILES.run(files.job)
+    if number is not None:
+        return number
+    return await client.find(f"mlfleet-{files.run_id}", after=await FILES.run(files.earlier))
 
 
 def _own(state: JobState, files: RunFiles, job: str) -> JobState:

@@ -89,6 +89,7 @@ class Submission:
         messages: The file for Slurm's own messages, absolute; its folder exists.
         work_dir: The work folder.
         count: The number of tasks of an array; None: a single job.
+        after: The highest id of earlier jobs with this name.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Submission:
     messages: str
     work_dir: Path
     count: int | None = None
+    after: int = 0
 
     def argv(self) -> tuple[str, ...]:
         """Return the program and its arguments; the script goes to stdin."""
@@ -212,7 +214,7 @@ class SlurmClient:
                 except SlurmError as error:
                     if not error.unclear:
                         raise
-                    found = await self._search(submission.name)
+                    found = await self._search(submission)
                     if found is None:
                         raise
                     _log.warning("the answer of sbatch was lost; the job %s has been found by its name", found)
@@ -236,9 +238,10 @@ class SlurmClient:
     async def _sbatch(self, submission: Submission) -> str:
         completed = await self._call(submission.argv(), submission.script.encode(errors="surrogateescape"))
         if completed.returncode == 0:
-            job = completed.stdout.decode(errors="replace").split("\n")[0].partition(";")[0].strip()
-            if re.fullmatch(r"\d+", job):
-                return job
+            # Some sites have a program of their own around sbatch, which greets on stdout.
+            jobs = re.findall(r"^(\d+)(?:;.*)?$", completed.stdout.decode(errors="replace"), re.M)
+            if jobs:
+                return str(jobs[-1])
         text = _message(completed)
         if _NOT_SUBMITTED.search(text):
             raise SlurmError(f"Slurm cannot be reached: {text}", backend="slurm")
@@ -248,13 +251,13 @@ class SlurmClient:
             raise error
         raise SubmitError(f"Slurm does not take the job: {text}", backend="slurm")
 
-    async def _search(self, name: str) -> str | None:
+    async def _search(self, submission: Submission) -> str | None:
         """Look for a job by its name, for a while: the controller may still be about to make it."""
         pause = 0.5
         deadline = time.monotonic() + self._timing.search
         while True:
             with suppress(SlurmError):
-                found = await self.find(name)
+                found = await self.find(submission.name, after=submission.after)
                 if found is not None:
                     return found
                 if time.monotonic() > deadline - self._timing.search / 2:
@@ -263,10 +266,14 @@ class SlurmClient:
                 raise SlurmError("Slurm cannot be asked for the job", backend="slurm")
             await anyio.sleep(pause)
 
-    async def find(self, name: str) -> str | None:
+    async def find(self, name: str, *, after: int = 0) -> str | None:
         """Return the id of this user's job with a name, the newest if there are several; None: there is none.
 
         A refused submit may leave a job that has failed for its constraints: it does not count.
+
+        Args:
+            name: The name.
+            after: The highest id of earlier jobs with this name, which do not count.
 
         Raises:
             SlurmError: The controller cannot be asked.
@@ -277,7 +284,7 @@ class SlurmClient:
             job, state, reason, *_ = [*line.split("|"), "", ""]
             if job.strip().isdecimal() and not (state == "FAILED" and reason.strip("()") == _BAD_CONSTRAINTS):
                 ids.append(int(job))
-        return str(max(ids)) if ids else None
+        return str(max(ids)) if ids and max(ids) > after else None
 
     # ---- following --------------------------------------------------------------------------------------------------
 

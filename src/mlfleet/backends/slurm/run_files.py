@@ -10,6 +10,7 @@
         project/                the run's own copy of the project
         command.sh  environ     the command, and its variables with the secrets
         owner  job              the process that looks after the run; the id of the job, once it is known
+        earlier                 the id of the job with which the same MLflow run has run before, if it has
         grace                   seconds between SIGTERM and SIGKILL
         claim/job               the job that runs it, and how often Slurm has started that again
         exit                    the exit code, and whether the command was asked to stop before
@@ -112,6 +113,11 @@ class RunFiles:
         """Record the id of the submitted job."""
         self._write("job", f"{job}\n".encode())
 
+    def earlier(self) -> int:
+        """Return the highest id that cannot be that of the run's job: an MLflow run may run again. 0: there is none."""
+        number = self._read("earlier").partition("_")[0].strip()
+        return int(number) if number.isdecimal() else 0
+
     def write_grace(self, grace: float) -> None:
         """Set the seconds between SIGTERM and SIGKILL for the next request to stop."""
         self._write("grace", f"{grace:.3f}\n".encode())
@@ -211,6 +217,7 @@ async def write_run(
     files = RunFiles(config.work_dir, job.run_id)
 
     def write() -> None:
+        earlier = files.job()
         files.remove()  # an MLflow run that runs again
         config.work_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         _make_own(files.folder.parent)
@@ -221,6 +228,8 @@ async def write_run(
         files._write("command.sh", script.encode(errors="surrogateescape"))
         files._write("environ", environment_file(environ))
         files.write_owner(owner)
+        if earlier is not None:
+            files._write("earlier", f"{earlier}\n".encode())
         files.write_grace(grace)
 
     async def remove(_: None) -> None:

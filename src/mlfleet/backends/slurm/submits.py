@@ -46,12 +46,13 @@ class _Batch:
             each.job.cancel()
 
 
-def single(files: RunFiles, arguments: tuple[str, ...]) -> Submission:
+def single(files: RunFiles, arguments: tuple[str, ...], *, after: int = 0) -> Submission:
     """Return the submission of one run as a job of its own.
 
     Args:
         files: The files of the run.
         arguments: The arguments of sbatch from the configuration and the resources.
+        after: See `RunFiles.earlier`.
     """
     return Submission(
         name=f"mlfleet-{files.run_id}",
@@ -59,6 +60,7 @@ def single(files: RunFiles, arguments: tuple[str, ...]) -> Submission:
         arguments=arguments,
         messages=str(files.messages),
         work_dir=files.work_dir,
+        after=after,
     )
 
 
@@ -152,7 +154,8 @@ class ArraySubmitter:
 
     async def _sbatch(self, runs: Sequence[_Waiting], arguments: tuple[str, ...]) -> list[str]:
         if len(runs) == 1:
-            return [await self._client.submit(single(runs[0].files, arguments))]
+            after = await FILES.run(runs[0].files.earlier)
+            return [await self._client.submit(single(runs[0].files, arguments, after=after))]
         work_dir = runs[0].files.work_dir
         name = f"mlfleet-{runs[0].sweep_id or 'array'}-{os.urandom(4).hex()}"
         folder = work_dir / "arrays" / name
