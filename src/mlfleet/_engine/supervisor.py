@@ -199,10 +199,11 @@ class Supervisor(ABC):
         except Exception as error:
             self.creation_error = error
             return Outcome(RunStatus.FAILED, reason=str(error), error=error)
-        self.created.set()
-        self._publish(Stage.QUEUED)
         try:
             await self._record()
+            # Only now: a run whose id is known must be concluded if this process dies.
+            self.created.set()
+            self._publish(Stage.QUEUED)
             return await self._run_stages()
         except MlfleetError as error:
             seen = self._seen.output if self._seen else tuple(getattr(error, "output", ()))
