@@ -406,9 +406,10 @@ async def test_the_end_of_a_job_of_another_machine_is_written_by_one_that_waits_
     reference, tracking = await submitted_by_another(fake_cluster, "elsewhere")
     async with Fleet(tracking=tracking) as fleet:
         info = await wait_for(fleet, reference.run_id, unseen_patience=0)
-        assert info.status is RunStatus.FINISHED
-        # A Job that is not there may be one that its driver is about to make.
-        fake_cluster.api.objects.clear()
+    assert info.status is RunStatus.FINISHED
+    # A Job that is not there may be one that its driver is about to make.
+    fake_cluster.api.objects.clear()
+    async with Fleet(tracking=tracking) as fleet:
         verdict = await judge(context_of(fleet), replace(info, status=RunStatus.RUNNING))
     assert (verdict.driver, verdict.ended) == (Driver.UNSEEN, False)
 
