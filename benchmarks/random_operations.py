@@ -9,6 +9,10 @@ them: normally, by an error, or by a cancellation. Afterwards
 - a run that nobody has disturbed has the status that its command deserves;
 - no process of a run lives, no task is left, and no file descriptor.
 
+With ``--drivers N`` it starts N programs besides, each with a Fleet that submits and cancels without end, and kills
+each one with SIGKILL at a random moment. Then no process of its runs may live, and the next Fleet must have written a
+terminal status for all of them.
+
 The same seed gives the same choices; the order in which the runs end is the machine's. Run it with ``python -X dev -W
 error`` to see what nobody awaited or closed. Exit code 1: a check failed; the message names the seed.
 """
@@ -20,19 +24,25 @@ import asyncio
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
+from anyio.from_thread import start_blocking_portal
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import mlfleet
+from fakes.scripted_server import scripted
+from fakes.small_mlflow import SmallMlflow
 from mlfleet import Fleet, FleetRun, RunStatus, Timeouts
 from mlfleet.errors import MlfleetError, TrackingError
 from mlfleet.testing import FakeTracking
@@ -290,7 +300,7 @@ def marked() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True) + _orphans():
         with suppress(psutil.Error):
-            if process.environ().get(MARK) == str(os.getpid()) and "MLFLOW_RUN_ID" in process.environ():
+            if process.environ().get(MARK) == os.environ[MARK] and "MLFLOW_RUN_ID" in process.environ():
                 found.append(process)
     return found
 
@@ -340,11 +350,92 @@ async def drive(arguments: argparse.Namespace, folder: Path) -> Counter[str]:
     return done
 
 
+async def be_killed(uri: str, project: str, seed: int) -> None:
+    """Submit and cancel runs until this process is killed."""
+    dice = random.Random(seed)
+    async with Fleet(tracking_uri=uri, max_concurrent=dice.choice([None, 2])) as fleet:
+        runs: list[FleetRun] = []
+        calls: set[asyncio.Task[Any]] = set()
+
+        async def submit() -> None:
+            kind = dice.choice(list(COMMANDS))
+            runs.append(await fleet.submit(project, kind, experiment_id="0", env_manager="local", output="capture"))
+
+        async def sweep() -> None:
+            points = mlfleet.grid(n=[1, 2, 3])
+            options: Any = {"entry_point": "slow", "experiment_id": "0", "env_manager": "local"}
+            async with fleet.sweep(project, points, **options) as sweep:
+                await sweep.result()
+
+        print("ready", flush=True)
+        while True:
+            match dice.choices(["submit", "cancel", "sweep", "pause"], [10, 3, 1, 6])[0]:
+                case "submit":
+                    calls.add(asyncio.create_task(submit()))
+                case "cancel" if runs:
+                    calls.add(asyncio.create_task(dice.choice(runs).cancel()))
+                case "sweep":
+                    calls.add(asyncio.create_task(sweep()))
+            await asyncio.sleep(dice.choice([0, 0.01, 0.1]))
+
+
+def kill_drivers(count: int, seed: int, project: str) -> Counter[str]:
+    """Kill programs with active runs, and check what is left of these.
+
+    Returns:
+        The statuses of all their runs → their number.
+    """
+    dice = random.Random(seed)
+    server = SmallMlflow()
+    with (
+        start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(scripted(server.script)) as listener,
+    ):
+        uri = f"http://{listener.place}"
+        for _ in range(count):
+            argv = [sys.executable, __file__, "--child", uri, project, str(dice.randrange(2**32))]
+            with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as driver:
+                assert driver.stdout is not None
+                driver.stdout.readline()
+                time.sleep(dice.uniform(0, 3))
+                driver.kill()
+            wait_for(lambda: not marked(), "processes of a killed driver live")
+            asyncio.run(conclude(uri, server))
+        return Counter(f"killed driver: {status}" for status in server.statuses)
+
+
+async def conclude(uri: str, server: SmallMlflow) -> None:
+    """Open a Fleet, which writes the statuses that a killed driver could not write."""
+
+    def is_done() -> bool:
+        return all(RunStatus(status).is_terminal for status in server.statuses)
+
+    async with Fleet(tracking_uri=uri):
+        try:
+            await asyncio.to_thread(wait_for, is_done, "runs of a killed driver have no terminal status")
+        except Left as error:
+            left = [run for run in server.runs.values() if not RunStatus(run["info"]["status"]).is_terminal]
+            raise Left(f"{error}: {left}") from None
+
+
+def wait_for(holds: Callable[[], bool], what: str) -> None:
+    """Wait until a condition holds; raise `Left` if that takes too long."""
+    deadline = time.monotonic() + PATIENCE
+    while not holds():
+        if time.monotonic() > deadline:
+            raise Left(what)
+        time.sleep(0.05)
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        asyncio.run(be_killed(sys.argv[2], sys.argv[3], int(sys.argv[4])))
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--operations", type=int, default=10_000, help="the number of operations (default: 10000)")
     parser.add_argument("--seed", type=int, default=None, help="the seed of all choices (default: a new one)")
     parser.add_argument("--loop", choices=["asyncio", "uvloop"], default="asyncio", help="the event loop")
+    parser.add_argument("--drivers", type=int, default=0, help="the number of programs to kill (default: 0)")
     parser.add_argument("--verbose", action="store_true", help="print the counts after each Fleet")
     arguments = parser.parse_args()
     if arguments.seed is None:
@@ -357,10 +448,11 @@ def main() -> None:
     os.environ[MARK] = str(os.getpid())
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["MLFLEET_STATE"] = f"{folder}/state"
+        os.environ |= {"MLFLEET_STATE_DIR": f"{folder}/state", "MLFLEET_CACHE_DIR": f"{folder}/cache"}
         try:
             with asyncio.Runner(loop_factory=factory) as runner:
                 done = runner.run(drive(arguments, Path(folder)))
+            done += kill_drivers(arguments.drivers, arguments.seed, f"{folder}/project")
         except Exception as error:
             print(f"seed {arguments.seed}, {arguments.loop}: {type(error).__name__}: {error}", file=sys.stderr)
             if not isinstance(error, Left):

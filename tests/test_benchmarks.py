@@ -51,7 +51,15 @@ def test_a_changed_figure_shows_in_the_table_and_one_above_its_limit_is_marked(t
 def test_random_operations_leave_nothing_and_end_with_the_right_statuses(loop: str) -> None:
     script = BENCHMARKS / "random_operations.py"
     driven = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", script, "--operations", "120", "--seed", "1", "--loop", loop],
+        [
+            sys.executable,
+            "-X",
+            "dev",
+            "-W",
+            "error",
+            script,
+            *f"--operations 120 --drivers 2 --seed 1 --loop {loop}".split(),
+        ],
         capture_output=True,
         text=True,
     )
