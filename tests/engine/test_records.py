@@ -43,6 +43,33 @@ async def test_a_run_that_ends_leaves_no_record_and_makes_four_requests(tmp_path
     assert sum(tracking.requests.values()) <= 4 + tracking.requests["experiment_id"]
 
 
+DIES_AFTER_A_CREATION = """
+import asyncio, os, signal, sys
+from mlfleet._engine.records import RunRecords
+async def main():
+    print(await RunRecords().begin(sys.argv[1], "0"), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+asyncio.run(main())
+"""
+
+
+async def test_a_run_that_was_created_and_not_recorded_is_concluded_by_the_next_fleet() -> None:
+    tracking = FakeTracking()
+    program = [sys.executable, "-c", DIES_AFTER_A_CREATION, tracking_key(tracking.uri)]
+    driver = await anyio.run_process(program, check=False)
+    submission = driver.stdout.decode().strip()
+    run = await tracking.create_run("0", name=None, tags={"mlfleet.submission": submission})
+    other = await tracking.create_run("0", name=None, tags={"mlfleet.submission": "somebody-else.1"})
+    async with Fleet(tracking=tracking):
+        while tracking.runs[run.run_id].status is RunStatus.RUNNING:  # noqa: ASYNC110
+            await anyio.sleep(0.01)
+        await all_gone()  # the second search, after which the driver is forgotten
+    assert tracking.runs[run.run_id].status is RunStatus.FAILED
+    assert tracking.runs[run.run_id].tags["mlfleet.reason"] == "its driver died"
+    assert tracking.runs[other.run_id].status is RunStatus.RUNNING
+    assert tracking.requests["search_runs"] == 2
+
+
 @pytest.mark.parametrize(("command", "status"), [("true", RunStatus.FINISHED), ("exit 3", RunStatus.FAILED)])
 async def test_the_next_fleet_writes_a_status_that_could_not_be_written(
     tmp_path: Path, command: str, status: RunStatus

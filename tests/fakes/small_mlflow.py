@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import struct
 import uuid
@@ -69,8 +70,9 @@ class SmallMlflow:
             self.runs[run_id]["data"]["tags"] = body["tags"]
             return {"run": self.runs[run_id]}
         if name == "search":
-            wanted = body["filter"].partition("'")[2].rstrip("'")
-            found = [run for run in self.runs.values() if wanted in [tag["value"] for tag in run["data"]["tags"]]]
+            wanted = body["filter"].split("'")[1]
+            pattern = re.compile(re.escape(wanted).replace("%", ".*"))
+            found = [run for run in self.runs.values() if any(map(pattern.fullmatch, _values(run)))]
             return {"runs": found}
         if name == "get":
             return {"run": self.runs[parse_qs(urlsplit(request.first.split()[1]).query)["run_id"][0]]}
@@ -85,6 +87,11 @@ class SmallMlflow:
         if name == "delete":
             del self.runs[body["run_id"]]
         return {}
+
+
+def _values(run: Mapping[str, Any]) -> list[str]:
+    """Return the values of a run's tags."""
+    return [tag["value"] for tag in run["data"]["tags"]]
 
 
 def response(body: object, status: str = "200 OK", **headers: str) -> bytes:

@@ -16,6 +16,7 @@ MLflow's own status counts in all cases: a terminal one is only ever made worse,
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -25,13 +26,22 @@ import anyio
 
 from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.attach import read_reference
-from mlfleet._engine.records import RunRecord, find_record, list_records, remove_record, tracking_key
+from mlfleet._engine.records import (
+    RunRecord,
+    find_record,
+    forget_driver,
+    list_left_drivers,
+    list_records,
+    remove_record,
+    tracking_key,
+)
 from mlfleet._engine.request import SweepMember
 from mlfleet.backends.base import DRIVER_DIED, Backend, Presence
 from mlfleet.backends.registry import find
 from mlfleet.errors import BackendNotFound, MlfleetError, RunLost, TrackingError
 from mlfleet.runs import FailureKind, JobRef, Outcome, RunStatus
 from mlfleet.tracking.base import RunInfo, end_run, failure_tags
+from mlfleet.tracking.models import SUBMISSION_TAG
 
 if TYPE_CHECKING:
     from mlfleet._engine.context import RunContext
@@ -140,11 +150,20 @@ async def conclude_left(context: RunContext) -> None:
     Runs of sweeps with a name are left to their sweep, and runs that a backend elsewhere has to those who ask for them.
     """
     key = tracking_key(context.tracking.uri)
+    searched: set[str] = set()
     try:
         while True:
             going = [not await _conclude_record(context, record) for record in await FILES.run(partial(_left, key))]
-            if not any(going):
+            drivers = await FILES.run(partial(list_left_drivers, key))
+            for driver, experiments in drivers:
+                await _conclude_unrecorded(context, driver, experiments)
+                if driver in searched:
+                    await FILES.run(partial(forget_driver, driver))
+            # Each is searched for twice: what a driver has requested before its death may be carried out late.
+            new = {driver for driver, _ in drivers} - searched
+            if not any(going) and not new:
                 return
+            searched |= new
             await anyio.sleep(_PAUSE)
     except MlfleetError as error:
         logger.debug("runs that another process has left are not concluded now: %s", error)
@@ -173,6 +192,16 @@ async def _conclude_record(context: RunContext, record: RunRecord) -> bool:
     return True
 
 
+async def _conclude_unrecorded(context: RunContext, driver: str, experiments: Sequence[str]) -> None:
+    """Conclude the runs that a driver has created and not recorded. Nothing of them was begun."""
+    wanted = f"tags.`{SUBMISSION_TAG}` LIKE '{driver}.%' and attributes.status = '{RunStatus.RUNNING}'"
+    for info in await context.tracking.search_runs(experiments, wanted):
+        record, _ = await FILES.run(partial(_look_up, info.run_id))
+        if record is not None or info.status.is_terminal or JobRef.TAG in info.tags:
+            continue
+        await conclude(context, info, Verdict(Driver.GONE, ended=True, outcome=_died(None)))
+
+
 async def _judge_left(context: RunContext, record: RunRecord, reference: JobRef | None) -> Verdict:
     """Return the state of a run whose driver is gone."""
     if record.outcome is not None:
@@ -194,9 +223,13 @@ async def _judge_left(context: RunContext, record: RunRecord, reference: JobRef 
             pass
         else:
             return Verdict(Driver.GONE)
-    lost = RunLost(DRIVER_DIED, backend=record.backend)
-    outcome = Outcome(RunStatus.FAILED, reason=DRIVER_DIED, error=lost, cause=FailureKind.INFRASTRUCTURE)
-    return Verdict(Driver.GONE, ended=True, outcome=outcome)
+    return Verdict(Driver.GONE, ended=True, outcome=_died(record.backend))
+
+
+def _died(backend: str | None) -> Outcome:
+    """Return the outcome of a run that ended with its driver."""
+    lost = RunLost(DRIVER_DIED, backend=backend)
+    return Outcome(RunStatus.FAILED, reason=DRIVER_DIED, error=lost, cause=FailureKind.INFRASTRUCTURE)
 
 
 def _look_up(run_id: str) -> tuple[RunRecord | None, bool | None]:

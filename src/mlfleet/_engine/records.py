@@ -3,6 +3,9 @@
 A record is a small file for each run, in ``active`` of the state folder. It is made when the MLflow run exists, and
 removed when its terminal status is written. Every driver holds the lock of a file beside them, which ends with its
 process however that ends: a record whose driver's lock is free has been left.
+
+A driver may die between the creation of an MLflow run and its record. Such runs are found by a tag, their submission,
+which begins with the name of the driver; the file of its lock holds the experiments in which it creates runs.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,7 +35,16 @@ from mlfleet._store.lease import unleased
 from mlfleet.errors import UsageError
 from mlfleet.runs import DEFAULT_CANCEL_GRACE, FailureKind, Outcome, RunStatus
 
-__all__ = ["RunRecord", "RunRecords", "find_record", "list_records", "remove_record", "tracking_key"]
+__all__ = [
+    "RunRecord",
+    "RunRecords",
+    "find_record",
+    "forget_driver",
+    "list_left_drivers",
+    "list_records",
+    "remove_record",
+    "tracking_key",
+]
 
 _log = logging.getLogger("mlfleet.runs")
 
@@ -111,7 +124,20 @@ class RunRecords:
         self._waiting: list[asyncio.Future[None]] = []
         self._writing: asyncio.Task[None] | None = None
         self._lock = _DriverLock()
+        self._notes: set[tuple[str, str]] = set()
         self._warned = False
+
+    async def begin(self, tracking: str, experiment_id: str) -> str:
+        """Return the submission of a run that is about to be created, a tag by which it is found without a record.
+
+        Args:
+            tracking: The `tracking_key` of the tracking server or store.
+            experiment_id: The id of the experiment.
+        """
+        note = (tracking, experiment_id)
+        if note not in self._notes:
+            await FILES.run(partial(self._note, note))
+        return f"{self._lock.name}.{secrets.token_hex(8)}"
 
     async def add(self, record: RunRecord) -> None:
         """Write the record of a run, which this process supervises from now on."""
@@ -167,6 +193,15 @@ class RunRecords:
                 except OSError as error:
                     self._warn(error)
 
+    def _note(self, note: tuple[str, str]) -> None:
+        with self._guard:
+            try:
+                self._lock.acquire()
+                self._lock.write(json.dumps(note) + "\n")
+                self._notes.add(note)
+            except OSError as error:
+                self._warn(error)
+
     def _close(self) -> None:
         self._write_pending()
         self._lock.release()
@@ -207,9 +242,32 @@ def list_records() -> list[RunRecord]:
         if name.endswith(".lock") and name.removesuffix(".lock") not in used:
             with unleased(folder / name) as is_free:
                 # The lock of a driver has its name only once it is held: a free one belongs to no process.
-                if is_free:
+                if is_free and not _notes(folder / name):
                     (folder / name).unlink(missing_ok=True)
     return found
+
+
+def list_left_drivers(tracking: str) -> list[tuple[str, list[str]]]:
+    """Return the names of drivers that died, each with the experiments in which it created runs. Blocking.
+
+    Args:
+        tracking: The `tracking_key` of the tracking server or store in which they did.
+    """
+    found = []
+    folder = active_folder()
+    for name in _names(folder):
+        if name.endswith(".lock"):
+            with unleased(folder / name) as is_free:
+                experiments = [each for key, each in _notes(folder / name) if key == tracking] if is_free else []
+            if experiments:
+                found.append((name.removesuffix(".lock"), experiments))
+    return found
+
+
+def forget_driver(driver: str) -> None:
+    """Remove the lock of a driver whose runs were concluded. Blocking."""
+    with suppress(OSError):
+        _lock_path(driver).unlink(missing_ok=True)
 
 
 def remove_record(run_id: str) -> None:
@@ -247,6 +305,11 @@ class _DriverLock:
             raise
         self._descriptor, self.host, self.boot = descriptor, machine(), boot_id()
         _held.add(self)
+
+    def write(self, line: str) -> None:
+        """Append a line to the file of the lock, which is held."""
+        if self._descriptor is not None:
+            os.write(self._descriptor, line.encode())
 
     def release(self) -> None:
         if self._descriptor is not None:
@@ -292,6 +355,17 @@ def _read(path: Path) -> RunRecord:
         if os.fstat(descriptor).st_uid != os.getuid():
             raise ValueError(f"{path} is another user's")
         return RunRecord.parse(file.read().decode())
+
+
+def _notes(lock: Path) -> list[tuple[str, str]]:
+    """Return the trackings and experiments in which the driver with this lock creates runs."""
+    found = []
+    with suppress(OSError):
+        for line in lock.read_text(errors="replace").splitlines():
+            with suppress(ValueError):
+                tracking, experiment = json.loads(line)
+                found.append((str(tracking), str(experiment)))
+    return found
 
 
 def _names(folder: Path) -> list[str]:

@@ -28,6 +28,7 @@ from mlfleet.backends.base import Backend, BackendRun, Job
 from mlfleet.errors import MlfleetError, RunLost, RunTimeout, TrackingError, UsageError
 from mlfleet.runs import FAILURE_KIND_TAG, REASON_TAG, STARTED_TAG, Outcome, RunEvent, RunStatus, Stage, Timeouts
 from mlfleet.tracking.base import RunInfo, end_run, failure_tags, log_tags, worse
+from mlfleet.tracking.models import SUBMISSION_TAG
 
 if TYPE_CHECKING:
     from mlfleet._engine.context import RunContext
@@ -421,8 +422,10 @@ class SubmittedSupervisor(Supervisor):
         request, tracking = self._plan.request, self._context.tracking
         if request.run_id is None:
             experiment = await self._context.experiment_id(request)
+            submission = await self._context.records.begin(tracking_key(tracking.uri), experiment)
+            tags = {**self._plan.tags, SUBMISSION_TAG: submission}
             # If this is cancelled, tracking ends what it has created (see `Tracking.create_run`).
-            self.info = await tracking.create_run(experiment, name=request.run_name, tags=self._plan.tags)
+            self.info = await tracking.create_run(experiment, name=request.run_name, tags=tags)
             return
         self.info = await tracking.get_run(request.run_id)
         if self.info.status.is_terminal:

@@ -120,15 +120,17 @@ class Driver:
         plan = await context.plan(settings.request_for(first))
         if settings.max_concurrent is None:
             self.gate.resize(context.capacity(plan) or _DEFAULT_CONCURRENT)
+        experiment = await context.experiment_id(plan.request)
+        submission = await context.records.begin(tracking_key(context.tracking.uri), experiment)
         opening = open_record(
-            context.tracking, settings, plan, await context.experiment_id(plan.request), describe(self._points),
-            patience=context.tracking_patience,
+            context.tracking, settings, plan, experiment, describe(self._points), patience=context.tracking_patience,
+            # A sweep with a name has a lock and is resumed; nobody goes on with another one if this process dies.
+            submission=submission if settings.name is None else None,
         )  # fmt: skip
         stack.push_async_callback(self._remove_record)
         self.record = record = await stack.enter_async_context(opening)
         context.sweep_ids.add(record.info.run_id)
         if settings.name is None:
-            # A sweep with a name has a lock and is resumed; nobody goes on with this one if this process dies.
             uri = context.tracking.uri
             facts = RunRecord(
                 run_id=record.info.run_id, backend="sweep", project=plan.project_name, tracking=tracking_key(uri),

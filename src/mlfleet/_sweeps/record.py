@@ -29,6 +29,7 @@ from mlfleet._text.masking import mask_uri
 from mlfleet.errors import TrackingError, UsageError
 from mlfleet.runs import RunStatus
 from mlfleet.tracking.base import RunInfo, Tracking, clean_reason, end_run
+from mlfleet.tracking.models import SUBMISSION_TAG
 
 __all__ = ["NAME_TAG", "SPACE_TAG", "STOPPED_TAG", "History", "SweepRecord", "is_driven", "open_record"]
 
@@ -140,6 +141,7 @@ async def open_record(
     space: Mapping[str, Any],
     *,
     patience: float,
+    submission: str | None = None,
 ) -> AsyncIterator[SweepRecord]:
     """Open the record of a sweep for the time of the block. After it the MLflow run has its terminal status.
 
@@ -149,6 +151,7 @@ async def open_record(
         plan: The plan of the first run.
         experiment_id: The id of the experiment of all runs.
         space: The description of the space.
+        submission: A tag by which the MLflow run is found if this process dies before the run has a record; None: none.
         patience: Seconds for which the last requests are tried again.
 
     Raises:
@@ -169,7 +172,8 @@ async def open_record(
         record = await _earlier(tracking, settings, experiment_id, content, old)
         is_new = record is None
         if record is None:
-            record = await _create(tracking, settings, experiment_id, content, tags)
+            marked = tags if submission is None else {**tags, SUBMISSION_TAG: submission}
+            record = await _create(tracking, settings, experiment_id, content, marked)
         has_begun = is_new
         record.members = members
         try:

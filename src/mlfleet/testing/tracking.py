@@ -19,7 +19,7 @@ from mlfleet.tracking.base import RunInfo, Tracking
 
 __all__ = ["FakeTracking", "RecordedRun"]
 
-_CLAUSE = re.compile(r"\s*(tags|params|attributes)\.[`\"]?([^`\"=]+?)[`\"]?\s*=\s*'([^']*)'\s*")
+_CLAUSE = re.compile(r"\s*(tags|params|attributes)\.[`\"]?([^`\"=]+?)[`\"]?\s*(?:=|LIKE)\s*'([^']*)'\s*")
 
 
 @dataclass(slots=True)
@@ -216,4 +216,7 @@ def _clauses(filter_string: str) -> list[tuple[str, str, str]]:
 def _matches(run: RecordedRun, kind: str, name: str, value: str) -> bool:
     if kind == "attributes":
         return run.status.value == value
-    return (run.tags if kind == "tags" else run.params).get(name) == value
+    found = (run.tags if kind == "tags" else run.params).get(name)
+    if value.endswith("%"):  # LIKE; the other wildcards are not faked
+        return found is not None and found.startswith(value.removesuffix("%"))
+    return found == value

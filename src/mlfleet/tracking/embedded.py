@@ -108,7 +108,7 @@ class EmbeddedTracking(Tracking):
     async def create_run(  # noqa: D102
         self, experiment_id: str, *, name: str | None, tags: Mapping[str, str], start_time: int | None = None
     ) -> RunInfo:
-        submission = os.urandom(16).hex()
+        submission = tags.get(SUBMISSION_TAG) or os.urandom(16).hex()
         all_tags = {**tags, SUBMISSION_TAG: submission}
         tries = 0
 

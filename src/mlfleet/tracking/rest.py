@@ -152,7 +152,7 @@ class RestTracking(Tracking):
     async def create_run(  # noqa: D102
         self, experiment_id: str, *, name: str | None, tags: Mapping[str, str], start_time: int | None = None
     ) -> RunInfo:
-        submission = os.urandom(16).hex()
+        submission = tags.get(SUBMISSION_TAG) or os.urandom(16).hex()
         body: dict[str, Any] = {
             "experiment_id": experiment_id,
             "user_id": tags.get("mlflow.user", self._user),
