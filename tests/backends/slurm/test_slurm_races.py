@@ -94,6 +94,8 @@ async def test_an_array_whose_answer_is_lost_runs_each_point_once(
     )
     jobs = [make_job(f"echo {index}", {"array": True}) for index in range(3)]
     runs = await asyncio.gather(*(backend.submit(job) for job in jobs))
+    shown = await anyio.to_thread.run_sync(slurm.call, "squeue", "-h", "-r", "-t", "all", "-o", "%i")
+    assert {run.job for run in runs} <= set(shown.split())
     assert all([await run.wait() for run in runs])
     assert [[line async for line in run.logs()] for run in runs] == [["0"], ["1"], ["2"]]
 
@@ -170,8 +172,8 @@ async def test_a_line_of_setup_that_fails_ends_the_run_and_is_named(backend: Slu
 async def test_nothing_outlives_a_job_that_somebody_else_cancels_although_the_grace_is_long(
     slurm: Slurm, backend: SlurmBackend, make_job: MakeJob
 ) -> None:
-    # After KillWait, 5 s here, Slurm kills the batch script.
-    job = make_job("trap '' TERM; echo ready; sleep 600 & wait; sleep 600", cancel_grace=60)
+    # After KillWait, 5 s here, Slurm kills the batch script and its descendants.
+    job = make_job("(setsid sleep 600 &); trap '' TERM; echo ready; sleep 600", cancel_grace=60)
     run = await running(backend, job)
     await anyio.to_thread.run_sync(slurm.call, "scancel", run.job)
     assert (await run.outcome()).reason == "the job was cancelled from outside"
@@ -225,15 +227,15 @@ async def test_inherited_output_arrives_once_although_the_reader_is_slow(
         "from components.slurm import QUICK\n"
         "async def main():\n"
         "    async with SlurmBackend(timing=QUICK) as backend:\n"
-        "        job = Job(run_id='a' * 32, experiment_id='0', project_name='demo', command='seq 50000',\n"
+        "        job = Job(run_id='a' * 32, experiment_id='0', project_name='demo', command='seq 50000; sleep 1.5',\n"
         f"            project_dir=pathlib.Path({str(tmp_path / 'project')!r}), output=None,\n"
         "            config=backend.configure({}))\n"
         "        assert await (await backend.submit(job)).wait()\n"
         "asyncio.run(main())\n"
     )
-    tests = Path(__file__).parents[2]
+    path = os.pathsep.join((str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")))
     driver = await asyncio.create_subprocess_exec(
-        sys.executable, str(script), stdout=asyncio.subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(tests)}
+        sys.executable, str(script), stdout=asyncio.subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
     )
     ended = slurm.work_dir / "runs" / ("a" * 32) / "exit"
     await exists(ended)
