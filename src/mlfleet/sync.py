@@ -195,7 +195,7 @@ class _Loop:
         # they could not write to the tracking server (python/cpython#104690). concurrent.futures uses the same hook.
         register = getattr(threading, "_register_atexit", atexit.register)
         register(self._at_exit)
-        before_exit(lambda: self.call(self._close), lambda: self.call(api.write_killed))
+        before_exit(lambda: self._call_while_open(self._close), lambda: self._call_while_open(api.write_killed))
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -245,6 +245,11 @@ class _Loop:
                 self._loop.call_soon_threadsafe(stop)
                 wait([result])
             raise
+
+    def _call_while_open(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Run `work` for a signal, unless the program has ended its runs already and is exiting."""
+        if not self._loop.is_closed():
+            self.call(work)
 
     def _at_exit(self) -> None:
         """Wait for the active runs. If the interpreter exits because of an interrupt, end them.
