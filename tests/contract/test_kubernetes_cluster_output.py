@@ -120,9 +120,8 @@ async def test_killed_driver_costs_only_lines_that_the_node_has_discarded(place:
 
 
 async def test_killed_driver_costs_no_lines_that_the_node_has(place: Place) -> None:
-    command = (
-        PRINT + f"print_lines 0 {_LINES}; sleep {_ROTATES}; print_lines 0 9; echo first part; print_lines 9 20; sleep 9"
-    )
+    command = PRINT + f"sleep 5; print_lines 0 {_LINES}; sleep {_ROTATES}; print_lines 0 9; echo first part"
+    command += "; print_lines 9 20; sleep 9"
     reference = await begin_and_kill(place, "resumed", command, f"line 000019 {_PAD}")
     async with KubernetesBackend() as backend:
         run = await backend.attach(reference)
