@@ -131,7 +131,7 @@ OPTIONS: tuple[RunOption, ...] = (
         flags=("-b", "--backend"),
         metavar="NAME",
         default="local",
-        text="The backend that runs the project: local, docker, kubernetes, databricks, or the name of a plugin.",
+        text="The backend that runs the project: local, docker, kubernetes, databricks, slurm, or a plugin's name.",
     ),
     RunOption(
         name="backend_config",
