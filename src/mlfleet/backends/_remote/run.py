@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
@@ -16,10 +17,12 @@ from mlfleet._concurrency.grace import StopRequest
 from mlfleet._concurrency.tasks import TaskOwner
 from mlfleet._concurrency.threads import FILES
 from mlfleet._text.lines import follow_bytes, last_lines, split_lines
-from mlfleet.errors import MlfleetError, RunLost
+from mlfleet.errors import BackendError, MlfleetError, RunLost
 from mlfleet.runs import DEFAULT_CANCEL_GRACE, Outcome, RunStatus
 
 __all__ = ["AwaitedRun", "SupervisedRun", "SupervisedRuns"]
+
+_log = logging.getLogger("mlfleet.backends")
 
 
 class SupervisedRuns:
@@ -174,9 +177,12 @@ class SupervisedRun(AwaitedRun, ABC):
             try:
                 self._outcome = await self._live()
             except MlfleetError as error:
-                failing = asyncio.ensure_future(self._fail(error))
-                await wait_done(failing)
-                failing.result()
+                await self._end_by(error)
+            except Exception as error:
+                # Waiters must not hang because of a fault of ours, or a full disk.
+                _log.exception("the supervision of the run %s ended by an unexpected error", self.run_id)
+                text = f"this process cannot look after the {self.noun} any more: {type(error).__name__}: {error}"
+                await self._end_by(BackendError(text, backend=self.backend))
             except asyncio.CancelledError:
                 if not self._detached:
                     # asyncio.run cancels every task at its end: then the run has to end, too.
@@ -189,6 +195,11 @@ class SupervisedRun(AwaitedRun, ABC):
             self._outcome = Outcome(RunStatus.FAILED, reason=str(lost), error=lost)
         await self._tidy()
         self._done.set()
+
+    async def _end_by(self, error: MlfleetError) -> None:
+        failing = asyncio.ensure_future(self._fail(error))
+        await wait_done(failing)
+        failing.result()
 
     async def _fail(self, error: MlfleetError) -> None:
         await self._abandon()
