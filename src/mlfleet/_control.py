@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -79,7 +80,7 @@ async def cancel_run(fleet: Fleet, run_id: str, *, grace: float | None = None) -
             with.
 
     Raises:
-        UsageError: The run can be ended only by ending its process.
+        UsageError: The command of a run of this machine has not begun.
         BackendError: The run is not where it should be.
         MlfleetError: Tracking cannot be reached.
     """
@@ -94,6 +95,9 @@ async def cancel_run(fleet: Fleet, run_id: str, *, grace: float | None = None) -
         return await fleet.tracking.get_run(run_id)
     if verdict.driver is Driver.GONE and JobRef.TAG not in info.tags:
         await (await fleet.attach(run_id)).cancel(grace=grace)  # the processes that its driver has left
+        return await fleet.tracking.get_run(run_id)
+    if verdict.driver is Driver.LIVES and JobRef.TAG not in info.tags:
+        await _end(fleet, info, await _find_processes(fleet, run_id), grace)
         return await fleet.tracking.get_run(run_id)
     reference = read_reference(info)
     backend = await context_of(fleet).backend(reference.backend)
@@ -276,6 +280,21 @@ async def _wait_over(fleet: Fleet, run_id: str) -> None:
             return
         await anyio.sleep(pause)
         pause = min(pause * 1.5, _LONGEST_PAUSE)
+
+
+async def _find_processes(fleet: Fleet, run_id: str) -> BackendRun:
+    """Return the handle of the processes of a run whose driver, another process of this machine, supervises it.
+
+    Raises:
+        UsageError: Its command has not begun.
+    """
+    record = await FILES.run(partial(find_record, run_id))
+    if record is not None:
+        backend = await context_of(fleet).backend(record.backend)
+        with suppress(RunLost):
+            return await backend.find_left(run_id, grace=record.grace)
+    text = f"the command of the run {run_id} has not begun: try again when it has, or end the process that prepares it"
+    raise UsageError(text if record is None else f"{text} ({record.driver.partition('-')[0]})")
 
 
 async def _end(fleet: Fleet, info: RunInfo, handle: BackendRun, grace: float | None) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +39,28 @@ def sweeping(folder: Path, *arguments: str, command: str = PATIENT) -> Iterator[
         events = [json.loads(line) for line in driver.plain.splitlines() if '"event"' in line and line.endswith("}")]
         sweep = next(event["run_id"] for event in events if event["event"] == "sweep")
         yield driver, sweep, [event["run_id"] for event in events if event["event"] == "started"]
+
+
+@contextmanager
+def sweeping_one_at_a_time(uri: str) -> Iterator[tuple[int, str]]:
+    """A program whose second run waits for the first; gives its pid and the id of the second."""
+    code = """
+import asyncio, sys, mlfleet
+async def main():
+    async with mlfleet.Fleet(max_concurrent=1) as fleet:
+        first = await fleet.submit(sys.argv[1], env_manager="local")
+        second = await fleet.submit(sys.argv[1], env_manager="local")
+        await anext(first.logs())
+        print(second.run_id, flush=True)
+        await asyncio.sleep(600)
+asyncio.run(main())
+"""
+    with subprocess.Popen([sys.executable, "-c", code, uri], stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        try:
+            yield program.pid, program.stdout.readline().strip()
+        finally:
+            program.terminate()
 
 
 def listed() -> dict[str, dict[str, Any]]:
@@ -146,19 +170,29 @@ def test_a_waiter_that_is_interrupted_leaves_the_run_alone(server: MlflowServer,
     assert end_of(driver)["finished"] == 2
 
 
-def test_a_run_that_needs_its_process_cannot_be_cancelled_from_outside(server: MlflowServer, tmp_path: Path) -> None:
-    uri = write_project(tmp_path / "bound", "echo run=$MLFLOW_RUN_ID; while [ ! -e go ]; do sleep 0.05; done")
+def test_a_run_of_a_living_program_is_cancelled_from_outside(server: MlflowServer, tmp_path: Path) -> None:
+    uri = write_project(tmp_path / "bound", "setsid sleep 600 & echo run=$MLFLOW_RUN_ID left=$! .; sleep 600")
     with started("run", uri, *LOCAL) as job:
-        run_id = job.read_until("run=").partition("run=")[2].split()[0]
-        refused = mlfleet("cancel", run_id)
-        assert refused.returncode == 2
-        assert "end with the process that started them" in refused.stderr
+        run_id, left = job.read_until(" .").partition("run=")[2].split()[:2]
         silent = mlfleet("logs", run_id)
         assert silent.returncode == 2
         assert "is not kept on this machine" in silent.stderr
-        (tmp_path / "bound" / "go").touch()
-        assert job.finish() == 0
-    assert run_on(server, run_id)["info"]["status"] == "FINISHED"
+        done = mlfleet("cancel", run_id)
+        assert (done.returncode, done.stdout) == (0, f"{run_id} KILLED\n"), done.stderr
+        assert pid_is_gone(int(left.removeprefix("left=")))
+        assert job.finish() == 1
+    assert "was cancelled" in job.plain
+    assert run_on(server, run_id)["info"]["status"] == "KILLED"
+
+
+def test_a_run_whose_command_has_not_begun_cannot_be_cancelled_from_outside(
+    server: MlflowServer, tmp_path: Path
+) -> None:
+    uri = write_project(tmp_path / "bound", "echo begun; sleep 600")
+    with sweeping_one_at_a_time(uri) as (driver, waiting):
+        refused = mlfleet("cancel", waiting)
+        assert refused.returncode == 2
+        assert f"has not begun: try again when it has, or end the process that prepares it ({driver})" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -514,3 +514,24 @@ async def test_several_readers_of_events_and_one_that_sleeps(fleet: Fleet, tmp_p
     assert len(few) == 5
     assert few[0].lost == len(everything) - 5
     assert [event.lost for event in few[1:]] == [0] * 4
+
+
+async def test_a_fleet_that_is_left_ends_the_sweep_of_another_task_before_it_closes_tracking(tmp_path: Path) -> None:
+    tracking = FakeTracking()
+    uri = write_project(tmp_path / "demo", "sleep 600", parameters="x: float")
+
+    async def go_through(fleet: Fleet) -> list[RunStatus]:
+        async with fleet.sweep(uri, grid(x=[1, 2]), env_manager="local") as sweep:
+            return [result.status async for result in sweep]
+
+    fleet = Fleet(tracking=tracking)
+    with anyio.CancelScope() as scope:
+        async with fleet:
+            events = fleet.events()
+            other = asyncio.create_task(go_through(fleet))
+            for _ in range(2):
+                await anext(event async for event in events if event.stage is Stage.STARTED)
+            scope.cancel()
+            await anyio.sleep_forever()
+    assert [run.status for run in tracking.runs.values()] == [RunStatus.KILLED] * 3
+    assert await other == [RunStatus.KILLED] * 2

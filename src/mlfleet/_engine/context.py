@@ -6,11 +6,12 @@ import asyncio
 import inspect
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import anyio
 
@@ -123,6 +124,7 @@ class RunContext:
         records: The records of the runs, for the processes that conclude them if this one dies.
         is_open: True between `open` and the beginning of the end.
         sweep_ids: The MLflow runs of the active sweeps.
+        sweeps: A function for each active sweep that ends it.
         scheduled_after: Seconds that a run may wait at its backend before MLflow shows it as SCHEDULED.
     """
 
@@ -148,6 +150,7 @@ class RunContext:
         self.records = RunRecords()
         self.is_open = False
         self.sweep_ids: set[str] = set()
+        self.sweeps: set[Callable[[], Coroutine[Any, Any, None]]] = set()
         self._max_concurrent = max_concurrent
         self._resources = resources
         self._admission = Admission(Machine(cpus=0))
@@ -192,6 +195,10 @@ class RunContext:
             await wait_done(self._concluding)
         for supervisor in self._detached.values():
             supervisor.stop_following()
+        # A sweep that another task goes through writes its own status, for which it needs the services.
+        async with anyio.create_task_group() as group:
+            for end in tuple(self.sweeps):
+                group.start_soon(end)
         await self.cancel()
         await self.join()
         await self._followers.join()

@@ -33,6 +33,7 @@ class Sweep:
     """
 
     def __init__(self, context: RunContext, points: Points, settings: SweepSettings) -> None:
+        self._context = context
         self._settings = settings
         self._driver = Driver(context, points, settings)
         self._tasks = TaskOwner()
@@ -42,6 +43,7 @@ class Sweep:
         if self._state != "new":
             raise UsageError("a sweep is used once: make a new one")
         self._state = "open"
+        self._context.sweeps.add(self._leave)
         self._tasks.start(self._driver.run(), name=f"mlfleet sweep {self._settings.name or ''}".strip())
         try:
             await self._driver.entered.wait()
@@ -49,7 +51,7 @@ class Sweep:
             await self._leave()
             raise
         if self._driver.attempts is None:
-            await self._tasks.join()
+            await self._leave()
             raise self._driver.error or UsageError("the sweep was cancelled before it began")
         return self
 
@@ -199,3 +201,4 @@ class Sweep:
     async def _end(self) -> None:
         await self.cancel()
         await self._tasks.join()
+        self._context.sweeps.discard(self._leave)

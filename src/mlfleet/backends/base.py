@@ -433,7 +433,7 @@ class Backend(ABC, Generic[Config]):
         return None
 
     async def find_left(self, run_id: str, *, grace: float) -> BackendRun:
-        """Return the handle of what a driver that died has left of a run without a reference.
+        """Return the handle of what runs of a run without a reference that another process supervises, or did.
 
         Args:
             run_id: The id of the MLflow run.

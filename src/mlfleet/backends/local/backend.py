@@ -123,9 +123,9 @@ class LocalBackend(Backend[None]):
         return await FILES.run(partial(run_folder.presence, ref)) if "folder" in ref.data else None
 
     async def find_left(self, run_id: str, *, grace: float) -> BackendRun:
-        """Return the handle of the processes that a driver that died has left, found by the run's variable.
+        """Return the handle of the processes of a run of another driver, found by the run's variable.
 
-        The guardian is about to end them, if there is one.
+        If that driver has died, its guardian is about to end them.
 
         Raises:
             RunLost: None is left.
@@ -253,7 +253,7 @@ class _LocalRun:
 
 
 class _LeftRun:
-    """The handle of the processes that a driver that died has left. Nobody learns their exit codes."""
+    """The handle of the processes of another driver's run. Nobody learns their exit codes here."""
 
     def __init__(self, run_id: str, grace: float) -> None:
         self.run_id = run_id
