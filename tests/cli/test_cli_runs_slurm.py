@@ -118,10 +118,13 @@ def test_a_sweep_whose_driver_is_killed_is_resumed(options: tuple[str, ...], tmp
     command = f"echo {{x}} >> {executions}; echo > {begun}; until [ -e {tmp_path}/open ]; do sleep 0.05; done"
     project = write_project(tmp_path / "points", command, parameters="x: float")
     sweep = ("sweep", project, *options, "-P", "x=1,2,3", "--name", "lr")
+    # Open for writing as well: else the pipe ends whenever no command has it open, and the next line may be lost.
+    pipe = os.open(begun, os.O_RDWR)
     with started(*sweep) as driver:
         lines = 0
-        while lines < 3:  # a pipe ends whenever no command has it open
-            lines += len(begun.read_text().splitlines())
+        while lines < 3:
+            lines += os.read(pipe, 100).count(b"\n")
+        os.close(pipe)
         driver.signal(signal.SIGKILL)
         driver.finish()
     (tmp_path / "open").touch()

@@ -202,12 +202,19 @@ async def test_all_jobs_are_followed_by_one_process_a_poll(
     slurm: Slurm, make_job: MakeJob, tmp_path: Path, on_path: OnPath
 ) -> None:
     calls = tmp_path / "calls"
+    calls.touch()
     on_path("squeue", f'echo "$@" >> {calls}; exec "$real" "$@"')
+
+    def has_asked_for_all() -> bool:
+        polls = [line for line in calls.read_text().splitlines() if " -j " in line]
+        return any(line.split(" -j ")[1].split(" ")[0].count(",") == 19 for line in polls)
+
     async with SlurmBackend(timing=QUICK) as backend:
-        runs = await asyncio.gather(*(backend.submit(make_job("sleep 1")) for _ in range(20)))
+        command = f"until [ -e {tmp_path}/go ]; do sleep 0.1; done"
+        runs = await asyncio.gather(*(backend.submit(make_job(command)) for _ in range(20)))
+        await until(has_asked_for_all)
+        (tmp_path / "go").touch()
         assert all([await run.wait() for run in runs])
-    polls = [line for line in calls.read_text().splitlines() if " -j " in line]
-    assert max(line.split(" -j ")[1].split(" ")[0].count(",") + 1 for line in polls) == 20
 
 
 # ---- secrets, and runs of other processes -------------------------------------------------------------------------
