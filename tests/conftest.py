@@ -89,14 +89,20 @@ _SLOW_FIXTURES = {
     "slurm",
 }
 _SLOW_PLACES = (
+    "backends/kubernetes/test_kubernetes_chaos.py",
+    "backends/test_plugins.py",
+    "cli/",
     "contract/",
     "environments/test_env_",
     "parity/",
-    "test_docs.py",
+    "sweeps/test_sweep_killed.py",
     "test_detached.py",
-    "test_services.py",
+    "test_docs.py",
+    "test_driver_dies.py",
     "test_examples.py",
+    "test_services.py",
     "test_sync.py",
+    "tracking/test_servers.py",
 )
 
 # Words in the names of test files, and the components that these need and a machine has one of.

@@ -47,6 +47,7 @@ def test_a_changed_figure_shows_in_the_table_and_one_above_its_limit_is_marked(t
     assert "| Kubernetes: watches | not recorded | 2 |  |  |  |  |" in lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", LOOPS)
 def test_random_operations_leave_nothing_and_end_with_the_right_statuses(loop: str) -> None:
     script = BENCHMARKS / "random_operations.py"

@@ -260,6 +260,7 @@ async def test_a_timeout_ends_its_stage_and_says_which(tracking: FakeTracking, t
     assert pid_is_gone(pid)
 
 
+@pytest.mark.slow
 async def test_the_setup_timeout_ends_a_build(tracking: FakeTracking, tmp_path: Path) -> None:
     # A package whose build never ends.
     package = tmp_path / "demo" / "slow"

@@ -90,6 +90,7 @@ async def test_mlflow_keeps_its_messages_and_its_global_uri_to_itself(
     assert "new.db" not in mlflow.get_tracking_uri()
 
 
+@pytest.mark.slow
 async def test_two_processes_make_one_new_database(tmp_path: Path) -> None:
     script = (
         "import anyio\n"

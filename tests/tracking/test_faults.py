@@ -344,6 +344,7 @@ async def test_a_cancelled_creation_is_looked_for_until_the_server_shows_it() ->
     assert server.requests == ["create", "search", "search", "search", "update"]
 
 
+@pytest.mark.slow
 async def test_a_cancelled_creation_that_never_appears_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     async def never(peer: Peer) -> None:
         arrived.set()

@@ -331,6 +331,7 @@ async def test_requests_stay_within_the_limits(
 
 
 # Their submissions and outputs are some thousand requests.
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 async def test_500_runs_are_listed_in_pages(workspace: FakeWorkspace, make_job: JobMaker) -> None:
     workspace.limits = {}
@@ -498,6 +499,7 @@ async def test_a_run_whose_driver_died_is_concluded_with_its_own_end(
         assert (await work(fleet, reference.run_id)).status is RunStatus.FAILED
 
 
+@pytest.mark.slow
 async def test_the_secret_of_a_run_that_was_never_submitted_goes_with_it(
     workspace: FakeWorkspace, make_job: JobMaker
 ) -> None:

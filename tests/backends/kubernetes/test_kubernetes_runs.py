@@ -367,6 +367,7 @@ async def test_runs_are_listed_whichever_process_submitted_them(fake_cluster: Fa
     }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)  # at the end the output of the pod whose Job was removed is followed until it stalls for 10 s
 async def test_run_is_abandoned_once_its_job_and_its_driver_have_ended(fake_cluster: FakeCluster) -> None:
     fake_cluster.play = lambda pod: Acting(code=3) if "ends" in pod["metadata"]["labels"]["mlfleet.run-id"] else FOREVER
@@ -550,6 +551,7 @@ async def test_the_last_run_of_a_namespace_ends_its_watches(fake_cluster: FakeCl
             assert api.counted("GET", "/jobs", watch=True) == api.counted("GET", "/pods", watch=True) == opened
 
 
+@pytest.mark.slow
 async def test_output_is_not_repeated_after_a_broken_connection(fake_cluster: FakeCluster) -> None:
     api, config, wanted = fake_cluster.api, await fake_cluster.config(), [f"line {number}" for number in range(60)]
     fake_cluster.play = lambda pod: FOREVER
