@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,29 +14,11 @@ from typing import Any
 import anyio.to_thread
 import pytest
 
-from components.fake_databricks import QUICK, JobMaker, make_jobs, open_workspace, succeed
+from components.fake_databricks import QUICK, JobMaker, succeed
 from fakes.databricks import FakeWorkspace
 from mlfleet.backends.databricks import DatabricksBackend
 from mlfleet.backends.databricks.records import change_owner, read_records
 from mlfleet.errors import RunLost, SubmitError
-
-
-@pytest.fixture
-async def workspace(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeWorkspace]:
-    async with open_workspace(monkeypatch) as fake:
-        yield fake
-
-
-@pytest.fixture
-async def backend(workspace: FakeWorkspace) -> AsyncIterator[DatabricksBackend]:
-    async with DatabricksBackend(timing=QUICK) as backend:
-        yield backend
-
-
-@pytest.fixture
-def make_job(tmp_path: Path) -> JobMaker:
-    return make_jobs(tmp_path)
-
 
 DRIVER = """
 import asyncio, json, sys

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 import re
 import time
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import anyio
 
 from mlfleet._concurrency.single_flight import SingleFlight
-from mlfleet.backends._remote.state_cache import CachedState, StateCache
+from mlfleet.backends._remote.polling import PolledStates
+from mlfleet.backends._remote.state_cache import StateCache
 from mlfleet.backends.databricks.client import RETRY_SECONDS, Timing, Workspace, WorkspaceError
 from mlfleet.backends.databricks.states import LOST, State, read_state
 from mlfleet.errors import BackendError
@@ -32,20 +31,7 @@ _AGE_PER_INTERVAL = 30  # a run of 300 s is polled every 10 s
 _REQUESTS_PER_MINUTE = 50  # for all runs that are not young
 
 
-@dataclass(slots=True)
-class _Schedule:
-    """The polls of one run.
-
-    Attributes:
-        since: The time since which the run counts as young, by ``time.monotonic``.
-        due: The time of the next poll, by ``time.monotonic``.
-    """
-
-    since: float
-    due: float
-
-
-class Poller(StateCache[State]):
+class Poller(PolledStates[State]):
     """A cache of the states of runs, by their ids in Databricks.
 
     Args:
@@ -54,32 +40,11 @@ class Poller(StateCache[State]):
     """
 
     def __init__(self, workspace: Workspace, timing: Timing) -> None:
-        super().__init__(self._follow, name="mlfleet Databricks poll")
+        # Runs submitted in a row share a round, so that there are at most 60 rounds a minute.
+        gap = min(_SHORTEST_GAP, timing.fast)
+        super().__init__(name="mlfleet Databricks poll", fast=timing.fast, early=0.3, shortest_gap=gap)
         self._workspace = workspace
         self._timing = timing
-        self._schedules: dict[str, _Schedule] = {}
-        self._count = 0  # runs that had not ended when the last round began
-        self._changed = anyio.Event()
-        self._last_round = -math.inf
-
-    def track(self, key: str) -> CachedState[State]:
-        """Keep the state of a run from now on, and poll it soon; see `StateCache.track`."""
-        state = super().track(key)
-        self.poll_soon(key)
-        return state
-
-    def untrack(self, key: str) -> None:
-        """Undo one call of `track`; see `StateCache.untrack`."""
-        super().untrack(key)
-        if key not in self.keys:
-            self._schedules.pop(key, None)
-
-    def poll_soon(self, key: str) -> None:
-        """Poll a run as often as a young one from now on."""
-        now = time.monotonic()
-        self._schedules[key] = _Schedule(now, now + self._timing.fast / 2)
-        changed, self._changed = self._changed, anyio.Event()
-        changed.set()
 
     async def _follow(self, watch: StateCache[State]) -> None:
         failing_since: float | None = None
@@ -98,37 +63,19 @@ class Poller(StateCache[State]):
                     raise BackendError(text, backend="databricks") from error
                 await anyio.sleep(self._timing.after_failure)
 
-    def _active_keys(self) -> list[str]:
-        return [key for key in self.keys if (state := self.get(key)) is None or not state.is_terminal]
-
-    async def _due(self) -> list[str]:
-        """Wait until the poll of a run is due. Return that run and those whose poll is almost due."""
-        while True:
-            changed = self._changed
-            active = self._active_keys()
-            self._count = len(active)
-            now = time.monotonic()
-            first = min((self._schedules[key].due for key in active), default=math.inf)
-            # Runs submitted in a row share a round, so that there are at most 60 rounds a minute.
-            first = max(first, self._last_round + min(_SHORTEST_GAP, self._timing.fast))
-            if first <= now:
-                self._last_round = now
-                return [key for key in active if self._schedules[key].due <= now + 0.3 * self._interval(key)]
-            with anyio.move_on_after(first - now):
-                await changed.wait()
+    def _has_ended(self, state: State) -> bool:
+        return state.is_terminal
 
     def _interval(self, key: str) -> float:
         """Return the seconds until the next poll of a run. Runs that are not young share the requests of a minute."""
-        age = time.monotonic() - self._schedules[key].since
+        age = self._schedules[key].age
         if age < self._timing.young_age:
             return self._timing.fast
         requests = self._count if self._count <= _FEW else math.ceil(self._count / _PAGE)
         return max(min(age / _AGE_PER_INTERVAL, self._timing.slow), requests * 60 / _REQUESTS_PER_MINUTE)
 
     def _put(self, key: str, state: State) -> None:
-        timing = self._schedules.get(key)
-        if timing is not None:
-            timing.due = time.monotonic() + self._interval(key) * random.uniform(0.9, 1.1)  # noqa: S311
+        self._schedule_next(key)
         self.put(key, state)
 
     async def _poll(self, due: Collection[str]) -> None:
@@ -149,13 +96,13 @@ class Poller(StateCache[State]):
             try:
                 run = await self._workspace.call_jobs("GET", "runs/get", params={"run_id": key})
             except WorkspaceError as error:
-                timing = self._schedules.get(key)
+                schedule = self._schedules.get(key)
                 if not error.missing:
                     errors.append(error)
-                elif timing is not None and time.monotonic() - timing.since > self._timing.visibility_delay:
+                elif schedule is not None and schedule.age > self._timing.visibility_delay:
                     self._put(key, LOST)
-                elif timing is not None:
-                    timing.due = time.monotonic() + self._timing.fast
+                elif schedule is not None:
+                    schedule.due = time.monotonic() + self._timing.fast
                 return
         self._put(key, read_state(run))
 
