@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import anyio
 from mlfleet._concurrency.cancellation import wait_done
 from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.attach import read_reference
-from mlfleet._engine.conclude import UNSEEN_PATIENCE, Driver, Verdict, conclude, judge
+from mlfleet._engine.conclude import UNSEEN_PATIENCE, Driver, Verdict, conclude, find_processes, judge
 from mlfleet._engine.records import find_record, list_records
 from mlfleet._engine.request import SweepMember
 from mlfleet._engine.run import handle_output
@@ -97,8 +96,10 @@ async def cancel_run(fleet: Fleet, run_id: str, *, grace: float | None = None) -
         await (await fleet.attach(run_id)).cancel(grace=grace)  # the processes that its driver has left
         return await fleet.tracking.get_run(run_id)
     if verdict.driver is Driver.LIVES and JobRef.TAG not in info.tags:
-        await _end(fleet, info, await _find_processes(fleet, run_id), grace)
-        return await fleet.tracking.get_run(run_id)
+        processes = await _find_processes(fleet, run_id)
+        if processes is not None:
+            await _end(fleet, info, processes, grace)
+            return await fleet.tracking.get_run(run_id)
     reference = read_reference(info)
     backend = await context_of(fleet).backend(reference.backend)
     if await backend.withdraw(reference):
@@ -282,19 +283,26 @@ async def _wait_over(fleet: Fleet, run_id: str) -> None:
         pause = min(pause * 1.5, _LONGEST_PAUSE)
 
 
-async def _find_processes(fleet: Fleet, run_id: str) -> BackendRun:
-    """Return the handle of the processes of a run whose driver, another process of this machine, supervises it.
+async def _find_processes(fleet: Fleet, run_id: str) -> BackendRun | None:
+    """Return the handle of the processes of a run that another process of this machine supervises.
+
+    Returns:
+        None if its backend cannot find them.
 
     Raises:
         UsageError: Its command has not begun.
     """
     record = await FILES.run(partial(find_record, run_id))
-    if record is not None:
-        backend = await context_of(fleet).backend(record.backend)
-        with suppress(RunLost):
-            return await backend.find_left(run_id, grace=record.grace)
-    text = f"the command of the run {run_id} has not begun: try again when it has, or end the process that prepares it"
-    raise UsageError(text if record is None else f"{text} ({record.driver.partition('-')[0]})")
+    if record is None:
+        return None
+    try:
+        return await find_processes(context_of(fleet), record)
+    except RunLost:
+        pid = record.driver.partition("-")[0]
+        raise UsageError(
+            f"the command of the run {run_id} has not begun: try again when it has, or end the process that prepares"
+            f" it ({pid})"
+        ) from None
 
 
 async def _end(fleet: Fleet, info: RunInfo, handle: BackendRun, grace: float | None) -> None:

@@ -13,9 +13,9 @@ import pytest
 
 from components.projects import pid_is_gone, write_project
 from mlfleet import Fleet, RunStatus, grid
-from mlfleet._control import wait_for
+from mlfleet._control import cancel_run, wait_for
 from mlfleet._engine.records import RunRecord, RunRecords, find_record, tracking_key
-from mlfleet.errors import TrackingError
+from mlfleet.errors import TrackingError, UsageError
 from mlfleet.testing import FakeTracking
 
 
@@ -177,3 +177,15 @@ async def test_a_state_folder_that_cannot_be_written_is_one_warning(
     assert [message.partition(":")[0] for message in caplog.messages] == [
         f"runs are not recorded in {tmp_path}/file/active, so nobody can conclude them if this process dies"
     ]
+
+
+async def test_a_run_whose_backend_cannot_find_its_processes_is_not_said_to_have_none() -> None:
+    tracking = FakeTracking()
+    async with Fleet(tracking=tracking) as fleet:
+        info = await tracking.create_run("0", name=None, tags={})
+        records, key = RunRecords(), tracking_key(tracking.uri)
+        await records.add(RunRecord(run_id=info.run_id, backend="databricks", project="demo", tracking=key))
+        with pytest.raises(UsageError, match="cannot be attached to: it has no tag"):
+            await cancel_run(fleet, info.run_id)
+        await records.close()
+    assert tracking.runs[info.run_id].status is RunStatus.RUNNING

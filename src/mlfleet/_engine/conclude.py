@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -36,7 +37,7 @@ from mlfleet._engine.records import (
     tracking_key,
 )
 from mlfleet._engine.request import SweepMember
-from mlfleet.backends.base import DRIVER_DIED, Backend, Presence
+from mlfleet.backends.base import DRIVER_DIED, Backend, BackendRun, Presence
 from mlfleet.backends.registry import find
 from mlfleet.errors import BackendNotFound, MlfleetError, RunLost, TrackingError
 from mlfleet.runs import FailureKind, JobRef, Outcome, RunStatus
@@ -46,7 +47,7 @@ from mlfleet.tracking.models import SUBMISSION_TAG
 if TYPE_CHECKING:
     from mlfleet._engine.context import RunContext
 
-__all__ = ["UNSEEN_PATIENCE", "Driver", "Verdict", "conclude", "conclude_left", "judge"]
+__all__ = ["UNSEEN_PATIENCE", "Driver", "Verdict", "conclude", "conclude_left", "find_processes", "judge"]
 
 logger = logging.getLogger("mlfleet.runs")
 
@@ -212,18 +213,25 @@ async def _judge_left(context: RunContext, record: RunRecord, reference: JobRef 
         ended = await backend.is_abandoned(reference) if presence is None else presence is not Presence.ACTIVE
         return Verdict(Driver.GONE, ended=ended, is_missing=presence is Presence.MISSING)
     # The reference is written before anything is made elsewhere: only a backend of this machine can have left more.
+    with suppress(RunLost):
+        if await find_processes(context, record) is not None:
+            return Verdict(Driver.GONE)
+    return Verdict(Driver.GONE, ended=True, outcome=_died(record.backend))
+
+
+async def find_processes(context: RunContext, record: RunRecord) -> BackendRun | None:
+    """Return the handle of the processes of a run without a reference; None if its backend cannot find them.
+
+    Raises:
+        RunLost: It has none.
+    """
     try:
         can_tell = (await FILES.run(partial(find, record.backend))).find_left is not Backend.find_left
     except BackendNotFound:
         can_tell = False
-    if can_tell:
-        try:
-            await (await context.backend(record.backend)).find_left(record.run_id, grace=record.grace)
-        except RunLost:
-            pass
-        else:
-            return Verdict(Driver.GONE)
-    return Verdict(Driver.GONE, ended=True, outcome=_died(record.backend))
+    if not can_tell:
+        return None
+    return await (await context.backend(record.backend)).find_left(record.run_id, grace=record.grace)
 
 
 def _died(backend: str | None) -> Outcome:
