@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 import anyio
 
 from mlfleet._concurrency.cancellation import complete
-from mlfleet._concurrency.single_flight import SingleFlight
+from mlfleet._concurrency.single_flight import Coalescing, SingleFlight
 from mlfleet._concurrency.threads import FILES
 from mlfleet._hosts import has_loopback_host
 from mlfleet._paths import run_folder, size_on_disk
@@ -27,7 +27,7 @@ from mlfleet.backends.base import Backend, DockerRequest, Job, ListedRun, Presen
 from mlfleet.backends.slurm.client import ListedJob, SlurmClient, Timing, sbatch_arguments
 from mlfleet.backends.slurm.config import SlurmConfig, default_work_dir, parse_config
 from mlfleet.backends.slurm.run import SlurmRun
-from mlfleet.backends.slurm.run_files import RunFiles, folders_of_runs, prune_shared, write_run
+from mlfleet.backends.slurm.run_files import RunFiles, folders_of_runs, prune_shared, run_of_job, write_run
 from mlfleet.backends.slurm.script import command_script, is_left_out
 from mlfleet.backends.slurm.states import GONE, JobState
 from mlfleet.backends.slurm.submits import ArraySubmitter, single
@@ -51,6 +51,7 @@ class _Cluster:
         self.client = client
         self.poller = poller
         self.arrays = ArraySubmitter(client)
+        self.copies: Coalescing[object, Path] = Coalescing()
 
 
 class SlurmBackend(Backend[SlurmConfig]):
@@ -187,7 +188,7 @@ class SlurmBackend(Backend[SlurmConfig]):
         arguments = sbatch_arguments(config, job.resources)
         # The time limit, a preemption and a cancellation from outside leave the batch script no more than KillWait.
         grace = min(job.cancel_grace, cluster.client.longest_grace)
-        files = await write_run(job, config, _environ(job, config), self._owner, grace=grace)
+        files = await write_run(job, config, _environ(job, config), self._owner, cluster.copies, grace=grace)
         run: SlurmRun | None = None
         try:
             job.on_progress("submitting to Slurm")
@@ -417,8 +418,8 @@ def _listed(jobs: Sequence[ListedJob]) -> list[ListedRun]:
     """Return the runs of jobs. Blocking."""
     runs = []
     for job in jobs:
-        run_id = _run_id(job)
-        if run_id is None:
+        run_id = run_of_job(job.work_dir, job.name, job.id)
+        if run_id is None or len(run_id) != _RUN_ID_LENGTH or not run_id.isalnum():
             continue
         files = RunFiles(job.work_dir, run_id)
         if not files.is_own():
@@ -435,17 +436,6 @@ def _listed(jobs: Sequence[ListedJob]) -> list[ListedRun]:
             )
         )
     return runs
-
-
-def _run_id(job: ListedJob) -> str | None:
-    _, _, index = job.id.partition("_")
-    if index:
-        link = job.work_dir / "arrays" / job.name / index
-        with suppress(OSError):
-            return Path(os.readlink(link)).name  # noqa: PTH115
-        return None
-    name = job.name.removeprefix("mlfleet-")
-    return name if len(name) == _RUN_ID_LENGTH and name.isalnum() else None
 
 
 def _kept(work_dir: Path, run_ids: set[str]) -> list[tuple[RunFiles, str | None, ListedRun]]:

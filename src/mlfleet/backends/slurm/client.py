@@ -205,12 +205,11 @@ class SlurmClient:
             SubmitError: Slurm refuses the job.
             SlurmError: The controller cannot be reached, or nobody knows whether it has the job.
         """
-        made: list[str] = []
 
         async def attempt() -> str:
             async with self._submits:
                 try:
-                    made.append(await self._sbatch(submission))
+                    return await self._sbatch(submission)
                 except SlurmError as error:
                     if not error.unclear:
                         raise
@@ -218,8 +217,7 @@ class SlurmClient:
                     if found is None:
                         raise
                     _log.warning("the answer of sbatch was lost; the job %s has been found by its name", found)
-                    made.append(found)
-            return made[-1]
+                    return found
 
         def log(error: BaseException, pause: float) -> None:
             _log.warning("the job %s could not be submitted, next attempt in %.0f s: %s", submission.name, pause, error)

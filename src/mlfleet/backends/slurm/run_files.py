@@ -38,6 +38,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mlfleet._concurrency.single_flight import Coalescing
 from mlfleet._concurrency.threads import FILES
 from mlfleet._project.blocking import stoppable
 from mlfleet._project.content import DEFAULTS, pack
@@ -49,7 +50,7 @@ from mlfleet.backends.slurm.script import command_script, environment_file
 from mlfleet.backends.slurm.states import ExitRecord
 from mlfleet.errors import SubmitError
 
-__all__ = ["RunFiles", "copy_project", "folders_of_runs", "link_array", "prune_shared", "write_run"]
+__all__ = ["RunFiles", "copy_project", "folders_of_runs", "link_array", "prune_shared", "run_of_job", "write_run"]
 
 _WITHDRAWN = "withdrawn"
 _UNUSED_AFTER = 24 * 3600.0  # seconds
@@ -90,10 +91,9 @@ class RunFiles:
     def is_own(self) -> bool:
         """Return True if the folder exists and nobody else can have written it."""
         try:
-            found = self.folder.lstat()
+            return _is_own(self.folder)
         except OSError:
             return False
-        return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
 
     def job(self) -> str | None:
         """Return the id of the job that runs the command, or else of the one that was submitted last; None: unknown."""
@@ -101,13 +101,7 @@ class RunFiles:
 
     def has_job_named(self, name: str, job: str) -> bool:
         """Return True if a job with an id and a name is of this run."""
-        _, _, index = job.partition("_")
-        if not index:
-            return name == f"mlfleet-{self.run_id}"
-        try:
-            return Path(os.readlink(self.work_dir / "arrays" / name / index)).name == self.run_id  # noqa: PTH115
-        except OSError:
-            return False
+        return run_of_job(self.work_dir, name, job) == self.run_id
 
     def write_job(self, job: str) -> None:
         """Record the id of the submitted job."""
@@ -199,7 +193,13 @@ class RunFiles:
 
 
 async def write_run(
-    job: Job, config: SlurmConfig, environ: Mapping[str, str], owner: Mapping[str, Any], *, grace: float
+    job: Job,
+    config: SlurmConfig,
+    environ: Mapping[str, str],
+    owner: Mapping[str, Any],
+    copies: Coalescing[object, Path],
+    *,
+    grace: float,
 ) -> RunFiles:
     """Write the files of a run. A failed or cancelled call leaves none of them.
 
@@ -208,6 +208,7 @@ async def write_run(
         config: Its configuration.
         environ: All variables of the command, the secret ones included.
         owner: The record of this process.
+        copies: Shares the work between runs of the same project that are submitted at the same time.
         grace: Seconds between SIGTERM and SIGKILL when Slurm ends the job by itself.
 
     Raises:
@@ -237,7 +238,8 @@ async def write_run(
 
     try:
         await FILES.run(write, undo=remove)
-        shared = await copy_project(job.project_dir, config.work_dir)
+        key = (job.project_dir, config.work_dir)
+        shared = await copies(key, partial(copy_project, job.project_dir, config.work_dir))
         await stoppable(partial(copy_tree, shared, files.project))
     except BaseException as error:
         await FILES.finish(files.remove)
@@ -292,6 +294,23 @@ def link_array(folder: Path, runs: tuple[RunFiles, ...]) -> None:
         (folder / str(index)).symlink_to(Path("..", "..", "runs", files.run_id))
 
 
+def run_of_job(work_dir: Path, name: str, job: str) -> str | None:
+    """Return the id of the MLflow run that a job is of; None if it is of none. Blocking.
+
+    Args:
+        work_dir: The work folder.
+        name: The name of the job.
+        job: The id of the job: ``48_7`` in an array.
+    """
+    _, _, index = job.partition("_")
+    if not index:
+        return name.removeprefix("mlfleet-") if name.startswith("mlfleet-") else None
+    try:
+        return Path(os.readlink(work_dir / "arrays" / name / index)).name  # noqa: PTH115
+    except OSError:
+        return None
+
+
 def prune_shared(work_dir: Path) -> None:
     """Remove copies of projects that no run has used for a day, and the folders of arrays without runs. Blocking."""
     with suppress(OSError):
@@ -320,10 +339,14 @@ def _make_own(folder: Path) -> None:
         PermissionError: It exists and another user owns it, or can write it.
     """
     folder.mkdir(exist_ok=True, mode=0o700)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+    if not _is_own(folder):
         text = f"{folder} is another user's, or others can write it: give a work-dir of your own"
         raise PermissionError(errno.EACCES, text)
+
+
+def _is_own(folder: Path) -> bool:
+    found = folder.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 def _private(path: str, flags: int) -> int:
