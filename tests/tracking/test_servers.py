@@ -18,9 +18,9 @@ from anyio import to_thread
 from components.mlflow_server import MlflowServer
 from components.projects import pid_is_gone, write_project
 from mlfleet import ExecutionException, Fleet, RunStatus, Timeouts, TrackingError, grid, run_async
-from mlfleet._reporting import run_url
 from mlfleet.runs import JobRef
 from mlfleet.tracking import Credentials, RestTracking, open_tracking
+from mlfleet.tracking.links import run_url
 
 pytestmark = pytest.mark.timeout(180)  # the server may have to be installed and started
 

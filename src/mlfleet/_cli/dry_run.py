@@ -10,7 +10,7 @@ from typing import Any
 
 import anyio.to_thread
 
-from mlfleet._cli.output import clean, print_line
+from mlfleet._cli.output import print_line
 from mlfleet._cli.progress import Progress
 from mlfleet._engine.job import draft
 from mlfleet._engine.plan import Plan, Planner
@@ -20,6 +20,7 @@ from mlfleet._environments.store import list_environments
 from mlfleet._project.fetch import ProjectFetcher
 from mlfleet._signals import Interrupts
 from mlfleet._text.masking import MASK
+from mlfleet._text.plain import clean
 from mlfleet.backends.base import Backend
 from mlfleet.errors import MlfleetError
 from mlfleet.runs import RunEvent, RunStatus, Stage, Timeouts

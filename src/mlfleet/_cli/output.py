@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shlex
 import signal
 import sys
@@ -19,17 +18,15 @@ from typing import Any
 import anyio.to_thread
 import click
 
-from mlfleet._reporting import run_url
 from mlfleet._text.lines import write_all
-from mlfleet._text.masking import MASK, mask_uri
-from mlfleet._text.plain import CONTROLS, plain_text
+from mlfleet._text.masking import MASK
+from mlfleet._text.plain import CONTROLS, clean
 from mlfleet.errors import BackendNotFound, FetchError, MlfleetError, ParameterError, SpecError, UsageError
 from mlfleet.tracking import RunInfo
+from mlfleet.tracking.links import run_url
 
 __all__ = [
-    "clean",
     "complain",
-    "duration_text",
     "error_as_json",
     "exit_code",
     "is_interactive",
@@ -38,14 +35,12 @@ __all__ = [
     "print_output",
     "print_table",
     "say",
-    "short",
     "show_logs",
     "to_json",
     "where_to_look",
 ]
 
 _LIBRARY = "mlfleet"
-_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
 _MISTAKES = (UsageError, SpecError, ParameterError, FetchError, BackendNotFound)
 
 
@@ -155,28 +150,6 @@ async def print_output(data: bytes) -> None:
 
 
 # ---- words and numbers ----------------------------------------------------------------------------------------------
-
-
-def clean(text: str) -> str:
-    """Return `text` without control characters, and with the secrets of URIs masked."""
-    plain = plain_text(text)
-    return _URI.sub(lambda match: mask_uri(match[0]), plain) if "://" in plain else plain
-
-
-def short(value: object) -> str:
-    """Return a value in one short line."""
-    text = f"{value:g}" if isinstance(value, float) else " ".join(clean(str(value)).split())
-    return text if len(text) <= 40 else f"{text[:39]}…"
-
-
-def duration_text(seconds: float) -> str:
-    """Return a duration in its two largest units."""
-    whole = max(int(seconds), 0)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
 
 
 def where_to_look(tracking: str, info: RunInfo) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from mlfleet._cli.output import clean, is_interactive, say
+from mlfleet._cli.output import is_interactive, say
+from mlfleet._text.plain import clean
 from mlfleet.runs import RunEvent, Stage
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import anyio
 import click
 
 from mlfleet._cli.options import debug_option, json_option, tracking_option
-from mlfleet._cli.output import complain, print_json, print_line, short
+from mlfleet._cli.output import complain, print_json, print_line
 from mlfleet._concurrency.threads import FILES
 from mlfleet._control import look_at
 from mlfleet._engine.conclude import Driver
@@ -20,7 +20,7 @@ from mlfleet._engine.records import RunRecord, list_records
 from mlfleet._paths import run_folder
 from mlfleet._sweeps.record import SweepEntry, list_sweeps
 from mlfleet._text.lines import last_lines
-from mlfleet._text.plain import plain_line
+from mlfleet._text.plain import plain_line, short
 from mlfleet.backends.base import Backend, ListedRun
 from mlfleet.backends.registry import find, native
 from mlfleet.errors import BackendError, BackendNotFound

@@ -25,11 +25,11 @@ from mlfleet._cli.output import (
 from mlfleet._cli.progress import Progress
 from mlfleet._engine.request import RunRequest
 from mlfleet._engine.run import FleetRun, run_output
-from mlfleet._reporting import run_url
 from mlfleet._signals import Interrupts, run_until_interrupted
 from mlfleet.errors import MlfleetError
 from mlfleet.fleet import Fleet, context_of
 from mlfleet.runs import Outcome, RunEvent, RunStatus
+from mlfleet.tracking.links import run_url
 
 __all__ = ["run"]
 

@@ -21,25 +21,24 @@ from anyio.abc import TaskGroup
 from mlfleet._cli.options import debug_option, json_option, quiet_option, read_run_options, run_options
 from mlfleet._cli.output import (
     complain,
-    duration_text,
     error_as_json,
     exit_code,
     is_interactive,
     print_json,
     print_table,
     say,
-    short,
     where_to_look,
 )
 from mlfleet._cli.sweep_space import read_space
 from mlfleet._cli.sweep_views import SweepJson, SweepLines, SweepScreen, SweepView, result_as_json
-from mlfleet._reporting import run_url
 from mlfleet._signals import Interrupts, run_until_interrupted
 from mlfleet._sweeps import Goal, PointResult, Retry, Sweep, SweepCounts
+from mlfleet._text.plain import duration_text, short
 from mlfleet.errors import MlfleetError
 from mlfleet.fleet import Fleet
 from mlfleet.runs import FailureKind, RunStatus
 from mlfleet.spaces import Points
+from mlfleet.tracking.links import run_url
 
 __all__ = ["sweep"]
 

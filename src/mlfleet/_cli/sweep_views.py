@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 
-from mlfleet._cli.output import clean, complain, duration_text, say, short, to_json
+from mlfleet._cli.output import complain, say, to_json
 from mlfleet._concurrency.threads import TERMINAL
 from mlfleet._engine.run import FleetRun
 from mlfleet._sweeps import PointResult, Sweep, SweepCounts
 from mlfleet._text.lines import last_lines, write_all
-from mlfleet._text.plain import plain_line
+from mlfleet._text.plain import clean, duration_text, plain_line, short
 from mlfleet.runs import RunEvent, RunStatus, Stage
 
 if TYPE_CHECKING:

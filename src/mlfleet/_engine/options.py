@@ -14,10 +14,13 @@ from typing import Any, Literal, TypedDict
 from mlfleet.resources import Resources
 from mlfleet.runs import DEFAULT_CANCEL_GRACE, Timeouts
 
-__all__ = ["OPTIONS", "Output", "RunOption", "RunOptions"]
+__all__ = ["OPTIONS", "Goal", "Output", "RunOption", "RunOptions"]
 
 Output = Literal["capture", "inherit"]
 """The destination of a run's stdout and stderr: a file of its own, or the stdout and stderr of this process."""
+
+Goal = Literal["min", "max"]
+"""The direction in which the values of a metric are better."""
 
 
 class RunOptions(TypedDict, total=False):

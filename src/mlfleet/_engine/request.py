@@ -17,7 +17,22 @@ from mlfleet.errors import UsageError
 from mlfleet.resources import Resources
 from mlfleet.runs import Timeouts
 
-__all__ = ["Output", "RunOptions", "RunRequest", "SweepMember", "active_run_id", "choose_experiment"]
+__all__ = [
+    "NAME_TAG",
+    "SPACE_TAG",
+    "STOPPED_TAG",
+    "Output",
+    "RunOptions",
+    "RunRequest",
+    "SweepMember",
+    "active_run_id",
+    "choose_experiment",
+]
+
+# The tags of a sweep's own MLflow run: its name, its space as JSON, and the reason why it ended early.
+NAME_TAG = "mlfleet.sweep.name"
+SPACE_TAG = "mlfleet.sweep.space"
+STOPPED_TAG = "mlfleet.sweep.stopped"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,6 @@
-"""The HTML report about a sweep, made from tracking alone, and links to runs."""
+"""The HTML report about a sweep, made from tracking alone."""
 
-from mlfleet._reporting.links import run_url
 from mlfleet._reporting.page import render
 from mlfleet._reporting.sweep import ReportedRun, SweepReport, find_sweep, load_sweep
 
-__all__ = ["ReportedRun", "SweepReport", "find_sweep", "load_sweep", "render", "run_url"]
+__all__ = ["ReportedRun", "SweepReport", "find_sweep", "load_sweep", "render"]

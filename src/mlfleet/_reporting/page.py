@@ -11,11 +11,11 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from mlfleet._reporting.links import run_url
+from mlfleet._engine.options import Goal
 from mlfleet._reporting.sweep import ReportedRun, SweepReport
-from mlfleet._sweeps import Goal
 from mlfleet.errors import UsageError
 from mlfleet.runs import RunStatus
+from mlfleet.tracking.links import run_url
 
 __all__ = ["render"]
 

@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlfleet._engine.request import SweepMember
-from mlfleet._sweeps import NAME_TAG, SPACE_TAG, STOPPED_TAG
+from mlfleet._engine.request import NAME_TAG, SPACE_TAG, STOPPED_TAG, SweepMember
 from mlfleet.errors import TrackingError, UsageError
 from mlfleet.runs import REASON_TAG, STARTED_TAG, RunStatus
 from mlfleet.tracking.base import RunInfo, Tracking

@@ -1,7 +1,9 @@
 """Sweeps: many runs of one project, driven, recorded and resumed together."""
 
-from mlfleet._sweeps.record import NAME_TAG, SPACE_TAG, STOPPED_TAG, is_driven
-from mlfleet._sweeps.results import Goal, PointResult, SweepCounts, SweepResult
+from mlfleet._engine.options import Goal
+from mlfleet._engine.request import NAME_TAG, SPACE_TAG
+from mlfleet._sweeps.record import is_driven
+from mlfleet._sweeps.results import PointResult, SweepCounts, SweepResult
 from mlfleet._sweeps.settings import GIVE_UP_AFTER, OnFailure, Resume, Retry, SweepOptions, SweepSettings
 from mlfleet._sweeps.sweep import Sweep
 
@@ -9,7 +11,6 @@ __all__ = [
     "GIVE_UP_AFTER",
     "NAME_TAG",
     "SPACE_TAG",
-    "STOPPED_TAG",
     "Goal",
     "OnFailure",
     "PointResult",

@@ -17,7 +17,7 @@ from typing import Any, Self
 from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.plan import Plan
-from mlfleet._engine.request import SweepMember
+from mlfleet._engine.request import NAME_TAG, SPACE_TAG, STOPPED_TAG, SweepMember
 from mlfleet._paths import sweeps_folder
 from mlfleet._project.content import content_hash
 from mlfleet._store.lease import unleased
@@ -31,13 +31,10 @@ from mlfleet.runs import RunStatus
 from mlfleet.tracking.base import RunInfo, Tracking, clean_reason, end_run
 from mlfleet.tracking.models import SUBMISSION_TAG
 
-__all__ = ["NAME_TAG", "SPACE_TAG", "STOPPED_TAG", "History", "SweepRecord", "is_driven", "open_record"]
+__all__ = ["History", "SweepRecord", "is_driven", "open_record"]
 
 logger = logging.getLogger("mlfleet.sweep")
 
-NAME_TAG = "mlfleet.sweep.name"
-SPACE_TAG = "mlfleet.sweep.space"
-STOPPED_TAG = "mlfleet.sweep.stopped"
 _CONTENT_TAG = "mlfleet.sweep.content"
 _ENV_TAG = "mlfleet.sweep.env"
 _COUNTS_TAG = "mlfleet.sweep.counts"

@@ -6,10 +6,11 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from mlfleet._engine.options import Goal
 from mlfleet._engine.run import FleetRun
 from mlfleet.errors import ExecutionException, UsageError
 from mlfleet.runs import FailureKind, RunStatus
@@ -17,10 +18,7 @@ from mlfleet.runs import FailureKind, RunStatus
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Goal", "PointResult", "ResultBuffer", "SweepCounts", "SweepResult"]
-
-Goal = Literal["min", "max"]
-"""The direction in which the values of a metric are better."""
+__all__ = ["PointResult", "ResultBuffer", "SweepCounts", "SweepResult"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
