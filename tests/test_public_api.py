@@ -206,7 +206,7 @@ def test_the_version_is_the_one_that_is_installed() -> None:
     assert mlfleet.__version__ == importlib.metadata.version("mlfleet")
 
 
-PUBLIC = ["mlfleet", "mlfleet.tracking", "mlfleet.backends.base", "mlfleet.testing"]
+PUBLIC = ["mlfleet", "mlfleet.tracking", "mlfleet.backends.base", "mlfleet.testing", "mlfleet.asgi"]
 
 
 def types_in(annotation: object) -> Iterator[type]:
