@@ -11,12 +11,13 @@ Run one project, many in a `Fleet`, or block as ``mlflow.projects.run`` does::
 """
 
 from mlfleet._concurrency.broadcast import Subscription
+from mlfleet._engine.options import Goal
 from mlfleet._engine.request import Output, RunOptions
 from mlfleet._engine.run import FleetRun
 from mlfleet._sweeps import (
-    Goal,
     OnFailure,
     PointResult,
+    Report,
     Resume,
     Retry,
     Sweep,
@@ -83,6 +84,7 @@ __all__ = [
     "Point",
     "PointResult",
     "Points",
+    "Report",
     "Resources",
     "Resume",
     "Retry",

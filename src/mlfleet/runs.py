@@ -100,6 +100,14 @@ class RunEvent:
     attempt: int = 1
     lost: int = 0
 
+    def _repr_html_(self) -> str:
+        from mlfleet._text.html import Html, block, escaped, status, values
+
+        facts: list[tuple[str, object]] = [("run", self.run_id)] if self.run_id else [("project", self.uri)]
+        facts += [] if self.index is None else [("point", self.index), ("attempt", self.attempt)]
+        head = f"{status(self.stage)} {status(self.status or '')} {escaped(self.run_name or '')} {values(facts)}"
+        return block(Html(head), self.detail)
+
 
 class FailureKind(StrEnum):
     """The kinds of failure, as far as they matter for trying again."""

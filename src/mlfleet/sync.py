@@ -48,6 +48,9 @@ class BlockingRun:
     def __repr__(self) -> str:
         return f"<BlockingRun {self.run_id}>"
 
+    def _repr_html_(self) -> str:
+        return self._run._repr_html_()
+
     @property
     def run_id(self) -> str:
         """The id of the MLflow run."""

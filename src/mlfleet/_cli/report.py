@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import anyio
 import click
 
 from mlfleet._cli.options import debug_option, experiment_options, find_experiment, tracking_option
 from mlfleet._cli.output import say
+from mlfleet._engine.options import Goal
 from mlfleet._reporting import SweepReport, load_sweep, render
-from mlfleet._sweeps import Goal
+from mlfleet._sweeps import Report
 from mlfleet.tracking import open_tracking
 
 __all__ = ["report"]
@@ -56,17 +54,6 @@ def report(
             where = await find_experiment(tracking, experiment_name, experiment_id)
             return await load_sweep(tracking, sweep, where)
 
-    page = render(anyio.run(load), metric=metric, goal=goal)
-    _write(Path(output), page)
+    Report(render(anyio.run(load), metric=metric, goal=goal)).save(output)
     say(f"the report is in {output}")
     return 0
-
-
-def _write(path: Path, page: str) -> None:
-    """Write the file completely, or leave it as it was."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(page, encoding="utf-8", errors="replace")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -31,8 +31,9 @@ from mlfleet._cli.output import (
 )
 from mlfleet._cli.sweep_space import read_space
 from mlfleet._cli.sweep_views import SweepJson, SweepLines, SweepScreen, SweepView, result_as_json
+from mlfleet._engine.options import Goal
 from mlfleet._signals import Interrupts, run_until_interrupted
-from mlfleet._sweeps import Goal, PointResult, Retry, Sweep, SweepCounts
+from mlfleet._sweeps import PointResult, Retry, Sweep, SweepCounts
 from mlfleet._text.plain import duration_text, short
 from mlfleet.errors import MlfleetError
 from mlfleet.fleet import Fleet
@@ -348,7 +349,7 @@ def _say_end(command: SweepCommand, received: signal.Signals | None, *, quiet: b
         complain(f"no finished run has the metric {best.metric!r}; there are: {known}", word="Warning", color="yellow")
     if quiet:
         return
-    say(f"sweep {sweep.run_name!r} (run {sweep.run_id}) is {command.status}: {_counts(command.counts)}")
+    say(f"sweep {sweep.run_name!r} (run {sweep.run_id}) is {command.status}: {command.counts}")
     if sweep.stopped is not None and received is None and command.error is None:
         say(f"it ended early: {sweep.stopped}")
     if command.tracking is not None:
@@ -396,12 +397,3 @@ def _print_best(best: BestRuns) -> None:
         for result in best.results
     ]
     print_table(rows)
-
-
-def _counts(counts: SweepCounts) -> str:
-    parts = [f"{counts.finished} finished", f"{counts.failed} failed"]
-    parts += [f"{counts.killed} killed"] if counts.killed else []
-    parts += [f"{counts.total - counts.ended} not run"] if counts.total and counts.total > counts.ended else []
-    parts += [f"{counts.earlier} of them before this session"] if counts.earlier else []
-    parts += [f"{counts.retries} tried again"] if counts.retries else []
-    return ", ".join(parts)

@@ -39,7 +39,7 @@ from mlfleet.backends.registry import find
 from mlfleet.errors import MlfleetError, RunLost, UsageError
 from mlfleet.resources import Machine, Resources, this_machine
 from mlfleet.runs import RunEvent, RunStatus, Stage, Timeouts
-from mlfleet.tracking import Tracking
+from mlfleet.tracking import Tracking, open_tracking
 
 __all__ = ["Events", "RunContext"]
 
@@ -164,6 +164,11 @@ class RunContext:
         self._followers = TaskOwner()
         self._detached: dict[FleetRun, DetachedSupervisor] = {}
         self._concluding: asyncio.Task[None] | None = None
+
+    @property
+    def reopen(self) -> Callable[[], Tracking] | None:
+        """A function that makes the tracking again, for use after the Fleet; None if it was not made of a URI."""
+        return None if self._tracking_uri is None else partial(open_tracking, self._tracking_uri)
 
     # ---- its life ---------------------------------------------------------------------------------------------------
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mlfleet._engine.supervisor import Supervisor
+from mlfleet._text.plain import duration_text, short
 from mlfleet.backends.base import BackendRun
 from mlfleet.errors import RunCancelled, UsageError
 from mlfleet.runs import Outcome, RunStatus, Stage, failure
@@ -27,6 +29,26 @@ class FleetRun:
         supervisor = self._supervisor
         state = supervisor.outcome.status if supervisor.outcome else supervisor.stage
         return f"<FleetRun {supervisor.info.run_id if supervisor.info else '(not created)'} {state}>"
+
+    def _repr_html_(self) -> str:
+        from mlfleet._text.html import Html, block, escaped, facts, link, status, values
+
+        supervisor, info, outcome, times = self._supervisor, self._supervisor.info, self._supervisor.outcome, self.times
+        began, ended = times.get(Stage.STARTED), times.get(Stage.FINISHED, time.time())
+        name, state = info.name if info else self.project_name, outcome.status if outcome else self.stage
+        return block(
+            Html(f"Run <b>{escaped(name)}</b> {status(state)}"),
+            facts(
+                [
+                    ("reason", outcome.reason if outcome else None),
+                    ("MLflow run", link(info.run_id, supervisor.url) if info else None),
+                    ("project", f"{self.project_name} ({supervisor.description.entry_point}) on {self.backend}"),
+                    ("parameters", values((key, short(value)) for key, value in self.parameters.items())),
+                    ("metrics", values((key, short(value)) for key, value in self.metrics.items())),
+                    ("time", None if began is None else duration_text(ended - began)),
+                ]
+            ),
+        )
 
     @property
     def run_id(self) -> str:

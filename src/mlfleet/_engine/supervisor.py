@@ -28,6 +28,7 @@ from mlfleet.backends.base import Backend, BackendRun, Job
 from mlfleet.errors import MlfleetError, RunLost, RunTimeout, TrackingError, UsageError
 from mlfleet.runs import FAILURE_KIND_TAG, REASON_TAG, STARTED_TAG, Outcome, RunEvent, RunStatus, Stage, Timeouts
 from mlfleet.tracking.base import RunInfo, end_run, failure_tags, log_tags, worse
+from mlfleet.tracking.links import run_url
 from mlfleet.tracking.models import SUBMISSION_TAG
 
 if TYPE_CHECKING:
@@ -147,6 +148,12 @@ class Supervisor(ABC):
         if self.info is None:
             raise UsageError("this run has no MLflow run: it was cancelled before there was one")
         return self.info.run_id
+
+    @property
+    def url(self) -> str | None:
+        """The address of the run's page in MLflow; None without a server."""
+        info = self.info
+        return None if info is None else run_url(self._context.tracking.uri, info.experiment_id, info.run_id)
 
     @property
     def output_path(self) -> Path | None:

@@ -14,7 +14,7 @@ from mlfleet.errors import TrackingError, UsageError
 from mlfleet.runs import REASON_TAG, STARTED_TAG, RunStatus
 from mlfleet.tracking.base import RunInfo, Tracking
 
-__all__ = ["ReportedRun", "SweepReport", "find_sweep", "load_sweep"]
+__all__ = ["ReportedRun", "SweepReport", "find_sweep", "load_report", "load_sweep"]
 
 _MOST_RUNS = 50_000  # the most that mlflow's own stores return
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -120,7 +120,20 @@ async def load_sweep(tracking: Tracking, sweep: str, experiment_id: str) -> Swee
         UsageError: The sweep does not exist.
         TrackingError: Tracking cannot be reached.
     """
-    info = await find_sweep(tracking, sweep, experiment_id)
+    return await _load(tracking, await find_sweep(tracking, sweep, experiment_id))
+
+
+async def load_report(tracking: Tracking, run_id: str) -> SweepReport:
+    """Open tracking for reading a sweep by the id of its MLflow run, and all its runs.
+
+    Raises:
+        TrackingError: Tracking cannot be reached.
+    """
+    async with tracking:
+        return await _load(tracking, await tracking.get_run(run_id))
+
+
+async def _load(tracking: Tracking, info: RunInfo) -> SweepReport:
     children = await tracking.search_runs(
         [info.experiment_id], f"tags.`{SweepMember.ID_TAG}` = '{info.run_id}'", max_results=_MOST_RUNS
     )

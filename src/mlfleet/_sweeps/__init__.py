@@ -1,8 +1,8 @@
 """Sweeps: many runs of one project, driven, recorded and resumed together."""
 
-from mlfleet._engine.options import Goal
 from mlfleet._engine.request import NAME_TAG, SPACE_TAG
 from mlfleet._sweeps.record import is_driven
+from mlfleet._sweeps.report import Report
 from mlfleet._sweeps.results import PointResult, SweepCounts, SweepResult
 from mlfleet._sweeps.settings import GIVE_UP_AFTER, OnFailure, Resume, Retry, SweepOptions, SweepSettings
 from mlfleet._sweeps.sweep import Sweep
@@ -11,9 +11,9 @@ __all__ = [
     "GIVE_UP_AFTER",
     "NAME_TAG",
     "SPACE_TAG",
-    "Goal",
     "OnFailure",
     "PointResult",
+    "Report",
     "Resume",
     "Retry",
     "Sweep",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +12,19 @@ import anyio
 
 from mlfleet._engine.options import Goal
 from mlfleet._engine.run import FleetRun
+from mlfleet._sweeps.report import Report
+from mlfleet._text.plain import duration_text, short
 from mlfleet.errors import ExecutionException, UsageError
 from mlfleet.runs import FailureKind, RunStatus
+from mlfleet.tracking.base import Tracking
+from mlfleet.tracking.links import run_url
 
 if TYPE_CHECKING:
     import pandas
 
 __all__ = ["PointResult", "ResultBuffer", "SweepCounts", "SweepResult"]
+
+_MOST_SHOWN = 10  # points in each table of a notebook
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +89,14 @@ class SweepCounts:
         """The points that have their result."""
         return self.finished + self.failed + self.killed
 
+    def __str__(self) -> str:
+        parts = [f"{self.finished} finished", f"{self.failed} failed"]
+        parts += [f"{self.killed} killed"] if self.killed else []
+        parts += [f"{self.total - self.ended} not run"] if self.total and self.total > self.ended else []
+        parts += [f"{self.earlier} of them before this session"] if self.earlier else []
+        parts += [f"{self.retries} tried again"] if self.retries else []
+        return ", ".join(parts)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepResult:
@@ -95,6 +109,11 @@ class SweepResult:
         stopped: The reason why the sweep ended before its space did; None if it did not.
         counts: The numbers of points by their end.
         results: The results of the points, in the order of the space.
+        experiment_id: The id of the experiment of the sweep and all its runs.
+        tracking_uri: The URI of the tracking server or store, without credentials.
+        metric: The metric that a notebook and the report show first, as `mlfleet.sweep_async` was told; None for the
+            first one by name.
+        goal: ``min`` or ``max``: the good values of that metric.
     """
 
     name: str | None
@@ -103,6 +122,11 @@ class SweepResult:
     stopped: str | None
     counts: SweepCounts
     results: tuple[PointResult, ...]
+    experiment_id: str = ""
+    tracking_uri: str = ""
+    metric: str | None = None
+    goal: Goal = "min"
+    _open: Callable[[], Tracking] | None = field(default=None, repr=False, compare=False)
 
     def best(self, metric: str, goal: Goal = "min") -> PointResult:
         """Return the finished point with the best value of a metric, and of equal ones the first.
@@ -116,17 +140,12 @@ class SweepResult:
         """
         if goal not in ("min", "max"):
             raise UsageError(f"goal is {goal!r}: give 'min' or 'max'")
-        candidates = [
-            result
-            for result in self.results
-            if result.status is RunStatus.FINISHED and math.isfinite(result.metrics.get(metric, math.nan))
-        ]
-        if not candidates:
+        ranked = self._ranked(metric, goal)
+        if not ranked:
             known = sorted({name for result in self.results for name in result.metrics})
             text = ", ".join(known) or "none"
             raise UsageError(f"no finished run has a finite value of the metric {metric!r}; the metrics are: {text}")
-        pick = min if goal == "min" else max
-        return pick(candidates, key=lambda result: result.metrics[metric])
+        return ranked[0]
 
     def check(self) -> None:
         """Raise an error if the sweep did not finish well.
@@ -141,6 +160,35 @@ class SweepResult:
         lines += [f"  stopped: {self.stopped}"] if self.stopped else []
         lines += [f"  point {result.index} ({result.run_id}): {result.reason}" for result in bad[:5]]
         raise ExecutionException("\n".join(lines), run_id=self.run_id, reason=self.stopped or lines[0])
+
+    def report(self, *, metric: str | None = None, goal: Goal | None = None) -> Report:
+        """Make the page of ``mlfleet report``. As the result of a notebook's cell it is shown there.
+
+        This call reads all runs of the sweep from tracking, in a thread of its own, and blocks until it has done so. In
+        a service call it in a thread.
+
+        Args:
+            metric: The metric that the page shows first. Default: that of the sweep.
+            goal: ``min`` or ``max``. Default: that of the sweep.
+
+        Raises:
+            UsageError: No run has the metric, or the Fleet of the sweep was given a `Tracking` of its own, which cannot
+                be opened again.
+            TrackingError: Tracking cannot be reached.
+        """
+        from concurrent.futures import ThreadPoolExecutor
+
+        from mlfleet._reporting import load_report, render
+
+        if self._open is None:
+            raise UsageError(
+                "report() cannot open the tracking of this sweep again, which was given as an object: run "
+                f"mlfleet report {self.run_id} --tracking-uri URI"
+            )
+        # The caller's thread may have a running event loop.
+        with ThreadPoolExecutor(1) as pool:
+            report = pool.submit(anyio.run, load_report, self._open(), self.run_id).result()
+        return Report(render(report, metric=metric or self.metric, goal=goal or self.goal))
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a flat mapping for each point, with its parameters (``params.x``) and metrics (``metrics.x``)."""
@@ -170,6 +218,52 @@ class SweepResult:
         except ImportError as error:
             raise UsageError("to_pandas() needs pandas: pip install pandas, or use rows()") from error
         return pandas.DataFrame(self.rows())
+
+    def _ranked(self, metric: str, goal: Goal) -> list[PointResult]:
+        """Return the finished points with a finite value of a metric, the best one first."""
+        sign = 1 if goal == "min" else -1
+        finished = [result for result in self.results if result.status is RunStatus.FINISHED]
+        measured = [result for result in finished if math.isfinite(result.metrics.get(metric, math.nan))]
+        return sorted(measured, key=lambda result: sign * result.metrics[metric])
+
+    def _repr_html_(self) -> str:
+        from mlfleet._text.html import Html, block, escaped, link, status, table
+
+        def run(result: PointResult) -> Html:
+            url = run_url(self.tracking_uri, self.experiment_id, result.run_id) if result.run_id else None
+            return link((result.run_id or "")[:8], url)
+
+        def point(result: PointResult) -> list[str]:
+            return [short(result.point[name]) if name in result.point else "" for name in names]
+
+        names = list(dict.fromkeys(name for result in self.results for name in result.point))
+        measured = {name for result in self.results for name in result.metrics}
+        metric = self.metric or min(measured, key=lambda name: (name.startswith("system/"), name), default=None)
+        best = self._ranked(metric, self.goal)[:_MOST_SHOWN] if metric else []
+        bad = [result for result in self.results if result.status is not RunStatus.FINISHED]
+        head = f"Sweep <b>{escaped(self.name or self.run_id)}</b> {status(self.status)} {escaped(self.counts)}"
+        parts = [Html(head), f"ended early: {self.stopped}" if self.stopped else ""]
+        if best:
+            rows = [
+                [short(result.metrics[metric or ""]), *point(result), _took(result), run(result)] for result in best
+            ]
+            parts.append(f"{'lowest' if self.goal == 'min' else 'highest'} {metric}")
+            parts.append(table([metric, *names, "time", "run"], rows))
+        elif self.metric:
+            parts.append(f"no finished run has the metric {metric}")
+        if bad:
+            failed = [
+                [result.index, *point(result), status(result.status), result.reason or "", run(result)]
+                for result in bad[:_MOST_SHOWN]
+            ]
+            more = f", the first {_MOST_SHOWN}" if len(bad) > _MOST_SHOWN else ""
+            parts.append(f"{len(bad)} did not finish{more}")
+            parts.append(table(["point", *names, "status", "reason", "run"], failed))
+        return block(*parts)
+
+
+def _took(result: PointResult) -> str:
+    return "" if result.seconds is None else duration_text(result.seconds)
 
 
 class ResultBuffer:

@@ -186,6 +186,9 @@ class Sweep:
             stopped=self.stopped,
             counts=self.counts,
             results=in_order(results),
+            experiment_id=self.experiment_id,
+            tracking_uri=self._context.tracking.uri,
+            _open=self._context.reopen,
         )
 
     @property
