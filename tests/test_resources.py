@@ -131,6 +131,17 @@ async def test_a_big_run_is_not_starved_by_small_ones() -> None:
     assert order == ["first", "big", "small"]
 
 
+async def test_a_run_elsewhere_does_not_wait_for_this_machine() -> None:
+    slots = Admission(Machine(cpus=1), 3)
+    async with slots.reserve(Resources(cpus=1)):
+        waiting = slots.reserve(Resources(cpus=1))
+        await waiting.enter(wait=False)
+        async with slots.reserve(None):
+            assert waiting.is_queued
+    assert await waiting.granted() == {}
+    waiting.release()
+
+
 async def test_a_cancelled_waiter_does_not_block_others() -> None:
     slots = Admission(Machine(cpus=2))
     async with slots.reserve(Resources(cpus=2)):

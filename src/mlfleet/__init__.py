@@ -33,6 +33,7 @@ from mlfleet.errors import (
     EnvironmentSetupError,
     ExecutionException,
     FetchError,
+    FleetFull,
     MlfleetError,
     ParameterError,
     RunCancelled,
@@ -45,7 +46,7 @@ from mlfleet.errors import (
 )
 from mlfleet.fleet import Fleet
 from mlfleet.resources import Resources
-from mlfleet.runs import FailureKind, JobRef, Outcome, RunEvent, RunStatus, Stage, SubmittedRun, Timeouts
+from mlfleet.runs import FailureKind, FleetCounts, JobRef, Outcome, RunEvent, RunStatus, Stage, SubmittedRun, Timeouts
 from mlfleet.spaces import (
     Distribution,
     Point,
@@ -73,6 +74,8 @@ __all__ = [
     "FailureKind",
     "FetchError",
     "Fleet",
+    "FleetCounts",
+    "FleetFull",
     "FleetRun",
     "Goal",
     "JobRef",

@@ -2,6 +2,7 @@
 
     MlfleetError
     ├── UsageError               the call: arguments that contradict each other, an unknown option
+    ├── FleetFull                the queue of the Fleet is full
     ├── SpecError                a file of the project or of the configuration: MLproject, python_env.yaml, …
     ├── ParameterError           the parameters of a run: missing, not a number, no such file
     ├── FetchError               the project or a parameter's file cannot be fetched
@@ -32,6 +33,7 @@ __all__ = [
     "EnvironmentSetupError",
     "ExecutionException",
     "FetchError",
+    "FleetFull",
     "MlfleetError",
     "ParameterError",
     "RunCancelled",
@@ -50,6 +52,20 @@ class MlfleetError(Exception):
 
 class UsageError(MlfleetError, ValueError):
     """The call is wrong: arguments that contradict each other, an unknown name, a value out of range."""
+
+
+class FleetFull(MlfleetError):
+    """The queue of the Fleet is full. No run was made.
+
+    Attributes:
+        queued: The number of runs that wait in the queue.
+        limit: The number that may: ``Fleet(max_queued=…)``.
+    """
+
+    def __init__(self, message: str, *, queued: int = 0, limit: int = 0) -> None:
+        super().__init__(message)
+        self.queued = queued
+        self.limit = limit
 
 
 class SpecError(MlfleetError):

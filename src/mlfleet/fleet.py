@@ -16,7 +16,7 @@ from mlfleet._engine.run import FleetRun
 from mlfleet._sweeps import GIVE_UP_AFTER, OnFailure, Resume, Retry, Sweep, SweepSettings
 from mlfleet.errors import UsageError
 from mlfleet.resources import Resources
-from mlfleet.runs import RunEvent, Timeouts
+from mlfleet.runs import FleetCounts, RunEvent, Timeouts
 from mlfleet.spaces import Points
 from mlfleet.tracking import Tracking, open_tracking
 
@@ -35,6 +35,12 @@ class Fleet:
         tracking: A `Tracking` of your own, instead of the URI. The Fleet opens and closes it.
         max_concurrent: The number of runs past the queue at the same time; None: as many as there are CPUs for runs on
             this machine, and any number for runs elsewhere.
+        group_limit: The number of runs of one group past the queue at the same time: a number for every group, or
+            numbers by the names of groups; None: any number. Groups take turns, however many runs each has in the
+            queue. Runs without a group are not limited.
+        max_queued: The number of runs that may wait in the queue; None: any number. `submit` then raises `FleetFull`,
+            or waits. A run that can start at once is never refused. Sweeps bound their runs themselves, and are not
+            refused either.
         resources: The resources of this machine that its runs may use together; None: all that this process may use.
         timeouts: The time limits of each stage, for runs that are submitted without their own.
         tracking_patience: Seconds for which writing the terminal status of a run is repeated while tracking cannot be
@@ -51,6 +57,8 @@ class Fleet:
         tracking_uri: str | None = None,
         tracking: Tracking | None = None,
         max_concurrent: int | None = None,
+        group_limit: int | Mapping[str, int] | None = None,
+        max_queued: int | None = None,
         resources: Resources | None = None,
         timeouts: Timeouts | None = None,
         tracking_patience: float = 60.0,
@@ -63,11 +71,20 @@ class Fleet:
             raise UsageError("both tracking and tracking_uri are given: give one of them")
         if max_concurrent is not None and max_concurrent < 1:
             raise UsageError(f"max_concurrent is {max_concurrent}: give 1 or more, or None")
+        if max_queued is not None and max_queued < 0:
+            raise UsageError(f"max_queued is {max_queued}: give 0 or more, or None")
+        limits = (
+            group_limit.values() if isinstance(group_limit, Mapping) else [] if group_limit is None else [group_limit]
+        )
+        if any(limit < 1 for limit in limits):
+            raise UsageError(f"group_limit is {group_limit}: give 1 or more, such numbers by group, or None")
         self._context = RunContext(
             tracking=tracking if tracking is not None else open_tracking(tracking_uri),
             timeouts=timeouts or Timeouts(),
             tracking_patience=tracking_patience,
             max_concurrent=max_concurrent,
+            group_limit=dict(group_limit) if isinstance(group_limit, Mapping) else group_limit,
+            max_queued=max_queued,
             resources=resources,
             events=Events(on_event),
             tracking_uri=None if tracking is not None else tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "",
@@ -86,7 +103,7 @@ class Fleet:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._context.is_open = False
+        self._context.stop_accepting()
         try:
             if error is None and self._on_exit == "wait":
                 await self._context.join()
@@ -119,6 +136,9 @@ class Fleet:
         entry_point: str = "main",
         version: str | None = None,
         parameters: Mapping[str, Any] | None = None,
+        *,
+        group: str | None = None,
+        wait: bool = False,
         **options: Unpack[RunOptions],
     ) -> FleetRun:
         """Submit a run and return its handle as soon as its MLflow run exists.
@@ -134,15 +154,21 @@ class Fleet:
             entry_point: The entry point: a name from MLproject, or a script of the project.
             version: The commit, branch or tag of a Git project.
             parameters: The parameters of the entry point.
+            group: The group of the run, for ``Fleet(group_limit=…)``, such as the tenant of a service; None: it belongs
+                to none.
+            wait: True to wait for room if the queue is full (``Fleet(max_queued=…)``). Several calls get it in their
+                order.
             options: The other arguments of `mlfleet.run_async`.
 
         Raises:
+            FleetFull: The queue is full. No run was made.
             MlfleetError: The request, the project or the parameters are wrong, or tracking cannot be reached. No run
                 was made.
         """
         # Hundreds of calls at the same time must not keep the event loop from everything else.
         await self._throttle.wait()
-        return await self._context.start(RunRequest.of(uri, entry_point, version, parameters, **options))
+        request = RunRequest.of(uri, entry_point, version, parameters, group=group, **options)
+        return await self._context.start(request, wait=wait)
 
     def sweep(
         self,
@@ -161,6 +187,7 @@ class Fleet:
         give_up_after: int | None = GIVE_UP_AFTER,
         retry: Retry | None = None,
         timeout: float | None = None,
+        group: str | None = None,
         **options: Unpack[RunOptions],
     ) -> Sweep:
         """Run a project at every point of a space.
@@ -190,6 +217,7 @@ class Fleet:
                 never.
             retry: The failures that are tried again, and how often; None: none.
             timeout: Seconds for the command of each run; short for ``timeouts=Timeouts(run=…)``.
+            group: The group of the runs, for ``Fleet(group_limit=…)``; None: they belong to none.
             options: The other arguments of `mlfleet.run_async`, for all runs. ``run_name`` is the name of the parent.
 
         Raises:
@@ -205,7 +233,7 @@ class Fleet:
         if on_failure not in ("continue", "stop"):
             raise UsageError(f"on_failure is {on_failure!r}: give 'continue' or 'stop'")
         settings = SweepSettings(
-            request=RunRequest.of(uri, entry_point, version, parameters, **options),
+            request=RunRequest.of(uri, entry_point, version, parameters, group=group, **options),
             name=name,
             resume=resume,
             retry_failed=retry_failed,
@@ -254,6 +282,14 @@ class Fleet:
                 and `RunEvent.lost` of the next one is their number.
         """
         return self._context.events.subscribe(buffer)
+
+    @property
+    def counts(self) -> FleetCounts:
+        """The numbers of the runs that have not ended: queued, preparing and running, and the same by group.
+
+        Detached runs are not counted.
+        """
+        return self._context.counts
 
     @property
     def runs(self) -> tuple[FleetRun, ...]:

@@ -19,6 +19,7 @@ __all__ = [
     "REASON_TAG",
     "STARTED_TAG",
     "FailureKind",
+    "FleetCounts",
     "JobRef",
     "Outcome",
     "RunEvent",
@@ -122,6 +123,23 @@ class FailureKind(StrEnum):
     """A time limit of the run was exceeded."""
     FAILURE = "failure"
     """The command of the run failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class FleetCounts:
+    """The numbers of a Fleet's runs that have not ended.
+
+    Attributes:
+        queued: The runs that wait in the queue.
+        preparing: The runs past the queue whose command does not run yet.
+        running: The runs whose command runs, or whose status is being written.
+        groups: The same numbers for each group that has such runs, by its name; those of a group have no groups.
+    """
+
+    queued: int = 0
+    preparing: int = 0
+    running: int = 0
+    groups: Mapping[str, FleetCounts] = field(default_factory=dict)
 
 
 @runtime_checkable

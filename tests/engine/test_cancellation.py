@@ -158,6 +158,14 @@ async def attached_run(tracking: FakeTracking, uri: str) -> None:
         await sweep.result()
 
 
+async def run_without_room(tracking: FakeTracking, uri: str) -> None:
+    """A run that waits until another one has left room for it in the queue."""
+    async with Fleet(tracking=tracking, max_concurrent=1, max_queued=0, timeouts=_SHORT_GRACE) as fleet:
+        await fleet.submit(uri, env_manager="local")
+        run = await fleet.submit(uri, env_manager="local", wait=True)
+        await run.wait()
+
+
 async def cancelled_at(
     life: Life, uri: str, folder: Path, server: Server, at: int, again: int, *, by_scope: bool
 ) -> bool:
@@ -258,6 +266,10 @@ def test_two_cancellations_at_some_awaits_leave_nothing(tmp_path: Path, loop: st
 @pytest.mark.parametrize("life", LIVES)
 def test_a_cancelled_scope_and_a_native_cancellation_leave_nothing(tmp_path: Path, loop: str, life: Life) -> None:
     check(loop, life, tmp_path, step=13, again=3, by_scope=True)
+
+
+def test_cancellations_of_a_submit_that_waits_leave_nothing(tmp_path: Path) -> None:
+    check("asyncio", run_without_room, tmp_path, step=9, again=2)
 
 
 @pytest.mark.slow

@@ -1,15 +1,16 @@
-"""The admission of runs: each waits until a slot and its share of the machine are free, first come, first served."""
+"""The admission of runs: each waits in the queue until a slot and its share of the machine are free."""
 
 from __future__ import annotations
 
 import sys
-from collections import deque
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
+from enum import Enum
 from types import TracebackType
 
 import anyio
 
-from mlfleet.errors import UsageError
+from mlfleet.errors import FleetFull, UsageError
 from mlfleet.resources import Machine, Resources
 
 __all__ = ["Admission", "Reservation"]
@@ -18,24 +19,47 @@ _MILLI = 1000  # CPUs are counted in thousandths, since sums of 0.1 would drift
 
 
 class Admission:
-    """Admits runs within a number of slots and the resources of this machine.
+    """Admits runs within a number of slots, the limits of their groups and the resources of this machine.
 
-    The first reservation in the queue is served first, however small the others are, so that a run which needs much is
-    not starved by many that need little.
+    Each group of runs has a lane in the queue, and one more for its runs that need resources of this machine. Within a
+    lane the first reservation is served first; the lanes take turns, so that no group starves another.
+
+    1. A lane whose group is at its limit is passed over.
+    2. A reservation whose resources are not free is waited for: no other one that needs resources passes it, so that a
+       run which needs much is not starved by many that need little.
+
+    The lanes also hold the reservations of submits that wait for room in the queue. They may be granted right there,
+    and enter the queue in their order.
 
     Args:
         machine: The resources of the machine.
         max_concurrent: The number of slots; None: any number.
+        group_limit: The number of slots that the runs of one group may hold, for all groups or by name; None: any
+            number.
+        max_queued: The number of runs that may wait in the queue; None: any number.
     """
 
-    def __init__(self, machine: Machine, max_concurrent: int | None = None) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        max_concurrent: int | None = None,
+        *,
+        group_limit: int | Mapping[str, int] | None = None,
+        max_queued: int | None = None,
+    ) -> None:
         self.machine = machine
         self._max_concurrent = max_concurrent
-        self._slots = anyio.Semaphore(sys.maxsize if max_concurrent is None else max_concurrent, fast_acquire=True)
+        self._group_limit = group_limit
+        self._max_queued = sys.maxsize if max_queued is None else max_queued
+        self._free_slots = sys.maxsize if max_concurrent is None else max_concurrent
         self._free_cpus = round(machine.cpus * _MILLI)
         self._free_memory = machine.memory
         self._free_gpus = list(machine.gpus)
-        self._queue: deque[Reservation] = deque()
+        self._active: Counter[str] = Counter()
+        self._lanes: OrderedDict[tuple[str | None, bool], OrderedDict[Reservation, None]] = OrderedDict()
+        self._outside: OrderedDict[Reservation, None] = OrderedDict()
+        """The reservations in the lanes that wait for room in the queue."""
+        self._queued = 0
 
     def check(self, needed: Resources) -> None:
         """Check that a run could ever be admitted.
@@ -47,58 +71,147 @@ class Admission:
         if lack is not None:
             raise UsageError(f"a run with Resources({needed}) can never start on this machine: {lack}")
 
-    def reserve(self, needed: Resources | None) -> Reservation:
-        """Make a reservation, to be acquired and released.
+    def check_room(self, group: str | None) -> None:
+        """Check that a run may be admitted now, as far as that is known without its resources.
+
+        Raises:
+            FleetFull: The queue is full, and no slot is free for the group.
+        """
+        if self._queued >= self._max_queued and (not self._free_slots or self._is_at_limit(group)):
+            raise self._full()
+
+    def reserve(self, needed: Resources | None, *, group: str | None = None, exempt: bool = False) -> Reservation:
+        """Make a reservation, to be entered and released.
 
         Args:
             needed: The resources of this machine that the run needs; None: it needs a slot only.
+            group: The group of the run; None: it belongs to none.
+            exempt: True for a run that enters the queue even if that is full.
         """
-        return Reservation(self, needed)
+        return Reservation(self, needed, group, exempt)
 
-    def capacity(self, needed: Resources | None) -> int | None:
+    def capacity(self, needed: Resources | None, group: str | None = None) -> int | None:
         """Return how many such runs can be admitted at the same time; None: any number.
 
         Args:
             needed: The resources of this machine that each run needs; None: a slot only.
+            group: The group of the runs.
         """
-        limits = [] if self._max_concurrent is None else [self._max_concurrent]
-        limits += [] if needed is None else [self.machine.fits(needed)]
-        return min(limits, default=None)
+        limits = [self._max_concurrent, self._limit(group), None if needed is None else self.machine.fits(needed)]
+        return min((limit for limit in limits if limit is not None), default=None)
 
-    async def _acquire_slot(self) -> None:
-        await self._slots.acquire()
+    def turn_away(self) -> None:
+        """Turn away all reservations that wait for room in the queue."""
+        for reservation in tuple(self._outside):
+            self._remove(reservation)
 
-    def _release_slot(self) -> None:
-        self._slots.release()
+    def _full(self) -> FleetFull:
+        text = f"{self._queued} runs wait in its queue, and max_queued is {self._max_queued}"
+        return FleetFull(
+            f"the Fleet is full: {text}: submit the run later, or with wait=True",
+            queued=self._queued,
+            limit=self._max_queued,
+        )
 
-    def _enqueue(self, reservation: Reservation) -> None:
-        self._queue.append(reservation)
-        self._admit()
+    def _enqueue(self, reservation: Reservation, *, wait: bool) -> None:
+        lane = self._lanes.setdefault(reservation.lane, OrderedDict())
+        lane[reservation] = None
+        self._outside[reservation] = None
+        reservation.move(_State.OUTSIDE)
+        if reservation.exempt:
+            self._let_in(reservation)
+        if len(lane) == 1:
+            self._admit()
+        else:
+            self._fill_queue()
+        if reservation.state is _State.OUTSIDE and not wait:
+            self._remove(reservation)
+            raise self._full()
 
-    def _give_back(self, reservation: Reservation) -> None:
-        if reservation.is_granted:
+    def _remove(self, reservation: Reservation) -> None:
+        """Take a reservation out of the queue, or take back what it was granted."""
+        if reservation.state is _State.GRANTED:
             self._count(reservation, 1)
             self._free_gpus = [*reservation.gpus, *self._free_gpus]
         else:
-            self._queue.remove(reservation)
+            self._take_out(reservation)
+        reservation.move(_State.OVER)
         self._admit()
 
+    def _take_out(self, reservation: Reservation) -> None:
+        lane = self._lanes[reservation.lane]
+        del lane[reservation]
+        if not lane:
+            del self._lanes[reservation.lane]
+        if reservation.state is _State.QUEUED:
+            self._queued -= 1
+        else:
+            del self._outside[reservation]
+
     def _admit(self) -> None:
-        while self._queue and self._fits_now(self._queue[0]):
-            reservation = self._queue.popleft()
+        while (reservation := self._find_next()) is not None:
+            self._lanes.move_to_end(reservation.lane)
+            self._take_out(reservation)
             self._count(reservation, -1)
-            gpus = tuple(self._free_gpus[: reservation.gpu_count])
+            reservation.gpus = tuple(self._free_gpus[: reservation.gpu_count])
             del self._free_gpus[: reservation.gpu_count]
-            reservation.grant(gpus)
+            reservation.move(_State.GRANTED)
+        self._fill_queue()
+
+    def _find_next(self) -> Reservation | None:
+        if not self._free_slots:
+            return None
+        machine_is_awaited = False
+        for (group, is_here), lane in self._lanes.items():
+            if (is_here and machine_is_awaited) or self._is_at_limit(group):
+                continue
+            first = next(iter(lane))
+            if self._fits_now(first):
+                return first
+            machine_is_awaited = True
+        return None
+
+    def _fill_queue(self) -> None:
+        while self._outside and self._queued < self._max_queued:
+            self._let_in(next(iter(self._outside)))
+
+    def _let_in(self, reservation: Reservation) -> None:
+        del self._outside[reservation]
+        self._queued += 1
+        reservation.move(_State.QUEUED)
+
+    def _limit(self, group: str | None) -> int | None:
+        if group is None or self._group_limit is None:
+            return None
+        return self._group_limit if isinstance(self._group_limit, int) else self._group_limit.get(group)
+
+    def _is_at_limit(self, group: str | None) -> bool:
+        limit = self._limit(group)
+        return limit is not None and group is not None and self._active[group] >= limit
 
     def _fits_now(self, reservation: Reservation) -> bool:
         enough_memory = self._free_memory is None or reservation.memory <= self._free_memory
         return reservation.cpus <= self._free_cpus and enough_memory and reservation.gpu_count <= len(self._free_gpus)
 
     def _count(self, reservation: Reservation, sign: int) -> None:
+        self._free_slots += sign
         self._free_cpus += sign * reservation.cpus
         if self._free_memory is not None:
             self._free_memory += sign * reservation.memory
+        if (group := reservation.lane[0]) is not None:
+            self._active[group] -= sign
+            if not self._active[group]:
+                del self._active[group]  # a service may have any number of groups over time
+
+
+class _State(Enum):
+    """The states of a reservation."""
+
+    NEW = "new"
+    OUTSIDE = "outside"
+    QUEUED = "queued"
+    GRANTED = "granted"
+    OVER = "over"
 
 
 class Reservation:
@@ -107,62 +220,94 @@ class Reservation:
     Args:
         admission: The owner of slots and resources.
         needed: The resources; None: a slot only.
+        group: The group of the run; None: it belongs to none.
+        exempt: True for a run that enters the queue even if that is full.
 
     Attributes:
+        lane: The key of its lane: its group, and True if it needs resources of the machine.
+        exempt: True for a run that enters the queue even if that is full.
+        state: The state. `OUTSIDE` waits for room in the queue.
         cpus: The CPUs, in thousandths.
         memory: The memory in bytes.
         gpu_count: The number of GPUs.
         gpus: The names of the GPUs that were granted.
     """
 
-    __slots__ = ("_admission", "_granted", "cpus", "gpu_count", "gpus", "memory")
+    __slots__ = ("_admission", "_moved", "cpus", "exempt", "gpu_count", "gpus", "lane", "memory", "state")
 
-    def __init__(self, admission: Admission, needed: Resources | None) -> None:
+    def __init__(self, admission: Admission, needed: Resources | None, group: str | None, exempt: bool) -> None:
         self._admission = admission
-        self._granted = None if needed is None else anyio.Event()
+        self._moved: anyio.Event | None = None
+        self.lane = (group, needed is not None)
+        self.exempt = exempt
+        self.state = _State.NEW
         self.cpus = 0 if needed is None else round(needed.cpus * _MILLI)
         self.memory = 0 if needed is None else needed.memory_bytes or 0
         self.gpu_count = 0 if needed is None else needed.gpus
         self.gpus: tuple[str, ...] = ()
 
     @property
-    def is_granted(self) -> bool:
-        """True if the resources are reserved for this run."""
-        return self._granted is not None and self._granted.is_set()
+    def is_queued(self) -> bool:
+        """True while the run waits in the queue."""
+        return self.state is _State.QUEUED
 
-    def grant(self, gpus: tuple[str, ...]) -> None:
-        """Admit the run. Called by the owner of the resources."""
-        assert self._granted is not None  # noqa: S101 - only those that need resources wait in the queue
-        self.gpus = gpus
-        self._granted.set()
+    def move(self, state: _State) -> None:
+        """Change the state, and wake the waiter. Called by the owner of slots and resources."""
+        self.state = state
+        if self._moved is not None:
+            self._moved.set()
+            self._moved = None
 
-    async def acquire(self) -> Mapping[str, str]:
-        """Wait for resources and slot, and hold them until `release`. A cancelled call holds nothing.
+    async def enter(self, *, wait: bool) -> None:
+        """Enter the queue. A cancelled call leaves nothing in it.
+
+        Args:
+            wait: True to wait for room if the queue is full.
+
+        Raises:
+            FleetFull: The queue is full, and the run cannot start at once.
+            UsageError: The Fleet was closed meanwhile.
+        """
+        self._admission._enqueue(self, wait=wait)
+        try:
+            while self.state is _State.OUTSIDE:
+                await self._wait()
+        except BaseException:
+            self.release()
+            raise
+        if self.state is _State.OVER:
+            raise UsageError("the Fleet was closed before there was room in its queue")
+
+    async def granted(self) -> Mapping[str, str]:
+        """Wait for slot and resources. A cancelled call keeps the place in the queue.
 
         Returns:
             The environment variables that tell the run which resources it may use.
         """
-        if self._granted is None:
-            await self._admission._acquire_slot()
+        while self.state is _State.QUEUED:
+            await self._wait()
+        if not self.lane[1] or not self._admission.machine.gpus:
             return {}
-        self._admission._enqueue(self)
-        try:
-            await self._granted.wait()
-            await self._admission._acquire_slot()
-        except BaseException:
-            self._admission._give_back(self)
-            raise
         # A run that needs no GPU must see none, or it would use those of another one.
-        return {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self._admission.machine.gpus else {}
+        return {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)}
+
+    async def _wait(self) -> None:
+        if self._moved is None:
+            self._moved = anyio.Event()
+        await self._moved.wait()
 
     def release(self) -> None:
-        """Give slot and resources to other runs."""
-        self._admission._release_slot()
-        if self._granted is not None:
-            self._admission._give_back(self)
+        """Give place, slot and resources to other runs. Further calls do nothing."""
+        if self.state not in (_State.NEW, _State.OVER):
+            self._admission._remove(self)
 
     async def __aenter__(self) -> Mapping[str, str]:
-        return await self.acquire()
+        await self.enter(wait=True)
+        try:
+            return await self.granted()
+        except BaseException:
+            self.release()
+            raise
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -20,7 +20,7 @@ from mlfleet._concurrency.cancellation import complete, wait_done
 from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.tasks import ServiceOwner, TaskOwner
 from mlfleet._concurrency.threads import FILES
-from mlfleet._engine.admission import Admission, Reservation
+from mlfleet._engine.admission import Admission
 from mlfleet._engine.attach import AttachedSupervisor, concluded, find_again
 from mlfleet._engine.conclude import conclude_left
 from mlfleet._engine.detached import DetachedSupervisor, Order
@@ -38,7 +38,7 @@ from mlfleet.backends.base import Backend
 from mlfleet.backends.registry import find
 from mlfleet.errors import MlfleetError, RunLost, UsageError
 from mlfleet.resources import Machine, Resources, this_machine
-from mlfleet.runs import RunEvent, RunStatus, Stage, Timeouts
+from mlfleet.runs import FleetCounts, RunEvent, RunStatus, Stage, Timeouts
 from mlfleet.tracking import Tracking, open_tracking
 
 __all__ = ["Events", "RunContext"]
@@ -113,6 +113,8 @@ class RunContext:
         timeouts: The time limits of runs without their own.
         tracking_patience: Seconds for which writing a terminal status is repeated.
         max_concurrent: The number of runs past the queue; None: as many as the machine has CPUs, for runs on it.
+        group_limit: The number of runs of one group past the queue, for all groups or by name; None: any number.
+        max_queued: The number of runs in the queue; None: any number.
         resources: The resources of this machine that the runs may use; None: all that this process may use.
         events: The events of the Fleet.
         tracking_uri: The URI that `tracking` was made of, with its credentials, for detached runs; empty: its default.
@@ -135,6 +137,8 @@ class RunContext:
         timeouts: Timeouts,
         tracking_patience: float,
         max_concurrent: int | None,
+        group_limit: int | Mapping[str, int] | None,
+        max_queued: int | None,
         resources: Resources | None,
         events: Events,
         tracking_uri: str | None = None,
@@ -153,7 +157,10 @@ class RunContext:
         self.sweeps: set[Callable[[], Coroutine[Any, Any, None]]] = set()
         self._max_concurrent = max_concurrent
         self._resources = resources
-        self._admission = Admission(Machine(cpus=0))
+        self._make_admission = partial(
+            Admission, max_concurrent=max_concurrent, group_limit=group_limit, max_queued=max_queued
+        )
+        self._admission = self._make_admission(Machine(cpus=0))
         self._planner = Planner(self.fetcher, self._backend_instance)
         self._backends: dict[str, Backend] = {}
         self._managers: dict[tuple[str, Path | None], EnvironmentManager] = {}
@@ -176,7 +183,7 @@ class RunContext:
         """Open tracking. A failed or cancelled call leaves nothing open."""
         try:
             machine = await FILES.run(self._look_around)
-            self._admission = Admission(machine, self._max_concurrent)
+            self._admission = self._make_admission(machine)
             await self._services.open(self.tracking)
         except BaseException:
             await self.close()
@@ -189,9 +196,14 @@ class RunContext:
         secure_state()
         return this_machine(self._resources)
 
+    def stop_accepting(self) -> None:
+        """Refuse further runs, also those that wait for room in the queue."""
+        self.is_open = False
+        self._admission.turn_away()
+
     async def close(self) -> None:
         """End all runs and close all services, however often the caller is cancelled."""
-        self.is_open = False
+        self.stop_accepting()
         await complete(self._close, restart=True)
 
     async def _close(self) -> None:
@@ -246,6 +258,18 @@ class RunContext:
         """The runs that have not ended."""
         return tuple(self._runs)
 
+    @property
+    def counts(self) -> FleetCounts:
+        """The numbers of the runs that have not ended."""
+        groups: dict[str | None, Counter[str]] = {}
+        for supervisor in self._runs.values():
+            if supervisor.outcome is not None:
+                continue
+            place = "queued" if supervisor.is_queued else "running" if supervisor.started.is_set() else "preparing"
+            groups.setdefault(supervisor.description.group, Counter())[place] += 1
+        named = {group: _counts(counted) for group, counted in groups.items() if group is not None}
+        return replace(_counts(sum(groups.values(), Counter())), groups=named)
+
     async def plan(self, request: RunRequest, *, like: ProjectPlan | None = None) -> Plan:
         """Fetch the project and check the whole request. Nothing is made but the cache of projects.
 
@@ -278,9 +302,21 @@ class RunContext:
             self._admission.check(request.resources)
         return plan
 
-    async def start(self, request: RunRequest) -> FleetRun:
-        """Plan a request and launch its run, here or in a process of its own. A cancelled call cancels the run."""
-        return await (self._detach(request) if request.detach else self.launch(await self.plan(request)))
+    async def start(self, request: RunRequest, *, wait: bool = False) -> FleetRun:
+        """Plan a request and launch its run, here or in a process of its own. A cancelled call cancels the run.
+
+        Args:
+            request: The request.
+            wait: True to wait for room if the queue is full.
+
+        Raises:
+            FleetFull: The queue is full. Found before the project is fetched, if possible.
+        """
+        if request.detach:
+            return await self._detach(request)
+        if not wait:
+            self._admission.check_room(request.group)
+        return await self.launch(await self.plan(request), wait=wait)
 
     async def _detach(self, request: RunRequest) -> FleetRun:
         self._check_open()
@@ -305,10 +341,21 @@ class RunContext:
         self._followers.start(supervisor.supervise(), name="mlfleet detached run", then=forget)
         return await self._created(run)
 
-    async def launch(self, plan: Plan) -> FleetRun:
-        """Launch a planned run and return its handle when its MLflow run exists. A cancelled call cancels the run."""
+    async def launch(self, plan: Plan, *, wait: bool = False) -> FleetRun:
+        """Launch a planned run and return its handle when its MLflow run exists. A cancelled call cancels the run.
+
+        Args:
+            plan: The plan of the run.
+            wait: True to wait for room if the queue is full. Sweeps, which bound their runs themselves, are exempt.
+        """
         self._check_open()
-        return await self._created(self._supervise(SubmittedSupervisor(self, plan)))
+        group, exempt = plan.request.group, plan.request.member is not None
+        reservation = self._admission.reserve(self._needed(plan), group=group, exempt=exempt)
+        await reservation.enter(wait=wait)
+        if not self.is_open:
+            reservation.release()
+            self._check_open()
+        return await self._created(self._supervise(SubmittedSupervisor(self, plan, reservation)))
 
     async def _created(self, run: FleetRun) -> FleetRun:
         try:
@@ -383,13 +430,9 @@ class RunContext:
             return experiment_id
         return await self._experiments(name, lambda: self.tracking.experiment_id(name))
 
-    def reservation(self, plan: Plan) -> Reservation:
-        """Make the reservation of a run: its slot, and its resources if it runs on this machine."""
-        return self._admission.reserve(self._needed(plan))
-
     def capacity(self, plan: Plan) -> int | None:
         """Return how many such runs can be active at the same time; None: any number."""
-        return self._admission.capacity(self._needed(plan))
+        return self._admission.capacity(self._needed(plan), plan.request.group)
 
     def _needed(self, plan: Plan) -> Resources | None:
         """Return the resources of this machine that a run needs; None if they are not counted."""
@@ -398,3 +441,7 @@ class RunContext:
         if plan.request.resources is None and self._max_concurrent is None:
             return Resources(cpus=1)
         return plan.request.resources
+
+
+def _counts(places: Counter[str]) -> FleetCounts:
+    return FleetCounts(queued=places["queued"], preparing=places["preparing"], running=places["running"])

@@ -104,6 +104,7 @@ class RunRequest:
         timeouts: The time limits of the stages; None for those of the Fleet.
         env: The caller's environment variables for the command (secret).
         member: The place of the run in its sweep; None if it does not belong to one.
+        group: The group of the run in its Fleet; None if it belongs to none.
     """
 
     uri: str
@@ -130,6 +131,7 @@ class RunRequest:
     env: Mapping[str, str] | None = field(default=None, repr=False)
     detach: bool = False
     member: SweepMember | None = None
+    group: str | None = None
 
     def __post_init__(self) -> None:
         if self.experiment_name and self.experiment_id:
@@ -146,6 +148,10 @@ class RunRequest:
             raise UsageError(f"output is {self.output!r}: give 'capture' or 'inherit'")
         if self.detach and self.output == "inherit":
             raise UsageError("a detached run has no stdout of this process: give output='capture' with detach=True")
+        if self.group == "":
+            raise UsageError(f"group is {self.group!r}: give the name of a group, or None")
+        if self.detach and self.group is not None:
+            raise UsageError("a detached run does not count in a Fleet: leave out its group, or detach")
         if self.log_output and self.output == "inherit":
             raise UsageError("log_output needs the output captured: give output='capture' with it")
 
@@ -166,12 +172,21 @@ class RunRequest:
         entry_point: str = "main",
         version: str | None = None,
         parameters: Mapping[str, Any] | None = None,
+        *,
+        group: str | None = None,
         **options: Unpack[RunOptions],
     ) -> Self:
         """Make a request from the arguments of a public function. The default parent is mlflow's active run."""
         if options.get("parent_run_id") is None:
             options["parent_run_id"] = active_run_id()
-        return cls(uri=os.fspath(uri), entry_point=entry_point, version=version, parameters=parameters or {}, **options)
+        return cls(
+            uri=os.fspath(uri),
+            entry_point=entry_point,
+            version=version,
+            parameters=parameters or {},
+            group=group,
+            **options,
+        )
 
     def read_backend_config(self) -> dict[str, Any]:
         """Return ``backend_config`` as a new dictionary. Blocking if it is a file.

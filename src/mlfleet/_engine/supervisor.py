@@ -32,6 +32,7 @@ from mlfleet.tracking.links import run_url
 from mlfleet.tracking.models import SUBMISSION_TAG
 
 if TYPE_CHECKING:
+    from mlfleet._engine.admission import Reservation
     from mlfleet._engine.context import RunContext
 
 __all__ = ["RunDescription", "SubmittedSupervisor", "Supervisor"]
@@ -62,6 +63,7 @@ class RunDescription:
         log_output: Log the captured output as an artifact at the end.
         member: The place of the run in its sweep; None if it does not belong to one.
         secrets: The values of the caller's variables; empty if they are not known.
+        group: The group of the run in its Fleet; None if it belongs to none.
     """
 
     uri: str
@@ -73,6 +75,7 @@ class RunDescription:
     log_output: bool = False
     member: SweepMember | None = None
     secrets: tuple[str, ...] = field(default=(), repr=False)
+    group: str | None = None
 
     @classmethod
     def of(cls, plan: Plan) -> RunDescription:
@@ -88,6 +91,7 @@ class RunDescription:
             log_output=request.log_output,
             member=request.member,
             secrets=tuple((request.env or {}).values()),
+            group=request.group,
         )
 
 
@@ -185,6 +189,11 @@ class Supervisor(ABC):
                 outcome = await self._live()
         finally:
             await complete(partial(self._end, outcome), restart=True)
+
+    @property
+    def is_queued(self) -> bool:
+        """True while the run waits in the queue of the Fleet."""
+        return False
 
     def give_up(self) -> None:
         """Release all waiters if the supervisor was cancelled before its first step."""
@@ -419,11 +428,29 @@ class SubmittedSupervisor(Supervisor):
     Args:
         context: The services of the Fleet.
         plan: The plan of the run.
+        reservation: The place of the run in the queue; released at its end.
     """
 
-    def __init__(self, context: RunContext, plan: Plan) -> None:
+    def __init__(self, context: RunContext, plan: Plan, reservation: Reservation) -> None:
         super().__init__(context, RunDescription.of(plan), plan.request.timeouts or context.timeouts)
         self._plan = plan
+        self._reservation = reservation
+
+    @property
+    def is_queued(self) -> bool:
+        """True while the run waits in the queue."""
+        return self._reservation.is_queued
+
+    def give_up(self) -> None:
+        """Release all waiters and the place in the queue if the supervisor was cancelled before its first step."""
+        self._reservation.release()
+        super().give_up()
+
+    async def _live(self) -> Outcome:
+        try:
+            return await super()._live()
+        finally:
+            self._reservation.release()
 
     async def _create(self) -> None:
         request, tracking = self._plan.request, self._context.tracking
@@ -449,14 +476,10 @@ class SubmittedSupervisor(Supervisor):
             timeouts=self._timeouts,
         )
         await self._log_job(backend, job)
-        reservation = self._context.reservation(self._plan)
         with self._within("queue", self._timeouts.queue):
-            variables = await reservation.acquire()
-        try:
-            async with AsyncExitStack() as stack:
-                return await self._run_job(backend, job, stack, variables)
-        finally:
-            reservation.release()
+            variables = await self._reservation.granted()
+        async with AsyncExitStack() as stack:
+            return await self._run_job(backend, job, stack, variables)
 
     async def _run_job(
         self, backend: Backend, job: Job, stack: AsyncExitStack, variables: Mapping[str, str]

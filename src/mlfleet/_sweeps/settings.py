@@ -82,6 +82,7 @@ class SweepOptions(RunOptions, total=False):
     give_up_after: int | None
     retry: Retry | None
     timeout: float | None
+    group: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
