@@ -239,7 +239,13 @@ _LATE = {
     "pandas": types.SimpleNamespace(DataFrame=object),
     "httpx": types.SimpleNamespace(AsyncClient=object, AsyncBaseTransport=object, Response=object),
 }
-_MADE_BY_MLFLEET = {"BlockingRun", "FleetRun", "Sweep", "Subscription"}  # their constructors are not for callers
+_MADE_BY_MLFLEET = {
+    "BlockingRun",
+    "FleetRun",
+    "Sweep",
+    "Subscription",
+    "TrackedRun",
+}  # their constructors are not for callers
 
 
 @pytest.mark.parametrize("module", PUBLIC)

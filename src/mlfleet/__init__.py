@@ -14,6 +14,7 @@ from mlfleet._concurrency.broadcast import Subscription
 from mlfleet._engine.options import Goal
 from mlfleet._engine.request import Output, RunOptions
 from mlfleet._engine.run import FleetRun
+from mlfleet._engine.tracked import TrackedRun
 from mlfleet._sweeps import (
     OnFailure,
     PointResult,
@@ -25,8 +26,9 @@ from mlfleet._sweeps import (
     SweepOptions,
     SweepResult,
 )
+from mlfleet._text.lines import LogLine
 from mlfleet._version import __version__
-from mlfleet.api import attach, run_async, submit, sweep_async
+from mlfleet.api import attach, get, run_async, submit, sweep_async
 from mlfleet.errors import (
     BackendError,
     BackendNotFound,
@@ -79,6 +81,7 @@ __all__ = [
     "FleetRun",
     "Goal",
     "JobRef",
+    "LogLine",
     "MlfleetError",
     "OnFailure",
     "Outcome",
@@ -108,11 +111,13 @@ __all__ = [
     "SweepOptions",
     "SweepResult",
     "Timeouts",
+    "TrackedRun",
     "TrackingError",
     "UsageError",
     "__version__",
     "attach",
     "choice",
+    "get",
     "grid",
     "loguniform",
     "normal",

@@ -16,6 +16,7 @@ from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.tasks import TaskOwner
 from mlfleet._engine.request import Output, RunOptions, RunRequest
 from mlfleet._engine.run import FleetRun
+from mlfleet._engine.tracked import TrackedRun
 from mlfleet._sweeps import SweepOptions, SweepResult
 from mlfleet._text.masking import mask_uri
 from mlfleet.errors import MlfleetError, UsageError
@@ -29,6 +30,7 @@ __all__ = [
     "attach",
     "close_default_fleets",
     "default_fleet",
+    "get",
     "join_default_fleets",
     "run_async",
     "submit",
@@ -191,6 +193,26 @@ async def attach(run_id: str, *, tracking_uri: str | None = None, timeouts: Time
         MlfleetError: Tracking or the backend cannot be reached.
     """
     return await (await default_fleet(tracking_uri)).attach(run_id, timeouts=timeouts)
+
+
+async def get(run_id: str, *, tracking_uri: str | None = None) -> FleetRun | TrackedRun:
+    """Return a handle for any run, active or ended, whichever process submitted it.
+
+    The run is left as it is; `attach` supervises it. The connections belong to a default Fleet of the running event
+    loop, as with `submit`: the handle is of use until the loop ends.
+
+    Args:
+        run_id: The id of the MLflow run, also that of a sweep.
+        tracking_uri: The URI of the tracking server or store. Default: ``MLFLOW_TRACKING_URI``, else MLflow's default.
+
+    Returns:
+        The `FleetRun` if the run was started by a function of this module in this loop and has not ended, else a
+        `TrackedRun`. Both can be asked for `get_status`, `wait`, `cancel` and `logs`.
+
+    Raises:
+        TrackingError: There is no such run, or tracking cannot be reached.
+    """
+    return await (await default_fleet(tracking_uri)).get(run_id)
 
 
 async def sweep_async(

@@ -13,7 +13,8 @@ from mlfleet._concurrency.throttle import Throttle
 from mlfleet._engine.context import Events, RunContext
 from mlfleet._engine.request import RunOptions, RunRequest
 from mlfleet._engine.run import FleetRun
-from mlfleet._sweeps import GIVE_UP_AFTER, OnFailure, Resume, Retry, Sweep, SweepSettings
+from mlfleet._engine.tracked import TrackedRun
+from mlfleet._sweeps import GIVE_UP_AFTER, OnFailure, Resume, Retry, Sweep, SweepSettings, track
 from mlfleet.errors import UsageError
 from mlfleet.resources import Resources
 from mlfleet.runs import FleetCounts, RunEvent, Timeouts
@@ -263,6 +264,24 @@ class Fleet:
             MlfleetError: Tracking or the backend cannot be reached.
         """
         return await self._context.attach(run_id, timeouts=timeouts)
+
+    async def get(self, run_id: str) -> FleetRun | TrackedRun:
+        """Return a handle for any run, active or ended, whichever process submitted it.
+
+        The run is left as it is: unlike `attach`, this does not make it a run of this Fleet.
+
+        Args:
+            run_id: The id of the MLflow run, also that of a sweep.
+
+        Returns:
+            The `FleetRun` if this Fleet supervises the run, else a `TrackedRun`. Both can be asked for `get_status`,
+            `wait`, `cancel` and `logs` as long as the Fleet is open.
+
+        Raises:
+            TrackingError: There is no such run, or tracking cannot be reached.
+        """
+        self._context.check_open()
+        return self._context.find(run_id) or await track(self._context, run_id)
 
     async def cancel(self) -> None:
         """Cancel every active run. Return once all their processes have ended and their statuses are written."""

@@ -23,6 +23,7 @@ from mlfleet._engine.request import Output, active_run_id
 from mlfleet._engine.run import FleetRun
 from mlfleet._signals import before_exit, is_interrupt
 from mlfleet._sweeps import SweepOptions, SweepResult
+from mlfleet._text.lines import LogLine
 from mlfleet.errors import UsageError
 from mlfleet.resources import Resources
 from mlfleet.runs import RunStatus, Timeouts
@@ -70,13 +71,15 @@ class BlockingRun:
         """End the run. Return once all of its processes have ended."""
         self._loop.call(self._run.cancel)
 
-    def logs(self, *, follow: bool = True) -> Iterator[str]:
-        """Read the lines of the run's output from its beginning.
+    def logs(self, *, follow: bool = True, tail: int | None = None, start: int = 0) -> Iterator[LogLine]:
+        """Read the lines of the run's output.
 
         Args:
             follow: Go on until the run has ended. False returns the lines that exist now.
+            tail: The largest number of lines from before this call: older ones are left out. None: no limit.
+            start: The offset in bytes to begin at. `LogLine.end` of the last line that was read continues there.
         """
-        lines = self._run.logs(follow=follow)
+        lines = self._run.logs(follow=follow, tail=tail, start=start)
         try:
             while (line := self._loop.call(partial(anext, lines, None))) is not None:
                 yield line

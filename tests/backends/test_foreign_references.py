@@ -6,15 +6,12 @@ import asyncio
 import os
 import subprocess
 from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlfleet import Fleet
-from mlfleet._control import cancel_run, read_output, wait_for
-from mlfleet._text.lines import split_lines
 from mlfleet.backends.docker import DockerBackend
 from mlfleet.backends.local.run_folder import this_process
 from mlfleet.errors import BackendError, MlfleetError, RunLost, SpecError, UsageError
@@ -55,18 +52,13 @@ def planted(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
         process.kill()
 
 
-async def lines_of(fleet: Fleet, run_id: str) -> list[str]:
-    async with aclosing(read_output(fleet, run_id, follow=False)) as chunks:
-        return [line async for line in split_lines(chunks)]
-
-
 async def test_only_the_output_of_the_run_itself_is_printed(
     fleet: Fleet, tracking: FakeTracking, tmp_path: Path
 ) -> None:
     (tmp_path / "secret").write_text("hush-hush\n")
     run_id = await foreign_run(tracking, folder=str(tmp_path), output=str(tmp_path / "secret"))
     with pytest.raises(UsageError, match="is not kept on this machine"):
-        await lines_of(fleet, run_id)
+        await anext((await fleet.get(run_id)).logs(follow=False))
 
 
 async def test_a_process_that_a_planted_folder_names_is_not_ended(
@@ -75,7 +67,7 @@ async def test_a_process_that_a_planted_folder_names_is_not_ended(
     folder, process = planted
     run_id = await foreign_run(tracking, folder=str(folder), output=None)
     with pytest.raises(BackendError, match=r"has no folder in .*runs.*set MLFLEET_STATE_DIR"):
-        await cancel_run(fleet, run_id, grace=0)
+        await (await fleet.get(run_id)).cancel(grace=0)
     with pytest.raises(BackendError, match="has no folder in"):
         await fleet.attach(run_id)
     assert process.poll() is None
@@ -91,14 +83,14 @@ async def test_a_folder_of_a_run_that_leads_elsewhere_is_not_read(
     own.parent.mkdir(parents=True)
     own.symlink_to(folder)
     with pytest.raises(BackendError, match="is not a folder of this user"):
-        await cancel_run(fleet, run_id, grace=0)
+        await (await fleet.get(run_id)).cancel(grace=0)
     assert process.poll() is None
 
 
 async def test_waiting_makes_no_folder_elsewhere(fleet: Fleet, tracking: FakeTracking, tmp_path: Path) -> None:
     run_id = await foreign_run(tracking, folder=str(tmp_path / "made"), output=None)
     with pytest.raises(BackendError, match="has no folder in"):
-        await wait_for(fleet, run_id)
+        await (await fleet.get(run_id)).wait()
     assert not (tmp_path / "made").exists()
 
 
@@ -114,9 +106,10 @@ async def test_a_name_that_is_not_that_of_a_container_is_not_asked_for(name: str
 )
 async def test_a_damaged_reference_is_a_short_error(fleet: Fleet, tracking: FakeTracking, data: dict[str, Any]) -> None:
     run_id = await foreign_run(tracking, **{"folder": "/", "output": None, **data})
-    for work in (cancel_run, wait_for):
+    run = await fleet.get(run_id)
+    for work in (run.cancel, run.wait):
         with pytest.raises(MlfleetError, match=f"run {run_id} (has no folder|is damaged)"):
-            await work(fleet, run_id)
+            await work()
 
 
 async def test_a_reference_of_endless_depth_is_a_short_error(fleet: Fleet, tracking: FakeTracking) -> None:

@@ -13,7 +13,6 @@ import pytest
 
 from components.projects import pid_is_gone, write_project
 from mlfleet import Fleet, RunStatus, grid
-from mlfleet._control import cancel_run, wait_for
 from mlfleet._engine.records import RunRecord, RunRecords, find_record, tracking_key
 from mlfleet.errors import TrackingError, UsageError
 from mlfleet.testing import FakeTracking
@@ -135,8 +134,9 @@ async def test_a_sweep_without_a_name_is_concluded_when_its_driver_has_died(tmp_
     assert f"{sweep.run_id}.json" in records()
     tracking.fail = None
     async with Fleet(tracking=tracking) as fleet:
-        info = await wait_for(fleet, sweep.run_id)
-    assert (info.status, info.tags["mlfleet.reason"]) == (RunStatus.FAILED, "its driver died")
+        found = await fleet.get(sweep.run_id)
+        assert await found.wait() is False
+    assert (found.info.status, found.info.tags["mlfleet.reason"]) == (RunStatus.FAILED, "its driver died")
 
 
 FORKING = """
@@ -186,6 +186,6 @@ async def test_a_run_whose_backend_cannot_find_its_processes_is_not_said_to_have
         records, key = RunRecords(), tracking_key(tracking.uri)
         await records.add(RunRecord(run_id=info.run_id, backend="databricks", project="demo", tracking=key))
         with pytest.raises(UsageError, match="cannot be attached to: it has no tag"):
-            await cancel_run(fleet, info.run_id)
+            await (await fleet.get(info.run_id)).cancel()
         await records.close()
     assert tracking.runs[info.run_id].status is RunStatus.RUNNING

@@ -16,7 +16,6 @@ import pytest
 from components.mlflow_server import MlflowServer
 from components.projects import pid_is_gone, write_project
 from mlfleet import Fleet, Retry, RunEvent, RunStatus, Stage, SweepResult, Timeouts, grid
-from mlfleet._control import cancel_sweep
 from mlfleet.errors import UsageError
 from mlfleet.runs import JobRef
 from mlfleet.testing import FakeTracking
@@ -204,7 +203,7 @@ async def test_a_cancelled_sweep_leaves_foreign_runs_alone(
         await anext(run.logs())
         tags = dict(tracking.runs[run.run_id].tags)
         foreign = await tracking.create_run("0", name=None, tags=tags)
-        await cancel_sweep(fleet, await tracking.get_run(sweep.run_id), grace=0.1)
+        await (await fleet.get(sweep.run_id)).cancel(grace=0.1)
         await sweep.result()
     assert tracking.runs[run.run_id].status is RunStatus.KILLED
     assert tracking.runs[foreign.run_id].statuses == [RunStatus.RUNNING]

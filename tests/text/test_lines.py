@@ -8,8 +8,8 @@ from mlfleet._text.lines import LineSplitter
 
 def split(*pieces: bytes) -> list[str]:
     splitter = LineSplitter()
-    lines = [line for piece in pieces for line in splitter.feed(piece)]
-    return lines + splitter.close()
+    lines: list[str] = [line for piece in pieces for line in splitter.feed(piece)]
+    return [*lines, *splitter.close()]
 
 
 def test_line_ends() -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import anyio
 import click
 
 from mlfleet._cli.options import debug_option, duration, experiment_options, find_experiment, tracking_option
 from mlfleet._cli.wait import for_each_run
-from mlfleet._control import cancel_run
 from mlfleet._reporting import find_sweep
 from mlfleet.fleet import Fleet
 from mlfleet.runs import RunStatus
@@ -58,6 +55,6 @@ def cancel(
             async with Fleet(tracking_uri=tracking_uri) as fleet:
                 where = await find_experiment(fleet.tracking, experiment_name, experiment_id)
                 chosen.append((await find_sweep(fleet.tracking, sweep, where)).run_id)
-        return await for_each_run(chosen, tracking_uri, partial(cancel_run, grace=grace), tuple(RunStatus))
+        return await for_each_run(chosen, tracking_uri, lambda run: run.cancel(grace=grace), tuple(RunStatus))
 
     return anyio.run(all_of_them)

@@ -14,17 +14,17 @@ import click
 from mlfleet._cli.options import debug_option, json_option, tracking_option
 from mlfleet._cli.output import complain, print_json, print_line
 from mlfleet._concurrency.threads import FILES
-from mlfleet._control import look_at
 from mlfleet._engine.conclude import Driver
 from mlfleet._engine.records import RunRecord, list_records
 from mlfleet._paths import run_folder
+from mlfleet._sweeps import track
 from mlfleet._sweeps.record import SweepEntry, list_sweeps
 from mlfleet._text.lines import last_lines
 from mlfleet._text.plain import plain_line, short
 from mlfleet.backends.base import Backend, ListedRun
 from mlfleet.backends.registry import find, native
 from mlfleet.errors import BackendError, BackendNotFound
-from mlfleet.fleet import Fleet
+from mlfleet.fleet import Fleet, context_of
 from mlfleet.runs import REASON_TAG
 
 __all__ = ["on_each_backend", "print_rows", "ps", "run_row"]
@@ -127,7 +127,8 @@ def _sweep_row(entry: SweepEntry) -> dict[str, Any]:
 
 async def _rows_by_id(run_ids: Sequence[str], tracking_uri: str | None) -> list[dict[str, Any]]:
     async with Fleet(tracking_uri=tracking_uri) as fleet:
-        found = [await look_at(fleet, run_id) for run_id in dict.fromkeys(run_ids)]
+        runs = [await track(context_of(fleet), run_id) for run_id in dict.fromkeys(run_ids)]
+        found = [(await run._look(), run.info) for run in runs]
     return [
         {
             **_BLANK,
@@ -139,7 +140,7 @@ async def _rows_by_id(run_ids: Sequence[str], tracking_uri: str | None) -> list[
             "project": plain_line(info.tags.get("mlflow.source.name", "")),
             "last_line": plain_line(info.tags.get(REASON_TAG, "")),
         }
-        for info, driver in found
+        for driver, info in found
     ]
 
 

@@ -9,12 +9,12 @@ import click
 
 from mlfleet._cli.options import debug_option, tracking_option
 from mlfleet._cli.output import complain, exit_code, print_line, say
-from mlfleet._control import wait_for
+from mlfleet._engine.run import FleetRun
+from mlfleet._engine.tracked import TrackedRun
 from mlfleet._text.plain import plain_line
 from mlfleet.errors import MlfleetError
 from mlfleet.fleet import Fleet
 from mlfleet.runs import REASON_TAG, RunStatus
-from mlfleet.tracking import RunInfo
 
 __all__ = ["for_each_run", "wait"]
 
@@ -29,13 +29,13 @@ def wait(*, run_ids: tuple[str, ...], tracking_uri: str | None) -> int:
     Exit codes: 0 all FINISHED, 1 some FAILED or KILLED.
     """
     say("waiting; Ctrl-C leaves the runs alone")
-    return anyio.run(for_each_run, run_ids, tracking_uri, wait_for, (RunStatus.FINISHED,))
+    return anyio.run(for_each_run, run_ids, tracking_uri, lambda run: run.wait(), (RunStatus.FINISHED,))
 
 
 async def for_each_run(
     run_ids: Sequence[str],
     tracking_uri: str | None,
-    work: Callable[[Fleet, str], Awaitable[RunInfo]],
+    work: Callable[[FleetRun | TrackedRun], Awaitable[object]],
     good: Sequence[RunStatus],
 ) -> int:
     """Call `work` for all runs at the same time, and print id and status of each, and why it did not finish.
@@ -43,7 +43,7 @@ async def for_each_run(
     Args:
         run_ids: The ids of the MLflow runs.
         tracking_uri: The tracking store; None for the default.
-        work: The operation on one run; returns the run afterwards.
+        work: The operation on one run.
         good: The statuses after which the exit code is 0.
 
     Returns:
@@ -53,12 +53,14 @@ async def for_each_run(
 
     async def one(fleet: Fleet, run_id: str) -> None:
         try:
-            info = await work(fleet, run_id)
+            run = await fleet.get(run_id)
+            await work(run)
         except* MlfleetError as group:
             for error in group.exceptions:
                 complain(str(error))
                 codes.append(exit_code(error) if isinstance(error, MlfleetError) else 1)
         else:
+            info = run.info
             reason = info.tags.get(REASON_TAG)
             print_line(f"{run_id} {info.status}" + (f" ({plain_line(reason)})" if reason else ""))
             codes.append(0 if info.status in good else 1)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlfleet._concurrency.threads import FILES
@@ -12,7 +12,7 @@ from mlfleet._engine.records import RunRecord, find_record
 from mlfleet._engine.request import SweepMember
 from mlfleet._engine.supervisor import RunDescription, Supervisor
 from mlfleet._paths import run_folder
-from mlfleet._text.lines import follow_bytes, split_lines
+from mlfleet.backends._output import FileOutput
 from mlfleet.backends.base import DRIVER_DIED, BackendRun
 from mlfleet.errors import RunLost, UsageError
 from mlfleet.runs import FAILURE_KIND_TAG, REASON_TAG, FailureKind, JobRef, Outcome, RunStatus, Timeouts
@@ -159,7 +159,7 @@ def concluded(info: RunInfo) -> FoundRun:
     return FoundRun(info.tags.get("mlflow.project.backend", ""), _EndedRun(info.run_id, outcome), None)
 
 
-class _EndedRun:
+class _EndedRun(FileOutput):
     """The handle of a run whose end its driver has seen, but could not write any more."""
 
     def __init__(self, run_id: str, outcome: Outcome) -> None:
@@ -181,9 +181,8 @@ class _EndedRun:
     async def cancel(self, *, grace: float | None = None) -> None:
         """Do nothing."""
 
-    def logs(self, *, follow: bool = True) -> AsyncIterator[str]:
-        return split_lines(self.output_bytes())
+    def _output_file(self) -> Path | None:
+        return run_folder(self.run_id) / "output.log"
 
-    async def output_bytes(self, *, follow: bool = True) -> AsyncIterator[bytes]:
-        async for data in follow_bytes(run_folder(self.run_id) / "output.log"):
-            yield data
+    async def _output_ended(self) -> None:
+        """Return at once."""

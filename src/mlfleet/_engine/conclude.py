@@ -7,8 +7,8 @@ The driver of a run is the process that supervises it. The cases, in this order:
    without a reference has ended when nothing of it is left here, and one with a reference when its backend says so.
 3. It has none, but its reference names a driver of this machine: the backend says if that is gone and the run is over.
 4. Otherwise the driver cannot be seen. A run that has ended at its backend is concluded when its status has not been
-   written for `UNSEEN_PATIENCE` seconds. One that the backend does not have (any more) is left alone: its driver may
-   be about to make it.
+   written for `RunContext.unseen_patience` seconds. One that the backend does not have (any more) is left alone: its
+   driver may be about to make it.
 
 MLflow's own status counts in all cases: a terminal one is only ever made worse, by an exit code.
 """
@@ -47,12 +47,9 @@ from mlfleet.tracking.models import SUBMISSION_TAG
 if TYPE_CHECKING:
     from mlfleet._engine.context import RunContext
 
-__all__ = ["UNSEEN_PATIENCE", "Driver", "Verdict", "conclude", "conclude_left", "find_processes", "judge"]
+__all__ = ["Driver", "Verdict", "conclude", "conclude_left", "find_processes", "judge"]
 
 logger = logging.getLogger("mlfleet.runs")
-
-UNSEEN_PATIENCE = 120.0
-"""Seconds in which a driver that cannot be seen must write the status of a run that has ended at its backend."""
 
 _PAUSE = 2.0  # seconds between two looks at runs whose processes are still being ended
 

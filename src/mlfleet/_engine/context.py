@@ -128,6 +128,8 @@ class RunContext:
         sweep_ids: The MLflow runs of the active sweeps.
         sweeps: A function for each active sweep that ends it.
         scheduled_after: Seconds that a run may wait at its backend before MLflow shows it as SCHEDULED.
+        unseen_patience: Seconds in which a driver that cannot be seen must write the status of a run that has ended at
+            its backend.
     """
 
     def __init__(
@@ -148,6 +150,7 @@ class RunContext:
         self.timeouts = timeouts
         self.tracking_patience = tracking_patience
         self.scheduled_after = 10.0
+        self.unseen_patience = 120.0
         self.events = events
         self.fetcher = ProjectFetcher()
         self.runs_folder = runs_folder()
@@ -281,7 +284,7 @@ class RunContext:
         Raises:
             MlfleetError: The request, the project or the parameters are wrong.
         """
-        self._check_open()
+        self.check_open()
         if like is None and self.events.has_readers:
             self.events.publish(RunEvent(Stage.FETCHING, request.uri))
         plan = await self._planner.plan(
@@ -319,7 +322,7 @@ class RunContext:
         return await self.launch(await self.plan(request), wait=wait)
 
     async def _detach(self, request: RunRequest) -> FleetRun:
-        self._check_open()
+        self.check_open()
         if self._tracking_uri is None:
             raise UsageError(
                 "another process supervises a detached run, and cannot use the Tracking of this Fleet: give the Fleet "
@@ -348,13 +351,13 @@ class RunContext:
             plan: The plan of the run.
             wait: True to wait for room if the queue is full. Sweeps, which bound their runs themselves, are exempt.
         """
-        self._check_open()
+        self.check_open()
         group, exempt = plan.request.group, plan.request.member is not None
         reservation = self._admission.reserve(self._needed(plan), group=group, exempt=exempt)
         await reservation.enter(wait=wait)
         if not self.is_open:
             reservation.release()
-            self._check_open()
+            self.check_open()
         return await self._created(self._supervise(SubmittedSupervisor(self, plan, reservation)))
 
     async def _created(self, run: FleetRun) -> FleetRun:
@@ -374,7 +377,7 @@ class RunContext:
             timeouts: The time limits from now on.
             ended: True to take the status of a run that somebody else has concluded meanwhile for its outcome.
         """
-        self._check_open()
+        self.check_open()
         info = await self.tracking.get_run(run_id)
         found = concluded(info) if ended and info.status.is_terminal else await find_again(self, info)
         supervisor = AttachedSupervisor(self, info, found.handle, found.backend, timeouts, found.record)
@@ -384,7 +387,13 @@ class RunContext:
             await run.outcome()  # its status is to be known as soon as there is a handle
         return run
 
-    def _check_open(self) -> None:
+    def find(self, run_id: str) -> FleetRun | None:
+        """Return the handle of a run of this Fleet that has not ended; None if it has no such run."""
+        supervisors = (*self._runs.items(), *self._detached.items())
+        return next((run for run, each in supervisors if each.info is not None and each.info.run_id == run_id), None)
+
+    def check_open(self) -> None:
+        """Raise `UsageError` unless the context is open."""
         if not self.is_open:
             raise UsageError("this Fleet is not open: use it inside of 'async with Fleet() as fleet:'")
 

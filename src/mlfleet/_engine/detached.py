@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Number
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -19,7 +19,7 @@ from mlfleet._engine.records import remove_record
 from mlfleet._engine.request import RunRequest
 from mlfleet._engine.supervisor import RunDescription, Supervisor
 from mlfleet._process.detached import Connection
-from mlfleet._text.lines import follow_bytes, split_lines
+from mlfleet.backends._output import FileOutput
 from mlfleet.errors import MlfleetError, RunCancelled, RunLost, SubmitError, UsageError
 from mlfleet.resources import Resources
 from mlfleet.runs import REASON_TAG, Outcome, RunEvent, RunStatus, Stage
@@ -234,7 +234,7 @@ class DetachedSupervisor(Supervisor):
             self._publish(Stage.FINISHED, outcome.reason or "", outcome.status)
 
 
-class _Followed:
+class _Followed(FileOutput):
     """The handle of a run that another process gave to its backend.
 
     Args:
@@ -266,15 +266,11 @@ class _Followed:
     async def get_status(self) -> RunStatus:
         return RunStatus.RUNNING if self._supervisor.stage is Stage.STARTED else RunStatus.SCHEDULED
 
-    def logs(self, *, follow: bool = True) -> AsyncIterator[str]:
-        return split_lines(self.output_bytes(follow=follow))
+    def _output_file(self) -> Path | None:
+        return self._supervisor.output_path
 
-    async def output_bytes(self, *, follow: bool = True) -> AsyncIterator[bytes]:
-        path = self._supervisor.output_path
-        if path is None:
-            return
-        async for data in follow_bytes(path, self._supervisor.done.wait if follow else None):
-            yield data
+    async def _output_ended(self) -> None:
+        await self._supervisor.done.wait()
 
 
 def _plain(value: object) -> object:

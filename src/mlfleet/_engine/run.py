@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 from mlfleet._engine.supervisor import Supervisor
+from mlfleet._text.lines import LogLine
 from mlfleet._text.plain import duration_text, short
-from mlfleet.backends.base import BackendRun
+from mlfleet.backends._output import read_bytes, read_lines
 from mlfleet.errors import RunCancelled, UsageError
 from mlfleet.runs import Outcome, RunStatus, Stage, failure
 from mlfleet.tracking.base import RunInfo
 
-__all__ = ["FleetRun", "handle_output", "run_output"]
+__all__ = ["FleetRun", "run_output"]
 
 
 class FleetRun:
@@ -156,14 +158,18 @@ class FleetRun:
         # A run that has ended at its backend has not ended before its status is written to MLflow.
         return RunStatus.RUNNING if status.is_terminal else status
 
-    async def logs(self, *, follow: bool = True) -> AsyncGenerator[str, None]:
-        """Read the lines of the run's output from its beginning.
+    async def logs(
+        self, *, follow: bool = True, tail: int | None = None, start: int = 0
+    ) -> AsyncGenerator[LogLine, None]:
+        """Read the lines of the run's output.
 
         Args:
             follow: Go on until the run has ended and its status is written; False gives what there is now.
+            tail: The largest number of lines from before this call: older ones are left out. None: no limit.
+            start: The offset in bytes to begin at. `LogLine.end` of the last line that was read continues there.
 
         Raises:
-            UsageError: The output is not captured.
+            UsageError: The output is not captured, or an argument is negative.
         """
         supervisor = self._supervisor
         if supervisor.description.output == "inherit":
@@ -171,8 +177,9 @@ class FleetRun:
         if follow:
             await supervisor.started.wait()
         if supervisor.handle is not None:
-            async for line in supervisor.handle.logs(follow=follow):
-                yield line
+            async with aclosing(read_lines(supervisor.handle, follow=follow, tail=tail, start=start)) as lines:
+                async for line in lines:
+                    yield line
         if follow:
             # A reader that has come to the end may ask for the status at once.
             await supervisor.done.wait()
@@ -197,16 +204,5 @@ async def run_output(run: FleetRun) -> AsyncGenerator[bytes, None]:
     supervisor = run._supervisor
     await supervisor.started.wait()
     if supervisor.handle is not None:
-        async for data in handle_output(supervisor.handle, follow=True):
+        async for data in read_bytes(supervisor.handle, follow=True):
             yield data
-
-
-async def handle_output(handle: BackendRun, *, follow: bool) -> AsyncGenerator[bytes, None]:
-    """Yield the output of a backend's run: byte for byte if the handle gives it so, else the text of its lines."""
-    given = getattr(handle, "output_bytes", None)
-    if given is not None:
-        async for data in given(follow=follow):
-            yield data
-        return
-    async for line in handle.logs(follow=follow):
-        yield f"{line}\n".encode(errors="replace")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -83,7 +83,7 @@ class Stream:
         if self._on_line is not None:
             self._pass_on(self._lines.feed(data))
 
-    def _pass_on(self, lines: list[str]) -> None:
+    def _pass_on(self, lines: Sequence[str]) -> None:
         if self._on_line is None:
             return
         try:

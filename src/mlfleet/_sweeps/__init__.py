@@ -6,6 +6,7 @@ from mlfleet._sweeps.report import Report
 from mlfleet._sweeps.results import PointResult, SweepCounts, SweepResult
 from mlfleet._sweeps.settings import GIVE_UP_AFTER, OnFailure, Resume, Retry, SweepOptions, SweepSettings
 from mlfleet._sweeps.sweep import Sweep
+from mlfleet._sweeps.tracked import track
 
 __all__ = [
     "GIVE_UP_AFTER",
@@ -22,4 +23,5 @@ __all__ = [
     "SweepResult",
     "SweepSettings",
     "is_driven",
+    "track",
 ]

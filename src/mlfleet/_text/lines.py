@@ -2,81 +2,109 @@
 
 from __future__ import annotations
 
-import codecs
+import asyncio
 import os
 import re
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from functools import partial
 from pathlib import Path
 
-import anyio
-
+from mlfleet._concurrency.cancellation import wait_done
 from mlfleet._concurrency.threads import FILES
 
-__all__ = ["LineSplitter", "follow_bytes", "follow_file", "last_lines", "split_lines", "write_all"]
+__all__ = [
+    "LineSplitter",
+    "LogLine",
+    "find_tail",
+    "follow_bytes",
+    "follow_file",
+    "last_lines",
+    "split_lines",
+    "write_all",
+]
 
-_LONGEST_LINE = 64 * 1024  # characters
-# One piece's lines are handled in one turn of the event loop: 16 KiB of nothing but line ends take 1 to 3 ms.
+_LONGEST_LINE = 64 * 1024  # bytes
+_LONGEST_CHARACTER = 4  # bytes of UTF-8
+# One piece's lines are handled in one turn of the event loop: 16 KiB of nothing but line ends take 3 to 7 ms.
 _CHUNK = 16 * 1024
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.02, 0.2  # seconds
-_LINE_END = re.compile(r"\r\n|\n|\r")
+_LINE_END = re.compile(rb"\r\n|\n|\r")
+_BLOCK = 64 * 1024
+
+
+class LogLine(str):
+    """A line of a run's output, without its line end.
+
+    Attributes:
+        end: The number of bytes of the output up to and with the line end: ``logs(start=line.end)`` continues there.
+    """
+
+    __slots__ = ("end",)
+    end: int
 
 
 class LineSplitter:
     r"""Splits a stream of bytes into lines: at ``\n``, ``\r\n`` and ``\r`` (progress bars).
 
     Bad UTF-8 is replaced. A line that is longer than 64 KiB is cut into several.
+
+    Args:
+        start: The offset in bytes of the first line. If it is not 0, the byte before it has to be fed, too: the offset
+            may be between ``\r`` and ``\n``.
     """
 
-    def __init__(self) -> None:
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        self._pieces: list[str] = []  # of the line that has not ended yet
-        self._length = 0
+    def __init__(self, start: int = 0) -> None:
+        self._line = bytearray()  # what there is of the line that has not ended yet
+        self._offset = max(start - 1, 0)
+        self._has_byte_before = start > 0
         self._after_return = False
 
-    def feed(self, data: bytes) -> list[str]:
+    def feed(self, data: bytes) -> Sequence[LogLine]:
         """Return the lines that `data` completes."""
-        return self._split(self._decode(data))
+        if self._has_byte_before and data:
+            self._has_byte_before, self._after_return = False, data[:1] == b"\r"
+            self._offset += 1
+            data = data[1:]
+        lines: list[LogLine] = []
+        at = 0
+        if data:
+            if self._after_return and data[:1] == b"\n":  # the second half of \r\n
+                at = 1
+            self._after_return = data.endswith(b"\r")
+        for found in _LINE_END.finditer(data, at):
+            end, after = found.span()
+            if self._line or end - at > _LONGEST_LINE:
+                self._line += data[at:end]
+                self._cut(self._offset + end, lines)
+                lines.append(self._take(len(self._line), self._offset + after))
+            else:
+                line = LogLine(data[at:end], "utf-8", "replace")
+                line.end = self._offset + after
+                lines.append(line)
+            at = after
+        self._line += data[at:]
+        self._offset += len(data)
+        self._cut(self._offset, lines)
+        return lines
 
-    def close(self) -> list[str]:
+    def close(self) -> Sequence[LogLine]:
         """Return the last line, if it had no line end."""
-        lines = self._split(self._decode(b"", final=True))
-        if self._pieces:
-            lines.append(self._end_line())
-        return lines
+        return [self._take(len(self._line), self._offset)] if self._line else []
 
-    def _split(self, text: str) -> list[str]:
-        if not text:
-            return []
-        if self._after_return and text[0] == "\n":  # the second half of \r\n
-            text = text[1:]
-            if not text:
-                self._after_return = False
-                return []
-        self._after_return = text[-1] == "\r"
-        *ended, rest = _LINE_END.split(text)
-        lines: list[str] = []
-        for line in ended:
-            self._add(line, lines)
-            lines.append(self._end_line())
-        self._add(rest, lines)
-        return lines
+    def _cut(self, offset: int, lines: list[LogLine]) -> None:
+        """Cut a line that has become too long, and ends at `offset`, between two characters."""
+        while len(self._line) > _LONGEST_LINE:
+            length = _LONGEST_LINE
+            while self._line[length] & 0xC0 == 0x80 and length > _LONGEST_LINE - _LONGEST_CHARACTER:
+                length -= 1
+            lines.append(self._take(length, offset - len(self._line) + length))
 
-    def _add(self, text: str, lines: list[str]) -> None:
-        """Add text to the line that has not ended; cut one that gets too long into several."""
-        while self._length + len(text) > _LONGEST_LINE:
-            room = _LONGEST_LINE - self._length
-            self._pieces.append(text[:room])
-            lines.append(self._end_line())
-            text = text[room:]
-        if text:
-            self._pieces.append(text)
-            self._length += len(text)
-
-    def _end_line(self) -> str:
-        line = "".join(self._pieces)
-        self._pieces.clear()
-        self._length = 0
+    def _take(self, length: int, end: int) -> LogLine:
+        line = LogLine(self._line[:length], "utf-8", "replace")
+        line.end = end
+        del self._line[:length]
         return line
 
 
@@ -96,57 +124,100 @@ def last_lines(path: Path, count: int = 20, limit: int = 16 * 1024) -> tuple[str
     except OSError:
         return ()
     splitter = LineSplitter()
-    lines = splitter.feed(data) + splitter.close()
+    lines = [*splitter.feed(data), *splitter.close()]
     if start > 0 and len(lines) > 1:
         del lines[0]  # its beginning was cut off
-    return tuple(lines[-count:]) if count > 0 else ()
+    return tuple(map(str, lines[-count:])) if count > 0 else ()
 
 
-async def split_lines(chunks: AsyncIterable[bytes]) -> AsyncIterator[str]:
-    """Yield the lines of a stream of bytes; see `LineSplitter`."""
-    splitter = LineSplitter()
-    async for data in chunks:
-        for line in splitter.feed(data):
-            yield line
+def find_tail(path: Path, count: int) -> int:
+    """Return the offset in bytes of the last lines of a file, read from its end. Blocking.
+
+    Args:
+        path: The file; if it does not exist, the result is 0.
+        count: The number of lines.
+    """
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            block = min(_BLOCK, size)
+            while True:
+                begin = file.seek(size - block)
+                ends = deque((0,) if begin == 0 else (), maxlen=count + 1)
+                # The first line may be the rest of one, but its end is an end.
+                splitter = LineSplitter(begin + 1 if begin else 0)
+                for at in range(begin, size, _BLOCK):
+                    ends.extend(line.end for line in splitter.feed(file.read(min(_BLOCK, size - at))))
+                ends.extend(line.end for line in splitter.close())
+                if begin == 0 or len(ends) > count:
+                    return ends[0]
+                block = min(8 * block, size)
+    except OSError:
+        return 0
+
+
+async def split_lines(chunks: AsyncGenerator[bytes, None], start: int = 0) -> AsyncGenerator[LogLine, None]:
+    """Yield the lines of a stream of bytes; see `LineSplitter`.
+
+    Args:
+        chunks: The bytes; closed at the end.
+        start: The offset of the first line. If it is not 0, `chunks` begins one byte before it.
+    """
+    splitter = LineSplitter(start)
+    async with aclosing(chunks):
+        async for data in chunks:
+            for line in splitter.feed(data):
+                yield line
     for line in splitter.close():
         yield line
 
 
-def follow_file(path: Path, ended: Callable[[], Awaitable[object]] | None = None) -> AsyncIterator[str]:
+def follow_file(path: Path, ended: Callable[[], Awaitable[object]] | None = None) -> AsyncGenerator[LogLine, None]:
     """Yield the lines of a growing file; see `follow_bytes`."""
     return split_lines(follow_bytes(path, ended))
 
 
-async def follow_bytes(path: Path, ended: Callable[[], Awaitable[object]] | None = None) -> AsyncIterator[bytes]:
-    """Yield the bytes of a growing file from its beginning, until nothing more will come.
+async def follow_bytes(
+    path: Path, ended: Callable[[], Awaitable[object]] | None = None, *, start: int = 0
+) -> AsyncGenerator[bytes, None]:
+    """Yield the bytes of a growing file, until nothing more will come.
 
-    Nothing is held open between two reads, so a follower may be dropped at any time.
+    The file is not held open between two reads.
 
     Args:
         path: The file; it need not exist yet.
         ended: A function that returns when the writer has ended, at once if it has already: ``event.wait``,
-            ``process.wait``. It is awaited over and over and cancelled each time. None: yield what is there.
+            ``process.wait``. It is called once, and cancelled if the iteration ends before. None: yield what is there.
+        start: The offset of the first byte.
+
+    Raises:
+        Exception: The error of `ended`.
     """
-    offset = 0
+    offset = start
     pause = _SHORTEST_PAUSE
-    has_ended = ended is None
-    end: int | None = None  # where the file ended when its writer had
-    while True:
-        if has_ended and end is None:
-            end = await FILES.run(lambda: _size(path))
-        data = await FILES.run(partial(_read, path, offset))
-        offset += len(data)
-        if data:
-            yield data
-        if data and (end is None or offset < end):
-            pause = _SHORTEST_PAUSE
-        elif has_ended or ended is None:
-            break
-        else:
-            with anyio.move_on_after(pause):
-                await ended()
-                has_ended = True
-            pause = min(pause * 2, _LONGEST_PAUSE)
+    end: int | None = None if ended else await FILES.run(partial(_size, path))  # of the file when its writer had ended
+    ending: asyncio.Future[object] | None = None
+    try:
+        while True:
+            data = await FILES.run(partial(_read, path, offset))
+            offset += len(data)
+            if data:
+                yield data
+            if data and (end is None or offset < end):
+                pause = _SHORTEST_PAUSE
+            elif end is not None or ended is None:
+                break
+            else:
+                ending = ending or asyncio.ensure_future(ended())
+                await asyncio.wait([ending], timeout=pause)
+                if ending.done():
+                    ending.result()
+                    end = await FILES.run(partial(_size, path))
+                pause = min(pause * 2, _LONGEST_PAUSE)
+    finally:
+        if ending is not None:
+            ending.cancel()
+            await wait_done(ending)
 
 
 def _size(path: Path) -> int:

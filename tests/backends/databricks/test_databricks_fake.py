@@ -26,8 +26,7 @@ from components.git_repository import git, make_repository
 from components.projects import write_project
 from fakes.databricks import FakeRun, FakeWorkspace, not_found, unknown_value
 from fakes.flaky_proxy import Answer, Forward, Request
-from mlfleet import Fleet
-from mlfleet._control import cancel_run, wait_for
+from mlfleet import Fleet, TrackedRun
 from mlfleet._engine.records import RunRecord, RunRecords
 from mlfleet.backends.databricks import DatabricksBackend
 from mlfleet.backends.databricks.request import ROOT
@@ -35,7 +34,6 @@ from mlfleet.backends.databricks.states import read_state
 from mlfleet.errors import RunLost, SpecError, SubmitError
 from mlfleet.runs import FailureKind, JobRef, RunStatus
 from mlfleet.testing import FakeTracking
-from mlfleet.tracking import RunInfo
 
 # ---- how runs end
 
@@ -487,16 +485,19 @@ async def test_a_fleet_attaches_by_the_id_that_the_first_one_logged(workspace: F
     assert workspace.count("runs/list") == 0
 
 
-@pytest.mark.parametrize("work", [wait_for, cancel_run])
+@pytest.mark.parametrize("work", [TrackedRun.wait, TrackedRun.cancel])
 async def test_a_run_whose_driver_died_is_concluded_with_its_own_end(
-    workspace: FakeWorkspace, make_job: JobMaker, work: Callable[[Fleet, str], Awaitable[RunInfo]]
+    workspace: FakeWorkspace, make_job: JobMaker, work: Callable[[TrackedRun], Awaitable[object]]
 ) -> None:
     workspace.on_submit = lambda run: run.set_state("INTERNAL_ERROR", "FAILED")
     reference, tracking = await left_by_dead_driver(make_job, submit=True)
     async with DatabricksBackend(timing=QUICK) as backend:
         assert await (await backend.attach(reference)).get_status() is RunStatus.FAILED
     async with Fleet(tracking=tracking) as fleet:
-        assert (await work(fleet, reference.run_id)).status is RunStatus.FAILED
+        run = await fleet.get(reference.run_id)
+        assert isinstance(run, TrackedRun)
+        await work(run)
+        assert run.info.status is RunStatus.FAILED
 
 
 @pytest.mark.slow
@@ -510,9 +511,10 @@ async def test_the_secret_of_a_run_that_was_never_submitted_goes_with_it(
     await dead.add(RunRecord(run_id=reference.run_id, backend="databricks", project="demo", tracking=""))
     await dead.close()
     async with Fleet(tracking=tracking) as fleet:
-        info = await wait_for(fleet, reference.run_id)
-    assert info.status is RunStatus.FAILED
-    assert "has no run of the MLflow run" in info.tags["mlfleet.reason"]
+        run = await fleet.get(reference.run_id)
+        assert await run.wait() is False
+    assert run.info.status is RunStatus.FAILED
+    assert "has no run of the MLflow run" in run.info.tags["mlfleet.reason"]
     assert place not in workspace.secrets
 
 

@@ -18,13 +18,12 @@ import pytest
 import mlfleet
 from components.docker import DockerEngine
 from components.projects import write_project
-from mlfleet import Fleet, FleetRun, RunStatus, Timeouts
-from mlfleet._control import cancel_run, wait_for
+from mlfleet import Fleet, FleetRun, RunStatus, Timeouts, TrackedRun
 from mlfleet.backends.docker import DockerBackend
 from mlfleet.errors import ExecutionException, RunLost, UsageError
 from mlfleet.fleet import context_of
 from mlfleet.testing import FakeTracking
-from mlfleet.tracking import RunInfo, open_tracking
+from mlfleet.tracking import open_tracking
 
 pytestmark = pytest.mark.timeout(120)  # processes that import mlflow, and containers, on a busy machine
 
@@ -174,13 +173,13 @@ async def test_an_attached_run_can_be_cancelled(
         assert (await tracking.get_run(run_id)).status is RunStatus.KILLED
 
 
-@pytest.mark.parametrize("work", [cancel_run, wait_for])
+@pytest.mark.parametrize("work", [TrackedRun.cancel, TrackedRun.wait])
 async def test_a_container_that_ended_without_its_driver_keeps_its_end(
     docker_engine: DockerEngine,
     shell_image: str,
     new_store: Callable[[Path], str],
     tmp_path: Path,
-    work: Callable[[Fleet, str], Awaitable[RunInfo]],
+    work: Callable[[TrackedRun], Awaitable[object]],
 ) -> None:
     store = new_store(tmp_path / "mlflow.db")
     uri = docker_project(tmp_path / "demo", shell_image, "echo one; sleep 2; exit 3")
@@ -189,8 +188,10 @@ async def test_a_container_that_ended_without_its_driver_keeps_its_end(
         await process.wait()
     await anyio.to_thread.run_sync(docker_engine.call, "POST", f"/containers/mlfleet-{run_id}/wait")
     async with Fleet(tracking_uri=store) as fleet:
-        info = await work(fleet, run_id)
-    assert (info.status, info.tags["mlfleet.reason"]) == (RunStatus.FAILED, "exit code 3")
+        run = await fleet.get(run_id)
+        assert isinstance(run, TrackedRun)
+        await work(run)
+    assert (run.info.status, run.info.tags["mlfleet.reason"]) == (RunStatus.FAILED, "exit code 3")
     assert await containers(docker_engine, run_id) == []
 
 

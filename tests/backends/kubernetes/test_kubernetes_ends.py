@@ -18,7 +18,6 @@ from components.fake_kubernetes import FakeCluster
 from fakes.kubernetes_node import Acting
 from mlfleet import Fleet
 from mlfleet._cli.run import RunCommand, _say_end
-from mlfleet._control import cancel_run
 from mlfleet._engine.request import RunRequest
 from mlfleet.backends.base import Presence
 from mlfleet.backends.kubernetes import KubernetesBackend
@@ -146,7 +145,7 @@ async def test_cancelling_the_run_of_another_process_fails_while_its_node_does_n
         fake_cluster.node.answers = False
         context_of(other)._backends["kubernetes"] = KubernetesBackend(end_patience=0.1)
         with pytest.raises(RunLost, match="may still run"):
-            await cancel_run(other, run.run_id, grace=0)
+            await (await other.get(run.run_id)).cancel(grace=0)
         assert tracking.runs[run.run_id].status is RunStatus.RUNNING
         fake_cluster.node.answer()
         assert (await run.outcome()).reason == f"the Job demo-{run.run_id} was deleted from outside"

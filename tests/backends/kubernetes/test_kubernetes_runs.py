@@ -18,8 +18,7 @@ from components.fake_kubernetes import FakeCluster
 from components.projects import write_project
 from fakes.kubernetes import ApiFailure
 from fakes.kubernetes_node import Acting
-from mlfleet import Fleet
-from mlfleet._control import cancel_run, wait_for
+from mlfleet import Fleet, TrackedRun
 from mlfleet._engine.conclude import Driver, judge
 from mlfleet.backends.kubernetes import KubernetesBackend
 from mlfleet.backends.kubernetes.client import KubernetesClient
@@ -32,7 +31,6 @@ from mlfleet.fleet import context_of
 from mlfleet.resources import Resources
 from mlfleet.runs import FailureKind, JobRef, RunStatus
 from mlfleet.testing import FakeTracking
-from mlfleet.tracking import RunInfo
 
 FOREVER = Acting(seconds=600, output=(b"begun\n",))
 
@@ -389,15 +387,19 @@ async def test_run_is_abandoned_once_its_job_and_its_driver_have_ended(fake_clus
         assert await backend.is_abandoned(dead) is True, "its Job is gone"
 
 
-@pytest.mark.parametrize(("owner", "work"), [("gone", wait_for), ("gone", cancel_run), ("elsewhere", cancel_run)])
+@pytest.mark.parametrize(
+    ("owner", "work"), [("gone", TrackedRun.wait), ("gone", TrackedRun.cancel), ("elsewhere", TrackedRun.cancel)]
+)
 async def test_a_job_whose_driver_does_not_write_its_end_is_concluded_with_it(
-    fake_cluster: FakeCluster, owner: str, work: Callable[[Fleet, str], Awaitable[RunInfo]]
+    fake_cluster: FakeCluster, owner: str, work: Callable[[TrackedRun], Awaitable[object]]
 ) -> None:
     fake_cluster.play = lambda pod: Acting(code=5)
     reference, tracking = await submitted_by_another(fake_cluster, owner)
     async with Fleet(tracking=tracking) as fleet:
-        info = await work(fleet, reference.run_id)
-    assert (info.status, info.tags["mlfleet.reason"]) == (RunStatus.FAILED, "exit code 5")
+        run = await fleet.get(reference.run_id)
+        assert isinstance(run, TrackedRun)
+        await work(run)
+    assert (run.info.status, run.info.tags["mlfleet.reason"]) == (RunStatus.FAILED, "exit code 5")
 
 
 async def test_the_end_of_a_job_of_another_machine_is_written_by_one_that_waits_long_enough(
@@ -406,12 +408,13 @@ async def test_the_end_of_a_job_of_another_machine_is_written_by_one_that_waits_
     fake_cluster.play = lambda pod: Acting(code=0)
     reference, tracking = await submitted_by_another(fake_cluster, "elsewhere")
     async with Fleet(tracking=tracking) as fleet:
-        info = await wait_for(fleet, reference.run_id, unseen_patience=0)
-    assert info.status is RunStatus.FINISHED
+        context_of(fleet).unseen_patience = 0
+        run = await fleet.get(reference.run_id)
+        assert await run.wait() is True
     # A Job that is not there may be one that its driver is about to make.
     fake_cluster.api.objects.clear()
     async with Fleet(tracking=tracking) as fleet:
-        verdict = await judge(context_of(fleet), replace(info, status=RunStatus.RUNNING))
+        verdict = await judge(context_of(fleet), replace(run.info, status=RunStatus.RUNNING))
     assert (verdict.driver, verdict.ended) == (Driver.UNSEEN, False)
 
 
@@ -566,7 +569,7 @@ async def test_output_is_not_repeated_after_a_broken_connection(fake_cluster: Fa
             if line.endswith(("3", "7")):
                 api.drop_streams()
             assert await anext(followed) == line
-        await followed.aclose()  # type: ignore[attr-defined]
+        await followed.aclose()
         await run.cancel()
         assert [line async for line in run.logs()] == ["begun", *wanted]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable
+from abc import abstractmethod
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -16,7 +16,8 @@ from mlfleet._concurrency.cancellation import wait_done
 from mlfleet._concurrency.grace import StopRequest
 from mlfleet._concurrency.tasks import TaskOwner
 from mlfleet._concurrency.threads import FILES
-from mlfleet._text.lines import follow_bytes, last_lines, split_lines
+from mlfleet._text.lines import last_lines
+from mlfleet.backends._output import FileOutput
 from mlfleet.errors import BackendError, MlfleetError, RunLost
 from mlfleet.runs import DEFAULT_CANCEL_GRACE, Outcome, RunStatus
 
@@ -96,7 +97,7 @@ class AwaitedRun:
         return self._outcome
 
 
-class SupervisedRun(AwaitedRun, ABC):
+class SupervisedRun(AwaitedRun, FileOutput):
     """The handle of a run that one task supervises: the backend starts `supervise` once and owns the task.
 
     Args:
@@ -146,21 +147,11 @@ class SupervisedRun(AwaitedRun, ABC):
         self._begin_stop(grace)
         await self._done.wait()
 
-    def logs(self, *, follow: bool = True) -> AsyncIterator[str]:
-        """Yield the lines of the output; none if it goes to the output of this process."""
-        return split_lines(self.output_bytes(follow=follow))
+    def _output_file(self) -> Path | None:
+        return self._output
 
-    async def output_bytes(self, *, follow: bool = True) -> AsyncIterator[bytes]:
-        """Yield the output byte for byte; nothing if it goes to the output of this process."""
-        if self._output is None:
-            return
-        if not follow:
-            await self._catch_up()
-        async for data in follow_bytes(self._output, self._done.wait if follow else None):
-            yield data
-
-    async def _catch_up(self) -> None:
-        """Wait until the output that an earlier process has not copied yet is in the file, up to now."""
+    async def _output_ended(self) -> object:
+        return await self._done.wait()
 
     # ---- its task ---------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -122,14 +122,13 @@ class DatabricksRun(SupervisedRun):
         state = self._state.value
         return RunStatus.SCHEDULED if state is None or state.phase is Phase.WAITING else RunStatus.RUNNING
 
-    async def output_bytes(self, *, follow: bool = True) -> AsyncIterator[bytes]:
-        """Yield the output byte for byte; nothing if it goes to the output of this process."""
-        if follow:
-            self._followed.set()
-        elif self._outcome is None and self._output is not None:
+    async def _output_ended(self) -> object:
+        self._followed.set()  # its output is copied only if somebody reads it
+        return await super()._output_ended()
+
+    async def _catch_up(self) -> None:
+        if self._outcome is None and self._output is not None:
             await self._copy.copy_new_parts()
-        async for data in super().output_bytes(follow=follow):
-            yield data
 
     # ---- its task ---------------------------------------------------------------------------------------------------
 

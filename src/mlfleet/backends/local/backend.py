@@ -8,7 +8,7 @@ import fcntl
 import os
 import shutil
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -18,14 +18,15 @@ from typing import ClassVar, Self
 
 import anyio
 
-from mlfleet._concurrency.cancellation import complete, wait_done
+from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.threads import FILES
 from mlfleet._paths import run_folder as folder_of
 from mlfleet._process.guardian import MARKER_VARIABLE, RUN_VARIABLE
 from mlfleet._process.marked import end_marked, find_marked
 from mlfleet._process.process import Command, Process, start
 from mlfleet._process.reattach import ReattachedProcess
-from mlfleet._text.lines import follow_bytes, last_lines, split_lines
+from mlfleet._text.lines import last_lines
+from mlfleet.backends._output import FileOutput
 from mlfleet.backends.base import DRIVER_DIED, Backend, BackendRun, Job, ListedRun, Presence
 from mlfleet.backends.local import run_folder
 from mlfleet.errors import BackendError, RunLost, SubmitError
@@ -169,7 +170,7 @@ class LocalBackend(Backend[None]):
         process.add_done_callback(partial(self._runs.discard, run))
 
 
-class _LocalRun:
+class _LocalRun(FileOutput):
     """The handle of a run.
 
     Args:
@@ -242,17 +243,14 @@ class _LocalRun:
     async def get_status(self) -> RunStatus:
         return RunStatus.RUNNING if self._process.returncode is None else (await self.outcome()).status
 
-    def logs(self, *, follow: bool = True) -> AsyncIterator[str]:
-        return split_lines(self.output_bytes(follow=follow))
+    def _output_file(self) -> Path | None:
+        return self._output
 
-    async def output_bytes(self, *, follow: bool = True) -> AsyncIterator[bytes]:
-        if self._output is None:
-            return
-        async for data in follow_bytes(self._output, self._process.wait if follow else None):
-            yield data
+    async def _output_ended(self) -> object:
+        return await self._process.wait()
 
 
-class _LeftRun:
+class _LeftRun(FileOutput):
     """The handle of the processes of another driver's run. Nobody learns their exit codes here."""
 
     def __init__(self, run_id: str, grace: float) -> None:
@@ -278,19 +276,11 @@ class _LeftRun:
     async def get_status(self) -> RunStatus:
         return RunStatus.RUNNING if await find_marked(self.run_id) else self._outcome().status
 
-    def logs(self, *, follow: bool = True) -> AsyncIterator[str]:
-        return split_lines(self.output_bytes(follow=follow))
+    def _output_file(self) -> Path | None:
+        return folder_of(self.run_id) / "output.log"
 
-    async def output_bytes(self, *, follow: bool = True) -> AsyncIterator[bytes]:
-        path = folder_of(self.run_id) / "output.log"
-        # A task of its own: `follow_bytes` cancels what it waits for again and again, and a look takes a while.
-        ending = asyncio.ensure_future(self.outcome())
-        try:
-            async for data in follow_bytes(path, partial(asyncio.wait, [ending]) if follow else None):
-                yield data
-        finally:
-            ending.cancel()
-            await wait_done(ending)
+    async def _output_ended(self) -> object:
+        return await self.outcome()
 
     def _outcome(self) -> Outcome:
         if self._stopped:

@@ -1,0 +1,355 @@
+"""The handle of a run that this Fleet does not supervise: another process does, did, or the run has ended."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import anyio
+
+from mlfleet._concurrency.cancellation import complete
+from mlfleet._concurrency.threads import FILES
+from mlfleet._engine.attach import read_reference
+from mlfleet._engine.conclude import Driver, Verdict, conclude, find_processes, judge
+from mlfleet._engine.records import RunRecord, find_record
+from mlfleet._paths import run_folder
+from mlfleet._text.lines import LogLine
+from mlfleet.backends._output import FileOutput, find_start, read_bytes, read_lines
+from mlfleet.backends.base import BackendRun
+from mlfleet.errors import BackendError, MlfleetError, RunLost, UsageError
+from mlfleet.runs import JobRef, Outcome, RunStatus
+from mlfleet.tracking.base import RunInfo, end_run, failure_tags
+
+if TYPE_CHECKING:
+    from mlfleet._engine.context import RunContext
+
+__all__ = ["DRIVER_PATIENCE", "SHORTEST_PAUSE", "TrackedRun", "Watch", "tracked_output"]
+
+SHORTEST_PAUSE, _LONGEST_PAUSE = 0.2, 2.0  # seconds between two looks
+_PAUSE_ELSEWHERE = 5.0  # seconds between two looks at a run whose driver cannot be seen
+DRIVER_PATIENCE = 5.0  # seconds in which a driver must write the end of a run, or see that its sweep was cancelled
+
+
+class TrackedRun:
+    """The handle of a run that is known by its MLflow id. It satisfies `SubmittedRun`.
+
+    `mlfleet.get` and `Fleet.get` return it for runs that another process supervises, or nobody any more, and for those
+    that have ended. It holds nothing and starts nothing in the background. If the process that should write the status
+    of the run is gone, the methods write it when the run is over, and so may wait for tracking.
+    """
+
+    __slots__ = ("_context", "_info")
+
+    def __init__(self, context: RunContext, info: RunInfo) -> None:
+        self._context = context
+        self._info = info
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.run_id} {self._info.status}>"
+
+    @property
+    def run_id(self) -> str:
+        """The id of the MLflow run."""
+        return self._info.run_id
+
+    @property
+    def info(self) -> RunInfo:
+        """The MLflow run as it was when a method of this handle asked for it last, with its tags."""
+        return self._info
+
+    async def get_status(self) -> RunStatus:
+        """Return the status that the run has in MLflow now.
+
+        Raises:
+            MlfleetError: Tracking or the backend cannot be reached.
+        """
+        await self._look()
+        return self._info.status
+
+    async def wait(self) -> bool:
+        """Wait until the run has ended and its status is written. Return True if it finished well.
+
+        Any number of tasks may wait. A cancelled call leaves the run as it is.
+
+        Raises:
+            UsageError: The run is a sweep with a name that no process drives any more.
+            MlfleetError: Tracking or the backend cannot be reached.
+        """
+        while (verdict := await self._ended()) is not None:
+            await conclude(self._context, self._info, verdict)
+        return self._info.status is RunStatus.FINISHED
+
+    async def cancel(self, *, grace: float | None = None) -> None:
+        """End the run. Return once nothing of it runs any more and its status is written (KILLED).
+
+        The process that supervises the run, if it lives, sees a cancelled run. A run that has ended keeps its status.
+        For a sweep all of its runs are ended. A cancelled call raises when that is done.
+
+        Args:
+            grace: Seconds between the request to stop and the end by force; None: the grace that the run was submitted
+                with.
+
+        Raises:
+            UsageError: The command of a run of this machine has not begun.
+            BackendError: The run is not where it should be, or its end was not confirmed.
+            ExceptionGroup: The run is a sweep, and some of its runs could not be cancelled.
+            MlfleetError: Tracking cannot be reached.
+        """
+        await complete(partial(self._cancel, grace))
+
+    async def logs(
+        self, *, follow: bool = True, tail: int | None = None, start: int = 0
+    ) -> AsyncGenerator[LogLine, None]:
+        """Read the lines of the run's output.
+
+        Args:
+            follow: Go on until the run has ended; False gives what there is now.
+            tail: The largest number of lines from before this call: older ones are left out. None: no limit.
+            start: The offset in bytes to begin at. `LogLine.end` of the last line that was read continues there, also
+                with another handle in another process.
+
+        Raises:
+            UsageError: The output is not kept on this machine, or an argument is negative.
+            MlfleetError: Tracking or the backend cannot be reached.
+        """
+        async with (
+            self._output(follow=follow) as handle,
+            aclosing(read_lines(handle, follow=follow, tail=tail, start=start)) as lines,
+        ):
+            async for line in lines:
+                yield line
+
+    # ---- looking ----------------------------------------------------------------------------------------------------
+
+    async def _refresh(self) -> RunInfo:
+        self._info = await self._context.tracking.get_run(self.run_id)
+        return self._info
+
+    async def _look(self) -> Driver:
+        """Refresh the MLflow run, and write its status if its driver is gone and it is over.
+
+        Returns:
+            The state of the driver; UNSEEN if the run has ended.
+        """
+        info = await self._refresh()
+        if info.status.is_terminal:
+            return Driver.UNSEEN
+        verdict = await judge(self._context, info, elsewhere=False)
+        if verdict.is_left:
+            await conclude(self._context, info, verdict)
+            await self._refresh()
+        return verdict.driver
+
+    async def _ended(self) -> Verdict | None:
+        """Wait until the run is over.
+
+        Returns:
+            How the run has to be concluded here; None if its status is written.
+        """
+        pause, watch = SHORTEST_PAUSE, self._watch()
+        while not (await self._refresh()).status.is_terminal:
+            if (verdict := await watch.look(self._info)) is not None:
+                return verdict
+            await anyio.sleep(pause)
+            pause = min(pause * 1.5, _LONGEST_PAUSE)
+        return None
+
+    def _watch(self) -> Watch:
+        return _RunWatch(self._context)
+
+    # ---- output -----------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _output(self, *, follow: bool) -> AsyncIterator[BackendRun | FileOutput]:
+        """Return a handle to read the output from. Leaving the context writes the status if that is left to do."""
+        info = await self._refresh()
+        reference = read_reference(info) if JobRef.TAG in info.tags else None
+        handle = None if reference is None or info.status.is_terminal else await self._attach(reference)
+        if handle is None:
+            kept = _KeptOutput(run_folder(self.run_id) / "output.log", self)
+            record = await FILES.run(partial(find_record, self.run_id))
+            is_expected = (follow and reference is not None) or (record is not None and record.captured)
+            if not is_expected and not await FILES.run(kept.path.exists):
+                raise UsageError(
+                    f"the output of the run {self.run_id} is not kept on this machine ({kept.path}). A run that "
+                    "`mlfleet run` prints keeps none; --log-output stores it with MLflow"
+                )
+            yield kept
+            if not info.status.is_terminal:
+                await self._look()
+            return
+        is_mine = await self._take_over()
+        yield handle
+        if follow or (await handle.get_status()).is_terminal:
+            outcome = await handle.outcome()
+            is_mine = is_mine or await self._take_over()  # its driver may have died meanwhile
+            await self._settle(outcome, patience=0 if is_mine else DRIVER_PATIENCE)
+
+    async def _attach(self, reference: JobRef) -> BackendRun | None:
+        """Return the backend's handle of a run elsewhere; None if the output of the run is on this machine."""
+        backend = await self._context.backend(reference.backend)
+        if backend.runs_here:
+            return None
+        try:
+            return await backend.attach(reference)
+        except RunLost:
+            await self._look()
+            if not self._info.status.is_terminal:
+                raise
+            return None
+
+    async def _take_over(self) -> bool:
+        """Take over the record of a run whose driver is gone: at the end of the run its backend may have nothing of it.
+
+        Returns:
+            True if this process must write the status.
+        """
+        record = await FILES.run(partial(find_record, self.run_id))
+        if record is None or await FILES.run(record.driver_lives) is not False:
+            return False
+        await self._context.records.add(record)
+        return True
+
+    async def _settle(self, outcome: Outcome, *, patience: float = DRIVER_PATIENCE) -> None:
+        """Write the status of a run whose end was seen here, unless its own process does; backends forget ends."""
+        context = self._context
+        context.records.end(self.run_id, outcome)
+        for _ in range(int(patience / SHORTEST_PAUSE)):
+            if (await self._refresh()).status.is_terminal:
+                return
+            await anyio.sleep(SHORTEST_PAUSE)
+        _, secret = await context.tracking.environ()
+        tags = failure_tags(outcome, secret.values())
+        self._info = await end_run(
+            context.tracking, self.run_id, outcome.status, patience=context.tracking_patience, tags=tags
+        )
+        context.records.remove(self.run_id)
+
+    # ---- cancelling -------------------------------------------------------------------------------------------------
+
+    async def _cancel(self, grace: float | None) -> None:
+        context, info = self._context, await self._refresh()
+        if info.status.is_terminal:
+            return
+        verdict = await judge(context, info, elsewhere=False)
+        if verdict.is_left:
+            await conclude(context, info, verdict)
+        elif JobRef.TAG not in info.tags and verdict.driver is Driver.GONE:
+            await (await context.attach(self.run_id)).cancel(grace=grace)  # the processes that its driver has left
+        elif JobRef.TAG not in info.tags and (processes := await self._find_processes()) is not None:
+            await self._end(processes, grace)
+        else:
+            await self._cancel_elsewhere(read_reference(info), grace)
+        await self._refresh()
+
+    async def _cancel_elsewhere(self, reference: JobRef, grace: float | None) -> None:
+        backend = await self._context.backend(reference.backend)
+        if await backend.withdraw(reference):
+            await self._context.tracking.update_run(self.run_id, RunStatus.KILLED)
+            return
+        handle = await backend.attach(reference)
+        if (await handle.get_status()).is_terminal:
+            await self._settle(await handle.outcome())
+        else:
+            await self._end(handle, grace)
+
+    async def _find_processes(self) -> BackendRun | None:
+        """Return the handle of the processes of a run that another process of this machine supervises.
+
+        Returns:
+            None if its backend cannot find them.
+
+        Raises:
+            UsageError: Its command has not begun.
+        """
+        record: RunRecord | None = await FILES.run(partial(find_record, self.run_id))
+        if record is None:
+            return None
+        try:
+            return await find_processes(self._context, record)
+        except RunLost:
+            pid = record.driver.partition("-")[0]
+            raise UsageError(
+                f"the command of the run {self.run_id} has not begun: try again when it has, or end the process that"
+                f" prepares it ({pid})"
+            ) from None
+
+    async def _end(self, handle: BackendRun, grace: float | None) -> None:
+        """Write KILLED first, so that the run's own process, if it lives, takes it for cancelled and not for failed.
+
+        Raises:
+            RunLost: The end of the run was not confirmed: it may still run.
+        """
+        tracking, before = self._context.tracking, self._info.status
+        await tracking.update_run(self.run_id, RunStatus.KILLED)
+        try:
+            await handle.cancel(grace=grace)
+            outcome = await handle.outcome()
+            if isinstance(outcome.error, BackendError):
+                raise outcome.error
+        except MlfleetError:
+            await tracking.update_run(self.run_id, before)
+            raise
+        if outcome.status is not RunStatus.KILLED:
+            # It had ended by itself, a moment before it was to be ended.
+            if tags := failure_tags(outcome):
+                await tracking.log(self.run_id, tags=tags)
+            await tracking.update_run(self.run_id, outcome.status)
+
+
+async def tracked_output(run: TrackedRun, *, follow: bool, tail: int | None = None) -> AsyncGenerator[bytes, None]:
+    """Yield the output of a run byte for byte; see `TrackedRun.logs`."""
+    async with run._output(follow=follow) as handle:
+        start = await find_start(handle, tail=tail, start=0)
+        async with aclosing(read_bytes(handle, follow=follow, start=start)) as chunks:
+            async for data in chunks:
+                yield data
+
+
+class _KeptOutput(FileOutput):
+    """The output of a run in its folder on this machine."""
+
+    def __init__(self, path: Path, run: TrackedRun) -> None:
+        self.path = path
+        self._run = run
+
+    def _output_file(self) -> Path | None:
+        return self.path
+
+    async def _output_ended(self) -> object:
+        return await self._run._ended()
+
+
+class Watch(Protocol):
+    """Looks again and again at one run that has no terminal status, to see when it has to be concluded here."""
+
+    async def look(self, info: RunInfo) -> Verdict | None:
+        """Return how to conclude the run if it is over and nobody else writes its status, else None."""
+
+
+class _RunWatch:
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+        self._seen = 0
+        self._since: float | None = None
+        self._next = 0.0
+
+    async def look(self, info: RunInfo) -> Verdict | None:
+        now = anyio.current_time()
+        if now < self._next:
+            return None
+        verdict = await judge(self._context, info)
+        if verdict.driver is Driver.UNSEEN:
+            self._next = now + _PAUSE_ELSEWHERE
+            is_left, looks, patience = verdict.ended, 1, self._context.unseen_patience
+        else:
+            # Look twice: a process that has reattached to the run may be about to write its status. One that has
+            # removed its container after the end gets more time.
+            is_left, looks, patience = verdict.is_left, 2, 2 * DRIVER_PATIENCE if verdict.is_missing else 0.0
+        self._seen = self._seen + 1 if is_left else 0
+        self._since = None if self._seen == 0 else now if self._since is None else self._since
+        is_due = self._since is not None and self._seen >= looks and now - self._since >= patience
+        return verdict if is_due else None

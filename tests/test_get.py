@@ -1,0 +1,156 @@
+"""Runs by their MLflow id: the handles of `mlfleet.get` and `Fleet.get`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+
+from components.projects import write_project
+from mlfleet import Fleet, FleetRun, RunOptions, RunStatus, SubmittedRun, TrackedRun, TrackingError, UsageError, grid
+from mlfleet.testing import FakeTracking
+
+LOCAL: RunOptions = {"env_manager": "local"}
+
+
+@pytest.fixture
+def tracking() -> FakeTracking:
+    return FakeTracking()
+
+
+@pytest.fixture
+async def fleet(tracking: FakeTracking) -> AsyncIterator[Fleet]:
+    """The Fleet that submits."""
+    async with Fleet(tracking=tracking, on_exit="cancel") as fleet:
+        yield fleet
+
+
+@pytest.fixture
+async def other(tracking: FakeTracking) -> AsyncIterator[Fleet]:
+    """Another Fleet, as that of another worker."""
+    async with Fleet(tracking=tracking) as fleet:
+        yield fleet
+
+
+def patient(folder: Path) -> str:
+    return write_project(folder / "demo", "seq 5; while [ ! -e ../go ]; do sleep 0.02; done; echo done")
+
+
+async def tracked(fleet: Fleet, run_id: str) -> TrackedRun:
+    run = await fleet.get(run_id)
+    assert isinstance(run, TrackedRun)
+    assert isinstance(run, SubmittedRun)
+    return run
+
+
+async def test_a_run_is_found_by_any_fleet_while_it_lives_and_after_its_end(
+    fleet: Fleet, other: Fleet, tmp_path: Path
+) -> None:
+    run = await fleet.submit(patient(tmp_path), **LOCAL)
+    assert await fleet.get(run.run_id) is run
+    seen = await tracked(other, run.run_id)
+    lines: list[str] = []
+    async for line in seen.logs():
+        lines.append(line)
+        if line == "5":
+            assert await seen.get_status() is RunStatus.RUNNING
+            (tmp_path / "go").touch()
+    assert lines == ["1", "2", "3", "4", "5", "done"]
+    assert await seen.wait() is True
+    again = await tracked(fleet, run.run_id)
+    assert await again.get_status() is RunStatus.FINISHED
+    await again.cancel()
+    assert await again.wait() is True
+    assert [line async for line in again.logs(tail=2)] == ["5", "done"]
+
+
+async def test_a_run_of_another_fleet_is_cancelled(fleet: Fleet, other: Fleet, tmp_path: Path) -> None:
+    run = await fleet.submit(patient(tmp_path), **LOCAL)
+    await anext(run.logs())
+    seen = await tracked(other, run.run_id)
+    await seen.cancel(grace=0.1)
+    assert seen.info.status is RunStatus.KILLED
+    assert (await run.outcome()).status is RunStatus.KILLED
+
+
+async def test_a_run_that_does_not_exist_is_an_error(fleet: Fleet) -> None:
+    with pytest.raises(TrackingError, match="there is no run"):
+        await fleet.get("0" * 32)
+
+
+async def test_a_closed_fleet_gets_no_runs(tracking: FakeTracking) -> None:
+    async with Fleet(tracking=tracking) as fleet:
+        pass
+    with pytest.raises(UsageError, match="this Fleet is not open"):
+        await fleet.get("0" * 32)
+
+
+async def test_a_sweep_is_cancelled_by_its_id_with_its_runs(
+    fleet: Fleet, other: Fleet, tracking: FakeTracking, tmp_path: Path
+) -> None:
+    uri = write_project(tmp_path / "demo", "echo {n}; sleep 600", parameters="n: string")
+    async with fleet.sweep(uri, grid(n=[0, 1, 2]), max_concurrent=1, **LOCAL) as sweep:
+        while not sweep.runs:  # noqa: ASYNC110 - there is no event for it
+            await asyncio.sleep(0.01)
+        await anext(sweep.runs[0].logs())
+        seen = await tracked(other, sweep.run_id)
+        assert await seen.get_status() is RunStatus.RUNNING
+        await seen.cancel(grace=0.1)
+        await sweep.result()
+    assert {run.status for run in tracking.runs.values()} == {RunStatus.KILLED}
+    assert await seen.wait() is False
+
+
+# ---- output ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_stream_of_lines_is_resumed_where_it_broke_off(fleet: Fleet, other: Fleet, tmp_path: Path) -> None:
+    """As a service does with the Last-Event-ID of a client."""
+    run = await fleet.submit(patient(tmp_path), **LOCAL)
+    handles: list[FleetRun | TrackedRun] = [run, await tracked(other, run.run_id)]
+    for handle in handles:
+        async with aclosing(handle.logs()) as lines:
+            seen = [await anext(lines) for _ in range(3)]
+        assert seen == ["1", "2", "3"]
+        assert [line async for line in handle.logs(start=seen[-1].end, follow=False)] == ["4", "5"]
+        assert [line async for line in handle.logs(start=seen[-1].end, tail=1, follow=False)] == ["5"]
+        assert [line async for line in handle.logs(tail=0, follow=False)] == []
+    followed = asyncio.create_task(collect(handles[1], tail=1))
+    (tmp_path / "go").touch()
+    assert await followed == ["5", "done"]
+    assert [line async for line in run.logs(start=10_000)] == []
+
+
+async def collect(run: FleetRun | TrackedRun, *, tail: int) -> list[str]:
+    return [line async for line in run.logs(tail=tail)]
+
+
+@pytest.mark.parametrize(("tail", "start"), [(-1, 0), (None, -1)])
+async def test_a_negative_place_is_an_error(fleet: Fleet, tmp_path: Path, tail: int | None, start: int) -> None:
+    run = await fleet.submit(write_project(tmp_path / "demo", "true"), **LOCAL)
+    await run.wait()
+    for handle in (run, await fleet.get(run.run_id)):
+        with pytest.raises(UsageError, match="is -1: give 0 or more"):
+            await anext(handle.logs(tail=tail, start=start))
+
+
+async def test_the_output_of_a_run_that_waits_can_be_followed(tracking: FakeTracking, tmp_path: Path) -> None:
+    async with Fleet(tracking=tracking, max_concurrent=1) as fleet, Fleet(tracking=tracking) as other:
+        first = await fleet.submit(patient(tmp_path), **LOCAL)
+        second = await fleet.submit(first.info.tags["mlflow.source.name"], **LOCAL)
+        seen = await tracked(other, second.run_id)
+        assert [line async for line in seen.logs(follow=False)] == []
+        followed = asyncio.create_task(collect(seen, tail=100))
+        (tmp_path / "go").touch()
+        assert await followed == ["1", "2", "3", "4", "5", "done"]
+
+
+async def test_output_that_is_not_kept_is_an_error(fleet: Fleet, other: Fleet, tmp_path: Path) -> None:
+    run = await fleet.submit(write_project(tmp_path / "demo", "true"), env_manager="local", output="inherit")
+    await run.wait()
+    with pytest.raises(UsageError, match=f"is not kept on this machine .*{os.sep}{run.run_id}"):
+        await anext((await tracked(other, run.run_id)).logs())
