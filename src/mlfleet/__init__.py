@@ -49,6 +49,7 @@ from mlfleet.errors import (
 from mlfleet.fleet import Fleet
 from mlfleet.resources import Resources
 from mlfleet.runs import FailureKind, FleetCounts, JobRef, Outcome, RunEvent, RunStatus, Stage, SubmittedRun, Timeouts
+from mlfleet.settings import Settings, read_settings
 from mlfleet.spaces import (
     Distribution,
     Point,
@@ -100,6 +101,7 @@ __all__ = [
     "RunOptions",
     "RunStatus",
     "RunTimeout",
+    "Settings",
     "Space",
     "SpecError",
     "Stage",
@@ -122,6 +124,7 @@ __all__ = [
     "loguniform",
     "normal",
     "randint",
+    "read_settings",
     "rows",
     "run",
     "run_async",

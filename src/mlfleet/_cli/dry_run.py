@@ -1,4 +1,7 @@
-"""``mlfleet run --dry-run``: show a run without making it. Only the cache of fetched projects is written."""
+"""``--dry-run`` of ``mlfleet run`` and ``sweep``: show a run without making it.
+
+Only the cache of fetched projects is written.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import anyio.to_thread
 
-from mlfleet._cli.output import print_line
+from mlfleet._cli.output import exit_code, print_json, print_line
 from mlfleet._cli.progress import Progress
 from mlfleet._engine.job import draft
 from mlfleet._engine.plan import Plan, Planner
@@ -18,26 +22,57 @@ from mlfleet._engine.request import RunRequest, choose_experiment
 from mlfleet._engine.variables import check_reserved
 from mlfleet._environments.store import list_environments
 from mlfleet._project.fetch import ProjectFetcher
-from mlfleet._signals import Interrupts
+from mlfleet._signals import Interrupts, run_until_interrupted
 from mlfleet._text.masking import MASK
-from mlfleet._text.plain import clean
+from mlfleet._text.plain import clean, point_text
 from mlfleet.backends.base import Backend
 from mlfleet.errors import MlfleetError
 from mlfleet.runs import RunEvent, RunStatus, Stage, Timeouts
+from mlfleet.spaces import Space
 from mlfleet.tracking import default_uri, open_tracking
 from mlfleet.tracking.base import RunInfo
 from mlfleet.tracking.locations import absolute_uri
 
-__all__ = ["DryRun", "show"]
+__all__ = ["dry_run", "masked", "used_tracking_uri"]
 
 _LATER = "(of the run)"
 _SHOWN = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID")
+_SHOWN_POINTS = 5
 _RUN_ID = "0" * 32  # stands for the id of the MLflow run; backends derive names from it
 
 
+def dry_run(
+    request: RunRequest, tracking_uri: str | None, *, space: Space | None = None, as_json: bool, quiet: bool
+) -> int:
+    """Show a run, and return the exit code.
+
+    Args:
+        request: The run; of a sweep, that of its first point.
+        tracking_uri: The tracking store; None for the default.
+        space: The points of the sweep, of which the first ones are shown; None for a single run.
+        as_json: Print a JSON object.
+        quiet: Show no progress.
+
+    Raises:
+        MlfleetError: There is a mistake in the request or the project.
+    """
+    dry = _DryRun(request=request, tracking_uri=tracking_uri)
+    with Progress(inherits=False, quiet=quiet) as progress:
+        received = run_until_interrupted(partial(dry.execute, progress), progress.say)
+    if dry.error is not None:
+        raise dry.error
+    if dry.found is not None:
+        found = dry.found
+        if space is not None:
+            points = [masked(point) for point in islice(space, _SHOWN_POINTS)]
+            found = {"points": {"count": len(space), "first": points}, **found}
+        print_json(found) if as_json else _show(found)
+    return exit_code(None, received)
+
+
 @dataclass(slots=True, kw_only=True)
-class DryRun:
-    """One call of ``mlfleet run --dry-run`` and its result.
+class _DryRun:
+    """One call of ``--dry-run`` and its result.
 
     Attributes:
         request: The run to show.
@@ -55,7 +90,7 @@ class DryRun:
         """Plan the run and keep its description."""
         with interrupts.scope:
             try:
-                self.found = _masked(await self._describe(progress))
+                self.found = masked(await self._describe(progress))
             except MlfleetError as error:
                 self.error = error
 
@@ -67,7 +102,7 @@ class DryRun:
             self.request,
             on_progress=lambda line: progress(RunEvent(Stage.FETCHING, self.request.uri, detail=line)),
         )
-        uri = await anyio.to_thread.run_sync(partial(_absolute, self.tracking_uri))
+        uri = await anyio.to_thread.run_sync(partial(used_tracking_uri, self.tracking_uri))
         tracking = open_tracking(uri)
         backends[plan.backend].check_tracking(plan.tracking_uri(tracking.uri), plan.config)
         if self.request.env:
@@ -103,23 +138,24 @@ class DryRun:
         }
 
 
-def _masked(value: Any) -> Any:
+def masked(value: Any) -> Any:
     """Return JSON data with the secrets of the URIs in its texts masked."""
     match value:
         case str() if "://" in value:
             return clean(value)
         case Mapping():
-            return {name: _masked(each) for name, each in value.items()}
+            return {name: masked(each) for name, each in value.items()}
         case list() | tuple():
-            return [_masked(each) for each in value]
+            return [masked(each) for each in value]
         case _:
             return value
 
 
-def show(found: Mapping[str, Any]) -> None:
+def _show(found: Mapping[str, Any]) -> None:
     """Print the description of a run. A backend's request stays a document of its own: the rest is comments in it."""
     environment = found["environment"]
     rows = {
+        "points": _points(found["points"]) if "points" in found else "",
         "project": found["project"] + (f" at {found['commit'][:12]}" if found["commit"] else ""),
         "entry point": found["entry_point"],
         "command": found["command"].rstrip("\n"),
@@ -147,7 +183,18 @@ def show(found: Mapping[str, Any]) -> None:
         print_line(f"\n{found['request']}")
 
 
-def _absolute(uri: str | None) -> str:
+def _points(points: Mapping[str, Any]) -> str:
+    count, first = points["count"], points["first"]
+    lines = [f"{count}; the first one is the run below", *map(point_text, first)]
+    return "\n".join(lines + ["…"] * (count > len(first)))
+
+
+def used_tracking_uri(uri: str | None) -> str:
+    """Return the URI of the tracking store to use, absolute. Blocking: reads the working directory.
+
+    Args:
+        uri: The URI that an option gives; None for that of the environment, or else the default.
+    """
     chosen = uri or os.environ.get("MLFLOW_TRACKING_URI")
     return absolute_uri(chosen) if chosen else default_uri()
 

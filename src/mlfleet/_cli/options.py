@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypeVar
 
 import click
@@ -16,16 +17,24 @@ from mlfleet._cli.output import show_logs
 from mlfleet._engine.options import OPTIONS, RunOption
 from mlfleet._engine.request import choose_experiment
 from mlfleet._environments.manager import NAMES
+from mlfleet.backends.registry import available, find
+from mlfleet.errors import UsageError
 from mlfleet.resources import Resources
 from mlfleet.runs import Timeouts
+from mlfleet.settings import Settings, read_settings
 from mlfleet.tracking import Tracking
 
 __all__ = [
+    "FileDefaults",
     "complete_backend",
+    "config_options",
     "debug_option",
+    "dry_run_option",
     "duration",
     "experiment_options",
+    "file_settings",
     "find_experiment",
+    "jobs_option",
     "json_option",
     "quiet_option",
     "read_config",
@@ -137,9 +146,61 @@ def read_config(text: str | None) -> dict[str, Any] | str | None:
 
 def complete_backend(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Return the installed backends whose names begin with `incomplete`, for the shell's completion."""
-    from mlfleet.backends.registry import available
-
     return [CompletionItem(name) for name in available() if name.startswith(incomplete)]
+
+
+# ---- the configuration file ------------------------------------------------------------------------------------------
+
+
+class FileDefaults(Mapping[str, Any]):
+    """The defaults of options by the configuration file, for click's ``default_map``.
+
+    The file is read when a command asks for the first default: ``--help`` works where the file has a mistake.
+    """
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The settings of the file for this working directory."""
+        return read_settings()
+
+    @cached_property
+    def _values(self) -> dict[str, Any]:
+        found = {name: getattr(self.settings, name) for name in ("backend", "env_manager", "jobs", "tracking_uri")}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def __getitem__(self, name: str) -> Any:
+        if click.get_current_context().resilient_parsing:  # click writes the text of `--help`
+            raise KeyError(name)
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def file_settings() -> Settings:
+    """Return the settings of the configuration file, as the active command uses them."""
+    defaults = click.get_current_context().find_object(FileDefaults)
+    return Settings() if defaults is None else defaults.settings
+
+
+def _file_config(backend: str) -> dict[str, Any] | None:
+    """Return the ``backend_config`` that the configuration file gives; None if it gives none.
+
+    Raises:
+        UsageError: The backend does not take it. The error, unlike that of the run's plan, names the file.
+    """
+    settings = file_settings()
+    config = settings.backend_config(backend)
+    if config is not None:
+        try:
+            find(backend)().configure(config)
+        except UsageError as error:
+            place = settings.find_place("backends", backend)
+            raise UsageError(f"{error} (backend_config is backends.{backend} in {place})") from error
+    return config
 
 
 # ---- options of several commands ------------------------------------------------------------------------------------
@@ -171,7 +232,24 @@ def debug_option(command: F) -> F:
     )(command)
 
 
+dry_run_option = click.option(
+    "--dry-run", "only_show", is_flag=True, help="Show the command, its environment and its backend; run nothing."
+)
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Write warnings and errors only.")
+
+
+jobs_option = click.option(
+    "-j",
+    "--jobs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="The number of runs at the same time.  [default: one per CPU on this machine, 100 elsewhere]",
+)
+
+
+def config_options(command: F) -> F:
+    """Add the options whose values the configuration file can give to a command."""
+    return _add(jobs_option(command), ("backend", "backend_config", "env_manager", "tracking_uri"))
 
 
 def tracking_option(command: F) -> F:
@@ -218,6 +296,7 @@ def read_run_options(options: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         click.UsageError: The value of an option is wrong, or two options contradict each other.
+        UsageError: The backend does not take its table in the configuration file.
     """
     found: dict[str, Any] = {}
     for option in OPTIONS:
@@ -232,7 +311,8 @@ def read_run_options(options: dict[str, Any]) -> dict[str, Any]:
             value = read_pairs(option.flags[0], value, **settings)
         found[option.name] = value
     _check_experiment(found["experiment_name"], found["experiment_id"])
-    found["backend_config"] = read_config(found["backend_config"])
+    config = read_config(found["backend_config"])
+    found["backend_config"] = _file_config(found["backend"]) if config is None else config
     found["timeouts"] = Timeouts(**_fields("timeouts", found))
     needed = {name: value for name, value in _fields("resources", found).items() if value is not None}
     found["resources"] = Resources(**needed) if needed else None
@@ -263,7 +343,7 @@ def _click_option(option: RunOption) -> Callable[[F], F]:
         settings["default"] = option.default
     if option.name == "env_manager":
         settings |= {"type": click.Choice(NAMES), "metavar": None}
-    if option.name == "storage_dir":  # the others are read where the API reads them
+    if option.name in ("storage_dir", "tracking_uri"):  # the others are read where the API reads them
         settings["envvar"] = option.variable
     if option.name == "backend":
         settings["shell_complete"] = complete_backend

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import click
 
 from mlfleet._cli.cancel import cancel
+from mlfleet._cli.config import config
 from mlfleet._cli.logs import logs
+from mlfleet._cli.options import FileDefaults
 from mlfleet._cli.output import complain, error_as_json, exit_code, print_json, show_logs
 from mlfleet._cli.prune import prune
 from mlfleet._cli.ps import ps
@@ -66,9 +68,16 @@ def _complain(error: Exception) -> int:
 
 @click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="mlfleet")
-def _cli() -> None:
+@click.pass_context
+def _cli(ctx: click.Context) -> None:
     """Run MLflow Projects, on this machine or elsewhere."""
+    defaults = ctx.obj = FileDefaults()
+    ctx.default_map = {**dict.fromkeys(_WITH_SETTINGS, defaults), "config": {"show": defaults}}
 
 
-for _command in (run, sweep, report, ps, logs, wait, cancel, prune, cache, envs):
+for _command in (run, sweep, report, ps, logs, wait, cancel, prune, cache, envs, config):
     _cli.add_command(_command)
+
+_WITH_SETTINGS = [
+    name for name, each in _cli.commands.items() if any(option.name == "tracking_uri" for option in each.params)
+]

@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from mlfleet._cli.dry_run import DryRun, show
-from mlfleet._cli.options import debug_option, json_option, quiet_option, read_run_options, run_options
+from mlfleet._cli.dry_run import dry_run
+from mlfleet._cli.options import debug_option, dry_run_option, json_option, quiet_option, read_run_options, run_options
 from mlfleet._cli.output import (
     complain,
     error_as_json,
@@ -39,12 +39,12 @@ _log = logging.getLogger("mlfleet.cli")
 @click.command()
 @click.argument("uri")
 @run_options("run")
-@click.option("--dry-run", is_flag=True, help="Show the command, its environment and its backend; run nothing.")
+@dry_run_option
 @json_option("Capture the output in a file, and print one JSON object at the end.")
 @quiet_option
 @debug_option
 def run(
-    *, dry_run: bool, quiet: bool, as_json: bool, log_output: bool, tracking_uri: str | None, **options: Any
+    *, only_show: bool, quiet: bool, as_json: bool, log_output: bool, tracking_uri: str | None, **options: Any
 ) -> int:
     """Run the project at URI and wait for its end.
 
@@ -56,7 +56,7 @@ def run(
     Exit codes: 0 the run finished, 1 it failed, 2 there is a mistake in the call or in the project, 130 Ctrl-C, 143
     SIGTERM.
     """
-    if options["detach"] and dry_run:
+    if options["detach"] and only_show:
         raise click.UsageError("--detach and --dry-run contradict each other: give one of them")
     request = RunRequest.of(
         output="capture" if as_json or log_output or options["detach"] else "inherit",
@@ -64,8 +64,8 @@ def run(
         **read_run_options(options),
         **options,
     )
-    if dry_run:
-        return _dry_run(request, tracking_uri, as_json=as_json, quiet=quiet)
+    if only_show:
+        return dry_run(request, tracking_uri, as_json=as_json, quiet=quiet)
     return _run(request, tracking_uri, as_json=as_json, quiet=quiet)
 
 
@@ -80,17 +80,6 @@ def _run(request: RunRequest, tracking_uri: str | None, *, as_json: bool, quiet:
     if as_json:
         print_json(_as_json(command, received))
     return exit_code(command.error, received)
-
-
-def _dry_run(request: RunRequest, tracking_uri: str | None, *, as_json: bool, quiet: bool) -> int:
-    dry = DryRun(request=request, tracking_uri=tracking_uri)
-    with Progress(inherits=False, quiet=quiet) as progress:
-        received = run_until_interrupted(partial(dry.execute, progress), progress.say)
-    if dry.error is not None:
-        raise dry.error
-    if dry.found is not None:
-        print_json(dry.found) if as_json else show(dry.found)
-    return exit_code(None, received)
 
 
 @dataclass(slots=True, kw_only=True)

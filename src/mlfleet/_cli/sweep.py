@@ -18,7 +18,16 @@ import anyio
 import click
 from anyio.abc import TaskGroup
 
-from mlfleet._cli.options import debug_option, json_option, quiet_option, read_run_options, run_options
+from mlfleet._cli.dry_run import dry_run
+from mlfleet._cli.options import (
+    debug_option,
+    dry_run_option,
+    jobs_option,
+    json_option,
+    quiet_option,
+    read_run_options,
+    run_options,
+)
 from mlfleet._cli.output import (
     complain,
     error_as_json,
@@ -32,13 +41,14 @@ from mlfleet._cli.output import (
 from mlfleet._cli.sweep_space import read_space
 from mlfleet._cli.sweep_views import SweepJson, SweepLines, SweepScreen, SweepView, result_as_json
 from mlfleet._engine.options import Goal
+from mlfleet._engine.request import RunRequest
 from mlfleet._signals import Interrupts, run_until_interrupted
 from mlfleet._sweeps import PointResult, Retry, Sweep, SweepCounts
 from mlfleet._text.plain import duration_text, short
-from mlfleet.errors import MlfleetError
+from mlfleet.errors import MlfleetError, UsageError
 from mlfleet.fleet import Fleet
 from mlfleet.runs import FailureKind, RunStatus
-from mlfleet.spaces import Points
+from mlfleet.spaces import Points, Space
 from mlfleet.tracking.links import run_url
 
 __all__ = ["sweep"]
@@ -75,13 +85,7 @@ _MOST_METRIC_NAMES = 100
     default=True,
     help="With --resume: run the points again that had failed.  [default: retry-failed]",
 )
-@click.option(
-    "-j",
-    "--jobs",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="The number of runs at the same time.  [default: one per CPU on this machine, 100 elsewhere]",
-)
+@jobs_option
 @click.option(
     "--retries",
     type=click.IntRange(min=0),
@@ -126,6 +130,7 @@ _MOST_METRIC_NAMES = 100
     help="With --metric: the number of best runs to show.",
 )
 @run_options("sweep")
+@dry_run_option
 @json_option("Print one JSON object per line for every event, result and the end.")
 @quiet_option
 @debug_option
@@ -139,6 +144,7 @@ def sweep(
     metric: str | None,
     goal: Goal,
     top: int,
+    only_show: bool,
     quiet: bool,
     as_json: bool,
     **options: Any,
@@ -153,6 +159,8 @@ def sweep(
     Exit codes: 0 all points finished, 1 some failed, 2 there is a mistake in the call or in the project, 130 Ctrl-C.
     """
     fixed, space = read_space(param_list, draws=draws, seed=seed, points=points)
+    if only_show:
+        return _show_first(uri, fixed, space, options, as_json=as_json, quiet=quiet)
     command = SweepCommand(
         uri=uri,
         space=space,
@@ -169,6 +177,22 @@ def sweep(
     if received is not None or command.error is not None:
         return exit_code(command.error, received)
     return 0 if command.status is RunStatus.FINISHED else 1
+
+
+def _show_first(
+    uri: str, fixed: Mapping[str, Any], space: Space, options: dict[str, Any], *, as_json: bool, quiet: bool
+) -> int:
+    settings = _settings(options)
+    if settings["resume"]:
+        raise click.UsageError("--dry-run shows all points, and --resume runs some of them: give one of them")
+    point = next(iter(space), None)
+    if point is None:
+        raise UsageError("the space of the sweep has no points: there is nothing to run")
+    options.pop("jobs")
+    tracking_uri, given = options.pop("tracking_uri"), read_run_options(options)
+    first = {"parameters": {**fixed, **point}, "run_name": f"{settings['name']}-0"}
+    request = RunRequest.of(uri, **{**given, **options, **first})
+    return dry_run(request, tracking_uri, space=space, as_json=as_json, quiet=quiet)
 
 
 def _settings(options: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from mlfleet._concurrency.threads import TERMINAL
 from mlfleet._engine.run import FleetRun
 from mlfleet._sweeps import PointResult, Sweep, SweepCounts
 from mlfleet._text.lines import last_lines, write_all
-from mlfleet._text.plain import clean, duration_text, plain_line, short
+from mlfleet._text.plain import clean, duration_text, plain_line, point_text
 from mlfleet.runs import RunEvent, RunStatus, Stage
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class SweepLines:
             took = "" if result.seconds is None else f" ({result.seconds:.1f} s)"
             before = ", before this session" if result.earlier else ""
             self.say(
-                f"{self._place()} {result.status} point {result.index}: {_values(result.point)}{shown}{took}{before}"
+                f"{self._place()} {result.status} point {result.index}: {point_text(result.point)}{shown}{took}{before}"
             )
 
     def say(self, text: str) -> None:
@@ -360,7 +360,7 @@ class SweepScreen:
     def _row(self, run: FleetRun) -> _Row:
         point = {name: value for name, value in run.parameters.items() if name not in self._fixed}
         # Of a run of an earlier session only the name is known.
-        name = f"{run.index}: {_values(point)}" if run.index is not None else run.info.name
+        name = f"{run.index}: {point_text(point)}" if run.index is not None else run.info.name
         return _Row(name, run.times[Stage.STARTED], run.output_path)
 
     def _rate(self, counts: SweepCounts | None) -> float | None:
@@ -518,13 +518,8 @@ def _opening_line(sweep: Sweep) -> str:
 def _failure_line(result: PointResult, output: Sequence[str]) -> str:
     tries = f" (attempt {result.attempts})" if result.attempts > 1 else ""
     last = next((clean for line in reversed(output) if (clean := plain_line(line))), "")
-    return f"point {result.index}{tries}: {_values(result.point)}: {result.reason}" + (f": {last}" if last else "")
+    return f"point {result.index}{tries}: {point_text(result.point)}: {result.reason}" + (f": {last}" if last else "")
 
 
 def _retry_line(event: RunEvent) -> str:
     return f"point {event.index} is tried again, attempt {event.attempt} failed: {event.detail}"
-
-
-def _values(point: Mapping[str, Any]) -> str:
-    """Return the parameters of a point in one short line."""
-    return " ".join(f"{name}={short(value)}" for name, value in point.items())

@@ -1,4 +1,4 @@
-"""Folders that only this user and root can change: what is in the cache is run, and what is in the state is believed.
+"""Folders and files that only this user and root can change: what is in them is run or believed.
 
 A folder is refused if another user could put something there, or could replace the folder itself: by owning it or a
 folder or link on the way to it, or by write permission. As for ssh, that of the group counts unless the group is the
@@ -24,6 +24,7 @@ from mlfleet.errors import UsageError
 
 __all__ = [
     "TRUSTED",
+    "check_file",
     "check_owner",
     "secure_cache",
     "secure_environments",
@@ -121,6 +122,26 @@ def check_owner(path: Path, what: str) -> None:
         )
 
 
+def check_file(path: Path, what: str) -> None:
+    """Check that only this user and root can change or replace a file that is there. Blocking.
+
+    Args:
+        path: The file.
+        what: The description of its content, for the error.
+
+    Raises:
+        UsageError: Others can, and the file is not in a trusted folder.
+        OSError: It is not there.
+    """
+    found = None if _is_trusted(path) else _find_problem(path)
+    if found is not None:
+        problem, remedy = found
+        raise UsageError(
+            f"{what} in {path} are refused, since what others write there would be run or believed: {problem}"
+            f"{f'; {remedy}' if remedy else ''}. If you share it on purpose, list {path.parent} in {TRUSTED}"
+        )
+
+
 def _make(folder: Path, mode: int) -> None:
     if folder.is_dir():
         return
@@ -138,27 +159,34 @@ def _make_private(folder: Path) -> None:
 
 
 def _check(folder: Path, what: str, variable: str) -> None:
-    real = os.path.realpath(folder)
-    for path, status in _steps(folder):
-        is_last = str(path) == real
-        owners = _owners() if is_last else _owners() | _owner_of_home()
-        if status.st_uid not in owners:
-            problem, remedy = f"{path} belongs to {_name_user(status.st_uid)}", "choose another folder"
-        elif _others_can_write(status) and (is_last or not status.st_mode & stat.S_ISVTX):
-            problem, remedy = f"other users can write to {path}", f"`chmod go-w {path}`, or choose another folder"
-        else:
-            continue
+    found = _find_problem(folder)
+    if found is not None:
+        problem, remedy = found
         raise UsageError(
             f"the folder of {what}, {folder}, is refused, since what others put there would be run or believed: "
-            f"{problem}; {remedy} by {variable}. If you share it on purpose, list {folder} in {TRUSTED}"
+            f"{problem}; {f'{remedy}, or ' if remedy else ''}choose another folder by {variable}. If you share it on "
+            f"purpose, list {folder} in {TRUSTED}"
         )
 
 
-def _steps(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Yield every folder and link on the way to a folder, and the folder itself."""
+def _find_problem(path: Path) -> tuple[str, str] | None:
+    """Return why others can change a file or folder, and what helps (may be empty); None if they cannot."""
+    real = os.path.realpath(path)
+    for step, status in _steps(path):
+        is_last = str(step) == real
+        owners = _owners() if is_last else _owners() | _owner_of_home()
+        if status.st_uid not in owners:
+            return f"{step} belongs to {_name_user(status.st_uid)}", ""
+        if _others_can_write(status) and (is_last or not status.st_mode & stat.S_ISVTX):
+            return f"other users can write to {step}", f"`chmod go-w {step}`"
+    return None
+
+
+def _steps(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Yield every folder and link on the way to a file or folder, and that itself."""
     here = Path("/")
     yield here, here.lstat()
-    parts = list(folder.parts[1:])
+    parts = list(path.parts[1:])
     links = 0
     while parts:
         part = parts.pop(0)
@@ -174,7 +202,7 @@ def _steps(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
             yield here / part, status  # its own permissions mean nothing
         links += 1
         if links > _MOST_LINKS:
-            raise OSError(f"too many links on the way to {folder}")
+            raise OSError(f"too many links on the way to {path}")
         target = (here / part).readlink()
         here = Path("/") if target.is_absolute() else here
         parts = [*target.parts[1 if target.is_absolute() else 0 :], *parts]

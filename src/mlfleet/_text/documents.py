@@ -12,7 +12,7 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from mlfleet._text.plain import UNENCODABLE
 from mlfleet.errors import SpecError
 
-__all__ = ["Node", "nearest", "parse_yaml", "read_json", "read_toml", "read_yaml", "warn_unknown"]
+__all__ = ["Node", "find_toml_line", "nearest", "parse_yaml", "read_json", "read_toml", "read_yaml", "warn_unknown"]
 
 MAX_SIZE = 2**20
 MAX_TOML_SIZE = 2**25  # lock files of large projects
@@ -249,6 +249,45 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise SpecError(f"not TOML: {error}", path=path) from error
     except RecursionError as error:
         raise SpecError("nested too deeply", path=path) from error
+
+
+def find_toml_line(path: Path, keys: Sequence[str]) -> int | None:
+    """Return the line of a key or table in a TOML file, counted from 1; None if it is not found. Blocking.
+
+    tomllib gives no positions. So this parses the file up to each line with the last key in it: the key is on that line
+    if it is in the data from there on, and not before.
+
+    Args:
+        path: The file.
+        keys: The names of the tables around the key, and the key.
+    """
+    try:
+        lines = _read(path, MAX_TOML_SIZE).decode("utf-8").replace("\r\n", "\n").split("\n")
+    except (SpecError, UnicodeDecodeError):
+        return None
+    for index, line in enumerate(lines):
+        if not keys or keys[-1] not in line or _has_key(lines[:index], keys) is not False:
+            continue
+        # A value may go on for some lines, during which the file is not TOML.
+        found = (_has_key(lines[:end], keys) for end in range(index + 1, len(lines) + 1))
+        if next((each for each in found if each is not None), None):
+            return index + 1
+    return None
+
+
+def _has_key(lines: Sequence[str], keys: Sequence[str]) -> bool | None:
+    """Return True if the lines have a key, and None if they are not TOML."""
+    import tomllib
+
+    try:
+        data: Any = tomllib.loads("\n".join(lines))
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return None
+    for key in keys:
+        if not isinstance(data, dict) or key not in data:
+            return False
+        data = data[key]
+    return True
 
 
 class _Converter:

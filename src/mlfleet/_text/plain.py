@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from mlfleet._text.masking import mask_uri
 
-__all__ = ["CONTROLS", "UNENCODABLE", "clean", "duration_text", "plain_line", "plain_text", "short"]
+__all__ = ["CONTROLS", "UNENCODABLE", "clean", "duration_text", "plain_line", "plain_text", "point_text", "short"]
 
 # NUL ends a string of the system and is no text in a database; a lone surrogate stands for a byte that is not UTF-8, as
 # in an argument of a program, and has no encoding.
@@ -46,6 +48,11 @@ def short(value: object) -> str:
     """Return a value in one short line."""
     text = f"{value:g}" if isinstance(value, float) else " ".join(clean(str(value)).split())
     return text if len(text) <= 40 else f"{text[:39]}…"
+
+
+def point_text(point: Mapping[str, Any]) -> str:
+    """Return the parameters of a point in one short line."""
+    return " ".join(f"{name}={short(value)}" for name, value in point.items())
 
 
 def duration_text(seconds: float) -> str:

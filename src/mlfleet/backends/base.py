@@ -223,6 +223,8 @@ class Backend(ABC, Generic[Config]):
             their output to `Job.output` without help of the process that submitted them.
         docker_backend: The name of the backend to use in this one's place for projects with ``docker_env``.
         needs_login: True if `list_runs` may begin a login: ``mlfleet ps`` then asks it only on request.
+        path_keys: The keys of `configure` whose values are paths of this machine. In a settings file they may be
+            relative to its folder.
     """
 
     name: ClassVar[str]
@@ -230,6 +232,7 @@ class Backend(ABC, Generic[Config]):
     runs_here: ClassVar[bool] = False
     docker_backend: ClassVar[str | None] = None
     needs_login: ClassVar[bool] = False
+    path_keys: ClassVar[frozenset[str]] = frozenset()
 
     async def __aenter__(self) -> Self:
         """Open clients; start what is shared by all runs."""

@@ -149,14 +149,19 @@ def safe_name(name: object) -> str:
     return name
 
 
-def absolute_uri(uri: str) -> str:
-    """Return a tracking URI that means the same store in any working directory; it blocks: use a thread."""
+def absolute_uri(uri: str, folder: Path = Path()) -> str:
+    """Return a tracking URI that means the same store in any working directory; it blocks: use a thread.
+
+    Args:
+        uri: The URI.
+        folder: The folder from which a relative path starts. Default: the working directory.
+    """
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         path, mark, query = uri.removeprefix("sqlite:///").partition("?")
         in_memory = path in ("", ":memory:")
-        return uri if in_memory else f"sqlite:///{Path(path).absolute()}{mark}{query}"
+        return uri if in_memory else f"sqlite:///{(folder / path).absolute()}{mark}{query}"
     local = local_path(uri)
     # "databricks" is a name, although it looks like that of a folder.
     if local is None or uri == "databricks":
         return uri
-    return local.expanduser().absolute().as_uri()
+    return (folder / local.expanduser()).absolute().as_uri()

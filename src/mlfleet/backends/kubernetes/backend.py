@@ -67,6 +67,7 @@ class KubernetesBackend(Backend[KubernetesConfig]):
 
     name: ClassVar[str] = "kubernetes"
     needs_login: ClassVar[bool] = True
+    path_keys: ClassVar[frozenset[str]] = frozenset({"kube-job-template-path"})
 
     def __init__(self, *, end_patience: float = 120.0) -> None:
         self._end_patience = end_patience

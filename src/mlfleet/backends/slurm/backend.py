@@ -66,6 +66,7 @@ class SlurmBackend(Backend[SlurmConfig]):
     name: ClassVar[str] = "slurm"
     needs_environment: ClassVar[bool] = True
     needs_login: ClassVar[bool] = True  # not a login, but a request to a controller that many share
+    path_keys: ClassVar[frozenset[str]] = frozenset({"work-dir"})
 
     def __init__(self, *, timing: Timing | None = None) -> None:
         self._timing = timing or Timing()
