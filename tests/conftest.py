@@ -96,6 +96,7 @@ _SLOW_PLACES = (
     "environments/test_env_",
     "parity/",
     "sweeps/test_sweep_killed.py",
+    "test_asgi.py",
     "test_detached.py",
     "test_docs.py",
     "test_driver_dies.py",

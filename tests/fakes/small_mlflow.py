@@ -45,7 +45,8 @@ class SmallMlflow:
             request = await peer.request()
             name = urlsplit(request.first.split()[1]).path.rpartition("/")[2]
             self.requests.append(name)
-            answer = response(self._answer(name, request))
+            body = self._answer(name, request)
+            answer = response(body, "404 Not Found" if "error_code" in body else "200 OK")
             faults = self._faults.get(name)
             if not faults:
                 await peer.send(answer)
@@ -75,7 +76,10 @@ class SmallMlflow:
             found = [run for run in self.runs.values() if any(map(pattern.fullmatch, _values(run)))]
             return {"runs": found}
         if name == "get":
-            return {"run": self.runs[parse_qs(urlsplit(request.first.split()[1]).query)["run_id"][0]]}
+            run_id = parse_qs(urlsplit(request.first.split()[1]).query)["run_id"][0]
+            if run_id not in self.runs:
+                return {"error_code": "RESOURCE_DOES_NOT_EXIST", "message": f"Run with id={run_id} not found"}
+            return {"run": self.runs[run_id]}
         if name == "update":
             info = self.runs[body["run_id"]]["info"]
             info |= {key: value for key, value in body.items() if key != "run_id"}
