@@ -153,14 +153,15 @@ async def test_the_command_gets_its_signals_its_variables_and_its_setup_in_a_str
     work_dir = tmp_path / 'it\'s a "work" folder | ü'
     setup = ["", "# modules", "export FROM_SETUP='of setup'", "set -u"]
     job = make_job(
-        'trap; echo "$FROM_SETUP" "$TEXT" "${MLFLEET_RUN-}"; timeout -s INT 0.2 sleep 600; echo "$?"',
+        'trap; echo "$FROM_SETUP" "$TEXT" "${MLFLEET_RUN-}${SLURM_GET_USER_ENV-}"; timeout -s INT 0.2 sleep 600;'
+        " echo $?",
         {"work-dir": str(work_dir), "setup": setup},
         secrets={"TEXT": "two\nlines"},
     )
     run = await backend.submit(job)
     assert [each.run_id for each in await backend.list_runs()] in ([job.run_id], [])
     assert await run.wait()
-    # No signal is ignored, and SIGINT ends a program.
+    # No signal is ignored, and SIGINT ends a program. Slurm has not run the user's login files (SLURM_GET_USER_ENV).
     assert [line async for line in run.logs()] == ["of setup two", "lines ", "124"]
 
 

@@ -102,11 +102,12 @@ class Submission:
 
     def argv(self) -> tuple[str, ...]:
         """Return the program and its arguments; the script goes to stdin."""
+        # Not --export=NONE (or NIL, before Slurm 23): the node would run the user's login files for each job.
         array = () if self.count is None else (f"--array=0-{self.count - 1}",)
         return (
             "sbatch", "--parsable", f"--job-name={self.name}", f"--comment=mlfleet {self.work_dir}",
-            f"--output={self.messages}", "--open-mode=append", f"--chdir={self.work_dir}", "--export=NIL", *array,
-            *self.arguments,
+            f"--output={self.messages}", "--open-mode=append", f"--chdir={self.work_dir}", "--export-file=/dev/null",
+            *array, *self.arguments,
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@
         owner  job              the process that looks after the run; the id of the job, once it is known
         earlier                 the id of the job with which the same MLflow run has run before, if it has
         grace                   seconds between SIGTERM and SIGKILL
-        claim/job               the job that runs it, and how often Slurm has started that again
+        claim                   the job that runs it, and how often Slurm has started that again
         exit                    the exit code, and whether the command was asked to stop before
         output.log              stdout and stderr of the command
         slurm.log               Slurm's own messages about the job
@@ -118,16 +118,16 @@ class RunFiles:
 
     def claimed_by(self) -> str | None:
         """Return the id of the job that has begun to run the command; None: none has (yet)."""
-        claimed = self._read("claim/job").split()
+        claimed = self._read("claim").split()
         return claimed[0] if claimed and claimed[0] != _WITHDRAWN else None
 
     def withdraw(self) -> bool:
         """Keep jobs from running the command. Return False if one has begun."""
         try:
-            (self.folder / "claim").mkdir(mode=0o700)
+            with open(self.folder / "claim", "xb", opener=_private) as file:
+                file.write(f"{_WITHDRAWN} 0\n".encode())
         except FileExistsError:
-            return self._read("claim/job").split()[:1] == [_WITHDRAWN]
-        self._write("claim/job", f"{_WITHDRAWN} 0\n".encode())
+            return self._read("claim").split()[:1] == [_WITHDRAWN]
         return True
 
     def exit_record(self) -> ExitRecord | None:
@@ -135,8 +135,9 @@ class RunFiles:
         # Reading the folder makes NFS look for files that it did not find before.
         with suppress(OSError):
             os.listdir(self.folder)  # noqa: PTH208 - the names are not wanted
-        code, _, asked = self._read("exit").strip().partition(" ")
-        return ExitRecord(int(code), asked == "1") if code.isdecimal() else None
+        line, end, _ = self._read("exit").partition("\n")
+        code, _, asked = line.partition(" ")
+        return ExitRecord(int(code), asked == "1") if end and code.isdecimal() else None
 
     def owner(self) -> Mapping[str, Any]:
         """Return the record of the process that looks after the run; empty: there is none."""

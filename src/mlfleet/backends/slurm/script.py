@@ -21,32 +21,52 @@ __all__ = ["array_script", "batch_script", "command_script", "environment_file",
 
 # What is read and written: see `mlfleet.backends.slurm.run_files`.
 #
-# 1. Claim. The first job that makes the folder `claim` owns the run: a submit whose answer was lost may have been
-#    repeated. A job that Slurm has started again (requeue) has the same id and a higher restart count, and takes over,
-#    unless the command had ended by itself before. Slurm starts a job again also without --requeue, if its node did not
-#    answer in time: so the variables stay for as long as the command has not ended by itself.
-# 2. The command leads a session, and so a process group, of its own. `setsid` does not fork here, since a background
-#    process of a shell without job control leads no group: $! is the command's own pid. Such a process ignores SIGINT
-#    and SIGQUIT, and a program cannot tell that nobody meant it: `env` (coreutils 8.31 and later) undoes that.
+# Apart from the command nothing here starts a process unless something has gone wrong or is being cancelled: hundreds
+# of jobs may begin and end on a node within seconds.
+#
+# 1. Claim. The first job that makes the file `claim` (O_EXCL, by `set -C`) owns the run: a submit whose answer was
+#    lost may have been repeated. A job that Slurm has started again (requeue) has the same id and a higher restart
+#    count, and takes over, unless the command had ended by itself before. Slurm starts a job again also without
+#    --requeue, if its node did not answer in time: so the variables stay for as long as the command has not ended by
+#    itself.
+# 2. The command leads a process group of its own. Job control (`set -m`) makes it one, and starts the command with the
+#    usual actions for SIGINT and SIGQUIT, which other background processes of a shell ignore. It is off while this
+#    script waits: `wait` would return when the job is suspended.
 # 3. `scancel` sends SIGTERM: the trap passes it on, and after the grace in the file `grace` SIGKILL follows. `wait`
-#    returns early whenever the trap has run, and is then called again. What sends SIGKILL has a session of its own, so
+#    returns early whenever the trap has run, and is then called again. What sends SIGKILL has a group of its own, so
 #    that it can be ended together with its `sleep`.
-# 4. The exit code is recorded before the rest is ended: Slurm kills this script, too, after KillWait.
-#    Messages of bash itself, such as that a process was killed, are not output of the command: they go to Slurm's file.
-# 5. What the command has left behind is ended: its group, then all processes of this user with this job's id in their
-#    environment, in whatever session. The id alone does not do, since a job of another cluster may be on the machine;
-#    neither does the run alone, whose variable is inherited by jobs that the command submits.
+# 4. The exit code is recorded before the rest is ended: Slurm kills this script, too, after KillWait. It is complete
+#    with the end of its line. Messages of bash itself, such as that a process was killed, are not output of the
+#    command: they go to Slurm's file.
+# 5. What the command has left behind is ended: its group, then all processes of this user with this run and this job in
+#    their environment, in whatever session. The id of the job alone does not do, since a job of another cluster may be
+#    on the machine; neither does the run alone, whose variable is inherited by jobs that the command submits. As ids of
+#    processes rise until they reach pid_max, none below this script's belongs to the job if there were too few forks on
+#    the machine meanwhile: reading the environment of all processes costs more than all the rest of a short job.
+# 6. SIGTERM reaches the processes of a job in any order: a command that died of it may have been asked to stop although
+#    this script has not seen the signal yet.
 _WRAPPER = r"""
 unset SLURM_EXPORT_ENV SBATCH_EXPORT
-export MLFLEET_SLURM_RUN=${run##*/}
+run=${PWD##*/}
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 restarts=${SLURM_RESTART_COUNT:-0}
-cd "$run" || exit 1
+count_forks() {
+  local name value
+  while read -r name value _; do [[ $name = processes ]] && break; done < /proc/stat
+  forks=$((value - forks))
+}
+forks=0
+count_forks
 
-if ! mkdir claim 2> /dev/null; then
-  owner= count=
-  read -r owner count < claim/job
+set -C
+if ! { echo "$job $restarts" > claim; } 2> /dev/null; then
+  owner='' count=''
+  read -r owner count < claim
+  if [ -z "$owner" ]; then
+    echo "mlfleet: the run cannot be claimed: see that $PWD can be written, and is not full" >&2
+    exit 1
+  fi
   if [ "$owner" != "$job" ] || [ "$restarts" -le "${count:-0}" ]; then
     echo "mlfleet: the run was claimed before; this job does nothing" >&2
     exit 0
@@ -55,8 +75,9 @@ if ! mkdir claim 2> /dev/null; then
   [ -e exit ] && read -r code asked < exit
   [ -n "$code" ] && [ -z "$asked" ] && exit "$code"
   rm -f exit
+  echo "$job $restarts" >| claim.new && mv claim.new claim || exit 1
 fi
-echo "$job $restarts" > claim/job.new && mv claim/job.new claim/job || exit 1
+set +C
 
 command='' killer='' asked='' interrupted=''
 stop() {
@@ -67,19 +88,18 @@ stop() {
   kill -TERM -- "-$command" 2> /dev/null
   kill -CONT -- "-$command" 2> /dev/null
   [ -n "$killer" ] && kill -KILL -- "-$killer" 2> /dev/null
-  (
-    trap '' TERM
-    exec setsid bash -c 'sleep "$1"; kill -KILL -- "-$2"' killer "$grace" "$command"
-  ) < /dev/null > /dev/null 2>&1 &
+  set -m
+  (trap '' TERM; sleep "$grace"; kill -KILL -- "-$command") < /dev/null > /dev/null 2>&1 &
   killer=$!
+  set +m
 }
 trap stop TERM
 trap 'interrupted=1' HUP INT
 
-defaults='env --default-signal=INT,QUIT'
-$defaults true 2> /dev/null || defaults=''
-$defaults setsid bash "$run/command.sh" < /dev/null >> output.log 2>&1 &
+set -m
+MLFLEET_SLURM_RUN=$run bash "$PWD/command.sh" < /dev/null >> output.log 2>&1 &
 command=$!
+set +m
 [ -n "$asked" ] && stop
 interrupted=1
 while [ -n "$interrupted" ]; do
@@ -87,14 +107,15 @@ while [ -n "$interrupted" ]; do
   wait "$command"
   code=$?
 done
-echo "$code $asked" > exit.new && mv exit.new exit
+[ "$code" = 143 ] && asked=1
+echo "$code $asked" > exit
 trap '' TERM
 
-grace=10
-read -r grace < grace
 if kill -TERM -- "-$command" 2> /dev/null; then
-  left=$(ps -o comm= --sid "$command" | xargs)
-  [ -n "$asked" ] || echo "mlfleet: the command ended and left $left, ended now" >> output.log
+  grace=10
+  read -r grace < grace
+  left=$(ps -eo pgrp=,comm= | while read -r group name; do [ "$group" = "$command" ] && echo "$name"; done)
+  [ -n "$asked" ] || echo "mlfleet: the command ended and left ${left//$'\n'/ }, ended now" >> output.log
   kill -CONT -- "-$command" 2> /dev/null
   for _ in $(seq "$(printf '%.0f' "${grace}e1")"); do
     kill -0 -- "-$command" 2> /dev/null || break
@@ -103,18 +124,23 @@ if kill -TERM -- "-$command" 2> /dev/null; then
   kill -KILL -- "-$command" 2> /dev/null
 fi
 [ -n "$killer" ] && kill -KILL -- "-$killer" 2> /dev/null
-of_job=$(grep -lzx "SLURM_JOB_ID=$SLURM_JOB_ID" /proc/[0-9]*/environ 2> /dev/null)
-for file in $(grep -lzxF "MLFLEET_SLURM_RUN=$MLFLEET_SLURM_RUN" /dev/null $of_job); do
-  folder=${file%/environ}
-  pid=${folder#/proc/}
-  read -r record < "$folder/stat" || continue
-  set -- ${record##*) }
-  # Not this session, which is this script's, and not the daemon of the job.
-  { [ "$pid" = "$$" ] || [ "$4" = "$$" ] || [ ! -O "$folder" ]; } && continue
-  case $(tr '\0' ' ' < "$folder/cmdline") in slurmstepd*) continue ;; esac
-  kill -KILL "$pid"
+count_forks
+pid_max=0
+read -r pid_max < /proc/sys/kernel/pid_max
+first=$(($$ + forks < pid_max / 4 * 3 ? $$ : 0))
+for folder in /proc/[0-9]*; do
+  ((${folder#/proc/} > first)) && [[ -O $folder/environ ]] || continue
+  environ=''
+  IFS= read -r -d '' -N 9999999 environ < "$folder/environ"  # without the NUL characters
+  [[ $environ = *"MLFLEET_SLURM_RUN=$run"* ]] || continue
+  name=''
+  IFS= read -r -d '' name < "$folder/cmdline"
+  [[ $name = slurmstepd* ]] && continue  # Slurm's daemon of the job
+  while IFS= read -r -d '' entry; do
+    [ "$entry" = "SLURM_JOB_ID=$SLURM_JOB_ID" ] && kill -KILL "${folder#/proc/}"
+  done < "$folder/environ"
 done 2> /dev/null
-[ -n "$asked" ] || rm -f environ
+[ -n "$asked" ] || : > environ
 exit "$code"
 """
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -143,7 +169,7 @@ def batch_script(folder: Path) -> str:
     Args:
         folder: The folder of the run.
     """
-    return f"#!/bin/bash\nrun={shlex.quote(str(folder))}\n{_WRAPPER}"
+    return f"#!/bin/bash\ncd {shlex.quote(str(folder))} || exit 1\n{_WRAPPER}"
 
 
 def array_script(folder: Path) -> str:
@@ -152,7 +178,7 @@ def array_script(folder: Path) -> str:
     Args:
         folder: The folder with a link to the run's folder for each index.
     """
-    return f'#!/bin/bash\nrun=$(readlink -f {shlex.quote(str(folder))}/"$SLURM_ARRAY_TASK_ID") || exit 1\n{_WRAPPER}'
+    return f'#!/bin/bash\ncd -P {shlex.quote(str(folder))}/"$SLURM_ARRAY_TASK_ID" || exit 1\n{_WRAPPER}'
 
 
 def command_script(
