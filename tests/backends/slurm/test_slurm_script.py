@@ -26,7 +26,8 @@ def write_run(work_dir: Path, command: str) -> RunFiles:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can make a namespace in which the last process id can be set")
 def test_what_a_command_leaves_is_ended_although_the_ids_of_processes_begin_again(tmp_path: Path) -> None:
-    script = batch_script(write_run(tmp_path, "setsid sleep 600 & exit 3").folder)
+    command = "setsid bash -c 'echo > up; exec sleep 600' & until [ -e up ]; do :; done; exit 3"
+    script = batch_script(write_run(tmp_path, command).folder)
     inside = f"""
         read -r pid_max < /proc/sys/kernel/pid_max
         echo $((pid_max - 2)) > /proc/sys/kernel/ns_last_pid
