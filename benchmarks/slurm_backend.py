@@ -1,8 +1,10 @@
 """Measure the Slurm backend on a real Slurm of one node, beside a bare loop of sbatch.
 
 Counts the client programs that runs need and how many of them run at the same time, compares the time until all runs
-are done with that of bare jobs, and repeats unclear submits (the controller has the job, the answer is lost). Needs
-slurmctld, slurmd, slurm-client and munge.
+are done with that of bare jobs, and repeats unclear submits (the controller has the job, the answer is lost). Then it
+counts the runs that are judged wrongly when their driver is gone and Slurm has forgotten their jobs (MinJobAge), and,
+with --silence, those that fail because the controller does not answer for so long. Needs slurmctld, slurmd,
+slurm-client and munge.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
+import psutil
+
 from _figures import add_options, report
 from components.slurm import run_slurm
 from mlfleet.backends.base import BackendRun, Job
@@ -31,14 +35,14 @@ from mlfleet.runs import RunStatus
 PROGRAMS = ("sbatch", "squeue", "scancel", "scontrol")
 # Notes the beginning and the end of each call; an unclear sbatch has submitted the job and gives no answer.
 WRAPPER = """#!/bin/bash
-echo "+ {program} $*" >> "$CALLS"
-if [ {program} = sbatch ] && [ -n "$UNCLEAR" ]; then
+echo "+ {program} $*" >> {folder}/calls
+if [ {program} = sbatch ] && [ -e {folder}/unclear ]; then
   /usr/bin/sbatch "$@" > /dev/null; code=1
   echo "sbatch: error: Socket timed out on send/recv operation" >&2
 else
   /usr/bin/{program} "$@"; code=$?
 fi
-echo "- {program}" >> "$CALLS"
+echo "- {program}" >> {folder}/calls
 exit $code
 """
 
@@ -57,9 +61,9 @@ class Bench:
         programs = folder / "bin"
         programs.mkdir()
         for program in PROGRAMS:
-            (programs / program).write_text(WRAPPER.format(program=program))
+            (programs / program).write_text(WRAPPER.format(program=program, folder=folder))
             (programs / program).chmod(0o755)
-        os.environ |= {**environ, "CALLS": str(self.calls), "PATH": f"{programs}:{os.environ['PATH']}", "UNCLEAR": ""}
+        os.environ |= {**environ, "PATH": f"{programs}:{os.environ['PATH']}"}
         self.project = folder / "project"
         self.project.mkdir()
         (self.project / "project.txt").write_text("a project\n")
@@ -93,7 +97,7 @@ def bare(count: int) -> float:
             check=True,
             stdout=subprocess.DEVNULL,
         )
-    while subprocess.run(["/usr/bin/squeue", "-h"], capture_output=True, check=True).stdout.strip():
+    while squeue().strip():
         time.sleep(0.1)
     return time.monotonic() - began
 
@@ -120,18 +124,72 @@ async def unclear(bench: Bench, count: int) -> float:
     """Return the largest number of executions of a run whose submit was unclear."""
     executions = bench.folder / "executions"
     executions.mkdir()
-    os.environ["UNCLEAR"] = "1"
+    lost = bench.folder / "unclear"
+    lost.touch()
     try:
         async with SlurmBackend(timing=Timing(fast=0.5)) as backend:
             jobs = [bench.job(f"echo x >> {executions}/$SLURM_JOB_NAME") for _ in range(count)]
             runs = await asyncio.gather(*(backend.submit(job) for job in jobs))
             await check(runs)
     finally:
-        os.environ["UNCLEAR"] = ""
+        lost.unlink()
     counts = [len(path.read_text().splitlines()) for path in executions.iterdir()]
     if len(counts) != count:
         raise SystemExit(f"{len(counts)} of {count} runs were executed")
     return float(max(counts))
+
+
+async def forgotten(bench: Bench, count: int) -> int:
+    """Return the number of runs that are judged wrongly by whoever attaches after Slurm has forgotten their jobs."""
+    jobs = [bench.job(f"exit {index % 3}") for index in range(count)]
+    async with SlurmBackend() as backend:
+        references = [backend.reference(job) for job in jobs]
+        for run in await asyncio.gather(*(backend.submit(job) for job in jobs)):
+            run.detach()  # as if this process had been killed
+    while (await asyncio.to_thread(squeue, "-t", "all")).strip():
+        await asyncio.sleep(1)
+    async with SlurmBackend() as backend:
+        outcomes = [await (await backend.attach(reference)).outcome() for reference in references]
+    return sum(outcome.exit_code != index % 3 for index, outcome in enumerate(outcomes))
+
+
+async def silent(bench: Bench, controller: psutil.Process, seconds: float) -> int:
+    """Return the number of runs that fail because the controller does not answer for so long.
+
+    Some of them end meanwhile, some afterwards, and some are submitted meanwhile.
+    """
+    meanwhile, afterwards = (bench.folder / name for name in ("meanwhile", "afterwards"))
+    async with SlurmBackend() as backend:
+        jobs = [bench.job(f"until [ -e {file} ]; do sleep 0.5; done") for file in [meanwhile, afterwards] * 5]
+        runs = [await backend.submit(job) for job in jobs]
+        for run in runs:
+            await run.started()
+        controller.suspend()
+        try:
+            late = [asyncio.ensure_future(backend.submit(bench.job("true"))) for _ in range(5)]
+            meanwhile.touch()
+            await asyncio.sleep(seconds)
+        finally:
+            controller.resume()
+        afterwards.touch()
+        failed = 0
+        for submitted in await asyncio.gather(*late, return_exceptions=True):
+            if isinstance(submitted, BaseException):
+                print(f"a submit failed: {submitted}")
+                failed += 1
+            else:
+                runs.append(submitted)
+        for run in runs:
+            outcome = await run.outcome()
+            if outcome.status is not RunStatus.FINISHED:
+                print(f"a run failed: {outcome}")
+                failed += 1
+    return failed
+
+
+def squeue(*options: str) -> str:
+    """Return the jobs of Slurm."""
+    return subprocess.run(["/usr/bin/squeue", "-h", *options], capture_output=True, check=True, text=True).stdout
 
 
 def most_at_once(calls: list[str], program: str) -> int:
@@ -149,7 +207,10 @@ def began(calls: list[str], program: str) -> int:
     return sum(line.startswith(f"+ {program} ") for line in calls)
 
 
-async def measure(bench: Bench, options: argparse.Namespace) -> dict[str, float]:
+async def measure(bench: Bench, controller: psutil.Process, options: argparse.Namespace) -> dict[str, float]:
+    if options.silence:
+        name = f"Slurm: runs that failed while the controller did not answer for {options.silence:g} s"
+        return {name: await silent(bench, controller, options.silence)}
     ratios, figures = [], dict[str, float]()
     for _ in range(options.rounds):
         alone = await asyncio.to_thread(bare, options.runs)
@@ -167,6 +228,7 @@ async def measure(bench: Bench, options: argparse.Namespace) -> dict[str, float]
         **figures,
         f"Slurm: sbatch calls for {options.runs} runs in arrays": began(calls, "sbatch"),
         "Slurm: executions of a run whose submit was unclear, at most": await unclear(bench, options.unclear),
+        "Slurm: runs judged wrongly after Slurm has forgotten them": await forgotten(bench, options.forgotten),
     }
 
 
@@ -174,6 +236,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=300, help="runs at the same time (default: 300)")
     parser.add_argument("--unclear", type=int, default=100, help="unclear submits (default: 100)")
+    parser.add_argument("--forgotten", type=int, default=20, help="jobs that Slurm has forgotten (default: 20)")
+    parser.add_argument(
+        "--silence", type=float, default=0, metavar="SECONDS", help="instead, stop the controller for so long, as 600"
+    )
     add_options(parser, rounds=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -182,9 +248,10 @@ def main() -> None:
         daemons = folder / "slurm"
         daemons.mkdir()
         # On a busy machine a node that answers late would lose jobs: Slurm cancels what it could not start in time.
-        with run_slurm(daemons, cpus=64, message_timeout=60) as environ:
-            figures = asyncio.run(measure(Bench(folder, environ), options))
-    report("slurm_backend", figures, options)
+        with run_slurm(daemons, cpus=64, message_timeout=10 if options.silence else 60, min_job_age=2) as environ:
+            controller = psutil.Process(int((daemons / "slurmctld.pid").read_text()))
+            figures = asyncio.run(measure(Bench(folder, environ), controller, options))
+    report("slurm_backend --silence" if options.silence else "slurm_backend", figures, options)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 MailProg=/bin/true
 KillWait=5
-MinJobAge=60
+MinJobAge={min_job_age}
 MessageTimeout={message_timeout}
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0,default_queue_depth=1000
@@ -131,13 +131,16 @@ def slurm_daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @contextmanager
-def run_slurm(folder: Path, *, cpus: int = CPUS, message_timeout: int = 5) -> Iterator[dict[str, str]]:
+def run_slurm(
+    folder: Path, *, cpus: int = CPUS, message_timeout: int = 5, min_job_age: int = 60
+) -> Iterator[dict[str, str]]:
     """Run the daemons with their files in a folder, and return the variables by which the client programs find them.
 
     Args:
         folder: The folder; other users must be able to enter those above it.
         cpus: The number of CPUs that the node pretends to have.
         message_timeout: Seconds after which programs and daemons stop waiting for an answer.
+        min_job_age: Seconds for which Slurm remembers an ended job.
     """
     for program in ("munged", "slurmctld", "slurmd"):
         if shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None:
@@ -157,6 +160,7 @@ def run_slurm(folder: Path, *, cpus: int = CPUS, message_timeout: int = 5) -> It
         folder=folder,
         cpus=cpus,
         message_timeout=message_timeout,
+        min_job_age=min_job_age,
     )
     config.write_text(text)
     environ = {**os.environ, "SLURM_CONF": str(config), "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}

@@ -221,10 +221,18 @@ async def test_all_jobs_are_followed_by_one_process_a_poll(
 
 
 async def test_a_secret_is_in_no_job_record_script_or_command_line(
-    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob, tmp_path: Path, on_path: OnPath
+    slurm: Slurm,
+    backend: SlurmBackend,
+    make_job: MakeJob,
+    tmp_path: Path,
+    on_path: OnPath,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     on_path("sbatch", f'in=$(cat); echo "$@" "$in" >> {tmp_path}/seen; echo "$in" | exec "$real" "$@"')
-    job = make_job('echo "${#TOKEN}"; echo ready; sleep 600', secrets={"TOKEN": "hush-hush"})
+    monkeypatch.setenv("DRIVER_TOKEN", "hush-hush")
+    of_job = "tr '\\0' '\\n' < /proc/$PPID/environ"  # Slurm keeps the variables of the batch script
+    command = f'echo "${{#TOKEN}} ${{#DRIVER_TOKEN}}"; {of_job} > {tmp_path}/environ; echo ready; sleep 600'
+    job = make_job(command, secrets={"TOKEN": "hush-hush"})
     run = await running(backend, job)
     script = tmp_path / "script"
     await call(slurm, "scontrol", "write", "batch_script", run.job, str(script))
@@ -232,9 +240,12 @@ async def test_a_secret_is_in_no_job_record_script_or_command_line(
     arguments = await anyio.to_thread.run_sync(
         lambda: subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     )
-    for text in (shown, script.read_text(), (tmp_path / "seen").read_text(), arguments, backend.preview(job)):
+    for text in (
+        shown, script.read_text(), (tmp_path / "seen").read_text(), (tmp_path / "environ").read_text(), arguments,
+        backend.preview(job),
+    ):  # fmt: skip
         assert "hush-hush" not in text
-    assert [line async for line in run.logs(follow=False)] == ["9", "ready"]
+    assert [line async for line in run.logs(follow=False)] == ["9 9", "ready"]
     await run.cancel()
     assert b"hush-hush" not in b"".join(path.read_bytes() for path in slurm.work_dir.rglob("*") if path.is_file())
 

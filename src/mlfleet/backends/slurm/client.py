@@ -46,6 +46,10 @@ _LISTED = "JobArrayID:|,State:|,Name:|,Comment:|,SubmitTime:|"
 _ERROR_PREFIX = re.compile(r"^(sbatch|squeue|scancel|scontrol): (error: |fatal: )?", re.M)
 _BAD_CONSTRAINTS = "BadConstraints"
 _KILL_MARGIN = 2.0  # seconds before KillWait at which SIGKILL should have been sent
+# All variables of sbatch go to the job (--export=ALL), and on many sites into the database. With a list of names, NONE,
+# or NIL before Slurm 23, the node would run the user's login files for each job, and with --export-file the job would
+# miss what sbatch sets itself, such as SLURM_JOB_NAME and the limits. So sbatch itself gets only these.
+_OF_SBATCH = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LD_LIBRARY_PATH", "KRB5CCNAME", "SLURM_CONF")
 _CALL_LIMIT = 120.0  # seconds after which a program has hung: they give up after MessageTimeout and a few retries
 
 _RETRIES = RetryPolicy(seconds=600, first_pause=1, longest_pause=30)
@@ -102,12 +106,11 @@ class Submission:
 
     def argv(self) -> tuple[str, ...]:
         """Return the program and its arguments; the script goes to stdin."""
-        # Not --export=NONE (or NIL, before Slurm 23): the node would run the user's login files for each job.
         array = () if self.count is None else (f"--array=0-{self.count - 1}",)
         return (
             "sbatch", "--parsable", f"--job-name={self.name}", f"--comment=mlfleet {self.work_dir}",
-            f"--output={self.messages}", "--open-mode=append", f"--chdir={self.work_dir}", "--export-file=/dev/null",
-            *array, *self.arguments,
+            f"--output={self.messages}", "--open-mode=append", f"--chdir={self.work_dir}", "--export=ALL", *array,
+            *self.arguments,
         )  # fmt: skip
 
 
@@ -235,7 +238,8 @@ class SlurmClient:
             raise
 
     async def _sbatch(self, submission: Submission) -> str:
-        completed = await self._call(submission.argv(), submission.script.encode(errors="surrogateescape"))
+        environ = {name: os.environ[name] for name in _OF_SBATCH if name in os.environ}
+        completed = await self._call(submission.argv(), environ, submission.script.encode(errors="surrogateescape"))
         if completed.returncode == 0:
             # Some sites have a program of their own around sbatch, which greets on stdout.
             jobs = re.findall(r"^(\d+)(?:;.*)?$", completed.stdout.decode(errors="replace"), re.M)
@@ -370,13 +374,13 @@ class SlurmClient:
         """Run a program that may be repeated, unlike sbatch, and so may be ended when it hangs."""
         try:
             with anyio.fail_after(_CALL_LIMIT):
-                return await self._call(argv)
+                return await self._call(argv, os.environ)
         except TimeoutError:
             raise SlurmError(f"{argv[0]} has not answered for {_CALL_LIMIT:.0f} s", backend="slurm") from None
 
-    async def _call(self, argv: Sequence[str], stdin: bytes | None = None) -> Completed:
+    async def _call(self, argv: Sequence[str], environ: Mapping[str, str], stdin: bytes | None = None) -> Completed:
         try:
-            return await run_process(argv, env=_environ(os.environ), stdin=stdin)
+            return await run_process(argv, env=_environ(environ), stdin=stdin)
         except OSError as error:
             raise SlurmError(f"{argv[0]} cannot be run: {error.strerror}", backend="slurm") from error
 

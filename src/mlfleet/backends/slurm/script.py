@@ -46,7 +46,7 @@ __all__ = ["array_script", "batch_script", "command_script", "environment_file",
 # 6. SIGTERM reaches the processes of a job in any order: a command that died of it may have been asked to stop although
 #    this script has not seen the signal yet.
 _WRAPPER = r"""
-unset SLURM_EXPORT_ENV SBATCH_EXPORT
+unset SLURM_EXPORT_ENV SLURM_TIME_FORMAT LC_ALL
 run=${PWD##*/}
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
