@@ -16,6 +16,9 @@ from typing import Any
 
 import psutil
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 import mlfleet
 from components.command_line import mlfleet as command_line
@@ -36,6 +39,7 @@ from mlfleet import (
     grid,
 )
 from mlfleet._process.guardian import MARKER_VARIABLE, RUN_VARIABLE
+from mlfleet.otel import instrument
 from mlfleet.testing import FakeTracking
 
 LOCAL: dict[str, Any] = {"env_manager": "local"}
@@ -388,3 +392,23 @@ async def test_calls_that_contradict_detach_say_so(server: Server, tmp_path: Pat
         with pytest.raises(UsageError, match=r"give output='capture' with detach=True"):
             await fleet.submit(uri, detach=True, output="inherit")
     assert supervisors() == []
+
+
+async def test_its_command_belongs_to_the_trace_of_the_process_that_submits_it(server: Server, tmp_path: Path) -> None:
+    spans = InMemorySpanExporter()
+    tracers = TracerProvider()
+    tracers.add_span_processor(SimpleSpanProcessor(spans))
+    async with Fleet(tracking_uri=server.url) as fleet:
+        instrument(fleet, tracer_provider=tracers)
+        run = await fleet.submit(write_project(tmp_path / "ended", "echo $TRACEPARENT"), detach=True, **LOCAL)
+        [parent] = [line async for line in run.logs()]
+        goes_on = await fleet.submit(write_project(tmp_path / "goes_on", PATIENT), detach=True, **LOCAL)
+        await anext(goes_on.logs())
+    (tmp_path / "go").touch()
+    found = {span.attributes["mlfleet.run.id"]: span for span in spans.get_finished_spans() if span.attributes}
+    context = found[run.run_id].context
+    assert context is not None
+    assert parent == f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+    assert (found[run.run_id].attributes or {})["mlfleet.run.status"] == "FINISHED"
+    assert (found[goes_on.run_id].attributes or {})["mlfleet.run.status"] == "RUNNING", "it goes on without the Fleet"
+    tracers.shutdown()

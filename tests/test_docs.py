@@ -119,6 +119,13 @@ def test_every_page_is_in_the_index() -> None:
         assert page.name == "README.md" or f"({page.name})" in index, page.name
 
 
+def test_every_logger_is_documented_and_knows_the_runs_of_its_records() -> None:
+    page = (ROOT / "docs" / "observability.md").read_text()
+    for name in set(re.findall(r'get_logger\("(mlfleet\..+?)"\)', sources())):
+        assert f"`{name}`" in page, name
+    assert 'logging.getLogger("mlfleet.' not in sources(), "use mlfleet._run_log.get_logger"
+
+
 @parametrized("python", "python no-run")
 def test_python_compiles(block: Block) -> None:
     compile(block.text, block.name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)

@@ -12,6 +12,7 @@ import os
 import pickle
 import socket
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -23,9 +24,10 @@ import anyio.abc
 from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.detached import Order
 from mlfleet._engine.run import FleetRun
-from mlfleet._engine.supervisor import RunDescription
+from mlfleet._engine.supervisor import RunDescription, RunObserver, Supervisor
 from mlfleet._paths import run_folder
 from mlfleet._process.detached import Connection
+from mlfleet._run_log import get_logger
 from mlfleet._signals import Interrupts, run_until_interrupted
 from mlfleet._store.private_folders import secure_state
 from mlfleet.errors import MlfleetError, RunCancelled
@@ -34,7 +36,7 @@ from mlfleet.runs import Outcome, RunEvent, RunStatus, Stage
 
 __all__ = ["supervise"]
 
-_log = logging.getLogger("mlfleet.fleet")
+_log = get_logger("mlfleet.fleet")
 
 _STATUS_INTERVAL = 2.0  # seconds between two looks at the status of a run whose command has not begun
 
@@ -113,6 +115,7 @@ class _Supervision:
                 ) as fleet:
                     interrupts.fleet = fleet
                     context = context_of(fleet)
+                    context.instrumentation = _Variables(order.variables) if order.variables else None
                     plan = await context.plan(order.request)
                     run = await context.launch(plan)
                     await FILES.run(partial(_log_to, run_folder(run.run_id)))
@@ -126,6 +129,27 @@ class _Supervision:
             return ("refused", _sendable(error))
         outcome = await self._run.outcome()
         return ("ended", _sendable_outcome(outcome), dict(self._run.metrics))
+
+
+class _Variables:
+    """Gives the run the variables of the observer in the process that submits it.
+
+    Args:
+        variables: Names and values.
+    """
+
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        self.variables = variables
+        self.names = tuple(variables)
+
+    def observe(self, supervisor: Supervisor) -> RunObserver:
+        return self
+
+    def follow(self, event: RunEvent) -> None:
+        """Do nothing: the process that submits the run gets the events."""
+
+    def end(self) -> None:
+        """Do nothing."""
 
 
 async def _watch_status(fleet: Fleet, run: FleetRun) -> None:

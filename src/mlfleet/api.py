@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,6 +16,7 @@ from mlfleet._concurrency.tasks import TaskOwner
 from mlfleet._engine.request import Output, RunOptions, RunRequest
 from mlfleet._engine.run import FleetRun
 from mlfleet._engine.tracked import TrackedRun
+from mlfleet._run_log import get_logger
 from mlfleet._sweeps import SweepOptions, SweepResult
 from mlfleet._text.masking import mask_uri
 from mlfleet.errors import MlfleetError, UsageError
@@ -38,7 +38,7 @@ __all__ = [
     "write_killed",
 ]
 
-logger = logging.getLogger("mlfleet.fleet")
+logger = get_logger("mlfleet.fleet")
 
 
 async def run_async(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import logging
 import os
 import sys
 import threading
@@ -21,6 +20,7 @@ from typing import Any, TypeVar, Unpack
 from mlfleet import api
 from mlfleet._engine.request import Output, active_run_id
 from mlfleet._engine.run import FleetRun
+from mlfleet._run_log import get_logger
 from mlfleet._signals import before_exit, is_interrupt
 from mlfleet._sweeps import SweepOptions, SweepResult
 from mlfleet._text.lines import LogLine
@@ -31,7 +31,7 @@ from mlfleet.spaces import Points
 
 __all__ = ["BlockingRun", "run", "sweep"]
 
-logger = logging.getLogger("mlfleet.sync")
+logger = get_logger("mlfleet.sync")
 
 T = TypeVar("T")
 

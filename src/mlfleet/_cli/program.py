@@ -20,12 +20,13 @@ from mlfleet._cli.run import run
 from mlfleet._cli.storage import cache, envs
 from mlfleet._cli.sweep import sweep
 from mlfleet._cli.wait import wait
+from mlfleet._run_log import get_logger
 from mlfleet._version import __version__
 from mlfleet.errors import MlfleetError
 
 __all__ = ["main"]
 
-_log = logging.getLogger("mlfleet.cli")
+_log = get_logger("mlfleet.cli")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -17,6 +16,7 @@ from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.conclude import Driver
 from mlfleet._engine.records import RunRecord, list_records
 from mlfleet._paths import run_folder
+from mlfleet._run_log import get_logger
 from mlfleet._sweeps import track
 from mlfleet._sweeps.record import SweepEntry, list_sweeps
 from mlfleet._text.lines import last_lines
@@ -29,7 +29,7 @@ from mlfleet.runs import REASON_TAG
 
 __all__ = ["on_each_backend", "print_rows", "ps", "run_row"]
 
-_log = logging.getLogger("mlfleet.cli")
+_log = get_logger("mlfleet.cli")
 _BLANK = dict.fromkeys(
     (
         "run_id",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from mlfleet._cli.output import (
 from mlfleet._cli.progress import Progress
 from mlfleet._engine.request import RunRequest
 from mlfleet._engine.run import FleetRun, run_output
+from mlfleet._run_log import get_logger
 from mlfleet._signals import Interrupts, run_until_interrupted
 from mlfleet.errors import MlfleetError
 from mlfleet.fleet import Fleet, context_of
@@ -33,7 +33,7 @@ from mlfleet.tracking.links import run_url
 
 __all__ = ["run"]
 
-_log = logging.getLogger("mlfleet.cli")
+_log = get_logger("mlfleet.cli")
 
 
 @click.command()

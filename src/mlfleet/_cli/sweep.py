@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import secrets
 import shlex
@@ -42,6 +41,7 @@ from mlfleet._cli.sweep_space import read_space
 from mlfleet._cli.sweep_views import SweepJson, SweepLines, SweepScreen, SweepView, result_as_json
 from mlfleet._engine.options import Goal
 from mlfleet._engine.request import RunRequest
+from mlfleet._run_log import get_logger
 from mlfleet._signals import Interrupts, run_until_interrupted
 from mlfleet._sweeps import PointResult, Retry, Sweep, SweepCounts
 from mlfleet._text.plain import duration_text, short
@@ -53,7 +53,7 @@ from mlfleet.tracking.links import run_url
 
 __all__ = ["sweep"]
 
-_log = logging.getLogger("mlfleet.cli")
+_log = get_logger("mlfleet.cli")
 _MOST_METRIC_NAMES = 100
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextvars
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from functools import partial
@@ -13,10 +13,11 @@ import anyio
 import anyio.lowlevel
 
 from mlfleet._concurrency.cancellation import complete
+from mlfleet._run_log import get_logger
 
 __all__ = ["ServiceOwner", "TaskOwner"]
 
-logger = logging.getLogger("mlfleet.fleet")
+logger = get_logger("mlfleet.fleet")
 
 
 class TaskOwner:
@@ -30,7 +31,14 @@ class TaskOwner:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def start(self, work: Coroutine[Any, Any, None], *, name: str, then: Callable[[], object] | None = None) -> None:
+    def start(
+        self,
+        work: Coroutine[Any, Any, None],
+        *,
+        name: str,
+        then: Callable[[], object] | None = None,
+        context: contextvars.Context | None = None,
+    ) -> None:
         """Start `work` as a task of this owner.
 
         Args:
@@ -38,8 +46,9 @@ class TaskOwner:
             name: The name of the task.
             then: Called at the end of the task, also if the task was cancelled before its first step (as
                 ``asyncio.run`` does with all tasks at its end). Default: nothing is called.
+            context: The context variables of the task; None: a copy of the present ones.
         """
-        task = asyncio.get_running_loop().create_task(work, name=name)
+        task = asyncio.get_running_loop().create_task(work, name=name, context=context)
         self._tasks.add(task)
         task.add_done_callback(partial(self._ended, then))
 
@@ -68,6 +77,7 @@ class ServiceOwner:
 
     def __init__(self, users: TaskOwner) -> None:
         self._users = users
+        self._context = contextvars.copy_context()
         self._opened: dict[int, asyncio.Future[None]] = {}
         self._stop = anyio.Event()
         self._tasks = TaskOwner()
@@ -78,7 +88,10 @@ class ServiceOwner:
         if opened is None:
             opened = self._opened[id(service)] = asyncio.get_running_loop().create_future()
             # Cancelling a future that is done changes nothing.
-            self._tasks.start(self._hold(service, opened), name=f"mlfleet {type(service).__name__}", then=opened.cancel)
+            name = f"mlfleet {type(service).__name__}"
+            # Not the context of the run that happens to need it first.
+            context = self._context.copy()
+            self._tasks.start(self._hold(service, opened), name=name, then=opened.cancel, context=context)
         if opened.done():
             opened.result()
         else:

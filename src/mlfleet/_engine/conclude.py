@@ -15,7 +15,6 @@ MLflow's own status counts in all cases: a terminal one is only ever made worse,
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from mlfleet._engine.records import (
     tracking_key,
 )
 from mlfleet._engine.request import SweepMember
+from mlfleet._run_log import get_logger
 from mlfleet.backends.base import DRIVER_DIED, Backend, BackendRun, Presence
 from mlfleet.backends.registry import find
 from mlfleet.errors import BackendNotFound, MlfleetError, RunLost, TrackingError
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Driver", "Verdict", "conclude", "conclude_left", "find_processes", "judge"]
 
-logger = logging.getLogger("mlfleet.runs")
+logger = get_logger("mlfleet.runs")
 
 _PAUSE = 2.0  # seconds between two looks at runs whose processes are still being ended
 
@@ -114,7 +114,7 @@ async def judge(context: RunContext, info: RunInfo, *, elsewhere: bool = True) -
     try:
         return Verdict(Driver.UNSEEN, ended=await backend.presence(reference) is Presence.ENDED)
     except MlfleetError as error:  # this machine need not have access to the backend
-        logger.debug("the run %s cannot be looked at from here: %s", info.run_id, error)
+        logger.debug("the run %s cannot be looked at from here: %s", info.run_id, error, extra={"run_id": info.run_id})
         return Verdict(Driver.UNSEEN)
 
 
@@ -186,7 +186,7 @@ async def _conclude_record(context: RunContext, record: RunRecord) -> bool:
     if not verdict.is_left:
         return False
     await conclude(context, info, verdict)
-    logger.info("the run %s was concluded: %s", record.run_id, DRIVER_DIED)
+    logger.info("the run %s was concluded: %s", record.run_id, DRIVER_DIED, extra={"run_id": record.run_id})
     return True
 
 

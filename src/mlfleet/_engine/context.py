@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import logging
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
@@ -28,11 +27,12 @@ from mlfleet._engine.plan import Plan, Planner, ProjectPlan
 from mlfleet._engine.records import RunRecords
 from mlfleet._engine.request import RunRequest, choose_experiment
 from mlfleet._engine.run import FleetRun
-from mlfleet._engine.supervisor import SubmittedSupervisor, Supervisor
+from mlfleet._engine.supervisor import Instrumentation, SubmittedSupervisor, Supervisor
 from mlfleet._engine.variables import check_reserved
 from mlfleet._environments.manager import EnvironmentManager, create_manager
 from mlfleet._paths import runs_folder
 from mlfleet._project.fetch import ProjectFetcher
+from mlfleet._run_log import about_run, get_logger
 from mlfleet._store.private_folders import secure_state
 from mlfleet.backends.base import Backend
 from mlfleet.backends.registry import find
@@ -43,7 +43,7 @@ from mlfleet.tracking import Tracking, open_tracking
 
 __all__ = ["Events", "RunContext"]
 
-logger = logging.getLogger("mlfleet.fleet")
+logger = get_logger("mlfleet.fleet")
 
 _LAST_WRITE = 1.0
 """Seconds for writing the statuses of all runs right before the process exits."""
@@ -127,6 +127,7 @@ class RunContext:
         is_open: True between `open` and the beginning of the end.
         sweep_ids: The MLflow runs of the active sweeps.
         sweeps: A function for each active sweep that ends it.
+        instrumentation: Observes the runs that are submitted from now on; None for none.
         scheduled_after: Seconds that a run may wait at its backend before MLflow shows it as SCHEDULED.
         unseen_patience: Seconds in which a driver that cannot be seen must write the status of a run that has ended at
             its backend.
@@ -152,6 +153,7 @@ class RunContext:
         self.scheduled_after = 10.0
         self.unseen_patience = 120.0
         self.events = events
+        self.instrumentation: Instrumentation | None = None
         self.fetcher = ProjectFetcher()
         self.runs_folder = runs_folder()
         self.records = RunRecords()
@@ -299,7 +301,8 @@ class RunContext:
             # Reserving a part of this machine chooses the GPUs.
             chosen = {"CUDA_VISIBLE_DEVICES"} if backend.runs_here and self._admission.machine.gpus else set()
             check_reserved(request.env, {*plain, *secret, *chosen}, tracking_uri=self.tracking.uri)
-        names = (*plain, *secret, "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", *(request.env or ()))
+        traced = () if self.instrumentation is None else self.instrumentation.names
+        names = (*plain, *secret, "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", *traced, *(request.env or ()))
         backend.check_config(plan.config, plan.docker, names)
         if backend.runs_here and request.resources is not None:
             self._admission.check(request.resources)
@@ -379,7 +382,8 @@ class RunContext:
         """
         self.check_open()
         info = await self.tracking.get_run(run_id)
-        found = concluded(info) if ended and info.status.is_terminal else await find_again(self, info)
+        with about_run(run_id):
+            found = concluded(info) if ended and info.status.is_terminal else await find_again(self, info)
         supervisor = AttachedSupervisor(self, info, found.handle, found.backend, timeouts, found.record)
         run = self._supervise(supervisor)
         await run.created()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Number
 from pathlib import Path, PurePath
@@ -45,6 +45,7 @@ class Order:
         tracking_patience: Seconds for which writing the terminal status is repeated.
         resources: The resources of this machine that the run may use; None: all that the process may use.
         log_level: The level from which on log records are sent back, until the run is known.
+        variables: Environment variables for the command that are not the caller's.
     """
 
     request: RunRequest
@@ -52,6 +53,7 @@ class Order:
     tracking_patience: float
     resources: Resources | None
     log_level: int
+    variables: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, request: RunRequest, **settings: Any) -> Order:
@@ -107,8 +109,9 @@ class DetachedSupervisor(Supervisor):
         self._scope.cancel()
 
     def give_up(self) -> None:
-        """Release all waiters if this supervisor was cancelled before its first step."""
+        """End the observation. Release all waiters if this supervisor was cancelled before its first step."""
         self._release()
+        self._end_observation()
 
     def _release(self) -> None:
         for event in (self.created, self.started, self.done):
@@ -122,7 +125,8 @@ class DetachedSupervisor(Supervisor):
         except OSError as error:
             raise SubmitError(f"the process that supervises the detached run cannot be started: {error}") from error
         try:
-            connection.send("order", self._order)
+            variables = {} if self._observer is None else self._observer.variables
+            connection.send("order", replace(self._order, variables=variables))
         except Exception as error:
             raise UsageError(f"the arguments of a detached run must be plain values: {error}") from error
         if self._is_cancelled:
@@ -207,8 +211,7 @@ class DetachedSupervisor(Supervisor):
             self.times.setdefault(event.stage, event.time)
             if event.stage is Stage.STARTED:
                 self.started.set()
-        if self._context.events.has_readers:
-            self._context.events.publish(event)
+        self._pass_on(event)
 
     # ---- the end ----------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,6 @@ import asyncio
 import fcntl
 import hashlib
 import json
-import logging
 import os
 import secrets
 import threading
@@ -22,6 +21,7 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from contextvars import Context
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from mlfleet._concurrency.cancellation import wait_done
 from mlfleet._concurrency.threads import FILES
 from mlfleet._paths import active_folder
 from mlfleet._process.reattach import boot_id, machine
+from mlfleet._run_log import get_logger
 from mlfleet._store.lease import unleased
 from mlfleet.errors import UsageError
 from mlfleet.runs import DEFAULT_CANCEL_GRACE, FailureKind, Outcome, RunStatus
@@ -46,7 +47,7 @@ __all__ = [
     "tracking_key",
 ]
 
-_log = logging.getLogger("mlfleet.runs")
+_log = get_logger("mlfleet.runs")
 
 _GAP = 0.01  # seconds between two turns in a thread, in which changes gather
 
@@ -169,7 +170,8 @@ class RunRecords:
         with self._guard:
             self._pending[run_id] = contents
         if self._writing is None or self._writing.done():
-            self._writing = asyncio.get_running_loop().create_task(self._write_soon(), name="mlfleet records")
+            loop = asyncio.get_running_loop()
+            self._writing = loop.create_task(self._write_soon(), name="mlfleet records", context=Context())
 
     async def _write_soon(self) -> None:
         """Write what is pending, again and again: hundreds of runs at the same time take few turns in a thread."""

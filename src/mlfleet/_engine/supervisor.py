@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 
@@ -22,6 +21,7 @@ from mlfleet._engine.job import draft, prepare
 from mlfleet._engine.plan import Plan
 from mlfleet._engine.records import RunRecord, tracking_key
 from mlfleet._engine.request import Output, SweepMember
+from mlfleet._run_log import get_logger, set_run
 from mlfleet._text.lines import last_lines
 from mlfleet._text.masking import mask_values
 from mlfleet.backends.base import Backend, BackendRun, Job
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from mlfleet._engine.admission import Reservation
     from mlfleet._engine.context import RunContext
 
-__all__ = ["RunDescription", "SubmittedSupervisor", "Supervisor"]
+__all__ = ["Instrumentation", "RunDescription", "RunObserver", "SubmittedSupervisor", "Supervisor"]
 
-logger = logging.getLogger("mlfleet.runs")
+logger = get_logger("mlfleet.runs")
 
 _NOTABLE_WAIT = 1.0
 """Seconds between queue and start from which on the time of the start is worth a request."""
@@ -95,6 +95,36 @@ class RunDescription:
         )
 
 
+class RunObserver(Protocol):
+    """An observer of one run. Its methods are called on the event loop, must not block and must not raise."""
+
+    @property
+    def variables(self) -> Mapping[str, str]:
+        """Environment variables for the command."""
+        ...
+
+    def follow(self, event: RunEvent) -> None:
+        """Receive an event of the run, before all other readers do."""
+        ...
+
+    def end(self) -> None:
+        """Receive the end of the supervision, after the last event."""
+        ...
+
+
+class Instrumentation(Protocol):
+    """A maker of observers for the runs of a Fleet."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """The names of the environment variables that a run may get."""
+        ...
+
+    def observe(self, supervisor: Supervisor) -> RunObserver:
+        """Observe a new run. Called where the run is submitted."""
+        ...
+
+
 class Supervisor(ABC):
     """Supervises one run from its MLflow run to its terminal status, in one task that the Fleet owns.
 
@@ -141,6 +171,8 @@ class Supervisor(ABC):
         self._second_run: str | None = None
         self._seen: Outcome | None = None
         """The end of the run as its backend reported it."""
+        instrumentation = context.instrumentation
+        self._observer = None if instrumentation is None else instrumentation.observe(self)
 
     @property
     def run_id(self) -> str:
@@ -196,9 +228,15 @@ class Supervisor(ABC):
         return False
 
     def give_up(self) -> None:
-        """Release all waiters if the supervisor was cancelled before its first step."""
+        """End the observation. Release all waiters if the supervisor was cancelled before its first step."""
         if self.outcome is None:
             self._set_outcome(self._seen or Outcome(RunStatus.KILLED, reason="cancelled"))
+        self._end_observation()
+
+    def _end_observation(self) -> None:
+        if self._observer is not None:
+            self._observer.end()
+            self._observer = None  # they refer to each other
 
     # ---- stages -----------------------------------------------------------------------------------------------------
 
@@ -216,6 +254,7 @@ class Supervisor(ABC):
         except Exception as error:
             self.creation_error = error
             return Outcome(RunStatus.FAILED, reason=str(error), error=error)
+        set_run(self.run_id)
         try:
             await self._record()
             # Only now: a run whose id is known must be concluded if this process dies.
@@ -375,11 +414,10 @@ class Supervisor(ABC):
         self.stage = stage
         now = time.time()
         self.times.setdefault(stage, now)
-        events = self._context.events
-        if not events.has_readers:
+        if self._observer is None and not self._context.events.has_readers:
             return
         member = self.description.member
-        events.publish(
+        self._pass_on(
             RunEvent(
                 stage,
                 self.description.uri,
@@ -393,6 +431,11 @@ class Supervisor(ABC):
                 attempt=member.attempt if member else 1,
             )
         )
+
+    def _pass_on(self, event: RunEvent) -> None:
+        if self._observer is not None:
+            self._observer.follow(event)
+        self._context.events.publish(event)
 
     def _within(self, stage: str, seconds: float | None) -> AbstractContextManager[None]:
         """Limit the time of a stage. When it is over, `RunTimeout` is raised."""
@@ -475,6 +518,10 @@ class SubmittedSupervisor(Supervisor):
             output=self.output_path,
             timeouts=self._timeouts,
         )
+        if self._observer is not None:
+            # What the caller gives the run counts more.
+            added = {name: text for name, text in self._observer.variables.items() if name not in job.secrets}
+            job = replace(job, environ={**added, **job.environ})
         await self._log_job(backend, job)
         with self._within("queue", self._timeouts.queue):
             variables = await self._reservation.granted()

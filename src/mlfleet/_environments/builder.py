@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 import shlex
@@ -23,13 +22,14 @@ from mlfleet._environments.store import open_store
 from mlfleet._paths import size_on_disk
 from mlfleet._process.process import Completed, run_process
 from mlfleet._project.spec import EnvironmentFileKind
+from mlfleet._run_log import get_logger
 from mlfleet._store.locks import file_lock
 from mlfleet._text.masking import is_secret_name, mask
 from mlfleet.errors import EnvironmentSetupError
 
 __all__ = ["Build", "BuildingManager", "Built", "clean_environ", "pip_install", "venv_environment"]
 
-_log = logging.getLogger("mlfleet.environments")
+_log = get_logger("mlfleet.environments")
 
 TAIL = 30
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import logging
 import re
 import sysconfig
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from packaging.version import InvalidVersion, Version
 
 from mlfleet._environments.pip_requirements import PipInput, Reader
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
+from mlfleet._run_log import get_logger
 from mlfleet._text.documents import Node, read_toml, read_yaml
 from mlfleet.errors import SpecError
 
@@ -28,7 +28,7 @@ __all__ = [
     "read_python_requirements",
 ]
 
-_log = logging.getLogger("mlfleet.environments")
+_log = get_logger("mlfleet.environments")
 
 # Part of every key: raise it when environments must be built again.
 _FORMAT = 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import shutil
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
+from mlfleet._run_log import get_logger
 from mlfleet.errors import UsageError
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
     "validate_manager",
 ]
 
-_log = logging.getLogger("mlfleet.environments")
+_log = get_logger("mlfleet.environments")
 
 NAMES = ("local", "virtualenv", "uv", "conda")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,14 @@ from mlfleet._environments.python_downloads import hint as remedy
 from mlfleet._environments.virtualenv import plan_python, python_requirements
 from mlfleet._project.boundary import check_link, find_root, is_inside
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
+from mlfleet._run_log import get_logger
 from mlfleet._store.private_folders import secure_environments
 from mlfleet._text.documents import read_toml
 from mlfleet.errors import EnvironmentSetupError, SpecError
 
 __all__ = ["UvManager"]
 
-_log = logging.getLogger("mlfleet.environments")
+_log = get_logger("mlfleet.environments")
 
 LOCK = "uv.lock"
 

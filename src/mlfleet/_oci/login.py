@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import anyio
 
 from mlfleet._concurrency.threads import LOGINS
 from mlfleet._process.process import run_process
+from mlfleet._run_log import get_logger
 from mlfleet.errors import BackendError, UsageError
 
 __all__ = ["check_auth", "config_folder", "find_credentials", "header", "read_config", "registry_of"]
@@ -23,7 +23,7 @@ HUB = "https://index.docker.io/v1/"
 _KEYS = ("username", "password", "email", "registry", "reauth", "dockercfg_path", "identitytoken")
 _HELPER_TIME = 30.0  # seconds
 _NOT_FOUND = 127  # as the shell says it
-_log = logging.getLogger("mlfleet.docker")
+_log = get_logger("mlfleet.docker")
 
 
 def check_auth(auth: Mapping[str, Any] | None) -> None:

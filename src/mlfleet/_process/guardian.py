@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 import secrets
 import subprocess
@@ -12,9 +11,11 @@ import threading
 from pathlib import Path
 from typing import IO
 
+from mlfleet._run_log import get_logger
+
 __all__ = ["MARKER_VARIABLE", "RUN_VARIABLE", "Guardian", "find_python", "guardian"]
 
-_log = logging.getLogger("mlfleet.process")
+_log = get_logger("mlfleet.process")
 
 MARKER_VARIABLE = "MLFLEET_DRIVER"
 """The environment variable that tells which driver a command belongs to; its value is `Guardian.marker`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import signal
 from collections import defaultdict
@@ -17,13 +16,14 @@ from anyio.lowlevel import RunVar
 from mlfleet._concurrency.single_flight import Coalescing
 from mlfleet._concurrency.threads import FILES, SESSIONS
 from mlfleet._process.guardian import RUN_VARIABLE
+from mlfleet._run_log import get_logger
 
 if TYPE_CHECKING:
     import psutil
 
 __all__ = ["MarkedProcess", "end_marked", "find_marked"]
 
-_log = logging.getLogger("mlfleet.process")
+_log = get_logger("mlfleet.process")
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.02, 0.2  # seconds between two looks
 _STUCK = 30.0  # seconds after SIGKILL, after which a process (uninterruptible) is given up
@@ -85,7 +85,12 @@ async def end_marked(
             return
         if late > _STUCK:
             names = ", ".join(str(process.pid) for process in found)
-            _log.warning("processes of the run %s do not end, although they were killed: %s", run_id, names)
+            _log.warning(
+                "processes of the run %s do not end, although they were killed: %s",
+                run_id,
+                names,
+                extra={"run_id": run_id},
+            )
             return
         number = signal.SIGKILL if late >= 0 else signal.SIGTERM
         new = [process for process in found if late >= 0 or process.pid not in asked]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import logging
 import os
 import signal
 import subprocess
@@ -26,10 +25,11 @@ from mlfleet._concurrency.threads import PROCESSES
 from mlfleet._process.guardian import MARKER_VARIABLE, guardian
 from mlfleet._process.sessions import SessionWatch, signal_group
 from mlfleet._process.streams import Stream
+from mlfleet._run_log import current_run, get_logger
 
 __all__ = ["Command", "Completed", "Process", "open_pidfd", "run_process", "start", "start_process"]
 
-_log = logging.getLogger("mlfleet.process")
+_log = get_logger("mlfleet.process")
 _CANCEL_GRACE = 2.0  # seconds between SIGTERM and SIGKILL for a short command
 _DRAIN_TIMEOUT = 1.0  # seconds to wait for the end of a short command's output after the command's own end
 _UNKNOWN = 255  # the exit code that asyncio's child watchers report, too
@@ -119,6 +119,7 @@ class Process:
         "_pidfd",
         "_reaped",
         "_rest_grace",
+        "_run_id",
         "_signalled",
         "_stop",
         "_title",
@@ -130,6 +131,7 @@ class Process:
         self.pid = pid
         self.stopped = False
         self._title = title
+        self._run_id = current_run()
         self._rest_grace = rest_grace
         self._pidfd = pidfd
         self._loop = asyncio.get_running_loop()
@@ -241,7 +243,7 @@ class Process:
         """Begin to end what the process has left behind."""
         names = ", ".join(sorted(name for names in groups.values() for name in names))
         text = "%s ended and left %s, ended now; what should go on needs a session of its own (setsid)"
-        _log.warning(text, self._title, names)
+        _log.warning(text, self._title, names, extra={"run_id": self._run_id})
         if self._stop is None:
             self._stop = StopRequest(grace)
         if self._stop.request(grace):

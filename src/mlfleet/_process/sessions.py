@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from contextvars import Context
 from functools import partial
 from typing import ClassVar
 from weakref import WeakKeyDictionary
@@ -145,7 +146,8 @@ class SessionWatch:
             asyncio.get_running_loop().call_soon(self._send_some)
 
     def _start(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._look(), name="mlfleet sessions")
+        loop = asyncio.get_running_loop()
+        self._task = loop.create_task(self._look(), name="mlfleet sessions", context=Context())
         self._task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -12,12 +11,13 @@ from functools import lru_cache, partial
 from mlfleet._project.parameters import ResolvedParameters, is_true
 from mlfleet._project.shell import HOLE, VARIABLE_PREFIX, Context, Place, places, reference
 from mlfleet._project.spec import EntryPoint, Parameter
+from mlfleet._run_log import get_logger
 from mlfleet._text.documents import nearest
 from mlfleet.errors import ParameterError, SpecError
 
 __all__ = ["MAX_LENGTH", "render", "substitute"]
 
-_log = logging.getLogger("mlfleet.project")
+_log = get_logger("mlfleet.project")
 
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import logging
 import os
 import posixpath
 import re
@@ -25,11 +24,12 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from mlfleet._project.blocking import Stopped, stoppable
+from mlfleet._run_log import get_logger
 from mlfleet.errors import FetchError, SpecError
 
 __all__ = ["DEFAULTS", "FILE_NAME", "Ignore", "Packed", "content_hash", "pack", "read_ignore"]
 
-_log = logging.getLogger("mlfleet.project")
+_log = get_logger("mlfleet.project")
 # A time that every tool takes (zip knows none before 1980): 2000-01-01.
 _TIME = 946684800
 _CHUNK = 2**18

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,12 +14,13 @@ from mlfleet._concurrency.threads import PROJECTS
 from mlfleet._process.process import Completed, run_process
 from mlfleet._project.uri import ProjectUri, without_credentials
 from mlfleet._retry import RetryPolicy
+from mlfleet._run_log import get_logger
 from mlfleet._text.masking import mask
 from mlfleet.errors import FetchError
 
 __all__ = ["Checkout", "Checkouts", "Git", "clean_environ", "ignored_by_git"]
 
-_log = logging.getLogger("mlfleet.project")
+_log = get_logger("mlfleet.project")
 
 _RETRIES = RetryPolicy(seconds=60, attempts=3)
 _REMEMBERED = 256

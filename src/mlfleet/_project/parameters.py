@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import logging
 import os
 import posixpath
 import re
@@ -16,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from mlfleet._project.lists import format_list, parse_list
 from mlfleet._project.spec import EntryPoint, Parameter
+from mlfleet._run_log import get_logger
 from mlfleet._text.masking import mask_query
 from mlfleet._text.plain import UNENCODABLE
 from mlfleet.errors import FetchError, ParameterError
@@ -24,7 +24,7 @@ __all__ = ["Download", "ResolvedParameters", "is_true", "resolve"]
 
 # RFC 3986, 3.1.
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
-_log = logging.getLogger("mlfleet.project")
+_log = get_logger("mlfleet.project")
 # What MLflow takes as the name of a parameter (mlflow/utils/validation.py, _validate_param_name).
 _NAME = re.compile(r"[/\w.\- :]+")
 _LONGEST_NAME = 250

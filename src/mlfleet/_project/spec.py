@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import re
 import shlex
@@ -15,6 +14,7 @@ from typing import Any
 
 from mlfleet._project.boundary import check_link, find_root, is_inside
 from mlfleet._project.lists import format_list
+from mlfleet._run_log import get_logger
 from mlfleet._text.documents import Node, nearest, read_toml, read_yaml, warn_unknown
 from mlfleet.errors import SpecError
 
@@ -28,7 +28,7 @@ __all__ = [
     "read_project",
 ]
 
-_log = logging.getLogger("mlfleet.project")
+_log = get_logger("mlfleet.project")
 
 FILE_NAME = "MLproject"
 _KEYS = ("name", "docker_env", "python_env", "conda_env", "entry_points", "databricks_spark_job")

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import secrets
 import shutil
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from mlfleet._paths import size_on_disk
+from mlfleet._run_log import get_logger
 from mlfleet._store.lease import Leases, unleased
 from mlfleet._store.private_folders import check_owner
 
@@ -45,7 +45,7 @@ __all__ = [
     "write_facts",
 ]
 
-_log = logging.getLogger("mlfleet.store")
+_log = get_logger("mlfleet.store")
 
 IN_USE = "in-use"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -15,6 +14,7 @@ from mlfleet._engine.context import RunContext
 from mlfleet._engine.plan import Plan
 from mlfleet._engine.request import SweepMember
 from mlfleet._engine.run import FleetRun
+from mlfleet._run_log import get_logger
 from mlfleet._sweeps.points import Gate, point_key
 from mlfleet._sweeps.record import History, SweepRecord
 from mlfleet._sweeps.results import PointResult
@@ -26,7 +26,7 @@ from mlfleet.tracking.base import RunInfo, clean_reason, end_run, failure_tags
 
 __all__ = ["Attempts"]
 
-logger = logging.getLogger("mlfleet.sweep")
+logger = get_logger("mlfleet.sweep")
 
 _EARLY = 5.0  # seconds; a run that fails sooner has probably not begun its work
 
@@ -195,7 +195,7 @@ class Attempts:
         return outcome
 
     async def _mark_lost(self, run_id: str, reason: str, tags: Mapping[str, str] | None = None) -> None:
-        logger.warning("the run %s was lost: %s", run_id, reason)
+        logger.warning("the run %s was lost: %s", run_id, reason, extra={"run_id": run_id})
         await self._context.tracking.log(run_id, tags={SweepMember.LOST_TAG: clean_reason(reason), **(tags or {})})
 
     def _count(self, run: FleetRun, outcome: Outcome) -> None:

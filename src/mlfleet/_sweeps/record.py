@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -20,6 +19,7 @@ from mlfleet._engine.plan import Plan
 from mlfleet._engine.request import NAME_TAG, SPACE_TAG, STOPPED_TAG, SweepMember
 from mlfleet._paths import sweeps_folder
 from mlfleet._project.content import content_hash
+from mlfleet._run_log import get_logger
 from mlfleet._store.lease import unleased
 from mlfleet._store.locks import file_lock
 from mlfleet._sweeps.members import LIST_TAG, Members
@@ -33,7 +33,7 @@ from mlfleet.tracking.models import SUBMISSION_TAG
 
 __all__ = ["History", "SweepRecord", "is_driven", "open_record"]
 
-logger = logging.getLogger("mlfleet.sweep")
+logger = get_logger("mlfleet.sweep")
 
 _CONTENT_TAG = "mlfleet.sweep.content"
 _ENV_TAG = "mlfleet.sweep.env"

@@ -10,13 +10,13 @@ from __future__ import annotations
 import difflib
 import functools
 import json
-import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mlfleet._run_log import get_logger
 from mlfleet._text.plain import UNENCODABLE
 from mlfleet.errors import SpecError
 
@@ -30,7 +30,7 @@ MAX_LABEL = 120
 # Python turns long digits into numbers in quadratic time; no number that anybody means is that long.
 MAX_NUMBER_LENGTH = 400
 
-_log = logging.getLogger("mlfleet.project")
+_log = get_logger("mlfleet.project")
 
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = {_TAG + name for name in ("str", "int", "float", "bool", "null", "timestamp", "value")}

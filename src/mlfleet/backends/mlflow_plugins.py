@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-import logging
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
@@ -28,6 +27,7 @@ from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.grace import StopRequest
 from mlfleet._concurrency.tasks import TaskOwner
 from mlfleet._concurrency.threads import PLUGIN_QUESTIONS, PLUGIN_SUBMITS
+from mlfleet._run_log import get_logger
 from mlfleet._text.masking import is_secret_name, mask
 from mlfleet.backends._remote.run import AwaitedRun
 from mlfleet.backends.base import Backend, BackendRun, Job, ProjectCall
@@ -38,7 +38,7 @@ from mlfleet.tracking.locations import absolute_uri
 
 __all__ = ["PluginBackend"]
 
-_log = logging.getLogger("mlfleet.plugins")
+_log = get_logger("mlfleet.plugins")
 _CONFIRMS = 10.0  # seconds beyond the grace in which a plugin must confirm the end of a run that it was told to cancel
 # The numbers of mlflow's own statuses, which some plugins give rather than their names.
 _NUMBERS = {

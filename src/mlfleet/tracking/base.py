@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from mlfleet._run_log import get_logger
 from mlfleet._text.masking import mask_values
 from mlfleet._text.plain import plain_text
 from mlfleet.errors import TrackingError
@@ -19,7 +19,7 @@ from mlfleet.tracking.models import RunInfo
 
 __all__ = ["RunInfo", "Tracking", "clean_reason", "end_run", "failure_tags", "log_tags", "worse"]
 
-logger = logging.getLogger("mlfleet.tracking")
+logger = get_logger("mlfleet.tracking")
 
 _LAST_ATTEMPT_SECONDS = 30.0
 """Seconds for a last attempt that began before the end of the patience."""

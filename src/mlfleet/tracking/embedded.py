@@ -19,6 +19,7 @@ from typing import Any, Self, TypeVar
 from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.threads import STORES
 from mlfleet._paths import cache_folder
+from mlfleet._run_log import get_logger
 from mlfleet._store.locks import file_lock
 from mlfleet._store.private_folders import secure_cache
 from mlfleet._text.masking import mask_uri
@@ -32,7 +33,7 @@ from mlfleet.tracking.models import SUBMISSION_TAG, batches, checked_id, deleted
 
 __all__ = ["EmbeddedTracking", "default_uri"]
 
-log = logging.getLogger("mlfleet.tracking")
+log = get_logger("mlfleet.tracking")
 
 _NOISY = ("mlflow.store.db.utils", "alembic")
 _LIMIT = 500

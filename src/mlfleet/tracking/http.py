@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import math
 import os
 import re
@@ -22,6 +21,7 @@ from mlfleet._concurrency.threads import LOGINS
 from mlfleet._hosts import has_loopback_host
 from mlfleet._request_log import unlogged_requests
 from mlfleet._retry import RetryPolicy
+from mlfleet._run_log import get_logger
 from mlfleet._version import __version__
 from mlfleet.errors import TrackingError, UsageError
 from mlfleet.tracking.auth import Login, Tls
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["API", "ARTIFACTS", "POLICY", "ServerClient", "exhausted"]
 
-log = logging.getLogger("mlfleet.tracking")
+log = get_logger("mlfleet.tracking")
 
 API = "/api/2.0/mlflow/"
 ARTIFACTS = "/api/2.0/mlflow-artifacts/artifacts"

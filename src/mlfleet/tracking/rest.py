@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import getpass
-import logging
 import os
 import posixpath
 import time
@@ -19,6 +18,7 @@ from mlfleet._concurrency.cancellation import complete, wait_done
 from mlfleet._concurrency.rate_limit import Pace
 from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.threads import FILES
+from mlfleet._run_log import get_logger
 from mlfleet._text.masking import mask_uri
 from mlfleet.errors import TrackingError
 from mlfleet.runs import DEFAULT_CANCEL_GRACE, RunStatus
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_IN_FLIGHT", "RestTracking"]
 
-log = logging.getLogger("mlfleet.tracking")
+log = get_logger("mlfleet.tracking")
 
 # MLflow's server takes up to three connections to its database for one request, of the 15 that its pool has unless told
 # otherwise. Eight requests that hold two each would wait for a third until they are refused, half a minute later.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from functools import partial
 from pathlib import Path
 
 from mlfleet._concurrency.threads import FILES
+from mlfleet._run_log import get_logger
 from mlfleet._text.lines import write_all
 from mlfleet.errors import SubmitError
 
@@ -15,7 +15,7 @@ __all__ = ["STDERR", "STDOUT", "KeptOutput", "OutputFile", "remark_line", "write
 
 STDOUT, STDERR = 1, 2
 
-_log = logging.getLogger("mlfleet.output")
+_log = get_logger("mlfleet.output")
 
 
 class OutputFile:

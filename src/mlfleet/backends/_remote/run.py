@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -16,6 +15,7 @@ from mlfleet._concurrency.cancellation import wait_done
 from mlfleet._concurrency.grace import StopRequest
 from mlfleet._concurrency.tasks import TaskOwner
 from mlfleet._concurrency.threads import FILES
+from mlfleet._run_log import get_logger
 from mlfleet._text.lines import last_lines
 from mlfleet.backends._output import FileOutput
 from mlfleet.errors import BackendError, MlfleetError, RunLost
@@ -23,7 +23,7 @@ from mlfleet.runs import DEFAULT_CANCEL_GRACE, Outcome, RunStatus
 
 __all__ = ["AwaitedRun", "SupervisedRun", "SupervisedRuns"]
 
-_log = logging.getLogger("mlfleet.backends")
+_log = get_logger("mlfleet.backends")
 
 
 class SupervisedRuns:

@@ -6,19 +6,20 @@ import asyncio
 import contextlib
 import copy
 import itertools
-import logging
 from collections.abc import Awaitable, Callable, Mapping
+from contextvars import Context
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 import anyio
 
 from mlfleet._concurrency.cancellation import wait_done
+from mlfleet._run_log import get_logger
 from mlfleet.errors import BackendError, MlfleetError
 
 __all__ = ["CachedState", "StateCache"]
 
-_log = logging.getLogger("mlfleet.watch")
+_log = get_logger("mlfleet.watch")
 
 V = TypeVar("V")
 
@@ -118,7 +119,7 @@ class StateCache(Generic[V]):
         self._closing = False
 
     async def __aenter__(self) -> Self:
-        self._task = asyncio.get_running_loop().create_task(self._run(), name=self._name)
+        self._task = asyncio.get_running_loop().create_task(self._run(), name=self._name, context=Context())
         return self
 
     async def __aexit__(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import os
 import time
 import uuid
@@ -25,6 +24,7 @@ from mlfleet._concurrency.threads import FILES, LOGINS
 from mlfleet._environments.env_files import read_python_requirements
 from mlfleet._environments.pip_requirements import flatten
 from mlfleet._paths import run_folder
+from mlfleet._run_log import get_logger
 from mlfleet.backends._remote.owner import describe_this_process, owner_lives
 from mlfleet.backends._remote.run import SupervisedRuns
 from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job, ListedRun, Presence
@@ -44,7 +44,7 @@ from mlfleet.tracking.databricks import check_profile, is_databricks, profile_of
 
 __all__ = ["DatabricksBackend"]
 
-_log = logging.getLogger("mlfleet.databricks")
+_log = get_logger("mlfleet.databricks")
 _NUMBER_TAG = "mlflow.databricks.shellJobRunID"
 _GRACE = 60.0  # seconds to cancel a run whose submission was cancelled
 
@@ -348,7 +348,12 @@ class DatabricksBackend(Backend[DatabricksConfig]):
                 context = await self._context_of(reference)
                 run = await _find(context, replace(reference, tags={_NUMBER_TAG: record.number}))
             except BackendError as error:
-                _log.warning("the run %s cannot be looked for: %s", reference.run_id, error)
+                _log.warning(
+                    "the run %s cannot be looked for: %s",
+                    reference.run_id,
+                    error,
+                    extra={"run_id": reference.run_id},
+                )
                 continue
             since = reference.data.get("since")
             entry = run or {"run_id": record.number, "start_time": since, "state": {"life_cycle_state": "GONE"}}

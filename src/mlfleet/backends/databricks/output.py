@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -13,12 +12,13 @@ from pathlib import Path
 import anyio
 
 from mlfleet._concurrency.threads import FILES
+from mlfleet._run_log import get_logger
 from mlfleet.backends._remote.output import write_output
 from mlfleet.errors import SubmitError
 
 __all__ = ["Ending", "OutputCopy"]
 
-_log = logging.getLogger("mlfleet.databricks")
+_log = get_logger("mlfleet.databricks")
 # The API may show a file a little later than the run has written it.
 _TRIES, _PAUSE = 10, 0.5  # seconds
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import time
 from collections.abc import Awaitable, Callable
 
 import anyio
 
+from mlfleet._run_log import get_logger
 from mlfleet.backends.databricks.client import WorkspaceError
 
 __all__ = ["QuotaQueue"]
 
-_log = logging.getLogger("mlfleet.databricks")
+_log = get_logger("mlfleet.databricks")
 _LONGEST = 3900.0
 """Seconds to wait by default: the quota counts the jobs of the last hour."""
 

@@ -7,7 +7,6 @@ records only of active runs, and of those whose process died.
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from mlfleet._paths import run_folder, runs_folder
+from mlfleet._run_log import get_logger
 from mlfleet.errors import SpecError
 from mlfleet.runs import JobRef
 
 __all__ = ["Record", "change_owner", "read_records", "remove_record", "write_record"]
 
-_log = logging.getLogger("mlfleet.databricks")
+_log = get_logger("mlfleet.databricks")
 _NAME = "databricks.json"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,6 +13,7 @@ import anyio
 
 from mlfleet._concurrency.cancellation import wait_done
 from mlfleet._concurrency.threads import FILES
+from mlfleet._run_log import get_logger
 from mlfleet.backends._remote.run import SupervisedRun
 from mlfleet.backends.databricks.client import Workspace, WorkspaceError
 from mlfleet.backends.databricks.output import Ending, OutputCopy
@@ -27,7 +27,7 @@ from mlfleet.runs import FailureKind, Outcome, RunStatus
 
 __all__ = ["DatabricksRun", "RemoteRun"]
 
-_log = logging.getLogger("mlfleet.databricks")
+_log = get_logger("mlfleet.databricks")
 _FIRST_PAUSE, _LAST_PAUSE = 0.25, 3.0  # seconds between checks for new output while it is followed
 _POLL_SOON_INTERVAL = 20.0  # seconds between requests to poll a cancelled run often
 _LINES = 20

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import time
 from collections.abc import Collection, Mapping
@@ -12,12 +11,13 @@ from datetime import UTC, datetime
 
 import anyio
 
+from mlfleet._run_log import get_logger
 from mlfleet.backends.databricks.client import Workspace, WorkspaceError
 from mlfleet.errors import SubmitError
 
 __all__ = ["OldSecret", "find_old_secrets", "put_secret", "remove_secret", "secret_key"]
 
-_log = logging.getLogger("mlfleet.databricks")
+_log = get_logger("mlfleet.databricks")
 _CLEANUP = 30.0  # seconds
 _OLD = 7 * 86400.0  # seconds after which no process looks after a run that is not active
 _KEY = re.compile(r"mlfleet-([0-9a-f]{32})")

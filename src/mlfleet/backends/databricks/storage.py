@@ -6,7 +6,6 @@ import base64
 import gzip
 import hashlib
 import io
-import logging
 import posixpath
 import shutil
 import tempfile
@@ -23,13 +22,14 @@ from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.threads import FILES, PROJECTS
 from mlfleet._project.content import content_hash, pack, read_ignore
 from mlfleet._project.git import ignored_by_git
+from mlfleet._run_log import get_logger
 from mlfleet.backends.databricks.client import Workspace, WorkspaceError
 from mlfleet.backends.databricks.config import Upload, UploadKind
 from mlfleet.errors import SubmitError
 
 __all__ = ["HOME", "Archive", "Storage", "Uploads", "open_folder", "open_storage"]
 
-_log = logging.getLogger("mlfleet.databricks")
+_log = get_logger("mlfleet.databricks")
 _IN_MEMORY = 2**23  # bytes of a packed project that are kept in memory
 
 HOME = "/Workspace/Users/{user}/.mlfleet"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 import time
@@ -13,6 +12,7 @@ from typing import Any
 import anyio
 
 from mlfleet._concurrency.single_flight import SingleFlight
+from mlfleet._run_log import get_logger
 from mlfleet.backends._remote.polling import PolledStates
 from mlfleet.backends._remote.state_cache import StateCache
 from mlfleet.backends.databricks.client import RETRY_SECONDS, Timing, Workspace, WorkspaceError
@@ -21,7 +21,7 @@ from mlfleet.errors import BackendError
 
 __all__ = ["Poller", "RecentRuns"]
 
-_log = logging.getLogger("mlfleet.databricks")
+_log = get_logger("mlfleet.databricks")
 
 _FEW = 10  # runs that are polled one by one; more are polled by lists
 _PAGE = 25  # runs on a page of runs/list

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -20,6 +19,7 @@ from mlfleet._concurrency.threads import FILES
 from mlfleet._oci import login
 from mlfleet._paths import run_folder
 from mlfleet._process.reattach import machine
+from mlfleet._run_log import get_logger
 from mlfleet.backends._remote.run import SupervisedRuns
 from mlfleet.backends.base import DRIVER_DIED, Backend, BackendRun, DockerRequest, Job, ListedRun, Presence
 from mlfleet.backends.docker.client import Endpoint, Engine, EngineError
@@ -43,7 +43,7 @@ from mlfleet.runs import JobRef, RunStatus
 
 __all__ = ["DockerBackend"]
 
-_log = logging.getLogger("mlfleet.docker")
+_log = get_logger("mlfleet.docker")
 
 _AT_ONCE = 16  # containers that are created and started at the same time; more only wait inside the engine
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")  # as the engine allows (moby/moby daemon/names)

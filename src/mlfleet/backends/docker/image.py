@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import closing
@@ -16,6 +15,7 @@ from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.threads import PROJECTS
 from mlfleet._oci import login
 from mlfleet._project.content import content_hash, pack
+from mlfleet._run_log import get_logger
 from mlfleet.backends.docker.client import Engine, EngineError
 from mlfleet.errors import SubmitError, UsageError
 
@@ -25,7 +25,7 @@ WORKDIR = "/mlflow/projects/code/"
 """The folder of the project in an image that is built, the same as mlflow's."""
 CONTENT_LABEL = "mlfleet.content"
 
-_log = logging.getLogger("mlfleet.docker")
+_log = get_logger("mlfleet.docker")
 _CHUNK = 2**18
 # https://pkg.go.dev/github.com/distribution/reference, without its limits of length.
 _REFERENCE = re.compile(

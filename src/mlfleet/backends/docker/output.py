@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import logging
 import os
 import socket
 import struct
@@ -17,12 +16,13 @@ import anyio
 
 from mlfleet._concurrency.threads import FILES
 from mlfleet._paths import runs_folder
+from mlfleet._run_log import get_logger
 from mlfleet.backends._remote.output import STDERR, STDOUT, KeptOutput, OutputFile
 from mlfleet.backends.docker.client import Engine, EngineError
 
 __all__ = ["ContainerLock", "OutputCopy"]
 
-_log = logging.getLogger("mlfleet.docker")
+_log = get_logger("mlfleet.docker")
 # https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operation/ContainerAttach
 _HEADER = struct.Struct(">BxxxL")
 _SMALL = 16 * 1024

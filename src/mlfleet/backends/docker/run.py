@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ import anyio
 
 from mlfleet._concurrency.cancellation import wait_done
 from mlfleet._concurrency.threads import FILES
+from mlfleet._run_log import get_logger
 from mlfleet.backends._remote.run import SupervisedRun
 from mlfleet.backends.docker.client import RETRIES, Engine, EngineError
 from mlfleet.backends.docker.output import ContainerLock, OutputCopy
@@ -23,7 +23,7 @@ from mlfleet.runs import FailureKind, Outcome, RunStatus
 
 __all__ = ["Container", "DockerRun"]
 
-_log = logging.getLogger("mlfleet.docker")
+_log = get_logger("mlfleet.docker")
 _STALLED = 10.0  # seconds without output of a container that has ended
 _PAUSE = 0.5  # seconds between two looks at what no event announces
 _KILLING = replace(RETRIES, seconds=15.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import socket
 from collections.abc import Collection, Mapping
 from contextlib import AsyncExitStack
@@ -19,6 +18,7 @@ import anyio
 
 from mlfleet._concurrency.threads import FILES
 from mlfleet._retry import RetryPolicy
+from mlfleet._run_log import get_logger
 from mlfleet.backends._remote.state_cache import StateCache
 from mlfleet.backends.base import ListedRun
 from mlfleet.backends.docker.client import RETRIES, Engine, EngineError
@@ -46,7 +46,7 @@ DRIVER_LABEL = "mlfleet.driver"
 EXPERIMENT_LABEL = "mlfleet.experiment-id"
 
 _REFRESH = 300.0  # seconds until the list is fetched again although no event came
-_log = logging.getLogger("mlfleet.docker")
+_log = get_logger("mlfleet.docker")
 
 
 class Phase(StrEnum):

@@ -6,7 +6,6 @@ import asyncio
 import copy
 import functools
 import json
-import logging
 import random
 import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -24,12 +23,13 @@ from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.threads import FILES, LOGINS
 from mlfleet._retry import RetryPolicy, parse_retry_after
+from mlfleet._run_log import get_logger
 from mlfleet.backends.kubernetes.login import CERTIFICATES, SERVICE_ACCOUNT, Cluster, Login, load_login
 from mlfleet.errors import BackendError
 
 __all__ = ["RETRIES", "ApiError", "KubernetesClient", "Pool", "reconnect_pause"]
 
-_log = logging.getLogger("mlfleet.kubernetes")
+_log = get_logger("mlfleet.kubernetes")
 
 RETRIES = RetryPolicy(seconds=90.0, first_pause=0.8, longest_pause=30.0)
 """The retry policy of requests to Kubernetes API servers; some calls give up sooner."""

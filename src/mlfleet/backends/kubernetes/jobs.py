@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Mapping
 from typing import Any
 
+from mlfleet._run_log import get_logger
 from mlfleet.backends.kubernetes.client import RETRIES, ApiError, KubernetesClient
 from mlfleet.backends.kubernetes.diagnosis import decided_outcome, straggling_pod
 from mlfleet.backends.kubernetes.manifest import SUBMISSION
@@ -27,7 +27,7 @@ __all__ = [
     "warnings_of",
 ]
 
-_log = logging.getLogger("mlfleet.kubernetes")
+_log = get_logger("mlfleet.kubernetes")
 _QUOTED = 5  # events
 _CLEANING = 20.0  # seconds in which the deletion of a Secret may be repeated
 

@@ -13,7 +13,6 @@ import base64
 import hashlib
 import ipaddress
 import json
-import logging
 import os
 import re
 import shutil
@@ -31,6 +30,7 @@ from urllib.parse import urlsplit
 from mlfleet._concurrency.cancellation import wait_done
 from mlfleet._concurrency.threads import FILES, LOGINS
 from mlfleet._hosts import is_loopback
+from mlfleet._run_log import get_logger
 from mlfleet._text.masking import mask
 from mlfleet.errors import BackendError, UsageError
 
@@ -45,7 +45,7 @@ __all__ = [
     "proxy_for",
 ]
 
-_log = logging.getLogger("mlfleet.kubernetes")
+_log = get_logger("mlfleet.kubernetes")
 
 IN_CLUSTER = "(in-cluster)"
 """The name of the context when the service account of this process's own pod is used."""

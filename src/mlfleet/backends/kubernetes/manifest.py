@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mlfleet._hosts import is_loopback
+from mlfleet._run_log import get_logger
 from mlfleet._text.masking import is_secret_name, mask_uri
 from mlfleet.backends.base import DockerRequest, Job
 from mlfleet.backends.kubernetes.config import KubernetesConfig
@@ -41,7 +41,7 @@ __all__ = [
     "variables",
 ]
 
-_log = logging.getLogger("mlfleet.kubernetes")
+_log = get_logger("mlfleet.kubernetes")
 SUBMISSION = "mlfleet.submission"
 """The annotation with the id of the attempt that created the Job."""
 OWNER = "mlfleet.owner"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import os
 import re
 import resource
@@ -20,6 +19,7 @@ import aiohttp
 import anyio
 
 from mlfleet._concurrency.threads import FILES
+from mlfleet._run_log import get_logger
 from mlfleet.backends._remote.output import KeptOutput, remark_line
 from mlfleet.backends._remote.state_cache import CachedState
 from mlfleet.backends.kubernetes.client import ApiError, KubernetesClient, Pool, reconnect_pause
@@ -28,7 +28,7 @@ from mlfleet.errors import SubmitError
 
 __all__ = ["ContainerLife", "Copier", "End", "LogSlots", "LogStream", "Mark", "next_log"]
 
-_log = logging.getLogger("mlfleet.kubernetes")
+_log = get_logger("mlfleet.kubernetes")
 _SILENCE = 60.0  # seconds without a byte of the log of a container that has ended
 _GATHER = 0.01  # seconds in which more of a trickle is let come, so that it costs fewer turns
 _SMALL = 16 * 1024

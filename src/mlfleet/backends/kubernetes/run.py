@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import anyio
 
 from mlfleet._concurrency.cancellation import wait_done
+from mlfleet._run_log import get_logger
 from mlfleet.backends._remote.run import SupervisedRun
 from mlfleet.backends.kubernetes.client import ApiError, KubernetesClient
 from mlfleet.backends.kubernetes.config import StartTimeouts
@@ -32,7 +32,7 @@ from mlfleet.runs import FailureKind, Outcome, RunStatus
 
 __all__ = ["KubernetesRun", "Target"]
 
-_log = logging.getLogger("mlfleet.kubernetes")
+_log = get_logger("mlfleet.kubernetes")
 _QUIET = 5.0  # seconds without output of a run that has ended, after which its log is read again
 _STALLED = 10.0  # seconds without output of a run that has ended, whose container goes on
 _AWAY = 120.0  # the same if output is missing

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import random
 import time
 from collections import OrderedDict
@@ -17,6 +16,7 @@ from typing import Any, Self
 import anyio
 
 from mlfleet._concurrency.cancellation import complete
+from mlfleet._run_log import get_logger
 from mlfleet.backends._remote.state_cache import CachedState, StateCache
 from mlfleet.backends.kubernetes.client import ApiError, KubernetesClient, Pool, reconnect_pause
 from mlfleet.backends.kubernetes.login import Cluster
@@ -25,7 +25,7 @@ from mlfleet.errors import BackendError, MlfleetError
 
 __all__ = ["NamespaceWatch", "SharedWatch", "WatchPool"]
 
-_log = logging.getLogger("mlfleet.kubernetes")
+_log = get_logger("mlfleet.kubernetes")
 _PAGE = "100"  # objects of a list at once: thousands would be decoded in one piece, and hold up the event loop
 _LASTS = (120, 180)  # seconds of one watch; random, so that clients do not all come back at once
 _IDLE = 75.0  # seconds

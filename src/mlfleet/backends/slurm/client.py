@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from mlfleet._concurrency.single_flight import Coalescing
 from mlfleet._concurrency.threads import FILES
 from mlfleet._process.process import Completed, run_process
 from mlfleet._retry import RetryPolicy
+from mlfleet._run_log import get_logger
 from mlfleet.backends.slurm.config import SlurmConfig
 from mlfleet.backends.slurm.states import GONE, JobState
 from mlfleet.errors import BackendError, SubmitError
@@ -27,7 +27,7 @@ from mlfleet.resources import Resources
 
 __all__ = ["ListedJob", "SlurmClient", "SlurmError", "Submission", "Timing", "sbatch_arguments"]
 
-_log = logging.getLogger("mlfleet.slurm")
+_log = get_logger("mlfleet.slurm")
 
 # 300 submits take 2.2 s one by one, 0.96 s by four, 0.83 s by eight (measured, Slurm 22.05).
 _SUBMITS_AT_ONCE = 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from contextlib import suppress
 from functools import partial
@@ -12,6 +11,7 @@ import anyio
 
 from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.threads import FILES
+from mlfleet._run_log import get_logger
 from mlfleet._text.lines import last_lines
 from mlfleet.backends._remote.output import OutputFile
 from mlfleet.backends._remote.run import SupervisedRun
@@ -24,7 +24,7 @@ from mlfleet.runs import DEFAULT_CANCEL_GRACE, FailureKind, Outcome, RunStatus
 
 __all__ = ["SlurmRun"]
 
-_log = logging.getLogger("mlfleet.slurm")
+_log = get_logger("mlfleet.slurm")
 _LOOK = 0.5  # seconds between two looks for a file that another machine has written
 _COPY_PAUSE = 0.5  # seconds between two looks for new output that goes to the output of this process
 _CHUNK = 2**20

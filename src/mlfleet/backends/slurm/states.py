@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 from contextlib import suppress
 from dataclasses import dataclass
 
+from mlfleet._run_log import get_logger
 from mlfleet.errors import RunLost
 from mlfleet.runs import FailureKind, Outcome, RunStatus
 
 __all__ = ["GONE", "ExitRecord", "JobState", "conclude"]
 
-_log = logging.getLogger("mlfleet.slurm")
+_log = get_logger("mlfleet.slurm")
 
 # The states of squeue(1), JOB STATE CODES.
 _WAITING = frozenset(

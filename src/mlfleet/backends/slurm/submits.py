@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import anyio
 
 from mlfleet._concurrency.cancellation import complete, wait_done
 from mlfleet._concurrency.threads import FILES
+from mlfleet._run_log import get_logger
 from mlfleet._store.content_store import remove_tree
 from mlfleet.backends.slurm.client import SlurmClient, SlurmError, Submission
 from mlfleet.backends.slurm.run_files import RunFiles, link_array
@@ -22,7 +22,7 @@ from mlfleet.errors import SubmitError
 
 __all__ = ["ArraySubmitter", "single"]
 
-_log = logging.getLogger("mlfleet.slurm")
+_log = get_logger("mlfleet.slurm")
 _GATHER = 0.2  # seconds in which submits with equal options gather for an array
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 
 import anyio
 
+from mlfleet._run_log import get_logger
 from mlfleet.backends._remote.polling import PolledStates
 from mlfleet.backends._remote.state_cache import StateCache
 from mlfleet.backends.slurm.client import SlurmClient, SlurmError, Timing
@@ -15,7 +15,7 @@ from mlfleet.backends.slurm.states import JobState
 
 __all__ = ["Poller"]
 
-_log = logging.getLogger("mlfleet.slurm")
+_log = get_logger("mlfleet.slurm")
 
 _YOUNG = 60.0  # seconds for which a job counts as young
 _AGE_PER_INTERVAL = 30  # a job of 300 s is polled every 10 s
