@@ -49,7 +49,7 @@ __all__ = [
 
 _log = get_logger("mlfleet.runs")
 
-_GAP = 0.01  # seconds between two turns in a thread, in which changes gather
+_GAP = 0.025  # seconds between two turns in a thread, in which changes gather
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from mlfleet._concurrency.threads import SESSIONS
 
 __all__ = ["SessionWatch", "kill_session", "living_groups", "signal_group"]
 
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1  # seconds
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.01, 0.1  # seconds
 _SIGNALLING = 0.002  # seconds of one iteration of the event loop that are spent on sending signals
 
 

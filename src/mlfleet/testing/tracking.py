@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -119,7 +119,7 @@ class FakeTracking(Tracking):
         self, experiment_id: str, *, name: str | None, tags: Mapping[str, str], start_time: int | None = None
     ) -> RunInfo:
         await self._request("create_run")
-        run_id = uuid.uuid4().hex
+        run_id = f"{random.getrandbits(128):032x}"
         run = RecordedRun(
             run_id=run_id,
             experiment_id=experiment_id,

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
@@ -145,7 +145,8 @@ class ServerClient:
         self._failures: Failures | None = None
         self._answered = False
         self._is_own_tls = False
-        self._times: httpx.Timeout | None = None
+        self._answer_times: httpx.Timeout | None = None
+        self._file_times: httpx.Timeout | None = None
         self._problems: tuple[type[Exception], ...] = ()
 
     async def open(self) -> None:
@@ -295,7 +296,7 @@ class ServerClient:
         check: Callable[[dict[str, Any]], bool] | None,
     ) -> dict[str, Any]:
         kind = _JSON if content is not None else {}
-        async with self._response(method, path, content, kind, params) as response:
+        async with self._response(method, path, content, kind, params, self._answer_times) as response:
             answer = Answer(response.status_code, response.headers, await self._read(path, response))
             try:
                 result = json.loads(answer.body.decode() or "{}")  # decode() is faster than json's detection
@@ -329,7 +330,8 @@ class ServerClient:
         """
         headers = {"Content-Length": str(size), "Content-Type": "application/octet-stream"} if size is not None else {}
         self.failures  # noqa: B018 - raises if this is not open
-        async with self._file_slots, self._response(method, path, content, headers, None) as response:
+        times = self._file_times
+        async with self._file_slots, self._response(method, path, content, headers, None, times) as response:
             yield response
 
     @asynccontextmanager
@@ -340,6 +342,7 @@ class ServerClient:
         content: bytes | AsyncIterator[bytes] | None,
         headers: Mapping[str, str],
         params: Mapping[str, str] | None,
+        times: httpx.Timeout | None,
     ) -> AsyncIterator[httpx.Response]:
         """Send a request and give its successful response, whose body is not read yet."""
         client = self._client
@@ -351,11 +354,11 @@ class ServerClient:
             self._check_headers(sent)
             request = client.build_request(
                 method,
-                self.login.url + _target(path),
+                _parsed(self.login.url + _target(path)),
                 content=content,
                 headers=sent,
                 params=params,
-                timeout=self._times,
+                timeout=times,
             )
             response = await self._send(client, path, request)
             if not response.is_success:
@@ -426,7 +429,9 @@ class ServerClient:
         _warn_of_header_plugins()
         self._is_own_tls = is_own and split_uri(self.login.url).scheme == "https"
         # Before the end of the whole request, so that httpx closes what it could not connect.
-        self._times = httpx.Timeout(self._timeout, connect=min(self._timeout / 2, _CONNECT_SECONDS), pool=None)
+        connect = min(self._timeout / 2, _CONNECT_SECONDS)
+        self._answer_times = httpx.Timeout(None, connect=connect)  # `attempt` limits the whole request
+        self._file_times = httpx.Timeout(self._timeout, connect=connect, pool=None)
         self._problems = (httpx.HTTPError, httpx.InvalidURL, UnicodeEncodeError)
         if not is_own:
             self._problems += _aiohttp_errors()
@@ -516,6 +521,13 @@ def _number(variable: str, default: float) -> float:
 
 def _target(path: str) -> str:
     return path if path.startswith("/") else API + path
+
+
+@lru_cache(64)  # parsing takes as long as the rest of a request's construction
+def _parsed(url: str) -> httpx.URL:
+    import httpx
+
+    return httpx.URL(url)
 
 
 def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
