@@ -47,6 +47,7 @@ __all__ = [
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_FILE_DEFAULTS = ("backend", "env_manager", "jobs", "tracking_uri")
 _LONGEST_NAME = 64  # characters
 _UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _PART = r"(\d+(?:\.\d*)?|\.\d+)\s*(ms|[smhdw]|)"
@@ -163,21 +164,19 @@ class FileDefaults(Mapping[str, Any]):
         """The settings of the file for this working directory."""
         return read_settings()
 
-    @cached_property
-    def _values(self) -> dict[str, Any]:
-        found = {name: getattr(self.settings, name) for name in ("backend", "env_manager", "jobs", "tracking_uri")}
-        return {name: value for name, value in found.items() if value is not None}
-
     def __getitem__(self, name: str) -> Any:
-        if click.get_current_context().resilient_parsing:  # click writes the text of `--help`
-            raise KeyError(name)
-        return self._values[name]
+        # click asks for all options, and with `resilient_parsing` for the text of `--help`.
+        if name in _FILE_DEFAULTS and not click.get_current_context().resilient_parsing:
+            value = getattr(self.settings, name)
+            if value is not None:
+                return value
+        raise KeyError(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
+        return iter(_FILE_DEFAULTS)
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len(_FILE_DEFAULTS)
 
 
 def file_settings() -> Settings:
