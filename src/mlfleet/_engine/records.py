@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import secrets
@@ -125,6 +126,7 @@ class RunRecords:
         self._waiting: list[asyncio.Future[None]] = []
         self._writing: asyncio.Task[None] | None = None
         self._lock = _DriverLock()
+        self._count = itertools.count(1)
         self._notes: set[tuple[str, str]] = set()
         self._warned = False
 
@@ -138,7 +140,7 @@ class RunRecords:
         note = (tracking, experiment_id)
         if note not in self._notes:
             await FILES.run(partial(self._note, note))
-        return f"{self._lock.name}.{secrets.token_hex(8)}"
+        return f"{self._lock.name}.{next(self._count)}"
 
     async def add(self, record: RunRecord) -> None:
         """Write the record of a run, which this process supervises from now on."""
