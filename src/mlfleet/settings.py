@@ -151,9 +151,11 @@ def read_settings(path: str | os.PathLike[str] | None = None) -> Settings:
 
 def _search() -> Path | None:
     try:
-        here, home = Path.cwd(), Path(os.path.realpath(Path.home()))
-    except (OSError, RuntimeError):  # the working directory was removed, or this user has no home folder
+        here = Path.cwd()
+    except OSError:  # it was removed
         return None
+    # Of a user without a home folder it is "~", which is no folder above.
+    home = Path(os.path.realpath(os.path.expanduser("~")))  # noqa: PTH111 - raises an error then
     for folder in (here, *here.parents):
         own, shared = folder / _OWN_FILE, folder / _SHARED_FILE
         # `os.path`: False also where a folder may not be looked into.
