@@ -37,7 +37,18 @@ REFERENCE = (
 
 ARGUMENTS = [option for option in OPTIONS if "." not in option.name]
 
-OURS = ["tracking_uri", "parent_run_id", "tags", "timeouts", "output", "log_output", "resources", "env", "detach"]
+OURS = [
+    "tracking_uri",
+    "parent_run_id",
+    "tags",
+    "timeouts",
+    "output",
+    "log_output",
+    "resources",
+    "env",
+    "detach",
+    "progress",
+]
 
 ERRORS = [getattr(errors, name) for name in errors.__all__]
 
@@ -107,7 +118,7 @@ def test_the_installed_mlflow_takes_the_same_arguments() -> None:
 def test_submit_takes_the_arguments_of_run_async() -> None:
     positional = [parameter.name for parameter in arguments(mlfleet.submit)[:4]]
     everything = {parameter.name for parameter in arguments(mlfleet.run_async)}
-    assert {*positional, "tracking_uri", "synchronous", *RunOptions.__annotations__} == everything
+    assert {*positional, "tracking_uri", "synchronous", "progress", *RunOptions.__annotations__} == everything
 
 
 @pytest.mark.parametrize("function", [mlfleet.run, mlfleet.run_async])
@@ -141,7 +152,8 @@ def test_sweeps_take_the_same_arguments_in_every_form() -> None:
     named = [parameter.name for parameter in arguments(mlfleet.Fleet.sweep)[3:-1]]
     assert {*named, *RunOptions.__annotations__} == set(SweepOptions.__annotations__)
     for function in (mlfleet.sweep, mlfleet.sweep_async):
-        assert [parameter.name for parameter in arguments(function)] == ["uri", "space", "tracking_uri", "options"]
+        names = [parameter.name for parameter in arguments(function)]
+        assert names == ["uri", "space", "tracking_uri", "progress", "metric", "goal", "options"]
 
 
 def test_the_api_page_has_the_table_of_options() -> None:

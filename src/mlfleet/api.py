@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
-from contextlib import suppress
-from typing import Any, Unpack
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Unpack
 from weakref import WeakKeyDictionary, WeakSet
 
 import anyio
 
 from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.tasks import TaskOwner
+from mlfleet._engine.options import Goal
 from mlfleet._engine.request import Output, RunOptions, RunRequest
 from mlfleet._engine.run import FleetRun
 from mlfleet._engine.tracked import TrackedRun
@@ -25,6 +27,9 @@ from mlfleet.resources import Resources
 from mlfleet.runs import Timeouts
 from mlfleet.spaces import Points
 from mlfleet.tracking import default_uri
+
+if TYPE_CHECKING:
+    from mlfleet._progress import RunScreen, SweepScreen
 
 __all__ = [
     "attach",
@@ -68,6 +73,7 @@ async def run_async(
     resources: Resources | None = None,
     env: Mapping[str, str] | None = None,
     detach: bool = False,
+    progress: bool = False,
 ) -> FleetRun:
     """Run a project and wait for its end.
 
@@ -109,6 +115,9 @@ async def run_async(
             no tag, log, command line or error. The variables that mlfleet sets itself cannot be given.
         detach: Let a process of its own supervise the run, which so outlives this one, on every backend. Needs
             ``synchronous=False``.
+        progress: Show the stage of the run and the last line of its output while this call waits: on a terminal and in
+            a notebook as a view that is updated, elsewhere as a few lines on stderr. Needs ``synchronous=True`` and
+            ``output="capture"``.
 
     Returns:
         The handle of the run, which has ended if `synchronous`.
@@ -120,38 +129,44 @@ async def run_async(
     """
     if detach and synchronous:
         raise UsageError("detach=True does not wait for the end of the run: give synchronous=False with it")
-    run = await submit(
-        uri,
-        entry_point,
-        version,
-        parameters,
-        tracking_uri=tracking_uri,
-        docker_args=docker_args,
-        experiment_name=experiment_name,
-        experiment_id=experiment_id,
-        backend=backend,
-        backend_config=backend_config,
-        storage_dir=storage_dir,
-        run_id=run_id,
-        run_name=run_name,
-        env_manager=env_manager,
-        build_image=build_image,
-        docker_auth=docker_auth,
-        parent_run_id=parent_run_id,
-        tags=tags,
-        timeouts=timeouts,
-        output=output,
-        log_output=log_output,
-        resources=resources,
-        env=env,
-        detach=detach,
-    )
-    if synchronous:
-        try:
-            await run.check()
-        except asyncio.CancelledError:
-            await complete(run.cancel, restart=True)
-            raise
+    if progress:
+        _check_progress(synchronous, output)
+    async with AsyncExitStack() as stack:
+        screen = await stack.enter_async_context(_run_screen(uri, tracking_uri)) if progress else None
+        run = await submit(
+            uri,
+            entry_point,
+            version,
+            parameters,
+            tracking_uri=tracking_uri,
+            docker_args=docker_args,
+            experiment_name=experiment_name,
+            experiment_id=experiment_id,
+            backend=backend,
+            backend_config=backend_config,
+            storage_dir=storage_dir,
+            run_id=run_id,
+            run_name=run_name,
+            env_manager=env_manager,
+            build_image=build_image,
+            docker_auth=docker_auth,
+            parent_run_id=parent_run_id,
+            tags=tags,
+            timeouts=timeouts,
+            output=output,
+            log_output=log_output,
+            resources=resources,
+            env=env,
+            detach=detach,
+        )
+        if screen is not None:
+            screen.entered(run)
+        if synchronous:
+            try:
+                await run.check()
+            except asyncio.CancelledError:
+                await complete(run.cancel, restart=True)
+                raise
     return run
 
 
@@ -216,7 +231,14 @@ async def get(run_id: str, *, tracking_uri: str | None = None) -> FleetRun | Tra
 
 
 async def sweep_async(
-    uri: str | os.PathLike[str], space: Points, *, tracking_uri: str | None = None, **options: Unpack[SweepOptions]
+    uri: str | os.PathLike[str],
+    space: Points,
+    *,
+    tracking_uri: str | None = None,
+    progress: bool = False,
+    metric: str | None = None,
+    goal: Goal = "min",
+    **options: Unpack[SweepOptions],
 ) -> SweepResult:
     """Run a project at every point of a space and wait for all of them.
 
@@ -227,6 +249,10 @@ async def sweep_async(
         uri: The project.
         space: `mlfleet.grid`, `mlfleet.sample`, `mlfleet.zip_`, `mlfleet.rows`, or any iterable of mappings.
         tracking_uri: The URI of the tracking server or store. Default: ``MLFLOW_TRACKING_URI``, else MLflow's default.
+        progress: Show the counts, the active points and the failures meanwhile: on a terminal and in a notebook as a
+            view that is updated, elsewhere as a few lines on stderr.
+        metric: The metric by which the view, the result in a notebook and its report order the points.
+        goal: ``min`` or ``max``: the good values of that metric.
         options: The other arguments of `Fleet.sweep`.
 
     Returns:
@@ -236,10 +262,46 @@ async def sweep_async(
         MlfleetError: The request, the project or the first point is wrong, or tracking cannot be reached. No run was
             made.
     """
-    async with Fleet(tracking_uri=tracking_uri) as fleet:
+    if goal not in ("min", "max"):
+        raise UsageError(f"goal is {goal!r}: give 'min' or 'max'")
+    async with AsyncExitStack() as stack:
+        screen = None
+        if progress:
+            screen = await stack.enter_async_context(_sweep_screen(metric, goal, options.get("parameters")))
+        follow = None if screen is None else screen.follow
+        fleet = await stack.enter_async_context(Fleet(tracking_uri=tracking_uri, on_event=follow))
         _sweep_fleets.setdefault(asyncio.get_running_loop(), WeakSet()).add(fleet)
         async with fleet.sweep(uri, space, **options) as sweep:
-            return await sweep.result()
+            seen = () if screen is None else await screen.results(sweep)
+            result = await sweep.result(seen)
+    return replace(result, metric=metric, goal=goal)
+
+
+def _check_progress(synchronous: bool, output: Output) -> None:
+    if not synchronous:
+        raise UsageError("progress=True follows a run to its end: give synchronous=True with it")
+    if output == "inherit":
+        raise UsageError("progress=True shows the captured output: give output='capture' with it")
+
+
+@asynccontextmanager
+async def _run_screen(uri: str | os.PathLike[str], tracking_uri: str | None) -> AsyncIterator[RunScreen]:
+    # Only a caller who wants it pays for the import.
+    from mlfleet._progress import RunScreen, choose_painter, shown
+
+    events = (await default_fleet(tracking_uri)).events()
+    screen = RunScreen(choose_painter(), os.fspath(uri), events)
+    async with shown(screen):
+        yield screen
+
+
+@asynccontextmanager
+async def _sweep_screen(metric: str | None, goal: Goal, fixed: Mapping[str, Any] | None) -> AsyncIterator[SweepScreen]:
+    from mlfleet._progress import BestRuns, SweepScreen, choose_painter, shown
+
+    screen = SweepScreen(choose_painter(), BestRuns(metric, goal, 1), fixed or {})
+    async with shown(screen):
+        yield screen
 
 
 class _Fleets:

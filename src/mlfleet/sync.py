@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, TypeVar, Unpack
 
 from mlfleet import api
+from mlfleet._engine.options import Goal
 from mlfleet._engine.request import Output, active_run_id
 from mlfleet._engine.run import FleetRun
 from mlfleet._run_log import get_logger
@@ -114,6 +115,7 @@ def run(
     resources: Resources | None = None,
     env: Mapping[str, str] | None = None,
     detach: bool = False,
+    progress: bool = False,
 ) -> BlockingRun:
     """Run a project and block until it has ended, with the arguments and the meaning of ``mlflow.projects.run``.
 
@@ -122,7 +124,7 @@ def run(
 
     - ``synchronous=False`` returns as soon as the MLflow run exists. At its exit the process waits for active runs.
     - ``output=None`` lets a synchronous run inherit the stdout and stderr of this process, as mlflow does, and captures
-      the output of other runs.
+      the output of other runs, and of those with ``progress=True``.
 
     Raises:
         ExecutionException: The run failed (only if `synchronous`).
@@ -133,7 +135,7 @@ def run(
     """
     loop = _loop()
     if output is None:
-        output = "inherit" if synchronous and not log_output else "capture"
+        output = "inherit" if synchronous and not log_output and not progress else "capture"
     # One call: an interrupt between two of them would leave the run to itself.
     submitted = loop.call(
         partial(
@@ -164,6 +166,7 @@ def run(
             resources=resources,
             env=env,
             detach=detach,
+            progress=progress,
         ),
         starts=True,
     )
@@ -171,7 +174,14 @@ def run(
 
 
 def sweep(
-    uri: str | os.PathLike[str], space: Points, *, tracking_uri: str | None = None, **options: Unpack[SweepOptions]
+    uri: str | os.PathLike[str],
+    space: Points,
+    *,
+    tracking_uri: str | None = None,
+    progress: bool = False,
+    metric: str | None = None,
+    goal: Goal = "min",
+    **options: Unpack[SweepOptions],
 ) -> SweepResult:
     """Run a project at every point of a space and block until all runs have ended. See `mlfleet.sweep_async`.
 
@@ -183,7 +193,10 @@ def sweep(
     if options.get("parent_run_id") is None:
         # mlflow's active run belongs to the calling thread.
         options["parent_run_id"] = active_run_id()
-    return _loop().call(partial(api.sweep_async, uri, space, tracking_uri=tracking_uri, **options), starts=True)
+    work = partial(
+        api.sweep_async, uri, space, tracking_uri=tracking_uri, progress=progress, metric=metric, goal=goal, **options
+    )
+    return _loop().call(work, starts=True)
 
 
 class _Loop:

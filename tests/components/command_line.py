@@ -128,11 +128,17 @@ def started(
 
 
 @contextmanager
-def on_terminal(*arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Iterator[Started]:
-    """Start the command line on a controlling terminal of 100 columns, and end it with the block.
+def on_terminal(
+    *arguments: str,
+    argv: Sequence[str] = ARGV,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Iterator[Started]:
+    """Start the command line, or another program, on a controlling terminal of 100 columns, and end it with the block.
 
     Args:
         arguments: The arguments after the program's name.
+        argv: The program.
         cwd: The working directory; None: this process's.
         env: Variables on top of this process's.
     """
@@ -142,7 +148,7 @@ def on_terminal(*arguments: str, cwd: Path | None = None, env: Mapping[str, str]
     variables = {**plain, "TERM": "xterm-256color", **(env or {})}
     with os.fdopen(ours, "rb", buffering=0) as output:
         process = subprocess.Popen(
-            [*ARGV, *arguments],
+            [*argv, *arguments],
             cwd=cwd,
             env=variables,
             stdin=its,

@@ -10,7 +10,8 @@ from click.core import ParameterSource
 
 from mlfleet._cli.dry_run import masked, used_tracking_uri
 from mlfleet._cli.options import config_options, debug_option, file_settings, json_option, read_config
-from mlfleet._cli.output import print_json, print_table, say
+from mlfleet._cli.output import print_json, print_table
+from mlfleet._progress import say
 from mlfleet._text.masking import MASK, is_secret_name
 from mlfleet.backends.registry import available
 from mlfleet.settings import Settings

@@ -18,6 +18,7 @@ from typing import Any
 import anyio.to_thread
 import click
 
+from mlfleet._progress import write_line
 from mlfleet._text.lines import write_all
 from mlfleet._text.masking import MASK
 from mlfleet._text.plain import CONTROLS, clean
@@ -29,12 +30,10 @@ __all__ = [
     "complain",
     "error_as_json",
     "exit_code",
-    "is_interactive",
     "print_json",
     "print_line",
     "print_output",
     "print_table",
-    "say",
     "show_logs",
     "to_json",
     "where_to_look",
@@ -47,23 +46,12 @@ _MISTAKES = (UsageError, SpecError, ParameterError, FetchError, BackendNotFound)
 # ---- standard error -------------------------------------------------------------------------------------------------
 
 
-def say(text: str) -> None:
-    """Write one message of mlfleet to standard error."""
-    _write(f"mlfleet: {clean(text)}")
-
-
 def complain(text: str, *, word: str = "Error", color: str = "red") -> None:
     """Write an error, or another message that begins with a coloured word, to standard error."""
     # NO_COLOR: https://no-color.org. click itself finds out whether there is a terminal.
     plain = bool(os.environ.get("NO_COLOR"))
     label = f"{word}:" if plain else click.style(f"{word}:", fg=color, bold=True)
-    _write(f"{label} {clean(text)}")
-
-
-def is_interactive() -> bool:
-    """Return True if standard error is a terminal that can move its cursor."""
-    # It is None where a service manager has closed it.
-    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+    write_line(f"{label} {clean(text)}")
 
 
 def show_logs(level: int) -> None:
@@ -90,17 +78,9 @@ class _Handler(logging.Handler):
             elif record.levelno >= logging.WARNING:
                 complain(text, word="Warning", color="yellow")
             else:
-                _write(clean(f"{record.levelname.lower()} {record.name}: {text}"))
+                write_line(clean(f"{record.levelname.lower()} {record.name}: {text}"))
         except Exception:
             self.handleError(record)
-
-
-def _write(text: str) -> None:
-    try:
-        click.echo(text, err=True)
-    except OSError:
-        # The terminal is gone (SIGHUP), or the reader of the pipe is. The run and its end do not depend on it.
-        return
 
 
 # ---- standard output ------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from mlfleet._cli.output import is_interactive, say
+from mlfleet._progress import is_interactive, say
 from mlfleet._text.plain import clean
 from mlfleet.runs import RunEvent, Stage
 

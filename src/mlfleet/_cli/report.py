@@ -6,8 +6,8 @@ import anyio
 import click
 
 from mlfleet._cli.options import debug_option, experiment_options, find_experiment, tracking_option
-from mlfleet._cli.output import say
 from mlfleet._engine.options import Goal
+from mlfleet._progress import say
 from mlfleet._reporting import SweepReport, load_sweep, render
 from mlfleet._sweeps import Report
 from mlfleet.tracking import open_tracking

@@ -18,12 +18,12 @@ from mlfleet._cli.output import (
     print_json,
     print_line,
     print_output,
-    say,
     where_to_look,
 )
 from mlfleet._cli.progress import Progress
 from mlfleet._engine.request import RunRequest
 from mlfleet._engine.run import FleetRun, run_output
+from mlfleet._progress import say
 from mlfleet._run_log import get_logger
 from mlfleet._signals import Interrupts, run_until_interrupted
 from mlfleet.errors import MlfleetError

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 import shlex
 import signal
 import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -31,16 +30,15 @@ from mlfleet._cli.output import (
     complain,
     error_as_json,
     exit_code,
-    is_interactive,
     print_json,
     print_table,
-    say,
     where_to_look,
 )
 from mlfleet._cli.sweep_space import read_space
-from mlfleet._cli.sweep_views import SweepJson, SweepLines, SweepScreen, SweepView, result_as_json
+from mlfleet._cli.sweep_views import SweepJson, SweepLines, SweepView, result_as_json
 from mlfleet._engine.options import Goal
 from mlfleet._engine.request import RunRequest
+from mlfleet._progress import BestRuns, SweepScreen, TerminalPainter, is_interactive, say
 from mlfleet._run_log import get_logger
 from mlfleet._signals import Interrupts, run_until_interrupted
 from mlfleet._sweeps import PointResult, Retry, Sweep, SweepCounts
@@ -54,7 +52,6 @@ from mlfleet.tracking.links import run_url
 __all__ = ["sweep"]
 
 _log = get_logger("mlfleet.cli")
-_MOST_METRIC_NAMES = 100
 
 
 @click.command()
@@ -223,52 +220,11 @@ def _view(command: SweepCommand, *, as_json: bool, quiet: bool) -> SweepView:
     if as_json:
         return SweepJson(quiet=quiet)
     if is_interactive() and not quiet:
-        return SweepScreen(command.best, fixed=command.options["parameters"])
+        return SweepScreen(TerminalPainter(), command.best, fixed=command.options["parameters"])
     return SweepLines(command.best, quiet=quiet)
 
 
 # ---- the work -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class BestRuns:
-    """The best results of a sweep by a metric. The other results are not kept.
-
-    Attributes:
-        metric: The metric's name; None to keep no results.
-        goal: Whether low (``min``) or high (``max``) values are the best.
-        count: The number of results to keep.
-        results: The best results, the best one first.
-        metrics: Names of the metrics that the runs have logged.
-    """
-
-    metric: str | None
-    goal: Goal = "min"
-    count: int = 5
-    results: list[PointResult] = field(default_factory=list)
-    metrics: set[str] = field(default_factory=set)
-
-    def add(self, result: PointResult) -> None:
-        """Keep a result if it is among the best."""
-        if len(self.metrics) < _MOST_METRIC_NAMES:
-            self.metrics.update(result.metrics)
-        if self.metric is None or result.status is not RunStatus.FINISHED:
-            return
-        if not math.isfinite(result.metrics.get(self.metric, math.nan)):
-            return
-        # The handle would keep the run's plan in memory.
-        self.results.append(replace(result, run=None))
-        sign = 1 if self.goal == "min" else -1
-        metric = self.metric
-        self.results.sort(key=lambda each: (sign * each.metrics[metric], each.index))
-        del self.results[self.count :]
-
-    def describe(self) -> str:
-        """Return the best value so far, in a few words; empty if there is none."""
-        if not self.results or self.metric is None:
-            return ""
-        best = self.results[0]
-        return f"best {self.metric} {best.metrics[self.metric]:g} (point {best.index})"
 
 
 @dataclass(slots=True, kw_only=True)

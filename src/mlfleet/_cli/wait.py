@@ -8,9 +8,10 @@ import anyio
 import click
 
 from mlfleet._cli.options import debug_option, tracking_option
-from mlfleet._cli.output import complain, exit_code, print_line, say
+from mlfleet._cli.output import complain, exit_code, print_line
 from mlfleet._engine.run import FleetRun
 from mlfleet._engine.tracked import TrackedRun
+from mlfleet._progress import say
 from mlfleet._text.plain import plain_line
 from mlfleet.errors import MlfleetError
 from mlfleet.fleet import Fleet

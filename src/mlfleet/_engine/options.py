@@ -289,5 +289,12 @@ OPTIONS: tuple[RunOption, ...] = (
         text="Return when the MLflow run exists; a process of its own supervises the run from then on. mlfleet logs, "
         "wait and cancel find it.",
     ),
+    RunOption(
+        name="progress",
+        default="False",
+        commands=(),
+        text="Show the stage of the run and the last line of its output: as a view that is updated on a terminal and "
+        "in a notebook, as a few lines on stderr elsewhere.",
+    ),
 )
 """The options of a run, in the order of the public functions' arguments."""

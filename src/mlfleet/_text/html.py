@@ -67,9 +67,10 @@ def facts(rows: Iterable[tuple[str, object]]) -> Html:
 
 
 def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Html:
-    """Return rows of cells below a heading."""
+    """Return rows of cells below a heading, which may be empty."""
     heads = "".join(f'<th style="{_CELL}">{escaped(cell)}</th>' for cell in head)
+    thead = f"<thead><tr>{heads}</tr></thead>" if head else ""
     body = "".join(
         "<tr>" + "".join(f'<td style="{_CELL}">{escaped(cell)}</td>' for cell in row) + "</tr>" for row in rows
     )
-    return Html(f'<table style="margin:.3em 0 .6em"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>')
+    return Html(f'<table style="margin:.3em 0 .6em">{thead}<tbody>{body}</tbody></table>')
