@@ -31,7 +31,7 @@ def config() -> None:
 
 @config.command()
 @config_options
-@json_option("Print a JSON list.")
+@json_option()
 @debug_option
 @click.pass_context
 def show(ctx: click.Context, /, *, as_json: bool, **options: Any) -> None:

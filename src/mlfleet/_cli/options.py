@@ -26,6 +26,7 @@ from mlfleet.tracking import Tracking
 
 __all__ = [
     "FileDefaults",
+    "asked_option",
     "complete_backend",
     "config_options",
     "debug_option",
@@ -205,7 +206,19 @@ def _file_config(backend: str) -> dict[str, Any] | None:
 # ---- options of several commands ------------------------------------------------------------------------------------
 
 
-def json_option(text: str) -> Callable[[F], F]:
+def asked_option(does: str) -> Callable[[F], F]:
+    """Add ``-b`` to a command that asks backends for their runs; its argument is ``asked``.
+
+    Args:
+        does: What the command does with a backend.
+    """
+    text = (
+        f"Also {does} this backend, which is otherwise not asked because it needs a login; may be given several times."
+    )
+    return click.option("-b", "--backend", "asked", metavar="NAME", multiple=True, help=text)
+
+
+def json_option(text: str = "Print a JSON list.") -> Callable[[F], F]:
     """Add ``--json`` to a command.
 
     Args:

@@ -8,7 +8,7 @@ from functools import partial
 import anyio
 import click
 
-from mlfleet._cli.options import debug_option, json_option
+from mlfleet._cli.options import asked_option, debug_option, json_option
 from mlfleet._cli.ps import on_each_backend, print_rows, run_row
 from mlfleet.backends.base import Backend, ListedRun
 
@@ -19,14 +19,7 @@ __all__ = ["prune"]
 @click.argument("run_ids", metavar="[RUN_ID]...", nargs=-1)
 @click.option("--running", is_flag=True, help="Also remove containers and jobs that still run, which ends them.")
 @click.option("--dry-run", is_flag=True, help="Print what would be removed; remove nothing.")
-@click.option(
-    "-b",
-    "--backend",
-    "asked",
-    metavar="NAME",
-    multiple=True,
-    help="Also prune this backend, which is otherwise not asked because it needs a login; may be given several times.",
-)
+@asked_option("prune")
 @json_option("Print a JSON list of what was removed.")
 @debug_option
 def prune(*, run_ids: tuple[str, ...], running: bool, dry_run: bool, asked: tuple[str, ...], as_json: bool) -> None:

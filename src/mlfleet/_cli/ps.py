@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import click
 
-from mlfleet._cli.options import debug_option, json_option, tracking_option
+from mlfleet._cli.options import asked_option, debug_option, json_option, tracking_option
 from mlfleet._cli.output import complain, print_json, print_line
 from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.conclude import Driver
@@ -49,17 +49,9 @@ _BLANK = dict.fromkeys(
 
 @click.command()
 @click.argument("run_ids", metavar="[RUN_ID]...", nargs=-1)
-@click.option(
-    "-b",
-    "--backend",
-    "asked",
-    metavar="NAME",
-    multiple=True,
-    help="Also list the runs of this backend, which is otherwise not asked because it needs a login; may be given "
-    "several times.",
-)
+@asked_option("list the runs of")
 @tracking_option
-@json_option("Print a JSON list.")
+@json_option()
 @debug_option
 def ps(*, run_ids: tuple[str, ...], asked: tuple[str, ...], tracking_uri: str | None, as_json: bool) -> None:
     """List the active runs and sweeps that this machine knows, the newest first; or show the runs with these ids.

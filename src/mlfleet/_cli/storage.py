@@ -21,14 +21,14 @@ __all__ = ["cache", "envs"]
 
 _older_than = click.option(
     "--older-than",
-    type=duration,
+    "age",
+    type=lambda text: timedelta(seconds=duration(text)),
     metavar="TIME",
     help="Keep entries that a run has used within this time, as in 30d or 12h. Without it: keep only those in use.",
 )
 _outputs = click.option(
     "--outputs", is_flag=True, help="List or remove the captured output of runs instead of the fetched projects."
 )
-_json = json_option("Print a JSON list.")
 
 
 @click.group(no_args_is_help=False)
@@ -38,7 +38,7 @@ def cache() -> None:
 
 @cache.command("list")
 @_outputs
-@_json
+@json_option()
 @debug_option
 def list_cache(*, outputs: bool, as_json: bool) -> None:
     """List fetched projects and working copies, the last used first."""
@@ -49,11 +49,10 @@ def list_cache(*, outputs: bool, as_json: bool) -> None:
 @cache.command("prune")
 @_older_than
 @_outputs
-@_json
+@json_option()
 @debug_option
-def prune_cache(*, older_than: float | None, outputs: bool, as_json: bool) -> None:
+def prune_cache(*, age: timedelta | None, outputs: bool, as_json: bool) -> None:
     """Remove fetched projects and working copies that are not in use."""
-    age = _age(older_than)
     # Working copies first: while they exist, the projects are in use.
     removed = prune_runs(age) if outputs else [*prune_copies(age), *prune_entries(age)]
     _removed([_cached(entry) for entry in removed], as_json=as_json)
@@ -65,7 +64,7 @@ def envs() -> None:
 
 
 @envs.command("list")
-@_json
+@json_option()
 @debug_option
 def list_envs(*, as_json: bool) -> None:
     """List environments, the last used first."""
@@ -74,11 +73,11 @@ def list_envs(*, as_json: bool) -> None:
 
 @envs.command("prune")
 @_older_than
-@_json
+@json_option()
 @debug_option
-def prune_envs(*, older_than: float | None, as_json: bool) -> None:
+def prune_envs(*, age: timedelta | None, as_json: bool) -> None:
     """Remove environments that are not in use, and the remains of failed builds."""
-    _removed([_built(environment) for environment in prune_environments(_age(older_than))], as_json=as_json)
+    _removed([_built(environment) for environment in prune_environments(age)], as_json=as_json)
 
 
 def _cached(entry: StoredEntry) -> dict[str, Any]:
@@ -104,10 +103,6 @@ def _built(environment: StoredEntry) -> dict[str, Any]:
         "in_use": environment.in_use,
         "path": environment.path,
     }
-
-
-def _age(seconds: float | None) -> timedelta | None:
-    return None if seconds is None else timedelta(seconds=seconds)
 
 
 def _print(entries: Sequence[dict[str, Any]], *, as_json: bool) -> None:
