@@ -46,6 +46,7 @@ OURS = [
     "log_output",
     "resources",
     "env",
+    "inherit_env",
     "detach",
     "progress",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Unpack
@@ -72,6 +72,7 @@ async def run_async(
     log_output: bool = False,
     resources: Resources | None = None,
     env: Mapping[str, str] | None = None,
+    inherit_env: bool | Collection[str] | None = None,
     detach: bool = False,
     progress: bool = False,
 ) -> FleetRun:
@@ -111,8 +112,11 @@ async def run_async(
         log_output: Log the captured output as the artifact ``output.log``.
         resources: The resources that the run needs. On this machine it waits until they are free; in containers they
             are its limits.
-        env: Environment variables for the command, over those of this process. Their values are secret: they appear in
+        env: Environment variables for the command, over those that it inherits. Their values are secret: they appear in
             no tag, log, command line or error. The variables that mlfleet sets itself cannot be given.
+        inherit_env: The environment variables of this process that the command gets: True for all; False for a minimal
+            set (``PATH``, ``HOME``, ``LANG``, …); names for these as well, as in ``["AWS_*", "HTTPS_PROXY"]``. None:
+            as the Fleet says, whose default is True.
         detach: Let a process of its own supervise the run, which so outlives this one, on every backend. Needs
             ``synchronous=False``.
         progress: Show the stage of the run and the last line of its output while this call waits: on a terminal and in
@@ -157,6 +161,7 @@ async def run_async(
             log_output=log_output,
             resources=resources,
             env=env,
+            inherit_env=inherit_env,
             detach=detach,
         )
         if screen is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack
@@ -14,6 +14,7 @@ from mlfleet._engine.context import Events, RunContext
 from mlfleet._engine.request import RunOptions, RunRequest
 from mlfleet._engine.run import FleetRun
 from mlfleet._engine.tracked import TrackedRun
+from mlfleet._process.inherit import read_inherit_env
 from mlfleet._sweeps import GIVE_UP_AFTER, OnFailure, Resume, Retry, Sweep, SweepSettings, track
 from mlfleet.errors import UsageError
 from mlfleet.resources import Resources
@@ -43,6 +44,10 @@ class Fleet:
             or waits. A run that can start at once is never refused. Sweeps bound their runs themselves, and are not
             refused either.
         resources: The resources of this machine that its runs may use together; None: all that this process may use.
+        inherit_env: The environment variables of this process that the commands of its runs get, for runs that are
+            submitted without their own ``inherit_env``: True for all; False for a minimal set (``PATH``, ``HOME``,
+            ``LANG``, …); names for these as well, as in ``["AWS_*", "HTTPS_PROXY"]``. Services should give False or
+            names, to keep their own secrets to themselves.
         timeouts: The time limits of each stage, for runs that are submitted without their own.
         tracking_patience: Seconds for which writing the terminal status of a run is repeated while tracking cannot be
             reached.
@@ -61,6 +66,7 @@ class Fleet:
         group_limit: int | Mapping[str, int] | None = None,
         max_queued: int | None = None,
         resources: Resources | None = None,
+        inherit_env: bool | Collection[str] = True,
         timeouts: Timeouts | None = None,
         tracking_patience: float = 60.0,
         on_event: Callable[[RunEvent], Awaitable[None] | None] | None = None,
@@ -88,6 +94,7 @@ class Fleet:
             max_queued=max_queued,
             resources=resources,
             events=Events(on_event),
+            inherit_env=read_inherit_env(inherit_env),
             tracking_uri=None if tracking is not None else tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "",
         )
         self._on_exit = on_exit

@@ -38,7 +38,8 @@ class MlfleetBackend:
             params: The parameters of the entry point.
             version: The commit, branch or tag of a Git project.
             backend_config: The name of mlfleet's backend under the key ``backend`` (default: ``local``), environment
-                variables for the command under ``env``, the settings of that backend, and the keys that mlflow adds.
+                variables for the command under ``env`` and ``inherit_env``, the settings of that backend, and the keys
+                that mlflow adds.
             tracking_uri: The URI of the tracking server or store.
             experiment_id: The id of the experiment.
 
@@ -62,6 +63,7 @@ class MlfleetBackend:
                 run_id=config.pop(_RUN_ID, None),
                 backend=config.pop("backend", "local"),
                 env=config.pop("env", None),
+                inherit_env=config.pop("inherit_env", None),
                 backend_config=config,
                 synchronous=False,
                 tracking_uri=tracking_uri,

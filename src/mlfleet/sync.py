@@ -11,7 +11,7 @@ import atexit
 import os
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, InvalidStateError, wait
 from contextlib import suppress
 from functools import partial
@@ -114,6 +114,7 @@ def run(
     log_output: bool = False,
     resources: Resources | None = None,
     env: Mapping[str, str] | None = None,
+    inherit_env: bool | Collection[str] | None = None,
     detach: bool = False,
     progress: bool = False,
 ) -> BlockingRun:
@@ -165,6 +166,7 @@ def run(
             log_output=log_output,
             resources=resources,
             env=env,
+            inherit_env=inherit_env,
             detach=detach,
             progress=progress,
         ),

@@ -195,6 +195,9 @@ def test_plugin_takes_no_variables(place: Workplace) -> None:
     done = place.run(project, "spool", "--env", "TOKEN=hush-hush")
     assert done.returncode == 2
     assert "'spool' cannot be given environment variables (TOKEN)" in done.stderr
+    done = place.run(project, "spool", "--inherit-env", "none")
+    assert done.returncode == 2
+    assert "'spool' decides itself which variables of this process its runs see: leave out inherit_env" in done.stderr
     assert "hush-hush" not in done.stderr
     assert place.runs == []
 

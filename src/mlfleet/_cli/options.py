@@ -316,7 +316,9 @@ def read_run_options(options: dict[str, Any]) -> dict[str, Any]:
         if key not in options:
             continue
         value = options.pop(key)
-        if option.form == "variables":
+        if option.form == "names" and value is not None:
+            value = {"all": True, "none": False}.get(value, value.split(","))
+        elif option.form == "variables":
             value = read_variables(option.flags[0], value)
         elif option.form in ("pairs", "switches"):
             settings = {"flags": option.form == "switches", "lists": option.name == "parameters"}

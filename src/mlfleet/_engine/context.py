@@ -117,6 +117,7 @@ class RunContext:
         max_queued: The number of runs in the queue; None: any number.
         resources: The resources of this machine that the runs may use; None: all that this process may use.
         events: The events of the Fleet.
+        inherit_env: The variables of this process that commands inherit; see `Job.inherit_env`.
         tracking_uri: The URI that `tracking` was made of, with its credentials, for detached runs; empty: its default.
             None: it was not made of a URI.
 
@@ -144,6 +145,7 @@ class RunContext:
         max_queued: int | None,
         resources: Resources | None,
         events: Events,
+        inherit_env: bool | tuple[str, ...] = True,
         tracking_uri: str | None = None,
     ) -> None:
         self.tracking = tracking
@@ -166,7 +168,8 @@ class RunContext:
             Admission, max_concurrent=max_concurrent, group_limit=group_limit, max_queued=max_queued
         )
         self._admission = self._make_admission(Machine(cpus=0))
-        self._planner = Planner(self.fetcher, self._backend_instance)
+        self._inherit_env = inherit_env
+        self._planner = Planner(self.fetcher, self._backend_instance, inherit_env)
         self._backends: dict[str, Backend] = {}
         self._managers: dict[tuple[str, Path | None], EnvironmentManager] = {}
         self._experiments: SingleFlight[str, str] = SingleFlight(keep=True)
@@ -331,8 +334,9 @@ class RunContext:
                 "another process supervises a detached run, and cannot use the Tracking of this Fleet: give the Fleet "
                 "a tracking_uri, or submit the run without detach"
             )
+        inherit_env = self._inherit_env if request.inherit_env is None else request.inherit_env
         order = Order.of(
-            replace(request, timeouts=request.timeouts or self.timeouts),
+            replace(request, timeouts=request.timeouts or self.timeouts, inherit_env=inherit_env),
             tracking_uri=self._tracking_uri or self.tracking.uri,
             tracking_patience=self.tracking_patience,
             resources=self._resources,

@@ -60,6 +60,7 @@ async def draft(plan: Plan, info: RunInfo, tracking: Tracking, *, output: Path |
         placed=plan.parameters.placed,
         call=partial(_call, plan),
         sweep_id=plan.request.member.sweep_id if plan.request.member is not None else None,
+        inherit_env=plan.inherit_env,
     )
 
 

@@ -7,7 +7,7 @@ compares them with `OPTIONS`.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
@@ -44,6 +44,7 @@ class RunOptions(TypedDict, total=False):
     log_output: bool
     resources: Resources | None
     env: Mapping[str, str] | None
+    inherit_env: bool | Collection[str] | None
     detach: bool
 
 
@@ -60,7 +61,8 @@ class RunOption:
         flags: The names on the command line; empty if the option exists in Python only.
         metavar: The placeholder of its value; empty for a flag.
         form: How the command line reads the value. ``pairs`` are NAME=VALUE, ``switches`` are NAME or NAME=VALUE, and
-            so are ``variables``, whose values are secret; all three may be given several times.
+            so are ``variables``, whose values are secret; all three may be given several times. ``names`` are
+            separated by commas, or ``all`` or ``none``.
         commands: The commands that have the option.
         variable: The environment variable that replaces the default.
     """
@@ -70,7 +72,7 @@ class RunOption:
     default: str = ""
     flags: tuple[str, ...] = ()
     metavar: str = ""
-    form: Literal["text", "flag", "pairs", "switches", "variables", "seconds", "whole", "number"] = "text"
+    form: Literal["text", "flag", "pairs", "switches", "variables", "names", "seconds", "whole", "number"] = "text"
     commands: tuple[str, ...] = ("run", "sweep")
     variable: str = ""
     in_python: str = ""
@@ -279,6 +281,17 @@ OPTIONS: tuple[RunOption, ...] = (
         text="An environment variable for the command; may be given several times. NAME alone copies the variable that "
         "is set here. The values are kept secret.",
         in_python="Environment variables for the command, by name. The values are kept secret.",
+    ),
+    RunOption(
+        name="inherit_env",
+        flags=("--inherit-env",),
+        metavar="NAMES",
+        form="names",
+        default="all",
+        text="The variables of this process that the command gets besides --env: all, none, or names as in "
+        "AWS_*,HTTPS_PROXY. PATH, HOME, LANG and the like are always among them.",
+        in_python="The variables of this process that the command gets: True, False or names, as in ['AWS_*']. PATH, "
+        "HOME, LANG and the like are always among them. None: as the Fleet says, whose default is True.",
     ),
     RunOption(
         name="detach",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import getpass
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -14,12 +14,14 @@ from mlfleet._concurrency.threads import PROJECTS
 from mlfleet._concurrency.throttle import Throttle
 from mlfleet._engine.request import RunRequest
 from mlfleet._environments.manager import EnvironmentPlan, choose_manager, create_manager, validate_manager
+from mlfleet._process.inherit import read_inherit_env
 from mlfleet._project.command import render
 from mlfleet._project.fetch import Project, ProjectFetcher
 from mlfleet._project.parameters import ResolvedParameters, resolve
 from mlfleet._project.spec import EntryPoint, ProjectSpec, read_project
 from mlfleet.backends.base import Backend, DockerRequest
 from mlfleet.backends.registry import find
+from mlfleet.errors import UsageError
 
 __all__ = ["Plan", "Planner", "ProjectPlan"]
 
@@ -41,6 +43,7 @@ class ProjectPlan:
         config: The value of ``backend_config`` as the backend has read it.
         environment: The environment to build on this machine; None if the backend brings its own.
         docker: The image and the flags of a project with ``docker_env``; None for other projects.
+        inherit_env: The variables of this process that the command inherits; see `Job.inherit_env`.
     """
 
     project: Project
@@ -50,6 +53,7 @@ class ProjectPlan:
     config: object = None
     environment: EnvironmentPlan | None = None
     docker: DockerRequest | None = None
+    inherit_env: bool | tuple[str, ...] = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,9 +103,16 @@ class Planner:
     Args:
         fetcher: The fetcher of the Fleet, so that one fetch serves all its runs.
         backend: Returns the Fleet's instance of a backend class, which need not be open.
+        inherit_env: The variables of this process that commands inherit, for requests that do not say it.
     """
 
-    def __init__(self, fetcher: ProjectFetcher, backend: Callable[[type[Backend]], Backend]) -> None:
+    def __init__(
+        self,
+        fetcher: ProjectFetcher,
+        backend: Callable[[type[Backend]], Backend],
+        inherit_env: bool | tuple[str, ...] = True,
+    ) -> None:
+        self._inherit_env = inherit_env
         self._fetcher = fetcher
         self._backend = backend
         self._specs: dict[Path, tuple[object, ProjectSpec]] = {}
@@ -160,6 +171,7 @@ class Planner:
             config=shared.config,
             environment=shared.environment,
             docker=shared.docker,
+            inherit_env=shared.inherit_env,
             tags=_tags(request, shared),
             provisional_command=_provisional_command(shared.entry_point, parameters),
         )
@@ -176,6 +188,12 @@ class Planner:
         entry_point = spec.entry_point(request.entry_point)
         environment = None
         docker = None
+        inherit_env = self._inherit_env if request.inherit_env is None else read_inherit_env(request.inherit_env)
+        if inherit_env is not True and not backend.hides_environment:
+            raise UsageError(
+                f"the backend {backend.name!r} decides itself which variables of this process its runs see: leave out"
+                " inherit_env, or use another backend"
+            )
         if spec.docker is not None:
             docker = DockerRequest(
                 env=spec.docker,
@@ -183,6 +201,7 @@ class Planner:
                 build_image=request.build_image,
                 auth=request.docker_auth,
                 caller_variables=frozenset(request.env or ()),
+                inherit_env=inherit_env,
             )
         backend.check(docker, spec.folder)
         if request.env:
@@ -190,6 +209,7 @@ class Planner:
         if docker is None and backend.needs_environment:
             name = choose_manager(request.env_manager, spec.environment)
             environment = create_manager(name).plan(spec.folder, spec.environment)
+            environment = replace(environment, inherit_env=inherit_env)
         _user()  # fill the cache here, in a thread: getuser() may read /etc/passwd
         return ProjectPlan(
             project=project,
@@ -199,6 +219,7 @@ class Planner:
             config=config,
             environment=environment,
             docker=docker,
+            inherit_env=inherit_env,
         )
 
     def _read(self, project: Project) -> ProjectSpec:
@@ -227,6 +248,7 @@ def _key(request: RunRequest) -> object:
         request.env_manager,
         request.build_image,
         frozenset(request.env or ()),
+        request.inherit_env,
     )
 
 

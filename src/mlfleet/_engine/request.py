@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self, Unpack
 
 from mlfleet._engine.options import Output, RunOptions
 from mlfleet._engine.variables import read_variables
+from mlfleet._process.inherit import read_inherit_env
 from mlfleet._text.documents import read_json
 from mlfleet._text.plain import UNENCODABLE
 from mlfleet.errors import UsageError
@@ -103,6 +104,7 @@ class RunRequest:
         docker_auth: The credentials of the image's registry (secret).
         timeouts: The time limits of the stages; None for those of the Fleet.
         env: The caller's environment variables for the command (secret).
+        inherit_env: The variables of this process that the command gets; None for those that the Fleet says.
         member: The place of the run in its sweep; None if it does not belong to one.
         group: The group of the run in its Fleet; None if it belongs to none.
     """
@@ -129,6 +131,7 @@ class RunRequest:
     log_output: bool = False
     resources: Resources | None = None
     env: Mapping[str, str] | None = field(default=None, repr=False)
+    inherit_env: bool | Collection[str] | None = None
     detach: bool = False
     member: SweepMember | None = None
     group: str | None = None
@@ -143,6 +146,8 @@ class RunRequest:
                 raise UsageError(f"{name} is {type(given).__name__}: give a mapping of names to values")
             object.__setattr__(self, name, dict(given or {}))
         object.__setattr__(self, "env", read_variables(self.env))
+        if self.inherit_env is not None:
+            object.__setattr__(self, "inherit_env", read_inherit_env(self.inherit_env))
         self._check_texts()
         if self.output not in ("capture", "inherit"):
             raise UsageError(f"output is {self.output!r}: give 'capture' or 'inherit'")

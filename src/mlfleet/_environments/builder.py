@@ -20,6 +20,7 @@ from mlfleet._environments.manager import EnvironmentManager, EnvironmentPlan, P
 from mlfleet._environments.pip_requirements import PipInput
 from mlfleet._environments.store import open_store
 from mlfleet._paths import size_on_disk
+from mlfleet._process.inherit import inherited
 from mlfleet._process.process import Completed, run_process
 from mlfleet._project.spec import EnvironmentFileKind
 from mlfleet._run_log import get_logger
@@ -27,7 +28,7 @@ from mlfleet._store.locks import file_lock
 from mlfleet._text.masking import is_secret_name, mask
 from mlfleet.errors import EnvironmentSetupError
 
-__all__ = ["Build", "BuildingManager", "Built", "clean_environ", "pip_install", "venv_environment"]
+__all__ = ["Build", "BuildingManager", "Built", "pip_install", "venv_environment"]
 
 _log = get_logger("mlfleet.environments")
 
@@ -38,6 +39,12 @@ _MISLEADING = (
     *("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONSTARTUP", "__PYVENV_LAUNCHER__"),
     *("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_PYTHON", "PIP_DRY_RUN", "PIP_REPORT"),
     *("UV_SYSTEM_PYTHON", "UV_PYTHON", "UV_PROJECT", "UV_PROJECT_ENVIRONMENT", "UV_BREAK_SYSTEM_PACKAGES", "UV_TARGET"),
+)
+# What builds get even if they do not inherit all: the code of a project runs in a build, but indexes must be reached.
+_SETTINGS = (
+    *("PIP_*", "UV_*", "VIRTUALENV_*", "PYENV_*", "CONDA_*", "MAMBA_*", "RATTLER_*", "XDG_*", "NETRC", "SSH_AUTH_SOCK"),
+    *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy"),
+    *("GIT_*", "CC", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "MAKEFLAGS", "PKG_CONFIG_PATH"),
 )
 _HINTS = (
     (r"No matching distribution|No solution found|not found in the package registry|Packages?NotFound|No candidates", (
@@ -67,6 +74,7 @@ class Build:
         folder: The folder of the project; commands run in it.
         target: The folder to build the environment in, which does not exist yet.
         emit: A function that shows lines to those who wait for the build.
+        inherit_env: The variables of this process that its commands inherit, besides the settings of the tools.
     """
 
     manager: str
@@ -74,8 +82,30 @@ class Build:
     folder: Path
     target: Path
     emit: Callable[[str], None]
+    inherit_env: bool | tuple[str, ...] = True
     _tail: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL))
     _secrets: tuple[str, ...] = field(default_factory=lambda: _secrets_of(os.environ), repr=False)
+
+    def environ(self, *, own: bool = False) -> dict[str, str]:
+        """Return the variables for a command: those that it inherits and the settings of the tools, without prompts.
+
+        Args:
+            own: True for this process's own Python, which must find what this process finds.
+        """
+        kept = ("PYTHONPATH", "PYTHONHOME") if own else ()
+        given = inherited(self.inherit_env, *_SETTINGS, *kept)
+        environ = {name: value for name, value in given.items() if name in kept or name not in _MISLEADING}
+        environ |= {
+            "PIP_NO_INPUT": "1",
+            "PIP_USER": "0",
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+            "PIP_PROGRESS_BAR": "off",
+            "UV_NO_PROGRESS": "1",
+            "NO_COLOR": "1",
+            "PYTHONUNBUFFERED": "1",
+            "GIT_TERMINAL_PROMPT": "0",
+        }
+        return environ
 
     def show_line(self, line: str) -> None:
         """Show a line to those who wait, without secrets."""
@@ -155,27 +185,6 @@ class Build:
 def pip_install(root: Path) -> tuple[str, ...]:
     """Return the command up to the packages; isolated, since files of the project may be named like modules."""
     return (str(root / "bin" / "python"), "-I", "-u", "-m", "pip", "install")
-
-
-def clean_environ(*, own: bool = False) -> dict[str, str]:
-    """Return the caller's variables for a build, with settings of pip, uv, proxies and certificates, without prompts.
-
-    Args:
-        own: True for this process's own Python, which must find what this process finds.
-    """
-    kept = ("PYTHONPATH", "PYTHONHOME") if own else ()
-    environ = {name: value for name, value in os.environ.items() if name in kept or name not in _MISLEADING}
-    environ |= {
-        "PIP_NO_INPUT": "1",
-        "PIP_USER": "0",
-        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-        "PIP_PROGRESS_BAR": "off",
-        "UV_NO_PROGRESS": "1",
-        "NO_COLOR": "1",
-        "PYTHONUNBUFFERED": "1",
-        "GIT_TERMINAL_PROMPT": "0",
-    }
-    return environ
 
 
 def _write_private(path: Path, text: str) -> None:
@@ -270,7 +279,8 @@ class BuildingManager(EnvironmentManager):
     async def _build(self, name: str, plan: EnvironmentPlan) -> Path:
         what = str(plan.source.path if plan.source else plan.project_dir)
         async with self._attempt(name) as target:
-            build = Build(self.name, what, _folder(plan), target, lambda line: self._show(name, line))
+            emit = partial(self._show, name)
+            build = Build(self.name, what, _folder(plan), target, emit, inherit_env=plan.inherit_env)
             built = await self.build(plan, build)
             await PROJECTS.run(lambda: self._store.publish(name, target, _facts(built, what, target)))
         if (root := await self._acquire(name)) is None:

@@ -14,10 +14,11 @@ from pathlib import Path
 from anyio import to_thread
 
 from mlfleet._concurrency.single_flight import SingleFlight
-from mlfleet._environments.builder import Build, BuildingManager, Built, clean_environ, pip_install
+from mlfleet._environments.builder import Build, BuildingManager, Built, pip_install
 from mlfleet._environments.env_files import CondaRequirements, content_key, read_conda_file
 from mlfleet._environments.manager import EnvironmentPlan, PreparedEnvironment
 from mlfleet._paths import cache_folder
+from mlfleet._process.inherit import inherited
 from mlfleet._process.process import run_process
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
 from mlfleet._store.locks import file_lock
@@ -99,21 +100,25 @@ class CondaManager(BuildingManager):
         else:
             await _by_rattler(build, needs)
         if needs.packages:
-            environ = (await _activate_prefix(build.target, {})).apply(clean_environ())
+            environ = build.environ()
+            environ = (await _activate_prefix(build.target, {}, environ)).apply(environ)
             await build.install(pip_install(build.target), needs.packages, environ)
         return await to_thread.run_sync(_describe, build.target)
 
     async def enter(self, plan: EnvironmentPlan, root: Path) -> PreparedEnvironment:
         """Activate the environment, once for all runs, unless the variables change that scripts may read."""
+        variables, inherit_env = _needs(plan).variables, plan.inherit_env
         return await self._activating(
-            (root, _needs(plan).variables), lambda: self._activate(root, _needs(plan).variables)
+            (root, variables, inherit_env), lambda: self._activate(root, variables, inherited(inherit_env))
         )
 
-    async def _activate(self, root: Path, variables: tuple[tuple[str, str], ...]) -> PreparedEnvironment:
-        before = (variables, dict(os.environ))
+    async def _activate(
+        self, root: Path, variables: tuple[tuple[str, str], ...], environ: Mapping[str, str]
+    ) -> PreparedEnvironment:
+        before = (variables, environ)
         known = self._activated.get(root)
         if known is None or known[0] != before:
-            known = self._activated[root] = (before, await _activate_prefix(root, dict(variables)))
+            known = self._activated[root] = (before, await _activate_prefix(root, dict(variables), environ))
         return known[1]
 
 
@@ -163,7 +168,7 @@ def _needs(plan: EnvironmentPlan) -> CondaRequirements:
 
 async def _by_program(program: str, build: Build, needs: CondaRequirements) -> None:
     create = ("create", "--yes") if "micromamba" in Path(program).name else ("env", "create", "--quiet")
-    environ = clean_environ() | {"CONDA_ALWAYS_YES": "true", "MAMBA_ALWAYS_YES": "true"}
+    environ = build.environ() | {"CONDA_ALWAYS_YES": "true", "MAMBA_ALWAYS_YES": "true"}
     # An active environment of the caller must not count.
     for name in ("CONDA_PREFIX", "CONDA_DEFAULT_ENV", "CONDA_SHLVL"):
         environ.pop(name, None)
@@ -180,7 +185,7 @@ async def _by_rattler(build: Build, needs: CondaRequirements) -> None:
     # By its path, without mlfleet; -P, since the project's folder may hold files that are named like modules.
     program = Path(__file__).with_name("rattler.py")
     async with build.listing(".request.json", json.dumps(asdict(request))) as path:
-        await build.run([sys.executable, "-P", str(program), str(path)], clean_environ(own=True))
+        await build.run([sys.executable, "-P", str(program), str(path)], build.environ(own=True))
 
 
 def _describe(prefix: Path) -> Built:
@@ -190,8 +195,8 @@ def _describe(prefix: Path) -> Built:
     return Built(versions[0] if versions else None, must_exist)
 
 
-async def _activate_prefix(root: Path, variables: Mapping[str, str]) -> PreparedEnvironment:
-    """Return the environment at `root`, activated on top of this process's variables.
+async def _activate_prefix(root: Path, variables: Mapping[str, str], environ: Mapping[str, str]) -> PreparedEnvironment:
+    """Return the environment at `root`, activated on top of the variables that a command inherits.
 
     The steps are those of conda's own activator: a few variables, ``bin`` before PATH, the variables of the
     environment, and the scripts that packages put into ``etc/conda/activate.d``. They are done once, so that no run
@@ -201,6 +206,7 @@ async def _activate_prefix(root: Path, variables: Mapping[str, str]) -> Prepared
     Args:
         root: A conda prefix.
         variables: More variables to set, which win over those that its packages set.
+        environ: The variables that a command inherits.
 
     Raises:
         EnvironmentSetupError: An activation script fails.
@@ -221,7 +227,7 @@ async def _activate_prefix(root: Path, variables: Mapping[str, str]) -> Prepared
             "VIRTUAL_ENV": None,
         },
     )
-    return await _run_scripts(basic, scripts) if scripts else basic
+    return await _run_scripts(basic, scripts, environ) if scripts else basic
 
 
 def _read_packages(root: Path) -> tuple[dict[str, str], list[Path]]:
@@ -236,9 +242,11 @@ def _read_packages(root: Path) -> tuple[dict[str, str], list[Path]]:
     return variables, sorted((root / "etc" / "conda" / "activate.d").glob("*.sh"))
 
 
-async def _run_scripts(basic: PreparedEnvironment, scripts: list[Path]) -> PreparedEnvironment:
+async def _run_scripts(
+    basic: PreparedEnvironment, scripts: list[Path], inherits: Mapping[str, str]
+) -> PreparedEnvironment:
     """Run the scripts, and add the variables that they changed."""
-    before = basic.apply(os.environ)
+    before = basic.apply(inherits)
     completed = await run_process(["bash", "-c", _SCRIPT, "activate", *map(str, scripts)], cwd=basic.root, env=before)
     if completed.returncode != 0:
         output = tuple(completed.stderr.decode("utf-8", "replace").splitlines()[-20:])
@@ -253,7 +261,7 @@ async def _run_scripts(basic: PreparedEnvironment, scripts: list[Path]) -> Prepa
     for name in (before.keys() | after.keys()) - _OF_BASH - {"PATH"}:
         if before.get(name) != after.get(name):
             environ[name] = after.get(name)
-    caller, path = os.environ.get("PATH", ""), after.get("PATH", "")
+    caller, path = inherits.get("PATH", ""), after.get("PATH", "")
     if path.endswith(f":{caller}"):
         folders = path.removesuffix(f":{caller}").split(":")
         return PreparedEnvironment(basic.manager, basic.root, tuple(folders), environ)

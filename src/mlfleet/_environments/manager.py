@@ -80,6 +80,8 @@ class EnvironmentPlan:
         build_dependencies: The lines for pip that are installed first.
         dependencies: The lines for pip, with absolute paths.
         details: What else the manager itself needs.
+        inherit_env: The variables of this process that the build inherits, besides the settings of its tools; not a
+            part of the key.
     """
 
     manager: str
@@ -90,6 +92,7 @@ class EnvironmentPlan:
     build_dependencies: tuple[str, ...] = ()
     dependencies: tuple[str, ...] = ()
     details: object = None
+    inherit_env: bool | tuple[str, ...] = True
 
 
 class EnvironmentManager(ABC):

@@ -10,7 +10,7 @@ from pathlib import Path
 from anyio import to_thread
 from packaging.version import InvalidVersion, Version
 
-from mlfleet._environments.builder import Build, clean_environ
+from mlfleet._environments.builder import Build
 from mlfleet._environments.env_files import matches
 from mlfleet._environments.interpreters import Interpreter, find, probe
 from mlfleet._process.process import run_process
@@ -65,7 +65,7 @@ def uv_program() -> str | None:
 
 async def _by_uv(build: Build, wanted: str) -> Interpreter | None:
     uv = await to_thread.run_sync(uv_program)
-    environ = clean_environ()
+    environ = build.environ()
     if uv is None or any(environ.get(name, "").lower() in values for name, values in _FORBIDS_DOWNLOADS.items()):
         return None
     # Beside uv's others, not on the user's PATH.
@@ -82,7 +82,7 @@ async def _by_pyenv(build: Build, wanted: str) -> Interpreter | None:
     pyenv = await to_thread.run_sync(_pyenv_program)
     if pyenv is None:
         return None
-    environ = clean_environ()
+    environ = build.environ()
     version = wanted
     if not re.fullmatch(r"\d+\.\d+\.\d+", wanted):
         listed = await run_process([pyenv, "install", "--list"], cwd=Path("/"), env=environ)

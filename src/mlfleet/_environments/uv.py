@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from anyio import to_thread
 
-from mlfleet._environments.builder import Build, BuildingManager, Built, clean_environ, venv_environment
+from mlfleet._environments.builder import Build, BuildingManager, Built, venv_environment
 from mlfleet._environments.env_files import content_key, read_python_requirements
 from mlfleet._environments.interpreters import find, installed
 from mlfleet._environments.manager import EnvironmentPlan, PreparedEnvironment, log_chosen
@@ -87,7 +87,7 @@ class UvManager(BuildingManager):
     async def build(self, plan: EnvironmentPlan, build: Build) -> Built:
         """See `BuildingManager.build`."""
         uv = await to_thread.run_sync(_program)
-        environ = clean_environ()
+        environ = build.environ()
         interpreter = await find(plan.python)
         if interpreter is None and plan.python is not None:
             interpreter = await fetch(build, plan.python, self._store.lock_path("python"))

@@ -15,7 +15,6 @@ from mlfleet._environments.builder import (
     Build,
     BuildingManager,
     Built,
-    clean_environ,
     pip_install,
     venv_environment,
 )
@@ -55,7 +54,7 @@ class VirtualenvManager(BuildingManager):
             )
         await _create(build, interpreter.path)
         needs = python_requirements(plan)
-        environ = venv_environment(self.name, build.target).apply(clean_environ())
+        environ = venv_environment(self.name, build.target).apply(build.environ())
         pip = pip_install(build.target)
         await build.install(pip, needs.build, environ)
         await build.install(pip, needs.packages, environ)
@@ -113,11 +112,11 @@ async def _create(build: Build, python: Path) -> None:
     venv = [str(python), "-I", "-m", "venv", str(build.target)]
     if virtualenv := await to_thread.run_sync(_virtualenv):
         argv = [*virtualenv, "--python", str(python), str(build.target)]
-        completed = await build.run(argv, clean_environ(own=True), check=False)
+        completed = await build.run(argv, build.environ(own=True), check=False)
         if completed.returncode == 0:
             return
         venv.append("--clear")
-    await build.run(venv, clean_environ())
+    await build.run(venv, build.environ())
 
 
 def _virtualenv() -> tuple[str, ...]:

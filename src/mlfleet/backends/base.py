@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self
 
 from mlfleet._environments.manager import PreparedEnvironment
+from mlfleet._process.inherit import inherited
 from mlfleet._project.spec import DockerEnv, EnvironmentFile, EnvironmentFileKind
 from mlfleet.errors import BackendError, RunLost, UsageError
 from mlfleet.resources import Resources
@@ -66,6 +67,7 @@ class DockerRequest:
         auth: Credentials for the registry (secret).
         caller_variables: The names of the variables that the caller gives the run. Their values are in `Job.secrets`,
             and count more than those of ``docker_env``.
+        inherit_env: `Job.inherit_env`, which also says what ``docker_env`` may copy.
     """
 
     env: DockerEnv
@@ -73,6 +75,16 @@ class DockerRequest:
     build_image: bool = False
     auth: Mapping[str, Any] | None = field(default=None, repr=False)
     caller_variables: frozenset[str] = frozenset()
+    inherit_env: bool | tuple[str, ...] = True
+
+    def inherited(self) -> dict[str, str]:
+        """Return the variables of this process that ``docker_env`` may copy."""
+        return inherited(self.inherit_env)
+
+    def not_set(self, names: Collection[str]) -> str:
+        """Return the message about variables that ``docker_env`` copies and that there are not."""
+        reason = "that are not set here" if self.inherit_env is True else "that are not set here, or not inherited"
+        return f"docker_env copies variables {reason}: {', '.join(names)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +147,8 @@ class Job:
         on_progress: Called with one line on the progress of `Backend.submit`, such as the layers pulled so far.
         call: Returns the caller's arguments, for backends that read the project themselves.
         sweep_id: The MLflow run of the sweep that the run belongs to.
+        inherit_env: The variables of this process that the command inherits, as `inherited` reads it: True for all,
+            False for a minimal set, names for these as well.
     """
 
     run_id: str
@@ -162,6 +176,11 @@ class Job:
     on_progress: Callable[[str], None] = field(default=lambda line: None, repr=False, compare=False)
     call: Callable[[], ProjectCall] | None = field(default=None, repr=False, compare=False)
     sweep_id: str | None = None
+    inherit_env: bool | tuple[str, ...] = True
+
+    def inherited(self) -> dict[str, str]:
+        """Return the variables of this process that the command inherits. `environ` and `secrets` come on top."""
+        return inherited(self.inherit_env)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,6 +241,8 @@ class Backend(ABC, Generic[Config]):
         runs_here: True if runs use this machine's CPUs, memory and GPUs, so that the Fleet reserves them, and write
             their output to `Job.output` without help of the process that submitted them.
         docker_backend: The name of the backend to use in this one's place for projects with ``docker_env``.
+        hides_environment: True if runs see no variables of this process but those that `Job.inherited` returns.
+            Otherwise a caller who says ``inherit_env`` is refused.
         needs_login: True if `list_runs` may begin a login: ``mlfleet ps`` then asks it only on request.
         path_keys: The keys of `configure` whose values are paths of this machine. In a settings file they may be
             relative to its folder.
@@ -231,6 +252,7 @@ class Backend(ABC, Generic[Config]):
     needs_environment: ClassVar[bool] = False
     runs_here: ClassVar[bool] = False
     docker_backend: ClassVar[str | None] = None
+    hides_environment: ClassVar[bool] = False
     needs_login: ClassVar[bool] = False
     path_keys: ClassVar[frozenset[str]] = frozenset()
 

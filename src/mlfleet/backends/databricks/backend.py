@@ -136,6 +136,7 @@ class DatabricksBackend(Backend[DatabricksConfig]):
     """
 
     name: ClassVar[str] = "databricks"
+    hides_environment: ClassVar[bool] = True
     needs_login: ClassVar[bool] = True
 
     def __init__(self, *, timing: Timing | None = None) -> None:

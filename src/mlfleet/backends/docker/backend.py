@@ -61,6 +61,7 @@ class DockerBackend(Backend[None]):
     """
 
     name: ClassVar[str] = "docker"
+    hides_environment: ClassVar[bool] = True
 
     def __init__(self, *, end_patience: float = 60.0) -> None:
         self._end_patience = end_patience
@@ -293,7 +294,7 @@ def _prepare(job: Job, docker: DockerRequest, engine: Endpoint) -> _Prepared:
         environ,
         job.artifact_uri,
         paths=job.paths,
-        here=dict(os.environ),
+        here=job.inherited(),
         home=Path.home(),
         engine=engine.url,
         local=engine.local,
@@ -315,8 +316,8 @@ def _options(docker: DockerRequest, folder: Path) -> ContainerOptions:
     Raises:
         UsageError: A flag or a volume is wrong, or a variable that is to be copied is not set.
     """
-    environ = dict(os.environ)
-    options = parse_arguments(docker.args, environ=environ, folder=folder)
+    options = parse_arguments(docker.args, environ=dict(os.environ), folder=folder)
+    environ = docker.inherited()
     for volume in docker.env.volumes:
         try:
             add_volume(options.config, options.host, volume, environ=environ, folder=folder)
@@ -326,7 +327,7 @@ def _options(docker: DockerRequest, folder: Path) -> ContainerOptions:
     copied = [name for name in copied if name not in docker.caller_variables]
     missing = [name for name in copied if name not in environ and name not in options.environ]
     if missing:
-        raise UsageError(f"docker_env copies variables that are not set here: {', '.join(missing)}")
+        raise UsageError(docker.not_set(missing))
     options.environ = {**{name: environ[name] for name in copied if name in environ}, **options.environ}
     return options
 

@@ -66,6 +66,7 @@ class KubernetesBackend(Backend[KubernetesConfig]):
     """
 
     name: ClassVar[str] = "kubernetes"
+    hides_environment: ClassVar[bool] = True
     needs_login: ClassVar[bool] = True
     path_keys: ClassVar[frozenset[str]] = frozenset({"kube-job-template-path"})
 
@@ -98,7 +99,7 @@ class KubernetesBackend(Backend[KubernetesConfig]):
 
     def check(self, docker: DockerRequest | None, folder: Path) -> None:
         """Check the volumes and variables of ``docker_env``; see `Backend.check`."""
-        check_copied(docker, os.environ)
+        check_copied(docker)
         if docker is not None:
             host_volumes(docker.env.volumes)
 
@@ -152,7 +153,7 @@ class KubernetesBackend(Backend[KubernetesConfig]):
         import yaml
 
         config = _config(job)
-        plain, secret = variables(job, config.tracking_uri, os.environ)
+        plain, secret = variables(job, config.tracking_uri)
         code = preview_code(job, config, image_of(job.docker, config))
         manifest = job_manifest(job, config, code, plain, secrets=tuple(secret), submission="(of the run)")
         documents = [manifest]
@@ -170,7 +171,7 @@ class KubernetesBackend(Backend[KubernetesConfig]):
         config = _config(job)
         # A thousand submissions at once must not block the event loop.
         await self._throttle.wait()
-        plain, secret = variables(job, config.tracking_uri, os.environ)
+        plain, secret = variables(job, config.tracking_uri)
         image = image_of(job.docker, config)
         client = await self._watches.client(config.cluster)
         code = await self._deliveries.deliver(client, job, config, image)

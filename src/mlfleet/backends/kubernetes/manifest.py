@@ -386,26 +386,27 @@ _ESCAPED = escape(_CHOOSE), escape(_SUPERVISE)
 # ---- variables -----------------------------------------------------------------------------------------------------
 
 
-def check_copied(docker: DockerRequest | None, here: Mapping[str, str]) -> None:
+def check_copied(docker: DockerRequest | None) -> None:
     """Check that the variables which ``docker_env`` copies are set.
 
     Raises:
         UsageError: Some are not set.
     """
-    names = [name for name, value in docker.env.environment if value is None] if docker is not None else []
-    given = docker.caller_variables if docker is not None else ()
-    missing = [name for name in names if name not in here and name not in given]
+    if docker is None:
+        return
+    names = [name for name, value in docker.env.environment if value is None]
+    there = {*docker.inherited(), *docker.caller_variables}
+    missing = [name for name in names if name not in there]
     if missing:
-        raise UsageError(f"docker_env copies variables that are not set here: {', '.join(missing)}")
+        raise UsageError(docker.not_set(missing))
 
 
-def variables(job: Job, tracking_uri: str | None, here: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+def variables(job: Job, tracking_uri: str | None) -> tuple[dict[str, str], dict[str, str]]:
     """Return the plain and the secret variables of a run.
 
     Args:
         job: The job of the run.
         tracking_uri: The address of the tracking server as pods reach it; None: the same as here.
-        here: The variables of this process.
 
     Raises:
         UsageError: Tracking is in a file of this machine.
@@ -413,6 +414,7 @@ def variables(job: Job, tracking_uri: str | None, here: Mapping[str, str]) -> tu
     """
     plain, secret = dict(job.environ), dict(job.secrets)
     if job.docker is not None:
+        here = job.inherited()
         for name, value in job.docker.env.environment:
             if name in job.docker.caller_variables:
                 continue

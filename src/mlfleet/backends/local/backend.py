@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -48,6 +48,7 @@ class LocalBackend(Backend[None]):
     name: ClassVar[str] = "local"
     needs_environment: ClassVar[bool] = True
     runs_here: ClassVar[bool] = True
+    hides_environment: ClassVar[bool] = True
     docker_backend: ClassVar[str | None] = "docker"
 
     def __init__(self) -> None:
@@ -362,7 +363,7 @@ def _title(run_id: str) -> str:
 
 
 def _environ(job: Job) -> dict[str, str]:
-    environ = _own_environ()
+    environ = job.inherited()
     environ.update(job.environ)
     environ.update(job.secrets)
     return environ if job.environment is None else job.environment.apply(environ)
@@ -386,12 +387,6 @@ def _found(name: str, path: str) -> str | None:
     # To search all of PATH for each run takes longer than the rest of its start.
     is_fixed = all(os.path.isabs(folder) for folder in path.split(os.pathsep))  # noqa: PTH117
     return shutil.which(name, path=path) if is_fixed else None
-
-
-def _own_environ() -> dict[str, str]:
-    while True:
-        with suppress(KeyError):  # another thread has taken a variable out meanwhile
-            return os.environ.copy()
 
 
 def _open_output(path: Path) -> int:

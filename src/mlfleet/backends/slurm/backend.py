@@ -65,6 +65,7 @@ class SlurmBackend(Backend[SlurmConfig]):
 
     name: ClassVar[str] = "slurm"
     needs_environment: ClassVar[bool] = True
+    hides_environment: ClassVar[bool] = True
     needs_login: ClassVar[bool] = True  # not a login, but a request to a controller that many share
     path_keys: ClassVar[frozenset[str]] = frozenset({"work-dir"})
 
@@ -149,11 +150,12 @@ class SlurmBackend(Backend[SlurmConfig]):
             files.folder, files.project, job.command, environment=job.environment, setup=config.setup
         )
         environ = _variables(job, config)
+        others = "this process's variables" if job.inherit_env is True else "some of this process's variables"
         shown = "\n".join(f"{name}={environ[name]}" for name in sorted(environ))
         hidden = "".join(f"\n{name}=***" for name in sorted(job.secrets))
         return (
             f"{shlex.join(submission.argv())} <<'EOF'\n{submission.script.rstrip()}\nEOF\n\n"
-            f"# {files.folder}/command.sh\n{command}\n# {files.folder}/environ, besides this process's variables\n"
+            f"# {files.folder}/command.sh\n{command}\n# {files.folder}/environ, besides {others}\n"
             f"{shown}{hidden}"
         )
 
@@ -359,8 +361,8 @@ def _variables(job: Job, config: SlurmConfig) -> dict[str, str]:
 
 
 def _environ(job: Job, config: SlurmConfig) -> dict[str, str]:
-    """Return all variables of the command: those of this process, those of the job and the secret ones."""
-    environ = {**os.environ, **_variables(job, config), **job.secrets}
+    """Return all variables of the command: those that it inherits, those of the job and the secret ones."""
+    environ = {**job.inherited(), **_variables(job, config), **job.secrets}
     # This process may be part of a run itself: at the end of that run, or of its driver, a job goes on all the same.
     for name in (MARKER_VARIABLE, RUN_VARIABLE):
         environ.pop(name, None)
