@@ -40,7 +40,7 @@ from mlfleet import Timeouts
 from starlette.responses import JSONResponse
 
 projects = {name: {"uri": name, "env_manager": "local"} for name in ("demo", "greeting")}
-app = service.create_app(projects, max_concurrent=200, max_queued=100, timeouts=Timeouts(cancel_grace=5))
+app = service.create_app(projects, max_concurrent=SLOTS, max_queued=100, timeouts=Timeouts(cancel_grace=5))
 service.EventStream.pause = 0.5
 
 async def worker(request):
@@ -86,10 +86,10 @@ class Service:
 @pytest.fixture
 def start(mlflow: SmallMlflow, tmp_path: Path) -> Callable[..., Any]:
     @asynccontextmanager
-    async def start(*options: str, app: str = "app:app") -> AsyncIterator[Service]:
+    async def start(*options: str, app: str = "app:app", slots: int = 200) -> AsyncIterator[Service]:
         write_project(tmp_path / "demo", COMMAND, parameters="name: string")
         write_project(tmp_path / "greeting", "echo one; echo zwölf; echo three")
-        (tmp_path / "app.py").write_text(APP)
+        (tmp_path / "app.py").write_text(APP.replace("SLOTS", str(slots)))
         port = free_port()
         command = ["uvicorn", app, "--port", str(port), "--log-level", "warning"]
         process = subprocess.Popen(
@@ -289,23 +289,25 @@ async def test_a_service_that_is_stopped_ends_all_its_runs_in_time(
 
 
 async def test_every_worker_knows_every_run(start: Callable[..., Any], tmp_path: Path, mlflow: SmallMlflow) -> None:
-    async with start("--workers", "2") as service, AsyncExitStack() as stack:
+    async with start("--workers", "2", slots=1) as service, AsyncExitStack() as stack:
         workers: dict[int, httpx.AsyncClient] = {}
         while len(workers) < 2:
             client = await stack.enter_async_context(service.client())
             workers[(await client.get("/worker")).json()["pid"]] = client
-        for here, there in (workers.values(), reversed(workers.values())):
-            run_id = await submit(here, run_name := f"run-{len(mlflow.runs)}")
-            process = await pid(tmp_path / "demo" / f"pid-{run_name}")
-            assert (await there.get(f"/runs/{run_id}")).json()["status"] == "RUNNING"
-            (line,) = await read(there, f"/runs/{run_id}/logs", 1)
-            assert line["data"] == f"started {run_name}"
-            ended = await there.delete(f"/runs/{run_id}")
-            assert (ended.status_code, ended.json()["status"]) == (200, "KILLED")
+        for number, (here, there) in enumerate((workers.values(), reversed(workers.values()))):
+            running, waiting = await submit(here, f"running{number}"), await submit(here, f"waiting{number}")
+            process = await pid(tmp_path / "demo" / f"pid-running{number}")
+            assert (await there.get(f"/runs/{running}")).json()["status"] == "RUNNING"
+            (line,) = await read(there, f"/runs/{running}/logs", 1)
+            assert line["data"] == f"started running{number}"
+            for run_id in (waiting, running):
+                ended = await there.delete(f"/runs/{run_id}")
+                assert (ended.status_code, ended.json()) == (200, {"run_id": run_id, "status": "KILLED"})
+                assert (await here.get(f"/runs/{run_id}")).json()["status"] == "KILLED"
             assert pid_is_gone(process)
-            assert (await here.get(f"/runs/{run_id}")).json()["status"] == "KILLED"
+            assert not (tmp_path / "demo" / f"pid-waiting{number}").exists()
         await submit(here, "last")
         last = await pid(tmp_path / "demo" / "pid-last")
         await service.terminate()
     assert pid_is_gone(last)
-    assert mlflow.statuses == ["KILLED"] * 3
+    assert mlflow.statuses == ["KILLED"] * 5

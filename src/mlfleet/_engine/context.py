@@ -158,7 +158,7 @@ class RunContext:
         self.instrumentation: Instrumentation | None = None
         self.fetcher = ProjectFetcher()
         self.runs_folder = runs_folder()
-        self.records = RunRecords()
+        self.records = RunRecords(self._cancel_as_asked)
         self.is_open = False
         self.sweep_ids: set[str] = set()
         self.sweeps: set[Callable[[], Coroutine[Any, Any, None]]] = set()
@@ -400,6 +400,12 @@ class RunContext:
         supervisors = (*self._runs.items(), *self._detached.items())
         return next((run for run, each in supervisors if each.info is not None and each.info.run_id == run_id), None)
 
+    def _cancel_as_asked(self, run_id: str, grace: float | None) -> None:
+        """Cancel a run because another process asks for it, which then waits for the status."""
+        run = self.find(run_id)
+        if run is not None:
+            self._followers.start(_cancel(run, grace), name="mlfleet cancel for another process")
+
     def check_open(self) -> None:
         """Raise `UsageError` unless the context is open."""
         if not self.is_open:
@@ -462,3 +468,8 @@ class RunContext:
 
 def _counts(places: Counter[str]) -> FleetCounts:
     return FleetCounts(queued=places["queued"], preparing=places["preparing"], running=places["running"])
+
+
+async def _cancel(run: FleetRun, grace: float | None) -> None:
+    with suppress(MlfleetError):  # its supervisor tells of it
+        await run.cancel(grace=grace)

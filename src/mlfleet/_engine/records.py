@@ -6,6 +6,8 @@ process however that ends: a record whose driver's lock is free has been left.
 
 A driver may die between the creation of an MLflow run and its record. Such runs are found by a tag, their submission,
 which begins with the name of the driver; the file of its lock holds the experiments in which it creates runs.
+
+Beside the lock is a named pipe. Through it other processes ask the driver to cancel runs whose commands have not begun.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import Context
 from dataclasses import dataclass, field, replace
@@ -40,6 +42,7 @@ from mlfleet.runs import DEFAULT_CANCEL_GRACE, FailureKind, Outcome, RunStatus
 __all__ = [
     "RunRecord",
     "RunRecords",
+    "ask_to_cancel",
     "find_record",
     "forget_driver",
     "list_left_drivers",
@@ -117,9 +120,15 @@ class RunRecords:
     """The records of the runs that one Fleet supervises.
 
     A record that cannot be written is left out, with one warning: the run goes on without it.
+
+    Args:
+        on_cancel: Called on the event loop with the id of a run that another process asks to cancel, and the grace.
+            None: nobody listens.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_cancel: Callable[[str, float | None], None] | None = None) -> None:
+        self._on_cancel = on_cancel
+        self._listening: int | None = None
         self._pending: dict[str, list[RunRecord | Outcome]] = {}  # run id → what to write; nothing: remove the file
         self._mine: set[str] = set()
         self._guard = threading.Lock()
@@ -163,6 +172,8 @@ class RunRecords:
 
     async def close(self) -> None:
         """Give up the lock. Records that are left are concluded by the next process."""
+        if self._listening is not None:
+            asyncio.get_running_loop().remove_reader(self._listening)
         if self._writing is not None:
             self._writing.cancel()
             await wait_done(self._writing)
@@ -181,6 +192,7 @@ class RunRecords:
             waiting, self._waiting = self._waiting, []
             try:
                 await FILES.run(self._write_pending)
+                self._listen()
             finally:
                 for written in waiting:
                     if not written.done():
@@ -196,6 +208,20 @@ class RunRecords:
                     _apply(run_id, contents, self._lock)
                 except OSError as error:
                     self._warn(error)
+
+    def _listen(self) -> None:
+        """Listen for requests of other processes from the first record on."""
+        descriptor, on_cancel = self._lock.requests, self._on_cancel
+        if descriptor is None or on_cancel is None or self._listening is not None:
+            return
+
+        def read_requests() -> None:
+            with suppress(BlockingIOError):
+                for line in os.read(descriptor, 65536).splitlines():  # the pipe holds whole lines
+                    on_cancel(*json.loads(line))
+
+        self._listening = descriptor
+        asyncio.get_running_loop().add_reader(descriptor, read_requests)
 
     def _note(self, note: tuple[str, str]) -> None:
         with self._guard:
@@ -230,6 +256,26 @@ def find_record(run_id: str) -> RunRecord | None:
     return None
 
 
+def ask_to_cancel(record: RunRecord, grace: float | None) -> bool:
+    """Ask the driver of a run, if it is on this machine, to cancel it. Blocking.
+
+    Returns:
+        False if the driver does not listen.
+    """
+    try:
+        path = _requests_path(_lock_path(record.driver))
+        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        os.write(descriptor, json.dumps([record.run_id, grace]).encode() + b"\n")
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
 def list_records() -> list[RunRecord]:
     """Return the records of all runs on this machine, and remove locks that nothing needs any more. Blocking."""
     found: list[RunRecord] = []
@@ -247,7 +293,7 @@ def list_records() -> list[RunRecord]:
             with unleased(folder / name) as is_free:
                 # The lock of a driver has its name only once it is held: a free one belongs to no process.
                 if is_free and not _notes(folder / name):
-                    (folder / name).unlink(missing_ok=True)
+                    _remove_lock(folder / name)
     return found
 
 
@@ -271,7 +317,7 @@ def list_left_drivers(tracking: str) -> list[tuple[str, list[str]]]:
 def forget_driver(driver: str) -> None:
     """Remove the lock of a driver whose runs were concluded. Blocking."""
     with suppress(OSError):
-        _lock_path(driver).unlink(missing_ok=True)
+        _remove_lock(_lock_path(driver))
 
 
 def remove_record(run_id: str) -> None:
@@ -287,11 +333,16 @@ _held: weakref.WeakSet[_DriverLock] = weakref.WeakSet()
 
 
 class _DriverLock:
-    """The lock that a Fleet holds as long as its process lives. It is taken with the first record."""
+    """The lock that a Fleet holds as long as its process lives. It is taken with the first record.
+
+    Attributes:
+        requests: The descriptor of the named pipe, for reading; None if there is none.
+    """
 
     def __init__(self) -> None:
         self.name = f"{os.getpid()}-{secrets.token_hex(8)}"
         self.host = self.boot = ""
+        self.requests: int | None = None
         self._descriptor: int | None = None
 
     def acquire(self) -> None:
@@ -303,6 +354,10 @@ class _DriverLock:
         descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(OSError):  # a file system without named pipes
+                os.mkfifo(_requests_path(path), 0o600)
+                # For writing, too: without a writer the pipe would be at its end, and always readable.
+                self.requests = os.open(_requests_path(path), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
             unfinished.rename(path)
         except BaseException:
             os.close(descriptor)
@@ -317,13 +372,15 @@ class _DriverLock:
 
     def release(self) -> None:
         if self._descriptor is not None:
-            _lock_path(self.name).unlink(missing_ok=True)
+            _remove_lock(_lock_path(self.name))
         self.close()
 
     def close(self) -> None:
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
+        descriptors = self._descriptor, self.requests
+        self._descriptor = self.requests = None
+        for descriptor in descriptors:
+            if descriptor is not None:
+                os.close(descriptor)
 
 
 def _close_in_child() -> None:
@@ -387,6 +444,15 @@ def _record_path(run_id: str) -> Path:
 
 def _lock_path(driver: str) -> Path:
     return active_folder() / f"{Path(driver).name}.lock"
+
+
+def _requests_path(lock: Path) -> Path:
+    return lock.with_suffix(".requests")
+
+
+def _remove_lock(path: Path) -> None:
+    _requests_path(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 def _outcome_text(outcome: Outcome) -> str:

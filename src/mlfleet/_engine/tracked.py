@@ -14,7 +14,7 @@ from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.attach import read_reference
 from mlfleet._engine.conclude import Driver, Verdict, conclude, find_processes, judge
-from mlfleet._engine.records import RunRecord, find_record
+from mlfleet._engine.records import ask_to_cancel, find_record
 from mlfleet._paths import run_folder
 from mlfleet._text.lines import LogLine
 from mlfleet.backends._output import FileOutput, find_start, read_bytes, read_lines
@@ -93,7 +93,8 @@ class TrackedRun:
                 with.
 
         Raises:
-            UsageError: The command of a run of this machine has not begun.
+            UsageError: The command of the run has not begun, and the process that prepares it cannot be asked to cancel
+                it.
             BackendError: The run is not where it should be, or its end was not confirmed.
             ExceptionGroup: The run is a sweep, and some of its runs could not be cancelled.
             MlfleetError: Tracking cannot be reached.
@@ -239,43 +240,44 @@ class TrackedRun:
             await conclude(context, info, verdict)
         elif JobRef.TAG not in info.tags and verdict.driver is Driver.GONE:
             await (await context.attach(self.run_id)).cancel(grace=grace)  # the processes that its driver has left
-        elif JobRef.TAG not in info.tags and (processes := await self._find_processes()) is not None:
-            await self._end(processes, grace)
-        else:
-            await self._cancel_elsewhere(read_reference(info), grace)
-        await self._refresh()
-
-    async def _cancel_elsewhere(self, reference: JobRef, grace: float | None) -> None:
-        backend = await self._context.backend(reference.backend)
-        if await backend.withdraw(reference):
-            await self._context.tracking.update_run(self.run_id, RunStatus.KILLED)
-            return
-        handle = await backend.attach(reference)
-        if (await handle.get_status()).is_terminal:
+        elif (handle := await self._find_begun(verdict.driver, grace)) is None:
+            pass
+        elif JobRef.TAG in info.tags and (await handle.get_status()).is_terminal:
             await self._settle(await handle.outcome())
         else:
             await self._end(handle, grace)
+        await self._refresh()
 
-    async def _find_processes(self) -> BackendRun | None:
-        """Return the handle of the processes of a run that another process of this machine supervises.
-
-        Returns:
-            None if its backend cannot find them.
+    async def _find_begun(self, driver: Driver, grace: float | None) -> BackendRun | None:
+        """Return the handle of what runs of the run; None if it was kept from beginning, and is KILLED.
 
         Raises:
-            UsageError: Its command has not begun.
+            BackendError: The run is not where it should be.
+            UsageError: Its command has not begun, and its driver cannot be asked to cancel it.
         """
-        record: RunRecord | None = await FILES.run(partial(find_record, self.run_id))
-        if record is None:
-            return None
+        record = await FILES.run(partial(find_record, self.run_id))
         try:
-            return await find_processes(self._context, record)
+            if JobRef.TAG not in self._info.tags and record is not None:
+                processes = await find_processes(self._context, record)
+                if processes is not None:
+                    return processes
+            reference = read_reference(self._info)
+            backend = await self._context.backend(reference.backend)
+            if await backend.withdraw(reference):
+                await self._context.tracking.update_run(self.run_id, RunStatus.KILLED)
+                return None
+            return await backend.attach(reference)
         except RunLost:
-            pid = record.driver.partition("-")[0]
+            if record is None or driver is not Driver.LIVES:
+                raise
+        # It waits in the queue of its driver, or is being prepared.
+        if not await FILES.run(partial(ask_to_cancel, record, grace)):
             raise UsageError(
                 f"the command of the run {self.run_id} has not begun: try again when it has, or end the process that"
-                f" prepares it ({pid})"
-            ) from None
+                f" prepares it ({record.driver.partition('-')[0]})"
+            )
+        await self.wait()
+        return None
 
     async def _end(self, handle: BackendRun, grace: float | None) -> None:
         """Write KILLED first, so that the run's own process, if it lives, takes it for cancelled and not for failed.
