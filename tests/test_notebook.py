@@ -142,3 +142,25 @@ async def test_an_interrupted_cell_ends_its_runs_before_the_kernel_is_idle(
     # The kernel goes on to be of use.
     cell = await execute(notebook, "mlfleet.run('says', parameters={'name': 'you', 'code': 0}, **local).get_status()")
     assert cell.result["text/plain"] == "'FINISHED'"
+
+
+async def test_a_second_interrupt_of_a_blocking_call_does_not_wait_for_the_grace(
+    mlflow: SmallMlflow, notebook: NotebookServer, tmp_path: Path
+) -> None:
+    folder = tmp_path / "stays"
+    command = "trap 'touch asked' TERM\necho $$ > new && mv new pids\nwhile :; do sleep 0.1; done"
+    write_project(folder, command, parameters="x: {type: string, default: a}")
+    await asyncio.to_thread(notebook.start)
+    await execute(notebook, SETUP)
+    for call in ("mlfleet.run('stays'", "mlfleet.sweep('stays', [{'x': 'a'}]"):
+        await asyncio.to_thread(notebook.execute, f"{call}, timeouts=mlfleet.Timeouts(cancel_grace=3600), **local)")
+        [pid] = await pids(folder / "pids")
+        await asyncio.to_thread(notebook.interrupt)
+        await pids(folder / "asked")
+        await asyncio.to_thread(notebook.interrupt)
+        cell = await asyncio.to_thread(notebook.result)
+        assert pid_is_gone(pid)
+        assert cell.error == "KeyboardInterrupt"
+        assert set(mlflow.statuses) == {"KILLED"}
+        (folder / "pids").unlink()
+        (folder / "asked").unlink()

@@ -19,7 +19,7 @@ from mlfleet._engine.request import Output, RunOptions, RunRequest
 from mlfleet._engine.run import FleetRun
 from mlfleet._engine.tracked import TrackedRun
 from mlfleet._run_log import get_logger
-from mlfleet._sweeps import SweepOptions, SweepResult
+from mlfleet._sweeps import Sweep, SweepOptions, SweepResult
 from mlfleet._text.masking import mask_uri
 from mlfleet.errors import MlfleetError, UsageError
 from mlfleet.fleet import Fleet, context_of
@@ -37,6 +37,7 @@ __all__ = [
     "default_fleet",
     "get",
     "join_default_fleets",
+    "kill_awaited",
     "run_async",
     "submit",
     "sweep_async",
@@ -167,6 +168,7 @@ async def run_async(
         if screen is not None:
             screen.entered(run)
         if synchronous:
+            _awaited[_this_task()] = run
             try:
                 await run.check()
             except asyncio.CancelledError:
@@ -277,6 +279,7 @@ async def sweep_async(
         fleet = await stack.enter_async_context(Fleet(tracking_uri=tracking_uri, on_event=follow))
         _sweep_fleets.setdefault(asyncio.get_running_loop(), WeakSet()).add(fleet)
         async with fleet.sweep(uri, space, **options) as sweep:
+            _awaited[_this_task()] = sweep
             seen = () if screen is None else await screen.results(sweep)
             result = await sweep.result(seen)
     return replace(result, metric=metric, goal=goal)
@@ -363,6 +366,8 @@ class _Fleets:
 _UNLIMITED = 2**31
 _fleets: WeakKeyDictionary[asyncio.AbstractEventLoop, _Fleets] = WeakKeyDictionary()
 _closing_fleets: WeakKeyDictionary[asyncio.AbstractEventLoop, _Fleets] = WeakKeyDictionary()
+_awaited: WeakKeyDictionary[asyncio.Task[Any], FleetRun | Sweep] = WeakKeyDictionary()
+"""What the calls of `run_async` and `sweep_async` wait for."""
 _sweep_fleets: WeakKeyDictionary[asyncio.AbstractEventLoop, WeakSet[Fleet]] = WeakKeyDictionary()
 
 
@@ -399,3 +404,16 @@ async def write_killed() -> None:
                 group.start_soon(fleets.write_killed)
         for fleet in _sweep_fleets.get(loop, ()):
             group.start_soon(context_of(fleet).write_killed)
+
+
+async def kill_awaited(task: asyncio.Task[Any]) -> None:
+    """End the run or the sweep that a call waits for without its grace. Return once it has ended."""
+    awaited = _awaited.get(task)
+    if awaited is not None:
+        await awaited.cancel(grace=0)
+
+
+def _this_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None  # noqa: S101 - coroutines run in tasks
+    return task

@@ -225,6 +225,8 @@ class _Loop:
     def call(self, work: Callable[[], Awaitable[T]], *, starts: bool = False) -> T:
         """Run `work` on the loop and wait. An interrupt cancels it and waits until it has cleaned up.
 
+        A second interrupt kills the run or the sweep that it waits for. A third one leaves it to the loop.
+
         Args:
             work: The coroutine function to run.
             starts: True if it starts runs: it is ended with them, and the exit of the process waits for it.
@@ -235,7 +237,7 @@ class _Loop:
         result: Future[T] = Future()
         self._results.add(result)
         result.add_done_callback(self._results.discard)
-        tasks: list[asyncio.Task[T]] = []
+        tasks: list[asyncio.Task[Any]] = []
 
         def begin() -> None:
             if starts and self._is_closing:
@@ -253,6 +255,10 @@ class _Loop:
             else:  # the interrupt came before the work had begun
                 result.set_exception(CancelledError())
 
+        def kill() -> None:
+            if tasks:
+                tasks.append(self._loop.create_task(api.kill_awaited(tasks[0])))  # the loop keeps no reference
+
         # anyio's portal waits for the loop before it returns a future: an interrupt in between would leave the work
         # running. The future of run_coroutine_threadsafe is cancelled before the work has ended.
         try:
@@ -264,7 +270,11 @@ class _Loop:
         except BaseException:
             if not result.done():
                 self._loop.call_soon_threadsafe(stop)
-                wait([result])
+                try:
+                    wait([result])
+                except KeyboardInterrupt:
+                    self._loop.call_soon_threadsafe(kill)
+                    wait([result])
             raise
 
     def _call_while_open(self, work: Callable[[], Awaitable[None]]) -> None:
