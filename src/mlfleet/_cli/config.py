@@ -8,9 +8,9 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from mlfleet._cli.dry_run import masked, used_tracking_uri
+from mlfleet._cli.dry_run import used_tracking_uri
 from mlfleet._cli.options import config_options, debug_option, file_settings, json_option, read_config
-from mlfleet._cli.output import print_json, print_table
+from mlfleet._cli.output import masked, print_json, print_table
 from mlfleet._progress import say
 from mlfleet._text.masking import MASK, is_secret_name
 from mlfleet.backends.registry import available

@@ -14,7 +14,7 @@ from typing import Any
 
 import anyio.to_thread
 
-from mlfleet._cli.output import exit_code, print_json, print_line
+from mlfleet._cli.output import exit_code, masked, print_json, print_line
 from mlfleet._cli.progress import Progress
 from mlfleet._engine.job import draft
 from mlfleet._engine.plan import Plan, Planner
@@ -24,7 +24,7 @@ from mlfleet._environments.store import list_environments
 from mlfleet._project.fetch import ProjectFetcher
 from mlfleet._signals import Interrupts, run_until_interrupted
 from mlfleet._text.masking import MASK
-from mlfleet._text.plain import clean, point_text
+from mlfleet._text.plain import point_text
 from mlfleet.backends.base import Backend
 from mlfleet.errors import MlfleetError
 from mlfleet.runs import RunEvent, RunStatus, Stage, Timeouts
@@ -33,7 +33,7 @@ from mlfleet.tracking import default_uri, open_tracking
 from mlfleet.tracking.base import RunInfo
 from mlfleet.tracking.locations import absolute_uri
 
-__all__ = ["dry_run", "masked", "used_tracking_uri"]
+__all__ = ["dry_run", "used_tracking_uri"]
 
 _LATER = "(of the run)"
 _SHOWN = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID")
@@ -136,19 +136,6 @@ class _DryRun:
             "tags": dict(plan.tags),
             "request": await anyio.to_thread.run_sync(backends[plan.backend].preview, job),
         }
-
-
-def masked(value: Any) -> Any:
-    """Return JSON data with the secrets of the URIs in its texts masked."""
-    match value:
-        case str() if "://" in value:
-            return clean(value)
-        case Mapping():
-            return {name: masked(each) for name, each in value.items()}
-        case list() | tuple():
-            return [masked(each) for each in value]
-        case _:
-            return value
 
 
 def _show(found: Mapping[str, Any]) -> None:

@@ -35,6 +35,7 @@ __all__ = [
     "experiment_options",
     "file_settings",
     "find_experiment",
+    "goal_option",
     "jobs_option",
     "json_option",
     "quiet_option",
@@ -250,6 +251,13 @@ dry_run_option = click.option(
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Write warnings and errors only.")
 
 
+goal_option = click.option(
+    "--goal",
+    type=click.Choice(["min", "max"]),
+    default="min",
+    show_default=True,
+    help="With --metric: whether low or high values are the best.",
+)
 jobs_option = click.option(
     "-j",
     "--jobs",

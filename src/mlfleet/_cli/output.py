@@ -19,6 +19,7 @@ import anyio.to_thread
 import click
 
 from mlfleet._progress import write_line
+from mlfleet._run_log import get_logger
 from mlfleet._text.lines import write_all
 from mlfleet._text.masking import MASK
 from mlfleet._text.plain import CONTROLS, clean
@@ -28,8 +29,10 @@ from mlfleet.tracking.links import run_url
 
 __all__ = [
     "complain",
+    "complain_of",
     "error_as_json",
     "exit_code",
+    "masked",
     "print_json",
     "print_line",
     "print_output",
@@ -39,6 +42,7 @@ __all__ = [
     "where_to_look",
 ]
 
+_log = get_logger("mlfleet.cli")
 _LIBRARY = "mlfleet"
 _MISTAKES = (UsageError, SpecError, ParameterError, FetchError, BackendNotFound)
 
@@ -129,7 +133,20 @@ async def print_output(data: bytes) -> None:
     await anyio.to_thread.run_sync(write_all, sys.stdout.fileno(), data, abandon_on_cancel=True)
 
 
-# ---- words and numbers ----------------------------------------------------------------------------------------------
+# ---- texts ----------------------------------------------------------------------------------------------
+
+
+def masked(value: Any) -> Any:
+    """Return JSON data with the secrets of the URIs in its texts masked."""
+    match value:
+        case str() if "://" in value:
+            return clean(value)
+        case Mapping():
+            return {name: masked(each) for name, each in value.items()}
+        case list() | tuple():
+            return [masked(each) for each in value]
+        case _:
+            return value
 
 
 def where_to_look(tracking: str, info: RunInfo) -> str:
@@ -158,6 +175,12 @@ def exit_code(error: MlfleetError | None, received: signal.Signals | None = None
     if error is None:
         return 0
     return 2 if isinstance(error, _MISTAKES) else 1
+
+
+def complain_of(error: Exception) -> None:
+    """Write the message of an error to standard error, and with ``--debug`` all of it."""
+    _log.debug("the error in full", exc_info=error)
+    complain(str(error))
 
 
 def error_as_json(error: Exception) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import anyio
 import click
 
-from mlfleet._cli.options import debug_option, experiment_options, find_experiment, tracking_option
+from mlfleet._cli.options import debug_option, experiment_options, find_experiment, goal_option, tracking_option
 from mlfleet._engine.options import Goal
 from mlfleet._progress import say
 from mlfleet._reporting import SweepReport, load_sweep, render
@@ -23,13 +23,7 @@ __all__ = ["report"]
     metavar="NAME",
     help="The metric that the report shows first; its reader can choose another one.  [default: the first by name]",
 )
-@click.option(
-    "--goal",
-    type=click.Choice(["min", "max"]),
-    default="min",
-    show_default=True,
-    help="Whether low or high values of the metric are the best.",
-)
+@goal_option
 @experiment_options
 @tracking_option
 @debug_option

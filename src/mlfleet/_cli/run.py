@@ -13,6 +13,7 @@ from mlfleet._cli.dry_run import dry_run
 from mlfleet._cli.options import debug_option, dry_run_option, json_option, quiet_option, read_run_options, run_options
 from mlfleet._cli.output import (
     complain,
+    complain_of,
     error_as_json,
     exit_code,
     print_json,
@@ -24,7 +25,6 @@ from mlfleet._cli.progress import Progress
 from mlfleet._engine.request import RunRequest
 from mlfleet._engine.run import FleetRun, run_output
 from mlfleet._progress import say
-from mlfleet._run_log import get_logger
 from mlfleet._signals import Interrupts, run_until_interrupted
 from mlfleet.errors import MlfleetError
 from mlfleet.fleet import Fleet, context_of
@@ -32,8 +32,6 @@ from mlfleet.runs import Outcome, RunEvent, RunStatus
 from mlfleet.tracking.links import run_url
 
 __all__ = ["run"]
-
-_log = get_logger("mlfleet.cli")
 
 
 @click.command()
@@ -149,8 +147,7 @@ def _say_end(command: RunCommand, received: signal.Signals | None, *, quiet: boo
     """Write how the run ended and where to look at it to standard error."""
     status = command.outcome.status if command.outcome else None
     if command.error is not None and received is None:
-        _log.debug("the error in full", exc_info=command.error)
-        complain(str(command.error))
+        complain_of(command.error)
     if received is not None and command.run is not None and command.outcome and status is RunStatus.FAILED:
         complain(f"{command.run.info.name!r} (run {command.run.run_id}) is {status}: {command.outcome.reason}")
     if quiet:

@@ -20,6 +20,7 @@ from mlfleet._cli.dry_run import dry_run
 from mlfleet._cli.options import (
     debug_option,
     dry_run_option,
+    goal_option,
     jobs_option,
     json_option,
     quiet_option,
@@ -28,6 +29,7 @@ from mlfleet._cli.options import (
 )
 from mlfleet._cli.output import (
     complain,
+    complain_of,
     error_as_json,
     exit_code,
     print_json,
@@ -39,7 +41,6 @@ from mlfleet._cli.sweep_views import SweepJson, SweepLines, SweepView, result_as
 from mlfleet._engine.options import Goal
 from mlfleet._engine.request import RunRequest
 from mlfleet._progress import BestRuns, SweepScreen, TerminalPainter, is_interactive, say
-from mlfleet._run_log import get_logger
 from mlfleet._signals import Interrupts, run_until_interrupted
 from mlfleet._sweeps import PointResult, Retry, Sweep, SweepCounts
 from mlfleet._text.plain import duration_text, short
@@ -50,8 +51,6 @@ from mlfleet.spaces import Points, Space
 from mlfleet.tracking.links import run_url
 
 __all__ = ["sweep"]
-
-_log = get_logger("mlfleet.cli")
 
 
 @click.command()
@@ -111,13 +110,7 @@ _log = get_logger("mlfleet.cli")
     help="End the sweep at N failed points.  [default: no limit]",
 )
 @click.option("--metric", metavar="NAME", help="Show the best runs by this metric at the end.")
-@click.option(
-    "--goal",
-    type=click.Choice(["min", "max"]),
-    default="min",
-    show_default=True,
-    help="With --metric: whether low or high values are the best.",
-)
+@goal_option
 @click.option(
     "--top",
     type=click.IntRange(min=1),
@@ -269,7 +262,6 @@ class SweepCommand:
             showing = await stack.enter_async_context(anyio.create_task_group())
             stack.push_async_callback(_stop, showing, view)
             showing.start_soon(view.keep_up)
-            view.begin()
             # Inside the view, so that it shows how the runs stop after an interrupt.
             with interrupts.scope:
                 try:
@@ -316,8 +308,7 @@ def _say_end(command: SweepCommand, received: signal.Signals | None, *, quiet: b
     """Write how the sweep ended and where to look at it to standard error, and the best runs to standard output."""
     sweep, best = command.sweep, command.best
     if command.error is not None and received is None:
-        _log.debug("the error in full", exc_info=command.error)
-        complain(str(command.error))
+        complain_of(command.error)
     if sweep is None:
         if received is not None and not quiet:
             say("stopped before the sweep began")

@@ -10,29 +10,22 @@ from typing import Any, Protocol
 
 import anyio
 
-from mlfleet._cli.output import complain, to_json
+from mlfleet._cli.output import complain, masked, to_json
 from mlfleet._concurrency.threads import TERMINAL
 from mlfleet._progress import BestRuns, say
 from mlfleet._progress.screen import failure_line, opening_line, retry_line
 from mlfleet._sweeps import PointResult, Sweep
 from mlfleet._text.lines import write_all
-from mlfleet._text.plain import clean, point_text
+from mlfleet._text.plain import point_text
 from mlfleet.runs import RunEvent, RunStatus, Stage
 
 __all__ = ["SweepJson", "SweepLines", "SweepView", "result_as_json"]
 
 _MOST_EVENTS = 10_000  # events that wait for a reader before further ones are dropped
-_INTERVAL = 0.4  # seconds between two pictures
-_MOST_ROWS = 8  # active points that are shown
-_TAIL = 2048  # bytes at the end of an output in which its last line is searched
 
 
 class SweepView(Protocol):
     """A view of a sweep while it runs."""
-
-    def begin(self) -> None:
-        """Show that the sweep is being prepared."""
-        ...
 
     def follow(self, event: RunEvent) -> None:
         """Show an event; must not block."""
@@ -80,9 +73,6 @@ class SweepLines:
         self._quiet = quiet
         self._sweep: Sweep | None = None
         self._said: set[str] = set()
-
-    def begin(self) -> None:
-        """Show nothing: the first line follows."""
 
     def follow(self, event: RunEvent) -> None:
         """Show activities that take long, and retries."""
@@ -145,9 +135,6 @@ class SweepJson:
         self._lost = 0
         self._changed = anyio.Event()
         self._broken = False
-
-    def begin(self) -> None:
-        """Show nothing: the first event follows."""
 
     def follow(self, event: RunEvent) -> None:
         """Add an event, unless the reader is far behind; the next event then says how many were lost."""
@@ -219,16 +206,13 @@ class SweepJson:
             self._broken = True  # the reader is gone; the sweep goes on
 
 
-# ---- texts of all views ---------------------------------------------------------------------------------------------
-
-
 def result_as_json(result: PointResult) -> dict[str, Any]:
     """Return everything that is known about a point."""
     return {
         "index": result.index,
         "status": result.status,
         "run_id": result.run_id,
-        "parameters": {name: _masked(value) for name, value in result.parameters.items()},
+        "parameters": masked(result.parameters),
         "metrics": dict(result.metrics),
         "attempts": result.attempts,
         "seconds": result.seconds,
@@ -237,8 +221,3 @@ def result_as_json(result: PointResult) -> dict[str, Any]:
         "kind": result.kind,
         "earlier": result.earlier,
     }
-
-
-def _masked(value: object) -> object:
-    """Return a value with the secrets of URIs masked; MLflow has the parameter as it was given."""
-    return clean(value) if isinstance(value, str) and "://" in value else value

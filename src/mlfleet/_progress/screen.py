@@ -277,9 +277,6 @@ class SweepScreen(Screen):
         self._sweep: Sweep | None = None
         self._began = time.monotonic()
 
-    def begin(self) -> None:
-        """Show nothing: the first picture follows."""
-
     def follow(self, event: RunEvent) -> None:
         """Note the activity that an event begins, or a retry."""
         match event.stage:
