@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import re
 import shlex
@@ -32,6 +33,8 @@ TEST_VARIABLES = {
 }
 """Read by the tests only."""
 
+_PUBLIC = ("mlfleet", "mlfleet.tracking", "mlfleet.backends", "mlfleet.testing", "mlfleet.asgi", "mlfleet.otel")
+_SOURCE = "https://github.com/mlfleet/mlfleet/tree/main/"
 _FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<text>.*?)^```$", re.M | re.S)
 _LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 _VARIABLE = re.compile(r"\b(?:MLFLOW|MLFLEET)_[A-Z0-9_]*[A-Z0-9]\b")
@@ -104,6 +107,8 @@ def commands(group: click.Group, prefix: str = "mlfleet") -> dict[str, click.Com
 def test_links_lead_to_pages_and_headings(page: Path) -> None:
     for match in _LINK.finditer(_FENCE.sub("", page.read_text())):
         target, _, anchor = match["target"].partition("#")
+        if target.startswith(_SOURCE):
+            assert (ROOT / target.removeprefix(_SOURCE)).exists(), f"{match['target']} does not exist"
         if "://" in target:
             continue
         file = (page.parent / target) if target else page
@@ -114,9 +119,20 @@ def test_links_lead_to_pages_and_headings(page: Path) -> None:
 
 
 def test_every_page_is_in_the_index() -> None:
-    index = (ROOT / "docs" / "README.md").read_text()
+    index = (ROOT / "docs" / "index.md").read_text()
     for page in (ROOT / "docs").glob("*.md"):
-        assert page.name == "README.md" or f"({page.name})" in index, page.name
+        assert page.name == "index.md" or f"({page.name})" in index, page.name
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    page = (ROOT / "docs" / "reference" / "python.md").read_text()
+    found = {
+        (module, name)
+        for module, text in re.findall(r"currentmodule:: (\S+)\n(.*?)```", page, re.DOTALL)
+        for name in re.findall(r"^\.\. auto\w+:: (\w+)$", text, re.MULTILINE)
+    }
+    public = {(name, each) for name in _PUBLIC for each in importlib.import_module(name).__all__}
+    assert found == public - {("mlfleet", "__version__")}
 
 
 def test_every_logger_is_documented_and_knows_the_runs_of_its_records() -> None:

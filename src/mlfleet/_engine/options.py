@@ -24,7 +24,7 @@ Goal = Literal["min", "max"]
 
 
 class RunOptions(TypedDict, total=False):
-    """The arguments of a run after the first four, for functions that pass them on. `OPTIONS` describes each one."""
+    """The arguments of a run after the first four, for functions that pass them on."""
 
     docker_args: Mapping[str, Any] | None
     experiment_name: str | None
