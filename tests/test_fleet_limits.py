@@ -164,3 +164,30 @@ async def test_a_wrong_group_is_a_mistake(tracking: FakeTracking, uri: str) -> N
             await fleet.submit(uri, group="")
         with pytest.raises(UsageError, match="a detached run does not count in a Fleet"):
             await fleet.submit(uri, group="red", detach=True)
+
+
+async def seen_as(tracking: FakeTracking, run: FleetRun, status: RunStatus) -> None:
+    """Wait until MLflow shows a status of a run."""
+    while tracking.runs[run.run_id].status is not status:  # noqa: ASYNC110 - a FakeTracking tells nobody
+        await asyncio.sleep(0.01)
+
+
+async def test_a_run_that_waits_in_the_queue_is_scheduled(tracking: FakeTracking, tmp_path: Path, uri: str) -> None:
+    short = write_project(tmp_path / "short", "true")
+    async with Fleet(tracking=tracking, max_concurrent=1) as fleet:
+        first = await begin(fleet, uri)
+        second, third, fourth = [await fleet.submit(short, env_manager="local") for _ in range(3)]
+        await seen_as(tracking, second, RunStatus.SCHEDULED)
+        await seen_as(tracking, third, RunStatus.SCHEDULED)
+        assert await second.get_status() is RunStatus.SCHEDULED
+        tracking.runs[third.run_id].statuses.append(RunStatus.KILLED)  # as another process cancels it
+        await first.cancel()
+        assert await second.wait()
+        assert (await third.outcome()).reason == "cancelled by another process"
+        assert third.stage is Stage.FINISHED
+        assert Stage.PREPARING not in third.times, "it never began"
+        assert await fourth.wait()
+    running, scheduled, finished = RunStatus.RUNNING, RunStatus.SCHEDULED, RunStatus.FINISHED
+    assert tracking.runs[first.run_id].statuses == [running, RunStatus.KILLED]
+    assert tracking.runs[second.run_id].statuses == [running, scheduled, running, finished]
+    assert set(tracking.runs[third.run_id].statuses) == {running, scheduled, RunStatus.KILLED}

@@ -129,6 +129,7 @@ class RunContext:
         sweep_ids: The MLflow runs of the active sweeps.
         sweeps: A function for each active sweep that ends it.
         instrumentation: Observes the runs that are submitted from now on; None for none.
+        queued_after: Seconds that a run may wait in the queue before MLflow shows it as SCHEDULED.
         scheduled_after: Seconds that a run may wait at its backend before MLflow shows it as SCHEDULED.
         unseen_patience: Seconds in which a driver that cannot be seen must write the status of a run that has ended at
             its backend.
@@ -152,6 +153,7 @@ class RunContext:
         self._tracking_uri = tracking_uri
         self.timeouts = timeouts
         self.tracking_patience = tracking_patience
+        self.queued_after = 1.0
         self.scheduled_after = 10.0
         self.unseen_patience = 120.0
         self.events = events

@@ -524,9 +524,31 @@ class SubmittedSupervisor(Supervisor):
             job = replace(job, environ={**added, **job.environ})
         await self._log_job(backend, job)
         with self._within("queue", self._timeouts.queue):
-            variables = await self._reservation.granted()
+            variables = await self._await_slot()
+        if variables is None:
+            return Outcome(RunStatus.KILLED, reason="cancelled by another process")
         async with AsyncExitStack() as stack:
             return await self._run_job(backend, job, stack, variables)
+
+    async def _await_slot(self) -> Mapping[str, str] | None:
+        """Wait for slot and resources. A run that waits for more than a moment is SCHEDULED in MLflow meanwhile.
+
+        Returns:
+            The environment variables that tell the run which resources it may use; None if another process has
+            cancelled it meanwhile.
+        """
+        if not self._reservation.is_queued:
+            return await self._reservation.granted()
+        with anyio.move_on_after(self._context.queued_after):
+            return await self._reservation.granted()
+        await self._show_status(RunStatus.SCHEDULED)
+        variables = await self._reservation.granted()
+        tracking = self._context.tracking
+        with suppress(TrackingError), anyio.move_on_after(self._context.tracking_patience):
+            if (await tracking.get_run(self.run_id)).status is RunStatus.KILLED:
+                return None
+            await tracking.update_run(self.run_id, RunStatus.RUNNING)
+        return variables
 
     async def _run_job(
         self, backend: Backend, job: Job, stack: AsyncExitStack, variables: Mapping[str, str]
