@@ -77,6 +77,20 @@ async def test_a_run_of_another_fleet_is_cancelled(fleet: Fleet, other: Fleet, t
     assert (await run.outcome()).status is RunStatus.KILLED
 
 
+async def test_a_run_in_the_queue_of_another_fleet_is_cancelled(
+    tracking: FakeTracking, other: Fleet, tmp_path: Path
+) -> None:
+    uri = patient(tmp_path)
+    async with Fleet(tracking=tracking, max_concurrent=1) as fleet:
+        first = await fleet.submit(uri, **LOCAL)
+        waiting = await fleet.submit(uri, **LOCAL)
+        await (await tracked(other, waiting.run_id)).cancel()
+        assert await waiting.get_status() is RunStatus.KILLED
+        assert fleet.runs == (first,)
+        (tmp_path / "go").touch()
+    assert [run.status for run in tracking.runs.values()] == [RunStatus.FINISHED, RunStatus.KILLED]
+
+
 async def test_a_run_that_does_not_exist_is_an_error(fleet: Fleet) -> None:
     with pytest.raises(TrackingError, match="there is no run"):
         await fleet.get("0" * 32)

@@ -168,7 +168,7 @@ class TrackedRun:
         """Return a handle to read the output from. Leaving the context writes the status if that is left to do."""
         info = await self._refresh()
         reference = read_reference(info) if JobRef.TAG in info.tags else None
-        handle = None if reference is None or info.status.is_terminal else await self._attach(reference)
+        handle = None if reference is None or info.status.is_terminal else await self._attach(reference, follow=follow)
         if handle is None:
             kept = _KeptOutput(run_folder(self.run_id) / "output.log", self)
             record = await FILES.run(partial(find_record, self.run_id))
@@ -189,18 +189,27 @@ class TrackedRun:
             is_mine = is_mine or await self._take_over()  # its driver may have died meanwhile
             await self._settle(outcome, patience=0 if is_mine else DRIVER_PATIENCE)
 
-    async def _attach(self, reference: JobRef) -> BackendRun | None:
-        """Return the backend's handle of a run elsewhere; None if the output of the run is on this machine."""
-        backend = await self._context.backend(reference.backend)
+    async def _attach(self, reference: JobRef, *, follow: bool) -> BackendRun | None:
+        """Return the backend's handle of a run elsewhere; None if its output is on this machine, or there is none yet.
+
+        Args:
+            reference: The reference of the run.
+            follow: Wait for a run that is in the queue of its driver, or being prepared.
+        """
+        backend, pause = await self._context.backend(reference.backend), SHORTEST_PAUSE
         if backend.runs_here:
             return None
-        try:
-            return await backend.attach(reference)
-        except RunLost:
-            await self._look()
-            if not self._info.status.is_terminal:
-                raise
-            return None
+        while True:
+            try:
+                return await backend.attach(reference)
+            except RunLost:
+                driver = await self._look()
+                if self._info.status.is_terminal or (driver is Driver.LIVES and not follow):
+                    return None
+                if driver is not Driver.LIVES:
+                    raise
+            await anyio.sleep(pause)
+            pause = min(pause * 1.5, _LONGEST_PAUSE)
 
     async def _take_over(self) -> bool:
         """Take over the record of a run whose driver is gone: at the end of the run its backend may have nothing of it.

@@ -18,7 +18,7 @@ from components.fake_kubernetes import FakeCluster
 from components.projects import write_project
 from fakes.kubernetes import ApiFailure
 from fakes.kubernetes_node import Acting
-from mlfleet import Fleet, TrackedRun
+from mlfleet import Fleet, RunOptions, TrackedRun
 from mlfleet._engine.conclude import Driver, judge
 from mlfleet.backends.kubernetes import KubernetesBackend
 from mlfleet.backends.kubernetes.client import KubernetesClient
@@ -416,6 +416,31 @@ async def test_the_end_of_a_job_of_another_machine_is_written_by_one_that_waits_
     async with Fleet(tracking=tracking) as fleet:
         verdict = await judge(context_of(fleet), replace(run.info, status=RunStatus.RUNNING))
     assert (verdict.driver, verdict.ended) == (Driver.UNSEEN, False)
+
+
+async def test_the_run_in_the_queue_of_another_fleet_is_read_and_cancelled_before_it_has_a_job(
+    fake_cluster: FakeCluster, tmp_path: Path
+) -> None:
+    ended, requests = asyncio.Event(), fake_cluster.api.requests
+    fake_cluster.play = lambda pod: Acting(seconds=0 if ended.is_set() else 600, output=(b"hello\n",))
+    tracking = FakeTracking(uri="http://mlflow:5000")
+    uri = write_project(tmp_path / "demo", "true", extra="docker_env:\n  image: python:3.12\n")
+    options: RunOptions = {"backend": "kubernetes", "backend_config": {"code-delivery": "none"}}
+    async with Fleet(tracking=tracking) as other, Fleet(tracking=tracking, max_concurrent=1) as fleet:
+        first, cancelled, read = [await fleet.submit(uri, **options) for _ in range(3)]
+        await (await other.get(cancelled.run_id)).cancel()
+        assert await cancelled.get_status() is RunStatus.KILLED
+        seen = await other.get(read.run_id)
+        assert [line async for line in seen.logs(follow=False)] == []
+        reader = asyncio.ensure_future(anext(seen.logs()))
+        before = len(requests)
+        while not any(read.run_id in path for _, path, _ in requests[before:]):  # noqa: ASYNC110 - there is no event
+            await asyncio.sleep(0.01)
+        ended.set()
+        await first.cancel()
+        assert await reader == "hello"
+        assert await read.wait() is True
+        assert fake_cluster.api.counted("POST", "/jobs") == 2
 
 
 async def submitted_by_another(cluster: FakeCluster, owner: str) -> tuple[JobRef, FakeTracking]:
