@@ -72,6 +72,7 @@ class SpecError(MlfleetError):
     """A file that describes the project or its configuration is wrong.
 
     Attributes:
+        message: The message without the place.
         path: The file; None if the text is not from a file.
         line: The line, counted from 1; None if it is unknown.
         column: The column, counted from 1; None if it is unknown.
@@ -90,6 +91,7 @@ class SpecError(MlfleetError):
             if part
         )
         super().__init__(f"{place}: {message}" if place else message)
+        self.message = message
         self.path = path
         self.line = line
         self.column = column

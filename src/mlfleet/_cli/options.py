@@ -27,6 +27,7 @@ from mlfleet.tracking import Tracking
 __all__ = [
     "FileDefaults",
     "asked_option",
+    "check_options",
     "complete_backend",
     "config_options",
     "debug_option",
@@ -39,6 +40,7 @@ __all__ = [
     "jobs_option",
     "json_option",
     "quiet_option",
+    "read_backend_config",
     "read_config",
     "read_pairs",
     "read_run_options",
@@ -187,6 +189,17 @@ def file_settings() -> Settings:
     return Settings() if defaults is None else defaults.settings
 
 
+def read_backend_config(backend: str, text: str | None) -> dict[str, Any] | str | None:
+    """Return the ``backend_config`` of the option, else that of the configuration file.
+
+    Raises:
+        click.UsageError: See `read_config`.
+        UsageError: The backend does not take its table in the configuration file.
+    """
+    config = read_config(text)
+    return _file_config(backend) if config is None else config
+
+
 def _file_config(backend: str) -> dict[str, Any] | None:
     """Return the ``backend_config`` that the configuration file gives; None if it gives none.
 
@@ -272,6 +285,11 @@ def config_options(command: F) -> F:
     return _add(jobs_option(command), ("backend", "backend_config", "env_manager", "tracking_uri"))
 
 
+def check_options(command: F) -> F:
+    """Add the options of a run by which its project is read to a command."""
+    return _add(command, ("version", "backend", "backend_config", "env_manager"))
+
+
 def tracking_option(command: F) -> F:
     """Add ``--tracking-uri`` to a command."""
     return _add(command, ("tracking_uri",))
@@ -333,8 +351,7 @@ def read_run_options(options: dict[str, Any]) -> dict[str, Any]:
             value = read_pairs(option.flags[0], value, **settings)
         found[option.name] = value
     _check_experiment(found["experiment_name"], found["experiment_id"])
-    config = read_config(found["backend_config"])
-    found["backend_config"] = _file_config(found["backend"]) if config is None else config
+    found["backend_config"] = read_backend_config(found["backend"], found["backend_config"])
     found["timeouts"] = Timeouts(**_fields("timeouts", found))
     needed = {name: value for name, value in _fields("resources", found).items() if value is not None}
     found["resources"] = Resources(**needed) if needed else None

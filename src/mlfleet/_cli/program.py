@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import click
 
 from mlfleet._cli.cancel import cancel
+from mlfleet._cli.check import check
 from mlfleet._cli.config import config
 from mlfleet._cli.logs import logs
 from mlfleet._cli.options import FileDefaults
@@ -76,9 +77,11 @@ def _cli(ctx: click.Context) -> None:
     ctx.default_map = {**dict.fromkeys(_WITH_SETTINGS, defaults), "config": {"show": defaults}}
 
 
-for _command in (run, sweep, report, ps, logs, wait, cancel, prune, cache, envs, config):
+for _command in (run, sweep, check, report, ps, logs, wait, cancel, prune, cache, envs, config):
     _cli.add_command(_command)
 
 _WITH_SETTINGS = [
-    name for name, each in _cli.commands.items() if any(option.name == "tracking_uri" for option in each.params)
+    name
+    for name, each in _cli.commands.items()
+    if any(option.name in ("tracking_uri", "env_manager") for option in each.params)
 ]

@@ -16,7 +16,7 @@ from packaging.version import InvalidVersion, Version
 from mlfleet._environments.pip_requirements import PipInput, Reader
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
 from mlfleet._run_log import get_logger
-from mlfleet._text.documents import Node, read_toml, read_yaml
+from mlfleet._text.documents import Node, Report, read_toml, read_yaml, warn_unknown
 from mlfleet.errors import SpecError
 
 __all__ = [
@@ -73,58 +73,77 @@ class CondaRequirements:
     variables: tuple[tuple[str, str], ...] = ()
 
 
-def read_python_requirements(folder: Path, source: EnvironmentFile | None) -> PythonRequirements:
+def read_python_requirements(
+    folder: Path, source: EnvironmentFile | None, report: Report | None = None
+) -> PythonRequirements:
     """Read what an environment of pip packages must hold for the project in `folder`.
 
     Of a ``conda.yaml``, Python, pip, setuptools, wheel and the ``pip:`` list count; other packages are one warning.
     Of a ``pyproject.toml``, ``requires-python`` and ``dependencies`` count; the project itself is not installed.
+
+    Args:
+        folder: The folder of the project.
+        source: The file; None: nothing is needed.
+        report: See `read_project`.
 
     Raises:
         SpecError: The file is wrong, or names a file that does not exist.
     """
     if source is None:
         return PythonRequirements()
+    report = report or Report()
     if source.kind is EnvironmentFileKind.CONDA:
-        return _from_conda(source)
+        return _from_conda(source, report)
     if source.kind is EnvironmentFileKind.REQUIREMENTS:
-        return PythonRequirements(packages=Reader(folder, source.root).read_file(source.path))
+        return PythonRequirements(packages=Reader(folder, source.root, report).read_file(source.path))
     if not source.kind.is_declared:
         return _from_pyproject(source.path.with_name("pyproject.toml"))
-    document = _document(
-        source.path, ("python", "build_dependencies", "dependencies"), "a mapping with python and dependencies"
-    )
+    keys = ("python", "build_dependencies", "dependencies")
+    document = _document(source.path, keys, "a mapping with python and dependencies", report)
     python = document.get("python")
+    version = None
+    with report.part():
+        version = _python_version(python) if python is not None and not python.is_null else None
     return PythonRequirements(
-        python=_python_version(python) if python is not None and not python.is_null else None,
-        build=Reader(folder, source.root).read(_items(document, "build_dependencies")),
-        packages=Reader(folder, source.root).read(_items(document, "dependencies")),
+        python=version,
+        build=Reader(folder, source.root, report).read(_items(document, "build_dependencies", report)),
+        packages=Reader(folder, source.root, report).read(_items(document, "dependencies", report)),
     )
 
 
-def read_conda_file(path: Path, root: Path | None = None) -> CondaRequirements:
+def read_conda_file(path: Path, root: Path | None = None, report: Report | None = None) -> CondaRequirements:
     """Read a ``conda.yaml``. Paths in its ``pip:`` list are relative to its folder, as conda has it.
 
     Args:
         path: The file.
         root: The folder that the files it names must be in; None: the Git working tree of its folder, else its folder.
+        report: See `read_project`.
 
     Raises:
         SpecError: The file is wrong, or names a file that does not exist or is elsewhere.
     """
-    document = _document(path, _CONDA_KEYS, "a mapping with channels and dependencies", warn=True)
+    report = report or Report()
+    document = _document(path, _CONDA_KEYS, "a mapping with channels and dependencies", report)
     specs: list[str] = []
     pip: list[Node] = []
-    for node in _items(document, "dependencies"):
-        if isinstance(node.value, dict):
-            pip += _pip_list(node)
-        elif spec := node.text(expected="a conda package").strip():
-            specs.append(spec)
-    variables = document["variables"].mapping() if "variables" in document else {}
+    channels: list[str] = []
+    variables: list[tuple[str, str]] = []
+    for node in _items(document, "dependencies", report):
+        with report.part():
+            if isinstance(node.value, dict):
+                pip += _pip_list(node)
+            elif spec := node.text(expected="a conda package").strip():
+                specs.append(spec)
+    with report.part():
+        given = document["variables"].mapping(report=report) if "variables" in document else {}
+        variables = [(name, node.text(expected="the value of a variable")) for name, node in given.items()]
+    with report.part():
+        channels = [node.string(expected="a channel") for node in _items(document, "channels", report)]
     return CondaRequirements(
-        channels=tuple(node.string(expected="a channel") for node in _items(document, "channels")),
+        channels=tuple(channels),
         specs=tuple(specs),
-        packages=Reader(path.parent, root).read(pip),
-        variables=tuple((name, node.text(expected="the value of a variable")) for name, node in variables.items()),
+        packages=Reader(path.parent, root, report).read(pip),
+        variables=tuple(variables),
     )
 
 
@@ -154,25 +173,34 @@ def content_key(manager: str, *parts: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _document(path: Path, known: tuple[str, ...], expected: str, *, warn: bool = True) -> dict[str, Node]:
+def _document(
+    path: Path, known: tuple[str, ...], expected: str, report: Report, *, warn: bool = True
+) -> dict[str, Node]:
     """Return the keys of an environment file. The error for another kind of file has none of its content.
 
     Args:
         path: The file.
         known: The keys that have a meaning.
         expected: The noun phrase for the error.
+        report: Gets the mistakes.
         warn: True to warn of other keys.
     """
-    document = read_yaml(path)
+    document = read_yaml(path, defer_duplicates=report.collects)
     is_another = isinstance(document.value, dict) and document.value and document.value.keys().isdisjoint(known)
     if is_another or isinstance(document.value, str):
         what = "other keys" if is_another else "a text"
         raise SpecError(f"expected {expected}, found {what}", path=path, line=document.line, column=document.column)
-    return document.mapping(known if warn else None, expected=expected)
+    keys = document.mapping(known if warn else None, expected=expected, report=report)
+    warn_unknown(path, report)
+    return keys
 
 
-def _items(document: dict[str, Node], key: str) -> list[Node]:
-    return document[key].sequence() if key in document else []
+def _items(document: dict[str, Node], key: str, report: Report) -> list[Node]:
+    found: list[Node] = []
+    with report.part():
+        if key in document:
+            found += document[key].sequence()
+    return found
 
 
 def _pip_list(node: Node) -> list[Node]:
@@ -197,14 +225,14 @@ def _python_version(node: Node) -> str:
     return text
 
 
-def _from_conda(source: EnvironmentFile) -> PythonRequirements:
+def _from_conda(source: EnvironmentFile, report: Report) -> PythonRequirements:
     path = source.path
-    document = _document(path, _CONDA_KEYS, "a mapping with channels and dependencies", warn=False)
+    document = _document(path, _CONDA_KEYS, "a mapping with channels and dependencies", report, warn=False)
     python: str | None = None
     build: list[str] = []
     pip: list[Node] = []
     others: list[str] = []
-    for node in _items(document, "dependencies"):
+    for node in _items(document, "dependencies", report):
         if isinstance(node.value, dict):
             pip += _pip_list(node)
             continue
@@ -217,7 +245,7 @@ def _from_conda(source: EnvironmentFile) -> PythonRequirements:
             others.append(name)
     if others:
         _warn_ignored(path, tuple(others))
-    return PythonRequirements(python, PipInput(lines=tuple(build)), Reader(path.parent, source.root).read(pip))
+    return PythonRequirements(python, PipInput(lines=tuple(build)), Reader(path.parent, source.root, report).read(pip))
 
 
 def _from_pyproject(path: Path) -> PythonRequirements:

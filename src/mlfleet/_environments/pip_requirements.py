@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mlfleet._project.boundary import find_root, is_inside
-from mlfleet._text.documents import Node
+from mlfleet._text.documents import Node, Report
 from mlfleet.errors import SpecError
 
 __all__ = ["PipInput", "PipLines", "Reader", "content_of", "flatten"]
@@ -144,10 +144,12 @@ class Reader:
     Attributes:
         folder: The project's folder. Paths of packages, and of files that the items of a list name, are relative to it.
         root: The folder that those files must be in, if it is not `folder` or its Git working tree.
+        report: Gets the mistakes.
     """
 
     folder: Path
     root: Path | None = None
+    report: Report = field(default_factory=Report)
     _lines: list[str] = field(default_factory=list)
     _arguments: list[str] = field(default_factory=list)
     _contents: list[str] = field(default_factory=list)
@@ -160,11 +162,12 @@ class Reader:
             SpecError: An item is not a line, or names a file that does not exist.
         """
         for node in nodes:
-            text = node.string(expected="a requirement, as pip takes it")
-            if len(text.strip().splitlines()) > 1 or text.rstrip().endswith("\\"):  # pip would see several lines
-                node.fail("a requirement is one line")
-            if line := _COMMENT.sub("", text).strip():
-                self._read_item(line, node.fail)
+            with self.report.part():
+                text = node.string(expected="a requirement, as pip takes it")
+                if len(text.strip().splitlines()) > 1 or text.rstrip().endswith("\\"):  # pip would see several lines
+                    node.fail("a requirement is one line")
+                if line := _COMMENT.sub("", text).strip():
+                    self._read_item(line, node.fail)
         return PipInput(tuple(self._lines), tuple(self._arguments), tuple(self._contents))
 
     def read_file(self, path: Path) -> PipInput:
@@ -180,7 +183,8 @@ class Reader:
             fail(f"cannot be read: {error.strerror if isinstance(error, OSError) else error}")
         self._seen.add(path)
         for number, line in _logical_lines(_decode(data, fail, path.name)):
-            self._read_item(line, _failure(path, number), is_item=False)
+            with self.report.part():
+                self._read_item(line, _failure(path, number), is_item=False)
         return PipInput(tuple(self._lines), tuple(self._arguments), tuple(self._contents))
 
     def _read_item(self, line: str, fail: Fail, *, is_item: bool = True) -> None:
@@ -223,7 +227,8 @@ class Reader:
             fail(f"the requirements file {value!r} cannot be read: {reason} ({path})")
         self._contents.append(f"{option} {hashlib.sha256(data).hexdigest()}")
         for number, line in _logical_lines(_decode(data, fail, value)):
-            self._read_nested(line, path.parent, _failure(path, number))
+            with self.report.part():
+                self._read_nested(line, path.parent, _failure(path, number))
         return str(path)
 
     def _read_nested(self, line: str, base: Path, fail: Fail) -> None:

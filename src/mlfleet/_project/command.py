@@ -15,7 +15,7 @@ from mlfleet._run_log import get_logger
 from mlfleet._text.documents import nearest
 from mlfleet.errors import ParameterError, SpecError
 
-__all__ = ["MAX_LENGTH", "render", "substitute"]
+__all__ = ["MAX_LENGTH", "find_placeholders", "render", "substitute"]
 
 _log = get_logger("mlfleet.project")
 
@@ -167,7 +167,7 @@ class _Template:
 @lru_cache(maxsize=256)
 def _read(template: str, declared: frozenset[str]) -> _Template:
     """Read a command. The result is cached, since it is the same for all runs of an entry point."""
-    text, names, unknown = _with_holes(template, declared)
+    text, names, unknown = find_placeholders(template, declared)
     for name in [*dict.fromkeys(unknown)][:20]:
         _log.warning(
             "the command holds {%s}, which is not a declared parameter%s: bash gets it as it is",
@@ -291,8 +291,13 @@ def _check_text(entry_point: EntryPoint, values: Mapping[str, str], extra: Mappi
         raise ParameterError(f"the parameters {wrong} hold a NUL character, which no command can", names=wrong)
 
 
-def _with_holes(template: str, declared: Collection[str]) -> tuple[str, list[str], list[str]]:
-    """Return the command with a hole for each placeholder, the names of the holes, and words that may be mistakes."""
+def find_placeholders(template: str, declared: Collection[str]) -> tuple[str, list[str], list[str]]:
+    """Return a command with a hole for each placeholder, the names of the holes, and words that may be mistakes.
+
+    Args:
+        template: The command as it is declared.
+        declared: The names of the parameters.
+    """
     unknown: list[str] = []
     text: list[str] = []
     names: list[str] = []

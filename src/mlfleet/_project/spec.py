@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from mlfleet._project.boundary import check_link, find_root, is_inside
 from mlfleet._project.lists import format_list
 from mlfleet._run_log import get_logger
-from mlfleet._text.documents import Node, nearest, read_toml, read_yaml, warn_unknown
+from mlfleet._text.documents import Node, Report, nearest, read_toml, read_yaml, warn_unknown
 from mlfleet.errors import SpecError
 
 __all__ = [
@@ -31,6 +31,9 @@ __all__ = [
 _log = get_logger("mlfleet.project")
 
 FILE_NAME = "MLproject"
+TYPES = ("string", "float", "int", "bool", "list", "path", "uri")
+"""The types of parameters. Any other counts as a string."""
+
 _KEYS = ("name", "docker_env", "python_env", "conda_env", "entry_points", "databricks_spark_job")
 _ENVIRONMENT_KEYS = ("docker_env", "python_env", "conda_env")
 _SCRIPTS = (".py", ".sh", ".R")
@@ -79,6 +82,7 @@ class Parameter:
         default: The text of the default; None: the parameter is required.
         default_error: The reason why the default cannot be used; it counts only if no value is given.
         optional: True if an empty value leaves the parameter out of the command.
+        line: The line of the declaration; None if it is unknown.
         option: The option that the placeholder writes before the value; None for none, or, with the types ``bool`` and
             ``list``, for ``--`` and the name. Empty: a list is written as words.
     """
@@ -89,6 +93,7 @@ class Parameter:
     default_error: str | None = None
     optional: bool = False
     option: str | None = None
+    line: int | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +104,13 @@ class EntryPoint:
         name: The name, or the path of a script inside the project.
         command: The format string of the command for ``bash -c``.
         parameters: The declared parameters, in their order.
+        line: The line of the command; None if it is unknown.
     """
 
     name: str
     command: str
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    line: int | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +194,7 @@ class ProjectSpec:
         return EntryPoint(name, _literal(f"{program} {shlex.quote(script)}"))
 
     def _no_entry_point(self, name: str) -> SpecError:
-        scripts = self._scripts()
+        scripts = self.scripts()
         hint = nearest(name, [*self.entry_points, *scripts])
         parts = [f"there is no entry point {name!r}{hint}"]
         if self.entry_points:
@@ -201,20 +208,19 @@ class ProjectSpec:
             parts.append(f"a script ({', '.join(_SCRIPTS)}) of the project can be given by its path{found}")
         return SpecError("; ".join(parts), path=self.path or self.folder)
 
-    def _scripts(self) -> list[str]:
-        try:
-            return sorted(entry.name for entry in self.folder.iterdir() if entry.suffix in _SCRIPTS)
-        except OSError:
-            return []
+    def scripts(self) -> list[str]:
+        """Return the names of the scripts in the project's folder, which can be entry points. Blocking."""
+        return sorted(name for name in _names(self.folder) if name.endswith(_SCRIPTS))
 
 
-def read_project(folder: Path, root: Path | None = None) -> ProjectSpec:
+def read_project(folder: Path, root: Path | None = None, report: Report | None = None) -> ProjectSpec:
     """Read the project in `folder`. Blocking; call it in a thread.
 
     Args:
         folder: The folder of the project.
         root: The folder that MLproject and the files it names must be in; None: the Git working tree of `folder`, else
             `folder` itself.
+        report: Gets all mistakes, if it collects them, and the unknown keys; None: the first mistake is raised.
 
     Raises:
         SpecError: MLproject is wrong, or names a file outside of `root`; the text has file, line, column and what was
@@ -226,28 +232,40 @@ def read_project(folder: Path, root: Path | None = None) -> ProjectSpec:
     if path is None:
         return ProjectSpec(folder=folder, environment=_default_environment(folder, root))
     check_link(path, root)
+    report = report or Report()
     document = read_yaml(path, defer_duplicates=True)
-    unknown: list[str] = []
-    keys = document.mapping(_KEYS, expected="a mapping with the keys of an MLproject file", unknown=unknown)
+    keys = document.mapping(_KEYS, expected="a mapping with the keys of an MLproject file", report=report)
     keys = {key: node for key, node in keys.items() if not node.is_null}
     environments = [key for key in _ENVIRONMENT_KEYS if key in keys]
-    if len(environments) > 1:
-        keys[environments[1]].fail(f"only one of {', '.join(_ENVIRONMENT_KEYS)} can be given, here are {environments}")
-    entry_points, broken = _entry_points(keys.get("entry_points"), unknown)
-    job = _spark_job(keys, [*entry_points, *broken], entry_points, unknown)
-    if job is not None and job["python_file"] is not None and not is_inside(folder / job["python_file"], [root]):
-        keys["databricks_spark_job"].fail(
-            f"the file {job['python_file']!r} is outside of the project's repository {root}: copy the file there"
-        )
-    docker = _docker(keys["docker_env"], unknown) if "docker_env" in keys else None
-    warn_unknown(path, unknown)
+    entry_points: dict[str, EntryPoint] = {}
+    broken: dict[str, SpecError] = {}
+    job, docker, name, environment = None, None, None, None
+    with report.part():
+        if len(environments) > 1:
+            given = ", ".join(_ENVIRONMENT_KEYS)
+            keys[environments[1]].fail(f"only one of {given} can be given, here are {environments}")
+    with report.part():
+        entry_points, broken = _entry_points(keys.get("entry_points"), report)
+    with report.part():
+        job = _spark_job(keys, [*entry_points, *broken], entry_points, report)
+        if job is not None and job["python_file"] is not None and not is_inside(folder / job["python_file"], [root]):
+            keys["databricks_spark_job"].fail(
+                f"the file {job['python_file']!r} is outside of the project's repository {root}: copy the file there"
+            )
+    with report.part():
+        docker = _docker(keys["docker_env"], report) if "docker_env" in keys else None
+    warn_unknown(path, report)
+    with report.part():
+        name = keys["name"].text() if "name" in keys else None
+    with report.part():
+        environment = None if docker or job else _environment(folder, root, keys)
     return ProjectSpec(
         folder=folder,
-        name=keys["name"].text() if "name" in keys else None,
+        name=name,
         path=path,
         entry_points=entry_points,
         broken=broken,
-        environment=None if docker or job else _environment(folder, root, keys),
+        environment=environment,
         docker=docker,
         databricks_spark_job=job,
     )
@@ -280,9 +298,17 @@ def _environment(folder: Path, root: Path, keys: Mapping[str, Node]) -> Environm
                     "names the folder of both, as in folder#sub/folder"
                 )
             if not _is_file(path):
-                keys[key].fail(f"there is no file {str(path)!r}")
+                keys[key].fail(f"there is no file {str(path)!r}{nearest(name, _names(folder))}")
             return EnvironmentFile(kind, path, root)
     return _default_environment(folder, root)
+
+
+def _names(folder: Path) -> list[str]:
+    """Return the names in a folder, for hints."""
+    try:
+        return [entry.name for entry in folder.iterdir()]
+    except OSError:
+        return []
 
 
 def _is_file(path: Path) -> bool:
@@ -323,12 +349,12 @@ def _lists_dependencies(path: Path) -> bool:
     return not (isinstance(dynamic, list) and "dependencies" in dynamic)
 
 
-def _entry_points(node: Node | None, unknown: list[str]) -> tuple[dict[str, EntryPoint], dict[str, SpecError]]:
+def _entry_points(node: Node | None, report: Report) -> tuple[dict[str, EntryPoint], dict[str, SpecError]]:
     entry_points: dict[str, EntryPoint] = {}
     broken: dict[str, SpecError] = {}
     for name, entry in node.mapping().items() if node is not None else ():
         try:
-            entry_points[name] = _entry_point(name, entry, unknown)
+            entry_points[name] = _entry_point(name, entry, report)
         except SpecError as error:
             broken[name] = error
     return entry_points, broken
@@ -340,20 +366,24 @@ def _warn_broken(error: str) -> None:
     _log.warning("another entry point of the project is wrong and cannot be run: %s", error)
 
 
-def _entry_point(name: str, node: Node, unknown: list[str]) -> EntryPoint:
+def _entry_point(name: str, node: Node, report: Report) -> EntryPoint:
     expected = "a mapping with a command and its parameters"
-    keys = node.mapping(("parameters", "command"), expected=expected, unknown=unknown)
+    keys = node.mapping(("parameters", "command"), expected=expected, report=report)
     if "command" not in keys or keys["command"].is_null:
         node.fail("the command is missing")
-    parameters = keys["parameters"].mapping(expected="a mapping of names and types") if "parameters" in keys else {}
-    return EntryPoint(
-        name=name,
-        command=keys["command"].string(expected="a command"),
-        parameters={key: _parameter(key, value, unknown) for key, value in parameters.items()},
-    )
+    declared: dict[str, Node] = {}
+    with report.part():
+        if "parameters" in keys:
+            declared = keys["parameters"].mapping(expected="a mapping of names and types", report=report)
+    parameters = {key: Parameter(key) for key in declared}
+    for key, value in declared.items():
+        with report.part():
+            parameters[key] = replace(_parameter(key, value, report), line=value.line)
+    command = keys["command"]
+    return EntryPoint(name, command.string(expected="a command"), parameters, command.line)
 
 
-def _parameter(name: str, node: Node, unknown: list[str]) -> Parameter:
+def _parameter(name: str, node: Node, report: Report) -> Parameter:
     if node.is_null:
         return Parameter(name)
     if isinstance(node.value, str):
@@ -361,9 +391,9 @@ def _parameter(name: str, node: Node, unknown: list[str]) -> Parameter:
     if not isinstance(node.value, dict):
         node.wrong("a type, or a mapping with type and default")
     # `description` is for people; many projects have it. `optional` and `option` are not the reference's.
-    keys = node.mapping(("type", "default", "description", "optional", "option"), unknown=unknown)
+    keys = node.mapping(("type", "default", "description", "optional", "option"), report=report)
     keys = {key: value for key, value in keys.items() if not value.is_null}
-    types = "a type (string, float, int, bool, list, path or uri)"
+    types = f"a type ({', '.join(TYPES[:-1])} or {TYPES[-1]})"
     kind = keys["type"].string(expected=types) if "type" in keys else "string"
     optional = _boolean(keys["optional"]) if "optional" in keys else False
     option = _option(keys["option"]) if "option" in keys else None
@@ -402,23 +432,25 @@ def _plain_text(node: Node) -> str:
     return str(node.value)
 
 
-def _docker(node: Node, unknown: list[str]) -> DockerEnv:
+def _docker(node: Node, report: Report) -> DockerEnv:
     expected = "a mapping with an image"
-    keys = node.mapping(("image", "volumes", "environment"), expected=expected, unknown=unknown)
+    keys = node.mapping(("image", "volumes", "environment"), expected=expected, report=report)
     keys = {key: value for key, value in keys.items() if not value.is_null}
-    if "image" not in keys:
-        node.fail("the image is missing")
-    image = keys["image"].string(expected="the name of an image")
-    if not image.strip():
-        keys["image"].fail("the image is empty")
-    volumes = keys["volumes"].sequence(expected='a list such as ["/data:/data:ro"]') if "volumes" in keys else []
-    expected = 'a list such as [["NAME", "value"], "NAME_TO_COPY"]'
-    environment = keys["environment"].sequence(expected=expected) if "environment" in keys else []
-    return DockerEnv(
-        image=image,
-        volumes=tuple(volume.string(expected="a volume such as /data:/data:ro") for volume in volumes),
-        environment=tuple(_variable(variable) for variable in environment),
-    )
+    image, volumes, environment = "", list[str](), list[tuple[str, str | None]]()
+    with report.part():
+        if "image" not in keys:
+            node.fail("the image is missing")
+        image = keys["image"].string(expected="the name of an image")
+        if not image.strip():
+            keys["image"].fail("the image is empty")
+    with report.part():
+        given = keys["volumes"].sequence(expected='a list such as ["/data:/data:ro"]') if "volumes" in keys else []
+        volumes = [volume.string(expected="a volume such as /data:/data:ro") for volume in given]
+    with report.part():
+        expected = 'a list such as [["NAME", "value"], "NAME_TO_COPY"]'
+        given = keys["environment"].sequence(expected=expected) if "environment" in keys else []
+        environment = [_variable(variable) for variable in given]
+    return DockerEnv(image=image, volumes=tuple(volumes), environment=tuple(environment))
 
 
 def _variable(node: Node) -> tuple[str, str | None]:
@@ -436,12 +468,12 @@ def _variable(node: Node) -> tuple[str, str | None]:
 
 
 def _spark_job(
-    keys: Mapping[str, Node], names: Sequence[str], entry_points: Mapping[str, EntryPoint], unknown: list[str]
+    keys: Mapping[str, Node], names: Sequence[str], entry_points: Mapping[str, EntryPoint], report: Report
 ) -> Mapping[str, Any] | None:
     if "databricks_spark_job" not in keys:
         return None
     node = keys["databricks_spark_job"]
-    job = node.mapping(("python_file", "parameters", "python_libraries"), unknown=unknown)
+    job = node.mapping(("python_file", "parameters", "python_libraries"), report=report)
     job = {key: value for key, value in job.items() if not value.is_null}
     file = job["python_file"].string(expected="the path of a Python file") if "python_file" in job else None
     if file is None and not names:

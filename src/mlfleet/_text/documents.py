@@ -11,7 +11,8 @@ import difflib
 import functools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +21,17 @@ from mlfleet._run_log import get_logger
 from mlfleet._text.plain import UNENCODABLE
 from mlfleet.errors import SpecError
 
-__all__ = ["Node", "find_toml_line", "nearest", "parse_yaml", "read_json", "read_toml", "read_yaml", "warn_unknown"]
+__all__ = [
+    "Node",
+    "Report",
+    "find_toml_line",
+    "nearest",
+    "parse_yaml",
+    "read_json",
+    "read_toml",
+    "read_yaml",
+    "warn_unknown",
+]
 
 MAX_SIZE = 2**20
 MAX_TOML_SIZE = 2**25  # lock files of large projects
@@ -40,6 +51,38 @@ _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f\ufffe\u
 _JSON_TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|(?P<constant>NaN|-?Infinity)', re.S)
 
 
+class Report:
+    """The mistakes and the unknown keys in the documents of a project.
+
+    Args:
+        collect: True to keep all mistakes; False to raise the first one.
+
+    Attributes:
+        collects: As given.
+        mistakes: The mistakes that were collected.
+        unknown: For each unknown key its description, and the warning with its place.
+    """
+
+    def __init__(self, *, collect: bool = False) -> None:
+        self.collects = collect
+        self.mistakes: list[SpecError] = []
+        self.unknown: list[tuple[str, SpecError]] = []
+
+    def add(self, mistake: SpecError) -> None:
+        """Keep a mistake, or raise it."""
+        if not self.collects:
+            raise mistake
+        self.mistakes.append(mistake)
+
+    @contextmanager
+    def part(self) -> Iterator[None]:
+        """Read a part of a document in this block: the reading goes on behind it if the mistakes are collected."""
+        try:
+            yield
+        except SpecError as mistake:
+            self.add(mistake)
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """A value in a YAML document, with its place in the file.
@@ -51,7 +94,7 @@ class Node:
         path: The file.
         line: The line, counted from 1.
         column: The column, counted from 1.
-        fault: The error to raise when the keys of a mapping are asked for, if some are there twice.
+        faults: The mistakes to report when the keys of a mapping are asked for: some are there twice.
     """
 
     value: Any
@@ -62,7 +105,7 @@ class Node:
     column: int
     # How many values this one stands for, counting an aliased value each time that it is used.
     weight: int = field(default=1, repr=False, compare=False)
-    fault: SpecError | None = field(default=None, repr=False, compare=False)
+    faults: tuple[SpecError, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def is_null(self) -> bool:
@@ -73,9 +116,9 @@ class Node:
         """Raise a SpecError with the place of this value."""
         raise self.error(message)
 
-    def error(self, message: str) -> SpecError:
-        """Return a SpecError with the place of this value."""
-        subject = f"{self.label}: " if self.label else ""
+    def error(self, message: str, *, named: bool = True) -> SpecError:
+        """Return a SpecError with the place of this value, and with its label unless `named` is False."""
+        subject = f"{self.label}: " if self.label and named else ""
         return SpecError(subject + message, path=self.path, line=self.line, column=self.column)
 
     def wrong(self, expected: str) -> NoReturn:
@@ -106,31 +149,29 @@ class Node:
         known: Iterable[str] | None = None,
         *,
         expected: str = "a mapping",
-        unknown: list[str] | None = None,
+        report: Report | None = None,
     ) -> dict[str, Node]:
         """Return the nodes of a mapping, in their order; nothing counts as an empty mapping.
 
         Args:
             known: The keys that have an effect here. Any other is kept, and reported in one warning for the mapping.
             expected: The noun phrase in the error, such as "a mapping with an image".
-            unknown: A list that gets the descriptions of unknown keys, for one warning by the caller (see
-                `warn_unknown`).
+            report: Gets the unknown keys, for one warning by the caller (see `warn_unknown`), and the mistakes.
         """
         if self.value is None:
             return {}
         if not isinstance(self.value, dict):
             self.wrong(expected)
-        if self.fault is not None:
-            raise self.fault
+        own = report or Report()
+        for fault in self.faults:
+            own.add(fault)
         if known is not None:
             names = tuple(known)
-            found = [
+            own.unknown += [
                 _describe_unknown(key, node, self.label, names) for key, node in self.value.items() if key not in names
             ]
-            if unknown is not None:
-                unknown += found
-            else:
-                warn_unknown(self.path, found)
+            if report is None:
+                warn_unknown(self.path, own)
         return dict(self.value)
 
     def sequence(self, *, expected: str = "a list") -> list[Node]:
@@ -155,8 +196,8 @@ class Node:
 
     def plain(self) -> Any:
         """Return the data without the places."""
-        if self.fault is not None:
-            raise self.fault
+        for fault in self.faults:
+            raise fault
         if isinstance(self.value, dict):
             return {key: node.plain() for key, node in self.value.items()}
         if isinstance(self.value, list):
@@ -335,7 +376,7 @@ class _Converter:
     def _mapping(self, composed: Any, label: str) -> Node:
         self._check_tag(composed, label, "map")
         own: dict[str, Node] = {}
-        fault: SpecError | None = None
+        faults: list[SpecError] = []
         merged: list[Node] = []
         for composed_key, composed_value in composed.value:
             if composed_key.tag == _MERGE:
@@ -344,17 +385,17 @@ class _Converter:
             key = self.convert(composed_key, label)
             if key.value is None or isinstance(key.value, dict | list):
                 key.wrong("a key")
-            if key.written in own and fault is None:
-                fault = key.error(f"the key {_short(key.written)!r} is there twice")
+            if key.written in own:
+                faults.append(key.error(f"the key {_short(key.written)!r} is there twice"))
                 if not self._defer_duplicates:
-                    raise fault
+                    raise faults[0]
             own[key.written] = self.convert(composed_value, _label(f"{label}.{key.written}".removeprefix(".")))
         # Of several mappings to merge the first wins, and the mapping's own keys win over all.
         for mapping in merged:
             for name, node in mapping.value.items():
                 own.setdefault(name, node)
         node = self._node(composed, own, label, weight=1 + sum(node.weight for node in own.values()))
-        return node if fault is None else replace(node, fault=fault)
+        return replace(node, faults=tuple(faults)) if faults else node
 
     def _merged_mappings(self, node: Node) -> list[Node]:
         mappings = node.value if isinstance(node.value, list) else [node]
@@ -489,14 +530,14 @@ def _short(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def warn_unknown(path: Path | str | None, unknown: Iterable[str]) -> None:
-    """Report the unknown keys of a document in one warning, once for all runs.
+def warn_unknown(path: Path | str | None, report: Report) -> None:
+    """Log the unknown keys of a document in one warning, once for all runs; not if the mistakes are collected.
 
     Args:
         path: The file.
-        unknown: The descriptions that `Node.mapping` collected.
+        report: The keys that `Node.mapping` found.
     """
-    if keys := ", ".join(unknown):
+    if not report.collects and (keys := ", ".join(text for text, _ in report.unknown)):
         _warn_once(str(path or "the document"), keys)
 
 
@@ -505,6 +546,8 @@ def _warn_once(path: str, keys: str) -> None:
     _log.warning("%s: keys that are unknown and have no effect: %s", path, keys)
 
 
-def _describe_unknown(key: str, node: Node, label: str, known: tuple[str, ...]) -> str:
+def _describe_unknown(key: str, node: Node, label: str, known: tuple[str, ...]) -> tuple[str, SpecError]:
     where = f" in {label}" if label else ""
-    return f"{key!r}{where} (line {node.line}{nearest(key, known)})"
+    hint = nearest(key, known)
+    warning = node.error(f"the key {key!r}{where} is unknown and has no effect{hint}", named=False)
+    return f"{key!r}{where} (line {node.line}{hint})", warning
