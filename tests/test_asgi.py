@@ -88,14 +88,14 @@ def start(mlflow: SmallMlflow, tmp_path: Path) -> Callable[..., Any]:
     @asynccontextmanager
     async def start(*options: str, app: str = "app:app", slots: int = 200) -> AsyncIterator[Service]:
         write_project(tmp_path / "demo", COMMAND, parameters="name: string")
-        write_project(tmp_path / "greeting", "echo one; echo zwölf; echo three")
+        write_project(tmp_path / "greeting", "echo one; echo zwölf; echo three ${SERVICE_PASSWORD-secret}")
         (tmp_path / "app.py").write_text(APP.replace("SLOTS", str(slots)))
         port = free_port()
         command = ["uvicorn", app, "--port", str(port), "--log-level", "warning"]
         process = subprocess.Popen(
             [sys.executable, "-m", *command, "--timeout-graceful-shutdown", "2", *options],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(EXAMPLE)},
+            env={**os.environ, "PYTHONPATH": str(EXAMPLE), "SERVICE_PASSWORD": "told"},
         )
         service = Service(process, f"http://127.0.0.1:{port}")
         try:
@@ -217,7 +217,7 @@ async def test_the_log_of_a_run_is_resumed_where_it_broke_off(start: Callable[..
         assert [(event.get("event"), event["data"]) for event in whole] == [
             (None, "one"),
             (None, "zwölf"),
-            (None, "three"),
+            (None, "three secret"),
             ("end", "FINISHED"),
         ]
         for index, event in enumerate(whole[:3]):

@@ -42,7 +42,7 @@ def create_app(projects: Mapping[str, Mapping[str, Any]], **options: Any) -> Sta
             Route("/runs/{run_id}/logs", stream_logs),
             Route("/events", stream_events),
         ],
-        lifespan=lifespan(**options),
+        lifespan=lifespan(inherit_env=False, **options),  # the service's own secrets stay its own
         exception_handlers={HTTPException: show_http_error, mlfleet.MlfleetError: show_mlfleet_error},
     )
     app.state.projects = projects
