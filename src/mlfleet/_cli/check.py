@@ -70,9 +70,10 @@ def _as_json(finding: Finding, project: Project) -> dict[str, Any]:
 
 
 def _shown(path: Path, project: Project) -> str:
-    """Return a path relative to the working directory, or in a project that was fetched relative to its root."""
-    base = (project.root or project.folder) if project.cached else Path.cwd()
-    return os.path.relpath(path, base) if path.is_relative_to(base) else str(path)
+    """Return a path relative to the top of a project that was fetched, or to the working directory, if it is inside."""
+    root = project.root or project.folder
+    bases = [root, Path.cwd()] if project.cached else [Path.cwd()]
+    return next((os.path.relpath(path, base) for base in bases if path.is_relative_to(base)), str(path))
 
 
 def _count(number: int, noun: str) -> str:
