@@ -18,7 +18,8 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -58,12 +59,12 @@ class Bench:
     def __init__(self, folder: Path, environ: Mapping[str, str]) -> None:
         self.folder = folder
         self.calls = folder / "calls"
-        programs = folder / "bin"
-        programs.mkdir()
+        self.programs = folder / "bin"
+        self.programs.mkdir()
         for program in PROGRAMS:
-            (programs / program).write_text(WRAPPER.format(program=program, folder=folder))
-            (programs / program).chmod(0o755)
-        os.environ |= {**environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+            (self.programs / program).write_text(WRAPPER.format(program=program, folder=folder))
+            (self.programs / program).chmod(0o755)
+        os.environ |= environ
         self.project = folder / "project"
         self.project.mkdir()
         (self.project / "project.txt").write_text("a project\n")
@@ -80,6 +81,16 @@ class Bench:
             output=self.folder / "outputs" / run_id,
             config=SlurmBackend().configure({"work-dir": str(self.folder / "work"), **config}),
         )
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Note the calls of client programs, which makes each of them slower."""
+        before = os.environ["PATH"]
+        os.environ["PATH"] = f"{self.programs}:{before}"
+        try:
+            yield
+        finally:
+            os.environ["PATH"] = before
 
     def noted(self) -> list[str]:
         """Return the calls since the last one of this method."""
@@ -110,14 +121,13 @@ async def check(runs: Sequence[BackendRun]) -> None:
             raise SystemExit(f"a run failed: {outcome}")
 
 
-async def many(bench: Bench, count: int, *, array: bool) -> tuple[float, list[str]]:
-    """Return the seconds until as many runs are done, and the calls."""
+async def many(bench: Bench, count: int, *, array: bool = False) -> float:
+    """Return the seconds until as many runs are done."""
     async with SlurmBackend() as backend:
-        bench.noted()
         began = time.monotonic()
         runs = await asyncio.gather(*(backend.submit(bench.job("true", array=array)) for _ in range(count)))
         await check(runs)
-        return time.monotonic() - began, bench.noted()
+        return time.monotonic() - began
 
 
 async def unclear(bench: Bench, count: int) -> float:
@@ -211,23 +221,24 @@ async def measure(bench: Bench, controller: psutil.Process, options: argparse.Na
     if options.silence:
         name = f"Slurm: runs that failed while the controller did not answer for {options.silence:g} s"
         return {name: await silent(bench, controller, options.silence)}
-    ratios, figures = [], dict[str, float]()
+    ratios = []
     for _ in range(options.rounds):
         alone = await asyncio.to_thread(bare, options.runs)
-        seconds, calls = await many(bench, options.runs, array=False)
-        ratios.append(seconds / alone)
-        figures = {
-            f"Slurm: sbatch calls for {options.runs} runs": began(calls, "sbatch"),
-            "Slurm: sbatch calls at the same time": most_at_once(calls, "sbatch"),
-            "Slurm: squeue calls at the same time": most_at_once(calls, "squeue"),
-            f"Slurm: squeue calls until {options.runs} runs are done": began(calls, "squeue"),
-        }
-    _, calls = await many(bench, options.runs, array=True)
+        ratios.append(await many(bench, options.runs) / alone)
+    with bench.noting():
+        await many(bench, options.runs)
+        calls = bench.noted()
+        await many(bench, options.runs, array=True)
+        of_arrays = bench.noted()
+        executions = await unclear(bench, options.unclear)
     return {
         f"Slurm: {options.runs} runs, time until all are done / bare sbatch": statistics.median(ratios),
-        **figures,
-        f"Slurm: sbatch calls for {options.runs} runs in arrays": began(calls, "sbatch"),
-        "Slurm: executions of a run whose submit was unclear, at most": await unclear(bench, options.unclear),
+        f"Slurm: sbatch calls for {options.runs} runs": began(calls, "sbatch"),
+        "Slurm: sbatch calls at the same time": most_at_once(calls, "sbatch"),
+        "Slurm: squeue calls at the same time": most_at_once(calls, "squeue"),
+        f"Slurm: squeue calls until {options.runs} runs are done": began(calls, "squeue"),
+        f"Slurm: sbatch calls for {options.runs} runs in arrays": began(of_arrays, "sbatch"),
+        "Slurm: executions of a run whose submit was unclear, at most": executions,
         "Slurm: runs judged wrongly after Slurm has forgotten them": await forgotten(bench, options.forgotten),
     }
 

@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -53,6 +54,21 @@ async def test_a_submit_whose_answer_is_lost_runs_once(
     assert await run.wait()
     assert (tmp_path / "executions").read_text() == "x\n"
     assert slurm.jobs("-n", f"mlfleet-{job.run_id}") == []
+
+
+async def test_a_submit_is_not_repeated_while_nobody_knows_whether_it_made_a_job(
+    slurm: Slurm, make_job: MakeJob, tmp_path: Path, on_path: OnPath
+) -> None:
+    submits, asked = tmp_path / "submits", tmp_path / "asked"
+    on_path("sbatch", f'echo x >> {submits}; "$real" "$@" > /dev/null; echo "sbatch: error: timed out" >&2; exit 1')
+    on_path(
+        "squeue",
+        f'if [[ " $* " = *" -n "* ]]; then echo x >> {asked}; [ $(wc -l < {asked}) -lt 8 ] && exit 1; fi\n'
+        'exec "$real" "$@"',
+    )
+    async with SlurmBackend(timing=replace(QUICK, search=0.6)) as backend:
+        assert await (await backend.submit(make_job("true"))).wait()
+    assert submits.read_text() == "x\n"
 
 
 async def test_a_second_job_of_the_same_run_does_nothing(

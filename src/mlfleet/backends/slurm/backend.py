@@ -198,8 +198,7 @@ class SlurmBackend(Backend[SlurmConfig]):
             if config.array:
                 number = await cluster.arrays.submit(files, arguments, sweep_id=job.sweep_id)
             else:
-                after = await FILES.run(files.earlier)
-                number = await cluster.client.submit(single(files, arguments, after=after))
+                number = await cluster.client.submit(single(files, arguments))
             run = self._supervise(
                 files,
                 number,

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +93,7 @@ class Submission:
         messages: The file for Slurm's own messages, absolute; its folder exists.
         work_dir: The work folder.
         count: The number of tasks of an array; None: a single job.
-        after: The highest id of earlier jobs with this name.
+        earlier: Returns the highest id of earlier jobs with this name; blocking.
     """
 
     name: str
@@ -102,7 +102,7 @@ class Submission:
     messages: str
     work_dir: Path
     count: int | None = None
-    after: int = 0
+    earlier: Callable[[], int] = int
 
     def argv(self) -> tuple[str, ...]:
         """Return the program and its arguments; the script goes to stdin."""
@@ -209,19 +209,24 @@ class SlurmClient:
             SubmitError: Slurm refuses the job.
             SlurmError: The controller cannot be reached, or nobody knows whether it has the job.
         """
+        lost: SlurmError | None = None  # the last submit, if nobody knows yet whether it made a job
 
         async def attempt() -> str:
+            nonlocal lost
             async with self._submits:
-                try:
-                    return await self._sbatch(submission)
-                except SlurmError as error:
-                    if not error.unclear:
-                        raise
-                    found = await self._search(submission)
-                    if found is None:
-                        raise
-                    _log.warning("the answer of sbatch was lost; the job %s has been found by its name", found)
-                    return found
+                if lost is None:
+                    try:
+                        return await self._sbatch(submission)
+                    except SlurmError as error:
+                        if not error.unclear:
+                            raise
+                        lost = error
+                found = await self._search(submission)
+                if found is None:
+                    unclear, lost = lost, None
+                    raise unclear
+                _log.warning("the answer of sbatch was lost; the job %s has been found by its name", found)
+                return found
 
         def log(error: BaseException, pause: float) -> None:
             _log.warning("the job %s could not be submitted, next attempt in %.0f s: %s", submission.name, pause, error)
@@ -258,9 +263,10 @@ class SlurmClient:
         """Look for a job by its name, for a while: the controller may still be about to make it."""
         pause = 0.5
         deadline = time.monotonic() + self._timing.search
+        earlier = await FILES.run(submission.earlier)
         while True:
             with suppress(SlurmError):
-                found = await self.find(submission.name, after=submission.after)
+                found = await self.find(submission.name, after=earlier)
                 if found is not None:
                     return found
                 if time.monotonic() > deadline - self._timing.search / 2:

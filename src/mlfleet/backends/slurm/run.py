@@ -112,10 +112,9 @@ class SlurmRun(SupervisedRun):
         except* MlfleetError as errors:
             raise errors.exceptions[0] from None
         record = await self._read_exit(state)
-        claimed = await FILES.run(self._files.claimed_by) is not None
-        lines = await FILES.run(partial(last_lines, self._files.output))
-        if record is None:
-            lines += await FILES.run(partial(last_lines, self._files.messages))
+        claimed, lines = True, tuple[str, ...]()
+        if record != ExitRecord(0, asked=False) or state.word != "COMPLETED":
+            claimed, lines = await FILES.run(partial(self._read_rest, with_messages=record is None))
         outcome = conclude(state, record, cancelled=self._stop_request.is_requested, claimed=claimed, output=lines)
         if never and not claimed and not self._stop_request.is_requested:
             return never[0]
@@ -147,6 +146,13 @@ class SlurmRun(SupervisedRun):
             if state.is_launch_failure and await FILES.run(self._files.claimed_by) is None:
                 return None
             await anyio.sleep(min(_LOOK, self._latency))
+
+    def _read_rest(self, *, with_messages: bool) -> tuple[bool, tuple[str, ...]]:
+        """Return True if the command has begun, and the last lines of the output and of Slurm's messages. Blocking."""
+        lines = last_lines(self._files.output)
+        if with_messages:
+            lines += last_lines(self._files.messages)
+        return self._files.claimed_by() is not None, lines
 
     async def _cancel_when_asked(self) -> None:
         """Wait for a request to stop, and end the job as often as its grace is shortened."""

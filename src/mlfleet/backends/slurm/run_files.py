@@ -218,10 +218,9 @@ async def write_run(
     """
     files = RunFiles(config.work_dir, job.run_id)
 
-    def write() -> None:
+    def write(shared: Path, stop: threading.Event) -> None:
         earlier = files.job()
         files.remove()  # an MLflow run that runs again
-        config.work_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         _make_own(files.folder.parent)
         files.folder.mkdir(mode=0o700)
         script = command_script(
@@ -233,15 +232,12 @@ async def write_run(
         if earlier is not None:
             files._write("earlier", f"{earlier}\n".encode())
         files.write_grace(grace)
-
-    async def remove(_: None) -> None:
-        await FILES.finish(files.remove)
+        copy_tree(shared, files.project, stop)
 
     try:
-        await FILES.run(write, undo=remove)
         key = (job.project_dir, config.work_dir)
         shared = await copies(key, partial(copy_project, job.project_dir, config.work_dir))
-        await stoppable(partial(copy_tree, shared, files.project))
+        await stoppable(partial(write, shared))
     except BaseException as error:
         await FILES.finish(files.remove)
         if isinstance(error, OSError):
@@ -339,6 +335,7 @@ def _make_own(folder: Path) -> None:
     Raises:
         PermissionError: It exists and another user owns it, or can write it.
     """
+    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder.mkdir(exist_ok=True, mode=0o700)
     if not _is_own(folder):
         text = f"{folder} is another user's, or others can write it: give a work-dir of your own"

@@ -124,23 +124,22 @@ if kill -TERM -- "-$command" 2> /dev/null; then
   kill -KILL -- "-$command" 2> /dev/null
 fi
 [ -n "$killer" ] && kill -KILL -- "-$killer" 2> /dev/null
+[ -n "$asked" ] || : > environ
 count_forks
 pid_max=0
 read -r pid_max < /proc/sys/kernel/pid_max
 first=$(($$ + forks < pid_max / 4 * 3 ? $$ : 0))
-for folder in /proc/[0-9]*; do
-  ((${folder#/proc/} > first)) && [[ -O $folder/environ ]] || continue
-  environ=''
-  IFS= read -r -d '' -N 9999999 environ < "$folder/environ"  # without the NUL characters
+cd /proc || exit "$code"
+for pid in [0-9]*; do
+  ((pid > first)) && [[ -O $pid/environ ]] || continue
+  IFS= read -r -d '' -N 9999999 environ < "$pid/environ"  # without the NUL characters
   [[ $environ = *"MLFLEET_SLURM_RUN=$run"* ]] || continue
-  name=''
-  IFS= read -r -d '' name < "$folder/cmdline"
+  IFS= read -r -d '' name < "$pid/cmdline"
   [[ $name = slurmstepd* ]] && continue  # Slurm's daemon of the job
   while IFS= read -r -d '' entry; do
-    [ "$entry" = "SLURM_JOB_ID=$SLURM_JOB_ID" ] && kill -KILL "${folder#/proc/}"
-  done < "$folder/environ"
+    [ "$entry" = "SLURM_JOB_ID=$SLURM_JOB_ID" ] && kill -KILL "$pid"
+  done < "$pid/environ"
 done 2> /dev/null
-[ -n "$asked" ] || : > environ
 exit "$code"
 """
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

@@ -46,13 +46,12 @@ class _Batch:
             each.job.cancel()
 
 
-def single(files: RunFiles, arguments: tuple[str, ...], *, after: int = 0) -> Submission:
+def single(files: RunFiles, arguments: tuple[str, ...]) -> Submission:
     """Return the submission of one run as a job of its own.
 
     Args:
         files: The files of the run.
         arguments: The arguments of sbatch from the configuration and the resources.
-        after: See `RunFiles.earlier`.
     """
     return Submission(
         name=f"mlfleet-{files.run_id}",
@@ -60,7 +59,7 @@ def single(files: RunFiles, arguments: tuple[str, ...], *, after: int = 0) -> Su
         arguments=arguments,
         messages=str(files.messages),
         work_dir=files.work_dir,
-        after=after,
+        earlier=files.earlier,
     )
 
 
@@ -154,8 +153,7 @@ class ArraySubmitter:
 
     async def _sbatch(self, runs: Sequence[_Waiting], arguments: tuple[str, ...]) -> list[str]:
         if len(runs) == 1:
-            after = await FILES.run(runs[0].files.earlier)
-            return [await self._client.submit(single(runs[0].files, arguments, after=after))]
+            return [await self._client.submit(single(runs[0].files, arguments))]
         work_dir = runs[0].files.work_dir
         name = f"mlfleet-{runs[0].sweep_id or 'array'}-{os.urandom(4).hex()}"
         folder = work_dir / "arrays" / name
