@@ -13,7 +13,6 @@ import pickle
 import socket
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,13 +31,11 @@ from mlfleet._signals import Interrupts, run_until_interrupted
 from mlfleet._store.private_folders import secure_state
 from mlfleet.errors import MlfleetError, RunCancelled
 from mlfleet.fleet import Fleet, context_of
-from mlfleet.runs import Outcome, RunEvent, RunStatus, Stage
+from mlfleet.runs import Outcome, RunEvent
 
 __all__ = ["supervise"]
 
 _log = get_logger("mlfleet.fleet")
-
-_STATUS_INTERVAL = 2.0  # seconds between two looks at the status of a run whose command has not begun
 
 
 def supervise(end: socket.socket) -> None:
@@ -119,10 +116,7 @@ class _Supervision:
                     plan = await context.plan(order.request)
                     run = await context.launch(plan)
                     await FILES.run(partial(_log_to, run_folder(run.run_id)))
-                    async with anyio.create_task_group() as group:
-                        group.start_soon(_watch_status, fleet, run)
-                        await run.outcome()
-                        group.cancel_scope.cancel()
+                    await run.outcome()
             except Exception as failure:
                 error = failure
         if self._run is None:
@@ -150,15 +144,6 @@ class _Variables:
 
     def end(self) -> None:
         """Do nothing."""
-
-
-async def _watch_status(fleet: Fleet, run: FleetRun) -> None:
-    """End a run that another process has cancelled before its command began. Its backend has nothing to end yet."""
-    while run.stage not in (Stage.STARTED, Stage.FINISHED):
-        await anyio.sleep(_STATUS_INTERVAL)
-        with suppress(MlfleetError):
-            if (await fleet.tracking.get_run(run.run_id)).status is RunStatus.KILLED:
-                await run.cancel()
 
 
 class _Relay(logging.Handler):

@@ -230,6 +230,24 @@ print(run.get_status(), run.wait())
     assert [run["info"]["status"] for run in place.runs] == ["KILLED"]
 
 
+def test_cancel_by_its_id(place: Workplace) -> None:
+    """Only the process that submitted the run has the plugin's handle."""
+    project = write_project(place.tmp_path / "long", "echo > begun; exec sleep 600")
+    os.mkfifo(Path(project, "begun"))
+    done = place.script(f"""
+import anyio
+async def main():
+    async with mlfleet.Fleet() as fleet, mlfleet.Fleet() as other:
+        run = await fleet.submit({project!r}, backend="spool", experiment_id=EXPERIMENT)
+        await anyio.Path({project!r} + "/begun").read_text()
+        seen = await other.get(run.run_id)
+        await seen.cancel()
+        print(seen.info.status, await run.get_status())
+anyio.run(main)
+""")
+    assert done.stdout.split() == ["KILLED", "KILLED"], done.stderr
+
+
 def test_a_run_that_cannot_be_cancelled_is_reported_as_possibly_running(place: Workplace) -> None:
     project = write_project(place.tmp_path / "long", "echo $$ > pid; echo > begun; exec sleep 600 >/dev/null 2>&1")
     os.mkfifo(Path(project, "begun"))

@@ -40,8 +40,7 @@ def cancel(
 ) -> int:
     """End runs, whichever process started them, and return when nothing of them runs any more.
 
-    They become KILLED, also for the process that started them. Runs that have ended keep their status. A local run of
-    mlfleet run, or of a sweep without a name, can be ended only by ending its process, as long as that lives.
+    They become KILLED, also for the process that started them. Runs that have ended keep their status.
 
     Exit codes: 0 nothing of the runs runs any more, 1 the end of some was not confirmed, so that they may still run, 2
     there is a mistake in the call.

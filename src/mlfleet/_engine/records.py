@@ -134,7 +134,7 @@ class RunRecords:
         self._guard = threading.Lock()
         self._waiting: list[asyncio.Future[None]] = []
         self._writing: asyncio.Task[None] | None = None
-        self._lock = _DriverLock()
+        self._lock = _DriverLock(listens=on_cancel is not None)
         self._count = itertools.count(1)
         self._notes: set[tuple[str, str]] = set()
         self._warned = False
@@ -335,11 +335,15 @@ _held: weakref.WeakSet[_DriverLock] = weakref.WeakSet()
 class _DriverLock:
     """The lock that a Fleet holds as long as its process lives. It is taken with the first record.
 
+    Args:
+        listens: True to make the named pipe, too.
+
     Attributes:
         requests: The descriptor of the named pipe, for reading; None if there is none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, listens: bool) -> None:
+        self._listens = listens
         self.name = f"{os.getpid()}-{secrets.token_hex(8)}"
         self.host = self.boot = ""
         self.requests: int | None = None
@@ -354,10 +358,11 @@ class _DriverLock:
         descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with suppress(OSError):  # a file system without named pipes
-                os.mkfifo(_requests_path(path), 0o600)
-                # For writing, too: without a writer the pipe would be at its end, and always readable.
-                self.requests = os.open(_requests_path(path), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            if self._listens:
+                with suppress(OSError):  # a file system without named pipes
+                    os.mkfifo(_requests_path(path), 0o600)
+                    # For writing, too: without a writer the pipe would be at its end, and always readable.
+                    self.requests = os.open(_requests_path(path), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
             unfinished.rename(path)
         except BaseException:
             os.close(descriptor)

@@ -264,7 +264,7 @@ class TrackedRun:
             BackendError: The run is not where it should be.
             UsageError: Its command has not begun, and its driver cannot be asked to cancel it.
         """
-        record = await FILES.run(partial(find_record, self.run_id))
+        record = await FILES.run(partial(find_record, self.run_id)) if driver is Driver.LIVES else None
         try:
             if JobRef.TAG not in self._info.tags and record is not None:
                 processes = await find_processes(self._context, record)
@@ -272,19 +272,21 @@ class TrackedRun:
                     return processes
             reference = read_reference(self._info)
             backend = await self._context.backend(reference.backend)
-            if await backend.withdraw(reference):
-                await self._context.tracking.update_run(self.run_id, RunStatus.KILLED)
-                return None
-            return await backend.attach(reference)
-        except RunLost:
-            if record is None or driver is not Driver.LIVES:
-                raise
-        # It waits in the queue of its driver, or is being prepared.
-        if not await FILES.run(partial(ask_to_cancel, record, grace)):
-            raise UsageError(
-                f"the command of the run {self.run_id} has not begun: try again when it has, or end the process that"
-                f" prepares it ({record.driver.partition('-')[0]})"
-            )
+            if not await backend.withdraw(reference):
+                return await backend.attach(reference)
+            await self._context.tracking.update_run(self.run_id, RunStatus.KILLED)
+            if record is not None:
+                await FILES.run(partial(ask_to_cancel, record, grace))  # nor does it prepare the run any more
+            return None
+        except (RunLost, UsageError) as error:
+            # It waits in the queue of its driver, is being prepared, or is known to its driver only.
+            if record is None or not await FILES.run(partial(ask_to_cancel, record, grace)):
+                if record is None or isinstance(error, UsageError):
+                    raise
+                raise UsageError(
+                    f"the command of the run {self.run_id} has not begun: try again when it has, or end the process"
+                    f" that prepares it ({record.driver.partition('-')[0]})"
+                ) from None
         await self.wait()
         return None
 
