@@ -147,6 +147,8 @@ class Fleet:
         *,
         group: str | None = None,
         wait: bool = False,
+        tracking_uri: str | None = None,
+        tracking: Tracking | None = None,
         **options: Unpack[RunOptions],
     ) -> FleetRun:
         """Submit a run and return its handle as soon as its MLflow run exists.
@@ -166,6 +168,9 @@ class Fleet:
                 to none.
             wait: True to wait for room if the queue is full (``Fleet(max_queued=…)``). Several calls get it in their
                 order.
+            tracking_uri: The URI of the tracking server or store for this run; None: that of the Fleet. The Fleet opens
+                each URI once, and closes it when it is closed itself.
+            tracking: A `Tracking` of your own, instead of the URI. The Fleet opens it once, and closes it.
             options: The other arguments of `mlfleet.run_async`.
 
         Raises:
@@ -176,7 +181,8 @@ class Fleet:
         # Hundreds of calls at the same time must not keep the event loop from everything else.
         await self._throttle.wait()
         request = RunRequest.of(uri, entry_point, version, parameters, group=group, **options)
-        return await self._context.start(request, wait=wait)
+        context = await self._context.tracked_by(tracking_uri, tracking)
+        return await context.start(request, wait=wait)
 
     def sweep(
         self,
@@ -252,7 +258,14 @@ class Fleet:
         )
         return Sweep(self._context, space, settings)
 
-    async def attach(self, run_id: str, *, timeouts: Timeouts | None = None) -> FleetRun:
+    async def attach(
+        self,
+        run_id: str,
+        *,
+        timeouts: Timeouts | None = None,
+        tracking_uri: str | None = None,
+        tracking: Tracking | None = None,
+    ) -> FleetRun:
         """Find a run again that an earlier process submitted, and supervise it to its end like a run of this Fleet.
 
         If that process is still alive, both supervise the run, and both write the same terminal status. A cancelled
@@ -262,6 +275,9 @@ class Fleet:
             run_id: The id of the MLflow run.
             timeouts: The time limits from now on, of which ``run`` and ``cancel_grace`` count; None: those of the
                 Fleet.
+            tracking_uri: The URI of the tracking server or store that has the run, as with `submit`; None: the one that
+                the record of an active run on this machine names, if it is open, else that of the Fleet.
+            tracking: A `Tracking` of your own, instead of the URI.
 
         Returns:
             The handle. A run that was lost has failed: `FleetRun.check` raises.
@@ -270,15 +286,21 @@ class Fleet:
             UsageError: The run has ended already, or ends with the process that started it.
             MlfleetError: Tracking or the backend cannot be reached.
         """
-        return await self._context.attach(run_id, timeouts=timeouts)
+        context = await self._context.tracked_by(tracking_uri, tracking, run_id)
+        return await context.attach(run_id, timeouts=timeouts)
 
-    async def get(self, run_id: str) -> FleetRun | TrackedRun:
+    async def get(
+        self, run_id: str, *, tracking_uri: str | None = None, tracking: Tracking | None = None
+    ) -> FleetRun | TrackedRun:
         """Return a handle for any run, active or ended, whichever process submitted it.
 
         The run is left as it is: unlike `attach`, this does not make it a run of this Fleet.
 
         Args:
             run_id: The id of the MLflow run, also that of a sweep.
+            tracking_uri: The URI of the tracking server or store that has the run, as with `submit`; None: the one that
+                the record of an active run on this machine names, if it is open, else that of the Fleet.
+            tracking: A `Tracking` of your own, instead of the URI.
 
         Returns:
             The `FleetRun` if this Fleet supervises the run, else a `TrackedRun`. Both can be asked for `get_status`,
@@ -288,7 +310,8 @@ class Fleet:
             TrackingError: There is no such run, or tracking cannot be reached.
         """
         self._context.check_open()
-        return self._context.find(run_id) or await track(self._context, run_id)
+        found = self._context.find(run_id)
+        return found or await track(await self._context.tracked_by(tracking_uri, tracking, run_id), run_id)
 
     async def cancel(self) -> None:
         """Cancel every active run. Return once all their processes have ended and their statuses are written."""

@@ -97,6 +97,10 @@ class ServiceOwner:
         else:
             await asyncio.shield(opened)
 
+    def forget(self, service: AbstractAsyncContextManager[Any]) -> None:
+        """Forget a service that could not be entered, and is used no more."""
+        self._opened.pop(id(service), None)
+
     async def close(self) -> None:
         """Exit all services and wait for that. Their errors are logged."""
         self._stop.set()

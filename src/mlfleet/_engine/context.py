@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
@@ -24,7 +25,7 @@ from mlfleet._engine.attach import AttachedSupervisor, concluded, find_again
 from mlfleet._engine.conclude import conclude_left
 from mlfleet._engine.detached import DetachedSupervisor, Order
 from mlfleet._engine.plan import Plan, Planner, ProjectPlan
-from mlfleet._engine.records import RunRecords
+from mlfleet._engine.records import RunRecords, find_record, tracking_key
 from mlfleet._engine.request import RunRequest, choose_experiment
 from mlfleet._engine.run import FleetRun
 from mlfleet._engine.supervisor import Instrumentation, SubmittedSupervisor, Supervisor
@@ -180,7 +181,8 @@ class RunContext:
         self._runs: dict[FleetRun, Supervisor] = {}
         self._followers = TaskOwner()
         self._detached: dict[FleetRun, DetachedSupervisor] = {}
-        self._concluding: asyncio.Task[None] | None = None
+        self._others: dict[object, RunContext] = {}
+        self._concluding: dict[RunContext, asyncio.Task[None]] = {}
 
     @property
     def reopen(self) -> Callable[[], Tracking] | None:
@@ -199,7 +201,52 @@ class RunContext:
             await self.close()
             raise
         self.is_open = True
-        self._concluding = asyncio.create_task(conclude_left(self), name="mlfleet conclude what others left")
+        self._begin_to_conclude()
+
+    def _begin_to_conclude(self) -> None:
+        task = asyncio.create_task(conclude_left(self), name="mlfleet conclude what others left")
+        self._concluding[self] = task
+
+    async def tracked_by(
+        self, tracking_uri: str | None, tracking: Tracking | None, run_id: str | None = None
+    ) -> RunContext:
+        """Return the same services with the tracking of a run, which is opened at its first use.
+
+        Args:
+            tracking_uri: The URI of the tracking server or store, opened once for each URI.
+            tracking: A `Tracking` instead of the URI.
+            run_id: The id of a run whose record on this machine says which of the open ones has it, if neither is
+                given. Otherwise it is that of the Fleet.
+
+        Raises:
+            UsageError: Both are given.
+            TrackingError: It cannot be opened. The next call tries it again.
+        """
+        if tracking_uri is not None and tracking is not None:
+            raise UsageError("both tracking and tracking_uri are given: give one of them")
+        self.check_open()
+        if tracking_uri is None and tracking is None:
+            record = await FILES.run(partial(find_record, run_id)) if run_id is not None and self._others else None
+            key = None if record is None else record.tracking
+            return next((each for each in self._others.values() if tracking_key(each.tracking.uri) == key), self)
+        if tracking is self.tracking or (tracking is None and tracking_uri == self._tracking_uri):
+            return self
+        # `mlflow.set_workspace` sets the variable, too.
+        which = id(tracking) if tracking is not None else (tracking_uri, os.environ.get("MLFLOW_WORKSPACE", ""))
+        other = self._others.get(which)
+        if other is None:
+            made = open_tracking(tracking_uri) if tracking is None else tracking
+            other = self._others[which] = _OtherTracking(self, made, tracking_uri)
+        try:
+            await self._services.open(other.tracking)
+        except Exception:
+            if self._others.get(which) is other:
+                del self._others[which]
+            self._services.forget(other.tracking)
+            raise
+        if other not in self._concluding and self.is_open:
+            other._begin_to_conclude()
+        return other
 
     def _look_around(self) -> Machine:
         """Check the folder of this user's runs, and return the resources of the machine. Blocking."""
@@ -217,9 +264,9 @@ class RunContext:
         await complete(self._close, restart=True)
 
     async def _close(self) -> None:
-        if self._concluding is not None:
-            self._concluding.cancel()
-            await wait_done(self._concluding)
+        for task in tuple(self._concluding.values()):
+            task.cancel()
+            await wait_done(task)
         for supervisor in self._detached.values():
             supervisor.stop_following()
         # A sweep that another task goes through writes its own status, for which it needs the services.
@@ -251,15 +298,12 @@ class RunContext:
         For a process that is about to exit without waiting for their ends. A status that cannot be written in time is
         left as it is.
         """
-        ids = [supervisor.info.run_id for supervisor in self._runs.values() if supervisor.info is not None]
-        writes = [asyncio.ensure_future(self._try_to_write_killed(run_id)) for run_id in (*ids, *self.sweep_ids)]
+        runs = [(each.tracking, each.info.run_id) for each in self._runs.values() if each.info is not None]
+        runs += [(self.tracking, run_id) for run_id in self.sweep_ids]
+        writes = [asyncio.ensure_future(_try_to_write_killed(tracking, run_id)) for tracking, run_id in runs]
         if writes:
             # Not a cancellation: a call in a thread would be waited for.
             await asyncio.wait(writes, timeout=_LAST_WRITE)
-
-    async def _try_to_write_killed(self, run_id: str) -> None:
-        with suppress(MlfleetError):
-            await self.tracking.update_run(run_id, RunStatus.KILLED, retry_for=_LAST_WRITE)
 
     # ---- runs -------------------------------------------------------------------------------------------------------
 
@@ -466,6 +510,30 @@ class RunContext:
         if plan.request.resources is None and self._max_concurrent is None:
             return Resources(cpus=1)
         return plan.request.resources
+
+
+class _OtherTracking(RunContext):
+    """The services of a Fleet for the runs that another tracking has. All else is that of the first context.
+
+    Args:
+        first: The context of the Fleet.
+        tracking: The tracking server or store of the runs.
+        tracking_uri: The URI that it was made of; None: it was not made of a URI.
+    """
+
+    def __init__(self, first: RunContext, tracking: Tracking, tracking_uri: str | None) -> None:
+        self._first = first
+        self.tracking = tracking
+        self._tracking_uri = tracking_uri
+        self._experiments = SingleFlight(keep=True)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._first, name)
+
+
+async def _try_to_write_killed(tracking: Tracking, run_id: str) -> None:
+    with suppress(MlfleetError):
+        await tracking.update_run(run_id, RunStatus.KILLED, retry_for=_LAST_WRITE)
 
 
 def _counts(places: Counter[str]) -> FleetCounts:

@@ -27,7 +27,7 @@ from mlfleet._text.masking import mask_values
 from mlfleet.backends.base import Backend, BackendRun, Job
 from mlfleet.errors import MlfleetError, RunLost, RunTimeout, TrackingError, UsageError
 from mlfleet.runs import FAILURE_KIND_TAG, REASON_TAG, STARTED_TAG, Outcome, RunEvent, RunStatus, Stage, Timeouts
-from mlfleet.tracking.base import RunInfo, end_run, failure_tags, log_tags, worse
+from mlfleet.tracking.base import RunInfo, Tracking, end_run, failure_tags, log_tags, worse
 from mlfleet.tracking.links import run_url
 from mlfleet.tracking.models import SUBMISSION_TAG
 
@@ -173,6 +173,11 @@ class Supervisor(ABC):
         """The end of the run as its backend reported it."""
         instrumentation = context.instrumentation
         self._observer = None if instrumentation is None else instrumentation.observe(self)
+
+    @property
+    def tracking(self) -> Tracking:
+        """The tracking server or store that has the MLflow run."""
+        return self._context.tracking
 
     @property
     def run_id(self) -> str:
