@@ -15,6 +15,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
+from components.fake_kubernetes import FakeCluster
 from components.projects import write_project
 from mlfleet import Fleet, FleetRun, RunStatus, Timeouts, TrackingError, UsageError, grid
 from mlfleet.otel import instrument
@@ -135,7 +136,7 @@ async def test_runs_are_counted_by_stage_and_by_the_way_they_ended(
 async def test_a_failure_sets_the_status_of_the_run_and_its_stage_without_secrets(
     fleet: Fleet, tracking: FakeTracking, telemetry: Telemetry, tmp_path: Path
 ) -> None:
-    run = await fleet.submit(write_project(tmp_path / "demo", "exit 3"), **LOCAL)
+    run = await fleet.submit(write_project(tmp_path / "demo", "exit 3"), group="tenant", **LOCAL)
     await run.wait()
     for name in ("mlfleet.run", "mlfleet.run.running"):
         span = telemetry.spans[name]
@@ -143,6 +144,8 @@ async def test_a_failure_sets_the_status_of_the_run_and_its_stage_without_secret
         assert span.status.description == (await run.outcome()).reason
         assert span.attributes is not None
         assert span.attributes["error.type"] == "failure"
+    [ended] = telemetry.metrics()["mlfleet.run.ended"]
+    assert ended.attributes["mlfleet.group"] == "tenant"
     assert telemetry.spans["mlfleet.run.starting"].status.status_code is StatusCode.UNSET
 
     def refuse(method: str) -> Exception | None:
@@ -195,6 +198,28 @@ async def test_a_variable_of_the_caller_counts_more_and_without_a_trace_there_is
     async with Fleet(tracking=tracking) as other:  # the API without an SDK
         with instrument(other):
             assert await output(await other.submit(uri, **LOCAL)) == ["none"]
+
+
+async def test_containers_and_jobs_of_a_cluster_get_it_too(
+    fleet: Fleet, telemetry: Telemetry, shell_image: str, fake_cluster: FakeCluster, tmp_path: Path
+) -> None:
+    uri = write_project(tmp_path / "demo", SHOW, extra=f"docker_env: {{image: '{shell_image}'}}\n")
+    in_container = await fleet.submit(uri)
+    [line] = await output(in_container)
+    config: dict[str, Any] = {"code-delivery": "none", "tracking-uri": "http://mlflow:5000"}
+    in_job = await fleet.submit(uri, backend="kubernetes", backend_config=config)
+    await in_job.wait()
+    [job] = [each for (kind, *_), each in fake_cluster.api.objects.items() if kind == "jobs"]
+    [container] = job["spec"]["template"]["spec"]["containers"]
+    variables = {each["name"]: each["value"] for each in container["env"]}
+    for run, parent in ((in_container, line), (in_job, variables["TRACEPARENT"])):
+        [span] = [each for each in telemetry.runs if (each.attributes or {})["mlfleet.run.id"] == run.run_id]
+        assert span.context is not None
+        assert parent.split("-")[2] == f"{span.context.span_id:016x}"
+    own = {"name": "main", "env": [{"name": "TRACEPARENT", "value": "x"}]}
+    template = {"spec": {"template": {"spec": {"containers": [own]}}}}
+    with pytest.raises(UsageError, match="template sets TRACEPARENT, which the run sets too"):
+        await fleet.submit(uri, backend="kubernetes", backend_config={**config, "job-template": template})
 
 
 async def test_closing_it_ends_it_for_later_runs_only(fleet: Fleet, telemetry: Telemetry, tmp_path: Path) -> None:

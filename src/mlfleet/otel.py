@@ -173,10 +173,10 @@ class _RunObserver:
         self._leave(now)
         self._stage = stage
         self._times[stage] = now
-        self._counted = {"mlfleet.backend": self._supervisor.description.backend, "mlfleet.stage": _STAGES[stage]}
+        self._counted = {**self._place(), "mlfleet.stage": _STAGES[stage]}
         shared._active.add(1, self._counted)
         if stage is Stage.PREPARING:
-            shared._queue_time.record(now - self._times[Stage.QUEUED], self._backend())
+            shared._queue_time.record(now - self._times[Stage.QUEUED], self._place())
         self._stage_span = shared._tracer.start_span(
             f"mlfleet.run.{_STAGES[stage]}",
             shared._trace.set_span_in_context(span),
@@ -208,7 +208,7 @@ class _RunObserver:
         span.end(_nanoseconds(now))
         if outcome is None or self._stage is None:
             return
-        result = {**self._backend(), "mlfleet.run.status": status.value, **_failure(outcome)}
+        result = {**self._place(), "mlfleet.run.status": status.value, **_failure(outcome)}
         self._shared._ended.add(1, result)
         # The times of a run that was attached to are not known.
         if Stage.STARTED in self._times and Stage.PREPARING in self._times:
@@ -219,13 +219,16 @@ class _RunObserver:
             span.set_attributes(_failure(outcome))
             span.set_status(self._shared._trace.StatusCode.ERROR, clean_reason(outcome.reason or ""))
 
-    def _backend(self) -> dict[str, str]:
-        return {"mlfleet.backend": self._supervisor.description.backend}
+    def _place(self) -> dict[str, str]:
+        """Return the attributes that spans and metrics have."""
+        description = self._supervisor.description
+        group = {} if description.group is None else {"mlfleet.group": description.group}
+        return {"mlfleet.backend": description.backend, **group}
 
     def _description(self) -> dict[str, str | int]:
         description, info = self._supervisor.description, self._supervisor.info
         found: dict[str, str | int] = {
-            **self._backend(),
+            **self._place(),
             "mlfleet.project.name": mask_uri(description.project_name),
             "mlfleet.entry_point": description.entry_point,
         }

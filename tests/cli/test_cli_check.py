@@ -158,3 +158,10 @@ def test_a_project_in_git_and_the_settings_of_a_backend_are_checked(tmp_path: Pa
     assert done.returncode == 2
     shown = [(each["path"], each["line"], each["kind"]) for each in json.loads(done.stdout)]
     assert shown == [("MLproject", 5, "error"), ("job.yaml", 2, "error")]
+
+
+def test_a_backend_that_does_not_exist_is_a_mistake_of_the_call(tmp_path: Path) -> None:
+    uri = write_project(tmp_path / "demo", "true")
+    done = mlfleet("check", uri, "-b", "kubernets")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "there is no backend 'kubernets'. Did you mean 'kubernetes'?" in done.stderr

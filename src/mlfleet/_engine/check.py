@@ -64,7 +64,11 @@ def check_project(
 
     Returns:
         The mistakes and warnings, by file and line.
+
+    Raises:
+        BackendNotFound: There is no backend of that name.
     """
+    find(backend)
     check = _Check(project)
     check.run(backend, config, manager)
 
@@ -93,7 +97,7 @@ class _Check:
                 self._check_environment(spec, spec.environment, manager)
         for error in spec.broken.values():
             self._add(error)
-        if not (spec.entry_points or spec.broken or spec.databricks_spark_job):
+        if not (self.findings or spec.entry_points or spec.databricks_spark_job):
             self._check_missing(spec)
         with _logged_to(logging.NullHandler()):  # it is said with its line
             for entry_point in spec.entry_points.values():
@@ -211,13 +215,13 @@ class _Check:
             self._add(error, is_mistake=isinstance(error, UsageError), path=source.path)
 
     def _check_backend(self, spec: ProjectSpec, name: str, config: Callable[[], Mapping[str, Any]]) -> None:
-        try:
-            kind = find(name)
-            if spec.docker is not None and kind.docker_backend is not None:
+        kind = find(name)
+        if spec.docker is not None and kind.docker_backend is not None:
+            try:
                 kind = find(kind.docker_backend)
-        except BackendNotFound as error:
-            self._add(error, is_mistake=False)
-            return
+            except BackendNotFound as error:  # no mistake of the project
+                self._add(error, is_mistake=False)
+                return
         backend = kind()
         docker = None if spec.docker is None else DockerRequest(env=spec.docker)
         try:

@@ -36,7 +36,7 @@ from mlfleet._engine.records import (
     tracking_key,
 )
 from mlfleet._engine.request import SweepMember
-from mlfleet._run_log import get_logger
+from mlfleet._run_log import about_run, get_logger
 from mlfleet.backends.base import DRIVER_DIED, Backend, BackendRun, Presence
 from mlfleet.backends.registry import find
 from mlfleet.errors import BackendNotFound, MlfleetError, RunLost, TrackingError
@@ -131,14 +131,15 @@ async def conclude(context: RunContext, info: RunInfo, verdict: Verdict) -> None
     tags = failure_tags(outcome)
     if isinstance(outcome.error, RunLost) and SweepMember.ID_TAG in info.tags:
         tags[SweepMember.LOST_TAG] = outcome.reason or DRIVER_DIED
-    await end_run(
-        context.tracking,
-        info.run_id,
-        outcome.status,
-        patience=context.tracking_patience,
-        overwrite=outcome.exit_code is not None,
-        tags=tags,
-    )
+    with about_run(info.run_id):
+        await end_run(
+            context.tracking,
+            info.run_id,
+            outcome.status,
+            patience=context.tracking_patience,
+            overwrite=outcome.exit_code is not None,
+            tags=tags,
+        )
     await FILES.run(partial(remove_record, info.run_id))
 
 
