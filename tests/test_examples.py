@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from components import missing
 from components.mlflow_server import MlflowServer
+from components.projects import write_metric_logger, write_project
 from mlfleet.runs import RunStatus
 from mlfleet.tracking import open_tracking
 
@@ -110,3 +112,36 @@ async def test_optuna_decides_by_what_has_finished(mlflow_server: MlflowServer) 
     assert [run.status for run in [parent, *trials]] == [RunStatus.FINISHED] * 7
     best = min(run.metrics["rmse"] for run in trials)
     assert lines[-1].startswith(f"best: rmse={best:.4f}")
+
+
+NOTEBOOK = """\
+import nbclient, nbformat
+notebook = nbformat.read("mlfleet.ipynb", 4)
+nbclient.NotebookClient(notebook, timeout=60).execute()
+nbformat.write(notebook, "done.ipynb")
+"""
+
+
+@pytest.mark.timeout(90)  # a kernel starts, on a machine that may be busy
+async def test_the_notebook_shows_progress_results_and_the_report(mlflow_server: MlflowServer, tmp_path: Path) -> None:
+    if importlib.util.find_spec("nbclient") is None:
+        missing("nbclient", "pip install 'mlfleet[dev]'")
+    # Its project, with the same parameters and metric, trains nothing.
+    log = write_metric_logger(tmp_path / "quickstart")
+    command = f"{log} rmse {{alpha}} && test {{epochs}} != inf"
+    write_project(tmp_path / "quickstart", command, parameters="alpha: float\nepochs: {type: string, default: '20'}")
+    folder = tmp_path / "notebook"
+    shutil.copytree(ROOT / "examples" / "notebook", folder)
+    variables = {**os.environ, "MLFLOW_TRACKING_URI": mlflow_server.url}
+    done = subprocess.run([sys.executable, "-c", NOTEBOOK], cwd=folder, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    cells = [cell for cell in json.loads((folder / "done.ipynb").read_text())["cells"] if cell["cell_type"] == "code"]
+    shown = [["".join(output["data"]["text/html"]) for output in cell["outputs"]] for cell in cells]
+    assert [len(outputs) for outputs in shown] == [0, 2, 2, 1]
+    assert "is FINISHED" in shown[1][0]
+    assert "FINISHED</b>" in shown[1][1]
+    assert "9/9" in shown[2][0]
+    assert "point 8: alpha=1 epochs=inf: exit code 1" in shown[2][0]
+    assert "6 finished, 3 failed" in shown[2][1]
+    assert "lowest rmse" in shown[2][1]
+    assert "Metric against each parameter" in shown[3][0]

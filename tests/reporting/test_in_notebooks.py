@@ -133,7 +133,10 @@ def test_a_sweep_is_shown_with_its_best_points_and_its_failures() -> None:
     assert best[0] == ["loss", "x", "note", "time", "run"]
     assert [row[:2] for row in best[1:]] == [[f"{89 + index}", f"{11 - index}"] for index in range(10)]
     assert best[1][3:] == ["1m 01s", "run11"]
-    assert page.root.all("a")[0].attributes["href"] == "http://host/#/experiments/5/runs/run11"
+    assert [link.attributes["href"] for link in page.root.all("a")][:2] == [
+        "http://host/#/experiments/5/runs/parent",
+        "http://host/#/experiments/5/runs/run11",
+    ]
     assert "11 did not finish, the first 10" in page.root.text
     assert len(failed) == 11
     assert failed[1][:2] == ["20", "20"]

@@ -229,9 +229,11 @@ class SweepResult:
     def _repr_html_(self) -> str:
         from mlfleet._text.html import Html, block, escaped, link, status, table
 
+        def url(run_id: str) -> str | None:
+            return run_url(self.tracking_uri, self.experiment_id, run_id)
+
         def run(result: PointResult) -> Html:
-            url = run_url(self.tracking_uri, self.experiment_id, result.run_id) if result.run_id else None
-            return link((result.run_id or "")[:8], url)
+            return link(result.run_id[:8], url(result.run_id)) if result.run_id else Html()
 
         def point(result: PointResult) -> list[str]:
             return [short(result.point[name]) if name in result.point else "" for name in names]
@@ -241,7 +243,8 @@ class SweepResult:
         metric = self.metric or min(measured, key=lambda name: (name.startswith("system/"), name), default=None)
         best = self._ranked(metric, self.goal)[:_MOST_SHOWN] if metric else []
         bad = [result for result in self.results if result.status is not RunStatus.FINISHED]
-        head = f"Sweep <b>{escaped(self.name or self.run_id)}</b> {status(self.status)} {escaped(self.counts)}"
+        name = link(self.name or self.run_id, url(self.run_id))
+        head = f"Sweep <b>{name}</b> {status(self.status)} {escaped(self.counts)}"
         parts = [Html(head), f"ended early: {self.stopped}" if self.stopped else ""]
         if best:
             rows = [

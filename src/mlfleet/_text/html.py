@@ -14,7 +14,7 @@ from mlfleet._text.plain import UNENCODABLE, clean
 __all__ = ["Html", "block", "escaped", "facts", "link", "status", "table", "values"]
 
 _COLORS = {"FINISHED": "#2f8f5b", "FAILED": "#d9484f", "KILLED": "#b07a10", "RUNNING": "#3f82c8"}
-_CELL = "text-align:left;vertical-align:top;padding:.15em 1em .15em 0;overflow-wrap:anywhere"
+_CELL = "text-align:left;vertical-align:top;padding:.15em 1em .15em 0;overflow-wrap:break-word"
 _FAINT = "opacity:.7"
 
 
