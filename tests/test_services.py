@@ -6,8 +6,9 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 
 from components import free_port, missing, stop
 from components.command_line import mlfleet
+from components.notebook import NotebookServer
 from components.projects import pid_is_gone, write_project
 from fakes.scripted_server import scripted
 from fakes.small_mlflow import SmallMlflow
@@ -144,76 +146,31 @@ async def test_the_fleet_in_the_lifespan_of_a_web_server_ends_its_runs(
 
 # ---- a Jupyter kernel -----------------------------------------------------------------------------------------------
 
-# As a notebook server does it. In a process of its own: jupyter_client leaves event loops and sockets behind.
-NOTEBOOK_SERVER = """\
-import sys
-from jupyter_client.manager import KernelManager
-
-CELL = '''
+CELL = """\
 import asyncio, mlfleet
 mlfleet.run("demo", parameters={"name": "blocking"}, env_manager="local", synchronous=False)
 await mlfleet.submit("demo", parameters={"name": "submit"}, env_manager="local")
 task = asyncio.ensure_future(mlfleet.run_async("demo", parameters={"name": "task"}, env_manager="local"))
-'''
-
-manager = KernelManager(kernel_name="python3", connection_file="kernel.json")
-for line in sys.stdin:
-    word = line.strip()
-    if word == "start":
-        manager.start_kernel()
-    elif word == "execute":
-        client = manager.client()
-        client.start_channels()
-        client.wait_for_ready(timeout=60)
-        content = client.execute(CELL, reply=True, timeout=60)["content"]
-        assert content["status"] == "ok", content
-        client.stop_channels()
-    elif word in ("restart", "restart now"):
-        manager.restart_kernel(now=word == "restart now")
-    else:
-        manager.shutdown_kernel(now=word == "shutdown now")
-    print("done", flush=True)
 """
 
 
-@pytest.fixture
-def notebook_server(mlflow: SmallMlflow, tmp_path: Path) -> Iterator[Callable[[str], None]]:
-    """A function that tells a notebook server what to do with its kernel, and waits until it has done so."""
-    if find_spec("jupyter_client") is None or find_spec("ipykernel") is None:
-        missing("Jupyter", "pip install 'mlfleet[dev]'")
-    process = subprocess.Popen(
-        [sys.executable, "-c", NOTEBOOK_SERVER], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-
-    def do(what: str) -> None:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(f"{what}\n".encode())
-        process.stdin.flush()
-        assert process.stdout.readline() == b"done\n"
-
-    with process:
-        yield do
-        stop(process)
-
-
-@pytest.mark.parametrize("how", ["", " now"], ids=["asked", "killed"])
+@pytest.mark.parametrize("now", [False, True], ids=["asked", "killed"])
 async def test_a_jupyter_kernel_that_is_restarted_and_shut_down_leaves_no_command(
-    notebook_server: Callable[[str], None], mlflow: SmallMlflow, tmp_path: Path, how: str
+    mlflow: SmallMlflow, notebook: NotebookServer, tmp_path: Path, now: bool
 ) -> None:
-    await asyncio.to_thread(notebook_server, "start")
-    for end in ("restart", "shutdown"):
-        await asyncio.to_thread(notebook_server, "execute")
+    await asyncio.to_thread(notebook.start)
+    for end in (notebook.restart, notebook.shutdown):
+        await asyncio.to_thread(notebook.execute, CELL)
         files = [tmp_path / "demo" / f"pids-{name}" for name in ("blocking", "submit", "task")]
         commands = [pid for file in files for pid in await pids(file)]
         assert len(commands) == 9
         for file in files:
             file.unlink()
-        await asyncio.to_thread(notebook_server, end + how)
+        await asyncio.to_thread(partial(end, now=now))
         await until_gone(commands)
     # The kernel itself ends what it can. The next Fleet concludes the rest: that of the next kernel, or this one.
     async with Fleet(tracking_uri=os.environ["MLFLOW_TRACKING_URI"]):
         while "RUNNING" in mlflow.statuses:  # noqa: ASYNC110 - nothing tells of it
             await asyncio.sleep(0.05)
     assert len(mlflow.statuses) == 6
-    assert set(mlflow.statuses) <= ({"FAILED"} if how else {"FAILED", "KILLED"})
+    assert set(mlflow.statuses) <= ({"FAILED"} if now else {"FAILED", "KILLED"})

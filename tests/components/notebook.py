@@ -157,7 +157,5 @@ def notebook(tmp_path: Path) -> Iterator[NotebookServer]:
         [sys.executable, "-c", _SERVER], cwd=tmp_path, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     with process:
-        server = NotebookServer(process)
-        yield server
-        server.shutdown(now=True)
-        stop(process)
+        yield NotebookServer(process)
+        stop(process)  # with its kernel
