@@ -119,6 +119,12 @@ CALLS = {
     "run_async": "await mlfleet.run_async('waits', parameters={'name': 'a'}, progress=True, **local)",
     "sweep": "mlfleet.sweep('waits', mlfleet.grid(name=['a', 'b']), max_concurrent=2, progress=True, **local)",
     "sweep_async": "await mlfleet.sweep_async('waits', mlfleet.grid(name=['a', 'b']), max_concurrent=2, **local)",
+    "async fleet": """async with mlfleet.Fleet(max_concurrent=2) as fleet:
+    for name in "ab":
+        await fleet.submit("waits", parameters={"name": name}, **local)""",
+    "async group": """async with asyncio.TaskGroup() as group:
+    for name in "ab":
+        group.create_task(mlfleet.run_async("waits", parameters={"name": name}, **local))""",
 }
 
 
@@ -130,7 +136,7 @@ async def test_an_interrupted_cell_ends_its_runs_before_the_kernel_is_idle(
     for name, call in CALLS.items():
         mlflow.runs.clear()
         await asyncio.to_thread(notebook.execute, call)
-        files = [tmp_path / "waits" / f"pids-{each}" for each in ("ab" if "sweep" in name else "a")]
+        files = [tmp_path / "waits" / f"pids-{each}" for each in ("a" if "run" in name else "ab")]
         commands = [pid for file in files for pid in await pids(file)]
         await asyncio.to_thread(notebook.interrupt)
         cell = await asyncio.to_thread(notebook.result)

@@ -33,23 +33,21 @@ class FleetRun:
         return f"<FleetRun {supervisor.info.run_id if supervisor.info else '(not created)'} {state}>"
 
     def _repr_html_(self) -> str:
-        from mlfleet._text.html import Html, block, escaped, facts, link, status, values
+        from mlfleet._text.html import link, run_block, values
 
         supervisor, info, outcome, times = self._supervisor, self._supervisor.info, self._supervisor.outcome, self.times
         began, ended = times.get(Stage.STARTED), times.get(Stage.FINISHED, time.time())
-        name, state = info.name if info else self.project_name, outcome.status if outcome else self.stage
-        return block(
-            Html(f"Run <b>{escaped(name)}</b> {status(state)}"),
-            facts(
-                [
-                    ("reason", outcome.reason if outcome else None),
-                    ("MLflow run", link(info.run_id, supervisor.url) if info else None),
-                    ("project", f"{self.project_name} ({supervisor.description.entry_point}) on {self.backend}"),
-                    ("parameters", values((key, short(value)) for key, value in self.parameters.items())),
-                    ("metrics", values((key, short(value)) for key, value in self.metrics.items())),
-                    ("time", None if began is None else duration_text(ended - began)),
-                ]
-            ),
+        return run_block(
+            info.name if info else self.project_name,
+            outcome.status if outcome else self.stage,
+            [
+                ("reason", outcome.reason if outcome else None),
+                ("MLflow run", link(info.run_id, supervisor.url) if info else None),
+                ("project", f"{self.project_name} ({supervisor.description.entry_point}) on {self.backend}"),
+                ("parameters", values((key, short(value)) for key, value in self.parameters.items())),
+                ("metrics", values((key, short(value)) for key, value in self.metrics.items())),
+                ("time", None if began is None else duration_text(ended - began)),
+            ],
         )
 
     @property

@@ -17,11 +17,13 @@ from mlfleet._engine.conclude import Driver, Verdict, conclude, find_processes, 
 from mlfleet._engine.records import ask_to_cancel, find_record
 from mlfleet._paths import run_folder
 from mlfleet._text.lines import LogLine
+from mlfleet._text.plain import short
 from mlfleet.backends._output import FileOutput, find_start, read_bytes, read_lines
 from mlfleet.backends.base import BackendRun
 from mlfleet.errors import BackendError, MlfleetError, RunLost, UsageError
-from mlfleet.runs import JobRef, Outcome, RunStatus
+from mlfleet.runs import REASON_TAG, JobRef, Outcome, RunStatus
 from mlfleet.tracking.base import RunInfo, end_run, failure_tags
+from mlfleet.tracking.links import run_url
 
 if TYPE_CHECKING:
     from mlfleet._engine.context import RunContext
@@ -49,6 +51,21 @@ class TrackedRun:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.run_id} {self._info.status}>"
+
+    def _repr_html_(self) -> str:
+        from mlfleet._text.html import link, run_block, values
+
+        info = self._info
+        return run_block(
+            info.name,
+            info.status,
+            [
+                ("reason", info.tags.get(REASON_TAG)),
+                ("MLflow run", link(info.run_id, run_url(self._context.tracking.uri, info.experiment_id, info.run_id))),
+                ("parameters", values((key, short(value)) for key, value in info.params.items())),
+                ("metrics", values((key, short(value)) for key, value in info.metrics.items())),
+            ],
+        )
 
     @property
     def run_id(self) -> str:

@@ -29,7 +29,8 @@ _terminal = threading.Lock()
 def choose_painter() -> Painter:
     """Return the painter for this place: a notebook, a terminal that no other one uses, else lines."""
     ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None else None
+    # It may be half imported, by another thread.
+    shell = getattr(ipython, "get_ipython", lambda: None)()
     if getattr(shell, "kernel", None) is not None:
         return NotebookPainter()
     if is_interactive() and _terminal.acquire(blocking=False):

@@ -11,7 +11,7 @@ from html import escape
 
 from mlfleet._text.plain import UNENCODABLE, clean
 
-__all__ = ["Html", "block", "escaped", "facts", "link", "status", "table", "values"]
+__all__ = ["Html", "block", "escaped", "facts", "link", "run_block", "status", "table", "values"]
 
 _COLORS = {"FINISHED": "#2f8f5b", "FAILED": "#d9484f", "KILLED": "#b07a10", "RUNNING": "#3f82c8"}
 _CELL = "text-align:left;vertical-align:top;padding:.15em 1em .15em 0;overflow-wrap:break-word"
@@ -36,6 +36,11 @@ def block(*parts: object) -> str:
     """Return the parts below one another."""
     inside = "".join(f"<div>{escaped(part)}</div>" for part in parts if part)
     return f'<div style="font-size:.95em;line-height:1.5">{inside}</div>'
+
+
+def run_block(name: str, state: str, rows: Iterable[tuple[str, object]]) -> str:
+    """Return the name and the status or stage of a run, above the facts about it."""
+    return block(Html(f"Run <b>{escaped(name)}</b> {status(state)}"), facts(rows))
 
 
 def status(word: str) -> Html:
