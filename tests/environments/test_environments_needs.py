@@ -323,3 +323,24 @@ def test_a_mistake_in_a_conda_file(tmp_path: Path, text: str, message: str) -> N
 )
 def test_versions_match(version: str, wanted: str | None, expected: bool) -> None:
     assert matches(version, wanted) is expected
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("-r ${SERVICE_TOKEN}", "the requirements file '${SERVICE_TOKEN}' cannot be read"),
+        ("-r ../${SERVICE_TOKEN}", r"the requirements file '../${SERVICE_TOKEN}' is outside"),
+        ("./${SERVICE_TOKEN}", "there is no package at './${SERVICE_TOKEN}'"),
+        ("-e ./pkg/${SERVICE_TOKEN}[fast]", "there is no package at './pkg/${SERVICE_TOKEN}[fast]'"),
+        ("-r all.txt", "there is no package at './${SERVICE_TOKEN}'"),
+    ],
+)
+def test_a_variable_in_a_line_is_not_shown_by_its_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, shown: str
+) -> None:
+    monkeypatch.setenv("SERVICE_TOKEN", "hush-hush")
+    files = {"python_env.yaml": f"dependencies: ['{line}']\n", "all.txt": "./${SERVICE_TOKEN}\n"}
+    with pytest.raises(SpecError) as caught:
+        plan(write(tmp_path / "demo", files))
+    assert shown in str(caught.value)
+    assert "hush-hush" not in str(caught.value)

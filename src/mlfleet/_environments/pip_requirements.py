@@ -210,11 +210,12 @@ class Reader:
 
     def _requirements(self, option: str, value: str, base: Path, fail: Fail) -> str | None:
         """Add the text of a requirements file and of those it names; return its path, unless it is a URL."""
+        shown = _FILE_URL.sub("", value, count=1)  # what a variable stands for may be a secret
         value = _FILE_URL.sub("", _expand(value), count=1)
         if "://" in value:
             return None
         path = _join(base, value)
-        self._check_inside(path, f"the requirements file {value!r}", fail)
+        self._check_inside(path, f"the requirements file {shown!r}", fail)
         if path in self._seen:
             return str(path)
         self._seen.add(path)
@@ -224,9 +225,9 @@ class Reader:
             data = _read(path)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            fail(f"the requirements file {value!r} cannot be read: {reason} ({path})")
+            fail(f"the requirements file {shown!r} cannot be read: {reason}{f' ({path})' if shown == value else ''}")
         self._contents.append(f"{option} {hashlib.sha256(data).hexdigest()}")
-        for number, line in _logical_lines(_decode(data, fail, value)):
+        for number, line in _logical_lines(_decode(data, fail, shown)):
             with self.report.part():
                 self._read_nested(line, path.parent, _failure(path, number))
         return str(path)
@@ -264,7 +265,9 @@ class Reader:
             return None
         path = _join(self.folder, path_text)
         # A line of a file with a slash that is not a path is not what it should be, and is not shown.
-        shown = repr(path_text) if is_item or path_text.startswith(".") or _exists(path, fail) else "that path"
+        is_path = is_item or path_text.startswith(".") or _exists(path, fail)
+        # What a variable stands for may be a secret.
+        shown = repr(path_text if _expand(line) == line else _split_marker(line)[0]) if is_path else "that path"
         if not _ARCHIVE.search(path_text):
             self._check_inside(path, f"the package at {shown}", fail)
             for name in _BUILD_FILES:  # what builds a package quotes lines of these
