@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 
 import pytest
 
+import mlfleet
 from components.projects import write_project
+from fakes.scripted_server import scripted
+from fakes.small_mlflow import SmallMlflow
 from mlfleet import Fleet, FleetRun, RunOptions, RunStatus, SubmittedRun, TrackedRun, TrackingError, UsageError, grid
+from mlfleet.api import close_default_fleets
 from mlfleet.testing import FakeTracking
 
 LOCAL: RunOptions = {"env_manager": "local"}
@@ -117,6 +123,51 @@ async def test_a_sweep_is_cancelled_by_its_id_with_its_runs(
         await sweep.result()
     assert {run.status for run in tracking.runs.values()} == {RunStatus.KILLED}
     assert await seen.wait() is False
+
+
+WORKER = """
+import asyncio, sys
+import mlfleet
+
+async def main():
+    async with mlfleet.Fleet(max_concurrent=1, on_exit="cancel") as fleet:
+        runs = [await fleet.submit(sys.argv[1], env_manager="local") for _ in range(3)]
+        print(*[run.run_id for run in runs], flush=True)
+        await asyncio.to_thread(sys.stdin.read)
+
+asyncio.run(main())
+"""
+
+
+async def test_the_runs_of_another_process_are_found_followed_cancelled_and_awaited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with the workers of one service, which have one tracking server and one state folder."""
+    async with scripted(SmallMlflow().script) as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{server.place}")
+        worker = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", WORKER, patient(tmp_path), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert worker.stdout is not None
+        try:
+            first, second, third = [
+                await mlfleet.get(run_id) for run_id in (await worker.stdout.readline()).decode().split()
+            ]
+            seen: list[tuple[int, str]] = []
+            async with aclosing(first.logs(tail=1)) as lines:
+                async for line in lines:
+                    seen.append((line.end, line))
+                    if line == "5":
+                        await second.cancel()
+                        assert await second.get_status() is RunStatus.KILLED
+                        assert await first.get_status() is RunStatus.RUNNING
+                        (tmp_path / "go").touch()
+            assert seen[-2:] == [(10, "5"), (15, "done")]
+            assert [await run.wait() for run in (first, second, third)] == [True, False, True]
+            assert [line async for line in third.logs(start=8)] == ["5", "done"]
+        finally:
+            await worker.communicate(b"")  # closes its input
+            await close_default_fleets()
 
 
 # ---- output ---------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlfleet._process.process import Process, start_process
-from mlfleet._text.lines import follow_file, last_lines
+from mlfleet._text.lines import find_tail, follow_file, last_lines
 
 
 async def write(path: Path, script: str) -> Process:
@@ -103,6 +103,15 @@ def test_last_lines_are_bounded(tmp_path: Path) -> None:
     assert last_lines(path) == ("x" * 16384,)
     path.write_text("x" * 100_000 + "\nlast\n")
     assert last_lines(path) == ("last",)
+
+
+@pytest.mark.parametrize("count", [0, 1, 20, 30_000, 99_999, 100_000, 200_000])
+def test_the_tail_of_a_file_is_found_from_its_end(tmp_path: Path, count: int) -> None:
+    path = tmp_path / "output"
+    assert find_tail(path, count) == 0
+    lines = [f"{number}\n".encode() for number in range(100_000)]
+    path.write_bytes(b"".join(lines))
+    assert path.read_bytes()[find_tail(path, count) :] == b"".join(lines[max(len(lines) - count, 0) :])
 
 
 async def read(path: Path, ended: asyncio.Event) -> list[str]:

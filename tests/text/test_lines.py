@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import pickle
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlfleet._text.lines import LineSplitter
+from mlfleet._text.lines import LineSplitter, LogLine
 
 
 def split(*pieces: bytes) -> list[str]:
@@ -64,3 +66,31 @@ def test_splitting_the_input_does_not_change_the_lines(texts: list[str], data: s
 @given(st.binary())
 def test_any_bytes(data: bytes) -> None:
     assert "".join(split(data)) == data.decode(errors="replace").replace("\r", "").replace("\n", "")
+
+
+def test_a_long_line_is_cut_between_characters() -> None:
+    line = "xx" + 30_000 * "\N{SNOWMAN}"
+    lines = split(line.encode())
+    assert "".join(lines) == line
+    assert [len(each.encode()) for each in lines] == [65_534, 90_002 - 65_534]
+
+
+@given(st.lists(st.text(alphabet="ab\r\n\N{SNOWMAN}")), st.data())
+def test_the_lines_after_any_line_are_found_at_its_end(texts: list[str], data: st.DataObject) -> None:
+    pieces = [text.encode() for text in texts]
+    whole = b"".join(pieces)
+    splitter = LineSplitter()
+    lines = [line for piece in pieces for line in splitter.feed(piece)]
+    lines += splitter.close()
+    assert whole.endswith(b"\r\n") or [line.end for line in lines][-1:] == [len(whole)][: len(lines)]
+    if lines:
+        number = data.draw(st.integers(0, len(lines) - 1))
+        start = lines[number].end
+        rest = LineSplitter(start)
+        assert [*rest.feed(whole[start - 1 : start]), *rest.feed(whole[start:]), *rest.close()] == lines[number + 1 :]
+
+
+def test_a_line_is_sent_to_another_process_with_its_end() -> None:
+    (line,) = LineSplitter().feed(b"a line\n")
+    again = pickle.loads(pickle.dumps(line))
+    assert (type(again), again, again.end) == (LogLine, "a line", 7)
