@@ -91,6 +91,16 @@ def test_every_mistake_in_the_files_of_the_environment_is_shown(tmp_path: Path) 
     ]
 
 
+def test_every_mistake_in_pyproject_is_shown(tmp_path: Path) -> None:
+    write_project(tmp_path, "true")
+    (tmp_path / "pyproject.toml").write_text(
+        '[project]\nname = "x"\nrequires-python = "3.x"\ndependencies = ["six", "six ==", 3]\n'
+    )
+    code, lines = found(tmp_path)
+    assert code == 2
+    assert starts(lines) == ["pyproject.toml:3: error", "pyproject.toml:4: error", "pyproject.toml:4: error"]
+
+
 def test_a_file_of_the_environment_that_is_missing_is_named_with_the_nearest(tmp_path: Path) -> None:
     uri = write_project(tmp_path / "demo", "true", extra="conda_env: conda.yaml\n")
     (tmp_path / "demo" / "conda.yml").touch()

@@ -112,10 +112,13 @@ def test_a_changed_list_is_another_environment(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("[project", "pyproject.toml: not TOML"),
-        ("[project]\ndependencies = 'six'", "project.dependencies must be a list of requirements"),
-        ("[project]\ndependencies = ['six', 3]", "project.dependencies must be a list of requirements"),
-        ("[project]\ndependencies = ['six ==']", "project.dependencies must be a list of requirements"),
-        ("[project]\nrequires-python = 'three'", "project.requires-python conditions: Invalid specifier: 'three'"),
+        ("[project]\ndependencies = 'six'", "line 2: project.dependencies must be a list of requirements"),
+        ("[project]\ndependencies = ['six', 3]", "line 2: project.dependencies must be a list of requirements"),
+        ("[project]\ndependencies = ['six ==']", "line 2: project.dependencies must be a list of requirements"),
+        (
+            "[project]\nrequires-python = 'three'",
+            "line 2: project.requires-python must be conditions .*: Invalid specifier: 'three'",
+        ),
     ],
 )
 def test_a_mistake_in_pyproject_is_an_error_of_the_project(tmp_path: Path, text: str, message: str) -> None:

@@ -16,7 +16,7 @@ from packaging.version import InvalidVersion, Version
 from mlfleet._environments.pip_requirements import PipInput, Reader
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
 from mlfleet._run_log import get_logger
-from mlfleet._text.documents import Node, Report, read_toml, read_yaml, warn_unknown
+from mlfleet._text.documents import Node, Report, find_toml_line, read_toml, read_yaml, warn_unknown
 from mlfleet.errors import SpecError
 
 __all__ = [
@@ -97,7 +97,7 @@ def read_python_requirements(
     if source.kind is EnvironmentFileKind.REQUIREMENTS:
         return PythonRequirements(packages=Reader(folder, source.root, report).read_file(source.path))
     if not source.kind.is_declared:
-        return _from_pyproject(source.path.with_name("pyproject.toml"))
+        return _from_pyproject(source.path.with_name("pyproject.toml"), report)
     keys = ("python", "build_dependencies", "dependencies")
     document = _document(source.path, keys, "a mapping with python and dependencies", report)
     python = document.get("python")
@@ -248,26 +248,34 @@ def _from_conda(source: EnvironmentFile, report: Report) -> PythonRequirements:
     return PythonRequirements(python, PipInput(lines=tuple(build)), Reader(path.parent, source.root, report).read(pip))
 
 
-def _from_pyproject(path: Path) -> PythonRequirements:
+def _from_pyproject(path: Path, report: Report) -> PythonRequirements:
     from packaging.requirements import InvalidRequirement, Requirement
 
     project = read_toml(path).get("project")
     if not isinstance(project, dict):
         return PythonRequirements()
+
+    def add(key: str, text: str, error: object) -> None:
+        line = find_toml_line(path, ("project", key))
+        report.add(SpecError(f"project.{key} must be {text}: {error}", path=path, line=line))
+
     python = project.get("requires-python")
     dependencies = project.get("dependencies", [])
+    if not isinstance(dependencies, list):
+        add("dependencies", "a list of requirements", "it is not a list")
+        dependencies = []
+    lines: list[str] = []
+    for each in dependencies:
+        try:
+            lines.append(str(Requirement(each)))
+        except (InvalidRequirement, TypeError, AttributeError) as error:
+            add("dependencies", "a list of requirements", error)
     try:
-        if not isinstance(dependencies, list):
-            raise TypeError("it is not a list")
-        lines = tuple(str(Requirement(line)) for line in dependencies)
         if python is not None:
             SpecifierSet(python)
-    except (InvalidRequirement, InvalidSpecifier, TypeError, AttributeError) as error:
-        raise SpecError(
-            f"project.dependencies must be a list of requirements, and project.requires-python conditions: {error}",
-            path=path,
-        ) from error
-    return PythonRequirements(python=python or None, packages=PipInput(lines=lines))
+    except (InvalidSpecifier, TypeError, AttributeError) as error:
+        add("requires-python", "conditions such as '>=3.10'", error)
+    return PythonRequirements(python=python or None, packages=PipInput(lines=tuple(lines)))
 
 
 def _split_conda_spec(node: Node) -> tuple[str, str]:
