@@ -186,8 +186,11 @@ class SweepResult:
                 f"mlfleet report {self.run_id} --tracking-uri URI"
             )
         # The caller's thread may have a running event loop.
-        with ThreadPoolExecutor(1) as pool:
+        pool = ThreadPoolExecutor(1)
+        try:
             report = pool.submit(anyio.run, load_report, self._open(), self.run_id).result()
+        finally:
+            pool.shutdown(wait=False)  # an interrupt does not wait for a server that is silent
         return Report(render(report, metric=metric or self.metric, goal=goal or self.goal))
 
     def rows(self) -> list[dict[str, Any]]:
