@@ -7,6 +7,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mlfleet.backends.slurm.run_files import RunFiles
@@ -38,6 +39,19 @@ def test_what_a_command_leaves_is_ended_although_the_ids_of_processes_begin_agai
         ["unshare", "--pid", "--fork", "--mount-proc", "bash", "-c", inside], capture_output=True, text=True, timeout=60
     )
     assert done.stdout == "3 0\n", done.stderr
+
+
+def test_what_a_command_leaves_is_ended_although_it_becomes_other_programs_all_the_time(tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.write_text(f"echo > {tmp_path}/up-$1; exec bash {loop} $1")
+    # A process has no readable environment for a moment when it becomes another program.
+    command = f"for i in {{1..30}}; do setsid bash {loop} $i & done; until [ -e {tmp_path}/up-30 ]; do :; done"
+    script = batch_script(write_run(tmp_path, command).folder)
+    subprocess.run(["bash", "-c", script], env={"PATH": os.environ["PATH"], "SLURM_JOB_ID": "1"}, timeout=60)
+    left = [process for process in psutil.process_iter(["cmdline"]) if str(loop) in (process.info["cmdline"] or ())]
+    for process in left:
+        process.kill()
+    assert left == []
 
 
 def test_a_command_that_dies_of_sigterm_before_its_batch_script_gets_it_runs_again_after_a_requeue(

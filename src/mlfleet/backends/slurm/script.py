@@ -21,8 +21,8 @@ __all__ = ["array_script", "batch_script", "command_script", "environment_file",
 
 # What is read and written: see `mlfleet.backends.slurm.run_files`.
 #
-# Apart from the command nothing here starts a process unless something has gone wrong or is being cancelled: hundreds
-# of jobs may begin and end on a node within seconds.
+# Apart from the command nothing here starts a process or a program unless something has gone wrong or is being
+# cancelled: hundreds of jobs may begin and end on a node within seconds.
 #
 # 1. Claim. The first job that makes the file `claim` (O_EXCL, by `set -C`) owns the run: a submit whose answer was
 #    lost may have been repeated. A job that Slurm has started again (requeue) has the same id and a higher restart
@@ -40,9 +40,10 @@ __all__ = ["array_script", "batch_script", "command_script", "environment_file",
 #    command: they go to Slurm's file.
 # 5. What the command has left behind is ended: its group, then all processes of this user with this run and this job in
 #    their environment, in whatever session. The id of the job alone does not do, since a job of another cluster may be
-#    on the machine; neither does the run alone, whose variable is inherited by jobs that the command submits. As ids of
-#    processes rise until they reach pid_max, none below this script's belongs to the job if there were too few forks on
-#    the machine meanwhile: reading the environment of all processes costs more than all the rest of a short job.
+#    on the machine; neither does the run alone, whose variable is inherited by jobs that the command submits. Reading
+#    the environment of all processes would cost more than all the rest of a short job. Ids of processes rise until they
+#    reach pid_max: so those of the job are above this script's by no more than the machine has forked meanwhile, and
+#    by what the counter skips since it is in use.
 # 6. SIGTERM reaches the processes of a job in any order: a command that died of it may have been asked to stop although
 #    this script has not seen the signal yet.
 _WRAPPER = r"""
@@ -97,7 +98,12 @@ trap stop TERM
 trap 'interrupted=1' HUP INT
 
 set -m
-MLFLEET_SLURM_RUN=$run bash "$PWD/command.sh" < /dev/null >> output.log 2>&1 &
+{
+  export MLFLEET_SLURM_RUN=$run
+  unset run job restarts forks command killer asked interrupted
+  unset -f count_forks stop
+  . ./command.sh
+} < /dev/null >> output.log 2>&1 &
 command=$!
 set +m
 [ -n "$asked" ] && stop
@@ -128,18 +134,26 @@ fi
 count_forks
 pid_max=0
 read -r pid_max < /proc/sys/kernel/pid_max
-first=$(($$ + forks < pid_max / 4 * 3 ? $$ : 0))
+first=$$ last=$(($$ + forks + pid_max / 8))
+((last < pid_max)) || first=0 last=$pid_max
 cd /proc || exit "$code"
-for pid in [0-9]*; do
-  ((pid > first)) && [[ -O $pid/environ ]] || continue
-  IFS= read -r -d '' -N 9999999 environ < "$pid/environ"  # without the NUL characters
-  [[ $environ = *"MLFLEET_SLURM_RUN=$run"* ]] || continue
-  IFS= read -r -d '' name < "$pid/cmdline"
-  [[ $name = slurmstepd* ]] && continue  # Slurm's daemon of the job
-  while IFS= read -r -d '' entry; do
-    [ "$entry" = "SLURM_JOB_ID=$SLURM_JOB_ID" ] && kill -KILL "$pid"
-  done < "$pid/environ"
-done 2> /dev/null
+for _ in {1..5}; do
+  again=''
+  for pid in [0-9]*; do
+    ((first < pid && pid <= last)) && [[ -O $pid/environ ]] || continue
+    environ=''
+    IFS= read -r -d '' -N 9999999 environ < "$pid/environ"  # without the NUL characters
+    [[ -z $environ && -e $pid/exe ]] && again=1  # it is becoming another program (execve)
+    [[ $environ = *"MLFLEET_SLURM_RUN=$run"* ]] || continue
+    IFS= read -r -d '' name < "$pid/cmdline"
+    [[ $name = slurmstepd* ]] && continue  # Slurm's daemon of the job
+    while IFS= read -r -d '' entry; do
+      [ "$entry" = "SLURM_JOB_ID=$SLURM_JOB_ID" ] && kill -KILL "$pid" && again=1  # it may have started another one
+    done < "$pid/environ"
+  done 2> /dev/null
+  [ -n "$again" ] || break
+  sleep 0.05
+done
 exit "$code"
 """
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
