@@ -89,7 +89,8 @@ def killed(tmp_path_factory: pytest.TempPathFactory, _empty_store: Path) -> Left
 def left(killed: Left, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Left:
     """A copy of it, so that what one command writes is not there for the next. The next Fleet only knows the first."""
     shutil.copyfile(killed.folder / "mlflow.db", tmp_path / "mlflow.db")
-    shutil.copytree(killed.folder / "state", tmp_path / "state")
+    pipes = shutil.ignore_patterns("*.requests")  # of the dead driver
+    shutil.copytree(killed.folder / "state", tmp_path / "state", ignore=pipes)
     monkeypatch.setenv("MLFLEET_STATE_DIR", str(tmp_path / "state"))
     mine = Left(tmp_path, killed.begun, killed.queued)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mine.store)

@@ -28,6 +28,7 @@ from mlfleet._engine.plan import Plan, Planner, ProjectPlan
 from mlfleet._engine.records import RunRecords, find_record, tracking_key
 from mlfleet._engine.request import RunRequest, choose_experiment
 from mlfleet._engine.run import FleetRun
+from mlfleet._engine.shared_handles import SharedHandles
 from mlfleet._engine.supervisor import Instrumentation, SubmittedSupervisor, Supervisor
 from mlfleet._engine.variables import check_reserved
 from mlfleet._environments.manager import EnvironmentManager, create_manager
@@ -126,6 +127,7 @@ class RunContext:
         fetcher: The fetcher of projects.
         runs_folder: The folder with one sub-folder for each run.
         records: The records of the runs, for the processes that conclude them if this one dies.
+        handles: The backends' handles of runs that are not supervised here.
         is_open: True between `open` and the beginning of the end.
         sweep_ids: The MLflow runs of the active sweeps.
         sweeps: A function for each active sweep that ends it.
@@ -162,6 +164,7 @@ class RunContext:
         self.fetcher = ProjectFetcher()
         self.runs_folder = runs_folder()
         self.records = RunRecords(self._cancel_as_asked)
+        self.handles = SharedHandles(self.backend)
         self.is_open = False
         self.sweep_ids: set[str] = set()
         self.sweeps: set[Callable[[], Coroutine[Any, Any, None]]] = set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -185,40 +185,49 @@ class TrackedRun:
         """Return a handle to read the output from. Leaving the context writes the status if that is left to do."""
         info = await self._refresh()
         reference = read_reference(info) if JobRef.TAG in info.tags else None
-        handle = None if reference is None or info.status.is_terminal else await self._attach(reference, follow=follow)
-        if handle is None:
-            kept = _KeptOutput(run_folder(self.run_id) / "output.log", self)
-            record = await FILES.run(partial(find_record, self.run_id))
-            is_expected = (follow and reference is not None) or (record is not None and record.captured)
-            if not is_expected and not await FILES.run(kept.path.exists):
-                raise UsageError(
-                    f"the output of the run {self.run_id} is not kept on this machine ({kept.path}). A run that "
-                    "`mlfleet run` prints keeps none; --log-output stores it with MLflow"
-                )
-            yield kept
-            if not info.status.is_terminal:
-                await self._look()
-            return
-        is_mine = await self._take_over()
-        yield handle
-        if follow or (await handle.get_status()).is_terminal:
-            outcome = await handle.outcome()
-            is_mine = is_mine or await self._take_over()  # its driver may have died meanwhile
-            await self._settle(outcome, patience=0 if is_mine else DRIVER_PATIENCE)
+        async with AsyncExitStack() as stack:
+            handle = None
+            if reference is not None and not info.status.is_terminal:
+                handle = await self._attach(reference, stack, follow=follow)
+            if handle is None:
+                yield await self._kept_output(is_expected=follow and reference is not None)
+                if not info.status.is_terminal:
+                    await self._look()
+                return
+            is_mine = await self._take_over()
+            yield handle
+            if follow or (await handle.get_status()).is_terminal:
+                outcome = await handle.outcome()
+                is_mine = is_mine or await self._take_over()  # its driver may have died meanwhile
+                await self._settle(outcome, patience=0 if is_mine else DRIVER_PATIENCE)
 
-    async def _attach(self, reference: JobRef, *, follow: bool) -> BackendRun | None:
+    async def _kept_output(self, *, is_expected: bool) -> FileOutput:
+        """Return the output that is kept in the folder of the run on this machine, or will be.
+
+        Raises:
+            UsageError: It is not kept there.
+        """
+        path = run_folder(self.run_id) / "output.log"
+        record = await FILES.run(partial(find_record, self.run_id))
+        if not is_expected and not (record is not None and record.captured) and not await FILES.run(path.exists):
+            raise UsageError(
+                f"the output of the run {self.run_id} is not kept on this machine ({path}). A run that `mlfleet run` "
+                "prints keeps none; --log-output stores it with MLflow"
+            )
+        return _KeptOutput(path, self)
+
+    async def _attach(self, reference: JobRef, stack: AsyncExitStack, *, follow: bool) -> BackendRun | None:
         """Return the backend's handle of a run elsewhere; None if its output is on this machine, or there is none yet.
 
         Args:
             reference: The reference of the run.
+            stack: Holds the handle.
             follow: Wait for a run that is in the queue of its driver, or being prepared.
         """
-        backend, pause = await self._context.backend(reference.backend), SHORTEST_PAUSE
-        if backend.runs_here:
-            return None
+        pause = SHORTEST_PAUSE
         while True:
             try:
-                return await backend.attach(reference)
+                return await stack.enter_async_context(self._context.handles.use(reference))
             except RunLost:
                 driver = await self._look()
                 if self._info.status.is_terminal or (driver is Driver.LIVES and not follow):

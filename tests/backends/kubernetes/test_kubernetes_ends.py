@@ -151,6 +151,30 @@ async def test_cancelling_the_run_of_another_process_fails_while_its_node_does_n
         assert (await run.outcome()).reason == f"the Job demo-{run.run_id} was deleted from outside"
 
 
+async def test_readers_of_the_run_of_another_process_share_a_stream_and_leave_none(
+    fake_cluster: FakeCluster, tmp_path: Path
+) -> None:
+    """As the clients of a service do, which come and go while the run goes on."""
+    uri, tracking, api = await project(tmp_path), FakeTracking(), fake_cluster.api
+    fake_cluster.play = lambda pod: FOREVER
+    async with Fleet(tracking=tracking) as driver, Fleet(tracking=tracking) as other:
+        run = await driver.submit(uri, backend="kubernetes", backend_config=CONFIG)
+        await anext(run.logs())
+        before = api.streams
+        seen = await other.get(run.run_id)
+        readers = [seen.logs() for _ in range(3)]
+        assert [await anext(reader) for reader in readers] == ["begun"] * 3
+        assert api.streams <= before + 3  # two watches and a log
+        for reader in readers:
+            await reader.aclose()
+        with anyio.fail_after(10):
+            while api.streams > before:  # noqa: ASYNC110 - the server sees the end of a connection a little later
+                await anyio.sleep(0.01)
+        assert await run.get_status() is RunStatus.RUNNING
+        assert await anext(seen.logs()) == "begun"
+        await run.cancel(grace=0)
+
+
 async def test_interrupted_run_whose_end_is_not_confirmed_says_why_it_failed(
     fake_cluster: FakeCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

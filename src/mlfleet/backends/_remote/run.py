@@ -156,10 +156,11 @@ class SupervisedRun(AwaitedRun, FileOutput):
     # ---- its task ---------------------------------------------------------------------------------------------------
 
     def detach(self) -> None:
-        """Stop supervising the run and leave it alone. Waiters get an outcome with `RunLost`."""
-        self._detached = True
-        if self._task is not None and self._outcome is None:
-            self._task.cancel()
+        """Stop supervising the run and leave it alone, unless it has ended. Waiters get an outcome with `RunLost`."""
+        if self._outcome is None:
+            self._detached = True
+            if self._task is not None:
+                self._task.cancel()
 
     async def supervise(self) -> None:
         """Supervise the run until it has ended, and set its outcome."""
