@@ -36,6 +36,9 @@ asyncio.run(main())
 """
 
 
+PIPES = shutil.ignore_patterns("*.requests")  # of the dead driver: they cannot be copied
+
+
 @dataclass(frozen=True)
 class Left:
     """What a killed driver has left: a run that had begun, and one that had not.
@@ -89,8 +92,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory, _empty_store: Path) -> Left
 def left(killed: Left, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Left:
     """A copy of it, so that what one command writes is not there for the next. The next Fleet only knows the first."""
     shutil.copyfile(killed.folder / "mlflow.db", tmp_path / "mlflow.db")
-    pipes = shutil.ignore_patterns("*.requests")  # of the dead driver
-    shutil.copytree(killed.folder / "state", tmp_path / "state", ignore=pipes)
+    shutil.copytree(killed.folder / "state", tmp_path / "state", ignore=PIPES)
     monkeypatch.setenv("MLFLEET_STATE_DIR", str(tmp_path / "state"))
     mine = Left(tmp_path, killed.begun, killed.queued)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mine.store)
@@ -167,7 +169,7 @@ def test_attach_concludes_them(left: Left) -> None:
 def test_the_next_fleet_concludes_those_of_its_own_store_in_the_background(
     killed: Left, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: Left
 ) -> None:
-    shutil.copytree(killed.folder / "state", tmp_path / "again")
+    shutil.copytree(killed.folder / "state", tmp_path / "again", ignore=PIPES)
     monkeypatch.setenv("MLFLEET_STATE_DIR", str(tmp_path / "again"))
     kept = tmp_path / "kept.db"
     shutil.copyfile(killed.folder / "mlflow.db", kept)
