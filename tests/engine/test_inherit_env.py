@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 import pytest
 from anyio import to_thread
 
 from components import missing
+from components.command_line import mlfleet as command_line
 from components.projects import write_project
 from components.slurm import QUICK, Slurm
 from fakes.scripted_server import scripted
@@ -75,6 +77,19 @@ async def test_runs_of_sweeps_and_detached_runs_see_no_more(tmp_path: Path) -> N
         run = await fleet.submit(uri, experiment_id="0", detach=True, env_manager="local")
         assert await run.wait()
     assert (tmp_path / "got").read_text() == "none none none home C\n" * 2
+
+
+@pytest.mark.parametrize(
+    ("names", "line"), [("none", "none none given home C"), ("SERVICE_T*,OTHER", "token none given home C")]
+)
+async def test_the_command_line_says_it_by_names(tmp_path: Path, names: str, line: str) -> None:
+    uri = write_project(tmp_path / "demo", SHOW)
+    async with scripted(SmallMlflow().script) as server:
+        options = ("--tracking-uri", f"http://{server.place}", "--experiment-id", "0", "--env-manager", "local")
+        done = await to_thread.run_sync(
+            partial(command_line, "run", uri, *options, "--env", "GIVEN=given", "--inherit-env", names)
+        )
+    assert (done.returncode, done.stdout) == (0, f"{line}\n"), done.stderr
 
 
 async def test_a_command_on_a_node_sees_no_more(slurm: Slurm, tmp_path: Path) -> None:
