@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+from collections import Counter
 from collections.abc import Callable
 
 import anyio
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mlfleet._engine.admission import Admission
-from mlfleet.errors import UsageError
+from mlfleet._engine.admission import Admission, Reservation
+from mlfleet.errors import FleetFull, UsageError
 from mlfleet.resources import Machine, Resources, this_machine
 
 
@@ -154,3 +158,47 @@ async def test_a_cancelled_waiter_does_not_block_others() -> None:
             pass
     async with slots.reserve(Resources(cpus=2)):
         pass
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_whatever_comes_and_goes_the_limits_hold_and_nobody_is_forgotten(data: st.DataObject) -> None:
+    slots, most_queued, cpus = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 3)), 4
+    limits = {"red": 1, "blue": 2}
+    admission = Admission(Machine(cpus=cpus), slots, group_limit=limits, max_queued=most_queued)
+    inside: list[Reservation] = []
+    groups = st.sampled_from([None, "red", "blue", "green"])
+
+    def granted() -> list[Reservation]:
+        return [each for each in inside if each.state.value == "granted"]
+
+    def check() -> None:
+        counts = Counter(each.lane[0] for each in granted())
+        assert len(granted()) <= slots
+        assert sum(each.cpus for each in granted()) <= cpus * 1000
+        assert all(counts[group] <= limit for group, limit in limits.items())
+        exempt = sum(each.is_queued and each.exempt for each in inside)
+        assert sum(each.is_queued for each in inside) <= most_queued + exempt
+
+    for _ in range(data.draw(st.integers(0, 40))):
+        if data.draw(st.booleans()) and inside:
+            leaving = inside.pop(data.draw(st.integers(0, len(inside) - 1)))
+            leaving.release()
+            leaving.release()
+        else:
+            needed = data.draw(st.sampled_from([None, Resources(cpus=1), Resources(cpus=4)]))
+            new = admission.reserve(needed, group=data.draw(groups), exempt=data.draw(st.integers(0, 4)) == 0)
+            with contextlib.suppress(FleetFull):
+                admission._enqueue(new, wait=data.draw(st.booleans()))
+                inside.append(new)
+        check()
+    while inside:
+        ended = granted()[0]  # there is one: each could run alone
+        inside.remove(ended)
+        ended.release()
+        check()
+    assert admission.capacity(None) == slots
+    for _ in range(slots):
+        alone = admission.reserve(Resources(cpus=cpus / slots))
+        admission._enqueue(alone, wait=False)
+        assert alone.state.value == "granted", "all was given back"
