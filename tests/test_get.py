@@ -18,6 +18,7 @@ from fakes.scripted_server import scripted
 from fakes.small_mlflow import SmallMlflow
 from mlfleet import Fleet, FleetRun, RunOptions, RunStatus, SubmittedRun, TrackedRun, TrackingError, UsageError, grid
 from mlfleet.api import close_default_fleets
+from mlfleet.fleet import context_of
 from mlfleet.testing import FakeTracking
 
 LOCAL: RunOptions = {"env_manager": "local"}
@@ -95,6 +96,36 @@ async def test_a_run_in_the_queue_of_another_fleet_is_cancelled(
         assert fleet.runs == (first,)
         (tmp_path / "go").touch()
     assert [run.status for run in tracking.runs.values()] == [RunStatus.FINISHED, RunStatus.KILLED]
+
+
+async def test_a_status_that_a_living_process_could_not_write_is_written_by_one_that_waits(
+    tracking: FakeTracking, other: Fleet, tmp_path: Path
+) -> None:
+    async with Fleet(tracking=tracking, tracking_patience=0.1) as fleet:
+        tracking.fail = lambda method: TrackingError("down") if method in ("update_run", "get_run") else None
+        run = await fleet.submit(write_project(tmp_path / "demo", "exit 3"), **LOCAL)
+        assert (await run.outcome()).tracking_error is not None
+        tracking.fail = None
+        seen = await tracked(other, run.run_id)
+        assert await seen.get_status() is RunStatus.RUNNING  # the process may be about to write it
+        context_of(other).unseen_patience = 0
+        assert await seen.wait() is False
+        assert seen.info.tags["mlfleet.reason"] == "exit code 3"
+
+
+async def test_following_a_run_of_this_machine_takes_no_requests(
+    fleet: Fleet, other: Fleet, tracking: FakeTracking, tmp_path: Path
+) -> None:
+    ticks = "for n in $(seq 20); do echo $n; sleep 0.05; done; while [ ! -e ../go ]; do sleep 0.02; done"
+    run = await fleet.submit(write_project(tmp_path / "demo", ticks), **LOCAL)
+    seen = await tracked(other, run.run_id)
+    requests = []
+    async for _ in seen.logs():
+        requests.append(tracking.requests["get_run"])
+        if len(requests) == 20:
+            (tmp_path / "go").touch()
+    assert requests == [requests[0]] * 20
+    assert await seen.wait() is True
 
 
 async def test_a_run_that_does_not_exist_is_an_error(fleet: Fleet) -> None:

@@ -2,7 +2,8 @@
 
 The driver of a run is the process that supervises it. The cases, in this order:
 
-1. The run has a record on this machine. Its driver lives: nobody else concludes the run.
+1. The run has a record on this machine. Its driver lives: nobody else concludes the run, unless the driver has not
+   been able to write the status for `RunContext.unseen_patience` seconds.
 2. It has one, and its driver is gone. The outcome that the driver wrote into the record counts; without one, a run
    without a reference has ended when nothing of it is left here, and one with a reference when its backend says so.
 3. It has none, but its reference names a driver of this machine: the backend says if that is gone and the run is over.
@@ -96,8 +97,8 @@ async def judge(context: RunContext, info: RunInfo, *, elsewhere: bool = True) -
         MlfleetError: The reference is damaged, or the backend cannot be asked about a run of this machine.
     """
     record, lives = await FILES.run(partial(_look_up, info.run_id))
-    if lives:
-        return Verdict(Driver.LIVES)
+    if lives and record is not None:
+        return Verdict(Driver.LIVES, ended=record.outcome is not None, outcome=record.outcome)
     reference = read_reference(info) if JobRef.TAG in info.tags else None
     if record is not None and lives is False:
         return await _judge_left(context, record, reference)

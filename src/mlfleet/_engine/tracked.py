@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["DRIVER_PATIENCE", "SHORTEST_PAUSE", "TrackedRun", "Watch", "tracked_output"]
 
 SHORTEST_PAUSE, _LONGEST_PAUSE = 0.2, 2.0  # seconds between two looks
+_PAUSE_HERE = 0.5
 _PAUSE_ELSEWHERE = 5.0  # seconds between two looks at a run whose driver cannot be seen
 DRIVER_PATIENCE = 5.0  # seconds in which a driver must write the end of a run, or see that its sweep was cancelled
 
@@ -168,12 +169,17 @@ class TrackedRun:
             How the run has to be concluded here; None if its status is written.
         """
         pause, watch = SHORTEST_PAUSE, self._watch()
-        while not (await self._refresh()).status.is_terminal:
-            if (verdict := await watch.look(self._info)) is not None:
+        while True:
+            if await FILES.run(partial(_is_active, self.run_id)):
+                longest = _PAUSE_HERE  # no requests as long as a process of this machine supervises the run
+            elif (await self._refresh()).status.is_terminal:
+                return None
+            elif (verdict := await watch.look(self._info)) is not None:
                 return verdict
+            else:
+                longest = _LONGEST_PAUSE
             await anyio.sleep(pause)
-            pause = min(pause * 1.5, _LONGEST_PAUSE)
-        return None
+            pause = min(pause * 1.5, longest)
 
     def _watch(self) -> Watch:
         return _RunWatch(self._context)
@@ -362,6 +368,12 @@ class _KeptOutput(FileOutput):
         return await self._run._ended()
 
 
+def _is_active(run_id: str) -> bool:
+    """Return True if a living process of this machine has recorded a run and not its end. Blocking."""
+    record = find_record(run_id)
+    return record is not None and record.outcome is None and record.driver_lives() is True
+
+
 class Watch(Protocol):
     """Looks again and again at one run that has no terminal status, to see when it has to be concluded here."""
 
@@ -381,8 +393,8 @@ class _RunWatch:
         if now < self._next:
             return None
         verdict = await judge(self._context, info)
-        if verdict.driver is Driver.UNSEEN:
-            self._next = now + _PAUSE_ELSEWHERE
+        if verdict.driver is not Driver.GONE:
+            self._next = now + _PAUSE_ELSEWHERE if verdict.driver is Driver.UNSEEN else now
             is_left, looks, patience = verdict.ended, 1, self._context.unseen_patience
         else:
             # Look twice: a process that has reattached to the run may be about to write its status. One that has

@@ -10,7 +10,7 @@ import anyio
 from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.conclude import Driver, Verdict
 from mlfleet._engine.context import RunContext
-from mlfleet._engine.records import list_records
+from mlfleet._engine.records import RunRecord, find_record, list_records
 from mlfleet._engine.request import NAME_TAG, SPACE_TAG, SweepMember
 from mlfleet._engine.tracked import DRIVER_PATIENCE, SHORTEST_PAUSE, TrackedRun, Watch
 from mlfleet._sweeps.members import Members
@@ -54,6 +54,7 @@ class _TrackedSweep(TrackedRun):
             await FILES.run(partial(forget, lock_path(tracking, info.experiment_id, name)))
         if info.status.is_terminal:
             return
+        record = await FILES.run(partial(find_record, self.run_id))
         await tracking.update_run(info.run_id, RunStatus.KILLED)
         waited = 0.0
         errors: dict[str, MlfleetError] = {}
@@ -70,7 +71,7 @@ class _TrackedSweep(TrackedRun):
             async with anyio.create_task_group() as group:
                 for run in running:
                     group.start_soon(self._try_to_cancel, run, grace, errors)
-            if not running and name is not None and not await is_driven(tracking, info):
+            if not running and not await self._may_be_driven(record):
                 break
             waited = waited + SHORTEST_PAUSE if len(errors) == len(running) else 0.0
             lost.update({run_id: error for run_id, error in errors.items() if isinstance(error, RunLost)})
@@ -79,6 +80,12 @@ class _TrackedSweep(TrackedRun):
         if errors:
             raise ExceptionGroup(f"{len(errors)} runs could not be cancelled", list(errors.values()))
         await self._refresh()
+
+    async def _may_be_driven(self, record: RunRecord | None) -> bool:
+        """Return False if the driver of the sweep has ended, as far as that can be seen here."""
+        if NAME_TAG in self._info.tags:
+            return await is_driven(self._context.tracking, self._info)
+        return record is None or await FILES.run(partial(find_record, self.run_id)) is not None
 
     async def _try_to_cancel(self, run: RunInfo, grace: float | None, errors: dict[str, MlfleetError]) -> None:
         try:
