@@ -41,7 +41,7 @@ async def test_a_full_queue_refuses_a_run_before_anything_exists(tracking: FakeT
         second = await fleet.submit(uri, env_manager="local")
         assert fleet.counts == FleetCounts(queued=1, running=1)
         fetched = [event.stage for event in events].count(Stage.FETCHING)
-        with pytest.raises(FleetFull, match="1 runs wait in its queue, and max_queued is 1: submit") as caught:
+        with pytest.raises(FleetFull, match="the queue of the Fleet has 1 of at most 1 runs: submit") as caught:
             await fleet.submit(uri, env_manager="local")
         assert (caught.value.queued, caught.value.limit) == (1, 1)
         assert list(tracking.runs) == [first.run_id, second.run_id]
@@ -134,6 +134,31 @@ async def test_groups_take_turns_however_many_runs_each_has(tracking: FakeTracki
             await fleet.submit(short, group=name.split()[0], run_name=name, env_manager="local")
         await first.cancel()
     assert started[1:] == ["red 1", "blue 1", "green 1", "red 2", "blue 2", "red 3"]
+
+
+async def test_a_group_leaves_room_in_the_queue_to_others(tracking: FakeTracking, uri: str) -> None:
+    async with Fleet(tracking=tracking, max_concurrent=1, max_queued=4, on_exit="cancel") as fleet:
+        first = await begin(fleet, uri, "red")
+
+        async def fill(group: str) -> str:
+            try:
+                while True:
+                    await fleet.submit(uri, group=group, env_manager="local")
+            except FleetFull as error:
+                return str(error).removeprefix("the queue of the Fleet has ").partition(":")[0]
+
+        others = "which must leave room to others"
+        assert await fill("red") == f"2 of at most 4 runs, 2 of them of the group 'red', {others}"
+        waiting = asyncio.create_task(fleet.submit(uri, group="red", wait=True, env_manager="local"))
+        assert await fill("blue") == f"3 of at most 4 runs, 1 of them of the group 'blue', {others}"
+        assert await fill("green") == "4 of at most 4 runs"
+        _, pending = await asyncio.wait([waiting], timeout=0.3)
+        assert pending
+        await first.cancel()
+        assert {group: counts.queued for group, counts in fleet.counts.groups.items() if counts.queued}["blue"] == 1
+        await fleet.cancel()
+        await (await waiting).cancel()
+        assert fleet.counts == FleetCounts()
 
 
 async def test_sweeps_count_in_the_limits_and_are_not_refused(tracking: FakeTracking, tmp_path: Path) -> None:

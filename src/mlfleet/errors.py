@@ -55,7 +55,7 @@ class UsageError(MlfleetError, ValueError):
 
 
 class FleetFull(MlfleetError):
-    """The queue of the Fleet is full. No run was made.
+    """The queue of the Fleet is full, or has no more room for the run's group. No run was made.
 
     Attributes:
         queued: The number of runs that wait in the queue.

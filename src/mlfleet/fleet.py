@@ -41,7 +41,8 @@ class Fleet:
             numbers by the names of groups; None: any number. Groups take turns, however many runs each has in the
             queue. Runs without a group are not limited.
         max_queued: The number of runs that may wait in the queue; None: any number. `submit` then raises `FleetFull`,
-            or waits. A run that can start at once is never refused. Sweeps bound their runs themselves, and are not
+            or waits. A group gets a place as long as it has fewer there than are free, so that it leaves room to
+            others. A run that can start at once is never refused. Sweeps bound their runs themselves, and are not
             refused either.
         resources: The resources of this machine that its runs may use together; None: all that this process may use.
         inherit_env: The environment variables of this process that the commands of its runs get, for runs that are

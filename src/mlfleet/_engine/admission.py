@@ -28,6 +28,10 @@ class Admission:
     2. A reservation whose resources are not free is waited for: no other one that needs resources passes it, so that a
        run which needs much is not starved by many that need little.
 
+    The queue is bounded. A group gets a place in it as long as it has fewer than are free, so that no group can fill it
+    and lock out others. (This is the dynamic threshold of shared buffers in network switches: Choudhury and Hahne,
+    IEEE/ACM Transactions on Networking 6(2), 1998.)
+
     The lanes also hold the reservations of submits that wait for room in the queue. They may be granted right there,
     and enter the queue in their order.
 
@@ -57,9 +61,9 @@ class Admission:
         self._free_gpus = list(machine.gpus)
         self._active: Counter[str] = Counter()
         self._lanes: OrderedDict[tuple[str | None, bool], OrderedDict[Reservation, None]] = OrderedDict()
-        self._outside: OrderedDict[Reservation, None] = OrderedDict()
-        """The reservations in the lanes that wait for room in the queue."""
-        self._queued = 0
+        self._outside: OrderedDict[str | None, OrderedDict[Reservation, None]] = OrderedDict()
+        """The reservations in the lanes that wait for room in the queue, by group."""
+        self._queued: Counter[str | None] = Counter()
 
     def check(self, needed: Resources) -> None:
         """Check that a run could ever be admitted.
@@ -77,8 +81,8 @@ class Admission:
         Raises:
             FleetFull: The queue is full, and no slot is free for the group.
         """
-        if self._queued >= self._max_queued and (not self._free_slots or self._is_at_limit(group)):
-            raise self._full()
+        if not self._has_room(group) and (not self._free_slots or self._is_at_limit(group)):
+            raise self._full(group)
 
     def reserve(self, needed: Resources | None, *, group: str | None = None, exempt: bool = False) -> Reservation:
         """Make a reservation, to be entered and released.
@@ -102,21 +106,24 @@ class Admission:
 
     def turn_away(self) -> None:
         """Turn away all reservations that wait for room in the queue."""
-        for reservation in tuple(self._outside):
+        for reservation in [each for waiting in self._outside.values() for each in waiting]:
             self._remove(reservation)
 
-    def _full(self) -> FleetFull:
-        text = f"{self._queued} runs wait in its queue, and max_queued is {self._max_queued}"
-        return FleetFull(
-            f"the Fleet is full: {text}: submit the run later, or with wait=True",
-            queued=self._queued,
-            limit=self._max_queued,
-        )
+    def _full(self, group: str | None) -> FleetFull:
+        queued, limit = self._queued.total(), self._max_queued
+        text = f"the queue of the Fleet has {queued} of at most {limit} runs"
+        if queued < limit:
+            text += f", {self._queued[group]} of them of the group {group!r}, which must leave room to others"
+        return FleetFull(f"{text}: submit the run later, or with wait=True", queued=queued, limit=limit)
+
+    def _has_room(self, group: str | None) -> bool:
+        free = self._max_queued - self._queued.total()
+        return free > 0 and (group is None or self._queued[group] < free)
 
     def _enqueue(self, reservation: Reservation, *, wait: bool) -> None:
         lane = self._lanes.setdefault(reservation.lane, OrderedDict())
         lane[reservation] = None
-        self._outside[reservation] = None
+        self._outside.setdefault(reservation.lane[0], OrderedDict())[reservation] = None
         reservation.move(_State.OUTSIDE)
         if reservation.exempt:
             self._let_in(reservation)
@@ -126,7 +133,7 @@ class Admission:
             self._fill_queue()
         if reservation.state is _State.OUTSIDE and not wait:
             self._remove(reservation)
-            raise self._full()
+            raise self._full(reservation.lane[0])
 
     def _remove(self, reservation: Reservation) -> None:
         """Take a reservation out of the queue, or take back what it was granted."""
@@ -144,9 +151,17 @@ class Admission:
         if not lane:
             del self._lanes[reservation.lane]
         if reservation.state is _State.QUEUED:
-            self._queued -= 1
+            self._queued[reservation.lane[0]] -= 1
+            if not self._queued[reservation.lane[0]]:
+                del self._queued[reservation.lane[0]]
         else:
-            del self._outside[reservation]
+            self._stop_waiting(reservation)
+
+    def _stop_waiting(self, reservation: Reservation) -> None:
+        group = reservation.lane[0]
+        del self._outside[group][reservation]
+        if not self._outside[group]:
+            del self._outside[group]
 
     def _admit(self) -> None:
         while (reservation := self._find_next()) is not None:
@@ -172,12 +187,13 @@ class Admission:
         return None
 
     def _fill_queue(self) -> None:
-        while self._outside and self._queued < self._max_queued:
-            self._let_in(next(iter(self._outside)))
+        for group, waiting in tuple(self._outside.items()):
+            while waiting and self._has_room(group):
+                self._let_in(next(iter(waiting)))
 
     def _let_in(self, reservation: Reservation) -> None:
-        del self._outside[reservation]
-        self._queued += 1
+        self._stop_waiting(reservation)
+        self._queued[reservation.lane[0]] += 1
         reservation.move(_State.QUEUED)
 
     def _limit(self, group: str | None) -> int | None:
