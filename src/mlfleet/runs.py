@@ -172,6 +172,8 @@ class SubmittedRun(Protocol):
     def logs(self, *, follow: bool = True) -> AsyncIterator[str]:
         """Read the lines of the run's output (stdout and stderr) from its beginning, without their line ends.
 
+        The handles that mlfleet returns also take ``tail`` and ``start``; see `FleetRun.logs`.
+
         Args:
             follow: Go on until the run has ended. False returns the lines that exist now.
         """

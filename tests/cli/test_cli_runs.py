@@ -148,6 +148,7 @@ def test_logs_follow_a_run_to_its_end(server: MlflowServer, tmp_path: Path) -> N
         assert re.fullmatch(r"begun ([12])\ndone \1\n", reader.plain)
         assert driver.finish() == 0
     assert mlfleet("logs", one).stdout == reader.plain
+    assert mlfleet("logs", "--tail", "1", one).stdout == reader.plain.splitlines(keepends=True)[-1]
     assert mlfleet("wait", one, other).returncode == 0
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import anyio
 
+from mlfleet.backends._remote.run import SupervisedRun
 from mlfleet.backends.base import Backend, BackendRun
 from mlfleet.runs import JobRef
 
@@ -55,11 +56,12 @@ class SharedHandles:
             async with shared.lock:
                 if shared.handle is None:
                     shared.handle = await backend.attach(reference)
+                    if isinstance(shared.handle, SupervisedRun):
+                        shared.handle.is_foreign = True
             yield shared.handle
         finally:
             shared.users -= 1
             if not shared.users:
                 del self._shared[reference.run_id]
-                detach = getattr(shared.handle, "detach", None)
-                if detach is not None:
-                    detach()
+                if isinstance(shared.handle, SupervisedRun):
+                    shared.handle.detach()

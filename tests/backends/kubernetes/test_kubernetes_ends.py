@@ -175,6 +175,28 @@ async def test_readers_of_the_run_of_another_process_share_a_stream_and_leave_no
         await run.cancel(grace=0)
 
 
+async def test_a_program_that_ends_while_it_reads_the_run_of_another_process_leaves_it_alone(
+    fake_cluster: FakeCluster, tmp_path: Path
+) -> None:
+    uri, tracking = await project(tmp_path), FakeTracking()
+    fake_cluster.play = lambda pod: FOREVER
+    left: list[object] = []
+    async with Fleet(tracking=tracking) as driver:
+        run = await driver.submit(uri, backend="kubernetes", backend_config=CONFIG)
+        await anext(run.logs())
+
+        async def read() -> None:
+            fleet = await Fleet(tracking=tracking).__aenter__()
+            lines = (await fleet.get(run.run_id)).logs()
+            left.append((fleet, lines))
+            assert await anext(lines) == "begun"
+
+        await asyncio.to_thread(asyncio.run, read())  # which cancels all tasks at its end
+        assert [job["metadata"].get("deletionTimestamp") for job in fake_cluster.api.of_kind("jobs")] == [None]
+        assert await run.get_status() is RunStatus.RUNNING
+        await run.cancel(grace=0)
+
+
 async def test_interrupted_run_whose_end_is_not_confirmed_says_why_it_failed(
     fake_cluster: FakeCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
