@@ -91,11 +91,14 @@ class SlurmRun(SupervisedRun):
             return  # the outcome has the error
 
     async def get_status(self) -> RunStatus:
-        """Return the status of the latest poll."""
+        """Return the status of the latest poll, and RUNNING if the command has begun since."""
         if self._outcome is not None:
             return self._outcome.status
         state = self._state.value
-        return RunStatus.SCHEDULED if state is None or state.is_waiting else RunStatus.RUNNING
+        if state is not None and (not state.is_waiting or state.restarts):
+            return RunStatus.SCHEDULED if state.is_waiting else RunStatus.RUNNING
+        begun = await FILES.run(self._files.claimed_by) is not None
+        return RunStatus.RUNNING if begun else RunStatus.SCHEDULED
 
     # ---- its task ---------------------------------------------------------------------------------------------------
 
