@@ -107,11 +107,27 @@ async def test_a_stopped_controller_ends_no_run_and_a_submit_waits_for_it(
     assert (tmp_path / "executions").read_text() == "x\n"
 
 
-async def test_a_job_that_can_never_start_is_ended_with_the_reason(backend: SlurmBackend, make_job: MakeJob) -> None:
+async def test_a_job_that_can_never_start_is_ended_with_the_reason_unless_it_may_wait_for_ever(
+    backend: SlurmBackend, make_job: MakeJob
+) -> None:
+    patient = await backend.submit(make_job("true", {"nodes": 2, "start-timeout": None}))
     run = await backend.submit(make_job("true", {"nodes": 2, "start-timeout": 0.5}))
     outcome = await run.outcome()
     assert (outcome.status, outcome.kind) == (RunStatus.FAILED, FailureKind.FAILURE)
     assert "can never start: Slurm gives the reason Partition" in str(outcome.reason)
+    assert await patient.get_status() is RunStatus.SCHEDULED
+    await patient.cancel()
+
+
+async def test_the_copy_of_the_project_stays_if_it_is_to_be_kept(
+    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob
+) -> None:
+    jobs = [make_job("echo made > made", {"keep": keep}) for keep in (True, False)]
+    for job in jobs:
+        assert await (await backend.submit(job)).wait()
+    kept, removed = (slurm.work_dir / "runs" / job.run_id / "project" for job in jobs)
+    assert (kept / "made").read_text() == "made\n"
+    assert not removed.exists()
 
 
 # ---- what happens to running jobs ---------------------------------------------------------------------------------

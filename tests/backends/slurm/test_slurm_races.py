@@ -315,7 +315,10 @@ async def test_prune_removes_folders_of_arrays_and_old_copies_of_projects(
 async def test_a_job_that_reaches_its_time_limit_has_failed_with_a_timeout(
     slurm: Slurm, backend: SlurmBackend, make_job: MakeJob
 ) -> None:
-    job = make_job("sleep 600", {"time": "1"})
-    outcome = await (await backend.submit(job)).outcome()
+    job = make_job("echo ready; sleep 600", {"time": "1"})
+    run = await running(backend, job)
+    # The controller looks for jobs over their limit every 30 s.
+    await anyio.to_thread.run_sync(slurm.call, "scontrol", "update", f"jobid={run.job}", "endtime=now")
+    outcome = await run.outcome()
     assert (outcome.status, outcome.kind) == (RunStatus.FAILED, FailureKind.TIMEOUT)
     assert slurm.processes(job.run_id) == []
