@@ -118,10 +118,14 @@ def test_links_lead_to_pages_and_headings(page: Path) -> None:
             assert anchor in anchors(file), f"{match['target']} names no heading"
 
 
-def test_every_page_is_in_the_index() -> None:
-    index = (ROOT / "docs" / "index.md").read_text()
-    for page in (ROOT / "docs").glob("*.md"):
-        assert page.name == "index.md" or f"({page.name})" in index, page.name
+def test_every_page_is_in_the_index_and_in_the_tree_of_the_site() -> None:
+    folder = ROOT / "docs"
+    index = (folder / "index.md").read_text()
+    tree = re.findall(r"^[\w/-]+$", "".join(re.findall(r"^```{toctree}\n(.*?)^```$", index, re.M | re.S)), re.M)
+    pages = [str(page.relative_to(folder)) for page in folder.rglob("*.md") if page.name != "index.md"]
+    assert sorted(f"{name}.md" for name in tree) == sorted(pages)
+    for page in pages:
+        assert f"({page})" in index, page
 
 
 def test_every_public_name_is_in_the_reference() -> None:

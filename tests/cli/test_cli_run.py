@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from components import free_port, missing
-from components.command_line import ARGV, id_in, mlfleet, run_on, started
+from components.command_line import ARGV, id_in, mlfleet, read_json, run_on, started
 from components.mlflow_server import MlflowServer
 from components.projects import pid_is_gone, write_project
 from mlfleet._cli.program import _cli as cli
@@ -72,7 +72,7 @@ def test_quiet_leaves_only_errors(server: MlflowServer, tmp_path: Path) -> None:
 def test_json_is_the_only_text_on_stdout(server: MlflowServer, tmp_path: Path) -> None:
     uri = write_project(tmp_path / "demo", "echo to stdout; echo to stderr >&2; exit 3")
     done = mlfleet("run", uri, *LOCAL, "--json", "--run-name", "for machines")
-    result = json.loads(done.stdout)
+    result = read_json(done.stdout, "run")
     run = run_on(server, result["run_id"])
     assert done.returncode == 1
     assert {name: result[name] for name in ("run_name", "status", "exit_code", "reason", "project", "backend")} == {
@@ -92,7 +92,7 @@ def test_json_is_the_only_text_on_stdout(server: MlflowServer, tmp_path: Path) -
 
 def test_json_of_a_run_that_finished_has_no_error(server: MlflowServer, tmp_path: Path) -> None:
     done = mlfleet("run", write_project(tmp_path / "demo", "true"), *LOCAL, "--json")
-    result = json.loads(done.stdout)
+    result = read_json(done.stdout, "run")
     assert (done.returncode, result["status"], result["exit_code"], result["error"]) == (0, "FINISHED", 0, None)
 
 
@@ -129,7 +129,7 @@ def test_a_mistake_leaves_no_new_database(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_missing_project_is_reported_in_json_too(server: MlflowServer, tmp_path: Path) -> None:
     done = mlfleet("run", str(tmp_path / "nowhere"), "--json")
-    result = json.loads(done.stdout)
+    result = read_json(done.stdout, "run")
     assert done.returncode == 2
     assert result["run_id"] is None
     assert result["error"]["type"] == "FetchError"

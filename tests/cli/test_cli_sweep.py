@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from components.command_line import Started, mlfleet, on_terminal, run_on, started
+from components.command_line import Started, mlfleet, on_terminal, read_json, run_on, started
 from components.mlflow_server import MlflowServer
 from components.projects import pid_is_gone, write_metric_logger, write_project
 
@@ -85,7 +85,7 @@ def test_json_is_one_object_a_line(server: MlflowServer, tmp_path: Path) -> None
     done = mlfleet(
         "sweep", uri, *LOCAL, "-P", "x=2,3", "-P", "y=1", "--json", "-q", "--retries", "1", "--metric", "loss"
     )
-    events = [json.loads(line) for line in done.stdout.splitlines()]
+    events = [read_json(line, "event") for line in done.stdout.splitlines()]
     kinds = [event["event"] for event in events]
     assert (done.returncode, done.stderr) == (1, "")
     assert kinds.index("sweep") < kinds.index("queued") < kinds.index("started") < kinds.index("result")
@@ -109,6 +109,7 @@ def test_a_sweep_is_resumed_where_it_ended(server: MlflowServer, tmp_path: Path)
     refused = mlfleet(*arguments)
     assert refused.returncode == 2
     assert "there is a sweep 'again' already" in refused.stderr
+    assert read_json(refused.stdout.splitlines()[-1], "event")["error"]["type"] == "UsageError"
     kept = mlfleet(*arguments, "--resume", "--no-retry-failed")
     assert kept.returncode == 1
     assert json.loads(kept.stdout.splitlines()[-1])["earlier"] == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pty
 import re
@@ -17,14 +18,16 @@ from pathlib import Path
 from typing import IO, Any
 
 import httpx
+import jsonschema
 
 from components import stop
 from components.mlflow_server import MlflowServer
 
-__all__ = ["ARGV", "Started", "id_in", "mlfleet", "on_terminal", "run_on", "started"]
+__all__ = ["ARGV", "Started", "id_in", "mlfleet", "on_terminal", "read_json", "run_on", "started"]
 
 ARGV = (sys.executable, "-m", "mlfleet")
 CTRL_C = b"\x03"
+_SCHEMA = Path(__file__).parents[2] / "docs" / "reference" / "json-output.schema.json"
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -181,3 +184,15 @@ def run_on(server: MlflowServer, run_id: str) -> dict[str, Any]:
     answer = httpx.get(f"{server.url}/api/2.0/mlflow/runs/get", params={"run_id": run_id}, trust_env=False)
     run: dict[str, Any] = answer.raise_for_status().json()["run"]
     return run
+
+
+def read_json(text: str, kind: str) -> dict[str, Any]:
+    """Parse what ``--json`` printed, after checking it against the published schema.
+
+    Args:
+        text: The JSON.
+        kind: The definition in the schema: ``run``, or ``event`` for a line of a sweep.
+    """
+    found: dict[str, Any] = json.loads(text)
+    jsonschema.validate(found, {**json.loads(_SCHEMA.read_text()), "$ref": f"#/$defs/{kind}"})
+    return found
