@@ -116,7 +116,7 @@ task.cancelled()
 
 CALLS = {
     "run": "mlfleet.run('waits', parameters={'name': 'a'}, **local)",
-    "run_async": "await mlfleet.run_async('waits', parameters={'name': 'a'}, progress=True, **local)",
+    "run_async": "await mlfleet.run_async('waits', parameters={'name': 'a'}, **local)",
     "sweep": "mlfleet.sweep('waits', mlfleet.grid(name=['a', 'b']), max_concurrent=2, progress=True, **local)",
     "sweep_async": "await mlfleet.sweep_async('waits', mlfleet.grid(name=['a', 'b']), max_concurrent=2, **local)",
     "async fleet": """async with mlfleet.Fleet(max_concurrent=2) as fleet:

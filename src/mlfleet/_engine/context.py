@@ -17,6 +17,7 @@ import anyio
 
 from mlfleet._concurrency.broadcast import Broadcast
 from mlfleet._concurrency.cancellation import complete, wait_done
+from mlfleet._concurrency.notebook import interruptible_cells
 from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.tasks import ServiceOwner, TaskOwner
 from mlfleet._concurrency.threads import FILES
@@ -197,6 +198,7 @@ class RunContext:
     async def open(self) -> None:
         """Open tracking. A failed or cancelled call leaves nothing open."""
         try:
+            await self._services.open(interruptible_cells())
             machine = await FILES.run(self._look_around)
             self._admission = self._make_admission(machine)
             await self._services.open(self.tracking)

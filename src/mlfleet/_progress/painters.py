@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from mlfleet._concurrency.notebook import in_notebook
 from mlfleet._progress.screen import Painter, Picture, Row
 from mlfleet._progress.terminal import is_interactive, say, write_line
 from mlfleet._text.html import Html, block, escaped, table
@@ -28,10 +28,7 @@ _terminal = threading.Lock()
 
 def choose_painter() -> Painter:
     """Return the painter for this place: a notebook, a terminal that no other one uses, else lines."""
-    ipython = sys.modules.get("IPython")
-    # It may be half imported, by another thread.
-    shell = getattr(ipython, "get_ipython", lambda: None)()
-    if getattr(shell, "kernel", None) is not None:
+    if in_notebook():
         return NotebookPainter()
     if is_interactive() and _terminal.acquire(blocking=False):
         return TerminalPainter(_terminal)
