@@ -16,7 +16,18 @@ import mlfleet
 from components.projects import write_project
 from fakes.scripted_server import scripted
 from fakes.small_mlflow import SmallMlflow
-from mlfleet import Fleet, FleetRun, RunOptions, RunStatus, SubmittedRun, TrackedRun, TrackingError, UsageError, grid
+from mlfleet import (
+    FailureKind,
+    Fleet,
+    FleetRun,
+    RunOptions,
+    RunStatus,
+    SubmittedRun,
+    TrackedRun,
+    TrackingError,
+    UsageError,
+    grid,
+)
 from mlfleet.api import close_default_fleets
 from mlfleet.fleet import context_of
 from mlfleet.testing import FakeTracking
@@ -109,8 +120,8 @@ async def test_a_status_that_a_living_process_could_not_write_is_written_by_one_
         seen = await tracked(other, run.run_id)
         assert await seen.get_status() is RunStatus.RUNNING  # the process may be about to write it
         context_of(other).unseen_patience = 0
-        assert await seen.wait() is False
-        assert seen.info.tags["mlfleet.reason"] == "exit code 3"
+        outcome = await seen.outcome()
+        assert (outcome.status, outcome.reason, outcome.kind) == (RunStatus.FAILED, "exit code 3", FailureKind.FAILURE)
 
 
 async def test_following_a_run_of_this_machine_takes_no_requests(

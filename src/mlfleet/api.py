@@ -229,7 +229,7 @@ async def get(run_id: str, *, tracking_uri: str | None = None) -> FleetRun | Tra
 
     Returns:
         The `FleetRun` if the run was started by a function of this module in this loop and has not ended, else a
-        `TrackedRun`. Both can be asked for `get_status`, `wait`, `cancel` and `logs`.
+        `TrackedRun`. Both can be asked for `get_status`, `wait`, `outcome`, `cancel` and `logs`.
 
     Raises:
         TrackingError: There is no such run, or tracking cannot be reached.

@@ -305,7 +305,7 @@ class Fleet:
 
         Returns:
             The `FleetRun` if this Fleet supervises the run, else a `TrackedRun`. Both can be asked for `get_status`,
-            `wait`, `cancel` and `logs` as long as the Fleet is open.
+            `wait`, `outcome`, `cancel` and `logs` as long as the Fleet is open.
 
         Raises:
             TrackingError: There is no such run, or tracking cannot be reached.

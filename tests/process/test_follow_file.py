@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlfleet._process.process import Process, start_process
-from mlfleet._text.lines import find_tail, follow_file, last_lines
+from mlfleet._text.lines import find_tail, follow_bytes, last_lines, split_lines
 
 
 async def write(path: Path, script: str) -> Process:
@@ -22,7 +22,7 @@ async def test_lines_arrive_while_the_file_is_written(tmp_path: Path) -> None:
         path, f"echo first; while [ ! -e {tmp_path}/seen ]; do sleep 0.01; done; echo second; printf third"
     )
     lines = []
-    async for line in follow_file(path, writer.wait):
+    async for line in split_lines(follow_bytes(path, writer.wait)):
         lines.append(line)
         (tmp_path / "seen").touch()
     assert lines == ["first", "second", "third"]
@@ -42,13 +42,13 @@ async def test_following_a_file_that_never_appears_ends(tmp_path: Path) -> None:
     ended = asyncio.Event()
     ended.set()
     assert await read(tmp_path / "none", ended) == []
-    assert [line async for line in follow_file(tmp_path / "none")] == []
+    assert [line async for line in split_lines(follow_bytes(tmp_path / "none"))] == []
 
 
 async def test_without_following_only_existing_lines_are_returned(tmp_path: Path) -> None:
     path = tmp_path / "output"
     path.write_text("\n".join(map(str, range(50_000))))
-    assert [line async for line in follow_file(path)] == [*map(str, range(50_000))]
+    assert [line async for line in split_lines(follow_bytes(path))] == [*map(str, range(50_000))]
 
 
 async def test_end_wakes_followers_at_once(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ async def test_100_mb_of_binary_stay_out_of_memory(tmp_path: Path) -> None:
     writer = await write(path, "head -c 100000000 /dev/zero; echo; echo end")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     longest, last = 0, ""
-    async for line in follow_file(path, writer.wait):
+    async for line in split_lines(follow_bytes(path, writer.wait)):
         longest, last = max(longest, len(line)), line
     assert (longest, last) == (65536, "end")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # KiB
@@ -115,8 +115,8 @@ def test_the_tail_of_a_file_is_found_from_its_end(tmp_path: Path, count: int) ->
 
 
 async def read(path: Path, ended: asyncio.Event) -> list[str]:
-    return [line async for line in follow_file(path, ended.wait)]
+    return [line async for line in split_lines(follow_bytes(path, ended.wait))]
 
 
 async def read_until(path: Path, writer: Process) -> list[str]:
-    return [line async for line in follow_file(path, writer.wait)]
+    return [line async for line in split_lines(follow_bytes(path, writer.wait))]

@@ -21,7 +21,7 @@ from mlfleet.tracking.base import RunInfo, clean_reason
 if TYPE_CHECKING:
     from mlfleet._engine.context import RunContext
 
-__all__ = ["AttachedSupervisor", "FoundRun", "concluded", "find_again", "read_reference"]
+__all__ = ["AttachedSupervisor", "FoundRun", "concluded", "find_again", "read_reference", "tracked_outcome"]
 
 
 class AttachedSupervisor(Supervisor):
@@ -152,11 +152,16 @@ async def find_again(context: RunContext, info: RunInfo) -> FoundRun:
 
 def concluded(info: RunInfo) -> FoundRun:
     """Return a run that has ended as MLflow has it."""
-    reason, kind = info.tags.get(REASON_TAG), info.tags.get(FAILURE_KIND_TAG)
+    handle = _EndedRun(info.run_id, tracked_outcome(info))
+    return FoundRun(info.tags.get("mlflow.project.backend", ""), handle, None)
+
+
+def tracked_outcome(info: RunInfo) -> Outcome:
+    """Return the outcome of a run that has ended, as far as MLflow has it: without exit code and output."""
+    reason, kind = info.tags.get(REASON_TAG) or None, info.tags.get(FAILURE_KIND_TAG)
     lost = RunLost(info.tags[SweepMember.LOST_TAG]) if SweepMember.LOST_TAG in info.tags else None
     cause = FailureKind(kind) if kind in {each.value for each in FailureKind} else None
-    outcome = Outcome(info.status, reason=reason, error=lost, cause=cause)
-    return FoundRun(info.tags.get("mlflow.project.backend", ""), _EndedRun(info.run_id, outcome), None)
+    return Outcome(info.status, reason=reason, error=lost, cause=cause)
 
 
 class _EndedRun(FileOutput):

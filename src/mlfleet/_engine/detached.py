@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from mlfleet._concurrency.threads import FILES
-from mlfleet._engine.attach import find_again
+from mlfleet._engine.attach import find_again, tracked_outcome
 from mlfleet._engine.conclude import Driver, judge
 from mlfleet._engine.records import remove_record
 from mlfleet._engine.request import RunRequest
@@ -22,7 +22,7 @@ from mlfleet._process.detached import Connection
 from mlfleet.backends._output import FileOutput
 from mlfleet.errors import MlfleetError, RunCancelled, RunLost, SubmitError, UsageError
 from mlfleet.resources import Resources
-from mlfleet.runs import REASON_TAG, Outcome, RunEvent, RunStatus, Stage
+from mlfleet.runs import Outcome, RunEvent, RunStatus, Stage
 
 if TYPE_CHECKING:
     from mlfleet._engine.context import RunContext
@@ -153,8 +153,7 @@ class DetachedSupervisor(Supervisor):
         while True:
             info = await self._context.tracking.get_run(self.run_id)
             if info.status.is_terminal:
-                good = info.status is RunStatus.FINISHED
-                return Outcome(info.status, reason=None if good else info.tags.get(REASON_TAG))
+                return tracked_outcome(info)
             verdict = await judge(self._context, info, elsewhere=False)
             if verdict.driver is not Driver.LIVES:
                 break

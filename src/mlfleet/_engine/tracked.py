@@ -12,7 +12,7 @@ import anyio
 
 from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.threads import FILES
-from mlfleet._engine.attach import read_reference
+from mlfleet._engine.attach import read_reference, tracked_outcome
 from mlfleet._engine.conclude import Driver, Verdict, conclude, find_processes, judge
 from mlfleet._engine.records import ask_to_cancel, find_record
 from mlfleet._paths import run_folder
@@ -88,7 +88,11 @@ class TrackedRun:
         return self._info.status
 
     async def wait(self) -> bool:
-        """Wait until the run has ended and its status is written. Return True if it finished well.
+        """Wait until the run has ended and its status is written. Return True if it finished well."""
+        return (await self.outcome()).status is RunStatus.FINISHED
+
+    async def outcome(self) -> Outcome:
+        """Wait like `wait`, and return the outcome of the run as MLflow has it: without exit code and output.
 
         Any number of tasks may wait. A cancelled call leaves the run as it is.
 
@@ -98,7 +102,7 @@ class TrackedRun:
         """
         while (verdict := await self._ended()) is not None:
             await conclude(self._context, self._info, verdict)
-        return self._info.status is RunStatus.FINISHED
+        return tracked_outcome(self._info)
 
     async def cancel(self, *, grace: float | None = None) -> None:
         """End the run. Return once nothing of it runs any more and its status is written (KILLED).

@@ -19,7 +19,6 @@ __all__ = [
     "LogLine",
     "find_tail",
     "follow_bytes",
-    "follow_file",
     "last_lines",
     "split_lines",
     "write_all",
@@ -170,11 +169,6 @@ async def split_lines(chunks: AsyncGenerator[bytes, None], start: int = 0) -> As
                 yield line
     for line in splitter.close():
         yield line
-
-
-def follow_file(path: Path, ended: Callable[[], Awaitable[object]] | None = None) -> AsyncGenerator[LogLine, None]:
-    """Yield the lines of a growing file; see `follow_bytes`."""
-    return split_lines(follow_bytes(path, ended))
 
 
 async def follow_bytes(

@@ -17,7 +17,7 @@ from components.fake_kubernetes import FakeCluster
 from fakes.kubernetes import ApiFailure, Log
 from fakes.kubernetes_node import Acting
 from mlfleet._paths import run_folder
-from mlfleet._text.lines import follow_file
+from mlfleet._text.lines import follow_bytes, split_lines
 from mlfleet.backends.base import Job
 from mlfleet.backends.kubernetes import KubernetesBackend
 from mlfleet.backends.kubernetes.output import ContainerLife, Copier, LogSlots
@@ -265,7 +265,7 @@ async def test_large_log_that_is_quiet_is_read_again_for_old_kubelets(
         for number in range(3):
             write(log, number)
             with anyio.fail_after(10):
-                async for line in follow_file(tmp_path / "copy.log", asyncio.Event().wait):
+                async for line in split_lines(follow_bytes(tmp_path / "copy.log", asyncio.Event().wait)):
                     if line == f"line {number}":
                         break
             log.rotate()
