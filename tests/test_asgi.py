@@ -238,6 +238,9 @@ async def test_the_log_of_a_run_is_resumed_where_it_broke_off(start: Callable[..
         for index, event in enumerate(whole[:3]):
             rest = await read(client, f"/runs/{run_id}/logs", after=event["id"])
             assert rest == whole[index + 1 :]
+        # A browser asks again after the end, until it is told that there is nothing more.
+        answer = await client.get(f"/runs/{run_id}/logs", headers={"Last-Event-ID": whole[-1]["id"]})
+        assert answer.status_code == 204
 
 
 MISTAKES: list[tuple[str, str, object, int, str]] = [

@@ -118,8 +118,11 @@ async def show_mlfleet_error(request: Request, error: mlfleet.MlfleetError) -> R
 
 async def stream_logs(request: Request) -> Response:
     run = await request.state.fleet.get(request.path_params["run_id"])
+    last = request.headers.get("Last-Event-ID", "0")
+    if last == "end":
+        return Response(status_code=204)  # which ends the reconnecting of a browser
     try:
-        start = int(request.headers.get("Last-Event-ID", "0"))
+        start = int(last)
     except ValueError:
         raise HTTPException(400, "Last-Event-ID is not a number") from None
 
@@ -128,7 +131,7 @@ async def stream_logs(request: Request) -> Response:
             async with aclosing(run.logs(start=start)) as logs:
                 async for line in logs:
                     yield server_sent(line, id=line.end)
-            yield server_sent(await run.get_status(), event="end")
+            yield server_sent(await run.get_status(), id="end", event="end")
         except mlfleet.MlfleetError as error:  # the answer has begun: it is too late for a status
             yield server_sent(str(error), event="problem")
 
