@@ -124,6 +124,19 @@ async def test_a_status_that_a_living_process_could_not_write_is_written_by_one_
         assert (outcome.status, outcome.reason, outcome.kind) == (RunStatus.FAILED, "exit code 3", FailureKind.FAILURE)
 
 
+async def test_a_run_whose_code_has_set_its_status_and_goes_on_is_awaited_and_cancelled(
+    fleet: Fleet, other: Fleet, tracking: FakeTracking, tmp_path: Path
+) -> None:
+    run = await fleet.submit(patient(tmp_path), **LOCAL)
+    await anext(run.logs())
+    await tracking.update_run(run.run_id, RunStatus.FINISHED)
+    seen = await tracked(other, run.run_id)
+    waiting = asyncio.create_task(seen.outcome())
+    await seen.cancel(grace=0.1)
+    assert fleet.runs == ()
+    assert (await waiting).status is (await run.outcome()).status is RunStatus.KILLED
+
+
 async def test_following_a_run_of_this_machine_takes_no_requests(
     fleet: Fleet, other: Fleet, tracking: FakeTracking, tmp_path: Path
 ) -> None:

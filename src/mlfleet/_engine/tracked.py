@@ -14,7 +14,7 @@ from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.attach import read_reference, tracked_outcome
 from mlfleet._engine.conclude import Driver, Verdict, conclude, find_processes, judge
-from mlfleet._engine.records import ask_to_cancel, find_record
+from mlfleet._engine.records import RunRecord, ask_to_cancel, find_record
 from mlfleet._paths import run_folder
 from mlfleet._text.lines import LogLine
 from mlfleet._text.plain import short
@@ -174,7 +174,7 @@ class TrackedRun:
         """
         pause, watch = SHORTEST_PAUSE, self._watch()
         while True:
-            if await FILES.run(partial(_is_active, self.run_id)):
+            if await FILES.run(partial(_active_record, self.run_id)) is not None:
                 longest = _PAUSE_HERE  # no requests as long as a process of this machine supervises the run
             elif (await self._refresh()).status.is_terminal:
                 return None
@@ -279,6 +279,10 @@ class TrackedRun:
     async def _cancel(self, grace: float | None) -> None:
         context, info = self._context, await self._refresh()
         if info.status.is_terminal:
+            # Its own code has set the status and goes on, or another process is ending it.
+            record = await FILES.run(partial(_active_record, self.run_id))
+            if record is not None and await FILES.run(partial(ask_to_cancel, record, grace)):
+                await self._ended()
             return
         verdict = await judge(context, info, elsewhere=False)
         if verdict.is_left:
@@ -372,10 +376,10 @@ class _KeptOutput(FileOutput):
         return await self._run._ended()
 
 
-def _is_active(run_id: str) -> bool:
-    """Return True if a living process of this machine has recorded a run and not its end. Blocking."""
+def _active_record(run_id: str) -> RunRecord | None:
+    """Return the record of a run if its process lives, on this machine, and has not seen its end. Blocking."""
     record = find_record(run_id)
-    return record is not None and record.outcome is None and record.driver_lives() is True
+    return record if record is not None and record.outcome is None and record.driver_lives() else None
 
 
 class Watch(Protocol):
