@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+from sphinx.domains.python import PyObject
+from sphinx.pycode import ModuleAnalyzer
 
 import mlfleet
 from mlfleet._engine.options import OPTIONS
@@ -29,6 +33,22 @@ autodoc_typehints = "signature"
 autodoc_default_options = {"members": True}
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+# The signatures have the types, by the names that are public.
+napoleon_attr_annotations = False
+# `--json` is to stay two hyphens.
+smartquotes = False
+
+_MADE_BY_MLFLEET = {
+    "BlockingRun",
+    "FleetRun",
+    "RunStatus",
+    "Stage",
+    "SubmittedRun",
+    "Subscription",
+    "Sweep",
+    "TrackedRun",
+}
+"""Classes whose constructors are not for callers."""
 
 
 def describe_options(_app: Any, _what: str, name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
@@ -39,6 +59,28 @@ def describe_options(_app: Any, _what: str, name: str, _obj: Any, _options: Any,
         lines += ["", *(f":ivar {key}: {texts[key]}" for key in keys)]
 
 
+def describe_alias(_app: Any, what: str, name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
+    """Describe an alias of a type by the text below it, where autodoc takes that of the type itself."""
+    if what == "data":
+        for module in ("mlfleet._engine.options", "mlfleet._sweeps.settings", "mlfleet.spaces"):
+            texts = ModuleAnalyzer.for_module(module).find_attr_docs()
+            lines[:] = texts.get(("", name.rpartition(".")[2]), lines)
+
+
+def tidy_signature(
+    _app: Any, _what: str, name: str, _obj: Any, _options: Any, signature: str | None, returned: str | None
+) -> tuple[str, str | None]:
+    """Return a signature without private arguments and modules; none for classes whose instances mlfleet makes."""
+    if name.rpartition(".")[2] in _MADE_BY_MLFLEET:
+        return "", None
+    return re.sub(r", _\w+: .+ = None|~(\w+\.)+", "", signature or ""), returned
+
+
 def setup(app: Any) -> None:
     """Connect what this page adds to Sphinx."""
     app.connect("autodoc-process-docstring", describe_options)
+    app.connect("autodoc-process-docstring", describe_alias)
+    app.connect("autodoc-process-signature", tidy_signature)
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":
+            field.label = "Fields"

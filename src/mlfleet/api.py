@@ -263,7 +263,7 @@ async def sweep_async(
         options: The other arguments of `Fleet.sweep`.
 
     Returns:
-        The results of all points, also of those that failed: `SweepResult.check` raises if there are any.
+        The results of all points, also of those that failed. `SweepResult.check` raises if there are any.
 
     Raises:
         MlfleetError: The request, the project or the first point is wrong, or tracking cannot be reached. No run was

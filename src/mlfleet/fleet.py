@@ -281,7 +281,7 @@ class Fleet:
             tracking: A `Tracking` of your own, instead of the URI.
 
         Returns:
-            The handle. A run that was lost has failed: `FleetRun.check` raises.
+            The handle. For a run that was lost, which has failed, `FleetRun.check` raises.
 
         Raises:
             UsageError: The run has ended already, or ends with the process that started it.
@@ -335,9 +335,9 @@ class Fleet:
 
     @property
     def counts(self) -> FleetCounts:
-        """The numbers of the runs that have not ended: queued, preparing and running, and the same by group.
+        """The numbers of the runs that are queued, preparing and running, and the same by group.
 
-        Detached runs are not counted.
+        Runs that have ended and detached runs are not counted.
         """
         return self._context.counts
 

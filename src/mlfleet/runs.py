@@ -54,7 +54,7 @@ class RunStatus(StrEnum):
 
     @property
     def is_terminal(self) -> bool:
-        """True for FINISHED, FAILED and KILLED: the run has ended and its status will not change."""
+        """True if the run has ended, as FINISHED, FAILED or KILLED. The status will not change then."""
         return self in (RunStatus.FINISHED, RunStatus.FAILED, RunStatus.KILLED)
 
 
@@ -114,7 +114,7 @@ class FailureKind(StrEnum):
     """The kinds of failure, as far as they matter for trying again."""
 
     INFRASTRUCTURE = "infrastructure"
-    """The surroundings failed: the environment, the backend, the tracking server, a lost machine."""
+    """The surroundings failed, such as the environment, the backend, the tracking server or the machine."""
     PREEMPTED = "preempted"
     """The machine was taken away from the run."""
     OOM = "oom"

@@ -57,7 +57,7 @@ class FleetRun:
 
     @property
     def info(self) -> RunInfo:
-        """The MLflow run as it was created: its ids, its name, the place of its artifacts."""
+        """The MLflow run as it was created, with its ids, its name and the place of its artifacts."""
         info = self._supervisor.info
         if info is None:
             raise UsageError("this run has no MLflow run: it was cancelled before there was one")

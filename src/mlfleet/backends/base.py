@@ -301,7 +301,7 @@ class Backend(ABC, Generic[Config]):
             folder: The folder of the project.
 
         Returns:
-            The text for the command. None: a file of this machine is meant, to which URIs are downloaded.
+            The text for the command; None for a file of this machine, to which a URI is downloaded.
 
         Raises:
             ValueError: The command would not find it; the text says why and what to do.
@@ -349,7 +349,7 @@ class Backend(ABC, Generic[Config]):
             config: The result of `configure`.
 
         Returns:
-            The folder, which is at the same path where the runs are; None: they run on this machine, or need neither.
+            The folder, which is at the same path where the runs are; None if they run on this machine, or need neither.
         """
         return None
 
@@ -473,7 +473,7 @@ class Backend(ABC, Generic[Config]):
         """Keep a run from beginning, if it has not begun yet.
 
         Returns:
-            True if the run never begins. False if it has begun, or cannot be kept from it: it must be cancelled.
+            True if the run never begins. False if it has begun, or cannot be kept from it, and so must be cancelled.
 
         Raises:
             BackendError: It can be ended only elsewhere.
