@@ -69,11 +69,11 @@ def describe_alias(_app: Any, what: str, name: str, _obj: Any, _options: Any, li
 
 def tidy_signature(
     _app: Any, _what: str, name: str, _obj: Any, _options: Any, signature: str | None, returned: str | None
-) -> tuple[str, str | None]:
+) -> tuple[str, str | None] | None:
     """Return a signature without private arguments and modules; none for classes whose instances mlfleet makes."""
     if name.rpartition(".")[2] in _MADE_BY_MLFLEET:
         return "", None
-    return re.sub(r", _\w+: .+ = None|~(\w+\.)+", "", signature or ""), returned
+    return (re.sub(r", _\w+: .+ = None|~(\w+\.)+", "", signature), returned) if signature else None
 
 
 def setup(app: Any) -> None:
