@@ -208,11 +208,15 @@ async def test_a_grace_longer_than_killwait_is_kept(slurm: Slurm, backend: Slurm
 # ---- many jobs ----------------------------------------------------------------------------------------------------
 
 
-async def test_submits_of_the_same_moment_become_one_array(
+async def test_submits_that_follow_each_other_become_one_array(
     slurm: Slurm, backend: SlurmBackend, make_job: MakeJob
 ) -> None:
     jobs = [make_job(f"echo {index}; exit {index % 2}", {"array": True}) for index in range(8)]
-    runs = await asyncio.gather(*(backend.submit(job) for job in jobs))
+    submits = []
+    for job in jobs:
+        submits.append(asyncio.create_task(backend.submit(job)))
+        await asyncio.sleep(0.12)  # the tracking server creates one run after the other
+    runs = await asyncio.gather(*submits)
     assert len({run.job.partition("_")[0] for run in runs}) == 1
     assert sorted(run.job.partition("_")[2] for run in runs) == [str(index) for index in range(8)]
     outcomes = [await run.outcome() for run in runs]

@@ -74,7 +74,7 @@ class SlurmConfig:
         setup: Lines of bash that run before the command, such as ``module load``.
         start_timeout: Seconds for which a job may wait for a reason that does not pass by itself; None: no limit.
         latency: Seconds after which a file that was written on a node is visible on this machine.
-        array: True if submits with equal options that wait at the same time become one array of jobs.
+        array: True if submits with equal options that follow each other become one array of jobs.
         keep: True if the run's copy of the project stays after the end of the run.
         tracking_uri: The address of the tracking server or store as the nodes reach it; None: the same as here.
     """

@@ -1,10 +1,11 @@
-"""Submits of runs: each as a job of its own, or those that wait at the same moment as one array."""
+"""Submits of runs: each as a job of its own, or those that follow each other as one array."""
 
 from __future__ import annotations
 
 import asyncio
 import copy
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +24,8 @@ from mlfleet.errors import SubmitError
 __all__ = ["ArraySubmitter", "single"]
 
 _log = get_logger("mlfleet.slurm")
-_GATHER = 0.2  # seconds in which submits with equal options gather for an array
+_GATHER = 0.5  # seconds without a further submit with equal options after which an array is complete
+_GATHER_AT_MOST = 3.0  # seconds after which it is submitted although further runs come
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ def single(files: RunFiles, arguments: tuple[str, ...]) -> Submission:
 class ArraySubmitter:
     """Submits runs as arrays.
 
-    Runs with equal options that wait at the same moment become one array. A run that waits alone becomes a single job.
+    Runs with equal options that follow each other become one array. A run that comes alone becomes a single job.
 
     Args:
         client: The client of the cluster.
@@ -126,9 +128,13 @@ class ArraySubmitter:
     async def _submit_batch(self, key: object, arguments: tuple[str, ...], batch: _Batch) -> None:
         # While an array is being submitted the runs of the next one gather.
         async with self._locks.setdefault(key, anyio.Lock()):
-            await anyio.sleep(_GATHER)
-            self._close(key, batch)
             count = max(1, self._client.largest_array)  # MaxArraySize=0: the cluster takes no arrays
+            # A sweep's runs come one after the other, as fast as the tracking server creates them.
+            deadline, gathered = time.monotonic() + _GATHER_AT_MOST, 0
+            while gathered < len(batch.runs) < count and time.monotonic() < deadline:
+                gathered = len(batch.runs)
+                await anyio.sleep(_GATHER)
+            self._close(key, batch)
             for start in range(0, len(batch.runs), count):
                 await self._submit_chunk(batch.runs[start : start + count], arguments)
 
