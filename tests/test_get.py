@@ -245,6 +245,16 @@ async def test_a_stream_of_lines_is_resumed_where_it_broke_off(fleet: Fleet, oth
     assert [line async for line in run.logs(start=10_000)] == []
 
 
+async def test_any_number_is_a_place_in_the_output(fleet: Fleet, tmp_path: Path) -> None:
+    """A service gets it from its clients. None of these fits into what the system calls the size of a file."""
+    run = await fleet.submit(write_project(tmp_path / "demo", "echo 1; echo 2"), **LOCAL)
+    await run.wait()
+    for handle in (run, await fleet.get(run.run_id)):
+        assert [line async for line in handle.logs(tail=10**30)] == ["1", "2"]
+        assert [line async for line in handle.logs(start=10**18)] == []
+        assert [line async for line in handle.logs(start=10**30, follow=False)] == []
+
+
 async def collect(run: FleetRun | TrackedRun, *, tail: int) -> list[str]:
     return [line async for line in run.logs(tail=tail)]
 

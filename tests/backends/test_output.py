@@ -44,6 +44,7 @@ class OldRun:
         (None, 0, LINES),
         (2, 0, LINES[2:]),
         (9, 0, LINES),
+        (10**30, 0, LINES),
         (0, 0, []),
         (None, 4, LINES[1:]),
         (None, 8, ["lf", "", "three"]),

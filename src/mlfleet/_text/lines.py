@@ -224,6 +224,8 @@ def _size(path: Path) -> int:
 def _read(path: Path, offset: int) -> bytes:
     try:
         with path.open("rb", buffering=0) as file:
+            if offset >= file.seek(0, os.SEEK_END):  # it may be larger than any place that `seek` takes
+                return b""
             file.seek(offset)
             return file.read(_CHUNK)
     except FileNotFoundError:

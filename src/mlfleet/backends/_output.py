@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable
@@ -72,6 +73,7 @@ async def find_start(handle: BackendRun | FileOutput, *, tail: int | None, start
             raise UsageError(f"{name} is {value}: give 0 or more")
     if tail is None:
         return start
+    tail = min(tail, sys.maxsize - 1)  # the longest deque has one more
     if isinstance(handle, FileOutput):
         return max(start, await handle.find_tail(tail))
     ends = deque((0,), maxlen=tail + 1)
