@@ -69,6 +69,17 @@ def test_a_named_file_must_be_there_and_may_be_empty(tmp_path: Path) -> None:
     assert mlfleet.read_settings(empty).run_options() == {}
 
 
+def test_a_file_that_cannot_be_read_is_not_passed_over(settings_file: Path) -> None:
+    settings_file.unlink()
+    settings_file.symlink_to("nowhere.toml")
+    with pytest.raises(mlfleet.SpecError, match="there is no such file"):
+        mlfleet.read_settings()
+    settings_file.unlink()
+    settings_file.mkdir()
+    with pytest.raises(mlfleet.SpecError, match="this is a folder"):
+        mlfleet.read_settings()
+
+
 @pytest.mark.parametrize(
     ("text", "error"),
     [
@@ -82,6 +93,7 @@ def test_a_named_file_must_be_there_and_may_be_empty(tmp_path: Path) -> None:
         ("backends.slrum.time = 'env-manager'", "FILE, line 1: there is no backend 'slrum', did you mean 'slurm'?"),
         ("[backends]\nslurm = 'gpu'", "FILE, line 2: backends.slurm is 'gpu': give a table, as in [backends.slurm]"),
         ("jobs = 1\njobs = 2", "FILE: not TOML: "),
+        (f"jobs = {'9' * 5000}", "FILE: not TOML: Exceeds the limit "),
         (
             "x = '''\njobs = 3'''",
             "FILE, line 1: the key 'x' is unknown. Known are backend, backends, env-manager, jobs, tracking-uri",

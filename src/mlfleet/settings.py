@@ -158,8 +158,8 @@ def _search() -> Path | None:
     home = Path(os.path.realpath(os.path.expanduser("~")))  # noqa: PTH111 - raises an error then
     for folder in (here, *here.parents):
         own, shared = folder / _OWN_FILE, folder / _SHARED_FILE
-        # `os.path`: False also where a folder may not be looked into.
-        if os.path.isfile(own):  # noqa: PTH113
+        # `os.path`: False also where a folder may not be looked into. A broken link must not go unnoticed.
+        if os.path.lexists(own):
             return own
         if os.path.isfile(shared) and _mentions_mlfleet(shared) and _read_table(shared) is not None:  # noqa: PTH113
             return shared

@@ -146,6 +146,7 @@ def test_config_show_says_where_each_value_is_from_and_hides_secrets(tmp_path: P
         tmp_path / "pyproject.toml",
         "[tool.mlfleet]", 'tracking-uri = "https://ada:s3cret@tracking.example"', "[tool.mlfleet.backends.kubernetes]",
         'job-template = {metadata = {annotations = {"api-token" = "s3cret"}}}', 'tracking-uri = "http://a:s3cret@b"',
+        "[[tool.mlfleet.backends.databricks.new-cluster.init]]", 'password = "s3cret"',
     )  # fmt: skip
     done = mlfleet("config", "show", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -84,4 +84,6 @@ def _hide(name: str, value: Any) -> Any:
     """Return a value without its secrets, by its name and by the names in it."""
     if is_secret_name(name):
         return MASK
+    if isinstance(value, list):
+        return [_hide(name, each) for each in value]
     return {key: _hide(key, each) for key, each in value.items()} if isinstance(value, Mapping) else masked(value)

@@ -286,7 +286,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
     try:
         return tomllib.loads(_read(path, MAX_TOML_SIZE).decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # also of numbers with thousands of digits
         raise SpecError(f"not TOML: {error}", path=path) from error
     except RecursionError as error:
         raise SpecError("nested too deeply", path=path) from error
@@ -322,7 +322,7 @@ def _has_key(lines: Sequence[str], keys: Sequence[str]) -> bool | None:
 
     try:
         data: Any = tomllib.loads("\n".join(lines))
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return None
     for key in keys:
         if not isinstance(data, dict) or key not in data:
