@@ -49,6 +49,13 @@ async def lines(run: FleetRun) -> list[str]:
     return [line async for line in run.logs()]
 
 
+async def test_an_empty_uri_is_none(tracking: FakeTracking, uri: str) -> None:
+    """As that of a tenant who has no server."""
+    async with Fleet(tracking=tracking) as fleet:
+        run = await fleet.submit(uri, tracking_uri="", env_manager="local")
+        assert await lines(run) == ["memory:"]
+
+
 async def test_a_run_is_tracked_where_its_submit_says(tracking: FakeTracking, uri: str) -> None:
     other = OpenedTracking(uri="memory:other")
     async with Fleet(tracking=tracking) as fleet:

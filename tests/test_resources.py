@@ -43,6 +43,7 @@ def test_memory_uses_the_notation_of_kubernetes(memory: int | str, count: int) -
         (lambda: Resources(gpus=0.5), "gpus is 0.5: give a whole number"),  # type: ignore[arg-type]
         (lambda: Resources(memory="4 Gigs"), "memory is '4 Gigs'"),
         (lambda: Resources(memory=0), "memory is 0"),
+        (lambda: Resources(memory="9" * 400), "memory is '999"),
         (lambda: Resources(memory=True), "memory is True"),
     ],
 )

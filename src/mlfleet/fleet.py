@@ -330,7 +330,12 @@ class Fleet:
         Args:
             buffer: The number of events that are kept for this reader. If it is slower, the oldest ones are dropped,
                 and `RunEvent.lost` of the next one is their number.
+
+        Raises:
+            UsageError: `buffer` is not 1 or more.
         """
+        if buffer < 1:
+            raise UsageError(f"buffer is {buffer}: give 1 or more")
         return self._context.events.subscribe(buffer)
 
     @property

@@ -170,9 +170,7 @@ def _parse(memory: int | str | None) -> int | None:
     if isinstance(memory, int) and not isinstance(memory, bool) and memory > 0:
         return memory
     match = _QUANTITY.fullmatch(memory) if isinstance(memory, str) else None
-    number = 0
-    if match is not None:
-        number = int(float(match[1]) * _UNITS[(match[2] or "").upper()])
-    if number <= 0:
+    number = 0.0 if match is None else float(match[1]) * _UNITS[(match[2] or "").upper()]
+    if not 1 <= number < math.inf:
         raise UsageError(f"Resources: memory is {memory!r}: give bytes, or a text like '512Mi' or '4Gi'")
-    return number
+    return int(number)

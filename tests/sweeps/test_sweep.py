@@ -486,6 +486,11 @@ def test_the_blocking_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert [(each.earlier, each.attempts) for each in again.results] == [(True, 1), (True, 1), (False, 2), (False, 1)]
 
 
+async def test_a_reader_of_events_needs_room_for_one(fleet: Fleet) -> None:
+    with pytest.raises(UsageError, match="buffer is 0: give 1 or more"):
+        fleet.events(buffer=0)
+
+
 async def test_several_readers_of_events_and_one_that_sleeps(fleet: Fleet, tmp_path: Path) -> None:
     uri = project(tmp_path, "true")
     early, lazy = fleet.events(), fleet.events(buffer=5)

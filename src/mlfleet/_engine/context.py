@@ -230,6 +230,7 @@ class RunContext:
         if tracking_uri is not None and tracking is not None:
             raise UsageError("both tracking and tracking_uri are given: give one of them")
         self.check_open()
+        tracking_uri = tracking_uri or None  # an empty one is none, as in the environment
         if tracking_uri is None and tracking is None:
             record = await FILES.run(partial(find_record, run_id)) if run_id is not None and self._others else None
             key = None if record is None else record.tracking
