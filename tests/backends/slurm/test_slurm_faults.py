@@ -186,6 +186,18 @@ async def test_a_job_that_the_administrator_requeues_runs_again(
     assert executions.read_text() == "hush-hush\nhush-hush\n"
 
 
+async def test_a_job_that_the_administrator_suspends_goes_on_afterwards(
+    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob, tmp_path: Path
+) -> None:
+    run = await running(backend, make_job(f"echo ready; until [ -e {tmp_path}/go ]; do sleep 0.05; done; exit 7"))
+    await call(slurm, "scontrol", "suspend", run.job)
+    await until(lambda: slurm.jobs("-j", run.job) == [f"{run.job} SUSPENDED"])
+    assert await run.get_status() is RunStatus.RUNNING
+    await call(slurm, "scontrol", "resume", run.job)
+    (tmp_path / "go").touch()
+    assert (await run.outcome()).exit_code == 7
+
+
 async def test_what_a_command_leaves_in_other_sessions_is_ended_with_the_job(
     slurm: Slurm, backend: SlurmBackend, make_job: MakeJob
 ) -> None:
