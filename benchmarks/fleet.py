@@ -3,8 +3,10 @@
 Runs one no-op project many times through one Fleet, and compares with bare ``asyncio.create_subprocess_exec`` of the
 same command, the same number at a time. Tracking is a fake in memory, or with --server a real MLflow server on loopback
 (which is then the bottleneck, so that the CPU time of the driver for each run counts). The limit there is the same four
-requests by bare httpx around the same process, with nothing else: no retries, no logs, no check of the status. Each of
-the two alone, and the same requests by aiohttp, show what the machine takes for a process and for four requests.
+requests by bare httpx around the same process, with nothing else: no retries, no logs, no check of the status. As many
+runs as may be active are submitted at a time, on both sides: one that waits in the Fleet's queue would make more
+requests. Each of the two alone, and the same requests by aiohttp, show what the machine takes for a process and for
+four requests.
 --aiohttp measures a Fleet with the transport of httpx-aiohttp, too.
 """
 
@@ -143,15 +145,18 @@ async def requests_per_run(uri: str, folder: Path) -> float:
         async with Fleet(tracking=RestTracking(uri, client=client)) as fleet:
             await fleet_runs(fleet, 1, folder)
             seen.clear()
-            await fleet_runs(fleet, 20, folder)
+            await fleet_runs(fleet, 20, folder, at_once=1)
         return len(seen) / 20
 
 
-async def fleet_runs(fleet: Fleet, count: int, folder: Path) -> None:
+async def fleet_runs(fleet: Fleet, count: int, folder: Path, *, at_once: int | None = None) -> None:
+    slots = asyncio.Semaphore(at_once or count)
+
     async def one(n: int) -> None:
-        run = await fleet.submit(folder, parameters={"n": n}, env_manager="local")
-        if (await run.outcome()).status is not RunStatus.FINISHED:
-            raise RuntimeError(f"a run failed: {await run.outcome()}")
+        async with slots:
+            run = await fleet.submit(folder, parameters={"n": n}, env_manager="local")
+            if (await run.outcome()).status is not RunStatus.FINISHED:
+                raise RuntimeError(f"a run failed: {await run.outcome()}")
 
     await asyncio.gather(*(one(n) for n in range(count)))
 
@@ -232,7 +237,8 @@ async def measure(args: argparse.Namespace, uri: str | None, folder: Path) -> di
         for label, open_ in fleets.items():
             async with Fleet(tracking=open_(), max_concurrent=args.concurrency) as fleet:
                 await fleet_runs(fleet, 5, folder)  # what is opened and imported at the first use
-                found[label] = await timed(partial(fleet_runs, fleet, args.count, folder), ticking=uri is None)
+                runs = partial(fleet_runs, fleet, args.count, folder, at_once=args.concurrency if uri else None)
+                found[label] = await timed(runs, ticking=uri is None)
         if n:  # the first round warms up
             for label, row in found.items():
                 rows[label].append(row)
