@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import yaml
 from components.mlflow_server import MlflowServer
 from mlfleet import errors
 from mlfleet._cli.program import _cli as cli
+from mlfleet._cli.sweep_space import read_space
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -35,7 +37,7 @@ TEST_VARIABLES = {
 
 _PUBLIC = ("mlfleet", "mlfleet.tracking", "mlfleet.backends", "mlfleet.testing", "mlfleet.asgi", "mlfleet.otel")
 _SOURCE = "https://github.com/mlfleet/mlfleet/tree/main/"
-_FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<text>.*?)^```$", re.M | re.S)
+_FENCE = re.compile(r"^ *```(?P<info>[^\n]*)\n(?P<text>.*?)^ *```$", re.M | re.S)
 _LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 _VARIABLE = re.compile(r"\b(?:MLFLOW|MLFLEET)_[A-Z0-9_]*[A-Z0-9]\b")
 
@@ -60,7 +62,7 @@ def blocks(info: str) -> list[Block]:
         text = page.read_text()
         for match in _FENCE.finditer(text):
             if match["info"] == info:
-                found.append(Block(page, text.count("\n", 0, match.start()) + 1, info, match["text"]))
+                found.append(Block(page, text.count("\n", 0, match.start()) + 1, info, textwrap.dedent(match["text"])))
     return found
 
 
@@ -194,7 +196,9 @@ def test_command_lines_are_understood(block: Block) -> None:
             assert found is not None, f"there is no command {name}"
             command = found
         else:
-            command.make_context("mlfleet", arguments, parent=context)
+            options = command.make_context("mlfleet", arguments, parent=context).params
+            if command.name == "sweep" and options["points"] is None:
+                read_space(options["param_list"], draws=options["draws"], seed=options["seed"])
 
 
 def test_the_pages_have_blocks_to_check() -> None:
