@@ -8,13 +8,11 @@ import os
 import time
 import uuid
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import anyio
 
@@ -25,9 +23,9 @@ from mlfleet._environments.env_files import read_python_requirements
 from mlfleet._environments.pip_requirements import flatten
 from mlfleet._paths import run_folder
 from mlfleet._run_log import get_logger
-from mlfleet.backends._remote.owner import describe_this_process, owner_lives
-from mlfleet.backends._remote.run import SupervisedRuns
-from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job, ListedRun, Presence
+from mlfleet.backends._remote.backend import RemoteBackend
+from mlfleet.backends._remote.owner import owner_lives
+from mlfleet.backends.base import BackendRun, DockerRequest, Job, ListedRun, Presence
 from mlfleet.backends.databricks import request
 from mlfleet.backends.databricks.client import Timing, Workspace, WorkspaceError
 from mlfleet.backends.databricks.config import DatabricksConfig, TaskKind, Upload, UploadKind, parse_config
@@ -125,7 +123,7 @@ class _Left:
     is_active: bool
 
 
-class DatabricksBackend(Backend[DatabricksConfig]):
+class DatabricksBackend(RemoteBackend[DatabricksConfig]):
     """A backend that runs jobs as one-time runs (``runs/submit``) of Databricks workspaces.
 
     The workspace is that of ``profile`` in ``backend_config``, else that of the tracking URI. Closing the backend
@@ -136,29 +134,12 @@ class DatabricksBackend(Backend[DatabricksConfig]):
     """
 
     name: ClassVar[str] = "databricks"
-    hides_environment: ClassVar[bool] = True
-    needs_login: ClassVar[bool] = True
 
     def __init__(self, *, timing: Timing | None = None) -> None:
+        super().__init__()
         self._timing = timing or Timing()
-        self._stack = AsyncExitStack()
         self._contexts: SingleFlight[tuple[str | None, str], _WorkspaceContext] = SingleFlight(keep=True)
-        self._runs = SupervisedRuns()
         self._attempts: dict[str, str] = {}
-        self._this_process: Mapping[str, Any] = {}
-
-    async def __aenter__(self) -> Self:
-        self._this_process = await FILES.run(describe_this_process)
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await complete(self._close, restart=True)
-
-    async def _close(self) -> None:
-        await self._runs.close()
-        await self._stack.aclose()
 
     def configure(self, config: Mapping[str, Any]) -> DatabricksConfig:
         """Parse ``backend_config``: a cluster, or a mapping of settings; see `parse_config`.
@@ -377,12 +358,6 @@ class DatabricksBackend(Backend[DatabricksConfig]):
             folder, _, name = left.record.argument.partition("/arguments/")
             await open_folder(workspace, folder).remove_file(f"arguments/{name}")
         await FILES.run(partial(remove_record, reference.run_id))
-
-    async def is_abandoned(self, ref: JobRef) -> bool:
-        """Return True if the run has ended or is gone, and so is the process that submitted it on this machine."""
-        if await FILES.run(partial(owner_lives, ref.data.get("owner"))) is not False:
-            return False
-        return await self.presence(ref) is not Presence.ACTIVE
 
     async def presence(self, ref: JobRef) -> Presence:
         """Return the state of the run; see `Backend.presence`."""

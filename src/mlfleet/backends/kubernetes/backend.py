@@ -10,8 +10,7 @@ from dataclasses import asdict
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import anyio
 
@@ -20,9 +19,9 @@ from mlfleet._concurrency.threads import FILES, LOGINS
 from mlfleet._concurrency.throttle import Throttle
 from mlfleet._paths import run_folder
 from mlfleet._text.masking import MASK
-from mlfleet.backends._remote.owner import describe_this_process, owner_lives, owner_text
-from mlfleet.backends._remote.run import SupervisedRuns
-from mlfleet.backends.base import Backend, BackendRun, DockerRequest, Job, ListedRun, Presence
+from mlfleet.backends._remote.backend import RemoteBackend
+from mlfleet.backends._remote.owner import owner_lives, owner_text
+from mlfleet.backends.base import BackendRun, DockerRequest, Job, ListedRun, Presence
 from mlfleet.backends.kubernetes.client import KubernetesClient
 from mlfleet.backends.kubernetes.config import KubernetesConfig, StartTimeouts, parse_config
 from mlfleet.backends.kubernetes.delivery import Deliveries, preview_code
@@ -55,7 +54,7 @@ _AT_ONCE = 10  # Jobs that are created at the same time; more would delay other 
 _GRACE = 60.0  # seconds to delete a Job whose submission is cancelled
 
 
-class KubernetesBackend(Backend[KubernetesConfig]):
+class KubernetesBackend(RemoteBackend[KubernetesConfig]):
     """Runs each job as a ``batch/v1`` Job of a cluster.
 
     Leaving the backend ends the Jobs that it submitted. Jobs that it attached to go on.
@@ -66,32 +65,16 @@ class KubernetesBackend(Backend[KubernetesConfig]):
     """
 
     name: ClassVar[str] = "kubernetes"
-    hides_environment: ClassVar[bool] = True
-    needs_login: ClassVar[bool] = True
     path_keys: ClassVar[frozenset[str]] = frozenset({"kube-job-template-path"})
 
     def __init__(self, *, end_patience: float = 120.0) -> None:
+        super().__init__()
         self._end_patience = end_patience
-        self._this_process: Mapping[str, Any] = {}
-        self._watches = WatchPool()
+        self._watches = WatchPool(self._stack)
         self._deliveries = Deliveries()
         self._log_slots = LogSlots()
-        self._runs = SupervisedRuns()
         self._throttle = Throttle()
         self._creating = asyncio.Semaphore(_AT_ONCE)
-
-    async def __aenter__(self) -> Self:
-        self._this_process = await FILES.run(describe_this_process)
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        async def close() -> None:
-            await self._runs.close()
-            await self._watches.close()
-
-        await complete(close)
 
     def configure(self, config: Mapping[str, Any]) -> KubernetesConfig:
         """Check ``backend_config``; see `Backend.configure`. Blocking: reads the kubeconfig and the template."""
@@ -198,7 +181,7 @@ class KubernetesBackend(Backend[KubernetesConfig]):
             )
             return self._supervise(shared, made, target, submitted=True)
         except BaseException:
-            await shared.release()
+            await self._watches.release(shared)
             raise
 
     def tags(self, run: BackendRun) -> Mapping[str, str]:
@@ -238,7 +221,7 @@ class KubernetesBackend(Backend[KubernetesConfig]):
             )
             return self._supervise(shared, found, target, submitted=False)
         except BaseException:
-            await shared.release()
+            await self._watches.release(shared)
             raise
 
     # ---- runs of other processes ------------------------------------------------------------------------------------
@@ -274,12 +257,6 @@ class KubernetesBackend(Backend[KubernetesConfig]):
         params = {"labelSelector": f"{MANAGED_BY}=mlfleet"}
         answer = await client.call("listing Jobs", "GET", job_path(cluster.namespace), params=params)
         return client, [each for each in answer.get("items") or () if RUN_LABEL in (each["metadata"]["labels"] or {})]
-
-    async def is_abandoned(self, ref: JobRef) -> bool:
-        """Return True if the Job has ended or is gone, and so is the process that submitted it on this machine."""
-        if await FILES.run(partial(owner_lives, ref.data.get("owner"))) is not False:
-            return False
-        return await self.presence(ref) is not Presence.ACTIVE
 
     async def presence(self, ref: JobRef) -> Presence:
         """Return the state of the Job; see `Backend.presence`."""
@@ -336,7 +313,7 @@ class KubernetesBackend(Backend[KubernetesConfig]):
         self, shared: SharedWatch, made: dict[str, Any], target: Target, *, submitted: bool
     ) -> KubernetesRun:
         run = KubernetesRun(target, read_job(made), shared.client, self._log_slots, shared.watch, submitted=submitted)
-        self._runs.start(run, name=f"mlfleet Job {target.name}", then=shared.release)
+        self._runs.start(run, name=f"mlfleet Job {target.name}", then=partial(self._watches.release, shared))
         return run
 
 

@@ -419,34 +419,31 @@ class SharedWatch:
     """The watch of a namespace, shared by all its runs.
 
     Attributes:
-        owner: The pool that opened it.
         client: The client of its cluster.
         watch: The watch itself.
         key: The cluster and the namespace.
         users: The number of runs that use it.
     """
 
-    owner: WatchPool
     client: KubernetesClient
     watch: NamespaceWatch
     key: tuple[Cluster, str]
     users: int = 0
-
-    async def release(self) -> None:
-        """Give the watch back; the last user closes it."""
-        await self.owner.release(self)
 
 
 class WatchPool:
     """Opens the client of each cluster and the watch of each namespace at its first use.
 
     The last run of a namespace closes its watch; clients stay open for the next run.
+
+    Args:
+        opened: Closes the clients. Every watch must have been released before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, opened: AsyncExitStack) -> None:
         self._clients: dict[Cluster, KubernetesClient] = {}
         self._watches: dict[tuple[Cluster, str], SharedWatch] = {}
-        self._opened = AsyncExitStack()
+        self._opened = opened
         self._lock = asyncio.Lock()
 
     async def client(self, cluster: Cluster) -> KubernetesClient:
@@ -464,7 +461,7 @@ class WatchPool:
         return self._clients[cluster]
 
     async def acquire(self, cluster: Cluster, namespace: str) -> SharedWatch:
-        """Return the watch of a namespace; `SharedWatch.release` it.
+        """Return the watch of a namespace; `release` it.
 
         Raises:
             BackendError: The cluster cannot be reached, or it does not allow the watch.
@@ -474,7 +471,7 @@ class WatchPool:
             shared = self._watches.get(key)
             if shared is None or shared.watch.failed is not None:
                 client = await self._client(cluster)
-                shared = SharedWatch(self, client, await NamespaceWatch(client, namespace).__aenter__(), key)
+                shared = SharedWatch(client, await NamespaceWatch(client, namespace).__aenter__(), key)
                 self._watches[key] = shared
             shared.users += 1
             return shared
@@ -491,7 +488,3 @@ class WatchPool:
                     await shared.watch.__aexit__(None, None, None)
 
         await complete(release)
-
-    async def close(self) -> None:
-        """Close the clients. Every watch must have been released before."""
-        await self._opened.aclose()

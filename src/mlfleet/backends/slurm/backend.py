@@ -6,12 +6,11 @@ import os
 import shlex
 import time
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import anyio
 
@@ -21,9 +20,9 @@ from mlfleet._concurrency.threads import FILES
 from mlfleet._hosts import has_loopback_host
 from mlfleet._paths import run_folder, size_on_disk
 from mlfleet._process.guardian import MARKER_VARIABLE, RUN_VARIABLE
-from mlfleet.backends._remote.owner import describe_this_process, owner_lives
-from mlfleet.backends._remote.run import SupervisedRuns
-from mlfleet.backends.base import Backend, DockerRequest, Job, ListedRun, Presence
+from mlfleet.backends._remote.backend import RemoteBackend
+from mlfleet.backends._remote.owner import owner_lives
+from mlfleet.backends.base import DockerRequest, Job, ListedRun, Presence
 from mlfleet.backends.slurm.client import ListedJob, SlurmClient, Timing, sbatch_arguments
 from mlfleet.backends.slurm.config import SlurmConfig, default_work_dir, parse_config
 from mlfleet.backends.slurm.run import SlurmRun
@@ -54,7 +53,7 @@ class _Cluster:
         self.copies: Coalescing[object, Path] = Coalescing()
 
 
-class SlurmBackend(Backend[SlurmConfig]):
+class SlurmBackend(RemoteBackend[SlurmConfig]):
     """A backend that runs jobs as batch jobs of a cluster with Slurm, by its client programs.
 
     Closing the backend cancels the jobs that it submitted; jobs that it attached to go on.
@@ -65,29 +64,12 @@ class SlurmBackend(Backend[SlurmConfig]):
 
     name: ClassVar[str] = "slurm"
     needs_environment: ClassVar[bool] = True
-    hides_environment: ClassVar[bool] = True
-    needs_login: ClassVar[bool] = True  # not a login, but a request to a controller that many share
     path_keys: ClassVar[frozenset[str]] = frozenset({"work-dir"})
 
     def __init__(self, *, timing: Timing | None = None) -> None:
+        super().__init__()
         self._timing = timing or Timing()
-        self._stack = AsyncExitStack()
         self._clusters: SingleFlight[str | None, _Cluster] = SingleFlight(keep=True)
-        self._runs = SupervisedRuns()
-        self._owner: Mapping[str, Any] = {}
-
-    async def __aenter__(self) -> Self:
-        self._owner = await FILES.run(describe_this_process)
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        async def close() -> None:
-            await self._runs.close()
-            await self._stack.aclose()
-
-        await complete(close, restart=True)
 
     # ---- before anything exists -------------------------------------------------------------------------------------
 
@@ -175,7 +157,7 @@ class SlurmBackend(Backend[SlurmConfig]):
                 "keep": config.keep,
                 "grace": job.cancel_grace,
                 "since": time.time(),
-                "owner": dict(self._owner),
+                "owner": dict(self._this_process),
             },
         )
 
@@ -191,7 +173,7 @@ class SlurmBackend(Backend[SlurmConfig]):
         arguments = sbatch_arguments(config, job.resources)
         # The time limit, a preemption and a cancellation from outside leave the batch script no more than KillWait.
         grace = min(job.cancel_grace, cluster.client.longest_grace)
-        files = await write_run(job, config, _environ(job, config), self._owner, cluster.copies, grace=grace)
+        files = await write_run(job, config, _environ(job, config), self._this_process, cluster.copies, grace=grace)
         run: SlurmRun | None = None
         try:
             job.on_progress("submitting to Slurm")
@@ -281,12 +263,6 @@ class SlurmBackend(Backend[SlurmConfig]):
             await FILES.run(partial(prune_shared, default_work_dir(os.environ)))
         return [listed for _, _, listed in removed]
 
-    async def is_abandoned(self, ref: JobRef) -> bool:
-        """Return True if the job is over, and so is the process of this machine that submitted it."""
-        if await FILES.run(partial(owner_lives, ref.data.get("owner"))) is not False:
-            return False
-        return await self.presence(ref) is not Presence.ACTIVE
-
     async def presence(self, ref: JobRef) -> Presence:
         """Return the state of the job; see `Backend.presence`."""
         try:
@@ -330,7 +306,7 @@ class SlurmBackend(Backend[SlurmConfig]):
         """Look after a run whose process has died, so that `prune` of another process leaves it. Blocking."""
         if owner_lives(files.owner()) is False:
             with suppress(OSError):
-                files.write_owner(self._owner)
+                files.write_owner(self._this_process)
 
     async def _open_cluster(self, name: str | None) -> _Cluster:
         """Return the shared services of a cluster; the first call opens them."""
