@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import anyio
+from anyio.abc import TaskGroup
 
 from mlfleet._concurrency.cancellation import wait_done
 from mlfleet._concurrency.grace import StopRequest
@@ -21,9 +23,26 @@ from mlfleet.backends._output import FileOutput
 from mlfleet.errors import BackendError, MlfleetError, RunLost
 from mlfleet.runs import DEFAULT_CANCEL_GRACE, Outcome, RunStatus
 
-__all__ = ["AwaitedRun", "SupervisedRun", "SupervisedRuns"]
+__all__ = ["AwaitedRun", "SupervisedRun", "SupervisedRuns", "tasks_beside"]
 
 _log = get_logger("mlfleet.backends")
+
+
+@asynccontextmanager
+async def tasks_beside(*works: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIterator[TaskGroup]:
+    """Run coroutine functions beside a block, and cancel them at its end. Yields their group, which takes more.
+
+    Raises:
+        MlfleetError: The first error of the block or of one of them, which cancels the others.
+    """
+    try:
+        async with anyio.create_task_group() as group:
+            for work in works:
+                group.start_soon(work)
+            yield group
+            group.cancel_scope.cancel()
+    except* MlfleetError as errors:
+        raise errors.exceptions[0] from None
 
 
 class SupervisedRuns:

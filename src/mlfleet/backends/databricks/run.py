@@ -14,7 +14,7 @@ import anyio
 from mlfleet._concurrency.cancellation import wait_done
 from mlfleet._concurrency.threads import FILES
 from mlfleet._run_log import get_logger
-from mlfleet.backends._remote.run import SupervisedRun
+from mlfleet.backends._remote.run import SupervisedRun, tasks_beside
 from mlfleet.backends.databricks.client import Workspace, WorkspaceError
 from mlfleet.backends.databricks.output import Ending, OutputCopy
 from mlfleet.backends.databricks.records import remove_record
@@ -140,14 +140,8 @@ class DatabricksRun(SupervisedRun):
             await FILES.finish(partial(remove_record, self.run_id))
 
     async def _live(self) -> Outcome:
-        try:
-            async with anyio.create_task_group() as group:
-                group.start_soon(self._copy_while_followed)
-                group.start_soon(self._cancel_when_asked)
-                state = await self._state.until(lambda state: state.is_terminal)
-                group.cancel_scope.cancel()
-        except* MlfleetError as errors:
-            raise errors.exceptions[0] from None
+        async with tasks_beside(self._copy_while_followed, self._cancel_when_asked):
+            state = await self._state.until(lambda state: state.is_terminal)
         if state.phase is Phase.LOST:
             text = f"Databricks does not know the run {self._run.id} (of the MLflow run {self.run_id}) any more"
             raise RunLost(text, backend="databricks")

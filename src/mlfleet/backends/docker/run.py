@@ -14,11 +14,11 @@ import anyio
 from mlfleet._concurrency.cancellation import wait_done
 from mlfleet._concurrency.threads import FILES
 from mlfleet._run_log import get_logger
-from mlfleet.backends._remote.run import SupervisedRun
+from mlfleet.backends._remote.run import SupervisedRun, tasks_beside
 from mlfleet.backends.docker.client import RETRIES, Engine, EngineError
 from mlfleet.backends.docker.output import ContainerLock, OutputCopy
 from mlfleet.backends.docker.watch import ContainerState, ContainerWatch, Phase, remove_container
-from mlfleet.errors import MlfleetError, RunLost
+from mlfleet.errors import RunLost
 from mlfleet.runs import FailureKind, Outcome, RunStatus
 
 __all__ = ["Container", "DockerRun"]
@@ -150,22 +150,17 @@ class DockerRun(SupervisedRun):
         await FILES.run(self._lock.release)
 
     async def _live(self) -> Outcome:
-        try:
-            async with anyio.create_task_group() as group:
-                copied = anyio.Event()
-                if self._lock.is_held:
-                    group.start_soon(self._copy_output, copied)
-                group.start_soon(self._stop)
-                state = await self._state.until(lambda state: state.ended)
-                outcome = await self._conclude(state)
-                if not self._lock.is_held and await self._take_over():
-                    group.start_soon(self._copy_output, copied)
-                if self._lock.is_held:
-                    await self._drain(copied)
-                    await self._remove()
-                group.cancel_scope.cancel()
-        except* MlfleetError as errors:
-            raise errors.exceptions[0] from None
+        async with tasks_beside(self._stop) as group:
+            copied = anyio.Event()
+            if self._lock.is_held:
+                group.start_soon(self._copy_output, copied)
+            state = await self._state.until(lambda state: state.ended)
+            outcome = await self._conclude(state)
+            if not self._lock.is_held and await self._take_over():
+                group.start_soon(self._copy_output, copied)
+            if self._lock.is_held:
+                await self._drain(copied)
+                await self._remove()
         return replace(outcome, output=await self._last_lines())
 
     async def _take_over(self) -> bool:

@@ -14,7 +14,7 @@ from mlfleet._concurrency.threads import FILES
 from mlfleet._run_log import get_logger
 from mlfleet._text.lines import last_lines
 from mlfleet.backends._remote.output import OutputFile
-from mlfleet.backends._remote.run import SupervisedRun
+from mlfleet.backends._remote.run import SupervisedRun, tasks_beside
 from mlfleet.backends.slurm.client import SlurmClient, SlurmError
 from mlfleet.backends.slurm.run_files import RunFiles
 from mlfleet.backends.slurm.states import ExitRecord, JobState, conclude
@@ -104,16 +104,10 @@ class SlurmRun(SupervisedRun):
 
     async def _live(self) -> Outcome:
         never: list[Outcome] = []
-        try:
-            async with anyio.create_task_group() as group:
-                group.start_soon(self._cancel_when_asked)
-                group.start_soon(self._end_what_never_starts, never)
-                if self._target is None:
-                    group.start_soon(self._copy_as_it_comes)
-                state = await self._follow()
-                group.cancel_scope.cancel()
-        except* MlfleetError as errors:
-            raise errors.exceptions[0] from None
+        async with tasks_beside(self._cancel_when_asked, partial(self._end_what_never_starts, never)) as group:
+            if self._target is None:
+                group.start_soon(self._copy_as_it_comes)
+            state = await self._follow()
         record = await self._read_exit(state)
         claimed, lines = True, tuple[str, ...]()
         if record != ExitRecord(0, asked=False) or state.word != "COMPLETED":
