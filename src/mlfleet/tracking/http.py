@@ -144,7 +144,6 @@ class ServerClient:
         self._client: httpx.AsyncClient | None = None
         self._failures: Failures | None = None
         self._answered = False
-        self._is_own_tls = False
         self._answer_times: httpx.Timeout | None = None
         self._file_times: httpx.Timeout | None = None
         self._problems: tuple[type[Exception], ...] = ()
@@ -427,7 +426,6 @@ class ServerClient:
             is_own_transport=is_own,
         )
         _warn_of_header_plugins()
-        self._is_own_tls = is_own and split_uri(self.login.url).scheme == "https"
         # Before the end of the whole request, so that httpx closes what it could not connect.
         connect = min(self._timeout / 2, _CONNECT_SECONDS)
         self._answer_times = httpx.Timeout(None, connect=connect)  # `attempt` limits the whole request
@@ -533,23 +531,6 @@ def _parsed(url: str) -> httpx.URL:
 def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
     port = url.port or {"http": 80, "https": 443}.get(url.scheme)
     return url.scheme, url.host, port
-
-
-def _closing_torn_handshakes() -> Callable[[str, dict[str, Any]], Awaitable[None]]:
-    """Return a trace function that closes the connection of a TLS handshake that was cancelled.
-
-    httpcore 1.0 closes it after errors only, so that it would stay open as long as the server likes. The events are
-    documented: https://www.encode.io/httpcore/extensions/#trace.
-    """
-    connected: list[Any] = []
-
-    async def trace(event: str, details: dict[str, Any]) -> None:
-        if event.endswith("connect_tcp.complete"):
-            connected.append(details["return_value"])
-        elif event.endswith("start_tls.failed") and connected:
-            await connected.pop().aclose()
-
-    return trace
 
 
 def _tls(url: str) -> ssl.SSLContext:
