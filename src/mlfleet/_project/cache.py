@@ -160,58 +160,48 @@ class ProjectStore:
         return StoredEntry("mirror", self.uri, None, self.mirror, size_on_disk(self.mirror), used, in_use=False)
 
 
-def list_entries(root: Path | None = None) -> list[StoredEntry]:
-    """Return all fetched projects on this machine, the last used first. Blocking.
-
-    Args:
-        root: The folder of fetched projects; None is the one in the user's cache (``MLFLEET_CACHE_DIR``).
-    """
-    entries = [entry for store in _stores(root) for entry in store.entries()]
+def list_entries() -> list[StoredEntry]:
+    """Return all fetched projects on this machine, the last used first. Blocking."""
+    entries = [entry for store in _stores() for entry in store.entries()]
     return sorted(entries, key=lambda entry: entry.last_used, reverse=True)
 
 
-def prune(older_than: timedelta | None = None, root: Path | None = None) -> list[StoredEntry]:
+def prune(older_than: timedelta | None = None) -> list[StoredEntry]:
     """Remove fetched projects that no process uses, and what killed processes left. Blocking.
 
     It is safe while others use the cache: what is being fetched or used is skipped.
 
     Args:
         older_than: Only what no run asked for in this time; None: all.
-        root: The folder of fetched projects; None is the one in the user's cache.
 
     Returns:
         What was removed.
     """
-    removed = [entry for store in _stores(root) for entry in store.prune(older_than)]
-    _prune_downloads((root or projects_folder()) / "downloads", older_than)
+    removed = [entry for store in _stores() for entry in store.prune(older_than)]
+    _prune_downloads(projects_folder() / "downloads", older_than)
     return removed
 
 
-def list_runs(root: Path | None = None) -> list[StoredEntry]:
-    """Return the folders with the captured output of runs, the last used first. Blocking.
-
-    Args:
-        root: The folder of the runs; None is the user's own (``MLFLEET_STATE_DIR``).
-    """
-    folders = subfolders(root or runs_folder())
+def list_runs() -> list[StoredEntry]:
+    """Return the folders with the captured output of runs, the last used first. Blocking."""
+    folders = subfolders(runs_folder())
     entries = [_run_entry(folder, in_use=not is_unleased(folder / "output.log")) for folder in folders]
     return sorted(entries, key=lambda entry: entry.last_used, reverse=True)
 
 
-def prune_runs(older_than: timedelta | None = None, root: Path | None = None) -> list[StoredEntry]:
+def prune_runs(older_than: timedelta | None = None) -> list[StoredEntry]:
     """Remove the captured output of runs. Blocking.
 
     A run whose ``output.log`` is locked (``flock``) is still active and is skipped.
 
     Args:
         older_than: Only what was not written to in this time; None: all.
-        root: The folder of the runs; None is the user's own.
 
     Returns:
         What was removed.
     """
     removed = []
-    for folder in subfolders(root or runs_folder()):
+    for folder in subfolders(runs_folder()):
 
         def describe(folder: Path = folder) -> StoredEntry:
             return _run_entry(folder, in_use=False)
@@ -226,9 +216,9 @@ def projects_folder() -> Path:
     return cache_folder() / "projects"
 
 
-def _stores(root: Path | None) -> list[ProjectStore]:
+def _stores() -> list[ProjectStore]:
     leases = Leases()
-    folders = [folder for folder in subfolders(root or projects_folder()) if folder.name.startswith(("git-", "zip-"))]
+    folders = [folder for folder in subfolders(projects_folder()) if folder.name.startswith(("git-", "zip-"))]
     return [ProjectStore(folder, leases) for folder in folders]
 
 

@@ -93,13 +93,12 @@ class ProjectFetcher:
     It holds leases on what it fetched for a while, so that ``mlfleet cache prune`` leaves it to runs that wait.
 
     Args:
-        cache: The folder for fetched projects; None is the one in the user's cache (``MLFLEET_CACHE_DIR``).
         fresh: The time in seconds for which the answer of a Git remote or HTTP server counts as new, so that hundreds
             of runs in a row do not ask it hundreds of times. Default 2.
     """
 
-    def __init__(self, cache: Path | None = None, *, fresh: float = _FRESH) -> None:
-        self._root = cache or projects_folder()
+    def __init__(self, *, fresh: float = _FRESH) -> None:
+        self._root = projects_folder()
         self._fresh = fresh
         self._leases = Leases()
         self._once: SingleFlight[_Key, Project] = SingleFlight()

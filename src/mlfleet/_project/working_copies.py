@@ -76,14 +76,10 @@ class WorkingCopies:
         self._leases.release(note)
 
 
-def list_copies(root: Path | None = None) -> list[StoredEntry]:
-    """Return the working copies on this machine. Blocking.
-
-    Args:
-        root: The folder of fetched projects; None is the one in the user's cache.
-    """
+def list_copies() -> list[StoredEntry]:
+    """Return the working copies on this machine. Blocking."""
     occupied = _working_directories()
-    entries = (_entry(note, occupied, is_leased=not is_unleased(note)) for note in _notes(root))
+    entries = (_entry(note, occupied, is_leased=not is_unleased(note)) for note in _notes())
     return [entry for entry in entries if entry is not None]
 
 
@@ -196,7 +192,7 @@ def _working_directories() -> list[str]:
     return [process.info["cwd"] for process in psutil.process_iter(["cwd"]) if process.info["cwd"]]
 
 
-def _notes(root: Path | None) -> list[Path]:
+def _notes(root: Path | None = None) -> list[Path]:
     try:
         return sorted(_notes_folder(root or projects_folder()).iterdir())
     except (FileNotFoundError, NotADirectoryError):
