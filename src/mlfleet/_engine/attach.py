@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,15 @@ from mlfleet.tracking.base import RunInfo, clean_reason
 if TYPE_CHECKING:
     from mlfleet._engine.context import RunContext
 
-__all__ = ["AttachedSupervisor", "FoundRun", "concluded", "find_again", "read_reference", "tracked_outcome"]
+__all__ = [
+    "AttachedSupervisor",
+    "FoundRun",
+    "concluded",
+    "find_again",
+    "read_kind",
+    "read_reference",
+    "tracked_outcome",
+]
 
 
 class AttachedSupervisor(Supervisor):
@@ -158,10 +167,14 @@ def concluded(info: RunInfo) -> FoundRun:
 
 def tracked_outcome(info: RunInfo) -> Outcome:
     """Return the outcome of a run that has ended, as far as MLflow has it: without exit code and output."""
-    reason, kind = info.tags.get(REASON_TAG) or None, info.tags.get(FAILURE_KIND_TAG)
     lost = RunLost(info.tags[SweepMember.LOST_TAG]) if SweepMember.LOST_TAG in info.tags else None
-    cause = FailureKind(kind) if kind in {each.value for each in FailureKind} else None
-    return Outcome(info.status, reason=reason, error=lost, cause=cause)
+    return Outcome(info.status, reason=info.tags.get(REASON_TAG) or None, error=lost, cause=read_kind(info.tags))
+
+
+def read_kind(tags: Mapping[str, str]) -> FailureKind | None:
+    """Return the kind of failure in the tags of a run; None if they have none that is known: others may write tags."""
+    kind = tags.get(FAILURE_KIND_TAG)
+    return FailureKind(kind) if kind in {each.value for each in FailureKind} else None
 
 
 class _EndedRun(FileOutput):

@@ -10,6 +10,7 @@ import anyio
 
 from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.grace import StopRequest
+from mlfleet._engine.attach import read_kind
 from mlfleet._engine.context import RunContext
 from mlfleet._engine.plan import Plan
 from mlfleet._engine.request import SweepMember
@@ -20,7 +21,7 @@ from mlfleet._sweeps.record import History, SweepRecord
 from mlfleet._sweeps.results import PointResult
 from mlfleet._sweeps.settings import SweepSettings
 from mlfleet.errors import BackendError, MlfleetError, ParameterError, RunLost, SpecError, TrackingError
-from mlfleet.runs import FAILURE_KIND_TAG, REASON_TAG, FailureKind, JobRef, Outcome, RunEvent, RunStatus, Stage
+from mlfleet.runs import REASON_TAG, FailureKind, JobRef, Outcome, RunEvent, RunStatus, Stage
 from mlfleet.spaces import Point
 from mlfleet.tracking.base import RunInfo, clean_reason, end_run, failure_tags
 
@@ -108,7 +109,7 @@ class Attempts:
         reason = kind = None
         if done.status is not RunStatus.FINISHED:
             reason = done.tags.get(REASON_TAG) or "failed before the sweep was resumed"
-            kind = _kind(done.tags.get(FAILURE_KIND_TAG))
+            kind = read_kind(done.tags)
         return replace(
             blank,
             status=done.status, run_id=done.run_id, reason=reason, kind=kind, attempts=history.attempts,
@@ -255,11 +256,3 @@ def _seconds(run: FleetRun) -> float | None:
 
 def _first_line(error: MlfleetError) -> str:
     return str(error).partition("\n")[0]
-
-
-def _kind(text: str | None) -> FailureKind | None:
-    """Return the kind that a tag names; None if it names none, for whoever may write tags may write others."""
-    try:
-        return None if text is None else FailureKind(text)
-    except ValueError:
-        return None
