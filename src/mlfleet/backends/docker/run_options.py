@@ -6,7 +6,6 @@ https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operat
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +18,6 @@ from mlfleet.backends.docker.values import FlagValueError
 from mlfleet.errors import UsageError
 
 __all__ = ["ContainerOptions", "parse_arguments"]
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(slots=True)
@@ -129,8 +125,6 @@ def _texts(key: str, value: object, flag: _Flag) -> list[str]:
                 raise UsageError(f"docker_args: {key!r} holds a NUL character or half a character, which no text can")
         else:
             raise UsageError(f"docker_args: {key!r} is {type(item).__name__}: give a text, a number, True, or a list")
-    if any("\0" in text or (not text.isascii() and _SURROGATE.search(text)) for text in texts):
-        raise UsageError(f"docker_args: {key!r} has a character that no text for a container can have")
     return texts
 
 
@@ -176,8 +170,7 @@ def _attribute(name: str, choices: tuple[str, ...] = ()) -> _Flag:
     return _Flag(apply)
 
 
-def _ignore(*, bare: bool = True) -> _Flag:
-    return _Flag(lambda options, text, context: None, bare=bare)
+_IGNORED = _Flag(lambda options, text, context: None, bare=True)
 
 
 # ---- the flags that do more ------------------------------------------------------------------------------------------
@@ -319,7 +312,7 @@ _FLAGS: dict[str, _Flag] = {
     "device-read-iops": _throttle("BlkioDeviceReadIOps", values.whole),
     "device-write-bps": _throttle("BlkioDeviceWriteBps", values.size),
     "device-write-iops": _throttle("BlkioDeviceWriteIOps", values.whole),
-    "disable-content-trust": _ignore(),
+    "disable-content-trust": _IGNORED,
     "dns": _add("host", "Dns"),
     "dns-opt": _add("host", "DnsOptions"),
     "dns-option": _add("host", "DnsOptions"),
@@ -338,7 +331,7 @@ _FLAGS: dict[str, _Flag] = {
     "health-timeout": _health("Timeout", values.duration),
     "hostname": _set("config", "Hostname"),
     "init": _set("host", "Init", values.boolean),
-    "interactive": _ignore(),
+    "interactive": _IGNORED,
     "ip": _address("IPv4Address"),
     "ip6": _address("IPv6Address"),
     "ipc": _set("host", "IpcMode"),
@@ -371,9 +364,9 @@ _FLAGS: dict[str, _Flag] = {
     "publish": _Flag(_publish),
     "publish-all": _set("host", "PublishAllPorts", values.boolean),
     "pull": _attribute("pull", ("missing", "always", "never")),
-    "quiet": _ignore(),
+    "quiet": _IGNORED,
     "read-only": _set("host", "ReadonlyRootfs", values.boolean),
-    "rm": _ignore(),
+    "rm": _IGNORED,
     "runtime": _set("host", "Runtime"),
     "security-opt": _Flag(_security),
     "shm-size": _set("host", "ShmSize", values.size),
