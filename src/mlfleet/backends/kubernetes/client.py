@@ -8,7 +8,7 @@ import functools
 import json
 import random
 import ssl
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import replace
 from enum import StrEnum
@@ -245,7 +245,9 @@ class KubernetesClient:
         with self._explaining(what):
             # Hundreds of pods may start at the same moment, and opening a log costs a TLS handshake.
             async with self._opening_logs if pool is Pool.LOGS else nullcontext():
-                clients, response = await self._open(what, pool, method, path, params, body, read_timeout)
+                clients, response = await self._open(
+                    what, lambda clients: clients.request(pool, method, path, params, body, read_timeout)
+                )
             try:
                 yield response
             finally:
@@ -255,14 +257,7 @@ class KubernetesClient:
                     await complete(self._close_unused)
 
     async def _open(
-        self,
-        what: str,
-        pool: Pool,
-        method: str,
-        path: str,
-        params: Mapping[str, str] | None,
-        body: Mapping[str, Any] | None,
-        read_timeout: float | None,
+        self, what: str, send: Callable[[_Clients], Awaitable[aiohttp.ClientResponse]]
     ) -> tuple[_Clients, aiohttp.ClientResponse]:
         tried: set[str] = set()
         while True:
@@ -271,7 +266,7 @@ class KubernetesClient:
             clients.users += 1
             response: aiohttp.ClientResponse | None = None
             try:
-                response = await clients.request(pool, method, path, params, body, read_timeout)
+                response = await send(clients)
                 if response.status < 400:
                     return clients, response
                 # Short-lived tokens may expire again while a new one is loaded on a busy machine.
