@@ -54,6 +54,17 @@ def test_what_a_command_leaves_is_ended_although_it_becomes_other_programs_all_t
     assert left == []
 
 
+def test_a_run_that_cannot_be_claimed_since_the_disk_is_full_has_not_succeeded(tmp_path: Path) -> None:
+    files = write_run(tmp_path, "true")
+    (files.folder / "claim").touch()  # a full disk takes the file, but not its content
+    environ = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "1"}
+    done = subprocess.run(
+        ["bash", "-c", batch_script(files.folder)], env=environ, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, files.exit_record()) == (1, None)
+    assert "cannot be claimed: see that" in done.stderr
+
+
 def test_a_command_that_dies_of_sigterm_before_its_batch_script_gets_it_runs_again_after_a_requeue(
     tmp_path: Path,
 ) -> None:
