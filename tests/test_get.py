@@ -137,6 +137,21 @@ async def test_a_run_whose_code_has_set_its_status_and_goes_on_is_awaited_and_ca
     assert (await waiting).status is (await run.outcome()).status is RunStatus.KILLED
 
 
+async def test_the_exit_code_counts_also_for_one_that_waits_elsewhere(
+    fleet: Fleet, other: Fleet, tracking: FakeTracking, tmp_path: Path
+) -> None:
+    """The run's own code has set FINISHED, and its process has yet to write what the exit code says."""
+    uri = write_project(tmp_path / "demo", "echo begun; while [ ! -e ../go ]; do sleep 0.02; done; exit 3")
+    tracking.latency = 0.1
+    run = await fleet.submit(uri, **LOCAL)
+    await anext(run.logs())
+    await tracking.update_run(run.run_id, RunStatus.FINISHED)
+    seen = [await tracked(other, run.run_id) for _ in range(10)]
+    waiting = [asyncio.create_task(each.wait()) for each in seen]
+    (tmp_path / "go").touch()
+    assert await asyncio.gather(*waiting) == [False] * 10
+
+
 async def test_following_a_run_of_this_machine_takes_no_requests(
     fleet: Fleet, other: Fleet, tracking: FakeTracking, tmp_path: Path
 ) -> None:

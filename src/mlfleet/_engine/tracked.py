@@ -172,9 +172,12 @@ class TrackedRun:
         Returns:
             How the run has to be concluded here; None if its status is written.
         """
-        pause, watch = SHORTEST_PAUSE, self._watch()
+        pause, watch, about_to_write = SHORTEST_PAUSE, self._watch(), 0.0
         while True:
-            if await FILES.run(partial(_active_record, self.run_id)) is not None:
+            record = await FILES.run(partial(_live_record, self.run_id))
+            if record is not None and record.outcome is not None:
+                about_to_write += pause
+            if record is not None and about_to_write < min(DRIVER_PATIENCE, self._context.unseen_patience):
                 longest = _PAUSE_HERE  # no requests as long as a process of this machine supervises the run
             elif (await self._refresh()).status.is_terminal:
                 return None
@@ -204,11 +207,11 @@ class TrackedRun:
                 if not info.status.is_terminal:
                     await self._look()
                 return
-            is_mine = await self._take_over()
             yield handle
             if follow or (await handle.get_status()).is_terminal:
                 outcome = await handle.outcome()
-                is_mine = is_mine or await self._take_over()  # its driver may have died meanwhile
+                # Not before: a reader may leave at any time, and its process must not count as the driver then.
+                is_mine = await self._take_over()
                 await self._settle(outcome, patience=0 if is_mine else DRIVER_PATIENCE)
 
     async def _kept_output(self, *, is_expected: bool) -> FileOutput:
@@ -280,8 +283,8 @@ class TrackedRun:
         context, info = self._context, await self._refresh()
         if info.status.is_terminal:
             # Its own code has set the status and goes on, or another process is ending it.
-            record = await FILES.run(partial(_active_record, self.run_id))
-            if record is not None and await FILES.run(partial(ask_to_cancel, record, grace)):
+            record = await FILES.run(partial(_live_record, self.run_id))
+            if record is not None and record.outcome is None and await FILES.run(partial(ask_to_cancel, record, grace)):
                 await self._ended()
             return
         verdict = await judge(context, info, elsewhere=False)
@@ -376,10 +379,10 @@ class _KeptOutput(FileOutput):
         return await self._run._ended()
 
 
-def _active_record(run_id: str) -> RunRecord | None:
-    """Return the record of a run if its process lives, on this machine, and has not seen its end. Blocking."""
+def _live_record(run_id: str) -> RunRecord | None:
+    """Return the record of a run if the process that supervises it lives, on this machine. Blocking."""
     record = find_record(run_id)
-    return record if record is not None and record.outcome is None and record.driver_lives() else None
+    return record if record is not None and record.driver_lives() else None
 
 
 class Watch(Protocol):

@@ -18,6 +18,7 @@ from components.fake_kubernetes import FakeCluster
 from fakes.kubernetes_node import Acting
 from mlfleet import Fleet
 from mlfleet._cli.run import RunCommand, _say_end
+from mlfleet._engine.records import RunRecord, RunRecords
 from mlfleet._engine.request import RunRequest
 from mlfleet.backends.base import Presence
 from mlfleet.backends.kubernetes import KubernetesBackend
@@ -195,6 +196,25 @@ async def test_a_program_that_ends_while_it_reads_the_run_of_another_process_lea
         assert [job["metadata"].get("deletionTimestamp") for job in fake_cluster.api.of_kind("jobs")] == [None]
         assert await run.get_status() is RunStatus.RUNNING
         await run.cancel(grace=0)
+
+
+async def test_a_run_whose_driver_died_is_concluded_although_a_reader_has_left_it(fake_cluster: FakeCluster) -> None:
+    """The reader belongs to a service that lives on, and must not count as the driver."""
+    fake_cluster.play = lambda pod: Acting(seconds=0.5, output=(b"begun\n",))
+    tracking, dead = FakeTracking(uri="http://tracking.example.com"), RunRecords()
+    run = await tracking.create_run("0", name=None, tags={})
+    job = fake_cluster.job(await fake_cluster.config(), run_id=run.run_id)
+    async with KubernetesBackend() as backend, Fleet(tracking=tracking) as fleet:
+        await tracking.log(run.run_id, tags={JobRef.TAG: backend.reference(job).to_json()})
+        await backend.submit(job)
+        await dead.add(RunRecord(run_id=run.run_id, backend="kubernetes", project="demo", tracking=""))
+        await dead.close()
+        seen = await fleet.get(run.run_id)
+        lines = seen.logs()
+        assert await anext(lines) == "begun"
+        await lines.aclose()
+        with anyio.fail_after(30):
+            assert await seen.wait() is True
 
 
 async def test_interrupted_run_whose_end_is_not_confirmed_says_why_it_failed(
