@@ -42,6 +42,7 @@ entry_points:
       ratio: int
     command: python train.py {alpha} {ratios} {data}
   other:
+    parameters: {beta: [1]}
     comand: x
   third:
     command: [python]
@@ -62,8 +63,9 @@ entry_points:
         "MLproject:14:7: error",
         "MLproject:15: error",
         "MLproject:17:5: error",
-        "MLproject:17:13: warning",
-        "MLproject:19:14: error",
+        "MLproject:17:24: error",
+        "MLproject:18:13: warning",
+        "MLproject:20:14: error",
     ]
     text = "\n".join(lines)
     assert "'entrypoints' is unknown and has no effect, did you mean 'entry_points'?" in text

@@ -369,8 +369,6 @@ def _warn_broken(error: str) -> None:
 def _entry_point(name: str, node: Node, report: Report) -> EntryPoint:
     expected = "a mapping with a command and its parameters"
     keys = node.mapping(("parameters", "command"), expected=expected, report=report)
-    if "command" not in keys or keys["command"].is_null:
-        node.fail("the command is missing")
     declared: dict[str, Node] = {}
     with report.part():
         if "parameters" in keys:
@@ -379,7 +377,9 @@ def _entry_point(name: str, node: Node, report: Report) -> EntryPoint:
     for key, value in declared.items():
         with report.part():
             parameters[key] = replace(_parameter(key, value, report), line=value.line)
-    command = keys["command"]
+    command = keys.get("command")
+    if command is None or command.is_null:
+        node.fail("the command is missing")
     return EntryPoint(name, command.string(expected="a command"), parameters, command.line)
 
 
