@@ -41,7 +41,9 @@ smartquotes = False
 
 _MADE_BY_MLFLEET = {
     "BlockingRun",
+    "EnvironmentFileKind",
     "FleetRun",
+    "Presence",
     "RunStatus",
     "Stage",
     "SubmittedRun",
@@ -63,7 +65,12 @@ def describe_options(_app: Any, _what: str, name: str, _obj: Any, _options: Any,
 def describe_alias(_app: Any, what: str, name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
     """Describe an alias of a type by the text below it, where autodoc takes that of the type itself."""
     if what == "data":
-        for module in ("mlfleet._engine.options", "mlfleet._sweeps.settings", "mlfleet.spaces"):
+        for module in (
+            "mlfleet._engine.options",
+            "mlfleet._sweeps.settings",
+            "mlfleet.spaces",
+            "mlfleet.backends.base",
+        ):
             texts = ModuleAnalyzer.for_module(module).find_attr_docs()
             lines[:] = texts.get(("", name.rpartition(".")[2]), lines)
 

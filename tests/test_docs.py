@@ -35,7 +35,7 @@ TEST_VARIABLES = {
 }
 """Read by the tests only."""
 
-_PUBLIC = ("mlfleet", "mlfleet.tracking", "mlfleet.backends", "mlfleet.testing", "mlfleet.asgi", "mlfleet.otel")
+_PUBLIC = ("mlfleet", "mlfleet.tracking", "mlfleet.backends.base", "mlfleet.testing", "mlfleet.asgi", "mlfleet.otel")
 _SOURCE = "https://github.com/mlfleet/mlfleet/tree/main/"
 _FENCE = re.compile(r"^ *```(?P<info>[^\n]*)\n(?P<text>.*?)^ *```$", re.M | re.S)
 _LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")

@@ -192,6 +192,14 @@ async def submit(
     ends. The arguments are those of `run_async`. A cancelled call cancels the run. With ``detach=True`` the run belongs
     to a process of its own, and goes on at the end of this one; its handle is of use until the loop ends.
 
+    Args:
+        uri: The project.
+        entry_point: The entry point: a name from MLproject, or a script of the project.
+        version: The commit, branch or tag of a Git project.
+        parameters: The parameters of the entry point.
+        tracking_uri: The URI of the tracking server or store. Default: ``MLFLOW_TRACKING_URI``, else MLflow's default.
+        options: The other arguments of `run_async`: the keys of `RunOptions`.
+
     Raises:
         MlfleetError: The request or the project is wrong, or tracking cannot be reached. No run was made.
     """

@@ -172,7 +172,7 @@ class Fleet:
             tracking_uri: The URI of the tracking server or store for this run; None: that of the Fleet. The Fleet opens
                 each URI once, and closes it when it is closed itself.
             tracking: A `Tracking` of your own, instead of the URI. The Fleet opens it once, and closes it.
-            options: The other arguments of `mlfleet.run_async`.
+            options: The other arguments of `mlfleet.run_async`: the keys of `RunOptions`.
 
         Raises:
             FleetFull: The queue is full. No run was made.
