@@ -36,8 +36,6 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 # The signatures have the types, by the names that are public.
 napoleon_attr_annotations = False
-# `--json` is to stay two hyphens.
-smartquotes = False
 
 _MADE_BY_MLFLEET = {
     "BlockingRun",
@@ -84,11 +82,20 @@ def tidy_signature(
     return (re.sub(r", _\w+: .+ = None|~(\w+\.)+", "", signature), returned) if signature else None
 
 
+def mark_options(_app: Any, _context: Any, lines: list[str]) -> None:
+    """Write the options in the texts of ``--help`` as code, whose two hyphens stay."""
+    lines[:] = [
+        each if each.startswith("..") else re.sub(r"(?<![\w`-])--[a-z][\w-]*", r"``\g<0>``", each) for each in lines
+    ]
+
+
 def setup(app: Any) -> None:
     """Connect what this page adds to Sphinx."""
     app.connect("autodoc-process-docstring", describe_options)
     app.connect("autodoc-process-docstring", describe_alias)
     app.connect("autodoc-process-signature", tidy_signature)
+    for part in ("description", "options"):
+        app.connect(f"sphinx-click-process-{part}", mark_options)
     for field in PyObject.doc_field_types:
         if field.name == "variable":
             field.label = "Fields"

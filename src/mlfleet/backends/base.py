@@ -53,7 +53,7 @@ class Presence(StrEnum):
     ACTIVE = "active"
     ENDED = "ended"
     MISSING = "missing"
-    """The backend does not have it: it was removed, or is still to be made."""
+    """The backend does not have it. It was removed, or is still to be made."""
 
 
 @dataclass(frozen=True, slots=True)
