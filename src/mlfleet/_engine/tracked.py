@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import anyio
 
@@ -28,9 +28,9 @@ from mlfleet.tracking.links import run_url
 if TYPE_CHECKING:
     from mlfleet._engine.context import RunContext
 
-__all__ = ["DRIVER_PATIENCE", "SHORTEST_PAUSE", "TrackedRun", "Watch", "tracked_output"]
+__all__ = ["DRIVER_PATIENCE", "LONGEST_PAUSE", "SHORTEST_PAUSE", "TrackedRun", "tracked_output"]
 
-SHORTEST_PAUSE, _LONGEST_PAUSE = 0.2, 2.0  # seconds between two looks
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.2, 2.0  # seconds between two looks
 _PAUSE_HERE = 0.5
 _PAUSE_ELSEWHERE = 5.0  # seconds between two looks at a run whose driver cannot be seen
 DRIVER_PATIENCE = 5.0  # seconds in which a driver must write the end of a run, or see that its sweep was cancelled
@@ -172,7 +172,7 @@ class TrackedRun:
         Returns:
             How the run has to be concluded here; None if its status is written.
         """
-        pause, watch, about_to_write = SHORTEST_PAUSE, self._watch(), 0.0
+        pause, watch, about_to_write = SHORTEST_PAUSE, _Watch(self._context), 0.0
         while True:
             record = await FILES.run(partial(_live_record, self.run_id))
             if record is not None and record.outcome is not None:
@@ -184,12 +184,9 @@ class TrackedRun:
             elif (verdict := await watch.look(self._info)) is not None:
                 return verdict
             else:
-                longest = _LONGEST_PAUSE
+                longest = LONGEST_PAUSE
             await anyio.sleep(pause)
             pause = min(pause * 1.5, longest)
-
-    def _watch(self) -> Watch:
-        return _RunWatch(self._context)
 
     # ---- output -----------------------------------------------------------------------------------------------------
 
@@ -248,7 +245,7 @@ class TrackedRun:
                 if driver is not Driver.LIVES:
                     raise
             await anyio.sleep(pause)
-            pause = min(pause * 1.5, _LONGEST_PAUSE)
+            pause = min(pause * 1.5, LONGEST_PAUSE)
 
     async def _take_over(self) -> bool:
         """Take over the record of a run whose driver is gone: at the end of the run its backend may have nothing of it.
@@ -385,14 +382,9 @@ def _live_record(run_id: str) -> RunRecord | None:
     return record if record is not None and record.driver_lives() else None
 
 
-class Watch(Protocol):
+class _Watch:
     """Looks again and again at one run that has no terminal status, to see when it has to be concluded here."""
 
-    async def look(self, info: RunInfo) -> Verdict | None:
-        """Return how to conclude the run if it is over and nobody else writes its status, else None."""
-
-
-class _RunWatch:
     def __init__(self, context: RunContext) -> None:
         self._context = context
         self._seen = 0
@@ -400,6 +392,7 @@ class _RunWatch:
         self._next = 0.0
 
     async def look(self, info: RunInfo) -> Verdict | None:
+        """Return how to conclude the run if it is over and nobody else writes its status, else None."""
         now = anyio.current_time()
         if now < self._next:
             return None

@@ -12,7 +12,7 @@ from mlfleet._engine.conclude import Driver, Verdict
 from mlfleet._engine.context import RunContext
 from mlfleet._engine.records import RunRecord, find_record, list_records
 from mlfleet._engine.request import NAME_TAG, SPACE_TAG, SweepMember
-from mlfleet._engine.tracked import DRIVER_PATIENCE, SHORTEST_PAUSE, TrackedRun, Watch
+from mlfleet._engine.tracked import DRIVER_PATIENCE, LONGEST_PAUSE, SHORTEST_PAUSE, TrackedRun
 from mlfleet._sweeps.members import Members
 from mlfleet._sweeps.record import forget, is_driven, lock_path
 from mlfleet.errors import MlfleetError, RunLost, UsageError
@@ -43,8 +43,16 @@ class _TrackedSweep(TrackedRun):
         await self._refresh()
         return Driver.UNSEEN
 
-    def _watch(self) -> Watch:
-        return _SweepWatch(self._context.tracking) if NAME_TAG in self._info.tags else super()._watch()
+    async def _ended(self) -> Verdict | None:
+        if NAME_TAG not in self._info.tags:
+            return await super()._ended()
+        undriven = 0
+        while not (await self._refresh()).status.is_terminal:
+            undriven = 0 if await is_driven(self._context.tracking, self._info) else undriven + 1
+            if undriven > 1:  # at its driver's death nobody but the next one concludes it
+                raise UsageError(f"no process drives the sweep {self._info.name!r} ({self.run_id}) any more: resume it")
+            await anyio.sleep(LONGEST_PAUSE if undriven == 0 else SHORTEST_PAUSE)
+        return None
 
     async def _cancel(self, grace: float | None) -> None:
         """End the sweep and all its runs, also if its driver is gone."""
@@ -92,20 +100,6 @@ class _TrackedSweep(TrackedRun):
             await (self._context.find(run.run_id) or TrackedRun(self._context, run)).cancel(grace=grace)
         except MlfleetError as error:
             errors[run.run_id] = error
-
-
-class _SweepWatch:
-    """Looks if a sweep with a name is driven: at its driver's death nobody but the next one concludes it."""
-
-    def __init__(self, tracking: Tracking) -> None:
-        self._tracking = tracking
-        self._seen = 0
-
-    async def look(self, info: RunInfo) -> Verdict | None:
-        self._seen = 0 if await is_driven(self._tracking, info) else self._seen + 1
-        if self._seen > 1:
-            raise UsageError(f"no process drives the sweep {info.name!r} ({info.run_id}) any more: resume it")
-        return None
 
 
 def _members(tracking: Tracking, sweep: RunInfo, runs: Sequence[RunInfo]) -> Sequence[RunInfo]:
