@@ -96,6 +96,7 @@ async def test_runs_elsewhere_are_found_and_ended_there(tracking: FakeTracking, 
         there = f"http://{server.place}"
         ended = await fleet.submit(uri, tracking_uri=there, experiment_id="0", env_manager="local")
         assert await lines(ended) == [there]
+        await fleet.join()
         found = await fleet.get(ended.run_id, tracking_uri=there)
         assert isinstance(found, TrackedRun)
         assert await found.get_status() is RunStatus.FINISHED
