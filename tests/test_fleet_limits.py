@@ -187,6 +187,8 @@ async def test_a_wrong_group_is_a_mistake(tracking: FakeTracking, uri: str) -> N
     async with Fleet(tracking=tracking) as fleet:
         with pytest.raises(UsageError, match="group is '': give the name of a group, or None"):
             await fleet.submit(uri, group="")
+        with pytest.raises(UsageError, match=r"group is '.ud800': give a text without NUL and with valid UTF-8 only"):
+            await fleet.submit(uri, group="\ud800")  # exporters of traces cannot send it, nor what they send with it
         with pytest.raises(UsageError, match="a detached run does not count in a Fleet"):
             await fleet.submit(uri, group="red", detach=True)
 

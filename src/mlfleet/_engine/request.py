@@ -161,8 +161,8 @@ class RunRequest:
             raise UsageError("log_output needs the output captured: give output='capture' with it")
 
     def _check_texts(self) -> None:
-        """Check the texts that go to tracking as they are; others are checked where they are used."""
-        names = ("run_name", "experiment_name", "experiment_id", "run_id", "parent_run_id", "storage_dir")
+        """Check the texts that go to tracking or traces as they are; others are checked where they are used."""
+        names = ("run_name", "experiment_name", "experiment_id", "run_id", "parent_run_id", "storage_dir", "group")
         texts = [(name, os.fspath(getattr(self, name) or "")) for name in names]
         for tag, value in (self.tags or {}).items():
             texts += [("the name of a tag", str(tag)), (f"the tag {str(tag)!r}", str(value))]
