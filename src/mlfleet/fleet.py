@@ -231,7 +231,7 @@ class Fleet:
             give_up_after: End the sweep if the first so many runs all fail in their setup or within seconds; None:
                 never.
             retry: The failures that are tried again, and how often; None: none.
-            timeout: Seconds for the command of each run; short for ``timeouts=Timeouts(run=…)``.
+            timeout: Seconds for the command of each run, beside the other limits of the Fleet.
             group: The group of the runs, for ``Fleet(group_limit=…)``; None: they belong to none.
             options: The other arguments of `mlfleet.run_async`, for all runs. ``run_name`` is the name of the parent.
 
