@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mlfleet._project.spec import DockerEnv
@@ -142,6 +142,7 @@ def test_the_callers_mapping_is_not_modified() -> None:
         max_size=4,
     )
 )
+@example({"environment_variables": [None]})
 def test_any_invalid_config_raises_only_our_own_error(config: dict[str, Any]) -> None:
     try:
         parse_config(config)

@@ -83,6 +83,8 @@ def check_value(value: object, kind: Any, place: str) -> None:
         if not isinstance(value, list):
             raise UsageError(f"backend_config: {place} is {_shown(value)}: give a list")
         for index, item in enumerate(value):
+            if item is None:
+                raise UsageError(f"backend_config: {place}[{index}] is null: give a value, or leave it out")
             check_value(item, arguments[0], f"{place}[{index}]")
     elif origin is dict or dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
