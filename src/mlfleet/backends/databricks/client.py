@@ -16,7 +16,7 @@ from mlfleet.tracking.databricks import DatabricksLogin
 from mlfleet.tracking.errors import Transient
 from mlfleet.tracking.http import ServerClient
 
-__all__ = ["RETRY_SECONDS", "Timing", "Workspace", "WorkspaceError"]
+__all__ = ["RETRY_SECONDS", "Timing", "Workspace", "WorkspaceError", "unless_missing"]
 
 RETRY_SECONDS = 300.0
 """Seconds for which a failing request is retried."""
@@ -233,12 +233,7 @@ class Workspace:
             async with self._transport.stream("GET", path) as answer:
                 return await answer.aread()
 
-        try:
-            return await self.retry(attempt)
-        except WorkspaceError as error:
-            if error.missing:
-                return None
-            raise
+        return await unless_missing(self.retry(attempt))
 
     async def file_size(self, path: str) -> int | None:
         """Return a file's size in bytes by a HEAD request; -1 if it is unknown, None if the file does not exist."""
@@ -247,12 +242,17 @@ class Workspace:
             async with self._transport.stream("HEAD", path) as answer:
                 return int(answer.headers.get("content-length") or -1)
 
-        try:
-            return await self.retry(attempt)
-        except WorkspaceError as error:
-            if error.missing:
-                return None
-            raise
+        return await unless_missing(self.retry(attempt))
+
+
+async def unless_missing(answer: Awaitable[T]) -> T | None:
+    """Return what `answer` gives; None if the workspace does not have what it asks for."""
+    try:
+        return await answer
+    except WorkspaceError as error:
+        if error.missing:
+            return None
+        raise
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from mlfleet._concurrency.threads import FILES, PROJECTS
 from mlfleet._project.content import content_hash, pack, read_ignore
 from mlfleet._project.git import ignored_by_git
 from mlfleet._run_log import get_logger
-from mlfleet.backends.databricks.client import Workspace, WorkspaceError
+from mlfleet.backends.databricks.client import Workspace, WorkspaceError, unless_missing
 from mlfleet.backends.databricks.config import Upload, UploadKind
 from mlfleet.errors import SubmitError
 
@@ -70,9 +70,9 @@ class Storage(ABC):
     async def read(self, name: str) -> bytes | None:
         """Return the content of a file; None if it does not exist."""
 
-    @abstractmethod
     async def remove_file(self, name: str) -> None:
         """Remove a file, if it exists."""
+        await self.remove_folder(name)
 
     @abstractmethod
     async def remove_folder(self, name: str) -> None:
@@ -138,13 +138,9 @@ class WorkspaceFiles(Storage):
     """A folder of workspace files."""
 
     async def size(self, name: str) -> int | None:
-        try:
-            found = await self._workspace.call("GET", "/api/2.0/workspace/get-status", params={"path": self.path(name)})
-        except WorkspaceError as error:
-            if error.missing:
-                return None
-            raise
-        return int(found.get("size") or -1)
+        params = {"path": self.path(name)}
+        found = await unless_missing(self._workspace.call("GET", "/api/2.0/workspace/get-status", params=params))
+        return None if found is None else int(found.get("size") or -1)
 
     async def write(self, name: str, file: IO[bytes], size: int) -> None:
         _check_size(size, _LARGEST_WORKSPACE_FILE, "the workspace takes files of up to 10 MB")
@@ -165,9 +161,6 @@ class WorkspaceFiles(Storage):
             f"/api/2.0/workspace/export?path={path}&direct_download=true&format=AUTO"
         )
 
-    async def remove_file(self, name: str) -> None:
-        await self.remove_folder(name)
-
     async def remove_folder(self, name: str) -> None:
         with _ignore_missing():
             body = {"path": self.path(name), "recursive": True}
@@ -181,13 +174,8 @@ class Dbfs(Storage):
         return self.path(name).removeprefix("/dbfs")
 
     async def size(self, name: str) -> int | None:
-        try:
-            found = await self._call("GET", "get-status", params={"path": self._api(name)})
-        except WorkspaceError as error:
-            if error.missing:
-                return None
-            raise
-        return int(str(found.get("file_size", -1)))
+        found = await unless_missing(self._call("GET", "get-status", params={"path": self._api(name)}))
+        return None if found is None else int(str(found.get("file_size", -1)))
 
     async def write(self, name: str, file: IO[bytes], size: int) -> None:
         async def attempt() -> None:
@@ -207,18 +195,12 @@ class Dbfs(Storage):
         pieces: list[bytes] = []
         while True:
             params = {"path": self._api(name), "offset": str(sum(map(len, pieces))), "length": str(_READ_BLOCK)}
-            try:
-                found = await self._call("GET", "read", params=params)
-            except WorkspaceError as error:
-                if error.missing:
-                    return None
-                raise
+            found = await unless_missing(self._call("GET", "read", params=params))
+            if found is None:
+                return None
             pieces.append(base64.b64decode(str(found.get("data") or "")))
             if len(pieces[-1]) < _READ_BLOCK:
                 return b"".join(pieces)
-
-    async def remove_file(self, name: str) -> None:
-        await self.remove_folder(name)
 
     async def remove_folder(self, name: str) -> None:
         with _explain_disabled_root(), _ignore_missing():
