@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mlfleet._process.process import Process, start_process
+from fakes.processes import start_process
+from mlfleet._process.process import Process
 from mlfleet._text.lines import find_tail, follow_bytes, last_lines, split_lines
 
 

@@ -18,7 +18,8 @@ import anyio
 import pytest
 from blockbuster import BlockBuster
 
-from mlfleet._process.process import Command, Process, run_process, start_process
+from fakes.processes import start_process
+from mlfleet._process.process import Command, Process, run_process
 from mlfleet._process.process import start as start_command
 
 MARK = "PROCESS_TEST"
@@ -161,14 +162,14 @@ class TestStart:
         # In a program of its own: the limit counts all processes of the user, and root has none.
         script = """if True:
             import asyncio, os, resource
-            from mlfleet._process.process import start_process
+            from mlfleet._process.process import run_process
             async def main():
-                await (await start_process(["true"])).wait()
+                await run_process(["true"])
                 if os.getuid() == 0:
                     os.setuid(61234)
                 resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
                 try:
-                    await start_process(["true"])
+                    await run_process(["true"])
                 except OSError as error:
                     print(error)
             asyncio.run(main())

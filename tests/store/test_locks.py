@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mlfleet._process.process import Process, start_process
+from fakes.processes import start_process
+from mlfleet._process.process import Process
 from mlfleet._store.locks import file_lock
 
 # What another process does: says "held" when it has the lock, and keeps it until it is ended.

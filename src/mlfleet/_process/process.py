@@ -27,7 +27,7 @@ from mlfleet._process.sessions import SessionWatch, signal_group
 from mlfleet._process.streams import Stream
 from mlfleet._run_log import current_run, get_logger
 
-__all__ = ["Command", "Completed", "Process", "open_pidfd", "run_process", "start", "start_process"]
+__all__ = ["Command", "Completed", "Process", "open_pidfd", "run_process", "start"]
 
 _log = get_logger("mlfleet.process")
 _CANCEL_GRACE = 2.0  # seconds between SIGTERM and SIGKILL for a short command
@@ -91,7 +91,7 @@ class Completed:
 class Process:
     """A running process that leads a session and process group of its own.
 
-    `start_process` makes it; its caller ensures that it ends, by `wait` or `stop`.
+    `start` makes it; its caller ensures that it ends, by `wait` or `stop`.
 
     Args:
         pid: The id of the process.
@@ -346,21 +346,6 @@ async def start(make: Callable[[], AbstractContextManager[Command]]) -> Process:
             return (*_spawn(command), command.title, command.rest_grace)
 
     return Process(*await PROCESSES.run(spawn, undo=_take_back))
-
-
-async def start_process(
-    argv: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None, output: int | None = None
-) -> Process:
-    """Start a long-running command, as `start` does.
-
-    Args:
-        argv: The program and its arguments. Every user of the machine can read them: they must not hold secrets.
-        cwd: The working directory; None: this process's.
-        env: All environment variables; None: this process's.
-        output: The file descriptor for stdout and stderr; None: they are inherited.
-    """
-    command = Command(list(argv), cwd, env, output, output)
-    return await start(lambda: nullcontext(command))
 
 
 async def run_process(
