@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from tenacity import RetryCallState
 
-__all__ = ["RetryPolicy", "parse_retry_after"]
+__all__ = ["RETRIED", "RetryPolicy", "parse_retry_after"]
+
+RETRIED = frozenset({408, 429, 500, 502, 503, 504})
+"""The HTTP statuses after which the same request may succeed later: those that mlflow's own client retries."""
 
 T = TypeVar("T")
 

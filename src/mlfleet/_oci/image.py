@@ -43,8 +43,8 @@ class ImageError(BackendError):
         is_missing: True if the base image is not in its registry.
     """
 
-    def __init__(self, message: str, *, backend: str | None = None, is_missing: bool = False) -> None:
-        super().__init__(message, backend=backend)
+    def __init__(self, message: str, *, is_missing: bool = False) -> None:
+        super().__init__(message)
         self.is_missing = is_missing
 
 
@@ -258,11 +258,9 @@ async def _discard(layer: _Layer) -> None:
 
 def _hash(file: IO[bytes]) -> str:
     """Return the digest of the rest of a file, and go back to its beginning. Blocking."""
-    digest = hashlib.sha256()
-    while data := file.read(_CHUNK):
-        digest.update(data)
+    digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
     file.seek(0)
-    return f"sha256:{digest.hexdigest()}"
+    return f"sha256:{digest}"
 
 
 async def _chunks(file: IO[bytes]) -> AsyncIterator[bytes]:

@@ -20,7 +20,7 @@ from mlfleet._hosts import has_loopback_host
 from mlfleet._oci.login import find_credentials
 from mlfleet._oci.references import HUB, Reference
 from mlfleet._request_log import unlogged_requests
-from mlfleet._retry import RetryPolicy, parse_retry_after
+from mlfleet._retry import RETRIED, RetryPolicy, parse_retry_after
 from mlfleet.errors import BackendError
 
 __all__ = ["Body", "Registries", "RegistryError"]
@@ -28,7 +28,6 @@ __all__ = ["Body", "Registries", "RegistryError"]
 _RETRIES = RetryPolicy(seconds=3600.0, first_pause=0.8, longest_pause=30.0, attempts=4)
 _CHALLENGE = re.compile(r'(\w+)="([^"]*)"')
 _TIMEOUT = httpx.Timeout(120.0, connect=10.0, pool=None)
-_TRANSIENT = (408, 429, 500, 502, 503, 504)
 _LARGEST = 8 * 2**20  # bytes of a manifest or of the answer with a token
 _LARGEST_ERROR = 4096  # bytes
 
@@ -44,22 +43,15 @@ class RegistryError(BackendError):
         retry_after: The seconds that the registry asks to wait; None if it does not say.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        backend: str | None = None,
-        status: int | None = None,
-        retry_after: float | None = None,
-    ) -> None:
-        super().__init__(message, backend=backend)
+    def __init__(self, message: str, *, status: int | None = None, retry_after: float | None = None) -> None:
+        super().__init__(message)
         self.status = status
         self.retry_after = retry_after
 
     @property
     def is_transient(self) -> bool:
         """True if the same request may succeed later."""
-        return self.status is None or self.status in _TRANSIENT
+        return self.status is None or self.status in RETRIED
 
 
 class Registries:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 from mlfleet._concurrency.threads import TRANSFERS
@@ -25,6 +26,9 @@ from mlfleet.tracking.locations import (
     safe_path,
     split_uri,
 )
+
+if TYPE_CHECKING:
+    import httpx
 
 __all__ = ["Artifacts", "download_object", "upload_object"]
 
@@ -185,8 +189,11 @@ class Artifacts:
             yield chunk
 
     async def _get(self, url: str, target: Path) -> None:
+        await self._save(self._client.stream("GET", url), target)
+
+    async def _save(self, opening: AbstractAsyncContextManager[httpx.Response], target: Path) -> None:
         try:
-            async with TRANSFERS.open(target, "wb") as file, self._client.stream("GET", url) as answer:
+            async with TRANSFERS.open(target, "wb") as file, opening as answer:
                 async for chunk in answer.aiter_bytes(_CHUNK):
                     await self._in_thread(partial(file.write, chunk))
         except OSError as error:

@@ -20,9 +20,10 @@ import anyio
 from mlfleet._concurrency.threads import TRANSFERS
 from mlfleet._hosts import has_loopback_host
 from mlfleet._request_log import unlogged_requests
+from mlfleet._retry import RETRIED
 from mlfleet.errors import TrackingError
 from mlfleet.tracking.artifacts import Artifacts
-from mlfleet.tracking.errors import RETRIED, Transient
+from mlfleet.tracking.errors import Transient
 from mlfleet.tracking.http import ServerClient
 from mlfleet.tracking.locations import safe_name, safe_path, split_uri
 
@@ -200,17 +201,7 @@ class DatabricksArtifacts(Artifacts):
 
     async def _get_signed(self, storage: httpx.AsyncClient, place: _Place, target: Path) -> None:
         signed = await self._sign(place, "read")
-        try:
-            async with (
-                TRANSFERS.open(target, "wb") as file,
-                self._exchange(storage, "GET", signed.url, place, headers=signed.headers) as response,
-            ):
-                async for chunk in response.aiter_bytes(_CHUNK):
-                    await self._in_thread(partial(file.write, chunk))
-        except OSError as error:
-            raise TrackingError(
-                f"the artifact cannot be written to {target.parent}: {error.strerror or error}"
-            ) from error
+        await self._save(self._exchange(storage, "GET", signed.url, place, headers=signed.headers), target)
 
     @asynccontextmanager
     async def _exchange(

@@ -8,20 +8,14 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mlfleet._retry import parse_retry_after
+from mlfleet._retry import RETRIED, parse_retry_after
 from mlfleet._text.masking import mask
 from mlfleet.errors import TrackingError
 from mlfleet.tracking.auth import Login
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["Answer", "Failures", "Garbled", "LoginExpired", "Transient", "Unreachable"]
-
-RETRIED = frozenset({408, 429, 500, 502, 503, 504})
-"""HTTP statuses that may be gone the next time: those that mlflow's own client retries."""
 
 _TEXT_LIMIT = 500
 # SQLAlchemy's message when the connection pool of the server's database is exhausted. Servers answer it with 400, as if

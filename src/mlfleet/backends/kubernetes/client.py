@@ -22,7 +22,7 @@ import aiohttp
 from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.threads import FILES, LOGINS
-from mlfleet._retry import RetryPolicy, parse_retry_after
+from mlfleet._retry import RETRIED, RetryPolicy, parse_retry_after
 from mlfleet._run_log import get_logger
 from mlfleet.backends.kubernetes.login import CERTIFICATES, SERVICE_ACCOUNT, Cluster, Login, load_login
 from mlfleet.errors import BackendError
@@ -42,7 +42,6 @@ _TOKENS = 4  # different tokens to try for one request
 _LARGEST_ERROR = 2**16  # bytes of a refusal to read
 _READ_BUFFER = 2**21  # bytes, as kubernetes-asyncio has it: events may be larger than aiohttp's default
 _PERMANENT = "Permanent"
-_TRANSIENT = (408, 429, 500, 502, 503, 504)
 
 
 class Pool(StrEnum):
@@ -67,13 +66,12 @@ class ApiError(BackendError):
         self,
         message: str,
         *,
-        backend: str | None = "kubernetes",
         status: int | None = None,
         reason: str = "",
         detail: str = "",
         retry_after: float | None = None,
     ) -> None:
-        super().__init__(message, backend=backend)
+        super().__init__(message, backend="kubernetes")
         self.status = status
         self.reason = reason
         self.detail = detail
@@ -99,7 +97,7 @@ class ApiError(BackendError):
     @property
     def is_transient(self) -> bool:
         """True if the same request may succeed later."""
-        return self.status in _TRANSIENT or (self.status is None and self.reason != _PERMANENT)
+        return self.status in RETRIED or (self.status is None and self.reason != _PERMANENT)
 
 
 def reconnect_pause(attempt: int, retry_after: float | None = None) -> float:
