@@ -160,12 +160,18 @@ class Planner:
     def _plan(self, shared: ProjectPlan, request: RunRequest) -> Plan:
         """Plan one run of a planned project. It blocks on ``path`` parameters and on long commands."""
         backend = self._backend(find(shared.backend))
-        parameters = _parameters(shared.entry_point, request, backend, shared.spec.folder)
+        folder, entry_point = shared.spec.folder, shared.entry_point
+        parameters = resolve(
+            entry_point,
+            request.parameters,
+            lambda path, index: backend.place(path, index, folder),
+            project_dir=folder,
+        )
         return Plan(
             request=request,
             project=shared.project,
             spec=shared.spec,
-            entry_point=shared.entry_point,
+            entry_point=entry_point,
             parameters=parameters,
             backend=shared.backend,
             config=shared.config,
@@ -173,7 +179,7 @@ class Planner:
             docker=shared.docker,
             inherit_env=shared.inherit_env,
             tags=_tags(request, shared),
-            provisional_command=_provisional_command(shared.entry_point, parameters),
+            provisional_command=render(entry_point, parameters, {each.name: each.uri for each in parameters.downloads}),
         )
 
     def _plan_fetched_project(self, request: RunRequest) -> ProjectPlan | None:
@@ -250,19 +256,6 @@ def _key(request: RunRequest) -> object:
         frozenset(request.env or ()),
         request.inherit_env,
     )
-
-
-def _parameters(entry_point: EntryPoint, request: RunRequest, backend: Backend, folder: Path) -> ResolvedParameters:
-    return resolve(
-        entry_point,
-        request.parameters,
-        lambda path, index: backend.place(path, index, folder),
-        project_dir=folder,
-    )
-
-
-def _provisional_command(entry_point: EntryPoint, parameters: ResolvedParameters) -> str:
-    return render(entry_point, parameters, {each.name: each.uri for each in parameters.downloads})
 
 
 def _signature(folder: Path) -> object:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 from mlfleet._project.blocking import Stopped, stoppable
 from mlfleet._run_log import get_logger
@@ -48,10 +48,6 @@ DEFAULTS = (
     "mlflow.db-wal",
 )
 _LARGEST = 2**20
-
-
-class _Sink(Protocol):
-    def write(self, data: bytes, /) -> object: ...
 
 
 @dataclass(frozen=True, slots=True)

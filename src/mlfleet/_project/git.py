@@ -18,7 +18,7 @@ from mlfleet._run_log import get_logger
 from mlfleet._text.masking import mask
 from mlfleet.errors import FetchError
 
-__all__ = ["Checkout", "Checkouts", "Git", "clean_environ", "ignored_by_git"]
+__all__ = ["Checkout", "Checkouts", "Git", "ignored_by_git", "run_git"]
 
 _log = get_logger("mlfleet.project")
 
@@ -80,7 +80,7 @@ _NOT_THERE = re.compile(
 )
 
 
-def clean_environ() -> dict[str, str]:
+def _clean_environ() -> dict[str, str]:
     """Return this process's variables, changed so that git uses no repository of theirs, does not ask or translate."""
     environ = {name: value for name, value in os.environ.items() if name not in _LOCAL_VARIABLES}
     environ |= {
@@ -204,7 +204,7 @@ class Git:
         return None
 
     async def _make_environ(self, cwd: Path) -> dict[str, str]:
-        environ = clean_environ()
+        environ = _clean_environ()
         # Submodules obey it as well: those of a repository from elsewhere cannot reach into this machine's folders.
         allowed = f"{_NETWORK}:file" if self.is_local else _NETWORK
         if (own_choice := environ.get("GIT_ALLOW_PROTOCOL")) is not None:
@@ -312,7 +312,7 @@ class Checkouts:
 
     async def _ask(self, folder: Path) -> Checkout | None:
         try:
-            asked = await _run_git(
+            asked = await run_git(
                 folder,
                 *("rev-parse", "--show-toplevel", "--absolute-git-dir", "--git-common-dir"),
                 *("HEAD", "--symbolic-full-name", "HEAD"),
@@ -326,7 +326,7 @@ class Checkouts:
             files = _ref_files(git_dir, common, lines[4] if has_commit else "HEAD")
             # Before the answers: what changes while git is asked is asked again.
             signature = await PROJECTS.run(lambda: _signature(files))
-            ignored = (await _run_git(folder, "check-ignore", "--quiet", ".")).returncode == 0
+            ignored = (await run_git(folder, "check-ignore", "--quiet", ".")).returncode == 0
             commit = lines[3] if has_commit and not ignored else None
             inside = await PROJECTS.run(lambda: os.path.relpath(folder.resolve(), top.resolve()))
             checkout = Checkout(top, inside, commit, await _remote(folder))
@@ -352,8 +352,8 @@ async def ignored_by_git(folder: Path) -> frozenset[str]:
         return frozenset()
     wanted = ("ls-files", "--others", "--ignored", "--exclude-standard", "--directory", "-z")
     try:
-        listed = await _run_git(folder, *wanted)
-        if listed.returncode == 0 and (await _run_git(folder, "check-ignore", "--quiet", ".")).returncode == 0:
+        listed = await run_git(folder, *wanted)
+        if listed.returncode == 0 and (await run_git(folder, "check-ignore", "--quiet", ".")).returncode == 0:
             return frozenset()
     except OSError as error:
         _log.warning("git cannot be started, so that .gitignore in %s does not count: %s", folder, error)
@@ -366,7 +366,7 @@ async def ignored_by_git(folder: Path) -> frozenset[str]:
 
 
 async def _remote(folder: Path) -> str | None:
-    printed = (await _run_git(folder, "config", "--get-regexp", r"^remote\..*\.url$")).stdout
+    printed = (await run_git(folder, "config", "--get-regexp", r"^remote\..*\.url$")).stdout
     remotes: dict[str, str] = {}
     for line in os.fsdecode(printed).splitlines():
         key, _, url = line.partition(" ")
@@ -375,8 +375,9 @@ async def _remote(folder: Path) -> str | None:
     return without_credentials(first) if first else None
 
 
-async def _run_git(folder: Path, *args: str) -> Completed:
-    environ = clean_environ()
+async def run_git(folder: Path, *args: str) -> Completed:
+    """Run a git command in a folder of the user's, without the programs that its repository names."""
+    environ = _clean_environ()
     return await run_process(
         ["git", "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", *args], cwd=folder, env=environ
     )

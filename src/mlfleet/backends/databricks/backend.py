@@ -180,7 +180,7 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
     def reference(self, job: Job) -> JobRef:
         """Return the workspace's profile, the time and the place of the output, by which `attach` finds the run."""
         config = _config(job)
-        attempt = self._attempts.setdefault(job.run_id, _new_attempt())
+        attempt = self._attempts.setdefault(job.run_id, uuid.uuid4().hex[:12])
         upload = config.upload
         data: dict[str, Any] = {
             "profile": _profile(job, config),
@@ -510,10 +510,6 @@ def _upload_of(ref: JobRef) -> Upload:
 
 def _output_folder(run_id: str, attempt: str) -> str:
     return f"output/{run_id}-{attempt}"
-
-
-def _new_attempt() -> str:
-    return uuid.uuid4().hex[:12]
 
 
 def _read_abandoned() -> list[Record]:

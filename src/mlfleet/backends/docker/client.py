@@ -238,19 +238,18 @@ class Engine:
     async def json_lines(
         self,
         doing: str,
-        method: str,
         path: str,
         *,
         params: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
         data: AsyncIterator[bytes] | None = None,
     ) -> AsyncIterator[dict[str, Any]]:
-        """Yield the objects of an answer of JSON lines; for the arguments see `stream`.
+        """Yield the objects of the answer to a POST, which is JSON lines; for the arguments see `stream`.
 
         Raises:
             EngineError: Also for an error that a line reports.
         """
-        async with self.stream(doing, method, path, params=params, headers=headers, data=data) as content:
+        async with self.stream(doing, "POST", path, params=params, headers=headers, data=data) as content:
             async for line in content:
                 if not line.strip():
                     continue

@@ -153,7 +153,7 @@ class Images:
             params["tag"] = "latest"  # without it the engine pulls every tag there is
         try:
             async for item in self._engine.json_lines(
-                "asked to pull an image", "POST", "images/create", params=params, headers=login.header(credentials)
+                "asked to pull an image", "images/create", params=params, headers=login.header(credentials)
             ):
                 line = _pull_progress(name, layers, item)
                 if line and line != told:
@@ -182,7 +182,6 @@ class Images:
             try:
                 async for item in self._engine.json_lines(
                     "asked to build an image",
-                    "POST",
                     "build",
                     params=params,
                     headers=headers,

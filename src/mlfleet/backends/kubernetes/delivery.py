@@ -14,9 +14,8 @@ from typing import IO, Any
 from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.threads import LOGINS, PROJECTS
 from mlfleet._oci.references import parse_reference
-from mlfleet._process.process import run_process
 from mlfleet._project.content import content_hash, pack
-from mlfleet._project.git import Checkouts, clean_environ
+from mlfleet._project.git import Checkouts, run_git
 from mlfleet._text.masking import mask_uri
 from mlfleet.backends.base import Job
 from mlfleet.backends.kubernetes.client import ApiError, KubernetesClient
@@ -251,9 +250,7 @@ async def git_source(checkouts: Checkouts, folder: Path) -> GitSource:
             f"code-delivery is 'git', and the repository {mask_uri(url)} is on this machine, where no pod reaches it",
             backend="kubernetes",
         )
-    changed = await run_process(
-        ["git", "-c", "core.fsmonitor=false", "status", "--porcelain", "--", "."], cwd=folder, env=clean_environ()
-    )
+    changed = await run_git(folder, "status", "--porcelain", "--", ".")
     if changed.returncode or changed.stdout.strip():
         names = changed.stdout.decode(errors="replace").split("\n")[:3]
         raise SubmitError(

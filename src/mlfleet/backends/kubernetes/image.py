@@ -88,7 +88,7 @@ async def _push_from_engine(
         # The engine asks for the header, also where nobody has logged in.
         headers = login.header(found) or {"X-Registry-Auth": "e30="}
         async for item in engine.json_lines(
-            "asked to push an image", "POST", f"images/{name}/push", params={"tag": tag}, headers=headers
+            "asked to push an image", f"images/{name}/push", params={"tag": tag}, headers=headers
         ):
             digest = str((item.get("aux") or {}).get("Digest") or digest)
     except EngineError as error:
