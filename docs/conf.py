@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
@@ -53,7 +54,13 @@ _MADE_BY_MLFLEET = {
 
 
 def describe_options(_app: Any, _what: str, name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
-    """Describe the keys of `RunOptions`, whose texts are those of the command line."""
+    """Describe the keys of `RunOptions` by the texts of the command line, those of `SweepOptions` by `Fleet.sweep`."""
+    if name == "mlfleet.SweepOptions":
+        text = (inspect.getdoc(mlfleet.Fleet.sweep) or "").partition("Args:\n")[2].partition("\n\n")[0]
+        arguments = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", text, re.MULTILINE))
+        keys = mlfleet.SweepOptions.__annotations__.keys() - mlfleet.RunOptions.__annotations__.keys()
+        lines += ["", "The keys of `RunOptions`, and these:", ""]
+        lines += [f":ivar {key}: {' '.join(arguments[key].split())}" for key in arguments if key in keys]
     if name == "mlfleet.RunOptions":
         texts = {option.name.partition(".")[0]: option.in_python or option.text for option in reversed(OPTIONS)}
         keys = mlfleet.RunOptions.__annotations__
