@@ -166,7 +166,7 @@ class SlurmBackend(RemoteBackend[SlurmConfig]):
 
         Raises:
             SubmitError: Slurm does not take the job, or the work folder cannot be written.
-            SlurmError: The controller could not be reached for ten minutes.
+            SlurmError: The controller could not be reached for fifteen minutes.
         """
         config = _config(job)
         cluster = await self._open_cluster(config.clusters)

@@ -52,7 +52,9 @@ _KILL_MARGIN = 2.0  # seconds before KillWait at which SIGKILL should have been 
 _OF_SBATCH = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LD_LIBRARY_PATH", "KRB5CCNAME", "SLURM_CONF")
 _CALL_LIMIT = 120.0  # seconds after which a program has hung: they give up after MessageTimeout and a few retries
 
-_RETRIES = RetryPolicy(seconds=600, first_pause=1, longest_pause=30)
+# A restart of the controller may take ten minutes. There must be time left to look for the job of a lost submit, and to
+# submit it again.
+_RETRIES = RetryPolicy(seconds=900, first_pause=1, longest_pause=30)
 
 
 class SlurmError(BackendError):
