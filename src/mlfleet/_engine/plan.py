@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 
 from mlfleet._concurrency.single_flight import Coalescing
@@ -22,6 +20,7 @@ from mlfleet._project.spec import EntryPoint, ProjectSpec, read_project
 from mlfleet.backends.base import Backend, DockerRequest
 from mlfleet.backends.registry import find
 from mlfleet.errors import UsageError
+from mlfleet.tracking.models import user_name
 
 __all__ = ["Plan", "Planner", "ProjectPlan"]
 
@@ -216,7 +215,7 @@ class Planner:
             name = choose_manager(request.env_manager, spec.environment)
             environment = create_manager(name).plan(spec.folder, spec.environment)
             environment = replace(environment, inherit_env=inherit_env)
-        _user()  # fill the cache here, in a thread: getuser() may read /etc/passwd
+        user_name()  # fill the cache here, in a thread: getuser() may read /etc/passwd
         return ProjectPlan(
             project=project,
             spec=spec,
@@ -286,7 +285,7 @@ def _tags(request: RunRequest, shared: ProjectPlan) -> dict[str, str]:
     """Return the tags that mlflow.projects.run sets (mlflow/utils/mlflow_tags.py), and those of the request."""
     project, environment = shared.project, shared.environment
     tags = {
-        "mlflow.user": _user(),
+        "mlflow.user": user_name(),
         "mlflow.source.name": project.source_name,
         "mlflow.source.type": "PROJECT",
         "mlflow.project.entryPoint": request.entry_point,
@@ -311,11 +310,3 @@ def _environment_tag(environment: EnvironmentPlan | None, docker: DockerRequest 
     if docker is not None:
         return "docker"
     return None if environment is None or environment.manager == "local" else environment.manager
-
-
-@cache
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError, ImportError):  # the uid of a container need not have a name
-        return "unknown"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import getpass
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -23,6 +25,7 @@ __all__ = [
     "pairs",
     "run_info",
     "shortened",
+    "user_name",
 ]
 
 SUBMISSION_TAG = "mlfleet.submission"
@@ -121,6 +124,15 @@ def deleted_experiment(name: str, experiment_id: str) -> TrackingError:
         "another name",
         code="RESOURCE_ALREADY_EXISTS",
     )
+
+
+@cache
+def user_name() -> str:
+    """Return the name of this process's user. The first call may read a file: call it in a thread."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):  # the uid of a container need not have a name
+        return "unknown"
 
 
 def pairs(values: Mapping[str, str]) -> list[dict[str, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import getpass
 import os
 import posixpath
 import time
@@ -38,6 +37,7 @@ from mlfleet.tracking.models import (
     pairs,
     run_info,
     shortened,
+    user_name,
 )
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class RestTracking(Tracking):
         try:
             await self._check_workspace()
             # Fill the cache here, in a thread: getuser() may read /etc/passwd.
-            self._user = await FILES.run(_user)
+            self._user = await FILES.run(user_name)
         except BaseException:
             await complete(self._client.close)
             raise
@@ -476,10 +476,3 @@ def _run_id(run: Any) -> str | None:
 
 def _now() -> int:
     return time.time_ns() // 1_000_000
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError, ImportError):
-        return "unknown"
