@@ -7,11 +7,12 @@ started in a context of their own, since they would otherwise inherit that of th
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 
-__all__ = ["about_run", "current_run", "get_logger", "set_run"]
+__all__ = ["about_run", "current_run", "get_logger", "set_run", "warn_once"]
 
 _run_id: ContextVar[str | None] = ContextVar("run of mlfleet", default=None)
 
@@ -30,6 +31,12 @@ def _add_run_id(record: logging.LogRecord) -> bool:
     if not hasattr(record, "run_id"):
         record.run_id = _run_id.get()
     return True
+
+
+@lru_cache(maxsize=1024)
+def warn_once(logger: logging.Logger, text: str, *values: Hashable) -> None:
+    """Log a warning once, and not for each of a thousand runs; the arguments are those of `logging.Logger.warning`."""
+    logger.warning(text, *values, stacklevel=2)
 
 
 def current_run() -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import re
@@ -15,7 +14,7 @@ from packaging.version import InvalidVersion, Version
 
 from mlfleet._environments.pip_requirements import PipInput, Reader
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
-from mlfleet._run_log import get_logger
+from mlfleet._run_log import get_logger, warn_once
 from mlfleet._text.documents import Node, Report, find_toml_line, read_toml, read_yaml, warn_unknown
 from mlfleet.errors import SpecError
 
@@ -244,7 +243,8 @@ def _from_conda(source: EnvironmentFile, report: Report) -> PythonRequirements:
         else:
             others.append(name)
     if others:
-        _warn_ignored(path, tuple(others))
+        text = "%s: these conda packages are not installed, since the environment is made by pip: %s; "
+        warn_once(_log, f"{text}use --env-manager conda to have them", path, ", ".join(others))
     return PythonRequirements(python, PipInput(lines=tuple(build)), Reader(path.parent, source.root, report).read(pip))
 
 
@@ -310,14 +310,3 @@ def _pip_condition(version: str) -> str:
     if version[:1].isdigit():
         return f"=={version.split('=')[0]}"
     return version
-
-
-@functools.lru_cache(maxsize=256)
-def _warn_ignored(path: Path, names: tuple[str, ...]) -> None:
-    """Warn once for a file, not once for each of a thousand runs."""
-    _log.warning(
-        "%s: these conda packages are not installed, since the environment is made by pip: %s; "
-        "use --env-manager conda to have them",
-        path,
-        ", ".join(names),
-    )

@@ -9,12 +9,12 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import ClassVar
 
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
 from mlfleet._run_log import get_logger
+from mlfleet._text.documents import nearest
 from mlfleet.errors import UsageError
 
 __all__ = [
@@ -206,11 +206,8 @@ def validate_manager(env_manager: str | None) -> None:
     """
     if env_manager is None or env_manager in NAMES:
         return
-    near = get_close_matches(str(env_manager), NAMES, n=1)
-    raise UsageError(
-        f"there is no environment manager {env_manager!r}"
-        f"{f', did you mean {near[0]!r}?' if near else ''} (there are {', '.join(NAMES)})"
-    )
+    hint = nearest(str(env_manager), NAMES)
+    raise UsageError(f"there is no environment manager {env_manager!r}{hint} (there are {', '.join(NAMES)})")
 
 
 def choose_manager(env_manager: str | None, source: EnvironmentFile | None) -> str:

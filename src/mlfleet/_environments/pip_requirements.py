@@ -25,7 +25,7 @@ from mlfleet._project.boundary import find_root, is_inside
 from mlfleet._text.documents import Node, Report
 from mlfleet.errors import SpecError
 
-__all__ = ["PipInput", "PipLines", "Reader", "content_of", "flatten"]
+__all__ = ["PipInput", "PipLines", "Reader", "content_of", "failure", "flatten"]
 
 MAX_FILES = 200
 MAX_SIZE = 4 * 2**20
@@ -110,9 +110,9 @@ def flatten(given: PipInput) -> PipLines:
             return
         seen.add((option, path))
         try:
-            text = _decode(_read(path), _failure(path, None), path.name)
+            text = _decode(_read(path), failure(path), path.name)
         except (OSError, ValueError) as error:
-            _failure(path, None)(f"cannot be read: {error.strerror if isinstance(error, OSError) else error}")
+            failure(path)(f"cannot be read: {error.strerror if isinstance(error, OSError) else error}")
         for _, line in _logical_lines(text):
             inner, value = _split(line)
             value = _FILE_URL.sub("", _expand(value), count=1)
@@ -176,7 +176,7 @@ class Reader:
         Raises:
             SpecError: The file cannot be read, a line is not one for pip, or names a file that does not exist.
         """
-        fail = _failure(path, None)
+        fail = failure(path)
         try:
             data = _read(path)
         except (OSError, ValueError) as error:
@@ -184,7 +184,7 @@ class Reader:
         self._seen.add(path)
         for number, line in _logical_lines(_decode(data, fail, path.name)):
             with self.report.part():
-                self._read_item(line, _failure(path, number), is_item=False)
+                self._read_item(line, failure(path, number), is_item=False)
         return PipInput(tuple(self._lines), tuple(self._arguments), tuple(self._contents))
 
     def _read_item(self, line: str, fail: Fail, *, is_item: bool = True) -> None:
@@ -229,7 +229,7 @@ class Reader:
         self._contents.append(f"{option} {hashlib.sha256(data).hexdigest()}")
         for number, line in _logical_lines(_decode(data, fail, shown)):
             with self.report.part():
-                self._read_nested(line, path.parent, _failure(path, number))
+                self._read_nested(line, path.parent, failure(path, number))
         return str(path)
 
     def _read_nested(self, line: str, base: Path, fail: Fail) -> None:
@@ -353,7 +353,9 @@ def _read(path: Path) -> bytes:
     return data
 
 
-def _failure(path: Path, line: int | None) -> Fail:
+def failure(path: Path, line: int | None = None) -> Fail:
+    """Return a function that raises a SpecError with this place."""
+
     def fail(message: str) -> NoReturn:
         raise SpecError(message, path=path, line=line)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from anyio import to_thread
 
@@ -15,13 +14,13 @@ from mlfleet._environments.builder import Build, BuildingManager, Built, venv_en
 from mlfleet._environments.env_files import content_key, read_python_requirements
 from mlfleet._environments.interpreters import find, installed
 from mlfleet._environments.manager import EnvironmentPlan, PreparedEnvironment, log_chosen
-from mlfleet._environments.pip_requirements import content_of
+from mlfleet._environments.pip_requirements import content_of, failure
 from mlfleet._environments.python_downloads import fetch, uv_program
 from mlfleet._environments.python_downloads import hint as remedy
 from mlfleet._environments.virtualenv import plan_python, python_requirements
 from mlfleet._project.boundary import check_link, find_root, is_inside
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
-from mlfleet._run_log import get_logger
+from mlfleet._run_log import get_logger, warn_once
 from mlfleet._store.private_folders import secure_environments
 from mlfleet._text.documents import read_toml
 from mlfleet.errors import EnvironmentSetupError, SpecError
@@ -70,7 +69,8 @@ class UvManager(BuildingManager):
         if source is not None and source.kind is EnvironmentFileKind.UV_LOCK:
             log_chosen(source.path)
         elif source is not None and (needs.build or needs.packages):
-            _warn_locked(source.path)
+            text = "%s: only its Python counts, since the project has a %s for uv"
+            warn_once(_log, text, source.path, LOCK)
         locked = _read_lock(project_dir, (source.root if source else None) or find_root(project_dir))
         is_own = source is not None and source.kind.is_declared
         python = (needs.python if is_own else None) or locked.python
@@ -154,8 +154,8 @@ def _read_lock(folder: Path, root: Path) -> Locked:
     for package in local:
         path, editable = _local_source(package) or ("", False)
         if not is_inside(folder / path, [root]):
-            _missing(lock_path)(f"the package at {path!r} is outside of the project's repository {root}: copy it there")
-        contents.append(content_of(folder / path, editable, _missing(lock_path)))
+            failure(lock_path)(f"the package at {path!r} is outside of the project's repository {root}: copy it there")
+        contents.append(content_of(folder / path, editable, failure(lock_path)))
     if local:
         # What is installed are paths into this very folder, or copies of what it holds.
         contents.append(str(folder))
@@ -187,16 +187,3 @@ def _python(folder: Path, lock: dict[str, Any]) -> str | None:
 
 def _tables(value: object) -> list[dict[str, Any]]:
     return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
-
-
-def _missing(path: Path) -> Any:
-    def fail(message: str) -> NoReturn:
-        raise SpecError(message, path=path)
-
-    return fail
-
-
-@functools.lru_cache(maxsize=256)
-def _warn_locked(path: Path) -> None:
-    """Warn once for a file, not once for each of a thousand runs."""
-    _log.warning("%s: only its Python counts, since the project has a %s for uv", path, LOCK)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import os
 import posixpath
 import re
@@ -15,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from mlfleet._project.lists import format_list, parse_list
 from mlfleet._project.spec import EntryPoint, Parameter
-from mlfleet._run_log import get_logger
+from mlfleet._run_log import get_logger, warn_once
 from mlfleet._text.masking import mask_query
 from mlfleet._text.plain import UNENCODABLE
 from mlfleet.errors import FetchError, ParameterError
@@ -144,7 +143,8 @@ def resolve(
     _raise_faults(entry_point, missing, faults, extra)
     hints = _misspelt([name for name in declared if name not in texts], extra)
     if hints:
-        _warn_misspelt(entry_point.name, hints)
+        text = "%s The entry point %r does not declare it: it goes to the command as one more option"
+        warn_once(_log, text, hints, entry_point.name)
     return ResolvedParameters(logged | extra, declared, extra, tuple(downloads), placed, _lists(entry_point, declared))
 
 
@@ -289,14 +289,6 @@ def _raise_faults(entry_point: EntryPoint, missing: list[str], faults: Mapping[s
             f"the parameters of the entry point {entry_point.name!r} are wrong: {'; '.join(parts)}",
             names=[*missing, *faults],
         )
-
-
-@functools.lru_cache(maxsize=1024)
-def _warn_misspelt(entry_point: str, hints: str) -> None:
-    """Warn once, not for each of a thousand runs."""
-    _log.warning(
-        "%s The entry point %r does not declare it: it goes to the command as one more option", hints, entry_point
-    )
 
 
 def _misspelt(declared: list[str], extra: Iterable[str]) -> str:

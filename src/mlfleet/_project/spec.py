@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import shlex
@@ -14,7 +13,7 @@ from typing import Any
 
 from mlfleet._project.boundary import check_link, find_root, is_inside
 from mlfleet._project.lists import format_list
-from mlfleet._run_log import get_logger
+from mlfleet._run_log import get_logger, warn_once
 from mlfleet._text.documents import Node, Report, nearest, read_toml, read_yaml, warn_unknown
 from mlfleet.errors import SpecError
 
@@ -163,7 +162,7 @@ class ProjectSpec:
         if name in self.broken:
             raise self.broken[name]
         for error in self.broken.values():
-            _warn_broken(str(error))
+            warn_once(_log, "another entry point of the project is wrong and cannot be run: %s", str(error))
         job = self.databricks_spark_job
         if job is not None and job["python_file"] is not None:
             return EntryPoint(name, _literal(shlex.join(["python", job["python_file"], *job["parameters"]])))
@@ -358,12 +357,6 @@ def _entry_points(node: Node | None, report: Report) -> tuple[dict[str, EntryPoi
         except SpecError as error:
             broken[name] = error
     return entry_points, broken
-
-
-@functools.lru_cache(maxsize=256)
-def _warn_broken(error: str) -> None:
-    """Warn once, not once for each of a thousand runs."""
-    _log.warning("another entry point of the project is wrong and cannot be run: %s", error)
 
 
 def _entry_point(name: str, node: Node, report: Report) -> EntryPoint:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mlfleet._run_log import get_logger
+from mlfleet._run_log import get_logger, warn_once
 from mlfleet._text.plain import UNENCODABLE
 from mlfleet.errors import SpecError
 
@@ -538,12 +538,8 @@ def warn_unknown(path: Path | str | None, report: Report) -> None:
         report: The keys that `Node.mapping` found.
     """
     if not report.collects and (keys := ", ".join(text for text, _ in report.unknown)):
-        _warn_once(str(path or "the document"), keys)
-
-
-@functools.lru_cache(maxsize=1024)
-def _warn_once(path: str, keys: str) -> None:
-    _log.warning("%s: keys that are unknown and have no effect: %s", path, keys)
+        text = "%s: keys that are unknown and have no effect: %s"
+        warn_once(_log, text, str(path or "the document"), keys)
 
 
 def _describe_unknown(key: str, node: Node, label: str, known: tuple[str, ...]) -> tuple[str, SpecError]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import functools
 import json
 import random
 import ssl
@@ -23,7 +22,7 @@ from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.threads import FILES, LOGINS
 from mlfleet._retry import RETRIED, RetryPolicy, parse_retry_after
-from mlfleet._run_log import get_logger
+from mlfleet._run_log import get_logger, warn_once
 from mlfleet.backends.kubernetes.login import CERTIFICATES, SERVICE_ACCOUNT, Cluster, Login, load_login
 from mlfleet.errors import BackendError
 
@@ -425,14 +424,13 @@ def _make_template(configuration: Any) -> tuple[Any, ssl.SSLContext]:
     return asyncio.run(make())
 
 
-@functools.lru_cache(maxsize=256)
 def _warn(what: str, header: str) -> None:
     """Log a warning of the server, such as an unknown field of the template, once for hundreds of runs.
 
     https://www.rfc-editor.org/rfc/rfc7234#section-5.5
     """
     text = header.partition('"')[2].rpartition('"')[0] or header
-    _log.warning("the cluster warns (%s): %s", what, text.replace('\\"', '"'))
+    warn_once(_log, "the cluster warns (%s): %s", what, text.replace('\\"', '"'))
 
 
 async def _refusal(what: str, response: aiohttp.ClientResponse) -> ApiError:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
-from mlfleet._run_log import get_logger
+from mlfleet._run_log import get_logger, warn_once
 from mlfleet.backends.kubernetes.client import RETRIES, ApiError, KubernetesClient
 from mlfleet.backends.kubernetes.diagnosis import decided_outcome, straggling_pod
 from mlfleet.backends.kubernetes.manifest import SUBMISSION
@@ -235,19 +234,14 @@ async def delete_secret(client: KubernetesClient, namespace: str, name: str) -> 
         await client.call("deleting a Secret", "DELETE", path, seconds=_CLEANING)
     except ApiError as error:
         if error.status == 403:
-            _warn_of_role(namespace)
+            warn_once(
+                _log,
+                "the Secrets of runs in the namespace %s stay as long as their Jobs: mlfleet may not delete them. Give"
+                " it the verb 'delete' for secrets, as in the Role of docs/backends/kubernetes.md",
+                namespace,
+            )
         elif error.status != 404:
             _log.warning("the Secret %s stays as long as its Job: %s", name, error)
-
-
-@functools.cache
-def _warn_of_role(namespace: str) -> None:
-    """Log the warning once for hundreds of runs."""
-    _log.warning(
-        "the Secrets of runs in the namespace %s stay as long as their Jobs: mlfleet may not delete them. Give it the"
-        " verb 'delete' for secrets, as in the Role of docs/backends/kubernetes.md",
-        namespace,
-    )
 
 
 async def warnings_of(client: KubernetesClient, namespace: str, name: str) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mlfleet._hosts import is_loopback
-from mlfleet._run_log import get_logger
+from mlfleet._run_log import get_logger, warn_once
 from mlfleet._text.masking import is_secret_name, mask_uri
 from mlfleet.backends.base import DockerRequest, Job
 from mlfleet.backends.kubernetes.config import KubernetesConfig
@@ -239,17 +238,12 @@ def _identify(draft: _Draft, job: Job, config: KubernetesConfig, name: str, anno
     spec.setdefault("backoffLimit", 0)
     ttl = spec.setdefault("ttlSecondsAfterFinished", config.ttl)
     if isinstance(ttl, int) and ttl < _SHORT_TTL:
-        _warn_of_ttl(ttl)
-
-
-@functools.cache
-def _warn_of_ttl(ttl: int) -> None:
-    """Log the warning once for hundreds of runs."""
-    _log.warning(
-        "the Job's ttlSecondsAfterFinished is %d s: if this process is away for longer, it cannot tell how the run"
-        " ended; give 300 or more",
-        ttl,
-    )
+        warn_once(
+            _log,
+            "the Job's ttlSecondsAfterFinished is %d s: if this process is away for longer, it cannot tell how the run"
+            " ended; give 300 or more",
+            ttl,
+        )
 
 
 def _metadata(holder: dict[str, Any], key: str) -> dict[str, Any]:
