@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 
 import anyio
 import pytest
@@ -97,6 +97,17 @@ def test_a_machine_says_how_many_runs_fit() -> None:
     assert machine.fits(Resources(cpus=1, memory="3Gi")) == 2
 
 
+@contextlib.asynccontextmanager
+async def reserved(slots: Admission, needed: Resources | None) -> AsyncIterator[Mapping[str, str]]:
+    """Hold a slot, as a run does from its submission to its end; yields the variables that the run gets."""
+    reservation = slots.reserve(needed)
+    await reservation.enter(wait=True)
+    try:
+        yield await reservation.granted()
+    finally:
+        reservation.release()
+
+
 async def test_no_two_runs_share_a_gpu_and_all_are_used() -> None:
     slots = Admission(Machine(cpus=100, gpus=("a", "b", "c")))
     held: set[str] = set()
@@ -104,7 +115,7 @@ async def test_no_two_runs_share_a_gpu_and_all_are_used() -> None:
 
     async def run(count: int) -> None:
         nonlocal most
-        async with slots.reserve(Resources(cpus=1, gpus=count)) as environ:
+        async with reserved(slots, Resources(cpus=1, gpus=count)) as environ:
             mine = set(filter(None, environ["CUDA_VISIBLE_DEVICES"].split(",")))
             assert len(mine) == count
             assert not mine & held
@@ -123,7 +134,7 @@ async def test_a_big_run_is_not_starved_by_small_ones() -> None:
     gate = anyio.Event()
 
     async def run(name: str, cpus: float) -> None:
-        async with slots.reserve(Resources(cpus=cpus)):
+        async with reserved(slots, Resources(cpus=cpus)):
             order.append(name)
             await gate.wait()
 
@@ -138,10 +149,10 @@ async def test_a_big_run_is_not_starved_by_small_ones() -> None:
 
 async def test_a_run_elsewhere_does_not_wait_for_this_machine() -> None:
     slots = Admission(Machine(cpus=1), 3)
-    async with slots.reserve(Resources(cpus=1)):
+    async with reserved(slots, Resources(cpus=1)):
         waiting = slots.reserve(Resources(cpus=1))
         await waiting.enter(wait=False)
-        async with slots.reserve(None):
+        async with reserved(slots, None):
             assert waiting.is_queued
     assert await waiting.granted() == {}
     waiting.release()
@@ -149,15 +160,15 @@ async def test_a_run_elsewhere_does_not_wait_for_this_machine() -> None:
 
 async def test_a_cancelled_waiter_does_not_block_others() -> None:
     slots = Admission(Machine(cpus=2))
-    async with slots.reserve(Resources(cpus=2)):
+    async with reserved(slots, Resources(cpus=2)):
         with anyio.move_on_after(0.01) as scope:
-            async with slots.reserve(Resources(cpus=2)):
+            async with reserved(slots, Resources(cpus=2)):
                 pass
         assert scope.cancelled_caught
     for _ in range(20):  # tenths add up
-        async with slots.reserve(Resources(cpus=0.1)):
+        async with reserved(slots, Resources(cpus=0.1)):
             pass
-    async with slots.reserve(Resources(cpus=2)):
+    async with reserved(slots, Resources(cpus=2)):
         pass
 
 

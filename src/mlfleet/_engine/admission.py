@@ -6,7 +6,6 @@ import sys
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from enum import Enum
-from types import TracebackType
 
 import anyio
 
@@ -316,16 +315,3 @@ class Reservation:
         """Give place, slot and resources to other runs. Further calls do nothing."""
         if self.state not in (_State.NEW, _State.OVER):
             self._admission._remove(self)
-
-    async def __aenter__(self) -> Mapping[str, str]:
-        await self.enter(wait=True)
-        try:
-            return await self.granted()
-        except BaseException:
-            self.release()
-            raise
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
