@@ -168,6 +168,19 @@ class SupervisedRun(AwaitedRun, FileOutput):
         self._begin_stop(grace)
         await self._done.wait()
 
+    async def get_status(self) -> RunStatus:
+        """Return SCHEDULED or RUNNING, and a terminal status only once the output is complete.
+
+        A run that had ended before it was attached to has its terminal status at once.
+        """
+        if self._outcome is not None:
+            return self._outcome.status
+        return self._ended_as or await self._active_status()
+
+    async def _active_status(self) -> RunStatus:
+        """Return the status of a run that has no terminal one yet."""
+        return RunStatus.RUNNING
+
     def _output_file(self) -> Path | None:
         return self._output
 

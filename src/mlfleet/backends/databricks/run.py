@@ -110,15 +110,7 @@ class DatabricksRun(SupervisedRun):
     def _begin_stop(self, grace: float | None) -> None:
         self._cancelling.set()
 
-    async def get_status(self) -> RunStatus:
-        """Return the status of the latest poll, and a terminal one once the output is here.
-
-        A run that had ended before it was attached to has its terminal status at once.
-        """
-        if self._outcome is not None:
-            return self._outcome.status
-        if self._ended_as is not None:
-            return self._ended_as
+    async def _active_status(self) -> RunStatus:
         state = self._state.value
         return RunStatus.SCHEDULED if state is None or state.phase is Phase.WAITING else RunStatus.RUNNING
 

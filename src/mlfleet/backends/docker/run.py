@@ -115,15 +115,6 @@ class DockerRun(SupervisedRun):
     async def started(self) -> None:
         """Return at once: a container runs when the engine has answered its start."""
 
-    async def get_status(self) -> RunStatus:
-        """Return RUNNING until the container is removed, then the terminal status.
-
-        A container that had ended before it was attached to has its terminal status at once.
-        """
-        if self._outcome is not None:
-            return self._outcome.status
-        return self._ended_as or RunStatus.RUNNING
-
     # ---- its task ---------------------------------------------------------------------------------------------------
 
     async def attached(self) -> None:

@@ -115,15 +115,8 @@ class KubernetesRun(SupervisedRun):
         if self._stopping is None and self._living is not None:
             self._stopping = self._living.create_task(self._stop())
 
-    async def get_status(self) -> RunStatus:
-        """Return SCHEDULED until a container runs, and a final status only once the output is complete.
-
-        A Job that had ended before it was attached to has its final status at once.
-        """
-        if self._outcome is not None:
-            return self._outcome.status
-        if self._ended_as is not None:
-            return self._ended_as
+    async def _active_status(self) -> RunStatus:
+        """Return SCHEDULED until a container runs."""
         snapshot = self._state.value
         if snapshot is None:
             return RunStatus.SCHEDULED

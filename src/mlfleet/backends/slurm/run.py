@@ -90,10 +90,8 @@ class SlurmRun(SupervisedRun):
         except MlfleetError:
             return  # the outcome has the error
 
-    async def get_status(self) -> RunStatus:
+    async def _active_status(self) -> RunStatus:
         """Return the status of the latest poll, and RUNNING if the command has begun since."""
-        if self._outcome is not None:
-            return self._outcome.status
         state = self._state.value
         if state is not None and (not state.is_waiting or state.restarts):
             return RunStatus.SCHEDULED if state.is_waiting else RunStatus.RUNNING
