@@ -22,6 +22,7 @@ from components.mlflow_server import MlflowServer
 from mlfleet import errors
 from mlfleet._cli.program import _cli as cli
 from mlfleet._cli.sweep_space import read_space
+from mlfleet.backends.base import Backend
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -254,6 +255,13 @@ def test_the_modules_that_the_design_names_exist() -> None:
     page = (ROOT / "docs" / "design.md").read_text()
     for path in re.findall(r"`([\w/]+\.py)`", page):
         assert (ROOT / "src" / "mlfleet" / path).exists(), path
+
+
+def test_authors_of_backends_find_every_method_and_attribute() -> None:
+    page = (ROOT / "docs" / "writing-a-backend.md").read_text()
+    for name in vars(Backend):
+        if not name.startswith("_"):
+            assert re.search(rf"\b{name}\b", page), name
 
 
 def test_every_error_is_documented() -> None:
