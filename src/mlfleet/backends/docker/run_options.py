@@ -131,11 +131,20 @@ def _texts(key: str, value: object, flag: _Flag) -> list[str]:
 # ---- one function for each form of flag ------------------------------------------------------------------------------
 
 
+def _part(options: ContainerOptions, path: str) -> dict[str, Any]:
+    """Return a part of the settings, such as ``host.LogConfig``, which is made if it is not there."""
+    name, *keys = path.split(".")
+    part: dict[str, Any] = getattr(options, name)
+    for key in keys:
+        part = part.setdefault(key, {})
+    return part
+
+
 def _set(part: str, key: str, read: Callable[[str], object] = str) -> _Flag:
     """Return a flag whose last value counts."""
 
     def apply(options: ContainerOptions, text: str, context: _Context) -> None:
-        getattr(options, part)[key] = read(text)
+        _part(options, part)[key] = read(text)
 
     return _Flag(apply, bare=read is values.boolean)
 
@@ -144,7 +153,7 @@ def _add(part: str, key: str, read: Callable[[str], object] = str) -> _Flag:
     """Return a flag that makes a list."""
 
     def apply(options: ContainerOptions, text: str, context: _Context) -> None:
-        getattr(options, part).setdefault(key, []).append(read(text))
+        _part(options, part).setdefault(key, []).append(read(text))
 
     return _Flag(apply)
 
@@ -156,7 +165,7 @@ def _map(part: str, key: str) -> _Flag:
         name, _, value = text.partition("=")
         if not name:
             raise FlagValueError(f"{text!r} should be NAME=VALUE")
-        getattr(options, part).setdefault(key, {})[name] = value
+        _part(options, f"{part}.{key}")[name] = value
 
     return _Flag(apply)
 
@@ -200,7 +209,7 @@ def _env_file(options: ContainerOptions, text: str, context: _Context) -> None:
 def _label_file(options: ContainerOptions, text: str, context: _Context) -> None:
     for line in values.lines_of(context.path(text)):
         name, _, value = line.partition("=")
-        options.config.setdefault("Labels", {})[name.strip()] = value
+        _part(options, "config.Labels")[name.strip()] = value
 
 
 def _volume(options: ContainerOptions, text: str, context: _Context) -> None:
@@ -255,38 +264,16 @@ def _throttle(name: str, read: Callable[[str], object], key: str = "Rate") -> _F
     return _Flag(apply)
 
 
-def _health(key: str, read: Callable[[str], object]) -> _Flag:
-    def apply(options: ContainerOptions, text: str, context: _Context) -> None:
-        options.config.setdefault("Healthcheck", {})[key] = read(text)
-
-    return _Flag(apply)
-
-
 def _no_health(options: ContainerOptions, text: str, context: _Context) -> None:
     if values.boolean(text):
         options.config["Healthcheck"] = {"Test": ["NONE"]}
-
-
-def _address(key: str) -> _Flag:
-    def apply(options: ContainerOptions, text: str, context: _Context) -> None:
-        options.endpoint.setdefault("IPAMConfig", {})[key] = text
-
-    return _Flag(apply)
-
-
-def _link_local(options: ContainerOptions, text: str, context: _Context) -> None:
-    options.endpoint.setdefault("IPAMConfig", {}).setdefault("LinkLocalIPs", []).append(text)
-
-
-def _log_driver(options: ContainerOptions, text: str, context: _Context) -> None:
-    options.host.setdefault("LogConfig", {})["Type"] = text
 
 
 def _log_option(options: ContainerOptions, text: str, context: _Context) -> None:
     name, given, value = text.partition("=")
     if not given:
         raise FlagValueError(f"{text!r} should be NAME=VALUE")
-    options.host.setdefault("LogConfig", {}).setdefault("Config", {})[name] = value
+    _part(options, "host.LogConfig.Config")[name] = value
 
 
 _FLAGS: dict[str, _Flag] = {
@@ -324,24 +311,24 @@ _FLAGS: dict[str, _Flag] = {
     "expose": _Flag(_expose),
     "gpus": _add("host", "DeviceRequests", values.gpus),
     "group-add": _add("host", "GroupAdd"),
-    "health-cmd": _health("Test", lambda text: ["CMD-SHELL", text]),
-    "health-interval": _health("Interval", values.duration),
-    "health-retries": _health("Retries", values.whole),
-    "health-start-period": _health("StartPeriod", values.duration),
-    "health-timeout": _health("Timeout", values.duration),
+    "health-cmd": _set("config.Healthcheck", "Test", lambda text: ["CMD-SHELL", text]),
+    "health-interval": _set("config.Healthcheck", "Interval", values.duration),
+    "health-retries": _set("config.Healthcheck", "Retries", values.whole),
+    "health-start-period": _set("config.Healthcheck", "StartPeriod", values.duration),
+    "health-timeout": _set("config.Healthcheck", "Timeout", values.duration),
     "hostname": _set("config", "Hostname"),
     "init": _set("host", "Init", values.boolean),
     "interactive": _IGNORED,
-    "ip": _address("IPv4Address"),
-    "ip6": _address("IPv6Address"),
+    "ip": _set("endpoint.IPAMConfig", "IPv4Address"),
+    "ip6": _set("endpoint.IPAMConfig", "IPv6Address"),
     "ipc": _set("host", "IpcMode"),
     "isolation": _set("host", "Isolation"),
     "kernel-memory": _set("host", "KernelMemory", values.size),
     "label": _map("config", "Labels"),
     "label-file": _Flag(_label_file),
     "link": _add("host", "Links"),
-    "link-local-ip": _Flag(_link_local),
-    "log-driver": _Flag(_log_driver),
+    "link-local-ip": _add("endpoint.IPAMConfig", "LinkLocalIPs"),
+    "log-driver": _set("host.LogConfig", "Type"),
     "log-opt": _Flag(_log_option),
     "mac-address": _set("config", "MacAddress"),
     "memory": _set("host", "Memory", values.size),
