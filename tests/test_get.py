@@ -10,9 +10,11 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 
+import httpx
 import pytest
 
 import mlfleet
+from components.mlflow_server import MlflowServer
 from components.projects import write_project
 from fakes.scripted_server import scripted
 from fakes.small_mlflow import SmallMlflow
@@ -119,7 +121,7 @@ async def test_a_status_that_a_living_process_could_not_write_is_written_by_one_
         tracking.fail = None
         seen = await tracked(other, run.run_id)
         assert await seen.get_status() is RunStatus.RUNNING  # the process may be about to write it
-        context_of(other).unseen_patience = 0
+        context_of(other).unseen_patience = 0.1
         outcome = await seen.outcome()
         assert (outcome.status, outcome.reason, outcome.kind) == (RunStatus.FAILED, "exit code 3", FailureKind.FAILURE)
 
@@ -292,6 +294,48 @@ async def test_the_output_of_a_run_that_waits_can_be_followed(tracking: FakeTrac
         followed = asyncio.create_task(collect(seen, tail=100))
         (tmp_path / "go").touch()
         assert await followed == ["1", "2", "3", "4", "5", "done"]
+
+
+async def test_a_deleted_run_can_be_read_and_ended(mlflow_server: MlflowServer, tmp_path: Path) -> None:
+    """Its status cannot be written any more, so that nobody must wait for that."""
+    url = mlflow_server.url
+
+    async def deleted(uri: str) -> tuple[FleetRun, TrackedRun]:
+        run = await fleet.submit(uri, **LOCAL)
+        assert await anext(run.logs())
+        found = await tracked(other, run.run_id)
+        await delete(run.run_id)
+        return run, found
+
+    async def delete(run_id: str) -> None:
+        await client.post(f"{url}/api/2.0/mlflow/runs/delete", json={"run_id": run_id})
+
+    async with (
+        Fleet(tracking_uri=url, on_exit="cancel") as fleet,
+        Fleet(tracking_uri=url) as other,
+        httpx.AsyncClient() as client,
+    ):
+        run, found = await deleted(patient(tmp_path))
+        reading = asyncio.create_task(collect(found, tail=100))
+        waiting = asyncio.create_task(found.wait())
+        (tmp_path / "go").touch()
+        assert await reading == ["1", "2", "3", "4", "5", "done"]
+        with pytest.raises(TrackingError, match="was deleted before its end was written: MLflow shows RUNNING"):
+            await waiting
+        assert await run.wait()
+
+        run, found = await deleted(write_project(tmp_path / "endless", "echo here; exec sleep 1000"))
+        await found.cancel(grace=1)
+        assert not await run.wait()
+        assert await found.get_status() is RunStatus.RUNNING
+
+        context_of(other).unseen_patience = 0.1
+        async with fleet.sweep(write_project(tmp_path / "sweep", "sleep 1000"), grid(n=[1]), **LOCAL) as sweep:
+            found = await tracked(other, sweep.run_id)
+            await delete(sweep.run_id)
+            await found.cancel(grace=1)
+        with pytest.raises(TrackingError, match="was deleted before its end was written: MLflow shows RUNNING"):
+            await found.wait()
 
 
 async def test_output_that_is_not_kept_is_an_error(fleet: Fleet, other: Fleet, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from mlfleet._text.lines import LogLine
 from mlfleet._text.plain import short
 from mlfleet.backends._output import FileOutput, find_start, read_bytes, read_lines
 from mlfleet.backends.base import BackendRun
-from mlfleet.errors import BackendError, MlfleetError, RunLost, UsageError
+from mlfleet.errors import BackendError, MlfleetError, RunLost, TrackingError, UsageError
 from mlfleet.runs import REASON_TAG, JobRef, Outcome, RunStatus
 from mlfleet.tracking.base import RunInfo, end_run, failure_tags
 from mlfleet.tracking.links import run_url
@@ -98,17 +98,20 @@ class TrackedRun:
 
         Raises:
             UsageError: The run is a sweep with a name that no process drives any more.
+            TrackingError: The run was deleted before its status was written, and no process here supervises it.
             MlfleetError: Tracking or the backend cannot be reached.
         """
-        while (verdict := await self._ended()) is not None:
-            await conclude(self._context, self._info, verdict)
+        await self._let_end()
+        if not self._info.status.is_terminal:
+            text = f"the run {self.run_id} was deleted before its end was written: MLflow shows {self._info.status}"
+            raise TrackingError(text, uri=self._context.tracking.uri, code="INVALID_STATE")
         return tracked_outcome(self._info)
 
     async def cancel(self, *, grace: float | None = None) -> None:
         """End the run. Return once nothing of it runs any more and its status is written (KILLED).
 
         The process that supervises the run, if it lives, sees a cancelled run. A run that has ended keeps its status.
-        For a sweep all of its runs are ended. A cancelled call raises when that is done.
+        So does one that was deleted. For a sweep all of its runs are ended. A cancelled call raises when that is done.
 
         Args:
             grace: Seconds between the request to stop and the end by force; None: the grace that the run was submitted
@@ -161,16 +164,21 @@ class TrackedRun:
         if info.status.is_terminal:
             return Driver.UNSEEN
         verdict = await judge(self._context, info, elsewhere=False)
-        if verdict.is_left:
+        if verdict.is_left and not info.deleted:
             await conclude(self._context, info, verdict)
             await self._refresh()
         return verdict.driver
+
+    async def _let_end(self) -> None:
+        """Wait until the run is over, and conclude it if that is left to do."""
+        while (verdict := await self._ended()) is not None:
+            await conclude(self._context, self._info, verdict)
 
     async def _ended(self) -> Verdict | None:
         """Wait until the run is over.
 
         Returns:
-            How the run has to be concluded here; None if its status is written.
+            How the run has to be concluded here; None if its status is written, or cannot be: the run was deleted.
         """
         pause, watch, about_to_write = SHORTEST_PAUSE, _Watch(self._context), 0.0
         while True:
@@ -179,7 +187,7 @@ class TrackedRun:
                 about_to_write += pause
             if record is not None and about_to_write < min(DRIVER_PATIENCE, self._context.unseen_patience):
                 longest = _PAUSE_HERE  # no requests as long as a process of this machine supervises the run
-            elif (await self._refresh()).status.is_terminal:
+            elif (await self._refresh()).status.is_terminal or self._info.deleted:
                 return None
             elif (verdict := await watch.look(self._info)) is not None:
                 return verdict
@@ -264,9 +272,11 @@ class TrackedRun:
         context = self._context
         context.records.end(self.run_id, outcome)
         for _ in range(int(patience / SHORTEST_PAUSE)):
-            if (await self._refresh()).status.is_terminal:
+            if (await self._refresh()).status.is_terminal or self._info.deleted:
                 return
             await anyio.sleep(SHORTEST_PAUSE)
+        if self._info.deleted:
+            return
         _, secret = await context.tracking.environ()
         tags = failure_tags(outcome, secret.values())
         self._info = await end_run(
@@ -286,7 +296,8 @@ class TrackedRun:
             return
         verdict = await judge(context, info, elsewhere=False)
         if verdict.is_left:
-            await conclude(context, info, verdict)
+            if not info.deleted:
+                await conclude(context, info, verdict)
         elif JobRef.TAG not in info.tags and verdict.driver is Driver.GONE:
             await (await context.attach(self.run_id)).cancel(grace=grace)  # the processes that its driver has left
         elif (handle := await self._find_begun(verdict.driver, grace)) is None:
@@ -314,7 +325,7 @@ class TrackedRun:
             backend = await self._context.backend(reference.backend)
             if not await backend.withdraw(reference):
                 return await backend.attach(reference)
-            await self._context.tracking.update_run(self.run_id, RunStatus.KILLED)
+            await self._write(RunStatus.KILLED)
             if record is not None:
                 await FILES.run(partial(ask_to_cancel, record, grace))  # nor does it prepare the run any more
             return None
@@ -327,8 +338,13 @@ class TrackedRun:
                     f"the command of the run {self.run_id} has not begun: try again when it has, or end the process"
                     f" that prepares it ({record.driver.partition('-')[0]})"
                 ) from None
-        await self.wait()
+        await self._let_end()
         return None
+
+    async def _write(self, status: RunStatus) -> None:
+        """Write a status, unless the run was deleted: MLflow refuses it then."""
+        if not self._info.deleted:
+            await self._context.tracking.update_run(self.run_id, status)
 
     async def _end(self, handle: BackendRun, grace: float | None) -> None:
         """Write KILLED first, so that the run's own process, if it lives, takes it for cancelled and not for failed.
@@ -336,21 +352,21 @@ class TrackedRun:
         Raises:
             RunLost: The end of the run was not confirmed: it may still run.
         """
-        tracking, before = self._context.tracking, self._info.status
-        await tracking.update_run(self.run_id, RunStatus.KILLED)
+        before = self._info.status
+        await self._write(RunStatus.KILLED)
         try:
             await handle.cancel(grace=grace)
             outcome = await handle.outcome()
             if isinstance(outcome.error, BackendError):
                 raise outcome.error
         except MlfleetError:
-            await tracking.update_run(self.run_id, before)
+            await self._write(before)
             raise
-        if outcome.status is not RunStatus.KILLED:
+        if outcome.status is not RunStatus.KILLED and not self._info.deleted:
             # It had ended by itself, a moment before it was to be ended.
             if tags := failure_tags(outcome):
-                await tracking.log(self.run_id, tags=tags)
-            await tracking.update_run(self.run_id, outcome.status)
+                await self._context.tracking.log(self.run_id, tags=tags)
+            await self._write(outcome.status)
 
 
 async def tracked_output(run: TrackedRun, *, follow: bool, tail: int | None = None) -> AsyncGenerator[bytes, None]:

@@ -16,7 +16,7 @@ from mlfleet._sweeps.record import SweepRecord, open_record
 from mlfleet._sweeps.results import PointResult, ResultBuffer, SweepCounts
 from mlfleet._sweeps.settings import SweepSettings
 from mlfleet.errors import TrackingError, UsageError
-from mlfleet.runs import RunStatus
+from mlfleet.runs import Outcome, RunStatus
 from mlfleet.spaces import Point, Points, describe
 from mlfleet.tracking.base import RunInfo
 
@@ -148,9 +148,13 @@ class Driver:
             raise self.error
 
     async def _remove_record(self) -> None:
-        """Remove the record of a sweep whose status is written."""
-        if self.record is not None and self.record.is_written:
+        """Remove the record of a sweep whose status is written; else leave the status in it."""
+        if self.record is None:
+            return
+        if self.record.is_written:
             self._context.records.remove(self.record.info.run_id)
+        else:
+            self._context.records.end(self.record.info.run_id, Outcome(self.record.status))
 
     def _status(self) -> RunStatus:
         if self.cancelled:

@@ -63,7 +63,7 @@ class _TrackedSweep(TrackedRun):
         if info.status.is_terminal:
             return
         record = await FILES.run(partial(find_record, self.run_id))
-        await tracking.update_run(info.run_id, RunStatus.KILLED)
+        await self._write(RunStatus.KILLED)
         waited = 0.0
         errors: dict[str, MlfleetError] = {}
         lost: dict[str, MlfleetError] = {}  # runs whose end is not confirmed: to wait for it again would take as long
