@@ -116,7 +116,12 @@ def test_a_file_of_the_environment_that_is_missing_is_named_with_the_nearest(tmp
 @pytest.mark.parametrize(
     ("files", "code", "line"),
     [
-        ({"notes.txt": ""}, 2, ".: error: there is no MLproject file; there is nothing to run"),
+        ({"notes.txt": "", "pyproject.toml": ""}, 2, ".: error: there is no MLproject file; there is nothing to run"),
+        (
+            {"MLprojct": ""},
+            2,
+            ".: error: there is no MLproject file, did you mean 'MLprojct'?; there is nothing to run",
+        ),
         (
             {"MLproject.yml": "", "a.py": ""},
             0,
@@ -134,7 +139,7 @@ def test_a_file_of_the_environment_that_is_missing_is_named_with_the_nearest(tmp
             " token; indent with spaces, YAML does not take tabs",
         ),
     ],
-    ids=["nothing", "another name", "no entry points", "tabs"],
+    ids=["nothing", "misspelt", "another name", "no entry points", "tabs"],
 )
 def test_the_first_mistakes_of_a_newcomer(tmp_path: Path, files: dict[str, str], code: int, line: str) -> None:
     for name, text in files.items():

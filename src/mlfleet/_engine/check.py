@@ -133,7 +133,8 @@ class _Check:
     def _check_missing(self, spec: ProjectSpec) -> None:
         what = f"{FILE_NAME} declares no entry points"
         if spec.path is None:
-            names = [entry.name for entry in spec.folder.iterdir() if entry.is_file()]
+            # pyproject.toml is so near that it would be named in every folder of Python code.
+            names = {entry.name for entry in spec.folder.iterdir() if entry.is_file()} - {"pyproject.toml"}
             similar = next((name for name in names if Path(name).stem.lower() == FILE_NAME.lower()), None)
             hint = nearest(FILE_NAME, names) if similar is None else f": rename {similar!r}"
             what = f"there is no {FILE_NAME} file{hint}"
