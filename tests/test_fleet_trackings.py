@@ -109,6 +109,8 @@ async def test_runs_elsewhere_are_found_and_ended_there(tracking: FakeTracking, 
             by_record = await second.get(active.run_id)  # its record says which of the open servers has it
             assert isinstance(by_record, TrackedRun)
             assert await by_record.get_status() is RunStatus.RUNNING
+        with pytest.raises(TrackingError, match="is not open: use it, or a handle of the Fleet that has it, inside"):
+            await by_record.get_status()
         await context_of(fleet).write_killed()
         assert mlflow.runs[active.run_id]["info"]["status"] == "KILLED"
     assert sorted(mlflow.statuses) == ["FINISHED", "FINISHED", "KILLED"]

@@ -89,7 +89,10 @@ class EmbeddedTracking(Tracking):
 
     async def _open(self) -> Any:
         if self._lock is None:
-            raise TrackingError("the tracking store is not open: use it inside `async with`", uri=self.uri)
+            raise TrackingError(
+                "the tracking store is not open: use it, or a handle of the Fleet that has it, inside `async with`",
+                uri=self.uri,
+            )
         # One process at a time makes the tables of a database: two at the same time fail.
         async with AsyncExitStack() as stack:
             try:

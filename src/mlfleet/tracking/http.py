@@ -173,7 +173,10 @@ class ServerClient:
             TrackingError: The client is not open.
         """
         if self._failures is None:
-            raise TrackingError("the tracking client is not open: use it inside `async with`", uri=self._uri)
+            raise TrackingError(
+                "the tracking client is not open: use it, or a handle of the Fleet that has it, inside `async with`",
+                uri=self._uri,
+            )
         return self._failures
 
     async def call(
