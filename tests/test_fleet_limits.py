@@ -173,12 +173,15 @@ async def test_sweeps_count_in_the_limits_and_are_not_refused(tracking: FakeTrac
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_queued": -1}, "max_queued is -1: give 0 or more, or None"),
-        ({"group_limit": 0}, "group_limit is 0: give 1 or more"),
-        ({"group_limit": {"red": 0}}, "group_limit is {'red': 0}: give 1 or more"),
+        ({"max_queued": -1}, "max_queued is -1: give a whole number, 0 or more, or None"),
+        ({"max_concurrent": 5 / 2}, "max_concurrent is 2.5: give a whole number, 1 or more, or None"),
+        ({"max_concurrent": "4"}, "max_concurrent is '4': give a whole number, 1 or more, or None"),
+        ({"group_limit": 0}, "group_limit is 0: give a whole number, 1 or more"),
+        ({"group_limit": {"red": 0}}, "group_limit is {'red': 0}: give a whole number, 1 or more"),
+        ({"group_limit": "4"}, "group_limit is '4': give a whole number, 1 or more"),
     ],
 )
-def test_wrong_limits_are_mistakes(options: dict[str, int], message: str) -> None:
+def test_wrong_limits_are_mistakes(options: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Fleet(tracking=FakeTracking(), **options)  # type: ignore[arg-type]
 

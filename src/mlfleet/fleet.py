@@ -77,15 +77,16 @@ class Fleet:
             raise UsageError(f"on_exit is {on_exit!r}: give 'wait' or 'cancel'")
         if tracking is not None and tracking_uri is not None:
             raise UsageError("both tracking and tracking_uri are given: give one of them")
-        if max_concurrent is not None and max_concurrent < 1:
-            raise UsageError(f"max_concurrent is {max_concurrent}: give 1 or more, or None")
-        if max_queued is not None and max_queued < 0:
-            raise UsageError(f"max_queued is {max_queued}: give 0 or more, or None")
+        for name, value, least in (("max_concurrent", max_concurrent, 1), ("max_queued", max_queued, 0)):
+            if value is not None and (type(value) is not int or value < least):
+                raise UsageError(f"{name} is {value!r}: give a whole number, {least} or more, or None")
         limits = (
             group_limit.values() if isinstance(group_limit, Mapping) else [] if group_limit is None else [group_limit]
         )
-        if any(limit < 1 for limit in limits):
-            raise UsageError(f"group_limit is {group_limit}: give 1 or more, such numbers by group, or None")
+        if any(type(limit) is not int or limit < 1 for limit in limits):
+            raise UsageError(
+                f"group_limit is {group_limit!r}: give a whole number, 1 or more, such numbers by group, or None"
+            )
         self._context = RunContext(
             tracking=tracking if tracking is not None else open_tracking(tracking_uri),
             timeouts=timeouts or Timeouts(),
