@@ -28,6 +28,7 @@ import psutil
 _PARENT_POLL = 0.5  # seconds between two looks at the parent's id, where the system has no pidfds
 _PAUSE = 0.05  # seconds between two looks at sessions that are being ended
 _MARKER_GRACE = 2.0  # seconds for processes that left their session
+_EXEC_PAUSE, _EXEC_LOOKS = 0.002, 10  # seconds between two looks at a process in execve, and their number
 _LONGEST_END = 3600.0  # seconds after which a process that does not end (uninterruptible) is given up
 
 
@@ -141,20 +142,45 @@ def _living_groups(sessions: Iterable[int]) -> dict[int, int]:
 
 def _end_marked(marker: str) -> None:
     name, _, value = marker.partition("=")
-    found = [process for process in psutil.process_iter() if _environment(process).get(name) == value]
-    for process in found:
-        _signal(process, signal.SIGTERM)
-        _signal(process, signal.SIGCONT)
-    _, alive = psutil.wait_procs(found, timeout=_MARKER_GRACE)
-    for process in alive:
-        _signal(process, signal.SIGKILL)
+    begun, asked = time.monotonic(), set[psutil.Process]()
+    # Again and again: what is found may have started another process meanwhile.
+    while found := [each for each in psutil.process_iter() if _is_marked(each, name, value)]:
+        late = time.monotonic() - begun - _MARKER_GRACE
+        if late > _LONGEST_END:
+            return
+        for process in found:
+            if late >= 0:
+                _signal(process, signal.SIGKILL)
+            elif process not in asked:
+                asked.add(process)
+                _signal(process, signal.SIGTERM)
+                _signal(process, signal.SIGCONT)
+        time.sleep(_PAUSE)
 
 
-def _environment(process: psutil.Process) -> dict[str, str]:
+def _is_marked(process: psutil.Process, name: str, value: str) -> bool:
     try:
-        return process.environ()
+        is_marked = read_environment(process).get(name) == value
+        return is_marked and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except (OSError, psutil.Error):
-        return {}
+        return False
+
+
+def read_environment(process: psutil.Process) -> dict[str, str]:
+    """Return the environment that a process was started with. Blocking.
+
+    That of a process which becomes another program (execve) is empty for a moment, and so is that of one without any
+    variable for ever: look some times.
+
+    Raises:
+        psutil.Error: The process has ended, or is another user's. OSError likewise.
+    """
+    for _ in range(_EXEC_LOOKS):
+        environment = process.environ()
+        if environment or not process.exe():  # a kernel thread or a zombie has no program
+            break
+        time.sleep(_EXEC_PAUSE)
+    return environment
 
 
 def _signal(process: psutil.Process, number: int) -> None:

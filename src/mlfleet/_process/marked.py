@@ -105,13 +105,15 @@ def _look() -> _Found:
     """Look at all processes of the machine that this user may read. Blocking."""
     import psutil  # late, and in a thread: most uses of mlfleet end nothing
 
+    from mlfleet._process.guardian_main import read_environment
+
     found: dict[str, list[MarkedProcess]] = defaultdict(list)
     for pid in psutil.pids():
         if pid == os.getpid():
             continue
         try:
             process = psutil.Process(pid)
-            run_id = process.environ().get(RUN_VARIABLE)
+            run_id = read_environment(process).get(RUN_VARIABLE)
             if run_id and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
                 found[run_id].append(MarkedProcess(process, os.getsid(pid)))
         except (OSError, psutil.Error):  # it has ended, or is another user's
