@@ -14,6 +14,7 @@ import pytest
 from components.projects import pid_is_gone, write_project
 from mlfleet import Fleet, RunStatus, grid
 from mlfleet._engine.records import RunRecord, RunRecords, find_record, tracking_key
+from mlfleet._sweeps import SPACE_TAG
 from mlfleet.errors import TrackingError, UsageError
 from mlfleet.testing import FakeTracking
 
@@ -123,7 +124,19 @@ def record(run_id: str, tracking: FakeTracking, *, durable: bool = False) -> Run
     )
 
 
-async def test_a_sweep_without_a_name_is_concluded_when_its_driver_has_died(tmp_path: Path) -> None:
+async def test_a_sweep_without_a_name_is_concluded_when_its_driver_has_died() -> None:
+    tracking = FakeTracking()
+    made = await tracking.create_run("0", name=None, tags={SPACE_TAG: "{}"})
+    dead = RunRecords()
+    await dead.add(record(made.run_id, tracking))
+    await dead.close()
+    async with Fleet(tracking=tracking) as fleet:
+        found = await fleet.get(made.run_id)
+        assert await found.wait() is False
+    assert (found.info.status, found.info.tags["mlfleet.reason"]) == (RunStatus.FAILED, "its driver died")
+
+
+async def test_the_end_of_a_sweep_that_could_not_be_written_is_written_later(tmp_path: Path) -> None:
     tracking = FakeTracking()
     async with Fleet(tracking=tracking, tracking_patience=0.1) as fleet:
         uri = write_project(tmp_path / "demo", "true", parameters="n: string")
@@ -135,8 +148,8 @@ async def test_a_sweep_without_a_name_is_concluded_when_its_driver_has_died(tmp_
     tracking.fail = None
     async with Fleet(tracking=tracking) as fleet:
         found = await fleet.get(sweep.run_id)
-        assert await found.wait() is False
-    assert (found.info.status, found.info.tags["mlfleet.reason"]) == (RunStatus.FAILED, "its driver died")
+        assert await found.wait() is True
+    assert tracking.runs[sweep.run_id].status is RunStatus.FINISHED
 
 
 FORKING = """

@@ -215,7 +215,10 @@ async def test_mistakes_in_the_settings_are_reported(monkeypatch: pytest.MonkeyP
 
 
 async def test_a_client_that_is_not_open_says_so() -> None:
-    with pytest.raises(TrackingError, match="use it inside `async with`"):
+    with pytest.raises(
+        TrackingError,
+        match="use it, or a handle of the Fleet that has it, inside `async with`",
+    ):
         await RestTracking("http://127.0.0.1:1").get_run("r1")
 
 

@@ -178,7 +178,7 @@ class TrackedRun:
         """Wait until the run is over.
 
         Returns:
-            How the run has to be concluded here; None if its status is written, or cannot be: the run was deleted.
+            How the run has to be concluded here; None if its status is written, or cannot be since the run was deleted.
         """
         pause, watch, about_to_write = SHORTEST_PAUSE, _Watch(self._context), 0.0
         while True:
