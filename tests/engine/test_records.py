@@ -12,10 +12,10 @@ import anyio
 import pytest
 
 from components.projects import pid_is_gone, write_project
-from mlfleet import Fleet, RunStatus, grid
+from mlfleet import Fleet, Outcome, RunStatus, grid
 from mlfleet._engine.records import RunRecord, RunRecords, find_record, tracking_key
 from mlfleet._sweeps import SPACE_TAG
-from mlfleet.errors import TrackingError, UsageError
+from mlfleet.errors import RunLost, TrackingError, UsageError
 from mlfleet.testing import FakeTracking
 
 
@@ -122,6 +122,19 @@ def record(run_id: str, tracking: FakeTracking, *, durable: bool = False) -> Run
     return RunRecord(
         run_id=run_id, backend="local", project="demo", tracking=tracking_key(tracking.uri), durable=durable
     )
+
+
+async def test_a_run_that_was_lost_is_lost_for_the_next_process_too() -> None:
+    tracking = FakeTracking()
+    made = await tracking.create_run("0", name=None, tags={})
+    dead = RunRecords()
+    await dead.add(record(made.run_id, tracking, durable=True))
+    dead.end(made.run_id, Outcome(RunStatus.FAILED, reason="it was never started", error=RunLost("it")))
+    await dead.close()
+    async with Fleet(tracking=tracking) as fleet:
+        outcome = await (await fleet.attach(made.run_id)).outcome()
+    assert (outcome.status, str(outcome.error)) == (RunStatus.FAILED, "it was never started")
+    assert isinstance(outcome.error, RunLost)
 
 
 async def test_a_sweep_without_a_name_is_concluded_when_its_driver_has_died() -> None:

@@ -36,7 +36,7 @@ from mlfleet._paths import active_folder
 from mlfleet._process.reattach import boot_id, machine
 from mlfleet._run_log import get_logger
 from mlfleet._store.lease import unleased
-from mlfleet.errors import UsageError
+from mlfleet.errors import RunLost, UsageError
 from mlfleet.runs import DEFAULT_CANCEL_GRACE, FailureKind, Outcome, RunStatus
 
 __all__ = [
@@ -467,6 +467,7 @@ def _outcome_text(outcome: Outcome) -> str:
         "exit_code": outcome.exit_code,
         "reason": outcome.reason,
         "kind": None if kind is None else kind.value,
+        "lost": isinstance(outcome.error, RunLost),
     }
     return json.dumps(facts) + "\n"
 
@@ -477,5 +478,7 @@ def _read_outcome(facts: Mapping[str, Any]) -> Outcome:
         RunStatus(facts["status"]),
         facts["exit_code"],
         facts["reason"],
+        # A sweep that is resumed runs a point again whose run was lost.
+        error=RunLost(facts["reason"] or "the run was lost") if facts.get("lost") else None,
         cause=None if kind is None else FailureKind(kind),
     )
