@@ -90,12 +90,15 @@ _SLOW_FIXTURES = {
     "slurm",
 }
 _SLOW_PLACES = (
+    "backends/databricks/test_databricks_faults.py",
     "backends/kubernetes/test_kubernetes_chaos.py",
     "backends/test_plugins.py",
     "cli/",
     "contract/",
+    "engine/test_cancellation.py",
     "environments/test_env_",
     "parity/",
+    "project/test_fetch_git.py",
     "sweeps/test_sweep_killed.py",
     "test_asgi.py",
     "test_detached.py",
@@ -106,6 +109,9 @@ _SLOW_PLACES = (
     "test_progress.py",
     "test_services.py",
     "test_sync.py",
+    "tracking/test_connections.py",
+    "tracking/test_embedded.py",
+    "tracking/test_faults.py",
     "tracking/test_servers.py",
 )
 
