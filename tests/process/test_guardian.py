@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mlfleet._process.guardian_main import read_environment
+from mlfleet._process.guardian_main import read_environments
 
 DRIVER = """
 import os, subprocess, sys
@@ -176,7 +176,8 @@ def test_a_process_is_known_while_it_becomes_another_program(tmp_path: Path) -> 
     script.write_text('exec bash "$0"\n')
     with subprocess.Popen(["bash", script], env={**os.environ, "MARK": "1"}) as process:
         try:
-            seen = [read_environment(psutil.Process(process.pid)).get("MARK") for _ in range(1000)]
+            one = [psutil.Process(process.pid)]
+            seen = [environ.get("MARK") for _ in range(1000) for _, environ in read_environments(one)]
         finally:
             process.kill()
     # Some hundredths of single reads are empty. About one in five thousand is torn, which nothing tells.

@@ -21,14 +21,15 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 import psutil
 
 _PARENT_POLL = 0.5  # seconds between two looks at the parent's id, where the system has no pidfds
 _PAUSE = 0.05  # seconds between two looks at sessions that are being ended
 _MARKER_GRACE = 2.0  # seconds for processes that left their session
-_EXEC_PAUSE, _EXEC_LOOKS = 0.002, 10  # seconds between two looks at a process in execve, and their number
+_EXEC_PAUSE, _EXEC_LOOKS = 0.002, 10  # seconds between two looks at processes in execve, and their number
 _LONGEST_END = 3600.0  # seconds after which a process that does not end (uninterruptible) is given up
 
 
@@ -144,50 +145,69 @@ def _end_marked(marker: str) -> None:
     name, _, value = marker.partition("=")
     begun, asked = time.monotonic(), set[psutil.Process]()
     # Again and again: what is found may have started another process meanwhile.
-    while found := [each for each in psutil.process_iter() if _is_marked(each, name, value)]:
+    while found := [process for process, found in list_marked(name) if found == value]:
         late = time.monotonic() - begun - _MARKER_GRACE
         if late > _LONGEST_END:
             return
         for process in found:
             if late >= 0:
-                _signal(process, signal.SIGKILL)
+                signal_process(process, signal.SIGKILL)
             elif process not in asked:
                 asked.add(process)
-                _signal(process, signal.SIGTERM)
-                _signal(process, signal.SIGCONT)
+                signal_process(process, signal.SIGTERM)
         time.sleep(_PAUSE)
 
 
-def _is_marked(process: psutil.Process, name: str, value: str) -> bool:
-    try:
-        is_marked = read_environment(process).get(name) == value
-        return is_marked and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-    except (OSError, psutil.Error):
-        return False
+def list_marked(name: str) -> list[tuple[psutil.Process, str]]:
+    """Return the living processes that were started with an environment variable, each with its value. Blocking.
+
+    Those that this user may not read are left out, and so is this process.
+
+    Args:
+        name: The name of the variable.
+    """
+    marked = []
+    for process, environment in read_environments(_others()):
+        with suppress(OSError, psutil.Error):  # it has ended
+            value = environment.get(name)
+            if value and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                marked.append((process, value))
+    return marked
 
 
-def read_environment(process: psutil.Process) -> dict[str, str]:
-    """Return the environment that a process was started with. Blocking.
+def _others() -> Iterator[psutil.Process]:
+    for pid in psutil.pids():
+        if pid != os.getpid():
+            with suppress(psutil.Error):  # it has ended
+                yield psutil.Process(pid)
 
-    That of a process which becomes another program (execve) is empty for a moment, and so is that of one without any
-    variable for ever: look some times.
 
-    Raises:
-        psutil.Error: The process has ended, or is another user's. OSError likewise.
+def read_environments(processes: Iterable[psutil.Process]) -> Iterator[tuple[psutil.Process, dict[str, str]]]:
+    """Yield processes with the environment that each was started with, as far as this user may read it. Blocking.
+
+    The environment of a process that becomes another program (execve) is empty for a moment: look again at those.
     """
     for _ in range(_EXEC_LOOKS):
-        environment = process.environ()
-        if environment or not process.exe():  # a kernel thread or a zombie has no program
-            break
+        empty = []
+        for process in processes:
+            with suppress(OSError, psutil.Error):  # it has ended, or is another user's
+                environment = process.environ()
+                if environment:
+                    yield process, environment
+                elif process.exe():  # a kernel thread or a zombie has no program
+                    empty.append(process)
+        if not empty:
+            return
+        processes = empty
         time.sleep(_EXEC_PAUSE)
-    return environment
 
 
-def _signal(process: psutil.Process, number: int) -> None:
-    try:
+def signal_process(process: psutil.Process, number: int) -> None:
+    """Send a signal to a process, unless it has ended. A stopped one goes on, so that it sees SIGTERM."""
+    with suppress(OSError, psutil.Error):
         process.send_signal(number)
-    except (OSError, psutil.Error):
-        return
+        if number == signal.SIGTERM:
+            process.send_signal(signal.SIGCONT)
 
 
 def _signal_group(group: int, number: int) -> None:

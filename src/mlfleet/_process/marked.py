@@ -7,6 +7,7 @@ import os
 import signal
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -103,31 +104,17 @@ async def end_marked(
 
 def _look() -> _Found:
     """Look at all processes of the machine that this user may read. Blocking."""
-    import psutil  # late, and in a thread: most uses of mlfleet end nothing
-
-    from mlfleet._process.guardian_main import read_environment
+    from mlfleet._process.guardian_main import list_marked  # late, and in a thread: most uses of mlfleet end nothing
 
     found: dict[str, list[MarkedProcess]] = defaultdict(list)
-    for pid in psutil.pids():
-        if pid == os.getpid():
-            continue
-        try:
-            process = psutil.Process(pid)
-            run_id = read_environment(process).get(RUN_VARIABLE)
-            if run_id and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
-                found[run_id].append(MarkedProcess(process, os.getsid(pid)))
-        except (OSError, psutil.Error):  # it has ended, or is another user's
-            continue
+    for process, run_id in list_marked(RUN_VARIABLE):
+        with suppress(OSError):  # it has ended
+            found[run_id].append(MarkedProcess(process, os.getsid(process.pid)))
     return found
 
 
 def _signal(processes: Sequence[psutil.Process], number: signal.Signals) -> None:
-    import psutil
+    from mlfleet._process.guardian_main import signal_process
 
     for process in processes:
-        try:
-            process.send_signal(number)
-            if number == signal.SIGTERM:
-                process.send_signal(signal.SIGCONT)  # a stopped process does not see SIGTERM before it goes on
-        except (OSError, psutil.Error):  # it has ended
-            continue
+        signal_process(process, number)
