@@ -222,7 +222,7 @@ async def find_processes(context: RunContext, record: RunRecord) -> BackendRun |
     """Return the handle of the processes of a run without a reference; None if its backend cannot find them.
 
     Raises:
-        RunLost: It has none.
+        RunLost: The run has no processes.
     """
     try:
         can_tell = (await FILES.run(partial(find, record.backend))).find_left is not Backend.find_left

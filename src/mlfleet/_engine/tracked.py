@@ -39,9 +39,9 @@ DRIVER_PATIENCE = 5.0  # seconds in which a driver must write the end of a run, 
 class TrackedRun:
     """The handle of a run that is known by its MLflow id. It satisfies `SubmittedRun`.
 
-    `mlfleet.get` and `Fleet.get` return it for runs that another process supervises, or nobody any more, and for those
-    that have ended. It holds nothing and starts nothing in the background. If the process that should write the status
-    of the run is gone, the methods write it when the run is over, and so may wait for tracking.
+    `mlfleet.get` and `Fleet.get` return it for runs that another process supervises, for those that nobody supervises
+    any more, and for those that have ended. It holds nothing and starts nothing in the background. If the process that
+    should write the status of the run is gone, the methods write it when the run is over, and so may wait for tracking.
     """
 
     __slots__ = ("_context", "_info")
@@ -393,7 +393,7 @@ class _KeptOutput(FileOutput):
 
 
 def _live_record(run_id: str) -> RunRecord | None:
-    """Return the record of a run if the process that supervises it lives, on this machine. Blocking."""
+    """Return the record of a run whose supervising process lives on this machine, else None. Blocking."""
     record = find_record(run_id)
     return record if record is not None and record.driver_lives() else None
 

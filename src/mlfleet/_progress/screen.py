@@ -229,7 +229,12 @@ class Screen:
         await TERMINAL.run(partial(self._show, self._picture(lines, len(active)), active))
 
     def _picture(self, lines: Sequence[tuple[str, str]], rows: int) -> Picture:
-        """Return the picture of this moment without its rows, of which there are so many. Called on the event loop."""
+        """Return the picture of this moment without its rows. Called on the event loop.
+
+        Args:
+            lines: The lines to add.
+            rows: The number of its rows.
+        """
         raise NotImplementedError
 
     def _active(self) -> list[tuple[str, float, Path | None]]:

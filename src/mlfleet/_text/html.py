@@ -49,7 +49,7 @@ def status(word: str) -> Html:
 
 
 def link(text: object, url: str | None) -> Html:
-    """Return a text as a link; as it is without an address."""
+    """Return a link with a text, or the text alone if there is no address."""
     if url is None:
         return escaped(text)
     return Html(f'<a href="{escaped(url)}" target="_blank" rel="noreferrer">{escaped(text)}</a>')
