@@ -7,7 +7,6 @@ import base64
 import json
 import os
 import ssl
-import stat
 import tempfile
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -290,23 +289,27 @@ async def test_cancelled_login_stops_its_plugin(secured: Secured) -> None:
     assert not psutil.pid_exists(pid)
 
 
-async def test_inline_keys_are_in_a_private_folder_until_the_last_client_closes(
-    secured: Secured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("by_plugin", [False, True])
+async def test_keys_are_not_left_on_the_disk(
+    secured: Secured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_plugin: bool
 ) -> None:
-    """And the next client in this process gets files of its own, although the library remembers those of the first."""
+    """The TLS library reads keys from files only; those of embedded ones do not outlast the login."""
     (temporary := tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     secured.api.certificates = {client(secured, secured.folder)}
-    user = embedded(secured.folder, {"client-certificate": "client.pem", "client-key": "client.key"})
+    user: dict[str, Any] = embedded(secured.folder, {"client-certificate": "client.pem", "client-key": "client.key"})
+    if by_plugin:
+        names = {"clientCertificateData": "client.pem", "clientKeyData": "client.key"}
+        status = {key: (secured.folder / name).read_text() for key, name in names.items()}
+        executable(secured.folder / "plugin", f"cat <<'END'\n{json.dumps({'status': status})}\nEND")
+        user = {"exec": {"apiVersion": "client.authentication.k8s.io/v1", "command": "./plugin"}}
     cluster = await secured.cluster(user, **embedded(secured.folder, {"certificate-authority": "ca.pem"}))
     for _ in range(2):
-        async with KubernetesClient(cluster) as first, KubernetesClient(cluster):
-            await first.call("looking", "GET", PODS)
-            (folder,) = temporary.iterdir()
-            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-            assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o600}
-            assert len(list(folder.iterdir())) == 3
-        assert list(temporary.iterdir()) == []
+        async with KubernetesClient(cluster) as first, KubernetesClient(cluster) as second:
+            assert list(temporary.iterdir()) == []
+            for each in (first, second):
+                await each.call("looking", "GET", PODS)
+    assert list(temporary.iterdir()) == []
 
 
 async def test_open_streams_survive_a_replaced_certificate(secured: Secured) -> None:

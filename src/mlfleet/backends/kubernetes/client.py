@@ -6,7 +6,6 @@ import asyncio
 import copy
 import json
 import random
-import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import replace
@@ -20,10 +19,9 @@ import aiohttp
 
 from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.single_flight import SingleFlight
-from mlfleet._concurrency.threads import FILES, LOGINS
 from mlfleet._retry import RETRIED, RetryPolicy, parse_retry_after
 from mlfleet._run_log import get_logger, warn_once
-from mlfleet.backends.kubernetes.login import CERTIFICATES, SERVICE_ACCOUNT, Cluster, Login, load_login
+from mlfleet.backends.kubernetes.login import SERVICE_ACCOUNT, Cluster, Login, load_login
 from mlfleet.errors import BackendError
 
 __all__ = ["RETRIES", "ApiError", "KubernetesClient", "Pool", "reconnect_pause"]
@@ -128,7 +126,6 @@ class KubernetesClient:
         self.cluster = cluster
         self._account = account
         self._reread = reread
-        self._folder: Path | None = None
         self._clients: _Clients | None = None
         self._replaced: set[_Clients] = set()
         self._logins = 0
@@ -137,15 +134,7 @@ class KubernetesClient:
         self._opening_logs = asyncio.Semaphore(_OPENING_LOGS)
 
     async def __aenter__(self) -> Self:
-        async def give_back(folder: Path) -> None:
-            await FILES.run(CERTIFICATES.release)
-
-        self._folder = await FILES.run(CERTIFICATES.acquire, undo=give_back)
-        try:
-            await self._load(0)
-        except BaseException:
-            await complete(self._close)
-            raise
+        await self._load(0)
         return self
 
     async def __aexit__(
@@ -159,7 +148,6 @@ class KubernetesClient:
                 await clients.close()
         self._clients = None
         self._replaced.clear()
-        await FILES.run(CERTIFICATES.release)
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
@@ -259,7 +247,7 @@ class KubernetesClient:
         tried: set[str] = set()
         while True:
             clients, login = await self._current()
-            token = clients.token
+            token = clients.login.token
             clients.users += 1
             response: aiohttp.ClientResponse | None = None
             try:
@@ -310,15 +298,13 @@ class KubernetesClient:
             await self._loading(login, partial(self._load_once, login))
 
     async def _load_once(self, number: int) -> None:
-        assert self._folder is not None  # noqa: S101 - entered
-        login = await load_login(self.cluster, self._folder, account=self._account, reread=self._reread)
+        login = await load_login(self.cluster, account=self._account, reread=self._reread)
         old = self._clients
         if old is not None and old.login.connection_key == login.connection_key:
-            old.renew(login)
+            old.login = login
         else:
             # New certificates need new clients. The old ones serve their watches and logs to the end.
-            template, tls = await LOGINS.run(partial(_make_template, login.configuration))
-            self._clients = _Clients(login, template, tls)
+            self._clients = _Clients(login)
             if old is not None:
                 self._replaced.add(old)
                 await self._close_unused()
@@ -336,32 +322,16 @@ class _Clients:
 
     Args:
         login: The login.
-        template: The client to copy; see `_make_template`.
-        tls: The TLS context of all connections.
 
     Attributes:
-        login: The login; see `renew`.
+        login: The login; a later one may take its place if only the token differs.
         users: The number of requests and streams that use a client now.
     """
 
-    def __init__(self, login: Login, template: Any, tls: ssl.SSLContext) -> None:
+    def __init__(self, login: Login) -> None:
         self.login = login
         self.users = 0
-        self._configuration = login.configuration
-        self._template = template
-        self._tls = tls
         self._clients: dict[Pool, Any] = {}
-
-    @property
-    def token(self) -> str:
-        """The value of the ``Authorization`` header."""
-        return self.login.token
-
-    def renew(self, login: Login) -> None:
-        """Use the token of another login from now on."""
-        self.login = login
-        self._configuration.api_key.clear()
-        self._configuration.api_key.update(login.configuration.api_key)
 
     async def request(
         self,
@@ -373,13 +343,15 @@ class _Clients:
         read_timeout: float | None,
     ) -> aiohttp.ClientResponse:
         """Send a request. The status of the answer is not checked, since kubernetes-asyncio does so only for models."""
+        headers = {"Accept": "application/json, */*"}
+        if self.login.token:
+            headers["Authorization"] = self.login.token
         response: aiohttp.ClientResponse = await self._client(pool).call_api(
             path,
             method,
             query_params=dict(params or {}),
-            header_params={"Accept": "application/json, */*"},
+            header_params=headers,
             body=None if body is None else dict(body),
-            auth_settings=["BearerToken"],
             _preload_content=False,
             _request_timeout=aiohttp.ClientTimeout(sock_connect=_CONNECT, sock_read=read_timeout),
         )
@@ -388,11 +360,11 @@ class _Clients:
     def _client(self, pool: Pool) -> Any:
         client = self._clients.get(pool)
         if client is None:
-            client = copy.copy(self._template)
+            client = copy.copy(self.login.client)
             client.rest_client = copy.copy(client.rest_client)
             # Without a limit of connections: the semaphores of `KubernetesClient` limit requests, and each log is one.
             # Without trust_env: aiohttp knows no CIDRs in NO_PROXY, and the login has chosen the proxy already.
-            connector = aiohttp.TCPConnector(limit=0, ssl=self._tls)
+            connector = aiohttp.TCPConnector(limit=0, ssl=self.login.tls)
             client.rest_client.pool_manager = aiohttp.ClientSession(connector=connector, read_bufsize=_READ_BUFFER)
             self._clients[pool] = client
         return client
@@ -402,26 +374,6 @@ class _Clients:
         for client in self._clients.values():
             await client.close()
         self._clients.clear()
-
-
-def _make_template(configuration: Any) -> tuple[Any, ssl.SSLContext]:
-    """Make an ``ApiClient`` without a session, and the TLS context that kubernetes-asyncio makes for it. Blocking.
-
-    The system's certificates take 30 ms to load, in which the event loop would stand still. But a session belongs
-    to the loop that makes it, so this one is closed at once.
-    """
-
-    async def make() -> tuple[Any, ssl.SSLContext]:
-        from kubernetes_asyncio.client import ApiClient
-
-        client = ApiClient(configuration)
-        client.user_agent = "mlfleet"
-        # Private: neither aiohttp nor kubernetes-asyncio has a public way to the context of a connector.
-        tls: ssl.SSLContext = client.rest_client.pool_manager.connector._ssl
-        await client.close()
-        return client, tls
-
-    return asyncio.run(make())
 
 
 def _warn(what: str, header: str) -> None:

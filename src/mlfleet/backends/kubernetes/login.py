@@ -1,9 +1,9 @@
 """The cluster that a run goes to, and the login there: found and read here, carried out by kubernetes-asyncio.
 
-kubernetes-asyncio loads certificates, runs credential plugins and refreshes tokens. Three things are arranged before it
-is asked, because its loader lacks them (version 36.1): the files of ``KUBECONFIG`` are merged as kubectl does (the
-first ``current-context`` counts, and relative paths start from the folder of their own file); a credential plugin gets
-no terminal as its standard input; and ``NO_PROXY`` may hold CIDRs.
+Three things are arranged before kubernetes-asyncio is asked, because its loader lacks them (version 36.1): the files of
+``KUBECONFIG`` are merged as kubectl does (the first ``current-context`` counts, and relative paths start from the
+folder of their own file); a credential plugin gets no terminal as its standard input, and ends with a cancelled login;
+and ``NO_PROXY`` may hold CIDRs.
 """
 
 from __future__ import annotations
@@ -14,28 +14,26 @@ import hashlib
 import ipaddress
 import json
 import os
-import re
-import shutil
+import ssl
 import tempfile
-import threading
 import time
-import uuid
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from mlfleet._concurrency.cancellation import wait_done
-from mlfleet._concurrency.threads import FILES, LOGINS
+import anyio
+
+from mlfleet._concurrency.threads import LOGINS
 from mlfleet._hosts import is_loopback
-from mlfleet._run_log import get_logger
+from mlfleet._process.process import run_process
 from mlfleet._text.masking import mask
 from mlfleet.errors import BackendError, UsageError
 
 __all__ = [
-    "CERTIFICATES",
     "IN_CLUSTER",
     "SERVICE_ACCOUNT",
     "Cluster",
@@ -45,8 +43,6 @@ __all__ = [
     "proxy_for",
 ]
 
-_log = get_logger("mlfleet.kubernetes")
-
 IN_CLUSTER = "(in-cluster)"
 """The name of the context when the service account of this process's own pod is used."""
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -54,11 +50,6 @@ SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _PATHS = ("certificate-authority", "client-certificate", "client-key", "tokenFile")
 _PLUGIN_TIME = 120.0  # seconds; a plugin may ask a person to log in with a browser
 _SHORTEST = 1.0  # seconds between two logins that an expiry asks for
-_PLUGIN_MARKER = "MLFLEET_LOGIN"
-# kubernetes-asyncio lets the plugin inherit standard input, and tells it that it may ask questions there. The shell
-# gives it neither, and takes the program and its arguments as they are.
-_WITHOUT_TERMINAL = 'export KUBERNETES_EXEC_INFO="$MLFLEET_EXEC_INFO"; exec "$0" "$@" </dev/null'
-_PLUGIN_FAILED = re.compile(r"exec: process returned (-?\d+)(?:\. )?(.*)", re.S)
 _CLUSTER_INFO = ("server", "tls-server-name", "insecure-skip-tls-verify", "certificate-authority-data", "proxy-url")
 
 
@@ -79,23 +70,23 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class Login:
-    """A configuration of kubernetes-asyncio, ready for clients.
+    """A login that was carried out, with what a client needs of it.
 
     Attributes:
-        configuration: The ``kubernetes_asyncio.client.Configuration``.
-        connection_key: A hash of everything but the token. Clients can be kept while it stays the same.
+        client: A ``kubernetes_asyncio.client.ApiClient`` to copy; its own session is closed, since a session belongs to
+            the event loop that makes it.
+        tls: The TLS context for its connections.
+        token: The value of the ``Authorization`` header; empty where a client certificate is the whole login.
+        connection_key: A hash of everything but the token. Connections can be kept while it stays the same.
         refresh_at: The time on the monotonic clock from which a new login is needed; None: only when the server refuses
             this one.
     """
 
-    configuration: Any = field(repr=False)
+    client: Any = field(repr=False)
+    tls: ssl.SSLContext = field(repr=False)
+    token: str = field(repr=False)
     connection_key: str = field(repr=False)
     refresh_at: float | None = None
-
-    @property
-    def token(self) -> str:
-        """The value of the ``Authorization`` header; empty where a client certificate is the whole login."""
-        return str(self.configuration.api_key.get("BearerToken", ""))
 
     @property
     def is_due(self) -> bool:
@@ -139,7 +130,7 @@ def find_cluster(context: str | None, environ: Mapping[str, str], account: Path 
     paths = environ.get("KUBECONFIG") or str(Path.home() / ".kube" / "config")
     if context is None and not _existing(paths):
         return _around_us(environ, account, paths)
-    config = _read_unless_known(paths)
+    config = _read_version(paths, tuple(file.stat().st_mtime_ns for file in _existing(paths)))
     name = context or config.current
     if name not in config.contexts:
         known = f"it has {', '.join(sorted(config.contexts))}" if config.contexts else "it has none"
@@ -165,10 +156,6 @@ def _around_us(environ: Mapping[str, str], account: Path, paths: str) -> Cluster
 def _existing(paths: str) -> list[Path]:
     files = [Path(path).expanduser() for path in paths.split(os.pathsep) if path]
     return [file for file in files if file.exists()]
-
-
-def _read_unless_known(paths: str) -> _Kubeconfig:
-    return _read_version(paths, tuple(file.stat().st_mtime_ns for file in _existing(paths)))
 
 
 @lru_cache(maxsize=8)
@@ -213,100 +200,26 @@ def _with_absolute_paths(entry: Mapping[str, Any], folder: Path) -> dict[str, An
 # ---- logging in ------------------------------------------------------------------------------------------------------
 
 
-class _CertificateFolder:
-    """The private folder of this process into which kubernetes-asyncio writes inline certificates and keys.
-
-    One for all clusters: the library remembers for the life of the process which file holds which content
-    (``kube_config._temp_files``), and has no public way to forget it. The folder is removed, and the files forgotten,
-    when the last cluster is closed.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._path: Path | None = None
-
-    def acquire(self) -> Path:
-        """Return the folder, which has mode 0700; `release` it. Blocking."""
-        with self._lock:
-            if self._path is None:
-                self._path = Path(tempfile.mkdtemp(prefix="mlfleet-kubernetes-"))
-            self._users += 1
-            return self._path
-
-    def release(self) -> None:
-        """Give the folder back. Blocking."""
-        with self._lock:
-            self._users -= 1
-            if self._users or self._path is None:
-                return
-            path, self._path = self._path, None
-            self._forget(path)
-            shutil.rmtree(path, ignore_errors=True)
-
-    def _forget(self, folder: Path) -> None:
-        from kubernetes_asyncio.config import kube_config
-
-        files: dict[str, str] = getattr(kube_config, "_temp_files", {})
-        for content, name in tuple(files.items()):
-            if Path(name).parent == folder:
-                del files[content]
-
-
-CERTIFICATES = _CertificateFolder()
-
-
-async def load_login(cluster: Cluster, folder: Path, *, account: Path = SERVICE_ACCOUNT, reread: float = 60.0) -> Login:
+async def load_login(cluster: Cluster, *, account: Path = SERVICE_ACCOUNT, reread: float = 60.0) -> Login:
     """Log in to a cluster. A cancelled call ends the credential plugin.
 
     Args:
         cluster: The cluster.
-        folder: The private folder for inline certificates.
         account: The folder of the pod's service account.
         reread: Seconds after which a token file is read again: the kubelet, for one, renews it in place.
 
     Raises:
         BackendError: The login failed; the text says why.
     """
-    marker = uuid.uuid4().hex
-    loading = asyncio.ensure_future(LOGINS.run(partial(_load, cluster, folder, account, reread, marker)))
-    try:
-        await asyncio.wait([loading], timeout=_PLUGIN_TIME)
-        if not loading.done():
-            await FILES.run(partial(_end_plugin, marker))
-            await wait_done(loading)
-            loading.exception()
-            text = f"the login of the context {cluster.context!r} gave nothing within {_PLUGIN_TIME:g} s"
-            raise BackendError(text, backend="kubernetes")
-    except asyncio.CancelledError:
-        await FILES.finish(partial(_end_plugin, marker))
-        await wait_done(loading)
-        loading.exception()
-        raise
-    return loading.result()
-
-
-def _load(cluster: Cluster, folder: Path, account: Path, reread: float, marker: str) -> Login:
-    """Load the configuration. Blocking: imports kubernetes-asyncio (800 modules), reads files, runs plugins."""
-    from kubernetes_asyncio.client import Configuration
-
-    configuration = Configuration()
-    # Many clusters' authorities lack extensions that Python 3.13 asks for by default.
-    configuration.disable_strict_ssl_verification = True
-    refresh_at = None
     try:
         if cluster.context == IN_CLUSTER:
-            refresh_at = _load_in_cluster(configuration, account, reread)
-        else:
-            config = _read(cluster.paths)
-            # Its coroutine blocks in between, on files; so it gets a loop of its own in this thread.
-            refresh_at = asyncio.run(_load_context(configuration, cluster, config, folder, reread, marker))
-            if not configuration.proxy:
-                configuration.proxy = proxy_for(configuration.host, os.environ)
-        if token := configuration.api_key.get("BearerToken"):
-            # Token files may end with a newline, which a header must not have.
-            configuration.api_key["BearerToken"] = token.strip()
-        return Login(configuration, _connection_key(configuration), refresh_at)
+            return await LOGINS.run(partial(_load, partial(_load_in_cluster, account), time.monotonic() + reread))
+        server, user = await LOGINS.run(partial(_read_context, cluster))
+        refresh_at = time.monotonic() + reread if "tokenFile" in user and not user.get("token") else None
+        if plugin := user.pop("exec", None):
+            given, refresh_at = await _run_plugin(plugin, server, cluster.context)
+            user.update(given)
+        return await LOGINS.run(partial(_load, partial(_load_context, cluster, server, user), refresh_at))
     except BackendError:
         raise
     except Exception as error:
@@ -316,7 +229,35 @@ def _load(cluster: Cluster, folder: Path, account: Path, reread: float, marker: 
         raise BackendError(text, backend="kubernetes") from error
 
 
-def _load_in_cluster(configuration: Any, account: Path, reread: float) -> float:
+def _load(configure: Callable[[Any, Path], Awaitable[None]], refresh_at: float | None) -> Login:
+    """Make the client of a login. Blocking: imports 800 modules, and reads files and the system's certificates (30 ms).
+
+    Args:
+        configure: A coroutine function that sets up a ``Configuration``, and may write files to a private folder.
+        refresh_at: See `Login`.
+    """
+    from kubernetes_asyncio.client import ApiClient, Configuration
+
+    async def make(folder: Path) -> Login:
+        configuration = Configuration()
+        # Many clusters' authorities lack extensions that Python 3.13 asks for by default.
+        configuration.disable_strict_ssl_verification = True
+        await configure(configuration, folder)
+        client = ApiClient(configuration)
+        client.user_agent = "mlfleet"
+        # Private: neither aiohttp nor kubernetes-asyncio has a public way to the context of a connector.
+        tls: ssl.SSLContext = client.rest_client.pool_manager.connector._ssl
+        await client.close()
+        # Token files may end with a newline, which a header must not have.
+        token = str(configuration.api_key.get("BearerToken", "")).strip()
+        return Login(client, tls, token, _connection_key(configuration), refresh_at)
+
+    with tempfile.TemporaryDirectory(prefix="mlfleet-kubernetes-") as folder:
+        # In a loop of its own: the library's coroutines block in between, on files.
+        return asyncio.run(make(Path(folder)))
+
+
+async def _load_in_cluster(account: Path, configuration: Any, folder: Path) -> None:
     from kubernetes_asyncio.config import load_incluster_config
 
     # Its own refresh would read the token file on the event loop.
@@ -326,59 +267,53 @@ def _load_in_cluster(configuration: Any, account: Path, reread: float) -> float:
         token_filename=str(account / "token"),
         cert_filename=str(account / "ca.crt"),
     )
-    return time.monotonic() + reread
 
 
-async def _load_context(
-    configuration: Any, cluster: Cluster, config: _Kubeconfig, folder: Path, reread: float, marker: str
-) -> float | None:
-    """Load a context of the kubeconfig.
-
-    Returns:
-        The time on the monotonic clock from which the login must be loaded again; None: when it is refused.
-    """
-    from kubernetes_asyncio.config import load_kube_config, load_kube_config_from_dict
-
+def _read_context(cluster: Cluster) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the entries of the server and the user of a context. Blocking."""
+    config = _read(cluster.paths)
     context = _entry(config.contexts, "context", cluster.context)
     server = _entry(config.clusters, "cluster", str(context.get("cluster") or ""))
     if not server.get("server"):
         raise BackendError(f"the cluster of the context {cluster.context!r} has no server", backend="kubernetes")
-    user = dict(config.users.get(str(context.get("user") or ""), {}))
+    return dict(server), dict(config.users.get(str(context.get("user") or ""), {}))
+
+
+async def _load_context(
+    cluster: Cluster, server: Mapping[str, Any], user: Mapping[str, Any], configuration: Any, folder: Path
+) -> None:
+    from kubernetes_asyncio.config import load_kube_config, load_kube_config_from_dict
+
     provider = user.get("auth-provider")
     if provider:
         if provider.get("name") not in ("gcp", "oidc"):
             text = f"its auth-provider {provider.get('name')!r} is not known: use the credential plugin of the provider"
             raise BackendError(text, backend="kubernetes")
         # From the files: a provider gives each refresh token once, and the next one is kept there.
-        await load_kube_config(
-            config_file=cluster.paths,
-            context=cluster.context,
-            client_configuration=configuration,
-            temp_file_path=str(folder),
-        )
-        return None
-    plugin = user.get("exec")
-    if plugin:
-        user["exec"] = _adapt_plugin(plugin, server, cluster.context, marker)
-    single = {
-        "current-context": "it",
-        "contexts": [{"name": "it", "context": {"cluster": "it", "user": "it"}}],
-        "clusters": [{"name": "it", "cluster": dict(server)}],
-        "users": [{"name": "it", "user": user}],
-    }
-    try:
-        loader = await load_kube_config_from_dict(
-            single, context="it", client_configuration=configuration, temp_file_path=str(folder)
-        )
-    except Exception as error:
-        if plugin:
-            raise _plugin_error(plugin, cluster.context, error) from error
-        raise
-    expiry = getattr(loader, "exec_plugin_expiry", None)
-    if expiry is not None:
-        seconds: float = (expiry.timestamp() - time.time()) * 0.8
-        return time.monotonic() + max(_SHORTEST, seconds)
-    return time.monotonic() + reread if "tokenFile" in user and not user.get("token") else None
+        await load_kube_config(cluster.paths, cluster.context, client_configuration=configuration)
+    else:
+        single = {
+            "contexts": [{"name": "it", "context": {"cluster": "it", "user": "it"}}],
+            "clusters": [{"name": "it", "cluster": _with_files(server, folder)}],
+            "users": [{"name": "it", "user": _with_files(user, folder)}],
+        }
+        await load_kube_config_from_dict(single, "it", client_configuration=configuration)
+    if not configuration.proxy:
+        configuration.proxy = proxy_for(configuration.host, os.environ)
+
+
+def _with_files(entry: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return an entry of the kubeconfig with files in the place of embedded certificates and keys.
+
+    kubernetes-asyncio would leave them on the disk until this process ends.
+    """
+    made = dict(entry)
+    for key in ("certificate-authority", "client-certificate", "client-key"):
+        if data := made.pop(f"{key}-data", None):
+            file = folder / key
+            file.write_bytes(base64.b64decode(data))
+            made[key] = str(file)
+    return made
 
 
 def _entry(entries: Mapping[str, Mapping[str, Any]], kind: str, name: str) -> Mapping[str, Any]:
@@ -400,34 +335,62 @@ def _connection_key(configuration: Any) -> str:
 # https://kubernetes.io/docs/reference/access-authn-authz/authentication/#client-go-credential-plugins
 
 
-def _adapt_plugin(plugin: Mapping[str, Any], server: Mapping[str, Any], context: str, marker: str) -> dict[str, Any]:
-    """Return the plugin's entry for kubernetes-asyncio, such that the plugin runs without a terminal.
+async def _run_plugin(
+    plugin: Mapping[str, Any], server: Mapping[str, Any], context: str
+) -> tuple[dict[str, str], float | None]:
+    """Run a credential plugin, without a terminal. A cancelled call ends it.
+
+    kubernetes-asyncio lets the plugin inherit standard input, and has no way to end it.
 
     Args:
         plugin: The ``exec`` entry of the user.
         server: The cluster's entry, for plugins with ``provideClusterInfo``.
         context: The name of the context, for errors.
-        marker: The value of a variable by which `_end_plugin` finds the process.
+
+    Returns:
+        The credentials as the entry of a user has them, and the time on the monotonic clock from which new ones are
+        needed; None: when they are refused.
+
+    Raises:
+        BackendError: It failed.
     """
     command = str(plugin["command"])
-    if shutil.which(command) is None:
+    name = f"the credential plugin {command!r} of the context {context!r}"
+    info = await LOGINS.run(partial(_exec_info, plugin, server))
+    environ = {**os.environ, **{str(each["name"]): str(each["value"]) for each in plugin.get("env") or ()}}
+    argv = [command, *(str(each) for each in plugin.get("args") or ())]
+    try:
+        with anyio.fail_after(_PLUGIN_TIME):
+            done = await run_process(argv, env={**environ, "KUBERNETES_EXEC_INFO": info})
+    except TimeoutError:
+        raise BackendError(f"{name} gave nothing within {_PLUGIN_TIME:g} s", backend="kubernetes") from None
+    except OSError as error:
         hint = str(plugin.get("installHint") or "").strip()
-        text = (
-            f"the credential plugin {command!r} of the context {context!r} cannot be started: there is no such program"
-        )
-        raise BackendError(f"{text}. {hint}" if hint else text, backend="kubernetes")
+        text = f"{name} cannot be started: {error.strerror}"
+        raise BackendError(f"{text}. {hint}" if hint else text, backend="kubernetes") from error
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip()[-500:]
+        raise BackendError(f"{name} failed (exit code {done.returncode}): {said}", backend="kubernetes")
+    try:
+        status = json.loads(done.stdout)["status"]
+        until = status.get("expirationTimestamp")
+        seconds = None if until is None else (datetime.fromisoformat(until).timestamp() - time.time()) * 0.8
+        given = {"token": str(status["token"])} if "token" in status else {}
+        if "clientCertificateData" in status or not given:
+            fields = {"client-certificate": "clientCertificateData", "client-key": "clientKeyData"}
+            given |= {f"{key}-data": base64.b64encode(status[data].encode()).decode() for key, data in fields.items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        text = f"{name} gave no usable ExecCredential: {type(error).__name__}: {error}"
+        raise BackendError(text, backend="kubernetes") from error
+    return given, None if seconds is None else time.monotonic() + max(_SHORTEST, seconds)
+
+
+def _exec_info(plugin: Mapping[str, Any], server: Mapping[str, Any]) -> str:
+    """Return the ``ExecCredential`` that a plugin is given. Blocking: reads the certificate of the cluster."""
     spec: dict[str, Any] = {"interactive": False}
     if plugin.get("provideClusterInfo"):
         spec["cluster"] = _cluster_info(server)
-    info = json.dumps({"apiVersion": plugin["apiVersion"], "kind": "ExecCredential", "spec": spec})
-    variables = {str(each["name"]): str(each["value"]) for each in plugin.get("env") or ()}
-    variables |= {"MLFLEET_EXEC_INFO": info, _PLUGIN_MARKER: marker}
-    return {
-        "apiVersion": plugin["apiVersion"],
-        "command": "sh",
-        "args": ["-c", _WITHOUT_TERMINAL, command, *(str(each) for each in plugin.get("args") or ())],
-        "env": [{"name": name, "value": value} for name, value in variables.items()],
-    }
+    return json.dumps({"apiVersion": plugin["apiVersion"], "kind": "ExecCredential", "spec": spec})
 
 
 def _cluster_info(server: Mapping[str, Any]) -> dict[str, Any]:
@@ -439,26 +402,6 @@ def _cluster_info(server: Mapping[str, Any]) -> dict[str, Any]:
         if each.get("name") == "client.authentication.k8s.io/exec":
             info["config"] = each.get("extension")
     return info
-
-
-def _plugin_error(plugin: Mapping[str, Any], context: str, error: Exception) -> BackendError:
-    name = f"the credential plugin {str(plugin['command'])!r} of the context {context!r}"
-    failed = _PLUGIN_FAILED.match(str(error))
-    if failed:
-        return BackendError(f"{name} failed (exit code {failed[1]}): {failed[2].strip()[-500:]}", backend="kubernetes")
-    return BackendError(f"{name} gave no usable ExecCredential: {str(error)[:500]}", backend="kubernetes")
-
-
-def _end_plugin(marker: str) -> None:
-    """Kill the plugin of a login, found by a variable since kubernetes-asyncio hides its process. Blocking."""
-    import psutil
-
-    for child in psutil.Process().children(recursive=True):
-        try:
-            if child.environ().get(_PLUGIN_MARKER) == marker:
-                child.kill()
-        except psutil.Error:
-            continue
 
 
 # ---- proxies ---------------------------------------------------------------------------------------------------------
