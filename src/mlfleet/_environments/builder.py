@@ -265,40 +265,27 @@ class BuildingManager(EnvironmentManager):
         return await self.enter(plan, root)
 
     async def _acquire_or_build(self, name: str, plan: EnvironmentPlan) -> Path:
-        if (root := await self._acquire(name)) is not None:
+        if (root := await PROJECTS.run(lambda: self._store.acquire(name))) is not None:
             return root
         if await PROJECTS.run((self._store.root / name).exists):
             self._show(name, "another process may be building this environment: waiting for it")
-        async with file_lock(self._store.lock_path(name)):
-            # Another process may have built it while this one waited.
-            return await self._acquire(name) or await self._build(name, plan)
-
-    async def _acquire(self, name: str) -> Path | None:
-        return await PROJECTS.run(lambda: self._store.acquire(name))
-
-    async def _build(self, name: str, plan: EnvironmentPlan) -> Path:
         what = str(plan.source.path if plan.source else plan.project_dir)
-        async with self._attempt(name) as target:
+
+        async def make(target: Path) -> tuple[Path, Mapping[str, object]]:
             emit = partial(self._show, name)
             build = Build(self.name, what, _folder(plan), target, emit, inherit_env=plan.inherit_env)
             built = await self.build(plan, build)
-            await PROJECTS.run(lambda: self._store.publish(name, target, _facts(built, what, target)))
-        if (root := await self._acquire(name)) is None:
+            return target, await PROJECTS.run(lambda: _facts(built, what, target))
+
+        async with file_lock(self._store.lock_path(name)):
+            root = await self._store.make(name, make)
+        if root is None:
             raise EnvironmentSetupError(
-                f"the {self.name} environment of {what} was built, but its interpreter does not stay in {target}",
+                f"the {self.name} environment of {what} was built, but its interpreter does not stay in"
+                f" {self._store.root / name}",
                 manager=self.name,
             )
         return root
-
-    @contextlib.asynccontextmanager
-    async def _attempt(self, name: str) -> AsyncIterator[Path]:
-        """Yield a path to build at, which is removed unless the block succeeds."""
-        target = await PROJECTS.run(lambda: self._store.begin(name))
-        try:
-            yield target
-        except BaseException:
-            await PROJECTS.finish(lambda: self._store.discard(name, target))
-            raise
 
     def _show(self, name: str, line: str) -> None:
         for listener in tuple(self._listeners.get(name, ())):

@@ -97,14 +97,14 @@ class FileHashes:
 
 
 def unpack(archive: Path, folder: Path, *, shown: str, limits: ArchiveLimits, stop: threading.Event) -> None:
-    """Unpack a zip file into the empty `folder`. Blocking.
+    """Unpack a zip file into a new folder. Blocking.
 
     What is unpacked is counted while it is written: the sizes that an archive claims do not count. Symbolic links and
     permissions are kept; set-uid bits are not.
 
     Args:
         archive: The zip file.
-        folder: An existing empty folder; after an error it holds part of the archive.
+        folder: The folder, which does not exist yet; after an error it holds part of the archive.
         shown: The name of the archive in errors.
         limits: The limits; a larger archive is refused.
         stop: An event that ends the work when it is set.
@@ -114,6 +114,7 @@ def unpack(archive: Path, folder: Path, *, shown: str, limits: ArchiveLimits, st
         Stopped: `stop` was set.
     """
     try:
+        folder.mkdir()
         with _Bounded(archive, limits) as file, zipfile.ZipFile(file) as opened:
             _Unpacking(opened, folder, shown, limits, stop).run(archive.stat().st_size)
     except _BROKEN as error:

@@ -16,10 +16,14 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from mlfleet._concurrency.threads import PROJECTS
 from mlfleet._paths import cache_folder, runs_folder, size_on_disk
 from mlfleet._store.content_store import (
     ContentStore,
@@ -34,6 +38,7 @@ from mlfleet._store.content_store import (
     write_facts,
 )
 from mlfleet._store.lease import Leases
+from mlfleet.errors import FetchError
 
 __all__ = [
     "ProjectStore",
@@ -49,7 +54,7 @@ _SOURCE = "shelf.json"
 
 
 class ProjectStore:
-    """All that the cache has of one repository or of one zip. Every method blocks; call it in a thread.
+    """All that the cache has of one repository or of one zip. Every method but `make_tree` blocks; call it in a thread.
 
     Args:
         folder: The folder of the repository or zip in the folder of fetched projects.
@@ -79,12 +84,30 @@ class ProjectStore:
         """The URI of the repository or zip, without credentials."""
         return str((read_facts(self.folder / _SOURCE) or {}).get("uri", self.folder.name))
 
-    def begin(self, version: str, uri: str) -> Path:
-        """Return a path for the files of a version (see `ContentStore.begin`). The lock must be held."""
-        self._keep_uri(uri)
-        attempt = self.trees.begin(version)
-        attempt.mkdir()
-        return attempt
+    async def make_tree(self, version: str, uri: str, work: Callable[[Path], Awaitable[Path]]) -> Path:
+        """Return the files of a version with a lease on them, and make them before if needed. The lock must be held.
+
+        Args:
+            version: The commit, or the hash of the zip.
+            uri: The URI to keep, without credentials.
+            work: Makes the files in an empty folder, and returns the folder inside that they are in. When it fails or
+                is cancelled, what it made is removed.
+
+        Raises:
+            FetchError: Somebody removed the files at once.
+        """
+
+        def begin(attempt: Path) -> None:
+            self._keep_uri(uri)
+            attempt.mkdir()
+
+        async def make(attempt: Path) -> tuple[Path, Mapping[str, Any]]:
+            await PROJECTS.run(lambda: begin(attempt))
+            return await work(attempt), {}
+
+        if (made := await self.trees.make(version, make)) is None:
+            raise FetchError(f"{uri} vanished from the cache while it was made", uri=uri)
+        return made
 
     def begin_mirror(self, uri: str) -> Path:
         """Return a new empty folder for a clone, after leftovers were removed. The lock must be held."""
@@ -200,15 +223,11 @@ def prune_runs(older_than: timedelta | None = None) -> list[StoredEntry]:
     Returns:
         What was removed.
     """
-    removed = []
-    for folder in subfolders(runs_folder()):
-
-        def describe(folder: Path = folder) -> StoredEntry:
-            return _run_entry(folder, in_use=False)
-
-        if (entry := prune_entry(describe, folder / "output.log", older_than)) is not None:
-            removed.append(entry)
-    return removed
+    removed = [
+        prune_entry(partial(_run_entry, folder, in_use=False), folder / "output.log", older_than)
+        for folder in subfolders(runs_folder())
+    ]
+    return [entry for entry in removed if entry is not None]
 
 
 def projects_folder() -> Path:

@@ -7,12 +7,12 @@ import math
 import os
 import re
 import stat
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
@@ -294,17 +294,14 @@ class ProjectFetcher:
         """Return the tree of the zip with that hash, which is unpacked from `path` if it is not in the cache."""
         if (found := await self._unpacked_before(digest)) is not None:
             return found
+        if path is None:
+            raise FetchError(f"{uri.text} was removed from the cache in the meantime: try again", uri=uri.text)
         store = self._zip_store(digest)
         try:
             async with file_lock(store.lock_path):
-                if (found := await self._unpacked_before(digest)) is None and path is not None:
-                    await stoppable(lambda stop: _unpack_into(store, digest, uri, path, stop))
-                    found = await self._unpacked_before(digest)
+                return await store.make_tree(digest, uri.text.partition("#")[0], partial(_unpack_into, uri, path))
         except OSError as error:
             raise _cache_failure(uri, error) from error
-        if found is None:
-            raise FetchError(f"{uri.text} vanished from the cache while it was made", uri=uri.text)
-        return found
 
 
 def _local_name(uri: ProjectUri, path: Path) -> str:
@@ -397,16 +394,11 @@ def _project_root(uri: ProjectUri, tree: Path) -> Path:
     return entries[0] if is_project else tree
 
 
-def _unpack_into(store: ProjectStore, digest: str, uri: ProjectUri, path: Path, stop: threading.Event) -> None:
-    attempt = store.begin(digest, uri.text.partition("#")[0])
+async def _unpack_into(uri: ProjectUri, path: Path, attempt: Path) -> Path:
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(urlsplit(uri.location).path).stem).strip(".-")[:100] or "project"
-    try:
-        (attempt / name).mkdir()
-        unpack(path, attempt / name, shown=uri.text, limits=ArchiveLimits.from_environ(), stop=stop)
-        store.trees.publish(digest, attempt / name, {})
-    except BaseException:
-        store.trees.discard(digest, attempt)
-        raise
+    limits = ArchiveLimits.from_environ()
+    await stoppable(lambda stop: unpack(path, attempt / name, shown=uri.text, limits=limits, stop=stop))
+    return attempt / name
 
 
 def _removed_meanwhile(project: Project) -> FetchError:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mlfleet._concurrency.threads import PROJECTS
@@ -89,19 +90,11 @@ class Repository:
         Raises:
             FetchError: The commit cannot be fetched.
         """
-        if (found := await self._acquire(revision.commit)) is not None:
+        if (found := await PROJECTS.run(lambda: self._store.trees.acquire(revision.commit))) is not None:
             return revision.commit, found
         async with file_lock(self._store.lock_path):
             commit = await self._commit(revision)
-            if (found := await self._acquire(commit)) is None:
-                await self._build(commit)
-                found = await self._acquire(commit)
-        if found is None:
-            raise FetchError(f"the tree of {commit} vanished from the cache while it was made", uri=self._uri.text)
-        return commit, found
-
-    async def _acquire(self, commit: str) -> Path | None:
-        return await PROJECTS.run(lambda: self._store.trees.acquire(commit))
+            return commit, await self._store.make_tree(commit, self._shown, partial(self._check_out, commit))
 
     async def _commit(self, revision: Revision) -> str:
         """Return the full hash of a commit, which is in the mirror afterwards."""
@@ -177,18 +170,8 @@ class Repository:
         # Without the files of old commits; a server that does not know filters sends everything.
         return () if self._git.is_local else ("--filter=blob:none",)
 
-    async def _build(self, commit: str) -> None:
-        attempt = await PROJECTS.run(lambda: self._store.begin(commit, self._shown))
-        try:
-            tree = attempt / _folder_name(self._git.url)
-            await self._check_out(commit, tree, attempt)
-            await PROJECTS.run(lambda: self._store.trees.publish(commit, tree, {}))
-        except BaseException:
-            # Git has ended by now, also when this task is cancelled (see `run_process`).
-            await PROJECTS.finish(lambda: self._store.trees.discard(commit, attempt))
-            raise
-
-    async def _check_out(self, commit: str, tree: Path, attempt: Path) -> None:
+    async def _check_out(self, commit: str, attempt: Path) -> Path:
+        tree = attempt / _folder_name(self._git.url)
         await self._init(tree, _object_format(commit))
         # A ref that keeps the commit from garbage collection when its branch moves on.
         mirror = self._store.mirror
@@ -211,6 +194,7 @@ class Repository:
                 is_remote=True,
             )
             await PROJECTS.run(lambda: _move_module_objects(tree, attempt))
+        return tree
 
     @property
     def _shown(self) -> str:

@@ -20,12 +20,13 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from mlfleet._concurrency.threads import PROJECTS
 from mlfleet._paths import size_on_disk
 from mlfleet._run_log import get_logger
 from mlfleet._store.lease import Leases, unleased
@@ -84,13 +85,13 @@ class StoredEntry:
 
 
 class ContentStore:
-    """The entries in one folder. Every method blocks; call it in a thread.
+    """The entries in one folder. Every method but `make` blocks; call it in a thread.
 
     Args:
         root: The folder.
         facts_file: The name of the facts file.
         content_key: The key in the facts of the path of the content, relative to the entry's folder.
-        lock: Returns the path of the lock file for an entry. The lock must be held for `begin`, `publish`, `discard`.
+        lock: Returns the path of the lock file for an entry, to hold while it is made.
         leases: The leases that keep `prune` from removing what `acquire` returned.
         what: The description of the entries, for errors.
     """
@@ -132,6 +133,29 @@ class ContentStore:
                 self._leases.drop(lease)
         return content
 
+    async def make(self, name: str, work: Callable[[Path], Awaitable[tuple[Path, Mapping[str, Any]]]]) -> Path | None:
+        """Return the content of an entry as `acquire` does, and make it before if there is none. Hold its lock.
+
+        Args:
+            name: The name of the entry.
+            work: Makes the content at a path, which does not exist yet. It returns the content, which is at that path
+                or inside, and the facts to keep about it. When it fails or is cancelled, what it made is removed.
+
+        Returns:
+            The content; None if there is none to use although it was made.
+        """
+        # Another task or process may have made it while this one waited for the lock.
+        if (found := await PROJECTS.run(lambda: self.acquire(name))) is not None:
+            return found
+        attempt = await PROJECTS.run(lambda: self.begin(name))
+        try:
+            content, facts = await work(attempt)
+            await PROJECTS.run(lambda: self.publish(name, content, facts))
+        except BaseException:
+            await PROJECTS.finish(lambda: self._discard(name, attempt))
+            raise
+        return await PROJECTS.run(lambda: self.acquire(name))
+
     def begin(self, name: str) -> Path:
         """Return a path for a new attempt, which does not exist yet, after leftovers were removed."""
         folder = self.root / name
@@ -155,8 +179,7 @@ class ContentStore:
         (folder / IN_USE).touch()
         write_facts(folder / self._facts_file, {self._content_key: str(content.relative_to(folder)), **facts})
 
-    def discard(self, name: str, attempt: Path) -> None:
-        """Remove a failed attempt."""
+    def _discard(self, name: str, attempt: Path) -> None:
         remove_tree(attempt)
         if not (self.root / name / self._facts_file).exists():
             self._remove_unused(self.root / name)
