@@ -25,7 +25,7 @@ from mlfleet._project.boundary import find_root, is_inside
 from mlfleet._text.documents import Node, Report
 from mlfleet.errors import SpecError
 
-__all__ = ["PipInput", "PipLines", "Reader", "content_of", "failure", "flatten"]
+__all__ = ["PipInput", "Reader", "content_of", "failure"]
 
 MAX_FILES = 200
 MAX_SIZE = 4 * 2**20
@@ -61,11 +61,17 @@ class PipInput:
         arguments: The arguments for the command line: options and packages that name files, with absolute paths.
         contents: The part of the environment's key that stands for `arguments`: hashes of what those files hold. It has
             paths only where what is installed depends on them, so that copies of a project share an environment.
+        nested: The lines of the requirements files among `arguments`, and of those that they name.
+        constraints: The lines of the constraints files.
+        local: What only this machine has, named anywhere: packages in folders, archives, folders of wheels.
     """
 
     lines: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
     contents: tuple[str, ...] = ()
+    nested: tuple[str, ...] = ()
+    constraints: tuple[str, ...] = ()
+    local: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.lines or self.arguments)
@@ -78,59 +84,6 @@ class PipInput:
         for argument in arguments:
             shown.append(f"{argument} {next(arguments)}" if argument.startswith("-") else argument)
         return tuple(shown)
-
-
-@dataclass(frozen=True, slots=True)
-class PipLines:
-    """The packages of a `PipInput` without the files that name them.
-
-    Attributes:
-        requirements: The lines that name what to install, and options.
-        constraints: The lines of constraints files.
-        local: What only this machine has: packages in folders, archives, folders of wheels.
-    """
-
-    requirements: tuple[str, ...]
-    constraints: tuple[str, ...]
-    local: tuple[str, ...]
-
-
-def flatten(given: PipInput) -> PipLines:
-    """Replace requirements and constraints files by their lines. Blocking.
-
-    Raises:
-        SpecError: A file cannot be read any more.
-    """
-    requirements, constraints, local = list(given.lines), list[str](), list[str]()
-    arguments = iter(given.arguments)
-    seen: set[tuple[str, Path]] = set()
-
-    def read(option: str, path: Path) -> None:
-        if (option, path) in seen:
-            return
-        seen.add((option, path))
-        try:
-            text = _decode(_read(path), failure(path), path.name)
-        except (OSError, ValueError) as error:
-            failure(path)(f"cannot be read: {error.strerror if isinstance(error, OSError) else error}")
-        for _, line in _logical_lines(text):
-            inner, value = _split(line)
-            value = _FILE_URL.sub("", _expand(value), count=1)
-            match = _EXTRAS.match(_split_marker(_expand(line))[0])
-            if inner in ("-r", "-c") and "://" not in value:
-                # The files that a constraints file names are constraints, too.
-                read("-c" if "-c" in (option, inner) else "-r", _join(path.parent, value))
-            elif inner in ("-e", "-f") or (not line.startswith("-") and match and _is_local(match["path"])):
-                local.append(line)
-            else:
-                (constraints if option == "-c" else requirements).append(line)
-
-    for argument in arguments:
-        if argument in ("-r", "-c"):
-            read(argument, Path(next(arguments)))
-        else:
-            local.append(f"{argument} {next(arguments)}" if argument.startswith("-") else argument)
-    return PipLines(tuple(requirements), tuple(constraints), tuple(local))
 
 
 @dataclass(slots=True)
@@ -153,7 +106,10 @@ class Reader:
     _lines: list[str] = field(default_factory=list)
     _arguments: list[str] = field(default_factory=list)
     _contents: list[str] = field(default_factory=list)
-    _seen: set[Path] = field(default_factory=set)
+    _nested: list[str] = field(default_factory=list)
+    _constraints: list[str] = field(default_factory=list)
+    _local: list[str] = field(default_factory=list)
+    _seen: set[tuple[str, Path]] = field(default_factory=set)
 
     def read(self, nodes: Iterable[Node]) -> PipInput:
         """Read the items of a list in a YAML file.
@@ -168,7 +124,7 @@ class Reader:
                     node.fail("a requirement is one line")
                 if line := _COMMENT.sub("", text).strip():
                     self._read_item(line, node.fail)
-        return PipInput(tuple(self._lines), tuple(self._arguments), tuple(self._contents))
+        return self._result()
 
     def read_file(self, path: Path) -> PipInput:
         """Read the lines of a requirements file in the project's folder as if they were the items of a list.
@@ -181,11 +137,15 @@ class Reader:
             data = _read(path)
         except (OSError, ValueError) as error:
             fail(f"cannot be read: {error.strerror if isinstance(error, OSError) else error}")
-        self._seen.add(path)
+        self._seen.add(("-r", path))
         for number, line in _logical_lines(_decode(data, fail, path.name)):
             with self.report.part():
                 self._read_item(line, failure(path, number), is_item=False)
-        return PipInput(tuple(self._lines), tuple(self._arguments), tuple(self._contents))
+        return self._result()
+
+    def _result(self) -> PipInput:
+        found = (self._lines, self._arguments, self._contents, self._nested, self._constraints, self._local)
+        return PipInput(*map(tuple, found))
 
     def _read_item(self, line: str, fail: Fail, *, is_item: bool = True) -> None:
         """Read a line of the project's list: its paths become absolute."""
@@ -193,7 +153,7 @@ class Reader:
         _refuse_hidden(line, option, value, fail)
         local: str | None = None
         if option in ("-r", "-c"):
-            local = self._requirements(option, value, self.folder, fail)
+            local = self._requirements(option, value, self.folder, option, fail)
         elif option == "-e":
             local = self._package(value, True, fail, is_item=is_item)
         elif option == "-f":
@@ -207,18 +167,28 @@ class Reader:
             self._lines.append(line)
         else:
             self._arguments += [option, local] if option else [local]
+            if option not in ("-r", "-c"):
+                self._local.append(f"{option} {local}".strip())
 
-    def _requirements(self, option: str, value: str, base: Path, fail: Fail) -> str | None:
-        """Add the text of a requirements file and of those it names; return its path, unless it is a URL."""
+    def _requirements(self, option: str, value: str, base: Path, kind: str, fail: Fail) -> str | None:
+        """Add the text of a requirements file and of those it names; return its path, unless it is a URL.
+
+        Args:
+            option: The option that names it.
+            value: Its path.
+            base: The folder that this is relative to.
+            kind: ``-c`` if its lines are constraints, since it is named by a constraints file or as one; else ``-r``.
+            fail: A function that raises the error.
+        """
         shown = _FILE_URL.sub("", value, count=1)  # what a variable stands for may be a secret
         value = _FILE_URL.sub("", _expand(value), count=1)
         if "://" in value:
             return None
         path = _join(base, value)
         self._check_inside(path, f"the requirements file {shown!r}", fail)
-        if path in self._seen:
+        if (kind, path) in self._seen:
             return str(path)
-        self._seen.add(path)
+        self._seen.add((kind, path))
         if len(self._seen) > MAX_FILES:
             fail(f"more than {MAX_FILES} requirements files")
         try:
@@ -229,19 +199,25 @@ class Reader:
         self._contents.append(f"{option} {hashlib.sha256(data).hexdigest()}")
         for number, line in _logical_lines(_decode(data, fail, shown)):
             with self.report.part():
-                self._read_nested(line, path.parent, failure(path, number))
+                self._read_nested(line, path.parent, kind, failure(path, number))
         return str(path)
 
-    def _read_nested(self, line: str, base: Path, fail: Fail) -> None:
-        """Read a line of a file that pip reads itself: only the contents of files that it names count here."""
+    def _read_nested(self, line: str, base: Path, kind: str, fail: Fail) -> None:
+        """Read a line of a file that pip reads itself, and the files that it names."""
         option, value = _split(line)
         _refuse_hidden(line, option, value, fail)
         if option in ("-r", "-c"):
-            self._requirements(option, value, base, fail)
-        elif option == "-e":
+            inner = "-c" if "-c" in (kind, option) else "-r"
+            if self._requirements(option, value, base, inner, fail) is not None:
+                return
+        is_local = option in ("-e", "-f")
+        if option == "-e":
             self._package(value, True, fail)
-        elif not line.startswith("-") and self._package(line, False, fail) is None:
-            _check_requirement(line, fail)
+        elif not line.startswith("-"):
+            is_local = self._package(line, False, fail) is not None
+            if not is_local:
+                _check_requirement(line, fail)
+        (self._local if is_local else self._constraints if kind == "-c" else self._nested).append(line)
 
     def _check_inside(self, path: Path, what: str, fail: Fail) -> None:
         own = find_root(self.folder)

@@ -20,7 +20,6 @@ from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.threads import FILES, LOGINS
 from mlfleet._environments.env_files import read_python_requirements
-from mlfleet._environments.pip_requirements import flatten
 from mlfleet._paths import run_folder
 from mlfleet._run_log import get_logger
 from mlfleet.backends._remote.backend import RemoteBackend
@@ -479,10 +478,10 @@ def _requirements(job: Job) -> tuple[str, ...]:
     """Return the project's requirements as lines for pip. Blocking."""
     spark = tuple((job.spark_job or {}).get("python_libraries", ()))
     needs = read_python_requirements(job.project_dir, job.environment_file)
-    found = flatten(needs.packages)
-    if found.local:
+    packages = needs.packages
+    if packages.local:
         text = (
-            f"the project's environment has {' '.join(found.local)[:200]!r}, which Databricks cannot install: name"
+            f"the project's environment has {' '.join(packages.local)[:200]!r}, which Databricks cannot install: name"
             " packages of an index there"
         )
         raise SubmitError(text, backend="databricks")
@@ -491,7 +490,7 @@ def _requirements(job: Job) -> tuple[str, ...]:
             "Python %s of the project is not installed: the cluster or environment_version decides on the version",
             needs.python,
         )
-    return (*spark, *request.constrain(found.requirements, found.constraints))
+    return (*spark, *request.constrain((*packages.lines, *packages.nested), packages.constraints))
 
 
 def _upload_of(ref: JobRef) -> Upload:
