@@ -173,15 +173,20 @@ async def test_a_job_above_its_memory_limit_has_failed_as_oom(
 
 
 async def test_a_job_that_the_administrator_requeues_runs_again(
-    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob, tmp_path: Path
+    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob, tmp_path: Path, on_path: OnPath
 ) -> None:
-    executions = tmp_path / "executions"
-    command = f"echo $TOKEN >> {executions}; echo ready; [ $(wc -l < {executions}) = 2 ] || sleep 600"
+    on_path("squeue", '"$real" "$@" | sed "s/RUNNING/PENDING/"')  # a poll always comes too early
+    executions, go = tmp_path / "executions", tmp_path / "go"
+    command = f"echo $TOKEN >> {executions}; echo ready; until [ -e {go} ]; do sleep 0.1; done"
     run = await running(backend, make_job(command, {"requeue": True}, secrets={"TOKEN": "hush-hush"}))
     await call(slurm, "scontrol", "requeue", run.job)
     # Slurm holds a requeued job for a while (BeginTime).
-    await until(lambda: "PENDING" in "".join(slurm.jobs("-j", run.job)))
+    while await run.get_status() is RunStatus.RUNNING:  # noqa: ASYNC110 - Slurm has no event to wait for
+        await anyio.sleep(0.05)
     await call(slurm, "scontrol", "update", f"jobid={run.job}", "starttime=now")
+    await until(lambda: executions.read_text().count("\n") == 2)
+    assert await run.get_status() is RunStatus.RUNNING
+    go.touch()
     assert await run.wait()
     assert executions.read_text() == "hush-hush\nhush-hush\n"
 
@@ -215,6 +220,23 @@ async def test_a_grace_longer_than_killwait_is_kept(slurm: Slurm, backend: Slurm
     await run.cancel()
     assert (await run.outcome()).status is RunStatus.KILLED
     assert "tidied" in [line async for line in run.logs()]
+
+
+async def test_a_job_that_no_poll_has_seen_running_is_not_killed_before_its_grace(
+    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob, tmp_path: Path, on_path: OnPath
+) -> None:
+    on_path("squeue", '"$real" "$@" | sed "s/RUNNING/PENDING/"')
+    asked, go = tmp_path / "asked", tmp_path / "go"
+    command = f"trap 'touch {asked}; until [ -e {go} ]; do sleep 0.1; done; exit 0' TERM; echo ready; sleep 600 & wait"
+    run = await running(backend, make_job(command, cancel_grace=60))
+    cancelling = asyncio.create_task(run.cancel())
+    await until(asked.exists)
+    # Otherwise it completes already, and is killed after KillWait.
+    assert await anyio.to_thread.run_sync(slurm.jobs, "-j", run.job) == [f"{run.job} RUNNING"]
+    go.touch()
+    await cancelling
+    outcome = await run.outcome()
+    assert (outcome.status, outcome.exit_code) == (RunStatus.KILLED, 0)
 
 
 # ---- many jobs ----------------------------------------------------------------------------------------------------

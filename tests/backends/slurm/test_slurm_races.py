@@ -165,6 +165,16 @@ async def test_the_command_gets_its_signals_its_variables_and_its_setup_in_a_str
     assert [line async for line in run.logs()] == ["of setup two", "lines ", "124"]
 
 
+async def test_a_project_whose_files_are_all_left_out_has_an_empty_folder(
+    backend: SlurmBackend, make_job: MakeJob
+) -> None:
+    job = make_job("ls -A | wc -l")
+    (job.project_dir / ".dockerignore").write_text("*\n")
+    run = await backend.submit(job)
+    assert await run.wait()
+    assert [line async for line in run.logs()] == ["0"]
+
+
 async def test_a_line_of_setup_that_fails_ends_the_run_and_is_named(backend: SlurmBackend, make_job: MakeJob) -> None:
     run = await backend.submit(make_job("echo no", {"setup": ["true", "false # it's wrong"]}))
     assert (await run.outcome()).exit_code == 1

@@ -28,7 +28,6 @@ _log = get_logger("mlfleet.slurm")
 _LOOK = 0.5  # seconds between two looks for a file that another machine has written
 _COPY_PAUSE = 0.5  # seconds between two looks for new output that goes to the output of this process
 _CHUNK = 2**20
-_FIRST_POLL = 5.0  # seconds to wait for the first state of a job that is to be cancelled
 
 
 class SlurmRun(SupervisedRun):
@@ -92,11 +91,15 @@ class SlurmRun(SupervisedRun):
 
     async def _active_status(self) -> RunStatus:
         """Return the status of the latest poll, and RUNNING if the command has begun since."""
+        return RunStatus.RUNNING if await self._is_running() else RunStatus.SCHEDULED
+
+    async def _is_running(self) -> bool:
+        """Return True if the job runs by the latest poll, or has begun since."""
         state = self._state.value
-        if state is not None and (not state.is_waiting or state.restarts):
-            return RunStatus.SCHEDULED if state.is_waiting else RunStatus.RUNNING
-        begun = await FILES.run(self._files.claimed_by) is not None
-        return RunStatus.RUNNING if begun else RunStatus.SCHEDULED
+        if state is not None and not state.is_waiting:
+            return True
+        restarts = 0 if state is None else state.restarts
+        return await FILES.run(partial(self._files.claimed_by, restarts=restarts)) is not None
 
     # ---- its task ---------------------------------------------------------------------------------------------------
 
@@ -152,13 +155,10 @@ class SlurmRun(SupervisedRun):
     async def _cancel_when_asked(self) -> None:
         """Wait for a request to stop, and end the job as often as its grace is shortened."""
         await self._stop_request.requested()
-        with anyio.move_on_after(_FIRST_POLL):
-            await self._state.until(lambda state: True)
         while True:
             grace = self._stop_request.remaining or 0.0
             claimed = await FILES.run(partial(self._prepare_stop, grace))
-            state = self._state.value
-            is_long = grace > self._client.longest_grace and state is not None and not state.is_waiting
+            is_long = grace > self._client.longest_grace and await self._is_running()
             try:
                 # Slurm itself sends SIGKILL after KillWait. With a longer grace only the batch script gets SIGTERM.
                 async with anyio.create_task_group() as group:

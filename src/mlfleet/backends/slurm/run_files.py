@@ -41,7 +41,7 @@ from typing import Any
 from mlfleet._concurrency.single_flight import Coalescing
 from mlfleet._concurrency.threads import FILES
 from mlfleet._project.blocking import stoppable
-from mlfleet._project.content import DEFAULTS, pack
+from mlfleet._project.content import pack
 from mlfleet._project.working_copies import copy_tree
 from mlfleet._store.content_store import remove_tree
 from mlfleet.backends.base import Job
@@ -116,10 +116,14 @@ class RunFiles:
         """Set the seconds between SIGTERM and SIGKILL for the next request to stop."""
         self._write("grace", f"{grace:.3f}\n".encode())
 
-    def claimed_by(self) -> str | None:
-        """Return the id of the job that has begun to run the command; None: none has (yet)."""
-        claimed = self._read("claim").split()
-        return claimed[0] if claimed and claimed[0] != _WITHDRAWN else None
+    def claimed_by(self, *, restarts: int = 0) -> str | None:
+        """Return the id of the job that has begun to run the command; None: none has (yet).
+
+        Args:
+            restarts: How often Slurm has started the job again: an earlier start does not count.
+        """
+        job, count, *_ = [*self._read("claim").split(), "", ""]
+        return job if job not in ("", _WITHDRAWN) and (int(count) if count.isdecimal() else 0) >= restarts else None
 
     def withdraw(self) -> bool:
         """Keep jobs from running the command. Return False if one has begun."""
@@ -254,7 +258,7 @@ async def copy_project(folder: Path, work_dir: Path) -> Path:
         FetchError: The project cannot be read.
         OSError: The copy cannot be written.
     """
-    packed = await pack(folder, left_out=DEFAULTS)
+    packed = await pack(folder)
     try:
         target = work_dir / "projects" / packed.digest
         if not await FILES.run(target.is_dir):
@@ -269,6 +273,7 @@ def _unpack(file: Any, target: Path, stop: threading.Event) -> None:
     _make_own(target.parent)
     new = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}")
     try:
+        new.mkdir(mode=0o700)  # the tar of a project without files makes nothing
         with tarfile.open(fileobj=file) as archive:
             # Packed here: links and permissions are those of the project. Python 3.11.0 to 3.11.3 have no filters.
             archive.extraction_filter = getattr(tarfile, "tar_filter", None)
