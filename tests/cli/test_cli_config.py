@@ -87,7 +87,11 @@ def test_the_table_of_a_backend_is_its_configuration(tmp_path: Path) -> None:
         'kube-job-template-path = "job.yaml"', "[backends.another-plugin]", "any = 1",
     )  # fmt: skip
     (tmp_path / "below").mkdir()
-    request = dry(project, cwd=tmp_path / "below", env=environment)["request"]
+    found = dry(
+        project, cwd=tmp_path / "below", env={**environment, "KUBE_MLFLOW_TRACKING_URI": "http://inside.example"}
+    )
+    assert found["variables"]["MLFLOW_TRACKING_URI"] == "http://inside.example"
+    request = found["request"]
     assert "namespace: mine" in request
     assert "image: quay.io/ours/image" in request
     assert "priorityClassName: urgent" in request  # found beside the file

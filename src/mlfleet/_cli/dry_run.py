@@ -36,7 +36,6 @@ from mlfleet.tracking.locations import absolute_uri
 __all__ = ["dry_run", "used_tracking_uri"]
 
 _LATER = "(of the run)"
-_SHOWN = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID")
 _SHOWN_POINTS = 5
 _RUN_ID = "0" * 32  # stands for the id of the MLflow run; backends derive names from it
 
@@ -111,6 +110,8 @@ class _DryRun:
         name, experiment_id = choose_experiment(self.request.experiment_name, self.request.experiment_id)
         info = RunInfo(self.request.run_id or _RUN_ID, experiment_id or "0", "", RunStatus.SCHEDULED, "")
         job = await draft(plan, info, tracking, output=None, timeouts=Timeouts())
+        backend = backends[plan.backend]
+        shown, hidden = backend.variables(job)
         return {
             "project": plan.project_name,
             "uri": plan.project.uri,
@@ -127,14 +128,13 @@ class _DryRun:
             "experiment": name or f"id {experiment_id}",
             "run_name": self.request.run_name,
             "variables": {
-                "MLFLOW_TRACKING_URI": tracking.uri,
+                **shown,
                 "MLFLOW_EXPERIMENT_ID": experiment_id or _LATER,
                 "MLFLOW_RUN_ID": self.request.run_id or _LATER,
-                **{name: text for name, text in job.environ.items() if name not in _SHOWN},
-                **dict.fromkeys(job.secrets, MASK),
+                **dict.fromkeys(hidden, MASK),
             },
             "tags": dict(plan.tags),
-            "request": await anyio.to_thread.run_sync(backends[plan.backend].preview, job),
+            "request": await anyio.to_thread.run_sync(backend.preview, job),
         }
 
 

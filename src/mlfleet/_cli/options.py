@@ -15,7 +15,7 @@ from click.shell_completion import CompletionItem
 
 from mlfleet._cli.output import show_logs
 from mlfleet._engine.options import OPTIONS, RunOption
-from mlfleet._engine.request import choose_experiment
+from mlfleet._engine.request import RunRequest, choose_experiment
 from mlfleet._environments.manager import NAMES
 from mlfleet.backends.registry import available, find
 from mlfleet.errors import UsageError
@@ -40,6 +40,7 @@ __all__ = [
     "jobs_option",
     "json_option",
     "quiet_option",
+    "read_asked",
     "read_backend_config",
     "read_config",
     "read_pairs",
@@ -200,6 +201,19 @@ def read_backend_config(backend: str, text: str | None) -> dict[str, Any] | str 
     return _file_config(backend) if config is None else config
 
 
+def read_asked(asked: Sequence[str], text: str | None) -> dict[str, dict[str, Any]]:
+    """Return the backends of `asked_option`, each with its ``backend_config``. Blocking.
+
+    Raises:
+        click.UsageError: The option for ``backend_config`` is given, but not one backend.
+        MlfleetError: A ``backend_config`` cannot be read, or its backend does not take it.
+    """
+    if text is not None and len(asked) != 1:
+        raise click.UsageError("-c holds the settings of one backend: give it with one -b")
+    configs = {name: read_backend_config(name, text) for name in asked}
+    return {name: RunRequest.of("", backend_config=config).read_backend_config() for name, config in configs.items()}
+
+
 def _file_config(backend: str) -> dict[str, Any] | None:
     """Return the ``backend_config`` that the configuration file gives; None if it gives none.
 
@@ -221,7 +235,9 @@ def _file_config(backend: str) -> dict[str, Any] | None:
 
 
 def asked_option(does: str) -> Callable[[F], F]:
-    """Add ``-b`` to a command that asks backends for their runs; its argument is ``asked``.
+    """Add ``-b`` to a command that asks backends for their runs, and the options that choose among their services.
+
+    `read_asked` reads the arguments ``asked`` and ``backend_config``.
 
     Args:
         does: What the command does with a backend.
@@ -229,7 +245,8 @@ def asked_option(does: str) -> Callable[[F], F]:
     text = (
         f"Also {does} this backend, which is otherwise not asked because it needs a login; may be given several times."
     )
-    return click.option("-b", "--backend", "asked", metavar="NAME", multiple=True, help=text)
+    asked = click.option("-b", "--backend", "asked", metavar="NAME", multiple=True, help=text)
+    return lambda command: asked(_add(command, ("backend_config", "tracking_uri")))
 
 
 def json_option(text: str = "Print a JSON list.") -> Callable[[F], F]:

@@ -8,7 +8,7 @@ from functools import partial
 import anyio
 import click
 
-from mlfleet._cli.options import asked_option, debug_option, json_option
+from mlfleet._cli.options import asked_option, debug_option, json_option, read_asked
 from mlfleet._cli.ps import on_each_backend, print_rows, run_row
 from mlfleet.backends.base import Backend, ListedRun
 
@@ -22,7 +22,16 @@ __all__ = ["prune"]
 @asked_option("prune")
 @json_option("Print a JSON list of what was removed.")
 @debug_option
-def prune(*, run_ids: tuple[str, ...], running: bool, dry_run: bool, asked: tuple[str, ...], as_json: bool) -> None:
+def prune(
+    *,
+    run_ids: tuple[str, ...],
+    running: bool,
+    dry_run: bool,
+    asked: tuple[str, ...],
+    backend_config: str | None,
+    tracking_uri: str | None,
+    as_json: bool,
+) -> None:
     """Remove what backends keep of runs that no process looks after, such as containers.
 
     With RUN_IDs, remove only what is kept of these runs.
@@ -31,5 +40,6 @@ def prune(*, run_ids: tuple[str, ...], running: bool, dry_run: bool, asked: tupl
     def work(backend: Backend) -> Awaitable[Sequence[ListedRun]]:
         return backend.prune(run_ids, running=running, dry_run=dry_run)
 
-    removed = anyio.run(partial(on_each_backend, asked, work, strict=True))
+    configs = read_asked(asked, backend_config)
+    removed = anyio.run(partial(on_each_backend, configs, tracking_uri, work, strict=True))
     print_rows([run_row(run) for run in removed], as_json=as_json, none="nothing to remove")

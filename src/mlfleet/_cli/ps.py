@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import click
 
-from mlfleet._cli.options import asked_option, debug_option, json_option, tracking_option
+from mlfleet._cli.options import asked_option, debug_option, json_option, read_asked
 from mlfleet._cli.output import complain, print_json, print_line
 from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.conclude import Driver
@@ -50,10 +50,16 @@ _BLANK = dict.fromkeys(
 @click.command()
 @click.argument("run_ids", metavar="[RUN_ID]...", nargs=-1)
 @asked_option("list the runs of")
-@tracking_option
 @json_option()
 @debug_option
-def ps(*, run_ids: tuple[str, ...], asked: tuple[str, ...], tracking_uri: str | None, as_json: bool) -> None:
+def ps(
+    *,
+    run_ids: tuple[str, ...],
+    asked: tuple[str, ...],
+    backend_config: str | None,
+    tracking_uri: str | None,
+    as_json: bool,
+) -> None:
     """List the active runs and sweeps that this machine knows, the newest first; or show the runs with these ids.
 
     "nobody looks after it" means that the process that started the run has died. mlfleet sweep --resume or
@@ -64,7 +70,9 @@ def ps(*, run_ids: tuple[str, ...], asked: tuple[str, ...], tracking_uri: str | 
         print_rows(anyio.run(_rows_by_id, run_ids, tracking_uri), as_json=as_json, none="no runs")
         return
     rows = [_sweep_row(entry) for entry in list_sweeps()]
-    listed = [run_row(run) for run in anyio.run(on_each_backend, asked, lambda backend: backend.list_runs())]
+    configs = read_asked(asked, backend_config)
+    found = anyio.run(on_each_backend, configs, tracking_uri, lambda backend: backend.list_runs())
+    listed = [run_row(run) for run in found]
     records = {record.run_id: (record, record.driver_lives()) for record in list_records()}
     for row in listed:
         if records.pop(row["run_id"], (None, None))[1] is False:
@@ -76,12 +84,17 @@ def ps(*, run_ids: tuple[str, ...], asked: tuple[str, ...], tracking_uri: str | 
 
 
 async def on_each_backend(
-    asked: Collection[str], work: Callable[[Backend], Awaitable[Sequence[ListedRun]]], *, strict: bool = False
+    asked: Mapping[str, Mapping[str, Any]],
+    tracking_uri: str | None,
+    work: Callable[[Backend], Awaitable[Sequence[ListedRun]]],
+    *,
+    strict: bool = False,
 ) -> list[ListedRun]:
     """Call `work` with every backend that needs no login, and with those that were asked for.
 
     Args:
-        asked: The names of backends that were asked for. An error of theirs is raised.
+        asked: The names of backends that were asked for, with their ``backend_config``. An error of theirs is raised.
+        tracking_uri: The tracking store of the runs; None for the default.
         work: Lists or removes runs.
         strict: True to raise the errors of all backends; False to print a warning in their place.
     """
@@ -92,6 +105,8 @@ async def on_each_backend(
             if kind.needs_login and name not in asked:
                 continue
             async with kind() as backend:
+                if name in asked:
+                    await FILES.run(partial(backend.select_service, asked[name], tracking_uri or ""))
                 found += await work(backend)
         except BackendNotFound:
             if name in asked:

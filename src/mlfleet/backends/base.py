@@ -353,6 +353,13 @@ class Backend(ABC, Generic[Config]):
         """
         return None
 
+    def variables(self, job: Job) -> tuple[Mapping[str, str], Mapping[str, str]]:
+        """Return the plain and the secret variables that the command gets, for people to read. Makes and asks nothing.
+
+        The default is for backends that pass on those of the job as they are.
+        """
+        return job.environ, job.secrets
+
     def preview(self, job: Job) -> str | None:
         """Return the request that `submit` would make, for people to read. Blocking; makes and asks nothing.
 
@@ -404,6 +411,19 @@ class Backend(ABC, Generic[Config]):
         )
 
     # ---- runs of other processes ------------------------------------------------------------------------------------
+
+    def select_service(self, config: Mapping[str, Any], tracking_uri: str) -> None:
+        """Select where `list_runs` and `prune` look: where a run with these settings would be. Blocking.
+
+        Without a call they look where a run without settings would be.
+
+        Args:
+            config: The ``backend_config``, which need not have what only a run needs.
+            tracking_uri: The URI of the tracking that such a run would use; empty: the default.
+
+        Raises:
+            UsageError: An unknown key or a wrong value.
+        """
 
     async def list_runs(self) -> Sequence[ListedRun]:
         """Return the runs that exist at the backend, in any order, whichever process submitted them.

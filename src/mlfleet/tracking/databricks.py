@@ -147,8 +147,6 @@ class DatabricksLogin(Login):
     def environ(self) -> tuple[dict[str, str], dict[str, str]]:
         """Return host and token, so that a run elsewhere needs no ``~/.databrickscfg``; without a token, the URI."""
         settings = self._settings
-        if settings is None:  # a dry run does not open its tracking
-            return {"MLFLOW_TRACKING_URI": self._uri}, {}
         plain = {"MLFLOW_TRACKING_URI": "databricks", "DATABRICKS_HOST": self.url}
         if self._has_token:
             return plain, {"DATABRICKS_TOKEN": settings.token}

@@ -13,9 +13,11 @@ from typing import Any
 
 import anyio.to_thread
 import pytest
+from click.testing import CliRunner
 
 from components.fake_databricks import QUICK, JobMaker, succeed
-from fakes.databricks import FakeWorkspace
+from fakes.databricks import FakeRun, FakeWorkspace
+from mlfleet._cli.program import _cli as cli
 from mlfleet.backends.databricks import DatabricksBackend
 from mlfleet.backends.databricks.records import change_owner, read_records
 from mlfleet.errors import RunLost, SubmitError
@@ -144,6 +146,34 @@ async def test_prune_removes_old_secrets_of_other_machines(
     assert [run.run_id for run in await backend.prune()] == [old]
     kept = {"a-key", f"mlfleet-{young}", f"mlfleet-{ours.run_id}"}
     assert {key for _, key in workspace.secrets} == kept
+
+
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        (["-c", '{"profile": "ours"}'], ""),
+        (["--tracking-uri", "databricks://ours"], "[backends.databricks]\nupload_path = '/Volumes/a/b/c'"),
+        ([], "[backends.databricks]\nprofile = 'ours'"),
+        ([], "tracking-uri = 'databricks://ours'"),
+    ],
+)
+async def test_ps_and_prune_ask_the_workspace_that_a_run_would_use(
+    workspace: FakeWorkspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: list[str], settings: str
+) -> None:
+    monkeypatch.setenv("DATABRICKS_HOST", "http://127.0.0.1:9")
+    monkeypatch.setenv("DATABRICKS_CONFIG_FILE", str(tmp_path / "profiles"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "profiles").write_text(f"[ours]\nhost = {workspace.url}\ntoken = {workspace.token}\n")
+    (tmp_path / "mlfleet.toml").write_text(settings)
+    active, old = uuid.uuid4().hex, uuid.uuid4().hex
+    workspace.runs[1] = FakeRun(1, {"run_name": f"demo ({active})"}, start_time=0)
+    workspace.secrets["ours", f"mlfleet-{old}"] = "hush"
+    workspace.secret_times[f"mlfleet-{old}"] = 0
+    for command, run_id in (("ps", active), ("prune", old)):
+        arguments = [command, "-b", "databricks", "--json", *options]
+        done = await anyio.to_thread.run_sync(CliRunner().invoke, cli, arguments)
+        assert done.exit_code == 0, done.output
+        assert [run["run_id"] for run in json.loads(done.stdout) if run["backend"] == "databricks"] == [run_id]
 
 
 async def test_attach_to_a_deleted_run_of_a_killed_process_removes_its_secret(

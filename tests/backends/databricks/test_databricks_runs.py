@@ -300,6 +300,7 @@ def test_the_dry_run_prints_the_request(tmp_path: Path) -> None:
     assert json.loads(task["spark_python_task"]["parameters"][0])["command"].strip() == "python train.py 0.5"
     as_json = json.loads(mlfleet(*arguments, "--json", cwd=tmp_path, env=variables).stdout)
     assert json.loads(as_json["request"])["tasks"] == body["tasks"]
+    assert as_json["variables"].keys() == {"MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"}
 
 
 def test_the_command_line_reports_mistakes_before_anything_is_created(tmp_path: Path) -> None:

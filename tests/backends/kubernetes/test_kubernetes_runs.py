@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import pytest
 from aiohttp import web
 
@@ -359,6 +360,8 @@ async def test_runs_are_listed_whichever_process_submitted_them(fake_cluster: Fa
         going = await first.submit(fake_cluster.job(config, run_id="goes-on"))
         await asyncio.gather(ending.wait(), going.started())
         listed = {run.run_id: (run.state, run.detail["job"]) for run in await second.list_runs()}
+        await anyio.to_thread.run_sync(second.select_service, {"namespace": "elsewhere"}, "")
+        assert await second.list_runs() == []
     assert listed == {
         "ends": ("failed", f"default/{ending.target.name}"),
         "goes-on": ("active", f"default/{going.target.name}"),

@@ -381,6 +381,18 @@ async def test_a_planted_folder_of_somebody_else_is_not_believed(
         await backend.attach(backend.reference(job))
 
 
+async def test_prune_looks_into_the_work_folder_that_was_selected(
+    slurm: Slurm, backend: SlurmBackend, make_job: MakeJob, tmp_path: Path
+) -> None:
+    config = {"work-dir": str(tmp_path / "elsewhere")}
+    job = make_job("true", config)
+    assert await (await backend.submit(job)).wait()
+    await leave(replace(slurm, work_dir=tmp_path / "elsewhere"), job.run_id)
+    assert await backend.prune([job.run_id]) == []
+    backend.select_service(config, "")
+    assert [each.run_id for each in await backend.prune()] == [job.run_id]
+
+
 async def test_prune_removes_files_of_ended_runs_without_a_driver(
     slurm: Slurm, backend: SlurmBackend, make_job: MakeJob
 ) -> None:

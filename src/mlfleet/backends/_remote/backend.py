@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from functools import partial
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 from mlfleet._concurrency.cancellation import complete
-from mlfleet._concurrency.threads import FILES
+from mlfleet._concurrency.threads import FILES, LOGINS
 from mlfleet.backends._remote.owner import describe_this_process, owner_lives
 from mlfleet.backends._remote.run import SupervisedRuns
 from mlfleet.backends.base import Backend, Config, Presence
@@ -32,6 +32,7 @@ class RemoteBackend(Backend[Config], ABC):
         self._runs = SupervisedRuns()
         self._stack = AsyncExitStack()
         self._this_process: Mapping[str, Any] = {}
+        self._selected: Config | None = None
 
     async def __aenter__(self) -> Self:
         self._this_process = await FILES.run(describe_this_process)
@@ -45,6 +46,16 @@ class RemoteBackend(Backend[Config], ABC):
             await self._stack.aclose()
 
         await complete(close, restart=True)
+
+    def select_service(self, config: Mapping[str, Any], tracking_uri: str) -> None:
+        """Select where `list_runs` and `prune` look; see `Backend.select_service`."""
+        self._selected = self.configure(config)
+
+    async def _selected_config(self) -> Config:
+        """Return the configuration by which `list_runs` and `prune` find their service."""
+        if self._selected is None:
+            await LOGINS.run(partial(self.select_service, {}, ""))
+        return cast("Config", self._selected)
 
     async def is_abandoned(self, ref: JobRef) -> bool:
         """Return True if the run has ended or is gone, and so is the process that submitted it on this machine."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import time
 import uuid
 from collections.abc import Collection, Mapping, Sequence
@@ -94,7 +93,7 @@ class _Submission:
 
     def remote_run(self, number: str, tags: Mapping[str, str]) -> RemoteRun:
         """Return the description of the submitted run with this number."""
-        secret = self.secret_location if request.public_variables(self.job, self.config)[1] else None
+        secret = self.secret_location if request.variables(self.job, self.config)[1] else None
         return RemoteRun(
             run_id=self.job.run_id,
             id=number,
@@ -182,7 +181,7 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
         attempt = self._attempts.setdefault(job.run_id, uuid.uuid4().hex[:12])
         upload = config.upload
         data: dict[str, Any] = {
-            "profile": _profile(job, config),
+            "profile": _profile(config, job.tracking_uri),
             "attempt": attempt,
             "upload": str(upload.kind),
             "path": upload.path,
@@ -190,9 +189,13 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
         data["api_version"] = str(config.api_version)
         data["since"] = int(time.time() * 1000)
         data["owner"] = self._this_process
-        if request.public_variables(job, config)[1]:
+        if request.variables(job, config)[1]:
             data["secret_scope"] = config.secret_scope
         return JobRef(self.name, job.run_id, data)
+
+    def variables(self, job: Job) -> tuple[Mapping[str, str], Mapping[str, str]]:
+        """Return the variables of the job, without the login of this machine where a run has its own."""
+        return request.variables(job, _config(job))
 
     def preview(self, job: Job) -> str:
         """Return the body of ``runs/submit``, with ``<…>`` for values that only the workspace knows."""
@@ -203,7 +206,7 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
             archive=f"{root}/projects/<sha256>.tar.gz",
             sha256="<sha256>",
             output=f"{root}/output/{job.run_id}",
-            secret=secret_key(job.run_id) if config.secret_scope and request.public_variables(job, config)[1] else None,
+            secret=secret_key(job.run_id) if config.secret_scope and request.variables(job, config)[1] else None,
         )
         body = request.request_body(
             job, config, paths, token=f"{job.run_id}-<attempt>", requirements=_requirements(job)
@@ -218,11 +221,11 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
             WorkspaceError: The workspace cannot be reached, or the login has no permission to use it.
         """
         config = _config(job)
-        secret = request.public_variables(job, config)[1]
+        secret = request.variables(job, config)[1]
         if secret and config.secret_scope is None:
             raise SubmitError(_describe_missing_scope(secret), backend=self.name)
         requirements = await LOGINS.run(partial(_requirements, job))
-        context = await self._open_context(_profile(job, config), config.api_version)
+        context = await self._open_context(_profile(config, job.tracking_uri), config.api_version)
         storage = await open_storage(context.workspace, config.upload)
         reference = self.reference(job)
         submission = _Submission(job, config, context, storage, self._attempts.pop(job.run_id), reference)
@@ -265,8 +268,13 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
 
     # ---- runs of other processes ------------------------------------------------------------------------------------
 
+    def select_service(self, config: Mapping[str, Any], tracking_uri: str) -> None:
+        """Select the workspace in which a run with these settings would be; see `Backend.select_service`."""
+        parsed = self.configure(config)
+        self._selected = replace(parsed, profile=_profile(parsed, tracking_uri))
+
     async def list_runs(self) -> Sequence[ListedRun]:
-        """Return the active runs in the workspace of MLFLOW_TRACKING_URI, or else of databricks-sdk's login.
+        """Return the active runs in the workspace that was selected, or else that of databricks-sdk's login.
 
         Of ended runs, which Databricks keeps for 60 days, only those are listed that a dead process of this machine
         left something of; see `Backend.list_runs`.
@@ -368,9 +376,9 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
     # ---- one run ----------------------------------------------------------------------------------------------------
 
     async def _own_context(self) -> _WorkspaceContext:
-        """Return the context of the workspace of MLFLOW_TRACKING_URI, or else of databricks-sdk's login."""
-        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-        return await self._open_context(profile_of(uri) if is_databricks(uri) else None, DatabricksConfig().api_version)
+        """Return the context of the workspace that was selected, or else that of databricks-sdk's login."""
+        config = await self._selected_config()
+        return await self._open_context(config.profile, config.api_version)
 
     async def _context_of(self, ref: JobRef) -> _WorkspaceContext:
         profile = ref.data.get("profile")
@@ -467,11 +475,11 @@ def _config(job: Job) -> DatabricksConfig:
     return job.config if isinstance(job.config, DatabricksConfig) else DatabricksConfig()
 
 
-def _profile(job: Job, config: DatabricksConfig) -> str | None:
-    """Return the profile of the job's workspace: that of the configuration, else that of the tracking URI."""
+def _profile(config: DatabricksConfig, tracking_uri: str) -> str | None:
+    """Return the profile of a run's workspace: that of the configuration, else that of the tracking URI."""
     if config.profile is not None:
         return config.profile
-    return profile_of(job.tracking_uri) if is_databricks(job.tracking_uri) else None
+    return profile_of(tracking_uri) if is_databricks(tracking_uri) else None
 
 
 def _requirements(job: Job) -> tuple[str, ...]:

@@ -33,9 +33,9 @@ __all__ = [
     "mask_request",
     "place_path",
     "project_files",
-    "public_variables",
     "request_body",
     "run_name",
+    "variables",
     "with_argument",
 ]
 
@@ -73,7 +73,7 @@ def run_name(job: Job, config: DatabricksConfig) -> str:
     return f"{(config.run_name or job.project_name)[: _LONGEST_NAME - 40]} ({job.run_id})"
 
 
-def public_variables(job: Job, config: DatabricksConfig) -> tuple[dict[str, str], dict[str, str]]:
+def variables(job: Job, config: DatabricksConfig) -> tuple[dict[str, str], dict[str, str]]:
     """Return the plain and the secret environment variables of the command.
 
     Runs in the workspace that tracks them have their own identity, and get no login of this machine.
@@ -101,7 +101,7 @@ def bootstrap_spec(job: Job, config: DatabricksConfig, paths: RunPaths) -> dict[
         "name": PROJECT,
         "mode": "python" if job.spark_job is not None else "command",
         "command": _python_command(job) if job.spark_job is not None else job.command,
-        "environ": public_variables(job, config)[0],
+        "environ": variables(job, config)[0],
         "output": paths.output,
         "grace": job.cancel_grace,
     }

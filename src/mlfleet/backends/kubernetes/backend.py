@@ -23,10 +23,9 @@ from mlfleet.backends._remote.backend import RemoteBackend
 from mlfleet.backends._remote.owner import owner_lives, owner_text
 from mlfleet.backends.base import BackendRun, DockerRequest, Job, ListedRun, Presence
 from mlfleet.backends.kubernetes.client import KubernetesClient
-from mlfleet.backends.kubernetes.config import KubernetesConfig, StartTimeouts, parse_config
+from mlfleet.backends.kubernetes.config import CodeDelivery, KubernetesConfig, StartTimeouts, parse_config
 from mlfleet.backends.kubernetes.delivery import Deliveries, preview_code
 from mlfleet.backends.kubernetes.jobs import create_job, create_secret, delete_job, find_job, has_ended, job_path
-from mlfleet.backends.kubernetes.login import find_cluster
 from mlfleet.backends.kubernetes.manifest import (
     OWNER,
     check_copied,
@@ -127,6 +126,10 @@ class KubernetesBackend(RemoteBackend[KubernetesConfig]):
             data["keep-jobs"] = False
         return JobRef(self.name, job.run_id, data)
 
+    def variables(self, job: Job) -> tuple[Mapping[str, str], Mapping[str, str]]:
+        """Return the variables of the job and of ``docker_env``, with the address of tracking that pods know."""
+        return variables(job, _config(job).tracking_uri)
+
     def preview(self, job: Job) -> str:
         """Return the manifests of the Job, and of its Secret without the values, as YAML. Makes nothing.
 
@@ -226,8 +229,12 @@ class KubernetesBackend(RemoteBackend[KubernetesConfig]):
 
     # ---- runs of other processes ------------------------------------------------------------------------------------
 
+    def select_service(self, config: Mapping[str, Any], tracking_uri: str) -> None:
+        """Select the cluster and the namespace of a run with these settings; see `Backend.select_service`."""
+        self._selected = self.configure({"code-delivery": CodeDelivery.NONE.value, **config})
+
     async def list_runs(self) -> Sequence[ListedRun]:
-        """Return the runs whose Job is in the current context's cluster and namespace; see `Backend.list_runs`."""
+        """Return the runs whose Job is in the cluster and namespace that were selected; see `Backend.list_runs`."""
         _, jobs = await self._list_jobs()
         return [await FILES.run(partial(_listed, each)) for each in jobs]
 
@@ -236,7 +243,7 @@ class KubernetesBackend(RemoteBackend[KubernetesConfig]):
     ) -> Sequence[ListedRun]:
         """Delete the Jobs that no process of this machine looks after, and their Secrets; see `Backend.prune`.
 
-        They are those of the current context's cluster and namespace. Jobs that another machine submitted stay.
+        They are those of the cluster and namespace that were selected. Jobs that another machine submitted stay.
         """
         client, jobs = await self._list_jobs()
         chosen: list[ListedRun] = []
@@ -252,10 +259,10 @@ class KubernetesBackend(RemoteBackend[KubernetesConfig]):
         return chosen
 
     async def _list_jobs(self) -> tuple[KubernetesClient, list[dict[str, Any]]]:
-        cluster = await LOGINS.run(lambda: find_cluster(None, os.environ))
-        client = await self._watches.client(cluster)
+        config = await self._selected_config()
+        client = await self._watches.client(config.cluster)
         params = {"labelSelector": f"{MANAGED_BY}=mlfleet"}
-        answer = await client.call("listing Jobs", "GET", job_path(cluster.namespace), params=params)
+        answer = await client.call("listing Jobs", "GET", job_path(config.namespace), params=params)
         return client, [each for each in answer.get("items") or () if RUN_LABEL in (each["metadata"]["labels"] or {})]
 
     async def presence(self, ref: JobRef) -> Presence:

@@ -89,6 +89,10 @@ class SlurmBackend(RemoteBackend[SlurmConfig]):
                 " python_env, or run it with the backend 'docker' or 'kubernetes'"
             )
 
+    def variables(self, job: Job) -> tuple[Mapping[str, str], Mapping[str, str]]:
+        """Return the variables of the job, with the address of tracking that the nodes know."""
+        return _variables(job, _config(job)), job.secrets
+
     def check_variables(self, names: Collection[str], config: SlurmConfig | None = None) -> None:
         """Refuse variables that Slurm or bash sets on the node; see `Backend.check_variables`."""
         set_there = sorted(filter(is_left_out, names))
@@ -238,16 +242,20 @@ class SlurmBackend(RemoteBackend[SlurmConfig]):
 
     async def list_runs(self) -> Sequence[ListedRun]:
         """Return the runs of this user whose job is waiting or running; see `Backend.list_runs`."""
-        cluster = await self._open_cluster(None)
+        cluster = await self._open_cluster((await self._selected_config()).clusters)
         jobs = await cluster.client.list_jobs()
         return await FILES.run(partial(_listed, [job for job in jobs if not JobState(job.state).is_over]))
 
     async def prune(
         self, run_ids: Collection[str] = (), *, running: bool = False, dry_run: bool = False
     ) -> Sequence[ListedRun]:
-        """Remove the files of runs that no process looks after, in the default work folder; see `Backend.prune`."""
-        cluster = await self._open_cluster(None)
-        found = await FILES.run(partial(_kept, default_work_dir(os.environ), set(run_ids)))
+        """Remove the files of runs that no process looks after; see `Backend.prune`.
+
+        They are those in the work folder that was selected, or else in the default one.
+        """
+        config = await self._selected_config()
+        cluster = await self._open_cluster(config.clusters)
+        found = await FILES.run(partial(_kept, config.work_dir, set(run_ids)))
         states = await cluster.client.states([number for _, number, _ in found if number is not None])
         going = []
         for files, number, _ in found:
@@ -260,7 +268,7 @@ class SlurmBackend(RemoteBackend[SlurmConfig]):
                     group.start_soon(cluster.client.cancel, number)
             for files, _, _ in removed:
                 await FILES.run(files.remove)
-            await FILES.run(partial(prune_shared, default_work_dir(os.environ)))
+            await FILES.run(partial(prune_shared, config.work_dir))
         return [listed for _, _, listed in removed]
 
     async def presence(self, ref: JobRef) -> Presence:
