@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import pickle
+import tracemalloc
+from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlfleet._text.lines import LineSplitter, LogLine
+from mlfleet._text.lines import LineSplitter, LogLine, find_tail
 
 
 def split(*pieces: bytes) -> list[str]:
@@ -94,3 +96,14 @@ def test_a_line_is_sent_to_another_process_with_its_end() -> None:
     (line,) = LineSplitter().feed(b"a line\n")
     again = pickle.loads(pickle.dumps(line))
     assert (type(again), again, again.end) == (LogLine, "a line", 7)
+
+
+def test_the_memory_to_find_a_tail_grows_neither_with_its_length_nor_with_the_output(tmp_path: Path) -> None:
+    path = tmp_path / "output.log"
+    path.write_bytes(b"a\n" * 200_000)
+    tracemalloc.start()
+    try:
+        assert [find_tail(path, count) for count in (10**30, 200_000, 199_999, 150_000)] == [0, 0, 2, 100_000]
+        assert tracemalloc.get_traced_memory()[1] < 5 * 2**20
+    finally:
+        tracemalloc.stop()

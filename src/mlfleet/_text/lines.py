@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 from mlfleet._concurrency.cancellation import wait_done
 from mlfleet._concurrency.threads import FILES
@@ -139,20 +140,32 @@ def find_tail(path: Path, count: int) -> int:
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
+            if count >= size:  # no line is shorter than a byte
+                return 0
             block = min(_BLOCK, size)
             while True:
-                begin = file.seek(size - block)
-                ends = deque((0,) if begin == 0 else (), maxlen=count + 1)
-                # The first line may be the rest of one, but its end is an end.
-                splitter = LineSplitter(begin + 1 if begin else 0)
-                for at in range(begin, size, _BLOCK):
-                    ends.extend(line.end for line in splitter.feed(file.read(min(_BLOCK, size - at))))
-                ends.extend(line.end for line in splitter.close())
-                if begin == 0 or len(ends) > count:
-                    return ends[0]
+                # Counted first, and not kept: an output may have millions of lines.
+                found = sum(1 for _ in _line_ends(file, size - block, size))
+                if block == size or found > count:
+                    ends = _line_ends(file, size - block, size)
+                    return next(islice(ends, max(found - count - 1, 0), None))
                 block = min(8 * block, size)
     except OSError:
         return 0
+
+
+def _line_ends(file: BinaryIO, begin: int, size: int) -> Iterator[int]:
+    """Yield the offsets after the lines that end between `begin` and `size`; before all of them 0 as the first one."""
+    if begin == 0:
+        yield 0
+    file.seek(begin)
+    # The first line may be the rest of one, but its end is an end.
+    splitter = LineSplitter(begin + 1 if begin else 0)
+    for at in range(begin, size, _BLOCK):
+        for line in splitter.feed(file.read(min(_BLOCK, size - at))):
+            yield line.end
+    for line in splitter.close():
+        yield line.end
 
 
 async def split_lines(chunks: AsyncGenerator[bytes, None], start: int = 0) -> AsyncGenerator[LogLine, None]:
