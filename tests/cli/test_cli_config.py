@@ -125,6 +125,14 @@ def test_a_mistake_in_the_table_of_a_backend_names_the_file(tmp_path: Path) -> N
     assert mlfleet("run", project, "--dry-run", cwd=tmp_path).returncode == 0  # of no concern to other backends
 
 
+def test_nesting_without_end_is_an_error_in_the_file_and_in_the_option(tmp_path: Path) -> None:
+    option = mlfleet("config", "show", "-c", '{"a":' * 300 + "1" + "}" * 300, cwd=tmp_path)
+    write(tmp_path / "mlfleet.toml", "[backends.slurm]", ".".join("a" * 3000) + " = 1")
+    for done in (option, mlfleet("config", "show", cwd=tmp_path), mlfleet("run", ".", "--dry-run", cwd=tmp_path)):
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "nested more than 64 levels deep" in done.stderr
+
+
 def test_a_file_that_others_can_write_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "mlfleet.toml", "jobs = 3")
     file.chmod(0o666)

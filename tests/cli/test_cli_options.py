@@ -57,6 +57,13 @@ def test_other_texts_are_not_durations(text: str) -> None:
         duration(text)
 
 
+def test_a_duration_has_a_largest_value() -> None:
+    assert duration("999999999d") == 999_999_999 * 86400
+    for text in ("1000000000d", "9" * 400):
+        with pytest.raises(click.BadParameter, match="is longer than 999999999 days"):
+            duration(text)
+
+
 @given(st.text())
 def test_any_text_is_a_duration_or_is_refused(text: str) -> None:
     with contextlib.suppress(click.BadParameter):

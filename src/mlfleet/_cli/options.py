@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -17,8 +16,10 @@ from mlfleet._cli.output import show_logs
 from mlfleet._engine.options import OPTIONS, RunOption
 from mlfleet._engine.request import RunRequest, choose_experiment
 from mlfleet._environments.manager import NAMES
+from mlfleet._text.documents import parse_json
+from mlfleet._text.plain import short
 from mlfleet.backends.registry import available, find
-from mlfleet.errors import UsageError
+from mlfleet.errors import SpecError, UsageError
 from mlfleet.resources import Resources
 from mlfleet.runs import Timeouts
 from mlfleet.settings import Settings, read_settings
@@ -55,6 +56,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _FILE_DEFAULTS = ("backend", "env_manager", "jobs", "tracking_uri")
 _LONGEST_NAME = 64  # characters
 _UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+_LONGEST_DURATION = 999_999_999 * _UNITS["d"]  # that of `timedelta`, and seconds that every backend takes
 _PART = r"(\d+(?:\.\d*)?|\.\d+)\s*(ms|[smhdw]|)"
 _DURATION = re.compile(rf"(?:{_PART}\s*)+")
 
@@ -73,7 +75,10 @@ def duration(text: str | float) -> float:
         raise click.BadParameter(
             f"{text!r} is not a duration: give seconds, or a number with a unit: 90s, 5m, 1h30m, 7d"
         )
-    return sum(float(number) * _UNITS[unit] for number, unit in re.findall(_PART, plain))
+    seconds = sum(float(number) * _UNITS[unit] for number, unit in re.findall(_PART, plain))
+    if seconds > _LONGEST_DURATION:
+        raise click.BadParameter(f"{short(text)!r} is longer than {_LONGEST_DURATION / _UNITS['d']:.0f} days")
+    return seconds
 
 
 def read_pairs(option: str, texts: Sequence[str], *, flags: bool = False, lists: bool = False) -> dict[str, Any]:
@@ -142,8 +147,8 @@ def read_config(text: str | None) -> dict[str, Any] | str | None:
     if text is None or text.endswith(".json"):
         return text
     try:
-        config = json.loads(text)
-    except ValueError as error:
+        config = parse_json(text)
+    except SpecError as error:
         raise click.UsageError(f"-c is neither a path that ends in .json nor JSON: {error}") from error
     if not isinstance(config, dict):
         raise click.UsageError(f"-c is JSON, but not an object: {text[:80]}")

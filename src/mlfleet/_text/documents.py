@@ -26,6 +26,7 @@ __all__ = [
     "Report",
     "find_toml_line",
     "nearest",
+    "parse_json",
     "parse_yaml",
     "read_json",
     "read_toml",
@@ -47,6 +48,7 @@ _TAG = "tag:yaml.org,2002:"
 _SCALARS = {_TAG + name for name in ("str", "int", "float", "bool", "null", "timestamp", "value")}
 _MERGE = _TAG + "merge"
 _NUMBERS = {_TAG + "int", _TAG + "float"}
+_TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f\ufffe\uffff]")
 _JSON_TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|(?P<constant>NaN|-?Infinity)', re.S)
 
@@ -259,37 +261,64 @@ def read_json(path: Path) -> Any:
     """Read the data of a JSON file. Blocking; call it in a thread.
 
     Raises:
-        SpecError: The file cannot be read or is not JSON (NaN and duplicate keys are refused); with line and column.
+        SpecError: The file cannot be read, is not JSON (NaN and duplicate keys are refused) or is nested too deeply;
+            with line and column.
     """
-    text = _decode(_read(path), path)
+    return parse_json(_decode(_read(path), path), path)
+
+
+def parse_json(text: str, path: Path | None = None) -> Any:
+    """Parse the data of a JSON text.
+
+    Args:
+        text: The JSON.
+        path: The file to name in errors.
+
+    Raises:
+        SpecError: See `read_json`.
+    """
     for token in _JSON_TOKEN.finditer(text):
         if token["constant"]:
             line, column = _place(text, token.start())
             raise SpecError(f"{token['constant']} is not JSON", path=path, line=line, column=column)
     try:
-        return json.loads(text, object_pairs_hook=functools.partial(_object, path))
+        data = json.loads(text, object_pairs_hook=functools.partial(_object, path))
     except json.JSONDecodeError as error:
         raise SpecError(f"not JSON: {error.msg}", path=path, line=error.lineno, column=error.colno) from error
     except RecursionError as error:
-        raise SpecError("nested too deeply", path=path) from error
+        raise SpecError(_TOO_DEEP, path=path) from error
     except ValueError as error:
         raise SpecError(f"not JSON: {error}", path=path) from error
+    _check_depth(data, path)
+    return data
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file. Blocking; call it in a thread.
 
     Raises:
-        SpecError: The file cannot be read or is not TOML.
+        SpecError: The file cannot be read, is not TOML, or is nested too deeply.
     """
     import tomllib
 
     try:
-        return tomllib.loads(_read(path, MAX_TOML_SIZE).decode("utf-8"))
+        data = tomllib.loads(_read(path, MAX_TOML_SIZE).decode("utf-8"))
     except ValueError as error:  # also of numbers with thousands of digits
         raise SpecError(f"not TOML: {error}", path=path) from error
     except RecursionError as error:
-        raise SpecError("nested too deeply", path=path) from error
+        raise SpecError(_TOO_DEEP, path=path) from error
+    _check_depth(data, path)
+    return data
+
+
+def _check_depth(data: Any, path: Path | None) -> None:
+    """Refuse what the code that reads the data recursively could not take, level by level and not recursively."""
+    level = [data]
+    for _ in range(MAX_DEPTH):
+        inside = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = [value for values in inside for value in values]
+    if any(isinstance(each, dict | list) for each in level):
+        raise SpecError(_TOO_DEEP, path=path)
 
 
 def find_toml_line(path: Path, keys: Sequence[str]) -> int | None:
@@ -452,7 +481,7 @@ def _check_structure(text: str, loader: Any, path: Path | str | None) -> None:
             case yaml.CollectionStartEvent():
                 open_anchors.append(event.anchor)
                 if len(open_anchors) > MAX_DEPTH:
-                    message = f"nested more than {MAX_DEPTH} levels deep"
+                    message = _TOO_DEEP
             case yaml.CollectionEndEvent():
                 if anchor := open_anchors.pop():
                     complete_anchors.add(anchor)
@@ -476,7 +505,7 @@ def _label(label: str) -> str:
     return label if len(label) <= MAX_LABEL else "…" + label[-MAX_LABEL:]
 
 
-def _object(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(path: Path | None, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
