@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -25,6 +27,7 @@ from mlfleet.errors import (
     UsageError,
 )
 from mlfleet.testing import FakeTracking
+from mlfleet.tracking import RestTracking, open_tracking
 
 
 @pytest.fixture
@@ -129,6 +132,43 @@ async def test_cancel_ends_a_process_that_ignores_it_and_its_children(
     await run.cancel()
     with pytest.raises(RunCancelled):
         await run.check()
+
+
+@pytest.mark.parametrize("grace", [math.nan, -1, math.inf, "5"])
+async def test_a_wrong_grace_is_an_error_and_cancels_nothing(
+    fleet: Fleet, tracking: FakeTracking, tmp_path: Path, grace: Any
+) -> None:
+    uri = write_project(tmp_path / "demo", "sleep 1000")
+    run = await fleet.submit(uri, env_manager="local")
+    async with (
+        Fleet(tracking=tracking) as other,
+        fleet.sweep(uri, grid(x=[1]), env_manager="local") as sweep,
+    ):
+        for handle in (run, await other.get(run.run_id), sweep):
+            with pytest.raises(UsageError, match=f"^grace is {grace!r}: give seconds, 0 or more, or None$"):
+                await handle.cancel(grace=grace)
+        assert not (await run.get_status()).is_terminal
+        assert not sweep.status.is_terminal
+        await sweep.cancel(grace=0)
+    await run.cancel(grace=0)
+
+
+@pytest.mark.parametrize(
+    ("take", "error"),
+    [
+        (lambda: Timeouts(run=math.nan), "Timeouts: run is nan: give seconds, 0 or more, or None"),
+        (lambda: Timeouts(queue="5"), "Timeouts: queue is '5': give"),  # type: ignore[arg-type]
+        (lambda: Timeouts(cancel_grace=math.inf), "Timeouts: cancel_grace is inf: give seconds, 0 or more$"),
+        (lambda: Fleet(tracking_patience=math.nan), "tracking_patience is nan"),
+        (lambda: setattr(Fleet(tracking=FakeTracking()), "tracking_patience", -1), "tracking_patience is -1"),
+        (lambda: open_tracking("http://127.0.0.1", retry_for=math.nan), "retry_for is nan"),
+        (lambda: open_tracking("sqlite:///x.db", retry_for=-1), "retry_for is -1"),
+        (lambda: RestTracking("http://127.0.0.1", timeout=math.nan), "timeout is nan"),
+    ],
+)
+def test_wrong_seconds_are_an_error_where_they_are_given(take: Callable[[], object], error: str) -> None:
+    with pytest.raises(UsageError, match=error):
+        take()
 
 
 async def test_cancel_after_the_end_changes_nothing(fleet: Fleet, tracking: FakeTracking, tmp_path: Path) -> None:

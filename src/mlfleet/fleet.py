@@ -18,7 +18,7 @@ from mlfleet._process.inherit import read_inherit_env
 from mlfleet._sweeps import GIVE_UP_AFTER, OnFailure, Resume, Retry, Sweep, SweepSettings, track
 from mlfleet.errors import UsageError
 from mlfleet.resources import Resources
-from mlfleet.runs import FleetCounts, RunEvent, Timeouts
+from mlfleet.runs import FleetCounts, RunEvent, Timeouts, check_seconds
 from mlfleet.spaces import Points
 from mlfleet.tracking import Tracking, open_tracking
 
@@ -80,6 +80,7 @@ class Fleet:
         for name, value, least in (("max_concurrent", max_concurrent, 1), ("max_queued", max_queued, 0)):
             if value is not None and (type(value) is not int or value < least):
                 raise UsageError(f"{name} is {value!r}: give a whole number, {least} or more, or None")
+        check_seconds("tracking_patience", tracking_patience)
         limits = (
             group_limit.values() if isinstance(group_limit, Mapping) else [] if group_limit is None else [group_limit]
         )
@@ -138,6 +139,7 @@ class Fleet:
 
     @tracking_patience.setter
     def tracking_patience(self, seconds: float) -> None:
+        check_seconds("tracking_patience", seconds)
         self._context.tracking_patience = seconds
 
     async def submit(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -27,6 +28,7 @@ __all__ = [
     "Stage",
     "SubmittedRun",
     "Timeouts",
+    "check_seconds",
     "failure",
 ]
 
@@ -270,10 +272,27 @@ class Timeouts:
     cancel_grace: float = DEFAULT_CANCEL_GRACE
 
     def __post_init__(self) -> None:
-        for name in ("queue", "setup", "run", "cancel_grace"):
-            seconds = getattr(self, name)
-            if seconds is not None and not seconds >= 0:
-                raise UsageError(f"the timeout {name!r} is {seconds!r}: give a number of seconds that is not negative")
+        for name in ("queue", "setup", "run"):
+            check_seconds(f"Timeouts: {name}", getattr(self, name), or_none=True)
+        check_seconds("Timeouts: cancel_grace", self.cancel_grace, is_finite=True)
+
+
+def check_seconds(name: str, seconds: object, *, or_none: bool = False, is_finite: bool = False) -> None:
+    """Check a number of seconds that a caller gives.
+
+    Args:
+        name: The name of the argument, for the error.
+        seconds: The value of the argument.
+        or_none: Allow None.
+        is_finite: Refuse infinity: no orchestrator takes it for a grace.
+
+    Raises:
+        UsageError: The value is not a number, is NaN, or is negative.
+    """
+    if seconds is None and or_none:
+        return
+    if not isinstance(seconds, int | float) or not seconds >= 0 or (is_finite and seconds == math.inf):
+        raise UsageError(f"{name} is {seconds!r}: give seconds, 0 or more{', or None' if or_none else ''}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -361,6 +361,7 @@ async def test_a_state_folder_that_cannot_be_written_is_named(
         ({"attempts": 0}, "attempts is 0"),
         ({"on": ["oops"]}, "'oops'.*infrastructure"),
         ({"backoff": -1}, "backoff is -1"),
+        ({"max_backoff": "1"}, "max_backoff is '1'"),
     ],
 )
 def test_a_wrong_retry_is_reported(arguments: dict[str, Any], message: str) -> None:

@@ -13,7 +13,7 @@ from mlfleet._text.lines import LogLine
 from mlfleet._text.plain import duration_text, short
 from mlfleet.backends._output import read_bytes, read_lines
 from mlfleet.errors import RunCancelled, UsageError
-from mlfleet.runs import Outcome, RunStatus, Stage, failure
+from mlfleet.runs import Outcome, RunStatus, Stage, check_seconds, failure
 from mlfleet.tracking.base import RunInfo
 
 __all__ = ["FleetRun", "run_output"]
@@ -142,7 +142,11 @@ class FleetRun:
         Args:
             grace: Seconds between the request to stop and the end by force, 0 kills at once; None: as the timeouts of
                 the run say. Of several calls the shortest grace counts.
+
+        Raises:
+            UsageError: The grace is negative or not a finite number. The run goes on.
         """
+        check_seconds("grace", grace, or_none=True, is_finite=True)
         await self._supervisor.cancel(grace)
 
     async def get_status(self) -> RunStatus:

@@ -21,7 +21,7 @@ from mlfleet._text.plain import short
 from mlfleet.backends._output import FileOutput, find_start, read_bytes, read_lines
 from mlfleet.backends.base import BackendRun
 from mlfleet.errors import BackendError, MlfleetError, RunLost, TrackingError, UsageError
-from mlfleet.runs import REASON_TAG, JobRef, Outcome, RunStatus
+from mlfleet.runs import REASON_TAG, JobRef, Outcome, RunStatus, check_seconds
 from mlfleet.tracking.base import RunInfo, end_run, failure_tags
 from mlfleet.tracking.links import run_url
 
@@ -119,11 +119,12 @@ class TrackedRun:
 
         Raises:
             UsageError: The command of the run has not begun, and the process that prepares it cannot be asked to cancel
-                it.
+                it. Or the grace is negative or not a finite number.
             BackendError: The run is not where it should be, or its end was not confirmed.
             ExceptionGroup: The run is a sweep, and some of its runs could not be cancelled.
             MlfleetError: Tracking cannot be reached.
         """
+        check_seconds("grace", grace, or_none=True, is_finite=True)
         await complete(partial(self._cancel, grace))
 
     async def logs(

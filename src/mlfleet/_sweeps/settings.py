@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from mlfleet._engine.request import RunOptions, RunRequest
 from mlfleet.errors import UsageError
-from mlfleet.runs import FailureKind
+from mlfleet.runs import FailureKind, check_seconds
 
 _NO_NAME = re.compile(r"""['"`\\%\x00-\x1f\ud800-\udfff]""")
 
@@ -48,8 +48,7 @@ class Retry:
         if type(self.attempts) is not int or self.attempts < 1:
             raise UsageError(f"Retry: attempts is {self.attempts!r}: give 1 (no retry) or more")
         for name in ("backoff", "max_backoff"):
-            if not getattr(self, name) >= 0:
-                raise UsageError(f"Retry: {name} is {getattr(self, name)!r}: give seconds that are not negative")
+            check_seconds(f"Retry: {name}", getattr(self, name))
         kinds = {self.on} if isinstance(self.on, str) else self.on
         try:
             object.__setattr__(self, "on", frozenset(FailureKind(kind) for kind in kinds))

@@ -17,7 +17,7 @@ from mlfleet._sweeps.record import SweepRecord
 from mlfleet._sweeps.results import PointResult, SweepCounts, SweepResult, in_order
 from mlfleet._sweeps.settings import SweepSettings
 from mlfleet.errors import UsageError
-from mlfleet.runs import RunStatus
+from mlfleet.runs import RunStatus, check_seconds
 from mlfleet.spaces import Points
 from mlfleet.tracking.base import RunInfo
 
@@ -157,7 +157,11 @@ class Sweep:
         Args:
             grace: Seconds between the request to stop and the end by force; 0 kills at once. Default: the
                 ``cancel_grace`` of the runs. Of several calls the shortest grace counts.
+
+        Raises:
+            UsageError: The grace is negative or not a finite number. The sweep goes on.
         """
+        check_seconds("grace", grace, or_none=True, is_finite=True)
         driver = self._driver
         if driver.ended.is_set():
             return

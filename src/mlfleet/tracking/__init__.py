@@ -33,7 +33,7 @@ def open_tracking(uri: str | os.PathLike[str] | None = None, *, retry_for: float
         retry_for: Seconds for which a call keeps trying.
 
     Raises:
-        UsageError: The URI makes no sense.
+        UsageError: The URI or a number makes no sense.
     """
     chosen = os.fspath(uri) if uri is not None else os.environ.get("MLFLOW_TRACKING_URI")
     if not chosen:

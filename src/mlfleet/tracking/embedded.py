@@ -24,7 +24,7 @@ from mlfleet._store.locks import file_lock
 from mlfleet._store.private_folders import secure_cache
 from mlfleet._text.masking import mask_uri
 from mlfleet.errors import TrackingError
-from mlfleet.runs import RunStatus
+from mlfleet.runs import RunStatus, check_seconds
 from mlfleet.tracking.base import RunInfo, Tracking
 from mlfleet.tracking.errors import Transient
 from mlfleet.tracking.http import POLICY, exhausted
@@ -65,9 +65,13 @@ class EmbeddedTracking(Tracking):
     Args:
         uri: The URI of the store; None: `default_uri`.
         retry_for: Seconds for which a call keeps trying while a database is locked or cannot be reached.
+
+    Raises:
+        UsageError: `retry_for` is negative or not a number.
     """
 
     def __init__(self, uri: str | None = None, *, retry_for: float = POLICY.seconds) -> None:
+        check_seconds("retry_for", retry_for)
         self.uri = mask_uri(uri) if uri is not None else "sqlite:///mlflow.db"
         self._given = uri
         self._real = uri or ""

@@ -24,6 +24,7 @@ from mlfleet._retry import RetryPolicy
 from mlfleet._run_log import get_logger
 from mlfleet._version import __version__
 from mlfleet.errors import TrackingError, UsageError
+from mlfleet.runs import check_seconds
 from mlfleet.tracking.auth import Login, Tls
 from mlfleet.tracking.errors import Answer, Failures, Garbled, LoginExpired, Transient, Unreachable
 from mlfleet.tracking.locations import split_uri
@@ -124,6 +125,8 @@ class ServerClient:
     ) -> None:
         if max_in_flight < 1:
             raise UsageError(f"max_in_flight is {max_in_flight}: at least one request must be allowed")
+        check_seconds("retry_for", retry_for)
+        check_seconds("timeout", timeout, or_none=True)
         if client is not None and transport is not None:
             raise UsageError("client and transport are both given: a client has its own transport")
         self.login = login
