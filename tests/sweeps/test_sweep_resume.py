@@ -16,6 +16,7 @@ import pytest
 from components.mlflow_server import MlflowServer
 from components.projects import pid_is_gone, write_project
 from mlfleet import Fleet, Retry, RunEvent, RunStatus, Stage, SweepResult, Timeouts, grid
+from mlfleet._engine.records import RunRecord, RunRecords, tracking_key
 from mlfleet.errors import UsageError
 from mlfleet.runs import JobRef
 from mlfleet.testing import FakeTracking
@@ -155,6 +156,34 @@ async def test_two_drivers_of_one_sweep_do_not_get_in_each_others_way(fleet: Fle
             await all_of(fleet, uri, grid(n=[1]), name="lr", resume=True)
         async with fleet.sweep(uri, grid(n=[1]), name="other", env_manager="local"):
             pass
+
+
+async def test_a_run_that_its_driver_had_not_started_is_lost_and_runs_again(
+    fleet: Fleet, tracking: FakeTracking, tmp_path: Path
+) -> None:
+    uri = project(tmp_path, "true")
+    first = await all_of(fleet, uri, grid(n=[0]), name="lr")
+    state = Path(os.environ["MLFLEET_STATE_DIR"])
+    for members in (state / "sweeps").glob("*.members"):
+        members.unlink()  # so that the sweep goes by the tags
+    tags = {
+        name: text for name, text in tracking.runs[first.results[0].run_id or ""].tags.items() if name != JobRef.TAG
+    }
+    await tracking.update_run(first.results[0].run_id or "", RunStatus.FAILED)
+    left = await tracking.create_run("0", name=None, tags={**tags, "mlfleet.sweep.attempt": "2"})
+    dead = RunRecords()
+    key = tracking_key(tracking.uri)
+    await dead.add(RunRecord(run_id=left.run_id, backend="local", project="demo", tracking=key, durable=True))
+    await dead.close()
+    again = await all_of(fleet, uri, grid(n=[0]), name="lr", resume=True)
+    assert [(each.status, each.attempts) for each in again.results] == [(RunStatus.FINISHED, 3)]
+    recorded = tracking.runs[left.run_id]
+    assert recorded.status is RunStatus.FAILED
+    reason = "its driver ended before it was started"
+    assert [recorded.tags[f"mlfleet.{name}"] for name in ("lost", "reason", "failure_kind")] == [
+        reason, reason, "infrastructure",
+    ]  # fmt: skip
+    assert not (state / "active" / f"{left.run_id}.json").exists()
 
 
 # ---- runs that somebody else has tagged -----------------------------------------------------------------------------

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlfleet._concurrency.threads import FILES
-from mlfleet._engine.records import RunRecord, find_record
+from mlfleet._engine.records import look_up
 from mlfleet._engine.request import SweepMember
 from mlfleet._engine.supervisor import RunDescription, Supervisor
 from mlfleet._paths import run_folder
 from mlfleet.backends._output import FileOutput
-from mlfleet.backends.base import DRIVER_DIED, BackendRun
+from mlfleet.backends.base import BackendRun
 from mlfleet.errors import RunLost, UsageError
 from mlfleet.runs import FAILURE_KIND_TAG, REASON_TAG, FailureKind, JobRef, Outcome, RunStatus, Timeouts
-from mlfleet.tracking.base import RunInfo, clean_reason
+from mlfleet.tracking.base import RunInfo
 
 if TYPE_CHECKING:
     from mlfleet._engine.context import RunContext
@@ -39,34 +39,23 @@ class AttachedSupervisor(Supervisor):
     Args:
         context: The services of the Fleet.
         info: The MLflow run.
-        found: The backend's handle; a `RunLost` instead ends the run as FAILED.
-        backend: The name of the backend.
+        found: What was found of it.
         timeouts: The time limits from now on, of which ``run`` and ``cancel_grace`` count; None: those of the Fleet.
-        record: The record of the run on this machine; None if it has none.
     """
 
-    def __init__(
-        self,
-        context: RunContext,
-        info: RunInfo,
-        found: BackendRun | RunLost,
-        backend: str,
-        timeouts: Timeouts | None,
-        record: RunRecord | None = None,
-    ) -> None:
+    def __init__(self, context: RunContext, info: RunInfo, found: FoundRun, timeouts: Timeouts | None) -> None:
         uri = info.tags.get("mlflow.source.name") or info.run_id
         description = RunDescription(
             uri=uri,
             project_name=uri,
             entry_point=info.tags.get("mlflow.project.entryPoint") or "main",
-            backend=backend,
+            backend=found.backend,
             parameters={},
             member=SweepMember.from_tags(info.tags),
         )
         super().__init__(context, description, timeouts or context.timeouts)
         self._found = found
         self._known = info
-        self._record_of_driver = record
 
     async def _create(self) -> None:
         self.info = self._known
@@ -74,27 +63,16 @@ class AttachedSupervisor(Supervisor):
     async def _record(self) -> None:
         """Do nothing yet: a cancellation now would leave the run alone."""
 
-    async def _take_over(self) -> None:
-        """Record the run as one of this process, unless the process that submitted it lives."""
-        record = self._record_of_driver
-        if record is None or await FILES.run(record.driver_lives) is False:
-            await super()._record()
-
-    def _end_tags(self, outcome: Outcome) -> dict[str, str]:
-        tags = super()._end_tags(outcome)
-        if isinstance(outcome.error, RunLost) and self.description.member is not None:
-            tags[SweepMember.LOST_TAG] = clean_reason(outcome.reason or DRIVER_DIED)
-        return tags
-
     async def _run_stages(self) -> Outcome:
-        if isinstance(self._found, RunLost):
-            await self._take_over()
-            raise self._found
-        self.handle = self._found
+        found = self._found.handle
+        self.handle = None if isinstance(found, RunLost) else found
         try:
-            await self._take_over()
-            await self.handle.started()
-            return await self._await_end(self.handle)
+            if not self._found.has_driver:
+                await super()._record()
+            if isinstance(found, RunLost):
+                raise found
+            await found.started()
+            return await self._await_end(found)
         finally:
             await self._settle()
 
@@ -125,12 +103,12 @@ class FoundRun:
     Attributes:
         backend: The name of its backend.
         handle: The backend's handle; a `RunLost` if the run should be there and is not.
-        record: The record of the run on this machine; None if it has none.
+        has_driver: True if the process that submitted it lives, or is on another machine: then the record is its own.
     """
 
     backend: str
     handle: BackendRun | RunLost
-    record: RunRecord | None
+    has_driver: bool = False
 
 
 async def find_again(context: RunContext, info: RunInfo) -> FoundRun:
@@ -140,29 +118,30 @@ async def find_again(context: RunContext, info: RunInfo) -> FoundRun:
         UsageError: The run has ended, or ends with the process that started it.
         BackendError: The backend cannot be asked.
     """
-    record = await FILES.run(partial(find_record, info.run_id))
-    is_left = record is not None and await FILES.run(record.driver_lives) is False
-    if record is not None and is_left and record.outcome is not None and not info.status.is_terminal:
-        return FoundRun(record.backend, _EndedRun(info.run_id, record.outcome), record)
-    if record is not None and is_left and JobRef.TAG not in info.tags:
-        backend, name = await context.backend(record.backend), record.backend
-        finding = backend.find_left(info.run_id, grace=record.grace)
+    record, lives = await FILES.run(partial(look_up, info.run_id))
+    left = record if lives is False else None
+    if left is not None and left.outcome is not None and not info.status.is_terminal:
+        return FoundRun(left.backend, _EndedRun(info.run_id, left.outcome))
+    if left is not None and JobRef.TAG not in info.tags:
+        name = left.backend
+        finding = (await context.backend(name)).find_left(info.run_id, grace=left.grace)
     else:
         reference = read_reference(info)
-        backend, name = await context.backend(reference.backend), reference.backend
-        finding = backend.attach(reference)
+        name = reference.backend
+        finding = (await context.backend(name)).attach(reference)
+    has_driver = record is not None and left is None
     try:
-        return FoundRun(name, await finding, record)
+        return FoundRun(name, await finding, has_driver)
     except RunLost as error:
         if info.status.is_terminal:
             raise UsageError(f"the run {info.run_id} has ended already: {info.status}") from error
-        return FoundRun(name, error, record)
+        return FoundRun(name, error, has_driver)
 
 
 def concluded(info: RunInfo) -> FoundRun:
     """Return a run that has ended as MLflow has it."""
     handle = _EndedRun(info.run_id, tracked_outcome(info))
-    return FoundRun(info.tags.get("mlflow.project.backend", ""), handle, None)
+    return FoundRun(info.tags.get("mlflow.project.backend", ""), handle)
 
 
 def tracked_outcome(info: RunInfo) -> Outcome:

@@ -33,22 +33,24 @@ from mlfleet._engine.records import (
     forget_driver,
     list_left_drivers,
     list_records,
+    look_up,
     remove_record,
     tracking_key,
 )
 from mlfleet._engine.request import SweepMember
+from mlfleet._engine.supervisor import end_tags
 from mlfleet._run_log import about_run, get_logger
 from mlfleet.backends.base import DRIVER_DIED, Backend, BackendRun, Presence
 from mlfleet.backends.registry import find
 from mlfleet.errors import BackendNotFound, MlfleetError, RunLost, TrackingError
 from mlfleet.runs import FailureKind, JobRef, Outcome, RunStatus
-from mlfleet.tracking.base import RunInfo, end_run, failure_tags
+from mlfleet.tracking.base import RunInfo, end_run
 from mlfleet.tracking.models import SUBMISSION_TAG
 
 if TYPE_CHECKING:
     from mlfleet._engine.context import RunContext
 
-__all__ = ["Driver", "Verdict", "conclude", "conclude_left", "find_processes", "judge"]
+__all__ = ["Driver", "Verdict", "conclude", "conclude_left", "find_processes", "judge", "write_end"]
 
 logger = get_logger("mlfleet.runs")
 
@@ -96,7 +98,7 @@ async def judge(context: RunContext, info: RunInfo, *, elsewhere: bool = True) -
     Raises:
         MlfleetError: The reference is damaged, or the backend cannot be asked about a run of this machine.
     """
-    record, lives = await FILES.run(partial(_look_up, info.run_id))
+    record, lives = await FILES.run(partial(look_up, info.run_id))
     if lives and record is not None:
         return Verdict(Driver.LIVES, ended=record.outcome is not None, outcome=record.outcome)
     reference = read_reference(info) if JobRef.TAG in info.tags else None
@@ -128,20 +130,30 @@ async def conclude(context: RunContext, info: RunInfo, verdict: Verdict) -> None
     if verdict.outcome is None:
         await (await context.attach(info.run_id)).outcome()
         return
-    outcome = verdict.outcome
-    tags = failure_tags(outcome)
-    if isinstance(outcome.error, RunLost) and SweepMember.ID_TAG in info.tags:
-        tags[SweepMember.LOST_TAG] = outcome.reason or DRIVER_DIED
+    await write_end(context, info, verdict.outcome)
+    await FILES.run(partial(remove_record, info.run_id))
+
+
+async def write_end(context: RunContext, info: RunInfo, outcome: Outcome) -> RunInfo:
+    """Write the status of a run that has no supervisor here, and the reason of its failure.
+
+    Returns:
+        The run as it was right before.
+
+    Raises:
+        MlfleetError: Tracking cannot be reached.
+    """
+    _, secret = await context.tracking.environ()
     with about_run(info.run_id):
-        await end_run(
+        return await end_run(
             context.tracking,
             info.run_id,
             outcome.status,
             patience=context.tracking_patience,
-            overwrite=outcome.exit_code is not None,
-            tags=tags,
+            # Nobody knows how a run that was lost has ended, but its own code, which may have written that.
+            overwrite=not isinstance(outcome.error, RunLost),
+            tags=end_tags(outcome, is_member=SweepMember.ID_TAG in info.tags, secrets=secret.values()),
         )
-    await FILES.run(partial(remove_record, info.run_id))
 
 
 async def conclude_left(context: RunContext) -> None:
@@ -196,7 +208,7 @@ async def _conclude_unrecorded(context: RunContext, driver: str, experiments: Se
     """Conclude the runs that a driver has created and not recorded. Nothing of them was begun."""
     wanted = f"tags.`{SUBMISSION_TAG}` LIKE '{driver}.%' and attributes.status = '{RunStatus.RUNNING}'"
     for info in await context.tracking.search_runs(experiments, wanted):
-        record, _ = await FILES.run(partial(_look_up, info.run_id))
+        record = await FILES.run(partial(find_record, info.run_id))
         if record is not None or info.status.is_terminal or JobRef.TAG in info.tags:
             continue
         await conclude(context, info, Verdict(Driver.GONE, ended=True, outcome=_died(None)))
@@ -237,11 +249,6 @@ def _died(backend: str | None) -> Outcome:
     """Return the outcome of a run that ended with its driver."""
     lost = RunLost(DRIVER_DIED, backend=backend)
     return Outcome(RunStatus.FAILED, reason=DRIVER_DIED, error=lost, cause=FailureKind.INFRASTRUCTURE)
-
-
-def _look_up(run_id: str) -> tuple[RunRecord | None, bool | None]:
-    record = find_record(run_id)
-    return record, None if record is None else record.driver_lives()
 
 
 def _left(key: str) -> list[RunRecord]:

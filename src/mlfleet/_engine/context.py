@@ -440,7 +440,7 @@ class RunContext:
         info = await self.tracking.get_run(run_id)
         with about_run(run_id):
             found = concluded(info) if ended and info.status.is_terminal else await find_again(self, info)
-        supervisor = AttachedSupervisor(self, info, found.handle, found.backend, timeouts, found.record)
+        supervisor = AttachedSupervisor(self, info, found, timeouts)
         run = self._supervise(supervisor)
         await run.created()
         if isinstance(found.handle, RunLost) or (await found.handle.get_status()).is_terminal:

@@ -47,6 +47,7 @@ __all__ = [
     "forget_driver",
     "list_left_drivers",
     "list_records",
+    "look_up",
     "remove_record",
     "tracking_key",
 ]
@@ -254,6 +255,12 @@ def find_record(run_id: str) -> RunRecord | None:
         record = _read(_record_path(run_id))
         return record if record.run_id == run_id else None
     return None
+
+
+def look_up(run_id: str) -> tuple[RunRecord | None, bool | None]:
+    """Return the record of a run on this machine, and `RunRecord.driver_lives`; None and None without one. Blocking."""
+    record = find_record(run_id)
+    return record, None if record is None else record.driver_lives()
 
 
 def ask_to_cancel(record: RunRecord, grace: float | None) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,7 +27,7 @@ from mlfleet._text.masking import mask_values
 from mlfleet.backends.base import Backend, BackendRun, Job
 from mlfleet.errors import MlfleetError, RunLost, RunTimeout, TrackingError, UsageError
 from mlfleet.runs import FAILURE_KIND_TAG, REASON_TAG, STARTED_TAG, Outcome, RunEvent, RunStatus, Stage, Timeouts
-from mlfleet.tracking.base import RunInfo, Tracking, end_run, failure_tags, log_tags, worse
+from mlfleet.tracking.base import RunInfo, Tracking, clean_reason, end_run, failure_tags, log_tags, worse
 from mlfleet.tracking.links import run_url
 from mlfleet.tracking.models import SUBMISSION_TAG
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from mlfleet._engine.admission import Reservation
     from mlfleet._engine.context import RunContext
 
-__all__ = ["Instrumentation", "RunDescription", "RunObserver", "SubmittedSupervisor", "Supervisor"]
+__all__ = ["Instrumentation", "RunDescription", "RunObserver", "SubmittedSupervisor", "Supervisor", "end_tags"]
 
 logger = get_logger("mlfleet.runs")
 
@@ -362,8 +362,7 @@ class Supervisor(ABC):
         return ended
 
     def _end_tags(self, outcome: Outcome) -> dict[str, str]:
-        """Return the tags to write with the status."""
-        return failure_tags(outcome)
+        return end_tags(outcome, is_member=self.description.member is not None)
 
     async def _secrets(self) -> list[str]:
         """Return the values that must not show in what is written about the run."""
@@ -453,6 +452,20 @@ class Supervisor(ABC):
         if scope.cancelled_caught:
             reason = f"the {stage} timeout of {seconds:g} s ran out"
             raise RunTimeout(reason, run_id=self.run_id, reason=reason, stage=stage, seconds=seconds)
+
+
+def end_tags(outcome: Outcome, *, is_member: bool, secrets: Iterable[str] = ()) -> dict[str, str]:
+    """Return the tags to write with a terminal status: see `failure_tags`, and that a run of a sweep was lost.
+
+    Args:
+        outcome: The outcome of the run.
+        is_member: True if it belongs to a sweep.
+        secrets: Texts that the tags must not show.
+    """
+    tags = failure_tags(outcome, secrets)
+    if is_member and isinstance(outcome.error, RunLost):
+        tags[SweepMember.LOST_TAG] = clean_reason(outcome.reason or str(outcome.error), secrets)
+    return tags
 
 
 def _with_tracked(outcome: Outcome, seen: RunStatus) -> Outcome:

@@ -13,8 +13,8 @@ import anyio
 from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.attach import read_reference, tracked_outcome
-from mlfleet._engine.conclude import Driver, Verdict, conclude, find_processes, judge
-from mlfleet._engine.records import RunRecord, ask_to_cancel, find_record
+from mlfleet._engine.conclude import Driver, Verdict, conclude, find_processes, judge, write_end
+from mlfleet._engine.records import RunRecord, ask_to_cancel, find_record, look_up
 from mlfleet._paths import run_folder
 from mlfleet._text.lines import LogLine
 from mlfleet._text.plain import short
@@ -22,7 +22,7 @@ from mlfleet.backends._output import FileOutput, find_start, read_bytes, read_li
 from mlfleet.backends.base import BackendRun
 from mlfleet.errors import BackendError, MlfleetError, RunLost, TrackingError, UsageError
 from mlfleet.runs import REASON_TAG, JobRef, Outcome, RunStatus, check_seconds
-from mlfleet.tracking.base import RunInfo, end_run, failure_tags
+from mlfleet.tracking.base import RunInfo, failure_tags
 from mlfleet.tracking.links import run_url
 
 if TYPE_CHECKING:
@@ -262,8 +262,8 @@ class TrackedRun:
         Returns:
             True if this process must write the status.
         """
-        record = await FILES.run(partial(find_record, self.run_id))
-        if record is None or await FILES.run(record.driver_lives) is not False:
+        record, lives = await FILES.run(partial(look_up, self.run_id))
+        if record is None or lives is not False:
             return False
         await self._context.records.add(record)
         return True
@@ -278,11 +278,7 @@ class TrackedRun:
             await anyio.sleep(SHORTEST_PAUSE)
         if self._info.deleted:
             return
-        _, secret = await context.tracking.environ()
-        tags = failure_tags(outcome, secret.values())
-        self._info = await end_run(
-            context.tracking, self.run_id, outcome.status, patience=context.tracking_patience, tags=tags
-        )
+        self._info = await write_end(context, self._info, outcome)
         context.records.remove(self.run_id)
 
     # ---- cancelling -------------------------------------------------------------------------------------------------
@@ -395,8 +391,8 @@ class _KeptOutput(FileOutput):
 
 def _live_record(run_id: str) -> RunRecord | None:
     """Return the record of a run whose supervising process lives on this machine, else None. Blocking."""
-    record = find_record(run_id)
-    return record if record is not None and record.driver_lives() else None
+    record, lives = look_up(run_id)
+    return record if lives else None
 
 
 class _Watch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -11,6 +10,7 @@ import anyio
 from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.grace import StopRequest
 from mlfleet._engine.attach import read_kind
+from mlfleet._engine.conclude import Driver, Verdict, conclude
 from mlfleet._engine.context import RunContext
 from mlfleet._engine.plan import Plan
 from mlfleet._engine.request import SweepMember
@@ -21,9 +21,9 @@ from mlfleet._sweeps.record import History, SweepRecord
 from mlfleet._sweeps.results import PointResult
 from mlfleet._sweeps.settings import SweepSettings
 from mlfleet.errors import BackendError, MlfleetError, ParameterError, RunLost, SpecError, TrackingError
-from mlfleet.runs import REASON_TAG, FailureKind, JobRef, Outcome, RunEvent, RunStatus, Stage
+from mlfleet.runs import REASON_TAG, JobRef, Outcome, RunEvent, RunStatus, Stage
 from mlfleet.spaces import Point
-from mlfleet.tracking.base import RunInfo, clean_reason, end_run, failure_tags
+from mlfleet.tracking.base import RunInfo, clean_reason
 
 __all__ = ["Attempts"]
 
@@ -173,10 +173,10 @@ class Attempts:
         """Attach to the run of an earlier session. Return None if it was never started: its MLflow run is ended."""
         if JobRef.TAG in info.tags:
             return await self._context.attach(info.run_id, timeouts=self._settings.request.timeouts, ended=True)
-        reason = "its driver ended before it was started"
-        lost = Outcome(RunStatus.FAILED, reason=reason, cause=FailureKind.INFRASTRUCTURE)
-        await self._mark_lost(info.run_id, reason, failure_tags(lost))
-        await end_run(self._context.tracking, info.run_id, RunStatus.FAILED, patience=self._context.tracking_patience)
+        lost = RunLost("its driver ended before it was started")
+        _warn(info.run_id, lost)
+        outcome = Outcome(RunStatus.FAILED, reason=str(lost), error=lost)
+        await conclude(self._context, info, Verdict(Driver.GONE, ended=True, outcome=outcome))
         return None
 
     async def _outcome(self, run: FleetRun) -> Outcome:
@@ -191,13 +191,9 @@ class Attempts:
         finally:
             self.runs.discard(run)
         if isinstance(outcome.error, RunLost):
-            await self._mark_lost(run.run_id, _first_line(outcome.error))
+            _warn(run.run_id, outcome.error)
         self._count(run, outcome)
         return outcome
-
-    async def _mark_lost(self, run_id: str, reason: str, tags: Mapping[str, str] | None = None) -> None:
-        logger.warning("the run %s was lost: %s", run_id, reason, extra={"run_id": run_id})
-        await self._context.tracking.log(run_id, tags={SweepMember.LOST_TAG: clean_reason(reason), **(tags or {})})
 
     def _count(self, run: FleetRun, outcome: Outcome) -> None:
         if outcome.status is RunStatus.KILLED:
@@ -252,6 +248,10 @@ def _seconds(run: FleetRun) -> float | None:
     """Return the seconds for which the command ran; None if it did not."""
     started, ended = run.times.get(Stage.STARTED), run.times.get(Stage.FINISHED)
     return None if started is None or ended is None else ended - started
+
+
+def _warn(run_id: str, lost: RunLost) -> None:
+    logger.warning("the run %s was lost: %s", run_id, _first_line(lost), extra={"run_id": run_id})
 
 
 def _first_line(error: MlfleetError) -> str:
