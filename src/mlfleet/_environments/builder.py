@@ -107,10 +107,6 @@ class Build:
         }
         return environ
 
-    def show_line(self, line: str) -> None:
-        """Show a line to those who wait, without secrets."""
-        self.emit(mask(line, self._secrets))
-
     def _add_output(self, line: str) -> None:
         """Show and keep a line of a command's output."""
         line = mask(line, self._secrets)
@@ -129,7 +125,7 @@ class Build:
             EnvironmentSetupError: The command cannot be started, or failed.
         """
         shown = shlex.join(argv)
-        self.show_line(f"$ {shown}")
+        self.emit(mask(f"$ {shown}", self._secrets))
         self._tail.clear()
         try:
             completed = await run_process(argv, cwd=self.folder, env=environ, merge=True, on_line=self._add_output)
@@ -239,9 +235,9 @@ class BuildingManager(EnvironmentManager):
             EnvironmentSetupError: The environment cannot be built.
         """
 
-    @abstractmethod
     async def enter(self, plan: EnvironmentPlan, root: Path) -> PreparedEnvironment:
-        """Return what a command needs to run in the environment at `root`."""
+        """Return what a command needs to run in the environment at `root`. Default: a virtual environment."""
+        return venv_environment(self.name, root)
 
     async def prepare(
         self, plan: EnvironmentPlan, *, on_progress: Callable[[str], None] | None = None

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from anyio import to_thread
@@ -26,29 +26,12 @@ from mlfleet._store.private_folders import secure_cache, secure_environments
 from mlfleet._text.masking import mask_uri
 from mlfleet.errors import EnvironmentSetupError
 
-__all__ = ["CondaManager", "RattlerRequest", "conda_program"]
+__all__ = ["CondaManager", "conda_program"]
 
 
 _SCRIPT = 'for script in "$@"; do . "$script" || exit; done 1>&2; exec env -0'
 # Variables that bash sets for itself.
 _OF_BASH = {"_", "SHLVL", "PWD", "OLDPWD"}
-
-
-@dataclass(frozen=True, slots=True)
-class RattlerRequest:
-    """The request to the process that runs py-rattler.
-
-    Attributes:
-        prefix: The folder to build the environment in.
-        channels: The channels, in their order.
-        specs: The packages.
-        cache: The folder for packages and channel indexes.
-    """
-
-    prefix: str
-    channels: tuple[str, ...]
-    specs: tuple[str, ...]
-    cache: str
 
 
 class CondaManager(BuildingManager):
@@ -91,7 +74,7 @@ class CondaManager(BuildingManager):
 
     async def build(self, plan: EnvironmentPlan, build: Build) -> Built:
         """See `BuildingManager.build`."""
-        needs = _needs(plan)
+        needs: CondaRequirements = plan.details
         program = await to_thread.run_sync(conda_program)
         if program is not None:
             # conda's package cache does not bear two at once: https://github.com/conda/conda/issues/8870
@@ -107,7 +90,7 @@ class CondaManager(BuildingManager):
 
     async def enter(self, plan: EnvironmentPlan, root: Path) -> PreparedEnvironment:
         """Activate the environment, once for all runs, unless the variables change that scripts may read."""
-        variables, inherit_env = _needs(plan).variables, plan.inherit_env
+        variables, inherit_env = plan.details.variables, plan.inherit_env
         return await self._activating(
             (root, variables, inherit_env), lambda: self._activate(root, variables, inherited(inherit_env))
         )
@@ -160,12 +143,6 @@ def _is(spec: str, name: str) -> bool:
     return spec.rpartition("::")[2].startswith(name) and rest[:1] in ("", "=", "<", ">", "!", "~", " ", "[")
 
 
-def _needs(plan: EnvironmentPlan) -> CondaRequirements:
-    if not isinstance(plan.details, CondaRequirements):
-        raise TypeError(f"a plan of the manager {plan.manager} was expected to hold CondaRequirements")
-    return plan.details
-
-
 async def _by_program(program: str, build: Build, needs: CondaRequirements) -> None:
     create = ("create", "--yes") if "micromamba" in Path(program).name else ("env", "create", "--quiet")
     environ = build.environ() | {"CONDA_ALWAYS_YES": "true", "MAMBA_ALWAYS_YES": "true"}
@@ -181,10 +158,15 @@ async def _by_program(program: str, build: Build, needs: CondaRequirements) -> N
 async def _by_rattler(build: Build, needs: CondaRequirements) -> None:
     # In a process of its own: it can be ended at any moment, and nothing of it goes on writing.
     await to_thread.run_sync(secure_cache)  # packages are kept there
-    request = RattlerRequest(str(build.target), needs.channels, needs.specs, str(cache_folder() / "conda"))
+    request = {
+        "prefix": str(build.target),
+        "channels": needs.channels,
+        "specs": needs.specs,
+        "cache": str(cache_folder() / "conda"),  # for packages and the indexes of channels
+    }
     # By its path, without mlfleet; -P, since the project's folder may hold files that are named like modules.
     program = Path(__file__).with_name("rattler.py")
-    async with build.listing(".request.json", json.dumps(asdict(request))) as path:
+    async with build.listing(".request.json", json.dumps(request)) as path:
         await build.run([sys.executable, "-P", str(program), str(path)], build.environ(own=True))
 
 

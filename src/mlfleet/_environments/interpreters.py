@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,18 +81,13 @@ def _is_version(name: str) -> bool:
 
 
 def _on_path() -> list[Path]:
-    return list(dict.fromkeys(_programs(os.environ.get("PATH", ""))))
-
-
-def _programs(path: str) -> Iterator[Path]:
-    for folder in dict.fromkeys(path.split(os.pathsep)):
-        try:
+    found: dict[Path, None] = {}
+    for folder in os.environ.get("PATH", "").split(os.pathsep):
+        with contextlib.suppress(OSError):
             names = sorted(os.listdir(folder)) if folder else []  # noqa: PTH208 - names are all that is needed
-        except OSError:
-            continue
-        for name in names:
-            if _NAME.fullmatch(name) and os.access(program := Path(folder, name), os.X_OK):
-                yield program
+            programs = (Path(folder, name) for name in names if _NAME.fullmatch(name))
+            found |= dict.fromkeys(program for program in programs if os.access(program, os.X_OK))
+    return list(found)
 
 
 async def _probe_all(paths: list[Path]) -> list[Interpreter]:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
 from mlfleet._run_log import get_logger
@@ -91,7 +91,7 @@ class EnvironmentPlan:
     python: str | None = None
     build_dependencies: tuple[str, ...] = ()
     dependencies: tuple[str, ...] = ()
-    details: object = None
+    details: Any = None
     inherit_env: bool | tuple[str, ...] = True
 
 
@@ -144,8 +144,7 @@ class LocalManager(EnvironmentManager):
         self, plan: EnvironmentPlan, *, on_progress: Callable[[str], None] | None = None
     ) -> PreparedEnvironment:
         """Return the caller's environment; nothing is built."""
-        path = plan.details if isinstance(plan.details, tuple) else ()
-        return PreparedEnvironment(self.name, path=path)
+        return PreparedEnvironment(self.name, path=plan.details)
 
 
 def _path() -> tuple[str, ...]:
@@ -168,13 +167,9 @@ def create_manager(name: str, root: Path | None = None) -> EnvironmentManager:
     """Create the manager of that name. Use one for all runs, so that one build serves them all.
 
     Args:
-        name: ``local``, ``virtualenv``, ``uv`` or ``conda``.
+        name: ``local``, ``virtualenv``, ``uv`` or ``conda``, as by `choose_manager`.
         root: The folder of built environments; None is ``MLFLOW_ENV_ROOT`` or the user's cache.
-
-    Raises:
-        UsageError: There is no manager of that name.
     """
-    validate_manager(name)
     match name:
         case "virtualenv":
             from mlfleet._environments.virtualenv import VirtualenvManager

@@ -16,7 +16,7 @@ from mlfleet._environments.interpreters import Interpreter, find, probe
 from mlfleet._process.process import run_process
 from mlfleet._store.locks import file_lock
 
-__all__ = ["fetch", "hint", "uv_program"]
+__all__ = ["find_or_fetch", "hint", "uv_program"]
 
 _FORBIDS_DOWNLOADS = {
     "UV_PYTHON_DOWNLOADS": ("never", "manual", "false"),
@@ -25,19 +25,21 @@ _FORBIDS_DOWNLOADS = {
 }
 
 
-async def fetch(build: Build, wanted: str, lock: Path) -> Interpreter | None:
-    """Return an interpreter of that version, downloaded by uv or built by pyenv; None if neither can do it.
+async def find_or_fetch(build: Build, wanted: str | None, lock: Path) -> Interpreter | None:
+    """Return what `find` finds, else an interpreter downloaded by uv or built by pyenv; None if neither can do it.
 
     Where both are there, uv comes first: it takes seconds, and pyenv compiles for minutes.
 
     Args:
         build: The build that needs it; the output of the commands goes there.
-        wanted: A version or conditions, as `matches` takes them.
+        wanted: A version or conditions, as `matches` takes them; None is the current interpreter.
         lock: The lock file to hold meanwhile: neither program bears two installations of one version at once.
 
     Raises:
         EnvironmentSetupError: A command cannot be started.
     """
+    if (found := await find(wanted)) is not None or wanted is None:
+        return found
     async with file_lock(lock):
         # Another build may have fetched it while this one waited.
         return await find(wanted) or await _by_uv(build, wanted) or await _by_pyenv(build, wanted)

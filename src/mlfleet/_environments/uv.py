@@ -11,13 +11,13 @@ from typing import Any
 from anyio import to_thread
 
 from mlfleet._environments.builder import Build, BuildingManager, Built, venv_environment
-from mlfleet._environments.env_files import content_key, read_python_requirements
-from mlfleet._environments.interpreters import find, installed
-from mlfleet._environments.manager import EnvironmentPlan, PreparedEnvironment, log_chosen
+from mlfleet._environments.env_files import PythonRequirements, content_key, read_python_requirements
+from mlfleet._environments.interpreters import installed
+from mlfleet._environments.manager import EnvironmentPlan, log_chosen
 from mlfleet._environments.pip_requirements import content_of, failure
-from mlfleet._environments.python_downloads import fetch, uv_program
+from mlfleet._environments.python_downloads import find_or_fetch, uv_program
 from mlfleet._environments.python_downloads import hint as remedy
-from mlfleet._environments.virtualenv import plan_python, python_requirements
+from mlfleet._environments.virtualenv import plan_python
 from mlfleet._project.boundary import check_link, find_root, is_inside
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
 from mlfleet._run_log import get_logger, warn_once
@@ -88,9 +88,7 @@ class UvManager(BuildingManager):
         """See `BuildingManager.build`."""
         uv = await to_thread.run_sync(_program)
         environ = build.environ()
-        interpreter = await find(plan.python)
-        if interpreter is None and plan.python is not None:
-            interpreter = await fetch(build, plan.python, self._store.lock_path("python"))
+        interpreter = await find_or_fetch(build, plan.python, self._store.lock_path("python"))
         if interpreter is None and not {"UV_PYTHON_PREFERENCE", "UV_NO_MANAGED_PYTHON"} & environ.keys():
             # What PATH has does not fit, and uv stumbles over programs of pyenv there that do not run.
             environ["UV_PYTHON_PREFERENCE"] = "only-managed"
@@ -99,7 +97,7 @@ class UvManager(BuildingManager):
             environ["UV_PROJECT_ENVIRONMENT"] = str(build.target)
             await self._run(plan, build, [uv, "sync", "--frozen", "--no-dev", "--python", python], environ)
         else:
-            needs = python_requirements(plan)
+            needs: PythonRequirements = plan.details
             await self._run(plan, build, [uv, "venv", "--no-project", "--python", python, str(build.target)], environ)
             environ = venv_environment(self.name, build.target).apply(environ)
             install = (uv, "pip", "install", "--python", str(build.target / "bin" / "python"))
@@ -116,10 +114,6 @@ class UvManager(BuildingManager):
         if b"No interpreter found" in completed.stdout or b"downloads are" in completed.stdout:
             hint = f"there is no Python {plan.python} here, only {', '.join(await installed())}; {remedy(plan.python)}"
         raise build.failure(f"`{' '.join(argv[:2])}` ended with exit code {completed.returncode}", hint=hint)
-
-    async def enter(self, plan: EnvironmentPlan, root: Path) -> PreparedEnvironment:
-        """See `BuildingManager.enter`."""
-        return venv_environment(self.name, root)
 
 
 def _program() -> str:

@@ -19,14 +19,14 @@ from mlfleet._environments.builder import (
     venv_environment,
 )
 from mlfleet._environments.env_files import PythonRequirements, content_key, read_python_requirements
-from mlfleet._environments.interpreters import find, installed
-from mlfleet._environments.manager import EnvironmentPlan, PreparedEnvironment, log_chosen
-from mlfleet._environments.python_downloads import fetch, hint
+from mlfleet._environments.interpreters import installed
+from mlfleet._environments.manager import EnvironmentPlan, log_chosen
+from mlfleet._environments.python_downloads import find_or_fetch, hint
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
 from mlfleet._store.private_folders import secure_environments
 from mlfleet._text.masking import mask_uri
 
-__all__ = ["VirtualenvManager", "plan_python", "python_requirements"]
+__all__ = ["VirtualenvManager", "plan_python"]
 
 
 class VirtualenvManager(BuildingManager):
@@ -45,34 +45,27 @@ class VirtualenvManager(BuildingManager):
 
     async def build(self, plan: EnvironmentPlan, build: Build) -> Built:
         """See `BuildingManager.build`."""
-        interpreter = await find(plan.python)
-        if interpreter is None and plan.python is not None:
-            interpreter = await fetch(build, plan.python, self._store.lock_path("python"))
+        interpreter = await find_or_fetch(build, plan.python, self._store.lock_path("python"))
         if interpreter is None:
             raise build.failure(
                 f"there is no Python {plan.python} here, only {', '.join(await installed())}", hint=hint(plan.python)
             )
         await _create(build, interpreter.path)
-        needs = python_requirements(plan)
+        needs: PythonRequirements = plan.details
         environ = venv_environment(self.name, build.target).apply(build.environ())
         pip = pip_install(build.target)
         await build.install(pip, needs.build, environ)
         await build.install(pip, needs.packages, environ)
         return Built(interpreter.version, ("bin/python",))
 
-    async def enter(self, plan: EnvironmentPlan, root: Path) -> PreparedEnvironment:
-        """See `BuildingManager.enter`."""
-        return venv_environment(self.name, root)
 
-
-def plan_python(manager: str, project_dir: Path, source: EnvironmentFile | None, *more: str) -> EnvironmentPlan:
-    """Return the plan for an environment that pip or uv fills.
+def plan_python(manager: str, project_dir: Path, source: EnvironmentFile | None) -> EnvironmentPlan:
+    """Return the plan for an environment that pip or uv fills; its details are `PythonRequirements`.
 
     Args:
         manager: The name of the manager.
         project_dir: The folder of the project.
         source: The file that lists what the project needs.
-        more: What else the key depends on.
     """
     needs = read_python_requirements(project_dir, source)
     if source is not None and source.kind is EnvironmentFileKind.UV_LOCK:
@@ -83,7 +76,6 @@ def plan_python(manager: str, project_dir: Path, source: EnvironmentFile | None,
         manager,
         needs.python or platform.python_version(),
         *((each.lines, each.contents) for each in (needs.build, needs.packages)),
-        *more,
     )
     return EnvironmentPlan(
         manager=manager,
@@ -95,13 +87,6 @@ def plan_python(manager: str, project_dir: Path, source: EnvironmentFile | None,
         dependencies=tuple(mask_uri(line) for line in needs.packages.shown),
         details=needs,
     )
-
-
-def python_requirements(plan: EnvironmentPlan) -> PythonRequirements:
-    """Return what `plan_python` read."""
-    if not isinstance(plan.details, PythonRequirements):
-        raise TypeError(f"a plan of the manager {plan.manager} was expected to hold PythonRequirements")
-    return plan.details
 
 
 async def _create(build: Build, python: Path) -> None:
