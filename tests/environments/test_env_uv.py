@@ -120,7 +120,7 @@ async def test_index_passwords_are_masked(package: Package, monkeypatch: pytest.
     )
     with pytest.raises(EnvironmentSetupError) as caught:
         await prepare(*source)
-    seen = "\n".join((str(caught.value), *caught.value.output, repr((await plan(*source)).dependencies)))
+    seen = "\n".join((str(caught.value), *caught.value.output, repr(await plan(*source))))
     assert "127.0.0.1:9" in seen
     assert "in-the-file" not in seen
     assert "in-the-environment" not in seen

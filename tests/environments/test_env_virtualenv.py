@@ -155,7 +155,7 @@ async def test_index_passwords_are_masked(package: Package, monkeypatch: pytest.
     plan = await to_thread.run_sync(chosen.plan, *source)
     with pytest.raises(EnvironmentSetupError) as caught:
         await chosen.prepare(plan, on_progress=lines.append)
-    seen = "\n".join((str(caught.value), *caught.value.output, *lines, repr(plan.dependencies)))
+    seen = "\n".join((str(caught.value), *caught.value.output, *lines, repr(plan)))
     assert "127.0.0.1:9" in seen
     assert "in-the-file" not in seen
     assert "from-the-environment" not in seen

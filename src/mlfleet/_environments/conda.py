@@ -23,7 +23,6 @@ from mlfleet._process.process import run_process
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
 from mlfleet._store.locks import file_lock
 from mlfleet._store.private_folders import secure_cache, secure_environments
-from mlfleet._text.masking import mask_uri
 from mlfleet.errors import EnvironmentSetupError
 
 __all__ = ["CondaManager", "conda_program"]
@@ -67,8 +66,6 @@ class CondaManager(BuildingManager):
             project_dir=project_dir,
             source=source,
             python=next((spec for spec in needs.specs if _is(spec, "python")), None),
-            build_dependencies=needs.specs,
-            dependencies=tuple(mask_uri(line) for line in packages.shown),
             details=needs,
         )
 

@@ -77,9 +77,7 @@ class EnvironmentPlan:
         project_dir: The folder of the project.
         source: The file that the plan was read from, if there is one.
         python: The version of Python that the project asks for, or None for the current one.
-        build_dependencies: The lines for pip that are installed first.
-        dependencies: The lines for pip, with absolute paths.
-        details: What else the manager itself needs.
+        details: What the manager itself needs, such as the packages; their lines may hold the passwords of indexes.
         inherit_env: The variables of this process that the build inherits, besides the settings of its tools; not a
             part of the key.
     """
@@ -89,9 +87,7 @@ class EnvironmentPlan:
     project_dir: Path
     source: EnvironmentFile | None = None
     python: str | None = None
-    build_dependencies: tuple[str, ...] = ()
-    dependencies: tuple[str, ...] = ()
-    details: Any = None
+    details: Any = field(default=None, repr=False)
     inherit_env: bool | tuple[str, ...] = True
 
 

@@ -76,15 +76,6 @@ class PipInput:
     def __bool__(self) -> bool:
         return bool(self.lines or self.arguments)
 
-    @property
-    def shown(self) -> tuple[str, ...]:
-        """All of it as lines, for people to read."""
-        shown = list(self.lines)
-        arguments = iter(self.arguments)
-        for argument in arguments:
-            shown.append(f"{argument} {next(arguments)}" if argument.startswith("-") else argument)
-        return tuple(shown)
-
 
 @dataclass(slots=True)
 class Reader:

@@ -80,7 +80,6 @@ class UvManager(BuildingManager):
             project_dir=project_dir,
             source=source,
             python=python,
-            dependencies=(f"everything in {LOCK}",),
             details=locked,
         )
 

@@ -24,7 +24,6 @@ from mlfleet._environments.manager import EnvironmentPlan, log_chosen
 from mlfleet._environments.python_downloads import find_or_fetch, hint
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
 from mlfleet._store.private_folders import secure_environments
-from mlfleet._text.masking import mask_uri
 
 __all__ = ["VirtualenvManager", "plan_python"]
 
@@ -83,8 +82,6 @@ def plan_python(manager: str, project_dir: Path, source: EnvironmentFile | None)
         project_dir=project_dir,
         source=source,
         python=needs.python,
-        build_dependencies=tuple(mask_uri(line) for line in needs.build.shown),
-        dependencies=tuple(mask_uri(line) for line in needs.packages.shown),
         details=needs,
     )
 

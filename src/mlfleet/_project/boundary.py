@@ -13,7 +13,13 @@ from pathlib import Path
 
 from mlfleet.errors import SpecError
 
-__all__ = ["check_link", "find_root", "is_inside"]
+__all__ = ["check_link", "find_root", "git_root", "is_inside"]
+
+
+def git_root(folder: Path) -> Path | None:
+    """Return the Git working tree that a folder is in, if there is one. Blocking; git is not asked."""
+    real = Path(os.path.realpath(folder))
+    return next((parent for parent in (real, *real.parents) if os.path.lexists(parent / ".git")), None)
 
 
 def find_root(folder: Path, top: Path | None = None) -> Path:
@@ -23,11 +29,7 @@ def find_root(folder: Path, top: Path | None = None) -> Path:
         folder: The folder of the project.
         top: The folder that the caller named, which the project is a sub-folder of; None: the project's own folder.
     """
-    real = Path(os.path.realpath(folder))
-    for parent in (real, *real.parents):
-        if os.path.lexists(parent / ".git"):
-            return parent
-    return Path(os.path.realpath(top or folder))
+    return git_root(folder) or Path(os.path.realpath(top or folder))
 
 
 def is_inside(path: Path, roots: Iterable[Path]) -> bool:

@@ -17,9 +17,8 @@ import stat
 import tarfile
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -99,9 +98,8 @@ async def pack(
         SpecError: ``.dockerignore`` is wrong.
     """
     made: list[Packed] = []
-    read = partial(read_ignore, folder, left_out)
     try:
-        await stoppable(lambda stop: made.append(_pack(folder, read, prefix, extra, stop)))
+        await stoppable(lambda stop: made.append(_pack(folder, left_out, prefix, extra, stop)))
     except BaseException:
         for packed in made:  # The caller was cancelled when it was packed already.
             packed.file.close()
@@ -119,7 +117,7 @@ def _hash(folder: Path, left_out: Collection[str], stop: threading.Event) -> str
 
 def _pack(
     folder: Path,
-    read: Callable[[], Ignore],
+    left_out: Collection[str],
     prefix: str,
     extra: tuple[tuple[str, bytes], ...],
     stop: threading.Event,
@@ -134,7 +132,7 @@ def _pack(
                 info = _info(prefix.rstrip("/"), 0o755)
                 info.type = tarfile.DIRTYPE
                 archive.addfile(info)
-            for path, name in _files(folder, read()):
+            for path, name in _files(folder, read_ignore(folder, left_out)):
                 _check(stop)
                 _add(path, name, digest, (archive, prefix))
         size = file.tell()

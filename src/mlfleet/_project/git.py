@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.threads import PROJECTS
 from mlfleet._process.process import Completed, run_process
+from mlfleet._project.boundary import git_root
 from mlfleet._project.uri import ProjectUri, without_credentials
 from mlfleet._retry import RetryPolicy
 from mlfleet._run_log import get_logger
@@ -157,7 +158,7 @@ class Git:
         variables = self._environ | dict(environ or {})
         if offline:
             variables |= {"GIT_ALLOW_PROTOCOL": "none", "GIT_NO_LAZY_FETCH": "1"}
-        return await self._start(args, cwd, variables)
+        return await self._start(cwd, *args, environ=variables)
 
     def failure(self, done: Completed, what: str) -> FetchError:
         """Return the error that says why git failed, and what to do."""
@@ -211,7 +212,7 @@ class Git:
             allowed = ":".join(name for name in allowed.split(":") if name in own_choice.split(":"))
         environ["GIT_ALLOW_PROTOCOL"] = allowed
         if "GIT_SSH_COMMAND" not in environ and "GIT_SSH" not in environ:
-            own = await self._start(("config", "--get", "core.sshCommand"), cwd, environ)
+            own = await self._start(cwd, "config", "--get", "core.sshCommand", environ=environ)
             if not own.stdout.strip():
                 environ["GIT_SSH_COMMAND"] = "ssh -o BatchMode=yes"
         return environ | self._credential_variables(environ)
@@ -238,10 +239,9 @@ class Git:
             variables |= {f"GIT_CONFIG_KEY_{index}": key, f"GIT_CONFIG_VALUE_{index}": value}
         return variables
 
-    async def _start(self, args: Sequence[str], cwd: Path, environ: Mapping[str, str]) -> Completed:
-        settings = [word for setting in _SETTINGS for word in ("-c", setting)]
+    async def _start(self, cwd: Path, *args: str, environ: Mapping[str, str]) -> Completed:
         try:
-            return await run_process(["git", *settings, *args], cwd=cwd, env=environ)
+            return await run_git(cwd, *args, environ=environ)
         except FileNotFoundError as error:
             raise FetchError(
                 f"git is not installed, or not on the PATH, and the project {self._uri.text} is in a Git repository: "
@@ -304,7 +304,7 @@ class Checkouts:
         known = self._known.get(folder)
         if known is not None and _signature(known.files) == known.signature:
             return True, known.checkout
-        return not _may_be_inside(folder), None
+        return git_root(folder) is None, None
 
     async def find(self, folder: Path) -> Checkout | None:
         """Return the working tree that `folder` is in; None if there is none, or git is not installed."""
@@ -348,7 +348,7 @@ async def ignored_by_git(folder: Path) -> frozenset[str]:
         Files and whole folders, relative with ``/``. Empty if the folder is in no Git working tree, or if Git ignores
         the folder itself, so that it has nothing to say about what is in it.
     """
-    if not await PROJECTS.run(lambda: _may_be_inside(folder)):
+    if await PROJECTS.run(lambda: git_root(folder)) is None:
         return frozenset()
     wanted = ("ls-files", "--others", "--ignored", "--exclude-standard", "--directory", "-z")
     try:
@@ -375,12 +375,19 @@ async def _remote(folder: Path) -> str | None:
     return without_credentials(first) if first else None
 
 
-async def run_git(folder: Path, *args: str) -> Completed:
-    """Run a git command in a folder of the user's, without the programs that its repository names."""
-    environ = _clean_environ()
-    return await run_process(
-        ["git", "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", *args], cwd=folder, env=environ
-    )
+async def run_git(folder: Path, *args: str, environ: Mapping[str, str] | None = None) -> Completed:
+    """Run a git command in a folder, without the programs that its repository names.
+
+    Args:
+        folder: The working directory.
+        args: The arguments of git.
+        environ: All variables; None: those of this process that tie git to no repository.
+
+    Raises:
+        OSError: Git cannot be started.
+    """
+    settings = [word for setting in _SETTINGS for word in ("-c", setting)]
+    return await run_process(["git", *settings, *args], cwd=folder, env=environ or _clean_environ())
 
 
 def _ref_files(git_dir: Path, common: Path, ref: str) -> tuple[Path, ...]:
@@ -406,8 +413,3 @@ def _stamp(file: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return found.st_mtime_ns, found.st_size, found.st_ino
-
-
-def _may_be_inside(folder: Path) -> bool:
-    real = folder.resolve()
-    return any((parent / ".git").exists() for parent in (real, *real.parents))
