@@ -336,6 +336,8 @@ class ServerClient:
         headers = {"Content-Length": str(size), "Content-Type": "application/octet-stream"} if size is not None else {}
         self.failures  # noqa: B018 - raises if this is not open
         times = self._file_times
+        if self._pace is not None:
+            await self._pace.wait(_target(path))
         async with self._file_slots, self._response(method, path, content, headers, None, times) as response:
             yield response
 

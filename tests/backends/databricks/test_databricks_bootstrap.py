@@ -36,8 +36,8 @@ def run_script(folder: Path, command: str, **fields: Any) -> int:
         "grace": 1,
         **fields,
     }
-    (folder / "arguments").mkdir(exist_ok=True)
-    argument = folder / "arguments" / "this.json"
+    argument = folder / "output" / "run" / "argument.json"
+    argument.parent.mkdir(parents=True, exist_ok=True)
     argument.write_text(json.dumps(spec))
     environ = {"PATH": os.environ["PATH"], "TMPDIR": str(folder)}
     words = [sys.executable, bootstrap.__file__, json.dumps({"spec": str(argument)})]
@@ -57,16 +57,16 @@ def test_the_output_of_a_repeated_task_follows_that_of_its_first_attempt(tmp_pat
 
 def test_output_and_arguments_of_old_runs_are_removed(tmp_path: Path) -> None:
     month_ago = time.time() - 30 * 86400
-    for name in ("arguments/old.json", "output/old/000000", "arguments/young.json", "output/young/000000"):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("x")
-        if "old" in name:
-            os.utime(path, (month_ago, month_ago))
-    os.utime(tmp_path / "output" / "old", (month_ago, month_ago))
+    for name in ("old", "young", "run"):
+        folder = tmp_path / "output" / name
+        folder.mkdir(parents=True)
+        for file in ("argument.json", "000000"):
+            (folder / file).write_text("x")
+        if name != "young":
+            os.utime(folder, (month_ago, month_ago))
     assert run_script(tmp_path, "true") == 0
-    assert {path.name for path in (tmp_path / "arguments").iterdir()} == {"this.json", "young.json"}
     assert {path.name for path in (tmp_path / "output").iterdir()} == {"run", "young"}
+    assert {path.name for path in (tmp_path / "output" / "run").iterdir()} == {"argument.json", "000000", "end"}
 
 
 def test_a_repeated_task_that_does_not_come_to_its_command_records_no_end(tmp_path: Path) -> None:

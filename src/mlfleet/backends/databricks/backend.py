@@ -32,7 +32,7 @@ from mlfleet.backends.databricks.records import Record, change_owner, read_recor
 from mlfleet.backends.databricks.run import DatabricksRun, RemoteRun
 from mlfleet.backends.databricks.secret_scopes import find_old_secrets, put_secret, remove_secret, secret_key
 from mlfleet.backends.databricks.states import Phase, State, read_state
-from mlfleet.backends.databricks.storage import HOME, Storage, Uploads, open_folder, open_storage
+from mlfleet.backends.databricks.storage import HOME, Storage, Uploads, open_storage
 from mlfleet.backends.databricks.watch import Poller, RecentRuns
 from mlfleet.errors import BackendError, RunLost, SpecError, SubmitError, UsageError
 from mlfleet.runs import JobRef
@@ -63,45 +63,16 @@ class _Submission:
     Attributes:
         job: The job.
         config: The job's configuration.
+        reference: The reference to the run.
         context: The workspace to submit to.
         storage: The storage of the project and the output.
-        attempt: The id of this execution, unique among those of the MLflow run.
-        reference: The reference to the run.
     """
 
     job: Job
     config: DatabricksConfig
+    reference: JobRef
     context: _WorkspaceContext
     storage: Storage
-    attempt: str
-    reference: JobRef
-
-    @property
-    def token(self) -> str:
-        """The idempotency token of the submission; Databricks takes at most 64 characters."""
-        return f"{self.job.run_id}-{self.attempt}"[:64]
-
-    @property
-    def folder(self) -> str:
-        """The folder for the output, below the root of the storage."""
-        return _output_folder(self.job.run_id, self.attempt)
-
-    @property
-    def secret_location(self) -> tuple[str, str]:
-        """The secret scope and the key of the run's secret variables."""
-        return str(self.config.secret_scope), secret_key(self.job.run_id)
-
-    def remote_run(self, number: str, tags: Mapping[str, str]) -> RemoteRun:
-        """Return the description of the submitted run with this number."""
-        secret = self.secret_location if request.variables(self.job, self.config)[1] else None
-        return RemoteRun(
-            run_id=self.job.run_id,
-            id=number,
-            folder=self.folder,
-            output=self.job.output,
-            tags=tags,
-            secret=secret,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +80,13 @@ class _Left:
     """A run whose process on this machine is gone.
 
     Attributes:
-        record: Its record.
+        reference: The reference to it, with its id in Databricks among the tags.
         context: Its workspace.
         listed: Its entry for `Backend.list_runs`.
         is_active: True if it has not ended.
     """
 
-    record: Record
+    reference: JobRef
     context: _WorkspaceContext
     listed: ListedRun
     is_active: bool
@@ -137,7 +108,7 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
         super().__init__()
         self._timing = timing or Timing()
         self._contexts: SingleFlight[tuple[str | None, str], _WorkspaceContext] = SingleFlight(keep=True)
-        self._attempts: dict[str, str] = {}
+        self._references: dict[str, JobRef] = {}  # of jobs that are not submitted yet, by the id of the MLflow run
 
     def configure(self, config: Mapping[str, Any]) -> DatabricksConfig:
         """Parse ``backend_config``: a cluster, or a mapping of settings; see `parse_config`.
@@ -177,21 +148,21 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
 
     def reference(self, job: Job) -> JobRef:
         """Return the workspace's profile, the time and the place of the output, by which `attach` finds the run."""
-        config = _config(job)
-        attempt = self._attempts.setdefault(job.run_id, uuid.uuid4().hex[:12])
-        upload = config.upload
-        data: dict[str, Any] = {
-            "profile": _profile(config, job.tracking_uri),
-            "attempt": attempt,
-            "upload": str(upload.kind),
-            "path": upload.path,
-        }
-        data["api_version"] = str(config.api_version)
-        data["since"] = int(time.time() * 1000)
-        data["owner"] = self._this_process
-        if request.variables(job, config)[1]:
-            data["secret_scope"] = config.secret_scope
-        return JobRef(self.name, job.run_id, data)
+        if job.run_id not in self._references:
+            config = _config(job)
+            data: dict[str, Any] = {
+                "profile": _profile(config, job.tracking_uri),
+                "attempt": uuid.uuid4().hex[:12],  # an MLflow run may be run again
+                "upload": str(config.upload.kind),
+                "path": config.upload.path,
+                "api_version": str(config.api_version),
+                "since": int(time.time() * 1000),
+                "owner": self._this_process,
+            }
+            if request.variables(job, config)[1]:
+                data["secret_scope"] = config.secret_scope
+            self._references[job.run_id] = JobRef(self.name, job.run_id, data)
+        return self._references[job.run_id]
 
     def variables(self, job: Job) -> tuple[Mapping[str, str], Mapping[str, str]]:
         """Return the variables of the job, without the login of this machine where a run has its own."""
@@ -205,7 +176,7 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
             script=f"{config.script_upload.path or HOME.format(user='<user>')}/bootstrap-<sha256>.py",
             archive=f"{root}/projects/<sha256>.tar.gz",
             sha256="<sha256>",
-            output=f"{root}/output/{job.run_id}",
+            output=f"{root}/output/{job.run_id}-<attempt>",
             secret=secret_key(job.run_id) if config.secret_scope and request.variables(job, config)[1] else None,
         )
         body = request.request_body(
@@ -225,16 +196,17 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
         if secret and config.secret_scope is None:
             raise SubmitError(_describe_missing_scope(secret), backend=self.name)
         requirements = await LOGINS.run(partial(_requirements, job))
-        context = await self._open_context(_profile(config, job.tracking_uri), config.api_version)
-        storage = await open_storage(context.workspace, config.upload)
         reference = self.reference(job)
-        submission = _Submission(job, config, context, storage, self._attempts.pop(job.run_id), reference)
+        del self._references[job.run_id]
+        context = await self._context_of(reference)
+        storage = await open_storage(context.workspace, config.upload)
+        submission = _Submission(job, config, reference, context, storage)
         try:
-            body, record = await self._upload(submission, secret, requirements)
+            body = await self._upload(submission, secret, requirements)
             job.on_progress(f"submitting to {context.workspace.url}")
-            return await self._submit(submission, body, record)
+            return await self._submit(submission, body)
         except BaseException as error:
-            await complete(partial(_withdraw, submission, has_secret=bool(secret)))
+            await complete(partial(_withdraw, context.workspace, reference))
             if isinstance(error, WorkspaceError) and error.status in (400, 403, 404):
                 raise SubmitError(f"Databricks does not take the run: {error}", backend=self.name) from error
             raise
@@ -252,18 +224,15 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
         """
         context = await self._context_of(ref)
         found = await _find(context, ref)
-        scope = ref.data.get("secret_scope")
-        secret = (str(scope), secret_key(ref.run_id)) if scope else None
         if found is None:
+            secret = _secret_of(ref)
             if secret is not None and await FILES.run(partial(owner_lives, ref.data.get("owner"))) is False:
                 await remove_secret(context.workspace, *secret)
             text = f"the workspace {context.workspace.url} has no run of the MLflow run {ref.run_id}, or has it no more"
             raise RunLost(text, backend=self.name)
         storage = await open_storage(context.workspace, _upload_of(ref))
-        folder = _output_folder(ref.run_id, str(ref.data.get("attempt")))
-        output = run_folder(ref.run_id) / "output.log"
         await FILES.run(partial(change_owner, ref.run_id, self._this_process))
-        remote = RemoteRun(run_id=ref.run_id, id=str(found["run_id"]), folder=folder, output=output, secret=secret)
+        remote = _remote_run(ref, str(found["run_id"]), output=run_folder(ref.run_id) / "output.log")
         return self._supervise(remote, context, storage, read_state(found), submitted=False)
 
     # ---- runs of other processes ------------------------------------------------------------------------------------
@@ -292,7 +261,7 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
     ) -> Sequence[ListedRun]:
         """Remove what dead processes of this machine left in workspaces: secrets and files; see `Backend.prune`.
 
-        These are the secret variables, the output and the argument of a run, and secret variables that any machine
+        These are the secret variables and the output of a run, and secret variables that any machine
         left more than a week ago in the workspace of `list_runs`. Packed projects stay, since other runs may use them,
         and so do Databricks' own entries of runs.
         """
@@ -332,10 +301,10 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
         """Return the runs with a record on this machine whose process is gone."""
         found: list[_Left] = []
         for record in await FILES.run(_read_abandoned):
-            reference = record.reference
+            reference = replace(record.reference, tags={_NUMBER_TAG: record.number})
             try:
                 context = await self._context_of(reference)
-                run = await _find(context, replace(reference, tags={_NUMBER_TAG: record.number}))
+                run = await _find(context, reference)
             except BackendError as error:
                 _log.warning(
                     "the run %s cannot be looked for: %s",
@@ -347,23 +316,19 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
             since = reference.data.get("since")
             entry = run or {"run_id": record.number, "start_time": since, "state": {"life_cycle_state": "GONE"}}
             listed = replace(_listed(reference.run_id, entry), supervised=False)
-            found.append(_Left(record, context, listed, run is not None and not read_state(run).is_terminal))
+            found.append(_Left(reference, context, listed, run is not None and not read_state(run).is_terminal))
         return found
 
     async def _remove(self, left: _Left) -> None:
         """Remove what a run has left, and end it before if it is active."""
-        reference, workspace = left.record.reference, left.context.workspace
+        reference, workspace = left.reference, left.context.workspace
         if left.is_active:
-            handle = await self.attach(replace(reference, tags={_NUMBER_TAG: left.record.number}))
+            handle = await self.attach(reference)
             await handle.cancel()
-        if scope := reference.data.get("secret_scope"):
-            await remove_secret(workspace, str(scope), secret_key(reference.run_id))
-        upload = _upload_of(reference)
-        storage = await open_storage(workspace, upload)
-        await storage.remove_folder(_output_folder(reference.run_id, str(reference.data.get("attempt"))))
-        if left.record.argument:
-            folder, _, name = left.record.argument.partition("/arguments/")
-            await open_folder(workspace, folder).remove_file(f"arguments/{name}")
+        if (secret := _secret_of(reference)) is not None:
+            await remove_secret(workspace, *secret)
+        storage = await open_storage(workspace, _upload_of(reference))
+        await storage.remove_folder(_output_folder(reference))
         await FILES.run(partial(remove_record, reference.run_id))
 
     async def presence(self, ref: JobRef) -> Presence:
@@ -400,36 +365,33 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
 
     async def _upload(
         self, submission: _Submission, secret: Mapping[str, str], requirements: tuple[str, ...]
-    ) -> tuple[dict[str, Any], Record]:
-        """Upload what the run needs in the workspace, and return the request and the record of the run."""
+    ) -> dict[str, Any]:
+        """Upload what the run needs in the workspace, and return the request."""
         job, config, context, storage = submission.job, submission.config, submission.context, submission.storage
-        home = await open_storage(context.workspace, config.script_upload)
+        secret_place, folder = _secret_of(submission.reference), _output_folder(submission.reference)
+        script_storage = await open_storage(context.workspace, config.script_upload)
         required = request.project_files(job.placed)
         archive = await context.uploads.upload_project(storage, job.project_dir, job.on_progress, required=required)
         paths = request.RunPaths(
-            script=await context.uploads.upload_script(home),
+            script=await context.uploads.upload_script(script_storage),
             archive=archive.path,
             sha256=archive.sha256,
-            output=storage.path(submission.folder),
-            secret=submission.secret_location[1] if secret else None,
+            output=storage.path(folder),
+            secret=None if secret_place is None else secret_place[1],
         )
-        argument = request.bootstrap_argument(request.bootstrap_spec(job, config, paths))
-        name, content = f"arguments/{submission.token}.json", argument.encode()
-        is_long = request.is_too_long(argument)
-        record = Record(submission.reference, argument=home.path(name) if is_long else "")
-        await FILES.run(partial(write_record, record))
-        if is_long:
-            await home.write(name, io.BytesIO(content), len(content))
-            paths = request.with_argument(paths, home.path(name))
-        if secret:
-            await put_secret(context.workspace, submission.secret_location, secret)
-        body = request.request_body(job, config, paths, token=submission.token, requirements=requirements)
-        return body, record
+        await FILES.run(partial(write_record, Record(submission.reference)))
+        content = request.argument_file(job, config, paths)
+        if content is not None:
+            await storage.write(f"{folder}/{request.ARGUMENT}", io.BytesIO(content), len(content))
+        if secret_place is not None:
+            await put_secret(context.workspace, secret_place, secret)
+        token = f"{job.run_id}-{submission.reference.data['attempt']}"
+        return request.request_body(job, config, paths, token=token, requirements=requirements)
 
-    async def _submit(self, submission: _Submission, body: Mapping[str, Any], record: Record) -> DatabricksRun:
+    async def _submit(self, submission: _Submission, body: Mapping[str, Any]) -> DatabricksRun:
         """Submit the run. If that is cancelled, the run is cancelled, too, before the cancellation goes on."""
-        config, context = submission.config, submission.context
-        version = "2.0" if config.task is TaskKind.SHELL_COMMAND else None
+        job, context, storage = submission.job, submission.context, submission.storage
+        version = "2.0" if submission.config.task is TaskKind.SHELL_COMMAND else None
         made: list[str] = []
 
         async def submit() -> None:
@@ -440,18 +402,20 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
             # Wait for the answer also when cancelled: without it the run, if there is one, could not be cancelled.
             await context.quota.submit(
                 partial(complete, submit, limit=_GRACE),
-                limit=submission.job.queue_timeout,
-                on_progress=submission.job.on_progress,
+                limit=job.queue_timeout,
+                on_progress=job.on_progress,
             )
-            await FILES.run(partial(write_record, replace(record, number=made[0])))
+            await FILES.run(partial(write_record, Record(submission.reference, made[0])))
             state = await _first_state(context.workspace, made[0])
         except BaseException:
             if made:
-                handle = self._supervise(submission.remote_run(made[0], {}), context, submission.storage, None)
+                remote = _remote_run(submission.reference, made[0], output=job.output)
+                handle = self._supervise(remote, context, storage, None)
                 await complete(partial(_cancel, handle), restart=True)
             raise
-        remote = submission.remote_run(made[0], _tags(made[0], state, context.workspace.url))
-        return self._supervise(remote, context, submission.storage, state)
+        remote = _remote_run(submission.reference, made[0], output=job.output)
+        tags = _tags(made[0], state, context.workspace.url)
+        return self._supervise(replace(remote, tags=tags), context, storage, state)
 
     def _supervise(
         self,
@@ -462,11 +426,7 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
         *,
         submitted: bool = True,
     ) -> DatabricksRun:
-        ended_as = state.status if state is not None and state.is_terminal and not submitted else None
-        workspace, poller = context.workspace, context.poller
-        run = DatabricksRun(remote, workspace, storage, poller, submitted=submitted, ended_as=ended_as)
-        if state is not None:
-            run.set_state(state)
+        run = DatabricksRun(remote, context.workspace, storage, context.poller, submitted=submitted, state=state)
         self._runs.start(run, name=f"mlfleet Databricks run {remote.id}")
         return run
 
@@ -515,8 +475,20 @@ def _upload_of(ref: JobRef) -> Upload:
     return Upload(UploadKind(kind), str(ref.data.get("path") or ""))
 
 
-def _output_folder(run_id: str, attempt: str) -> str:
-    return f"output/{run_id}-{attempt}"
+def _output_folder(ref: JobRef) -> str:
+    """Return the folder of the run's output, below the root of the storage."""
+    return f"output/{ref.run_id}-{ref.data.get('attempt')}"
+
+
+def _secret_of(ref: JobRef) -> tuple[str, str] | None:
+    """Return the scope and the key of the run's secret variables; None if it has none."""
+    scope = ref.data.get("secret_scope")
+    return (str(scope), secret_key(ref.run_id)) if scope else None
+
+
+def _remote_run(ref: JobRef, number: str, *, output: Path | None) -> RemoteRun:
+    """Return the description of a run by its reference and its id in Databricks."""
+    return RemoteRun(run_id=ref.run_id, id=number, folder=_output_folder(ref), output=output, secret=_secret_of(ref))
 
 
 def _read_abandoned() -> list[Record]:
@@ -550,11 +522,11 @@ async def _cancel(run: DatabricksRun) -> None:
         await run.cancel()
 
 
-async def _withdraw(submission: _Submission, *, has_secret: bool) -> None:
+async def _withdraw(workspace: Workspace, ref: JobRef) -> None:
     """Remove the secret variables and the record of a run whose submission failed."""
-    if has_secret:
-        await remove_secret(submission.context.workspace, *submission.secret_location)
-    await FILES.run(partial(remove_record, submission.job.run_id))
+    if (secret := _secret_of(ref)) is not None:
+        await remove_secret(workspace, *secret)
+    await FILES.run(partial(remove_record, ref.run_id))
 
 
 async def _first_state(workspace: Workspace, number: str) -> State:

@@ -71,7 +71,6 @@ def main() -> None:
     """Run the project that the argument describes."""
     spec = json.loads(sys.argv[1])
     if "spec" in spec:
-        keep_only_recent(spec["spec"])
         with open(spec["spec"], encoding="utf-8") as file:
             spec = json.load(file)
     signal_as_exception()
@@ -244,15 +243,12 @@ def run_here(spec: Mapping[str, Any], project: str, variables: Mapping[str, str]
 
 
 def keep_only_recent(output: str) -> None:
-    """Remove the output of old runs, which is beside that of this run, or their arguments."""
+    """Remove the output of old runs, which is beside that of this run."""
     try:
         with os.scandir(os.path.dirname(output)) as entries:
             for entry in entries:
-                if entry.stat().st_mtime < time.time() - STALE:
-                    if entry.is_dir():
-                        shutil.rmtree(entry.path, ignore_errors=True)
-                    elif entry.path != output:
-                        os.unlink(entry.path)
+                if entry.path != output and entry.stat().st_mtime < time.time() - STALE:
+                    shutil.rmtree(entry.path, ignore_errors=True)
     except OSError:
         pass
 

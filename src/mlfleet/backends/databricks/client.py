@@ -16,10 +16,13 @@ from mlfleet.tracking.databricks import DatabricksLogin
 from mlfleet.tracking.errors import Transient
 from mlfleet.tracking.http import ServerClient
 
-__all__ = ["RETRY_SECONDS", "Timing", "Workspace", "WorkspaceError", "unless_missing"]
+__all__ = ["PAGE", "RETRY_SECONDS", "Timing", "Workspace", "WorkspaceError", "unless_missing"]
 
 RETRY_SECONDS = 300.0
 """Seconds for which a failing request is retried."""
+
+PAGE = 25
+"""Runs on a page of ``runs/list``, which has no more."""
 
 _IN_FLIGHT = 16
 _READ_TIMEOUT = 60.0  # seconds without any byte of an answer
@@ -31,9 +34,7 @@ class Timing:
     """The intervals and rates of requests to a workspace.
 
     Attributes:
-        young_age: The age in seconds up to which a run is young, that is polled often.
         fast: The interval in seconds between polls of young runs.
-        slow: The longest interval in seconds between polls of older runs.
         visibility_delay: Seconds for which Databricks may answer that a new run does not exist.
         after_failure: The pause in seconds after a failed poll.
         quota_pause: The pause in seconds between two tries while the workspace takes no new jobs.
@@ -42,9 +43,7 @@ class Timing:
             https://docs.databricks.com/aws/en/resources/limits
     """
 
-    young_age: float = 60.0
     fast: float = 1.5
-    slow: float = 30.0
     visibility_delay: float = 30.0
     after_failure: float = 10.0
     quota_pause: float = 30.0
@@ -84,7 +83,7 @@ class WorkspaceError(BackendError):
 
 
 class Workspace:
-    """A client of one workspace, which logs in at its first use.
+    """A client of one workspace.
 
     Args:
         profile: A profile of ``~/.databrickscfg``; None: the environment's variables, or the default profile.
@@ -103,11 +102,11 @@ class Workspace:
             max_in_flight=_IN_FLIGHT,
             retry_for=RETRY_SECONDS,
             timeout=_READ_TIMEOUT,
+            workspace="",
             files_in_flight=_IN_FLIGHT,
+            pace=Pace(timing.rates),
         )
-        self._opening: SingleFlight[str, None] = SingleFlight(keep=True)
         self._users: SingleFlight[str, str] = SingleFlight(keep=True)
-        self._pace = Pace(timing.rates)
 
     async def open(self) -> None:
         """Find the workspace's URL and the login.
@@ -116,7 +115,7 @@ class Workspace:
             WorkspaceError: The profile does not exist, or no way to log in was found.
         """
         with _as_workspace_errors():
-            await self._opening("", self._transport.open)
+            await self._transport.open()
 
     async def close(self) -> None:
         """Close all connections."""
@@ -174,16 +173,37 @@ class Workspace:
         Raises:
             WorkspaceError: The workspace refuses the request, or still fails after `RETRY_SECONDS`.
         """
+        return await self.retry(partial(self._transport.attempt, method, path, body=body, params=params))
 
-        async def attempt() -> dict[str, Any]:
-            await self._pace.wait(path)
-            return await self._transport.attempt(method, path, body=body, params=params)
+    async def read_pages(self, path: str, params: Mapping[str, str]) -> AsyncIterator[dict[str, Any]]:
+        """Yield the decoded answers of a GET request for a list, page by page.
 
-        return await self.retry(attempt)
+        Raises:
+            WorkspaceError: As for `call`.
+        """
+        query = dict(params)
+        while True:
+            page = await self.call("GET", path, params=query)
+            yield page
+            if not page.get("next_page_token"):
+                return
+            query["page_token"] = str(page["next_page_token"])
+
+    async def list_runs(self, filters: Mapping[str, str]) -> AsyncIterator[list[dict[str, Any]]]:
+        """Yield the one-time runs of the workspace as ``runs/list`` shows them, page by page, newest first.
+
+        Args:
+            filters: Further query parameters.
+
+        Raises:
+            WorkspaceError: As for `call`.
+        """
+        params = {"run_type": "SUBMIT_RUN", "limit": str(PAGE), "expand_tasks": "false", **filters}
+        async for page in self.read_pages(f"/api/{self._version}/jobs/runs/list", params):
+            yield page.get("runs") or []
 
     async def call_once(self, method: str, path: str, *, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Send a request once, inside `retry`, which translates its errors. Return the decoded answer."""
-        await self._pace.wait(path)
         return await self._transport.attempt(method, path, body=body)
 
     async def retry(self, attempt: Callable[[], Awaitable[T]]) -> T:
@@ -201,7 +221,6 @@ class Workspace:
                     raise Transient(error) from error
                 raise
 
-        await self.open()
         with _as_workspace_errors():
             return await self._transport.retry(one)
 
@@ -209,18 +228,7 @@ class Workspace:
         """Send a file; each retry reads it from its beginning."""
 
         async def attempt() -> None:
-            await self._pace.wait(path)
             async with self._transport.stream(method, path, content=_chunks(file), size=size):
-                pass
-
-        await self.retry(attempt)
-
-    async def delete(self, path: str) -> None:
-        """Send a DELETE request with retries; its answer has no content."""
-
-        async def attempt() -> None:
-            await self._pace.wait(path)
-            async with self._transport.stream("DELETE", path):
                 pass
 
         await self.retry(attempt)
@@ -229,7 +237,6 @@ class Workspace:
         """Return the content of a file; None if it does not exist."""
 
         async def attempt() -> bytes:
-            await self._pace.wait(path)
             async with self._transport.stream("GET", path) as answer:
                 return await answer.aread()
 

@@ -31,17 +31,15 @@ class Record:
     Attributes:
         reference: The reference to the run.
         number: The run's id in Databricks; empty: it was not known yet.
-        argument: The path of the file with the argument of its bootstrap script; empty: there is none.
     """
 
     reference: JobRef
     number: str = ""
-    argument: str = ""
 
 
 def write_record(record: Record) -> None:
     """Write a record, in place of an earlier one of the same MLflow run. A failure is only logged. Blocking."""
-    content = {"ref": record.reference.to_json(), "number": record.number, "argument": record.argument}
+    content = {"ref": record.reference.to_json(), "number": record.number}
     path = run_folder(record.reference.run_id) / _NAME
     half = path.with_suffix(f".{os.getpid()}.part")
     try:
@@ -77,7 +75,7 @@ def read_records() -> list[Record]:
 def _read(path: Path) -> Record | None:
     try:
         raw: Any = json.loads(path.read_bytes())
-        record = Record(JobRef.from_json(raw["ref"]), str(raw["number"]), str(raw["argument"]))
+        record = Record(JobRef.from_json(raw["ref"]), str(raw["number"]))
     except (OSError, ValueError, LookupError, TypeError, SpecError):
         return None
     return record if record.reference.run_id == path.parent.name else None

@@ -7,7 +7,7 @@ import posixpath
 import re
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -22,26 +22,28 @@ from mlfleet.backends.databricks.config import DatabricksConfig, TaskKind
 from mlfleet.errors import SubmitError
 
 __all__ = [
+    "ARGUMENT",
     "PROJECT",
     "ROOT",
     "TASK_KEY",
     "RunPaths",
+    "argument_file",
     "bootstrap_argument",
     "bootstrap_spec",
     "constrain",
-    "is_too_long",
     "mask_request",
     "place_path",
     "project_files",
     "request_body",
     "run_name",
     "variables",
-    "with_argument",
 ]
 
 TASK_KEY = "mlfleet"
-_LONGEST_ARGUMENT = 8000
-"""Bytes; Databricks takes 10,000 bytes of JSON for all parameters together."""
+ARGUMENT = "argument.json"
+"""The file with the argument of the bootstrap script that is too long for a parameter of the task."""
+
+_LONGEST_ARGUMENT = 8000  # bytes; Databricks takes 10,000 bytes of JSON for all parameters together
 _LONGEST_NAME = 4096
 # Databricks gives its own runs their identity: the login of this machine must not be passed to them.
 _LOCAL_VARIABLES = ("DATABRICKS_HOST", "DATABRICKS_TOKEN", "DATABRICKS_CLIENT_ID", "DATABRICKS_CLIENT_SECRET")
@@ -57,7 +59,6 @@ class RunPaths:
         sha256: The SHA-256 of the archive, in hex.
         output: The folder for the run's output.
         secret: The key in the secret scope with the secret variables; None: the run has none.
-        argument: The path of the bootstrap script's argument; None: it is a parameter of the task.
     """
 
     script: str
@@ -65,7 +66,6 @@ class RunPaths:
     sha256: str
     output: str
     secret: str | None = None
-    argument: str | None = None
 
 
 def run_name(job: Job, config: DatabricksConfig) -> str:
@@ -121,6 +121,12 @@ def bootstrap_argument(spec: Mapping[str, Any]) -> str:
     return text.replace("{{", "{\\u007b")
 
 
+def argument_file(job: Job, config: DatabricksConfig, paths: RunPaths) -> bytes | None:
+    """Return the content of the file `ARGUMENT` in the folder for the output; None if the run needs no such file."""
+    argument = bootstrap_argument(bootstrap_spec(job, config, paths)).encode()
+    return argument if len(argument) > _LONGEST_ARGUMENT else None
+
+
 def request_body(
     job: Job, config: DatabricksConfig, paths: RunPaths, *, token: str, requirements: tuple[str, ...] = ()
 ) -> dict[str, Any]:
@@ -133,9 +139,9 @@ def request_body(
         token: The idempotency token: a second submission with the same one starts nothing.
         requirements: The project's requirements, as lines for pip.
     """
-    argument = bootstrap_argument(bootstrap_spec(job, config, paths))
-    if paths.argument is not None:
-        argument = bootstrap_argument({"spec": paths.argument})
+    is_in_file = argument_file(job, config, paths) is not None
+    spec = {"spec": f"{paths.output}/{ARGUMENT}"} if is_in_file else bootstrap_spec(job, config, paths)
+    argument = bootstrap_argument(spec)
     body: dict[str, Any] = {"run_name": run_name(job, config), "idempotency_token": token, **config.passed_on}
     if config.task is TaskKind.SHELL_COMMAND:
         return body | {**config.task_settings, **_shell_command(config, paths, argument, requirements)}
@@ -209,16 +215,6 @@ def mask_request(value: Any, name: str = "") -> Any:
     if is_secret_name(name.replace(".", "_")) and name != "idempotency_token" and not value.startswith("{{secrets/"):
         return MASK
     return mask_uri(value)
-
-
-def with_argument(paths: RunPaths, path: str) -> RunPaths:
-    """Return the same paths with `path` as the file of the bootstrap script's argument."""
-    return replace(paths, argument=path)
-
-
-def is_too_long(argument: str) -> bool:
-    """Return True if an argument must go into a file."""
-    return len(argument.encode()) > _LONGEST_ARGUMENT
 
 
 def _uses_own_identity(job: Job, config: DatabricksConfig) -> bool:

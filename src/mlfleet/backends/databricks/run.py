@@ -64,7 +64,7 @@ class DatabricksRun(SupervisedRun):
         storage: The storage of its output.
         poller: The poller of the workspace's runs.
         submitted: True if this process submitted the run: then it does not outlive its backend.
-        ended_as: The status of a run that had ended before; None if it goes on.
+        state: The state that is known before the first poll; None if none is.
     """
 
     backend = "databricks"
@@ -78,13 +78,16 @@ class DatabricksRun(SupervisedRun):
         poller: Poller,
         *,
         submitted: bool,
-        ended_as: RunStatus | None = None,
+        state: State | None,
     ) -> None:
+        ended_as = state.status if state is not None and not submitted else None
         super().__init__(run.run_id, run.output, submitted=submitted, ended_as=ended_as)
         self._run = run
         self._workspace = workspace
         self._poller = poller
         self._state = poller.track(run.id)
+        if state is not None:
+            self._state.put(state)
         self._copy = OutputCopy(lambda name: storage.read(f"{run.folder}/{name}"), run.output)
         self._cancelling = anyio.Event()
         self._followed = anyio.Event()
@@ -95,10 +98,6 @@ class DatabricksRun(SupervisedRun):
     def tags(self) -> Mapping[str, str]:
         """Tags for the MLflow run with the run's page in Databricks."""
         return self._run.tags
-
-    def set_state(self, state: State) -> None:
-        """Set a state that is known before the first poll."""
-        self._state.put(state)
 
     async def started(self) -> None:
         """Wait until the run runs or has ended."""

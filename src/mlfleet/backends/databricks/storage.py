@@ -27,7 +27,7 @@ from mlfleet.backends.databricks.client import Workspace, WorkspaceError, unless
 from mlfleet.backends.databricks.config import Upload, UploadKind
 from mlfleet.errors import SubmitError
 
-__all__ = ["HOME", "Archive", "Storage", "Uploads", "open_folder", "open_storage"]
+__all__ = ["HOME", "Archive", "Storage", "Uploads", "open_storage"]
 
 _log = get_logger("mlfleet.databricks")
 _IN_MEMORY = 2**23  # bytes of a packed project that are kept in memory
@@ -70,10 +70,6 @@ class Storage(ABC):
     async def read(self, name: str) -> bytes | None:
         """Return the content of a file; None if it does not exist."""
 
-    async def remove_file(self, name: str) -> None:
-        """Remove a file, if it exists."""
-        await self.remove_folder(name)
-
     @abstractmethod
     async def remove_folder(self, name: str) -> None:
         """Remove a folder with the files in it, if it exists."""
@@ -107,28 +103,19 @@ class Volume(Storage):
     async def read(self, name: str) -> bytes | None:
         return await self._workspace.read_file(self._url(name))
 
-    async def remove_file(self, name: str) -> None:
-        with _ignore_missing():
-            await self._workspace.delete(self._url(name))
-
     async def remove_folder(self, name: str) -> None:
         folder = f"/api/2.0/fs/directories{quote(self.path(name))}"
         with _ignore_missing():
             # A volume removes empty folders only.
-            for path in await self._list(folder):
+            files = [
+                str(each["path"])
+                async for page in self._workspace.read_pages(folder, {})
+                for each in page.get("contents") or []
+            ]
+            for path in files:
                 with _ignore_missing():
-                    await self._workspace.delete("/api/2.0/fs/files" + quote(path))
-            await self._workspace.delete(folder)
-
-    async def _list(self, url: str) -> list[str]:
-        found: list[str] = []
-        params: dict[str, str] = {}
-        while True:
-            page = await self._workspace.call("GET", url, params=params)
-            found += [str(entry["path"]) for entry in page.get("contents") or []]
-            if not page.get("next_page_token"):
-                return found
-            params = {"page_token": str(page["next_page_token"])}
+                    await self._workspace.call("DELETE", f"/api/2.0/fs/files{quote(path)}")
+            await self._workspace.call("DELETE", folder)
 
     def _url(self, name: str) -> str:
         return "/api/2.0/fs/files" + quote(self.path(name))
@@ -244,11 +231,6 @@ async def open_storage(workspace: Workspace, upload: Upload) -> Storage:
     if upload.kind is UploadKind.DBFS:
         return Dbfs(workspace, upload.path)
     return WorkspaceFiles(workspace, upload.path or HOME.format(user=await workspace.user()))
-
-
-def open_folder(workspace: Workspace, path: str) -> Storage:
-    """Return the storage at a path for code that runs in Databricks."""
-    return Volume(workspace, path) if path.startswith("/Volumes/") else WorkspaceFiles(workspace, path)
 
 
 def _check_size(size: int, largest: int, rule: str) -> None:

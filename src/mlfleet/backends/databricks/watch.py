@@ -6,7 +6,6 @@ import math
 import re
 import time
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import anyio
@@ -15,7 +14,7 @@ from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._run_log import get_logger
 from mlfleet.backends._remote.polling import PolledStates
 from mlfleet.backends._remote.state_cache import StateCache
-from mlfleet.backends.databricks.client import RETRY_SECONDS, Timing, Workspace, WorkspaceError
+from mlfleet.backends.databricks.client import PAGE, RETRY_SECONDS, Timing, Workspace, WorkspaceError, unless_missing
 from mlfleet.backends.databricks.states import LOST, State, read_state
 from mlfleet.errors import BackendError
 
@@ -24,10 +23,11 @@ __all__ = ["Poller", "RecentRuns"]
 _log = get_logger("mlfleet.databricks")
 
 _FEW = 10  # runs that are polled one by one; more are polled by lists
-_PAGE = 25  # runs on a page of runs/list
 _AT_ONCE = 8  # requests of one round
 _SHORTEST_GAP = 1.0  # seconds between the starts of two rounds
+_YOUNG = 60.0  # seconds up to which a run is polled often
 _AGE_PER_INTERVAL = 30  # a run of 300 s is polled every 10 s
+_LONGEST_INTERVAL = 30.0  # seconds
 _REQUESTS_PER_MINUTE = 50  # for all runs that are not young
 
 
@@ -69,10 +69,10 @@ class Poller(PolledStates[State]):
     def _interval(self, key: str) -> float:
         """Return the seconds until the next poll of a run. Runs that are not young share the requests of a minute."""
         age = self._schedules[key].age
-        if age < self._timing.young_age:
+        if age < _YOUNG:
             return self._timing.fast
-        requests = self._count if self._count <= _FEW else math.ceil(self._count / _PAGE)
-        return max(min(age / _AGE_PER_INTERVAL, self._timing.slow), requests * 60 / _REQUESTS_PER_MINUTE)
+        requests = self._count if self._count <= _FEW else math.ceil(self._count / PAGE)
+        return max(min(age / _AGE_PER_INTERVAL, _LONGEST_INTERVAL), requests * 60 / _REQUESTS_PER_MINUTE)
 
     def _put(self, key: str, state: State) -> None:
         self._schedule_next(key)
@@ -110,11 +110,7 @@ class Poller(PolledStates[State]):
         """Poll runs by listing the active ones, newest first, as far as needed. Return the tracked runs in the list."""
         left, seen = set(wanted), set[str]()
         oldest = min((state.start_time for key in wanted if (state := self.get(key)) is not None), default=0)
-        ask = partial(self._workspace.call_jobs, "GET", "runs/list")
-        params = {"active_only": "true", "run_type": "SUBMIT_RUN", "limit": str(_PAGE), "expand_tasks": "false"}
-        while True:
-            page = await ask(params=params)
-            runs: list[dict[str, Any]] = page.get("runs") or []
+        async for runs in self._workspace.list_runs({"active_only": "true"}):
             for run in runs:
                 key = str(run.get("run_id"))
                 state = read_state(run)
@@ -122,11 +118,10 @@ class Poller(PolledStates[State]):
                     self._put(key, self._merged(key, state))
                     seen.add(key)
                     left.discard(key)
-            token = page.get("next_page_token")
             passed = bool(oldest and runs and int(runs[-1].get("start_time") or oldest) < oldest)
-            if not token or not left or passed:
-                return seen
-            params = {**params, "page_token": str(token)}
+            if not left or passed:
+                break
+        return seen
 
     def _merged(self, key: str, state: State) -> State:
         """Return the known state if only the list, which has fewer fields, is newer; else the state from the list."""
@@ -186,12 +181,7 @@ class RecentRuns:
         return [each async for each in self._entries({"active_only": "true"})]
 
     async def _get(self, number: str) -> dict[str, Any] | None:
-        try:
-            return await self._workspace.call_jobs("GET", "runs/get", params={"run_id": number})
-        except WorkspaceError as error:
-            if error.missing:
-                return None
-            raise
+        return await unless_missing(self._workspace.call_jobs("GET", "runs/get", params={"run_id": number}))
 
     def _is_found(self, run_id: str, since: int) -> bool:
         return run_id in self._found and self._found[run_id][0] >= since
@@ -219,17 +209,11 @@ class RecentRuns:
 
     async def _entries(self, filters: Mapping[str, str]) -> AsyncIterator[tuple[str, dict[str, Any]]]:
         """Yield the id of the MLflow run and the entry of ``runs/list`` for each run, newest first."""
-        params = {"run_type": "SUBMIT_RUN", "limit": str(_PAGE), "expand_tasks": "false", **filters}
-        while True:
-            page = await self._workspace.call_jobs("GET", "runs/list", params=params)
-            for run in page.get("runs") or []:
+        async for runs in self._workspace.list_runs(filters):
+            for run in runs:
                 match = _NAME.search(str(run.get("run_name") or ""))
                 if match is not None:
                     yield match[1], run
-            token = page.get("next_page_token")
-            if not token:
-                return
-            params = {**params, "page_token": str(token)}
 
 
 def _start_time(run: Mapping[str, Any]) -> int:
