@@ -537,6 +537,19 @@ async def test_plugin_failure_is_quoted_in_the_error(fake_cluster: FakeCluster, 
             await backend.submit(fake_cluster.job(config))
 
 
+async def test_answer_that_no_api_server_gives_fails_the_submission(fake_cluster: FakeCluster) -> None:
+    """Behind a proxy something else may answer."""
+
+    def strange(request: web.Request) -> web.Response | None:
+        return web.json_response({"items": [{}]}) if request.path.endswith("/pods") else None
+
+    fake_cluster.api.faults.append(strange)
+    config = await fake_cluster.config()
+    async with KubernetesBackend() as backend:
+        with anyio.fail_after(10), pytest.raises(BackendError, match="the watch of the namespace default has failed"):
+            await backend.submit(fake_cluster.job(config))
+
+
 async def test_runs_survive_a_cluster_restored_from_a_backup(fake_cluster: FakeCluster) -> None:
     """A watch from a future resourceVersion stays silent: the server does not even answer 410."""
     api = fake_cluster.api

@@ -30,15 +30,6 @@ async def test_many_waiters_of_one_key_are_woken_by_the_state_they_want() -> Non
         assert watch.keys == ()
 
 
-async def test_a_list_tells_what_is_gone_but_not_of_what_came_later() -> None:
-    async with StateCache(idle, name="test") as watch:
-        old, kept = watch.track("old"), watch.track("kept")
-        asked_at = watch.now()
-        new = watch.track("new")
-        watch.replace({"kept": 5}, asked_at=asked_at, gone=lambda last: -1)
-        assert (old.value, kept.value, new.value) == (-1, 5, None)
-
-
 async def test_when_the_feeder_fails_every_waiter_is_told() -> None:
     broken = anyio.Event()
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-import itertools
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextvars import Context
 from types import TracebackType
 from typing import Generic, Self, TypeVar
@@ -31,13 +30,11 @@ class CachedState(Generic[V]):
 
     Attributes:
         value: The latest state; None before the first one is known.
-        born: The moment of the first `StateCache.track`; see `StateCache.replace`.
     """
 
-    __slots__ = ("_error", "_users", "_waiters", "born", "value")
+    __slots__ = ("_error", "_users", "_waiters", "value")
 
-    def __init__(self, born: int) -> None:
-        self.born = born
+    def __init__(self) -> None:
         self.value: V | None = None
         self._users = 0
         self._error: MlfleetError | None = None
@@ -91,13 +88,16 @@ class CachedState(Generic[V]):
 class StateCache(Generic[V]):
     """A cache of states by key, and the one task that feeds it.
 
-    The feeder calls `put` for a state that has changed, and `replace` for a complete list. A state is kept for as long
-    as its key is tracked. When the feeder ends, by an error or otherwise, all waiters and all later ones get an error.
+    The feeder calls `put` for each state that has changed. A state is kept for as long as its key is tracked. When the
+    feeder ends, by an error or otherwise, all waiters and all later ones get an error.
 
     Args:
         feed: A coroutine function that runs until it is cancelled, and reconnects by itself. Its error becomes that of
             all waiters.
         name: The name of its task.
+
+    Attributes:
+        error: The error with which the feeder has ended; None while it runs.
 
     Example:
         >>> async with StateCache(feed, name="containers") as watch:
@@ -112,8 +112,7 @@ class StateCache(Generic[V]):
         self._feed = feed
         self._name = name
         self._cells: dict[str, CachedState[V]] = {}
-        self._clock = itertools.count()
-        self._error: MlfleetError | None = None
+        self.error: MlfleetError | None = None
         self._wanted = anyio.Event()
         self._task: asyncio.Task[None] | None = None
         self._closing = False
@@ -140,9 +139,9 @@ class StateCache(Generic[V]):
         """Keep the state of `key` from now on. Every call needs a call of `untrack`."""
         cell = self._cells.get(key)
         if cell is None:
-            cell = self._cells[key] = CachedState(next(self._clock))
-            if self._error is not None:
-                cell.fail(self._error)
+            cell = self._cells[key] = CachedState()
+            if self.error is not None:
+                cell.fail(self.error)
         cell._users += 1
         self._wanted.set()
         return cell
@@ -178,24 +177,6 @@ class StateCache(Generic[V]):
         if cell is not None:
             cell.put(value)
 
-    def now(self) -> int:
-        """Return the moment before a list is requested, for `replace`."""
-        return next(self._clock)
-
-    def replace(self, values: Mapping[str, V], *, asked_at: int, gone: Callable[[V | None], V]) -> None:
-        """Set all states from a complete list.
-
-        Args:
-            values: The states by key.
-            asked_at: The value of `now()` before the list was requested. Keys tracked since may not be in it yet.
-            gone: A function that returns the new state of a tracked key that is not in the list, from its last state.
-        """
-        for key, cell in tuple(self._cells.items()):
-            if key in values:
-                cell.put(values[key])
-            elif cell.born < asked_at:
-                cell.put(gone(cell.value))
-
     async def _run(self) -> None:
         error: MlfleetError = BackendError(f"{self._name} has ended")
         try:
@@ -211,6 +192,6 @@ class StateCache(Generic[V]):
             error = BackendError(f"{self._name} has failed: {type(reason).__name__}: {reason}")
             error.__cause__ = reason
         finally:
-            self._error = error
+            self.error = error
             for cell in tuple(self._cells.values()):
                 cell.fail(error)

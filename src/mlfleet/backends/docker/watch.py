@@ -150,7 +150,7 @@ class ContainerWatch(StateCache[ContainerState]):
 
     async def _list(self) -> None:
         """Replace the known states by a list of all containers."""
-        asked_at = self.now()
+        before = self.keys  # a container that is tracked from now on may be younger than the list
         states: dict[str, ContainerState] = {}
         for item in await _list(self._engine):
             key, phase = str(item["Id"]), _phase(item["State"])
@@ -161,7 +161,9 @@ class ContainerWatch(StateCache[ContainerState]):
                 states[key] = known
             else:
                 states[key] = replace(known, phase=phase, unseen=self._away and phase is Phase.EXITED)
-        self.replace(states, asked_at=asked_at, gone=_gone)
+        states.update({key: _gone(self.get(key)) for key in before if key not in states})
+        for key, state in states.items():
+            self.put(key, state)
 
     def _apply(self, line: bytes) -> None:
         event = json.loads(line)

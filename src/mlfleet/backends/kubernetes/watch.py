@@ -7,7 +7,7 @@ import json
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -17,6 +17,7 @@ import anyio
 
 from mlfleet._concurrency.cancellation import complete
 from mlfleet._run_log import get_logger
+from mlfleet.backends._remote.run import tasks_beside
 from mlfleet.backends._remote.state_cache import CachedState, StateCache
 from mlfleet.backends.kubernetes.client import ApiError, KubernetesClient, Pool, reconnect_pause
 from mlfleet.backends.kubernetes.login import Cluster
@@ -36,31 +37,37 @@ _UNREACHABLE_SECONDS = 3600.0  # seconds without any answer after which the clus
 _LOGIN_SECONDS = 300.0  # seconds for which a login that fails is tried again
 _SLICE = (0.001, 0.008)  # seconds of events to handle in one iteration of the event loop, at first and at most
 _REMEMBERED = 4096  # deleted Jobs
+_SELECTOR = {"labelSelector": f"{MANAGED_BY}=mlfleet"}
 
 
 class NamespaceWatch:
     """The states of the runs of one namespace, by the uid of the Job. A waiter costs no request.
 
+    Jobs and pods that are not tracked are remembered, too: an event may come before the answer to the POST that made
+    its Job, and a Job that is attached to has pods already.
+
     Args:
         client: The client of the cluster.
         namespace: The namespace.
         idle: Seconds without a byte after which a connection counts as broken; bookmarks come once a minute.
-
-    Attributes:
-        failed: The error with which the watch has ended; None while it goes on.
     """
 
     def __init__(self, client: KubernetesClient, namespace: str, *, idle: float = _IDLE) -> None:
-        self._store = _LastStates()
+        self._jobs: dict[str, JobState] = {}  # those that exist
+        self._deleted: OrderedDict[str, JobState] = OrderedDict()
+        self._pods: dict[str, dict[str, PodState]] = {}  # by the uids of their Jobs
         self._cache: StateCache[Snapshot] = StateCache(self._feed, name=f"the watch of the namespace {namespace}")
         jobs, pods = f"/apis/batch/v1/namespaces/{namespace}/jobs", f"/api/v1/namespaces/{namespace}/pods"
-        labels, now = {"labelSelector": f"{MANAGED_BY}=mlfleet"}, self._cache.now
         self._reflectors = (
-            _Reflector(client, jobs, labels, self._put_job, self._replace_jobs, now, idle),
-            _Reflector(client, pods, labels, self._put_pod, self._replace_pods, now, idle),
+            _Reflector(client, jobs, self._put_job, self._replace_jobs, self._known_jobs, idle),
+            _Reflector(client, pods, self._put_pod, self._replace_pods, self._known_jobs, idle),
         )
-        self._synced = anyio.Event()
-        self.failed: MlfleetError | None = None
+        self._synced = anyio.Event()  # set when both are listed, or the watch has failed
+
+    @property
+    def failed(self) -> MlfleetError | None:
+        """The error with which the watch has ended; None while it goes on."""
+        return self._cache.error
 
     async def __aenter__(self) -> Self:
         await self._cache.__aenter__()
@@ -86,145 +93,98 @@ class NamespaceWatch:
         """
         cell = self._cache.track(job.uid)
         if cell.value is None:
-            cell.put(self._store.snapshot(job.uid, job))
+            cell.put(self._snapshot(self._last_job(job.uid) or job))
         return cell
 
     def untrack(self, uid: str) -> None:
         """Undo one call of `track`."""
         self._cache.untrack(uid)
-        if uid not in self._cache.keys:
-            self._store.forget(uid)
+        self._publish(uid)
 
     # ---- feeding the cache ------------------------------------------------------------------------------------------
 
     async def _feed(self, watch: StateCache[Snapshot]) -> None:
+        jobs, pods = self._reflectors
         try:
-            async with anyio.create_task_group() as group:
-                for reflector in self._reflectors:
-                    group.start_soon(reflector.run)
-        except* MlfleetError as errors:
-            first: BaseException = errors
-            while isinstance(first, BaseExceptionGroup):
-                first = first.exceptions[0]
-            assert isinstance(first, MlfleetError)  # noqa: S101 - that is what was caught
-            self.failed = first
-            raise first from None
-        finally:
-            if self.failed is not None:
-                self._synced.set()
-
-    def _listed(self) -> None:
-        if all(reflector.listed for reflector in self._reflectors):
+            async with tasks_beside(pods.run):
+                await jobs.run()
+        except Exception:
             self._synced.set()
+            raise
 
     def _put_job(self, kind: str, raw: Mapping[str, Any]) -> None:
-        job = read_job(raw, deleted=kind == "DELETED")
-        self._store.put_job(job)
-        if self._cache.get(job.uid) is not None:
-            self._cache.put(job.uid, self._store.snapshot(job.uid))
-        elif job.deleted:
-            self._store.forget(job.uid)
+        self._set_job(read_job(raw, deleted=kind == "DELETED"))
 
-    def _replace_jobs(self, raws: list[Mapping[str, Any]], asked_at: int) -> bool:
+    def _replace_jobs(self, raws: list[Mapping[str, Any]], before: Collection[str]) -> bool:
         """Take over a complete list.
 
         Returns:
             True if the list must be read again: a tracked Job may be younger than this list.
         """
-        self._listed()
         listed = {job.uid: job for job in map(read_job, raws)}
-        self._store.put_jobs(listed)
-        snapshots = {uid: self._store.snapshot(uid) for uid in self._cache.keys if uid in listed}
-        self._cache.replace(snapshots, asked_at=asked_at, gone=self._mark_unseen)
-        unknown = [uid for uid in self._cache.keys if uid not in listed]
-        return any((known := self._cache.get(uid)) is not None and not known.ended for uid in unknown)
-
-    def _mark_unseen(self, last: Snapshot | None) -> Snapshot:
-        assert last is not None  # noqa: S101 - nothing is tracked without a first state
-        assert last.job is not None  # noqa: S101
-        if last.job.deleted:
-            return last
-        self._store.put_job(replace(last.job, deleted=True, unseen=True))
-        return self._store.snapshot(last.job.uid)
+        for uid in before:
+            if uid not in listed and (job := self._last_job(uid)) is not None and not job.deleted:
+                self._set_job(replace(job, deleted=True, unseen=True))
+        for job in listed.values():
+            self._set_job(job)
+        self._note_listed()
+        return any(uid not in listed and (job := self._last_job(uid)) and not job.ended for uid in self._cache.keys)
 
     def _put_pod(self, kind: str, raw: Mapping[str, Any]) -> None:
         owner = job_of_pod(raw)
-        if owner is None:
-            return
-        self._store.put_pod(owner, read_pod(raw, gone=kind == "DELETED"))
-        self._publish(owner)
+        if owner is not None:
+            self._set_pod(owner, read_pod(raw, gone=kind == "DELETED"))
 
-    def _replace_pods(self, raws: list[Mapping[str, Any]], asked_at: int) -> bool:
-        self._listed()
-        listed: dict[str, dict[str, PodState]] = {}
+    def _replace_pods(self, raws: list[Mapping[str, Any]], before: Collection[str]) -> bool:
+        listed = {raw["metadata"]["uid"] for raw in raws}
+        for owner, pods in tuple(self._pods.items()):
+            for pod in tuple(pods.values()):
+                if pod.uid not in listed:
+                    self._set_pod(owner, replace(pod, gone=True))
         for raw in raws:
-            owner = job_of_pod(raw)
-            if owner is not None:
-                pod = read_pod(raw)
-                listed.setdefault(owner, {})[pod.uid] = pod
-        self._store.put_pods(listed)
-        for uid in self._cache.keys:
-            self._publish(uid)
+            self._put_pod("ADDED", raw)
+        self._note_listed()
         return False
 
-    def _publish(self, uid: str) -> None:
-        known = self._cache.get(uid)
-        if known is not None:
-            self._cache.put(uid, self._store.snapshot(uid, known.job))
+    def _note_listed(self) -> None:
+        if all(reflector.listed for reflector in self._reflectors):
+            self._synced.set()
+
+    # ---- the last states --------------------------------------------------------------------------------------------
+
+    def _known_jobs(self) -> Collection[str]:
+        return {*self._jobs, *self._cache.keys}
+
+    def _last_job(self, uid: str) -> JobState | None:
+        tracked = self._cache.get(uid)
+        return self._jobs.get(uid) or self._deleted.get(uid) or (tracked.job if tracked is not None else None)
+
+    def _set_job(self, job: JobState) -> None:
+        if job.deleted:
+            self._jobs.pop(job.uid, None)
+            self._deleted[job.uid] = job
+            if len(self._deleted) > _REMEMBERED:
+                self._deleted.popitem(last=False)
         else:
-            self._store.forget_if_gone(uid)
-
-
-class _LastStates:
-    """The last state of every Job and pod that was seen, also of those that are not tracked yet.
-
-    An event may come before the answer to the POST that made its Job.
-    """
-
-    def __init__(self) -> None:
-        self._jobs: dict[str, JobState] = {}
-        self._deleted: OrderedDict[str, JobState] = OrderedDict()
-        self._pods: dict[str, dict[str, PodState]] = {}
-
-    def snapshot(self, uid: str, job: JobState | None = None) -> Snapshot:
-        # Times of creation are whole seconds: of pods that are alike in that, the watch told the older one first.
-        pods = sorted(self._pods.get(uid, {}).values(), key=lambda pod: pod.created)
-        return Snapshot(self._jobs.get(uid) or self._deleted.get(uid) or job, tuple(pods))
-
-    def put_job(self, job: JobState) -> None:
-        if not job.deleted:
             self._jobs[job.uid] = job
-            return
-        self._jobs.pop(job.uid, None)
-        self._deleted[job.uid] = job
-        if len(self._deleted) > _REMEMBERED:
-            self._deleted.popitem(last=False)
+        self._publish(job.uid)
 
-    def put_jobs(self, listed: dict[str, JobState]) -> None:
-        for uid, job in tuple(self._jobs.items()):
-            if uid not in listed:
-                self.put_job(replace(job, deleted=True, unseen=True))
-        self._jobs = dict(listed)
-
-    def put_pod(self, owner: str, pod: PodState) -> None:
+    def _set_pod(self, owner: str, pod: PodState) -> None:
         pods = self._pods.setdefault(owner, {})
         pods[pod.uid] = pod.merge(pods.get(pod.uid))
+        self._publish(owner)
 
-    def put_pods(self, listed: dict[str, dict[str, PodState]]) -> None:
-        for owner, pods in tuple(self._pods.items()):
-            for uid, pod in pods.items():
-                there = listed.setdefault(owner, {})
-                there[uid] = there[uid].merge(pod) if uid in there else replace(pod, gone=True)
-        self._pods = listed
-
-    def forget(self, uid: str) -> None:
-        """Forget the pods of a Job that is not tracked any more."""
-        if uid not in self._jobs:
+    def _publish(self, uid: str) -> None:
+        """Give the states of a Job to those who track it; if nobody does and nothing of it exists, forget its pods."""
+        tracked = self._cache.get(uid)
+        if tracked is not None:
+            self._cache.put(uid, self._snapshot(self._last_job(uid) or tracked.job))
+        elif uid not in self._jobs and all(pod.gone for pod in self._pods.get(uid, {}).values()):
             self._pods.pop(uid, None)
 
-    def forget_if_gone(self, uid: str) -> None:
-        if uid not in self._jobs and all(pod.gone for pod in self._pods.get(uid, {}).values()):
-            self._pods.pop(uid, None)
+    def _snapshot(self, job: JobState) -> Snapshot:
+        # Times of creation are whole seconds: of pods that are alike in that, the watch told the older one first.
+        return Snapshot(job, tuple(sorted(self._pods.get(job.uid, {}).values(), key=lambda pod: pod.created)))
 
 
 class _TimeSlice:
@@ -261,19 +221,17 @@ class _Reflector:
         self,
         client: KubernetesClient,
         path: str,
-        selector: Mapping[str, str],
         put: Callable[[str, Mapping[str, Any]], None],
-        replace_all: Callable[[list[Mapping[str, Any]], int], bool],
-        now: Callable[[], int],
+        replace_all: Callable[[list[Mapping[str, Any]], Collection[str]], bool],
+        known: Callable[[], Collection[str]],
         idle: float,
     ) -> None:
         self._client = client
         self._idle = idle
-        self._now = now
         self._path = path
-        self._selector = selector
         self._put = put
         self._replace_all = replace_all
+        self._known = known
         self._what = f"following {path.rpartition('/')[2]}"
         self._version: str | None = None
         self._attempt = 0
@@ -336,9 +294,9 @@ class _Reflector:
         """Read a consistent list: without a resourceVersion, since "0" may be older than the Job just created."""
         again = True
         while again:
-            asked_at = self._now()
+            before = self._known()
             items: list[Mapping[str, Any]] = []
-            params = {**self._selector, "limit": _PAGE}
+            params = {**_SELECTOR, "limit": _PAGE}
             while True:
                 answer = await self._client.call(
                     self._what,
@@ -353,7 +311,7 @@ class _Reflector:
                     break
                 params["continue"] = meta["continue"]
             self.listed = True
-            again = self._replace_all(items, asked_at)
+            again = self._replace_all(items, before)
         self._note_success()
         self._version = str(meta.get("resourceVersion") or "")
 
@@ -365,7 +323,7 @@ class _Reflector:
         """
         seconds = random.randint(*_LASTS)  # noqa: S311 - no secret
         params = {
-            **self._selector,
+            **_SELECTOR,
             "watch": "true",
             "allowWatchBookmarks": "true",
             "timeoutSeconds": str(seconds),
