@@ -230,9 +230,14 @@ async def test_plugin_token_is_renewed_before_it_expires(secured: Secured) -> No
     assert set(secured.api.shown) == {"Bearer number-1", "Bearer number-2"}
 
 
-async def test_plugin_receives_cluster_info_and_may_return_a_certificate(secured: Secured) -> None:
-    secured.api.certificates = {client(secured, secured.folder)}
+@pytest.mark.parametrize("token", [{}, {"token": "given"}])
+async def test_plugin_receives_cluster_info_and_may_return_a_certificate(
+    secured: Secured, token: dict[str, str]
+) -> None:
+    """A plugin may return a certificate and a token, too."""
+    secured.api.certificates, secured.api.tokens = {client(secured, secured.folder)}, set(token.values())
     status = {
+        **token,
         "clientCertificateData": (secured.folder / "client.pem").read_text(),
         "clientKeyData": (secured.folder / "client.key").read_text(),
     }

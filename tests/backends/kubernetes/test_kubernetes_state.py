@@ -37,6 +37,7 @@ def history(scenario: str, *, pods: bool = True) -> Iterator[tuple[float, Snapsh
         else:
             pod = read_pod(line["object"], gone=deleted)
             seen[pod.uid] = pod
+        assert job is not None, "the Job is created before its pods"
         yield time, Snapshot(job, tuple(sorted(seen.values(), key=lambda pod: pod.created)))
 
 
@@ -164,7 +165,7 @@ def test_a_missing_image_keeps_one_pending_reason() -> None:
 
 
 def test_a_suspended_job_has_no_pending_reason() -> None:
-    suspended = [seen for time, seen in history("suspended") if time < 8.8 and seen.job and seen.job.suspended]
+    suspended = [seen for time, seen in history("suspended") if time < 8.8 and seen.job.suspended]
     assert suspended
     assert [pending_reason(seen) for seen in suspended] == [None] * len(suspended)
     assert {seen.status for seen in suspended} == {RunStatus.SCHEDULED}
@@ -193,7 +194,7 @@ def test_every_recorded_pod_belongs_to_its_job() -> None:
 
 def test_job_deleted_between_interim_and_final_condition_keeps_its_outcome() -> None:
     """A Job deleted when it has only `SuccessCriteriaMet` still counts as successful."""
-    interim = [seen for _, seen in history("success") if seen.job and seen.job.ending and not seen.job.complete]
+    interim = [seen for _, seen in history("success") if seen.job.ending and not seen.job.complete]
     assert interim
     for seen in interim:
         assert seen.job is not None

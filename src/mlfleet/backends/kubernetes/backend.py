@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -161,31 +161,16 @@ class KubernetesBackend(RemoteBackend[KubernetesConfig]):
         image = image_of(job.docker, config)
         client = await self._watches.client(config.cluster)
         code = await self._deliveries.deliver(client, job, config, image)
-        shared = await self._watches.acquire(config.cluster, config.namespace)
-        try:
+
+        async def create(shared: SharedWatch) -> dict[str, Any]:
             async with self._creating:
-                submission = uuid.uuid4().hex
                 manifest = job_manifest(
-                    job, config, code, plain, secrets=tuple(secret), submission=submission, owner=owner_text()
+                    job, config, code, plain, secrets=tuple(secret), submission=uuid.uuid4().hex, owner=owner_text()
                 )
-                made = await self._create(shared, job, config, manifest, secret)
-            target = Target(
-                namespace=config.namespace,
-                name=made["metadata"]["name"],
-                uid=made["metadata"]["uid"],
-                run_id=job.run_id,
-                output=job.output,
-                grace=grace_of(made),
-                timeouts=config.timeouts,
-                keep=config.keep_jobs,
-                has_secret=bool(secret),
-                patience=self._end_patience,
-                tags={"mlflow.docker.image.uri": code.image, **_tags(made)},
-            )
-            return self._supervise(shared, made, target, submitted=True)
-        except BaseException:
-            await self._watches.release(shared)
-            raise
+                return await self._create(shared, job, config, manifest, secret)
+
+        tags = {"mlflow.docker.image.uri": code.image}
+        return await self._supervise(config, create, job.run_id, job.output, submitted=True, tags=tags)
 
     def tags(self, run: BackendRun) -> Mapping[str, str]:
         """Return the tags that name the Job and the image."""
@@ -202,30 +187,17 @@ class KubernetesBackend(RemoteBackend[KubernetesConfig]):
         """
         data = ref.data
         config = await LOGINS.run(partial(_attached_config, data))
-        # The process that submitted the run deletes its Job as soon as it has the output, if it still lives.
-        lives = bool(await FILES.run(partial(owner_lives, data.get("owner"))))
-        keep = config.keep_jobs or lives
+        if await FILES.run(partial(owner_lives, data.get("owner"))):
+            # The process that submitted the run deletes its Job as soon as it has the output.
+            config = replace(config, keep_jobs=True)
         name = _job_name(ref)
-        shared = await self._watches.acquire(config.cluster, config.namespace)
-        try:
-            found = await find_job(shared.client, config.namespace, name, ref.run_id)
-            target = Target(
-                namespace=config.namespace,
-                name=name,
-                uid=found["metadata"]["uid"],
-                run_id=ref.run_id,
-                output=_output(ref.run_id),
-                grace=grace_of(found),
-                timeouts=config.timeouts,
-                keep=keep,
-                has_secret=has_secret(found),
-                patience=self._end_patience,
-                tags=_tags(found),
-            )
-            return self._supervise(shared, found, target, submitted=False)
-        except BaseException:
-            await self._watches.release(shared)
-            raise
+
+        async def find(shared: SharedWatch) -> dict[str, Any]:
+            return await find_job(shared.client, config.namespace, name, ref.run_id)
+
+        # The file that the first process writes to: if it still lives, both write the same there.
+        output = run_folder(ref.run_id) / "output.log"
+        return await self._supervise(config, find, ref.run_id, output, submitted=False, tags={})
 
     # ---- runs of other processes ------------------------------------------------------------------------------------
 
@@ -310,18 +282,60 @@ class KubernetesBackend(RemoteBackend[KubernetesConfig]):
         try:
             await delete_job(shared.client, meta["namespace"], meta["name"], meta["uid"])
             with anyio.move_on_after(_GRACE):
-                await state.until(lambda snapshot: snapshot.job is not None and snapshot.job.deleted)
+                await state.until(lambda snapshot: snapshot.job.deleted)
         except MlfleetError as error:
             raise SubmitError(f"the Job {meta['name']} may be left behind: {error}", backend=self.name) from error
         finally:
             shared.watch.untrack(meta["uid"])
 
-    def _supervise(
-        self, shared: SharedWatch, made: dict[str, Any], target: Target, *, submitted: bool
+    async def _supervise(
+        self,
+        config: KubernetesConfig,
+        obtain: Callable[[SharedWatch], Awaitable[dict[str, Any]]],
+        run_id: str,
+        output: Path | None,
+        *,
+        submitted: bool,
+        tags: Mapping[str, str],
     ) -> KubernetesRun:
-        run = KubernetesRun(target, read_job(made), shared.client, self._log_slots, shared.watch, submitted=submitted)
-        self._runs.start(run, name=f"mlfleet Job {target.name}", then=partial(self._watches.release, shared))
-        return run
+        """Return the handle of a run, which is supervised from now on.
+
+        Args:
+            config: The configuration of the backend.
+            obtain: A function that creates or finds the Job of the run.
+            run_id: The id of the MLflow run.
+            output: The file for the output; None: the output of this process.
+            submitted: True if this process creates the Job.
+            tags: Tags for the MLflow run, besides those that name the Job.
+        """
+        shared = await self._watches.acquire(config.cluster, config.namespace)
+        try:
+            made = await obtain(shared)
+            name, uid = made["metadata"]["name"], made["metadata"]["uid"]
+            target = Target(
+                namespace=config.namespace,
+                name=name,
+                uid=uid,
+                run_id=run_id,
+                output=output,
+                grace=grace_of(made),
+                timeouts=config.timeouts,
+                keep=config.keep_jobs,
+                has_secret=has_secret(made),
+                patience=self._end_patience,
+                tags={
+                    **tags,
+                    "mlfleet.kubernetes.job": f"{config.namespace}/{name}",
+                    "mlfleet.kubernetes.uid": uid,
+                },
+            )
+            job, slots = read_job(made), self._log_slots
+            run = KubernetesRun(target, job, shared.client, slots, shared.watch, submitted=submitted)
+            self._runs.start(run, name=f"mlfleet Job {name}", then=partial(self._watches.release, shared))
+            return run
+        except BaseException:
+            await self._watches.release(shared)
+            raise
 
 
 def _attached_config(data: Mapping[str, Any]) -> KubernetesConfig:
@@ -358,16 +372,6 @@ def _job_name(ref: JobRef) -> str:
         text = f"the tag {JobRef.TAG} of the run {ref.run_id} names no Job, but {name!r}"
         raise RunLost(text, backend=KubernetesBackend.name)
     return name
-
-
-def _tags(made: Mapping[str, Any]) -> dict[str, str]:
-    meta = made["metadata"]
-    return {"mlfleet.kubernetes.job": f"{meta['namespace']}/{meta['name']}", "mlfleet.kubernetes.uid": meta["uid"]}
-
-
-def _output(run_id: str) -> Path:
-    """Return the file that the first process writes to: if it still lives, both write the same there."""
-    return run_folder(run_id) / "output.log"
 
 
 def _listed(raw: Mapping[str, Any]) -> ListedRun:

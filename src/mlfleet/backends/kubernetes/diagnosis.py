@@ -65,7 +65,7 @@ class PendingReason:
 def pending_reason(snapshot: Snapshot) -> PendingReason | None:
     """Return the reason why the run does not start; None if there is none, or a queue holds it back (Kueue, a gate)."""
     job = snapshot.job
-    if job is None or job.ended or job.suspended or job.deleting:
+    if job.ended or job.suspended or job.deleting:
         return None
     waiting = [pod for pod in snapshot.pods if not pod.ended and not pod.deleting]
     if not waiting:
@@ -90,7 +90,7 @@ def straggling_pod(snapshot: Snapshot) -> PodState | None:
     container, such as a proxy that an admission webhook has added.
     """
     job = snapshot.job
-    if job is None or job.ended or job.ending is not None or job.deleting or not snapshot.pods:
+    if job.ended or job.ending is not None or job.deleting or not snapshot.pods:
         return None
     pod = snapshot.pods[-1]
     if not pod.main.terminated or pod.deleting or not pod.running:
@@ -102,8 +102,7 @@ def straggling_pod(snapshot: Snapshot) -> PodState | None:
 def decided_outcome(snapshot: Snapshot) -> Outcome | None:
     """Return the outcome of a Job by the end of its command, before the Job has one; None if it may try again."""
     job, pod = snapshot.job, snapshot.last_pod
-    assert job is not None  # noqa: S101 - the pod that has ended is one of its
-    assert pod is not None  # noqa: S101
+    assert pod is not None  # noqa: S101 - its command has ended
     if pod.main.exit_code == 0:
         return Outcome(RunStatus.FINISHED, 0)
     # Not the controller's own count: before Kubernetes 1.26 it does not count pods that were deleted.
@@ -120,8 +119,6 @@ def outcome(snapshot: Snapshot) -> Outcome:
     The outcome's error is `RunLost` where the end is unknown.
     """
     job = snapshot.job
-    if job is None or not job.ended:
-        raise ValueError("the Job has not ended")
     code = exit_code(snapshot)
     # A Job that is deleted between the two phases of its end has the first only.
     ending = job.ending.type if job.ending is not None and job.deleted else ""
@@ -153,7 +150,6 @@ def exit_code(snapshot: Snapshot) -> int | None:
 def _without_condition(snapshot: Snapshot, code: int | None) -> Outcome:
     """Return the outcome of a Job that is gone and never had a final condition."""
     job, pod = snapshot.job, snapshot.last_pod
-    assert job is not None  # noqa: S101 - checked by the caller
     if not job.unseen:
         reason = f"the Job {job.name} was deleted from outside"
         code = code if pod is not None and pod.main.terminated else None
@@ -175,8 +171,8 @@ def _reason(snapshot: Snapshot, reason: str, message: str) -> str:
     match reason:
         case "BackoffLimitExceeded":
             # With restartPolicy OnFailure an attempt is a container of the same pod.
-            attempts = sum(pod.main.restarts for pod in snapshot.pods) + (job.attempts if job is not None else 0)
-            tried = f" (attempt {attempts} of {job.retries + 1})" if job is not None and job.retries else ""
+            attempts = sum(pod.main.restarts for pod in snapshot.pods) + job.attempts
+            tried = f" (attempt {attempts} of {job.retries + 1})" if job.retries else ""
             return f"{why or 'its pods failed'}{tried}"
         case "DeadlineExceeded":
             return "the Job's activeDeadlineSeconds ran out (DeadlineExceeded)"
@@ -213,8 +209,7 @@ def _deleted_outside(snapshot: Snapshot, pod: PodState) -> bool:
 def _given_up(snapshot: Snapshot, pod: PodState) -> bool:
     """Return True if the Job's controller deletes a pod because its container was restarted too often."""
     # pkg/controller/job/job_controller.go of Kubernetes, pastBackoffLimitOnFailure
-    job = snapshot.job
-    return job is not None and pod.restart_policy == "OnFailure" and 0 < pod.main.restarts >= job.retries
+    return pod.restart_policy == "OnFailure" and 0 < pod.main.restarts >= snapshot.job.retries
 
 
 def _pod_reason(pod: PodState, code: int | None, *, deleted: bool) -> str:

@@ -269,8 +269,8 @@ class ContainerLife:
     container: str
 
     def _find(self) -> tuple[PodState | None, ContainerState | None]:
-        snapshot = self.state.value
-        pod = next((pod for pod in snapshot.pods if pod.uid == self.pod), None) if snapshot is not None else None
+        pods = self.state.value.pods if self.state.value is not None else ()
+        pod = next((pod for pod in pods if pod.uid == self.pod), None)
         found = next((each for each in (pod.main, *pod.init) if each.name == self.container), None) if pod else None
         return pod, found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import anyio
@@ -39,7 +39,6 @@ _AWAY = 120.0  # the same if output is missing
 _POD_COMES = 2.0  # seconds by which the pod's end may arrive later than the Job's
 _WARN_AFTER = 30.0  # seconds of waiting for a node
 _WHOLE_SECOND = 1.0  # the unit of a pod's grace period
-_STUCK = 120.0  # seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,13 +63,13 @@ class Target:
     name: str
     uid: str
     run_id: str
-    output: Path | None = None
-    grace: float = 30.0
-    timeouts: StartTimeouts = field(default_factory=StartTimeouts)
-    keep: bool = True
-    has_secret: bool = False
-    patience: float = _STUCK
-    tags: Mapping[str, str] = field(default_factory=dict)
+    output: Path | None
+    grace: float
+    timeouts: StartTimeouts
+    keep: bool
+    has_secret: bool
+    patience: float
+    tags: Mapping[str, str]
 
 
 class KubernetesRun(SupervisedRun):
@@ -117,12 +116,15 @@ class KubernetesRun(SupervisedRun):
 
     async def _active_status(self) -> RunStatus:
         """Return SCHEDULED until a container runs."""
-        snapshot = self._state.value
-        if snapshot is None:
-            return RunStatus.SCHEDULED
-        return RunStatus.RUNNING if snapshot.status.is_terminal else snapshot.status
+        status = self._snapshot.status
+        return RunStatus.RUNNING if status.is_terminal else status
 
     # ---- its task ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _snapshot(self) -> Snapshot:
+        assert self._state.value is not None  # noqa: S101 - `NamespaceWatch.track` gives it a first state
+        return self._state.value
 
     async def _tidy(self) -> None:
         if self._over:
@@ -133,8 +135,8 @@ class KubernetesRun(SupervisedRun):
 
     async def _remove(self) -> None:
         """Delete what must not stay after the end of the run: the Secret, or the Job, which takes it along."""
-        target, state = self.target, self._state.value
-        if self._cut or (state is not None and state.job is not None and state.job.deleted):
+        target = self.target
+        if self._cut or self._snapshot.job.deleted:
             return
         try:
             if not target.keep:
@@ -180,8 +182,7 @@ class KubernetesRun(SupervisedRun):
         if isinstance(failed, StartTimeout):
             return await self._fail_start(failed)
         if isinstance(failed, _Concluded):
-            assert self._state.value is not None  # noqa: S101 - nothing is tracked without a first state
-            return await self._end(self._state.value)
+            return await self._end(self._snapshot)
         if failed is not None:
             raise failed
         return await self._end(snapshot)
@@ -189,12 +190,12 @@ class KubernetesRun(SupervisedRun):
     def _is_over(self, snapshot: Snapshot) -> bool:
         """Return True at the end: for a Job that we delete, when it is gone together with its pods."""
         if self._cut or self._decided is not None:
-            return snapshot.job is not None and snapshot.job.deleted
+            return snapshot.job.deleted
         return snapshot.ended
 
     async def _end(self, snapshot: Snapshot) -> Outcome:
         self._over, job = True, snapshot.job
-        by_itself = job is not None and (job.complete or job.failed is not None or job.ending is not None)
+        by_itself = job.complete or job.failed is not None or job.ending is not None
         if self._decided is not None:
             result = self._decided
         elif self._cut or (self._stop_request.is_requested and not by_itself):
@@ -210,7 +211,7 @@ class KubernetesRun(SupervisedRun):
             pod = snapshot.last_pod
             return pod is not None and (pod.main.terminated or pod.ended)
 
-        if has_end(snapshot) or (snapshot.job is not None and snapshot.job.deleted):
+        if has_end(snapshot) or snapshot.job.deleted:
             return snapshot
         with anyio.move_on_after(_POD_COMES):
             return await self._state.until(has_end)
@@ -232,7 +233,7 @@ class KubernetesRun(SupervisedRun):
         copier = self._copier
         await copier.open()
         while True:
-            if self._state.value is not None and next_log(self._state.value, copier.done) is None:
+            if next_log(self._snapshot, copier.done) is None:
                 copier.caught_up.set()
             snapshot = await self._state.until(lambda now: now.ended or next_log(now, copier.done) is not None)
             found = next_log(snapshot, copier.done)
@@ -303,8 +304,7 @@ class KubernetesRun(SupervisedRun):
                 " Make a container that never ends a sidecar: an init container with restartPolicy: Always",
                 self.run_id, pod.main.exit_code, ", ".join(pod.running), pod.name,
             )  # fmt: skip
-        assert self._state.value is not None  # noqa: S101 - nothing is tracked without a first state
-        decided = decided_outcome(self._state.value)
+        decided = decided_outcome(self._snapshot)
         if decided is None:
             await delete_pod(self._client, target.namespace, pod.name, pod.uid)
             await self._state.until(lambda snapshot: not _goes_on(snapshot, pod.uid))
@@ -349,7 +349,7 @@ class KubernetesRun(SupervisedRun):
         return False
 
     def _current_reason(self, first: PendingReason) -> PendingReason:
-        return (pending_reason(self._state.value) if self._state.value is not None else None) or first
+        return pending_reason(self._snapshot) or first
 
     async def _fail_start(self, error: StartTimeout) -> Outcome:
         found = error.reason
@@ -357,7 +357,7 @@ class KubernetesRun(SupervisedRun):
         reason = f"the run did not start within {error.seconds:g} s: {found.text}"
         await self._give_up()
         with anyio.move_on_after(self.target.grace + self.target.patience):
-            await self._state.until(lambda snapshot: snapshot.job is not None and snapshot.job.deleted)
+            await self._state.until(lambda snapshot: snapshot.job.deleted)
         lost = SubmitError("\n".join((reason, *said)), backend="kubernetes")
         return Outcome(RunStatus.FAILED, None, reason, output=tuple(said), error=lost, cause=FailureKind.INFRASTRUCTURE)
 
@@ -365,11 +365,11 @@ class KubernetesRun(SupervisedRun):
 
     async def _stop(self) -> None:
         """Delete the Job and wait for the end of its pods. The task group cancels this when the Job is gone."""
-        if self._state.value is not None and self._state.value.ended:
+        target, snapshot = self.target, self._snapshot
+        if snapshot.ended:
             return
-        target, state = self.target, self._state.value
-        if state is not None and straggling_pod(state) is not None and self._decided is None:
-            self._decided = decided_outcome(state)  # what has ended keeps its end
+        if straggling_pod(snapshot) is not None and self._decided is None:
+            self._decided = decided_outcome(snapshot)  # what has ended keeps its end
         self._cut = await delete_job(self._client, target.namespace, target.name, target.uid)
         pods_end_at = anyio.current_time() + target.grace
         while True:
@@ -394,7 +394,7 @@ class KubernetesRun(SupervisedRun):
             RunLost: Some may run, since their node has not confirmed their end.
         """
         name = self.target.name
-        running = [f"{pod.name} on {pod.node or 'no node'}" for pod in self._pods if pod.running]
+        running = [f"{pod.name} on {pod.node or 'no node'}" for pod in self._snapshot.pods if pod.running]
         if running:
             raise RunLost(
                 f"the Job {name} was deleted, but its pods do not end, and their commands may still run:"
@@ -405,17 +405,13 @@ class KubernetesRun(SupervisedRun):
         raise _Concluded("nothing of the Job runs any more")
 
     async def _hurry(self, grace: float) -> None:
-        for pod in self._pods:
+        for pod in self._snapshot.pods:
             if pod.ended:
                 continue
             try:
                 await delete_pod(self._client, self.target.namespace, pod.name, pod.uid, grace=grace)
             except ApiError as error:
                 _log.warning("a shorter grace time cannot be given to the pod %s: %s", pod.name, error)
-
-    @property
-    def _pods(self) -> tuple[PodState, ...]:
-        return self._state.value.pods if self._state.value is not None else ()
 
 
 def _goes_on(snapshot: Snapshot, uid: str) -> bool:

@@ -179,17 +179,17 @@ class Snapshot:
     """The latest known states of a Job and its pods.
 
     Attributes:
-        job: The Job; None before it was seen.
+        job: The Job.
         pods: The pods in the order of their creation.
     """
 
-    job: JobState | None = None
+    job: JobState
     pods: tuple[PodState, ...] = ()
 
     @property
     def ended(self) -> bool:
         """True if the Job has ended or is gone."""
-        return self.job is not None and self.job.ended
+        return self.job.ended
 
     @property
     def started(self) -> bool:
@@ -205,10 +205,9 @@ class Snapshot:
     @property
     def status(self) -> RunStatus:
         """The status in MLflow's words. ``startTime`` does not make it RUNNING: a container must run, or have run."""
-        job = self.job
-        if job is not None and job.ended:
-            return RunStatus.FINISHED if job.complete else RunStatus.FAILED
-        if self.started and not (job is not None and job.suspended):
+        if self.job.ended:
+            return RunStatus.FINISHED if self.job.complete else RunStatus.FAILED
+        if self.started and not self.job.suspended:
             return RunStatus.RUNNING
         return RunStatus.SCHEDULED
 
