@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, TypeVar
@@ -55,7 +55,9 @@ class Artifacts:
     async def upload(self, root: str, path: Path, artifact_path: str | None) -> None:
         """Store the file `path` in the folder `artifact_path` below the URI `root`."""
         folder = safe_path(artifact_path or "", artifact_path or "")
-        target = str(PurePosixPath(folder) / path.name)
+        await self._store(path, root, str(PurePosixPath(folder) / path.name))
+
+    async def _store(self, path: Path, root: str, target: str) -> None:
         served = self._served(root)
         if served is not None:
             await self._client.retry(partial(self._put, _url(str(PurePosixPath(served) / target)), path))
@@ -139,30 +141,50 @@ class Artifacts:
     async def _fetch(self, root: str, target: Path) -> None:
         served = self._served(root)
         if served is not None:
-            await self._fetch_served(served, target, depth=0)
+            listed = await self._list(served)
+            is_file = not listed or listed == {PurePosixPath(served).name: False}
+            await self._fetch_listed(served, {} if is_file else listed, target, self._list, self._fetch_file)
             return
         local = local_path(root)
         work = partial(_copy_from, local, target) if local is not None else partial(download_object, root, target)
         await self._in_thread(work)
 
-    async def _fetch_served(self, path: str, target: Path, *, depth: int) -> None:
-        listed = await self._list(path)
-        name = PurePosixPath(path).name
-        if not listed or (len(listed) == 1 and listed.get(name) is False):
-            await self._client.retry(partial(self._get, _url(path), target))
-            return
-        await self._fetch_folder(path, listed, target, depth=depth)
+    async def _fetch_listed(
+        self,
+        path: str,
+        listed: Mapping[str, bool],
+        target: Path,
+        list_folder: Callable[[str], Awaitable[Mapping[str, bool]]],
+        fetch_file: Callable[[str, Path], Awaitable[None]],
+        *,
+        depth: int = 0,
+    ) -> None:
+        """Download a file, or a folder with all that is in it.
 
-    async def _fetch_folder(self, path: str, listed: Mapping[str, bool], target: Path, *, depth: int) -> None:
+        Args:
+            path: The path of the file or folder.
+            listed: The names in the folder; nothing for a file.
+            target: The file or folder to make.
+            list_folder: Returns the names in a folder, with True for folders.
+            fetch_file: Downloads one file.
+            depth: The number of folders above that this call has come from.
+        """
         if depth > _DEPTH:
             raise TrackingError(f"the artifacts {path!r} are nested more than {_DEPTH} folders deep")
+        if not listed and depth == 0:
+            await fetch_file(path, target)
+            return
         await self._in_thread(partial(target.mkdir, parents=True, exist_ok=True))
         for name, is_folder in listed.items():
             inside = f"{path}/{name}" if path else name
             if is_folder:
-                await self._fetch_folder(inside, await self._list(inside), target / name, depth=depth + 1)
+                below = await list_folder(inside)
+                await self._fetch_listed(inside, below, target / name, list_folder, fetch_file, depth=depth + 1)
             else:
-                await self._client.retry(partial(self._get, _url(inside), target / name))
+                await fetch_file(inside, target / name)
+
+    async def _fetch_file(self, path: str, target: Path) -> None:
+        await self._client.retry(lambda: self._save(self._client.stream("GET", _url(path)), target))
 
     async def _list(self, path: str) -> dict[str, bool]:
         """Return the names in a folder; the value is True for folders."""
@@ -170,12 +192,17 @@ class Artifacts:
         return {safe_name(file.get("path")): bool(file.get("is_dir")) for file in answer.get("files") or ()}
 
     async def _put(self, url: str, path: Path) -> None:
+        async with self._open(path) as (file, size):
+            content = self._chunks(file, size)
+            async with self._client.stream("PUT", url, content=content, size=size) as answer:
+                await answer.aread()
+
+    @asynccontextmanager
+    async def _open(self, path: Path) -> AsyncIterator[tuple[IO[bytes], int]]:
+        """Open a file to upload it, and return it with its size in bytes."""
         try:
             async with TRANSFERS.open(path, "rb") as file:
-                size = (await self._in_thread(partial(os.fstat, file.fileno()))).st_size
-                content = self._chunks(file, size)
-                async with self._client.stream("PUT", url, content=content, size=size) as answer:
-                    await answer.aread()
+                yield file, (await self._in_thread(partial(os.fstat, file.fileno()))).st_size
         except OSError as error:
             raise TrackingError(f"the artifact {path} cannot be read: {error.strerror or error}") from error
 
@@ -187,9 +214,6 @@ class Artifacts:
                 raise TrackingError(f"the artifact {file.name} became shorter while it was uploaded")
             size -= len(chunk)
             yield chunk
-
-    async def _get(self, url: str, target: Path) -> None:
-        await self._save(self._client.stream("GET", url), target)
 
     async def _save(self, opening: AbstractAsyncContextManager[httpx.Response], target: Path) -> None:
         try:

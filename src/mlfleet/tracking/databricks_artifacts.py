@@ -5,11 +5,10 @@ The API is the one that mlflow's own client uses (``mlflow.store.artifact.databr
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
@@ -21,7 +20,6 @@ from mlfleet._concurrency.threads import TRANSFERS
 from mlfleet._hosts import has_loopback_host
 from mlfleet._request_log import unlogged_requests
 from mlfleet._retry import RETRIED
-from mlfleet.errors import TrackingError
 from mlfleet.tracking.artifacts import Artifacts
 from mlfleet.tracking.errors import Transient
 from mlfleet.tracking.http import ServerClient
@@ -33,10 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["DatabricksArtifacts"]
 
 _AT_ONCE = 4
-_CHUNK = 2**20
 _LONGEST_APPEND = 64 * 2**20  # bytes of one request to ADLS Gen2
 _TIMEOUT = 60.0  # seconds without a byte
-_DEPTH = 100
 _ROOT = re.compile(
     r"/databricks/mlflow-tracking/[^/]+/(?P<model>logged_models/)?(?P<id>[^/]+)/artifacts(/(?P<path>.*))?"
 )
@@ -55,10 +51,6 @@ class _Place:
     owner: str
     is_model: bool
     path: str
-
-    def inside(self, name: str) -> _Place:
-        """Return the place of a file or folder in this folder."""
-        return _Place(self.owner, self.is_model, f"{self.path}/{name}" if self.path else name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +78,12 @@ class DatabricksArtifacts(Artifacts):
         super().__init__(client)
         self._slots = anyio.Semaphore(_AT_ONCE)
 
-    async def upload(self, root: str, path: Path, artifact_path: str | None) -> None:  # noqa: D102 - as in Artifacts
+    async def _store(self, path: Path, root: str, target: str) -> None:
         place = _parse(root)
         if place is None or place.is_model:
-            await super().upload(root, path, artifact_path)
+            await super()._store(path, root, target)
             return
-        folder = safe_path(artifact_path or "", artifact_path or "")
-        place = place.inside(str(PurePosixPath(folder) / path.name))
+        place = replace(place, path=str(PurePosixPath(place.path) / target))
         async with _storage_client(self._client.login.url) as storage, self._slots:
             await self._client.retry(partial(self._put_signed, storage, place, path))
 
@@ -102,25 +93,15 @@ class DatabricksArtifacts(Artifacts):
             await super()._fetch(root, target)
             return
         async with _storage_client(self._client.login.url) as storage:
-            await self._fetch_place(storage, place, target, depth=0)
 
-    async def _fetch_place(self, storage: httpx.AsyncClient, place: _Place, target: Path, *, depth: int) -> None:
-        if depth > _DEPTH:
-            raise TrackingError(f"the artifacts {place.path!r} are nested more than {_DEPTH} folders deep")
-        listed = await self._list_place(place)
-        if not listed and depth == 0:
-            await self._fetch_file(storage, place, target)
-            return
-        await self._in_thread(partial(target.mkdir, parents=True, exist_ok=True))
-        for name, is_folder in listed.items():
-            if is_folder:
-                await self._fetch_place(storage, place.inside(name), target / name, depth=depth + 1)
-            else:
-                await self._fetch_file(storage, place.inside(name), target / name)
+            async def fetch_file(path: str, target: Path) -> None:
+                async with self._slots:
+                    await self._client.retry(partial(self._get_signed, storage, replace(place, path=path), target))
 
-    async def _fetch_file(self, storage: httpx.AsyncClient, place: _Place, target: Path) -> None:
-        async with self._slots:
-            await self._client.retry(partial(self._get_signed, storage, place, target))
+            listed = await self._list_place(place)
+            await self._fetch_listed(
+                place.path, listed, target, lambda path: self._list_place(replace(place, path=path)), fetch_file
+            )
 
     async def _list_place(self, place: _Place) -> dict[str, bool]:
         """Return the names in a folder, with True for folders; nothing for a file."""
@@ -162,20 +143,16 @@ class DatabricksArtifacts(Artifacts):
 
     async def _put_signed(self, storage: httpx.AsyncClient, place: _Place, path: Path) -> None:
         signed = await self._sign(place, "write")
-        try:
-            async with TRANSFERS.open(path, "rb") as file:
-                size = (await self._in_thread(partial(os.fstat, file.fileno()))).st_size
-                if signed.kind == "AZURE_ADLS_GEN2_SAS_URI":
-                    await self._put_adls(storage, signed, place, file, size)
-                    return
-                # https://learn.microsoft.com/rest/api/storageservices/put-blob
-                more = {"x-ms-blob-type": "BlockBlob"} if signed.kind == "AZURE_SAS_URI" else {}
-                headers = {**signed.headers, **more, "Content-Length": str(size)}
-                content = self._chunks(file, size)
-                async with self._exchange(storage, "PUT", signed.url, place, headers=headers, content=content):
-                    pass
-        except OSError as error:
-            raise TrackingError(f"the artifact {path} cannot be read: {error.strerror or error}") from error
+        async with self._open(path) as (file, size):
+            if signed.kind == "AZURE_ADLS_GEN2_SAS_URI":
+                await self._put_adls(storage, signed, place, file, size)
+                return
+            # https://learn.microsoft.com/rest/api/storageservices/put-blob
+            more = {"x-ms-blob-type": "BlockBlob"} if signed.kind == "AZURE_SAS_URI" else {}
+            headers = {**signed.headers, **more, "Content-Length": str(size)}
+            content = self._chunks(file, size)
+            async with self._exchange(storage, "PUT", signed.url, place, headers=headers, content=content):
+                pass
 
     async def _put_adls(
         self, storage: httpx.AsyncClient, signed: _SignedUrl, place: _Place, file: IO[bytes], size: int
