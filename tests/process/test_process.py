@@ -264,6 +264,11 @@ class TestRestOfTheSession:
         assert "sleep (" in warning
         assert "setsid" in warning
 
+    async def test_ends_also_in_a_group_of_its_own(self) -> None:
+        async with leaving("set -m; sleep 600 & exit 4", "group", 20) as process:
+            assert await process.wait() == 4
+            assert living("group") == []
+
     async def test_is_killed_after_its_grace(self) -> None:
         async with leaving("(trap '' TERM; while :; do sleep 1; done) & sleep 0.2; exit 4", "deaf", 0.2) as process:
             assert await process.wait() == 4
