@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,13 +11,16 @@ from pathlib import Path
 import pytest
 
 import mlfleet
+from components.command_line import mlfleet as mlfleet_command
 from components.command_line import on_terminal
+from components.plugins import on_path
 from components.projects import pid_is_gone, write_project
 from fakes.scripted_server import scripted
 from fakes.small_mlflow import SmallMlflow
 from mlfleet import ExecutionException, SweepCounts, UsageError, grid
 from mlfleet._progress.painters import LinePainter
-from mlfleet._progress.screen import Painter, Picture, RunScreen, shown
+from mlfleet._progress.picture import Painter, Picture
+from mlfleet._progress.screen import RunScreen, shown
 
 PYTHON = (sys.executable, "-c")
 
@@ -89,6 +93,40 @@ async def test_elsewhere_there_are_lines(
     ]
     assert [point.run is None for point in result.results] == [False, False]
     assert (result.metric, result.goal) == ("loss", "min")
+
+
+async def test_what_a_backend_does_is_shown_under_its_own_name(
+    mlflow: SmallMlflow, tmp_path: Path, plugin_folder: Path
+) -> None:
+    uri = write_project(tmp_path / "demo", "echo says {x}", parameters="x: string")
+    options = (uri, "-b", "echo", "--env-manager", "local")
+    environment = on_path(plugin_folder)
+    doing = "looking for a place to say hello"
+
+    done = await asyncio.to_thread(mlfleet_command, "run", *options, "-P", "x=1", env=environment)
+    assert done.returncode == 0, done.stderr
+    started, shown, ended, _ = done.stderr.splitlines()
+    assert started.startswith("mlfleet: running")
+    assert shown == f"mlfleet: {doing}"
+    assert ended.endswith("is FINISHED")
+
+    with on_terminal("run", *options, "-P", "x=1", env=environment) as terminal:
+        assert await asyncio.to_thread(terminal.finish) == 0
+    before, _, after = terminal.seen.partition("mlfleet: running")
+    assert "preparing the environment" in before
+    assert "building" not in terminal.plain
+    # No spinner comes back where the project writes.
+    assert f"mlfleet: {doing}" in after
+    assert "\x1b" not in after
+
+    done = await asyncio.to_thread(mlfleet_command, "sweep", *options, "-P", "x=1,2", env=environment)
+    lines = done.stderr.splitlines()
+    assert lines.count(f"mlfleet: {doing}") == 1
+    assert sum(" FINISHED point " in line for line in lines) == 2
+
+    done = await asyncio.to_thread(mlfleet_command, "sweep", *options, "-P", "x=1,2", "--json", env=environment)
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [event["event"] for event in events if event.get("detail") == doing] == ["starting"] * 2
 
 
 def test_lines_about_the_state_come_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:

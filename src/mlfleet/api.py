@@ -307,7 +307,7 @@ async def _run_screen(uri: str | os.PathLike[str], tracking_uri: str | None) -> 
 
     events = (await default_fleet(tracking_uri)).events()
     screen = RunScreen(choose_painter(), os.fspath(uri), events)
-    async with shown(screen):
+    async with shown(screen, screen.finish):
         yield screen
 
 
@@ -316,7 +316,7 @@ async def _sweep_screen(metric: str | None, goal: Goal, fixed: Mapping[str, Any]
     from mlfleet._progress import BestRuns, SweepScreen, choose_painter, shown
 
     screen = SweepScreen(choose_painter(), BestRuns(metric, goal, 1), fixed or {})
-    async with shown(screen):
+    async with shown(screen, screen.finish):
         yield screen
 
 

@@ -14,7 +14,7 @@ from components.packages import make_package
 __all__ = ["install_plugin", "on_path", "plugin_folder"]
 
 NATIVE_PLUGIN = '''
-"""A native backend: local processes that print a greeting first."""
+"""A native backend: local processes that print a greeting first, and say so."""
 
 from dataclasses import dataclass, replace
 
@@ -36,6 +36,7 @@ class Echo(LocalBackend):
         return Config(**config)
 
     async def submit(self, job):
+        job.on_progress(f"looking for a place to say {job.config.greeting}")
         return await super().submit(replace(job, command=f"echo {job.config.greeting}; {job.command}"))
 '''
 

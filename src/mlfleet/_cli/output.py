@@ -18,7 +18,7 @@ from typing import Any
 import anyio.to_thread
 import click
 
-from mlfleet._progress import write_line
+from mlfleet._progress import colored, write_line
 from mlfleet._run_log import get_logger
 from mlfleet._text.lines import write_all
 from mlfleet._text.masking import MASK
@@ -52,10 +52,7 @@ _MISTAKES = (UsageError, SpecError, ParameterError, FetchError, BackendNotFound)
 
 def complain(text: str, *, word: str = "Error", color: str = "red") -> None:
     """Write an error, or another message that begins with a coloured word, to standard error."""
-    # NO_COLOR: https://no-color.org. click itself finds out whether there is a terminal.
-    plain = bool(os.environ.get("NO_COLOR"))
-    label = f"{word}:" if plain else click.style(f"{word}:", fg=color, bold=True)
-    write_line(f"{label} {clean(text)}")
+    write_line(f"{colored(f'{word}:', color, bold=True)} {clean(text)}")
 
 
 def show_logs(level: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from mlfleet._progress import is_interactive, say
+from mlfleet._progress import activity, is_interactive, say
 from mlfleet._text.plain import clean
 from mlfleet.runs import RunEvent, Stage
 
@@ -27,7 +27,8 @@ class Progress:
         self._inherits = inherits
         self._quiet = quiet
         self._spinner = _Spinner() if is_interactive() and not quiet else None
-        self._said: set[str] = set()
+        self._has_begun = False
+        self._said: set[Stage] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -39,25 +40,26 @@ class Progress:
 
     def begin(self) -> None:
         """Show an activity before the first event arrives."""
-        self._show("opening the tracking store")
+        if self._spinner is not None:
+            self._spinner.show("opening the tracking store")
 
     def __call__(self, event: RunEvent) -> None:
         """Show the activity that an event begins."""
-        match event.stage:
-            case Stage.FETCHING:
-                self._show("fetching the project", event.detail)
-            case Stage.QUEUED:
-                self._show("getting the run ready")
-            case Stage.PREPARING if event.detail:
-                self._show("building the environment", event.detail)
-            case Stage.PREPARING:
-                self._show("preparing the environment")
-            case Stage.STARTING:
-                self._begin(event)
-            case Stage.STARTED if not self._inherits:
-                self._show(f"running ({event.run_name})")
-            case Stage.FINISHED:
+        if event.stage is Stage.STARTING and not self._has_begun:
+            self._has_begun = True
+            if self._inherits:
+                # The terminal belongs to the project from now on, also while its backend does what takes long.
                 self.hide()
+                self._spinner = None
+            self.say(f"running {event.run_name!r} (run {event.run_id})")
+        if event.stage is Stage.FINISHED:
+            self.hide()
+        elif self._spinner is not None:
+            self._spinner.show(activity(event.stage, event.detail) or f"running ({event.run_name})")
+        elif event.detail and event.stage not in self._said:
+            # Activities without a detail take too little time to be worth a line.
+            self._said.add(event.stage)
+            self.say(activity(event.stage, event.detail, brief=True))
 
     def say(self, text: str) -> None:
         """Write a line that stays."""
@@ -68,22 +70,6 @@ class Progress:
         """Remove the spinner."""
         if self._spinner is not None:
             self._spinner.hide()
-
-    def _begin(self, event: RunEvent) -> None:
-        """Announce the run, and leave the terminal to the project if it writes there."""
-        if self._inherits:
-            self.hide()
-        self.say(f"running {event.run_name!r} (run {event.run_id})")
-        if not self._inherits:
-            self._show("starting")
-
-    def _show(self, activity: str, detail: str = "") -> None:
-        if self._spinner is not None:
-            self._spinner.show(f"{activity}: {detail.strip()}" if detail.strip() else activity)
-        elif detail and activity not in self._said:
-            # Activities without a detail take too little time to be worth a line.
-            self._said.add(activity)
-            self.say(activity)
 
 
 class _Spinner:

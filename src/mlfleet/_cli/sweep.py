@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import shlex
 import signal
 import time
 from collections.abc import Mapping
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import anyio
 import click
-from anyio.abc import TaskGroup
 
 from mlfleet._cli.dry_run import dry_run
 from mlfleet._cli.options import (
@@ -37,10 +35,10 @@ from mlfleet._cli.output import (
     where_to_look,
 )
 from mlfleet._cli.sweep_space import read_space
-from mlfleet._cli.sweep_views import SweepJson, SweepLines, SweepView, result_as_json
+from mlfleet._cli.sweep_views import SweepJson, SweepView, result_as_json
 from mlfleet._engine.options import Goal
 from mlfleet._engine.request import RunRequest
-from mlfleet._progress import BestRuns, SweepScreen, TerminalPainter, is_interactive, say
+from mlfleet._progress import BestRuns, LinePainter, SweepScreen, TerminalPainter, is_interactive, say, shown
 from mlfleet._signals import Interrupts, run_until_interrupted
 from mlfleet._sweeps import PointResult, Retry, Sweep, SweepCounts
 from mlfleet._text.plain import duration_text, short
@@ -214,7 +212,7 @@ def _view(command: SweepCommand, *, as_json: bool, quiet: bool) -> SweepView:
         return SweepJson(quiet=quiet)
     if is_interactive() and not quiet:
         return SweepScreen(TerminalPainter(), command.best, fixed=command.options["parameters"])
-    return SweepLines(command.best, quiet=quiet)
+    return SweepScreen(LinePainter(math.inf), command.best, says_all=True, quiet=quiet)
 
 
 # ---- the work -------------------------------------------------------------------------------------------------------
@@ -258,10 +256,7 @@ class SweepCommand:
 
     async def execute(self, view: SweepView, interrupts: Interrupts) -> None:
         """Run the sweep and keep the result. When this returns, nothing of the sweep is left."""
-        async with AsyncExitStack() as stack:
-            showing = await stack.enter_async_context(anyio.create_task_group())
-            stack.push_async_callback(_stop, showing, view)
-            showing.start_soon(view.keep_up)
+        async with shown(view):
             # Inside the view, so that it shows how the runs stop after an interrupt.
             with interrupts.scope:
                 try:
@@ -293,12 +288,6 @@ class SweepCommand:
     async def _keep(self, result: PointResult, view: SweepView) -> None:
         self.best.add(result)
         view.ended(result, () if result.run is None else (await result.run.outcome()).output)
-
-
-async def _stop(showing: TaskGroup, view: SweepView) -> None:
-    showing.cancel_scope.cancel()
-    with anyio.CancelScope(shield=True):
-        await view.close()
 
 
 # ---- the end --------------------------------------------------------------------------------------------------------

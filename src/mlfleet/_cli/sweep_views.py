@@ -1,4 +1,4 @@
-"""The views of a running sweep: lines, and JSON for programs; `_progress` has the live one."""
+"""The view of a running sweep for programs: JSON. `_progress` has those for people."""
 
 from __future__ import annotations
 
@@ -10,21 +10,19 @@ from typing import Any, Protocol
 
 import anyio
 
-from mlfleet._cli.output import complain, masked, to_json
+from mlfleet._cli.output import masked, to_json
 from mlfleet._concurrency.threads import TERMINAL
-from mlfleet._progress import BestRuns, say
-from mlfleet._progress.screen import failure_line, opening_line, retry_line
+from mlfleet._progress import View, say
 from mlfleet._sweeps import PointResult, Sweep
 from mlfleet._text.lines import write_all
-from mlfleet._text.plain import point_text
-from mlfleet.runs import RunEvent, RunStatus, Stage
+from mlfleet.runs import RunEvent
 
-__all__ = ["SweepJson", "SweepLines", "SweepView", "result_as_json"]
+__all__ = ["SweepJson", "SweepView", "result_as_json"]
 
 _MOST_EVENTS = 10_000  # events that wait for a reader before further ones are dropped
 
 
-class SweepView(Protocol):
+class SweepView(View, Protocol):
     """A view of a sweep while it runs."""
 
     def follow(self, event: RunEvent) -> None:
@@ -47,79 +45,6 @@ class SweepView(Protocol):
     def say(self, text: str) -> None:
         """Show a line that stays."""
         ...
-
-    async def keep_up(self) -> None:
-        """Write everything that is to be shown, until this call is cancelled."""
-        ...
-
-    async def close(self) -> None:
-        """Write the rest, and nothing after it."""
-        ...
-
-
-# ---- lines ----------------------------------------------------------------------------------------------------------
-
-
-class SweepLines:
-    """A view with one line for each point that has ended, on standard error.
-
-    Args:
-        best: The best results, for the name of the metric to show.
-        quiet: Show failures only.
-    """
-
-    def __init__(self, best: BestRuns, *, quiet: bool) -> None:
-        self._best = best
-        self._quiet = quiet
-        self._sweep: Sweep | None = None
-        self._said: set[str] = set()
-
-    def follow(self, event: RunEvent) -> None:
-        """Show activities that take long, and retries."""
-        activity = {Stage.FETCHING: "fetching the project", Stage.PREPARING: "building the environment"}
-        if event.detail and event.stage in activity and event.stage not in self._said:
-            self._said.add(event.stage)
-            self.say(activity[event.stage])
-        if event.stage is Stage.RETRIED:
-            self.say(retry_line(event))
-
-    def entered(self, sweep: Sweep) -> None:
-        """Show the size of the sweep."""
-        self._sweep = sweep
-        self.say(opening_line(sweep))
-
-    def ended(self, result: PointResult, output: Sequence[str]) -> None:
-        """Show how a point ended."""
-        if result.status is RunStatus.FAILED:
-            complain(f"{self._place()} {failure_line(result, output)}", word="Failed")
-        else:
-            metric = self._best.metric
-            shown = f" {metric}={result.metrics[metric]:g}" if metric is not None and metric in result.metrics else ""
-            took = "" if result.seconds is None else f" ({result.seconds:.1f} s)"
-            before = ", before this session" if result.earlier else ""
-            self.say(
-                f"{self._place()} {result.status} point {result.index}: {point_text(result.point)}{shown}{took}{before}"
-            )
-
-    def say(self, text: str) -> None:
-        """Show a line that stays."""
-        if not self._quiet:
-            say(text)
-
-    async def keep_up(self) -> None:
-        """Return: every line is written at once."""
-
-    async def close(self) -> None:
-        """Return: every line is written at once."""
-
-    def _place(self) -> str:
-        counts = self._sweep.counts if self._sweep else None
-        if counts is None:
-            return ""
-        return f"[{counts.ended}/{'?' if counts.total is None else counts.total}]"
-
-
-# ---- JSON -----------------------------------------------------------------------------------------------------------
 
 
 class SweepJson:

@@ -105,7 +105,6 @@ async def prepare(
         command=plan.command(downloaded),
         environment=environment,
         paths=_paths(plan, downloaded),
-        on_progress=on_progress,
     )
 
 

@@ -436,6 +436,11 @@ class Supervisor(ABC):
             )
         )
 
+    def _report(self, stage: Stage, line: str) -> None:
+        """Publish a line on the progress of a stage. It may come late: a pull or a build goes on for other runs."""
+        if self.stage is stage:
+            self._publish(stage, line)
+
     def _pass_on(self, event: RunEvent) -> None:
         if self._observer is not None:
             self._observer.follow(event)
@@ -580,10 +585,10 @@ class SubmittedSupervisor(Supervisor):
                     self._context,
                     stack,
                     variables,
-                    on_progress=partial(self._publish, Stage.PREPARING),
+                    on_progress=partial(self._report, Stage.PREPARING),
                 )
                 self._publish(Stage.STARTING)
-                self.handle = await backend.submit(job)
+                self.handle = await backend.submit(replace(job, on_progress=partial(self._report, Stage.STARTING)))
                 await self._log_submitted(backend, self.handle)
                 await self._await_start(self.handle)
             return await self._await_end(self.handle)

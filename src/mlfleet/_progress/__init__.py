@@ -1,15 +1,20 @@
 """Views of runs and sweeps while they go on: on a terminal, in a notebook, and as lines elsewhere."""
 
-from mlfleet._progress.painters import TerminalPainter, choose_painter
-from mlfleet._progress.screen import BestRuns, RunScreen, SweepScreen, shown
-from mlfleet._progress.terminal import is_interactive, say, write_line
+from mlfleet._progress.painters import LinePainter, TerminalPainter, choose_painter
+from mlfleet._progress.picture import BestRuns, activity
+from mlfleet._progress.screen import RunScreen, SweepScreen, View, shown
+from mlfleet._progress.terminal import colored, is_interactive, say, write_line
 
 __all__ = [
     "BestRuns",
+    "LinePainter",
     "RunScreen",
     "SweepScreen",
     "TerminalPainter",
+    "View",
+    "activity",
     "choose_painter",
+    "colored",
     "is_interactive",
     "say",
     "shown",

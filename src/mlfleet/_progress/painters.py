@@ -8,8 +8,8 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from mlfleet._concurrency.notebook import in_notebook
-from mlfleet._progress.screen import Painter, Picture, Row
-from mlfleet._progress.terminal import is_interactive, say, write_line
+from mlfleet._progress.picture import Painter, Picture, Row
+from mlfleet._progress.terminal import colored, is_interactive, say, write_line
 from mlfleet._text.html import Html, block, escaped, table
 from mlfleet._text.plain import clean
 
@@ -50,10 +50,10 @@ class TerminalPainter:
         """Show a picture."""
         try:
             live = self._live or self._start()
-            for style, line in picture.lines:
+            for color, line in picture.lines:
                 # Only the terminal wraps the line, so that ids and addresses can be copied in one piece.
                 live.console.print(
-                    clean(line), style=style or None, markup=False, highlight=False, emoji=False, soft_wrap=True
+                    clean(line), style=color or None, markup=False, highlight=False, emoji=False, soft_wrap=True
                 )
             live.update(_region(picture, live.console.width), refresh=True)
         except OSError:
@@ -163,7 +163,7 @@ class NotebookPainter:
             parts.append(table((), [(row.name, row.time, _code(row.last)) for row in picture.rows]))
             parts.append(f"and {picture.hidden} more" if picture.hidden else "")
         parts.append(_colored(f"({self._dropped} earlier lines)", "dim") if self._dropped else "")
-        parts += [_colored(line.removeprefix("mlfleet: "), style) for style, line in self._lines]
+        parts += [_colored(line.removeprefix("mlfleet: "), color) for color, line in self._lines]
         return block(*parts)
 
 
@@ -190,7 +190,7 @@ class LinePainter:
     """Lines on standard error: those that stay, and a line about the state now and then.
 
     Args:
-        interval: The shortest time between two lines about the state, in seconds.
+        interval: The shortest time between two lines about the state, in seconds; infinite for none.
     """
 
     def __init__(self, interval: float = _LINE_INTERVAL) -> None:
@@ -200,8 +200,8 @@ class LinePainter:
 
     def paint(self, picture: Picture) -> None:
         """Write the lines of a picture."""
-        for _, line in picture.lines:
-            write_line(clean(line))
+        for color, line in picture.lines:
+            write_line(colored(clean(line), color))
         state = _plain(picture)
         if state == self._last or time.monotonic() < self._next:
             return

@@ -1,15 +1,15 @@
-"""Live views of a run and of a sweep: what they show, several times a second. Painters show it."""
+"""Live views of a run and of a sweep: what happens is noted, and a picture of it painted several times a second."""
 
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import time
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -18,192 +18,72 @@ import anyio
 
 from mlfleet._concurrency.cancellation import complete, wait_done
 from mlfleet._concurrency.threads import TERMINAL
-from mlfleet._engine.options import Goal
 from mlfleet._engine.run import FleetRun
+from mlfleet._progress.picture import (
+    BestRuns,
+    Painter,
+    Picture,
+    Row,
+    activity,
+    failure_line,
+    opening_line,
+    result_line,
+    retry_line,
+    share,
+)
 from mlfleet._progress.terminal import say
 from mlfleet._run_log import get_logger
 from mlfleet._sweeps import PointResult, Sweep, SweepCounts
 from mlfleet._text.lines import last_lines
-from mlfleet._text.plain import duration_text, plain_line, point_text
+from mlfleet._text.plain import plain_line, point_text
 from mlfleet.runs import RunEvent, RunStatus, Stage
 
-__all__ = [
-    "BestRuns",
-    "Painter",
-    "Picture",
-    "Row",
-    "RunScreen",
-    "Screen",
-    "SweepScreen",
-    "failure_line",
-    "opening_line",
-    "retry_line",
-    "shown",
-]
+__all__ = ["RunScreen", "Screen", "SweepScreen", "View", "shown"]
 
 logger = get_logger("mlfleet.progress")
 
 _INTERVAL = 0.4  # seconds between two pictures
 _MOST_ROWS = 8  # active points that are shown
-_MOST_METRIC_NAMES = 100
 _TAIL = 2048  # bytes at the end of an output in which its last line is searched
 
 
-@dataclass(slots=True)
-class BestRuns:
-    """The best results of a sweep by a metric. The other results are not kept.
+class View(Protocol):
+    """A view that `shown` keeps up to date."""
 
-    Attributes:
-        metric: The metric's name; None to keep no results.
-        goal: Whether low (``min``) or high (``max``) values are the best.
-        count: The number of results to keep.
-        results: The best results, the best one first.
-        metrics: Names of the metrics that the runs have logged.
-    """
-
-    metric: str | None
-    goal: Goal = "min"
-    count: int = 5
-    results: list[PointResult] = field(default_factory=list)
-    metrics: set[str] = field(default_factory=set)
-
-    def add(self, result: PointResult) -> None:
-        """Keep a result if it is among the best."""
-        if len(self.metrics) < _MOST_METRIC_NAMES:
-            self.metrics.update(result.metrics)
-        if self.metric is None or result.status is not RunStatus.FINISHED:
-            return
-        if not math.isfinite(result.metrics.get(self.metric, math.nan)):
-            return
-        # The handle would keep the run's plan in memory.
-        self.results.append(replace(result, run=None))
-        sign = 1 if self.goal == "min" else -1
-        metric = self.metric
-        self.results.sort(key=lambda each: (sign * each.metrics[metric], each.index))
-        del self.results[self.count :]
-
-    def describe(self) -> str:
-        """Return the best value so far, in a few words; empty if there is none."""
-        if not self.results or self.metric is None:
-            return ""
-        best = self.results[0]
-        return f"best {self.metric} {best.metrics[self.metric]:g} (point {best.index})"
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """An active run.
-
-    Attributes:
-        name: Its name, or its point.
-        since: The time at which its command began, in seconds since the epoch.
-        last: The last line of its output; empty if there is none.
-    """
-
-    name: str
-    since: float
-    last: str
-
-    @property
-    def time(self) -> str:
-        """The time that its command has taken so far."""
-        return duration_text(time.time() - self.since)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Picture:
-    """The content of a view at one moment.
-
-    Attributes:
-        lines: The lines to add that stay, each with its colour; empty for no colour.
-        title: The name of the run or of the sweep.
-        counts: The progress of the sweep; None for a run, and before the sweep has begun.
-        rows: The active runs that are shown.
-        hidden: The number of further active runs.
-        activity: What is being done before a command runs.
-        best: The best value so far.
-        rate: Points per second in this session; None before the first one has ended.
-        stopping: The sweep is being ended.
-        done: The sweep has ended.
-    """
-
-    lines: Sequence[tuple[str, str]]
-    title: str = ""
-    counts: SweepCounts | None = None
-    rows: Sequence[Row] = ()
-    hidden: int = 0
-    activity: str = ""
-    best: str = ""
-    rate: float | None = None
-    stopping: bool = False
-    done: bool = False
-
-    def numbers(self) -> list[tuple[str, str]]:
-        """Return the words about the progress of a sweep, each with its colour."""
-        counts = self.counts
-        if counts is None:
-            return []
-        found = [
-            (f"{number} {word}", style)
-            for number, word, style in (
-                (counts.finished, "finished", "green"),
-                (counts.failed, "failed", "red"),
-                (counts.killed, "killed", "yellow"),
-                (counts.running, "running", "cyan"),
-                (counts.retries, "tried again", "yellow"),
-                (counts.earlier, "from before", "dim"),
-            )
-            if number or (word == "running" and not self.done)
-        ]
-        if self.stopping and not self.done:
-            found.append(("stopping", "bold yellow"))
-        elif self.rate and not self.done:
-            found.append((_rate_text(self.rate), ""))
-            if counts.total is not None:
-                found.append((f"{duration_text((counts.total - counts.ended) / self.rate)} left", ""))
-        return [*found, (self.best, "bold")] if self.best else found
-
-    @property
-    def share(self) -> str:
-        """The share of the sweep's points that have ended, as in 3/12."""
-        counts = self.counts or SweepCounts()
-        return f"{counts.ended}/{'?' if counts.total is None else counts.total}"
-
-
-class Painter(Protocol):
-    """Shows pictures. Its methods are called in a thread and may block."""
-
-    def paint(self, picture: Picture) -> None:
-        """Show a picture in the place of the last one, below all lines that stay."""
+    async def keep_up(self) -> None:
+        """Write everything that is to be shown, until this call is cancelled."""
         ...
 
-    def close(self) -> None:
-        """Remove what does not stay."""
+    async def close(self) -> None:
+        """Write the rest, and nothing after it."""
         ...
 
 
-class Screen:
+class Screen(ABC):
     """A live view: a picture is painted several times a second.
 
     Args:
         painter: Shows the pictures.
+        quiet: Show failures only.
     """
 
-    def __init__(self, painter: Painter) -> None:
+    def __init__(self, painter: Painter, *, quiet: bool = False) -> None:
         self._painter = painter
+        self._quiet = quiet
         self._lines: deque[tuple[str, str]] = deque()
         self._activity = ""
         self._wake = anyio.Event()
         self._closed = False
         self._tails: dict[Path, tuple[int, str]] = {}
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, color: str = "") -> None:
         """Show a line that stays."""
+        if self._quiet:
+            return
         if self._closed:
             say(text)
-            return
-        self._lines.append(("", f"mlfleet: {text}"))
-        self._wake.set()
+        else:
+            self._add(color, f"mlfleet: {text}")
 
     async def keep_up(self) -> None:
         """Paint until this call is cancelled, in a thread: a stopped terminal (Ctrl-S) blocks the writer."""
@@ -213,42 +93,33 @@ class Screen:
                 await self._wake.wait()
             self._wake = anyio.Event()
 
-    async def finish(self) -> None:
-        """Note how it ended. Called when it has ended."""
-
     async def close(self) -> None:
         """Paint the last picture and remove what does not stay."""
         await self._paint()
         self._closed = True
         await TERMINAL.run(self._painter.close)
 
+    @abstractmethod
+    def _picture(self) -> Picture:
+        """Return the picture of this moment without the lines that stay. Called on the event loop."""
+
+    def _add(self, color: str, line: str) -> None:
+        self._lines.append((color, line))
+        self._wake.set()
+
     async def _paint(self) -> None:
-        lines = list(self._lines)
-        self._lines.clear()
-        active = self._active()
-        await TERMINAL.run(partial(self._show, self._picture(lines, len(active)), active))
-
-    def _picture(self, lines: Sequence[tuple[str, str]], rows: int) -> Picture:
-        """Return the picture of this moment without its rows. Called on the event loop.
-
-        Args:
-            lines: The lines to add.
-            rows: The number of its rows.
-        """
-        raise NotImplementedError
-
-    def _active(self) -> list[tuple[str, float, Path | None]]:
-        """Return the name, the start and the output of each run to show. Called on the event loop."""
-        raise NotImplementedError
+        await TERMINAL.run(partial(self._show, self._picture()))
 
     # ---- in the thread ----------------------------------------------------------------------------------------------
 
-    def _show(self, picture: Picture, active: Sequence[tuple[str, float, Path | None]]) -> None:
-        rows = [Row(name, since, self._tail(output)) for name, since, output in active]
-        kept = {output for _, _, output in active}
+    def _show(self, picture: Picture) -> None:
+        # Taken here: a call that is cancelled before its thread has begun would lose them.
+        lines = [self._lines.popleft() for _ in range(len(self._lines))]
+        rows = [replace(row, last=self._tail(row.output)) for row in picture.rows]
+        kept = {row.output for row in rows}
         for path in [path for path in self._tails if path not in kept]:
             del self._tails[path]
-        self._painter.paint(replace(picture, rows=rows))
+        self._painter.paint(replace(picture, lines=lines, rows=rows))
 
     def _tail(self, output: Path | None) -> str:
         """Return the last line of a file, which is read again only if the file has grown."""
@@ -272,27 +143,39 @@ class SweepScreen(Screen):
         painter: Shows the pictures.
         best: The best results.
         fixed: Names of the parameters that all points share; they are not shown.
+        says_all: Say what takes long and how each point ended, too, for a painter that shows the lines only.
+        quiet: Show failures only.
     """
 
-    def __init__(self, painter: Painter, best: BestRuns, fixed: Collection[str] = ()) -> None:
-        super().__init__(painter)
+    def __init__(
+        self,
+        painter: Painter,
+        best: BestRuns,
+        fixed: Collection[str] = (),
+        *,
+        says_all: bool = False,
+        quiet: bool = False,
+    ) -> None:
+        super().__init__(painter, quiet=quiet)
         self._activity = "opening the tracking store"
         self._best = best
         self._fixed = fixed
+        self._says_all = says_all
+        self._said: set[Stage] = set()
         self._sweep: Sweep | None = None
         self._began = time.monotonic()
 
     def follow(self, event: RunEvent) -> None:
         """Note the activity that an event begins, or a retry."""
-        match event.stage:
-            case Stage.FETCHING:
-                self._activity = f"fetching the project {event.detail}".strip()
-            case Stage.PREPARING if event.detail:
-                self._activity = f"building the environment: {event.detail}"
-            case Stage.QUEUED | Stage.STARTED | Stage.FINISHED:
-                self._activity = ""
-            case Stage.RETRIED:
-                self._lines.append(("yellow", retry_line(event)))
+        if event.stage is Stage.RETRIED:
+            self.say(retry_line(event), "yellow")
+        elif event.stage in (Stage.QUEUED, Stage.STARTED, Stage.FINISHED):
+            self._activity = ""
+        elif event.detail:  # the others take too little time to show them for each of many runs
+            self._activity = activity(event.stage, event.detail)
+            if self._says_all and event.stage not in self._said:
+                self._said.add(event.stage)
+                self.say(activity(event.stage, event.detail, brief=True))
 
     def entered(self, sweep: Sweep) -> None:
         """Show the size of the sweep."""
@@ -302,9 +185,20 @@ class SweepScreen(Screen):
         self.say(opening_line(sweep))
 
     def ended(self, result: PointResult, output: Sequence[str]) -> None:
-        """Note a failure; the counts show the other points."""
-        if result.status is RunStatus.FAILED:
-            self._lines.append(("red", failure_line(result, output)))
+        """Show how a point ended, if it failed or `says_all`; the counts show the other points.
+
+        Args:
+            result: The result.
+            output: The last lines of a failed run's output.
+        """
+        place = f"[{share(self._sweep.counts)}]" if self._sweep else ""
+        if result.status is not RunStatus.FAILED:
+            if self._says_all:
+                self.say(f"{place} {result_line(result, self._best.metric)}")
+        elif self._says_all:
+            self._add("red", f"Failed: {place} {failure_line(result, output)}")
+        else:
+            self._add("red", failure_line(result, output))
 
     async def results(self, sweep: Sweep) -> list[PointResult]:
         """Follow a sweep to its end, and return its results."""
@@ -317,39 +211,41 @@ class SweepScreen(Screen):
         return found
 
     async def finish(self) -> None:
-        """Note how the sweep ended."""
+        """Say how the sweep ended."""
         sweep = self._sweep
         if sweep is not None:
-            self._lines.append(("", f"mlfleet: sweep {sweep.run_name!r} is {sweep.status}: {sweep.counts}"))
+            self.say(f"sweep {sweep.run_name!r} is {sweep.status}: {sweep.counts}")
 
-    def _picture(self, lines: Sequence[tuple[str, str]], rows: int) -> Picture:
+    def _picture(self) -> Picture:
         sweep = self._sweep
-        counts = sweep.counts if sweep else None
+        if sweep is None:
+            return Picture(activity=self._activity)
+        counts, rows = sweep.counts, self._rows(sweep)
         return Picture(
-            lines=lines,
-            title=sweep.run_name if sweep else "",
+            title=sweep.run_name,
             counts=counts,
-            hidden=max((counts.running if counts else 0) - rows, 0),
+            rows=rows,
+            hidden=max(counts.running - len(rows), 0),
             activity=self._activity,
             best=self._best.describe(),
             rate=self._rate(counts),
-            stopping=bool(sweep and sweep.stopped),
-            done=bool(sweep and sweep.status.is_terminal),
+            stopping=bool(sweep.stopped),
+            done=sweep.status.is_terminal,
         )
 
-    def _active(self) -> list[tuple[str, float, Path | None]]:
-        started = [] if self._sweep is None else [run for run in self._sweep.runs if Stage.STARTED in run.times]
+    def _rows(self, sweep: Sweep) -> list[Row]:
+        started = [run for run in sweep.runs if Stage.STARTED in run.times]
         started.sort(key=lambda run: run.times[Stage.STARTED])
-        return [(self._name(run), run.times[Stage.STARTED], run.output_path) for run in started[:_MOST_ROWS]]
+        return [Row(self._name(run), run.times[Stage.STARTED], run.output_path) for run in started[:_MOST_ROWS]]
 
     def _name(self, run: FleetRun) -> str:
         point = {name: value for name, value in run.parameters.items() if name not in self._fixed}
         # Of a run of an earlier session only the name is known.
         return f"{run.index}: {point_text(point)}" if run.index is not None else run.info.name
 
-    def _rate(self, counts: SweepCounts | None) -> float | None:
+    def _rate(self, counts: SweepCounts) -> float | None:
         """Return the points per second in this session; None before the first one has ended."""
-        if counts is None or counts.ended == counts.earlier:
+        if counts.ended == counts.earlier:
             return None
         return (counts.ended - counts.earlier) / max(time.monotonic() - self._began, 0.001)
 
@@ -380,7 +276,7 @@ class RunScreen(Screen):
         async for event in self._events:
             if self._run is None:
                 if event.stage is Stage.FETCHING and event.uri == self._uri:
-                    self._activity = f"fetching the project {event.detail}".strip()
+                    self._activity = activity(event.stage, event.detail)
             elif event.run_id == self._run.run_id:
                 self._detail = event.detail
 
@@ -390,48 +286,37 @@ class RunScreen(Screen):
         self.say(f"running {run.info.name!r} (run {run.run_id})")
 
     async def finish(self) -> None:
-        """Note how the run ended."""
+        """Say how the run ended."""
         run = self._run
         if run is None:
             return
         outcome = await run.outcome()
-        color = "red" if outcome.status is RunStatus.FAILED else ""
-        reason = f": {outcome.reason}" if outcome.reason and color else ""
-        self._lines.append((color, f"mlfleet: {run.info.name!r} (run {run.run_id}) is {outcome.status}{reason}"))
+        failed = outcome.status is RunStatus.FAILED
+        reason = f": {outcome.reason}" if failed and outcome.reason else ""
+        self.say(f"{run.info.name!r} (run {run.run_id}) is {outcome.status}{reason}", "red" if failed else "")
 
-    def _picture(self, lines: Sequence[tuple[str, str]], rows: int) -> Picture:
+    def _picture(self) -> Picture:
         run = self._run
         if run is None:
-            return Picture(lines=lines, activity=self._activity)
-        return Picture(lines=lines, title=run.info.name, activity=self._doing(run.stage))
-
-    def _doing(self, stage: Stage) -> str:
-        match stage:
-            case Stage.PREPARING if self._detail:
-                return f"building the environment: {self._detail}"
-            case Stage.PREPARING:
-                return "preparing the environment"
-            case Stage.FETCHING | Stage.QUEUED:
-                return "getting the run ready"
-            case Stage.STARTING:
-                return "starting"
-            case _:
-                return ""
-
-    def _active(self) -> list[tuple[str, float, Path | None]]:
-        run = self._run
-        if run is None or run.stage is not Stage.STARTED:
-            return []
-        return [(run.info.name, run.times[Stage.STARTED], run.output_path)]
+            return Picture(activity=self._activity)
+        rows = []
+        if run.stage is Stage.STARTED:
+            rows = [Row(run.info.name, run.times[Stage.STARTED], run.output_path)]
+        return Picture(title=run.info.name, rows=rows, activity=activity(run.stage, self._detail))
 
 
 @asynccontextmanager
-async def shown(screen: Screen) -> AsyncIterator[None]:
-    """Keep a view up to date for the time of the block, and show how it ended. A view that fails harms nothing."""
+async def shown(view: View, finish: Callable[[], Awaitable[None]] | None = None) -> AsyncIterator[None]:
+    """Keep a view up to date for the time of the block. A view that fails harms nothing.
+
+    Args:
+        view: The view.
+        finish: Says how the work has ended, before the view is closed; None for a caller that does so afterwards.
+    """
 
     async def keep_up() -> None:
         try:
-            await screen.keep_up()
+            await view.keep_up()
         except Exception:
             logger.warning("the progress cannot be shown any more", exc_info=True)
 
@@ -439,8 +324,9 @@ async def shown(screen: Screen) -> AsyncIterator[None]:
         painting.cancel()
         await wait_done(painting)
         try:
-            await screen.finish()
-            await screen.close()
+            if finish is not None:
+                await finish()
+            await view.close()
         except Exception:
             logger.warning("the end of the progress could not be shown", exc_info=True)
 
@@ -449,31 +335,3 @@ async def shown(screen: Screen) -> AsyncIterator[None]:
         yield
     finally:
         await complete(end, restart=True)
-
-
-# ---- texts ----------------------------------------------------------------------------------------------------------
-
-
-def opening_line(sweep: Sweep) -> str:
-    """Return the line about a sweep that begins."""
-    total = sweep.counts.total
-    many = "points" if total is None else "1 point" if total == 1 else f"{total} points"
-    return f"sweep {sweep.run_name!r} (run {sweep.run_id}): {many}, up to {sweep.max_concurrent} at once"
-
-
-def failure_line(result: PointResult, output: Sequence[str]) -> str:
-    """Return the line about a failed point, with the last line of its output."""
-    tries = f" (attempt {result.attempts})" if result.attempts > 1 else ""
-    last = next((clean for line in reversed(output) if (clean := plain_line(line))), "")
-    return f"point {result.index}{tries}: {point_text(result.point)}: {result.reason}" + (f": {last}" if last else "")
-
-
-def retry_line(event: RunEvent) -> str:
-    """Return the line about a point that is tried again."""
-    return f"point {event.index} is tried again, attempt {event.attempt} failed: {event.detail}"
-
-
-def _rate_text(per_second: float) -> str:
-    if per_second >= 1:
-        return f"{per_second:.1f}/s"
-    return f"{per_second * 60:.1f}/min" if per_second * 60 >= 1 else f"{per_second * 3600:.1f}/h"

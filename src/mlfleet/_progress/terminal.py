@@ -7,7 +7,7 @@ import sys
 
 from mlfleet._text.plain import clean
 
-__all__ = ["is_interactive", "say", "write_line"]
+__all__ = ["colored", "is_interactive", "say", "write_line"]
 
 
 def say(text: str) -> None:
@@ -25,6 +25,14 @@ def write_line(text: str) -> None:
     except OSError:
         # The terminal is gone (SIGHUP), or the reader of the pipe is. The run and its end do not depend on it.
         return
+
+
+def colored(text: str, color: str, *, bold: bool = False) -> str:
+    """Return a text for `write_line` in a colour; empty for no colour."""
+    import click
+
+    # NO_COLOR: https://no-color.org
+    return click.style(text, fg=color, bold=bold) if color and not os.environ.get("NO_COLOR") else text
 
 
 def is_interactive() -> bool:

@@ -16,7 +16,7 @@ import pytest
 from components.docker import DockerEngine, shell_files, tar
 from components.projects import write_project
 from components.registry import Registry
-from mlfleet import Fleet, RunEvent
+from mlfleet import Fleet, RunEvent, Stage
 from mlfleet.testing import FakeTracking
 
 pytestmark = pytest.mark.timeout(120)  # builds, pushes and pulls of images on a busy machine
@@ -76,8 +76,8 @@ async def test_one_build_for_many_runs_and_another_for_other_content(
     assert changed != images[0]
     data.write_text("one")
     assert await built_image(fleet, uri) == images[0]
-    builds = [event.detail for event in events if event.detail.startswith("building")]
-    assert len(builds) == 2
+    builds = [event.stage for event in events if event.detail.startswith("building")]
+    assert builds == [Stage.STARTING] * 2
     for name in (images[0], changed):
         assert await anyio.to_thread.run_sync(docker_engine.has_image, name)
         await anyio.to_thread.run_sync(docker_engine.remove_image, name)
