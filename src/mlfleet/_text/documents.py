@@ -197,14 +197,14 @@ class Node:
         return self.value if isinstance(self.value, str) else self.written
 
     def plain(self) -> Any:
-        """Return the data without the places."""
+        """Return the data without the places; dates as they were written."""
         for fault in self.faults:
             raise fault
         if isinstance(self.value, dict):
             return {key: node.plain() for key, node in self.value.items()}
         if isinstance(self.value, list):
             return [node.plain() for node in self.value]
-        return self.value
+        return self.value if self.value is None or isinstance(self.value, str | int | float) else self.written
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mlfleet._oci.references import parse_reference
-from mlfleet._text.documents import Node, nearest, read_yaml
+from mlfleet._text.documents import nearest, read_yaml
 from mlfleet.backends.kubernetes.diagnosis import PendingKind
 from mlfleet.backends.kubernetes.login import Cluster, find_cluster
 from mlfleet.backends.kubernetes.names import NAME
@@ -137,7 +137,7 @@ def parse_config(config: Mapping[str, Any], environ: Mapping[str, str]) -> Kuber
             " there, or give code-delivery: 'none'"
         )
     cluster = find_cluster(read.text("kube-context"), environ)
-    namespace = read.text("namespace") or _text_at(template, "metadata", "namespace") or cluster.namespace
+    namespace = read.text("namespace") or template.get("metadata", {}).get("namespace") or cluster.namespace
     if not NAME.fullmatch(namespace):
         raise UsageError(f"backend_config: {namespace!r} is not the name of a namespace")
     builder = read.text("builder") or "registry"
@@ -185,7 +185,11 @@ class _Reader:
 
     def mapping(self, key: str) -> Mapping[str, Any]:
         value = self._config.get(key)
-        return {} if value is None else _mapping(key, value)
+        if value is None:
+            return {}
+        if not isinstance(value, Mapping):
+            raise self.wrong(key, "a mapping")
+        return value
 
     def sequence(self, key: str) -> Sequence[Any]:
         value = self._config.get(key)
@@ -224,12 +228,6 @@ def _node_selector(given: Mapping[str, Any]) -> Mapping[str, str]:
     return cast("Mapping[str, str]", _CHECKED.read(plain, "dict(str, label)", "node-selector"))
 
 
-def _mapping(key: str, value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise UsageError(f"backend_config: {key} is {value!r}: give a mapping")
-    return value
-
-
 def _delivery(read: _Reader) -> CodeDelivery:
     given = read.text("code-delivery") or CodeDelivery.IMAGE.value
     try:
@@ -256,27 +254,8 @@ def _template(read: _Reader) -> Mapping[str, Any]:
     if path is not None and inline:
         raise UsageError("backend_config: both kube-job-template-path and job-template are given: give one of them")
     if path is not None:
-        return check_template(_plain(read_yaml(Path(path))), path)
+        return check_template(read_yaml(Path(path)).plain(), path)
     return check_template(inline, "backend_config: job-template") if inline else {}
-
-
-def _plain(node: Node) -> Any:
-    if isinstance(node.value, dict):
-        return {key: _plain(value) for key, value in node.value.items()}
-    if isinstance(node.value, list):
-        return [_plain(each) for each in node.value]
-    return node.value if node.value is None or isinstance(node.value, str | int | float | bool) else node.written
-
-
-def _at(value: Any, *path: str) -> Any:
-    for key in path:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
-
-
-def _text_at(value: Any, *path: str) -> str | None:
-    found = _at(value, *path)
-    return found if isinstance(found, str) and found else None
 
 
 def _resources(given: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -71,18 +71,20 @@ def configmap_code(image: str, name: str) -> Code:
     return Code(image=image, init=[unpack], volumes=volumes, mounts=[code_mount], folder=PROJECT_FOLDER)
 
 
-def git_code(image: str, config: KubernetesConfig, *, url: str, commit: str, folder: str) -> Code:
+def git_code(image: str, config: KubernetesConfig, source: GitSource) -> Code:
     """Return a project that an init container clones at a commit.
 
     Args:
         image: The image of the run.
         config: The configuration, with the image that has git and the Secret for the Git host.
-        url: The URL of the repository as the cluster reaches it, without credentials.
-        commit: The full commit id.
-        folder: The folder of the project in the repository.
+        source: The folder to clone; its URL must be as the cluster reaches it.
     """
     code_mount = {"name": _VOLUME, "mountPath": PROJECT_FOLDER}
-    values = {"MLFLEET_GIT_URL": url, "MLFLEET_GIT_COMMIT": commit, "MLFLEET_GIT_FOLDER": folder or "."}
+    values = {
+        "MLFLEET_GIT_URL": source.url,
+        "MLFLEET_GIT_COMMIT": source.commit,
+        "MLFLEET_GIT_FOLDER": source.inside,
+    }
     clone: dict[str, Any] = {
         "name": "mlfleet-code",
         "image": config.git_image,
@@ -101,7 +103,7 @@ class Deliveries:
     """Brings each content to a place once, for all runs that need it."""
 
     def __init__(self) -> None:
-        self._configmaps = ConfigMaps()
+        self._configmaps: SingleFlight[tuple[str, str, str], str] = SingleFlight(keep=True)
         self._sources: SingleFlight[Path, GitSource] = SingleFlight()  # not kept, since files change
         self._checkouts = Checkouts()
         self._pushes: SingleFlight[tuple[str, ...], str] = SingleFlight(keep=True)
@@ -122,12 +124,18 @@ class Deliveries:
             case CodeDelivery.NONE:
                 return Code(image=image)
             case CodeDelivery.CONFIGMAP:
-                return configmap_code(image, await self._configmaps.put(client, job, config.namespace))
+                return configmap_code(image, await self._store(client, job, config.namespace))
             case CodeDelivery.GIT:
                 folder = job.project_dir
-                return _git(image, config, await self._sources(folder, partial(git_source, self._checkouts, folder)))
+                source = await self._sources(folder, partial(git_source, self._checkouts, folder))
+                return git_code(image, config, source)
             case CodeDelivery.IMAGE:
                 return Code(image=await self._push(job, config, image))
+
+    async def _store(self, client: KubernetesClient, job: Job, namespace: str) -> str:
+        """Store the project in a ConfigMap, and return its name."""
+        key = (client.cluster.context, namespace, await content_hash(job.project_dir))
+        return await self._configmaps(key, partial(_make_configmap, client, job, namespace))
 
     async def _push(self, job: Job, config: KubernetesConfig, base: str) -> str:
         digest = await content_hash(job.project_dir)
@@ -151,60 +159,45 @@ def preview_code(job: Job, config: KubernetesConfig, image: str) -> Code:
         case CodeDelivery.CONFIGMAP:
             return configmap_code(image, "mlfleet-code-of-the-run")
         case CodeDelivery.GIT:
-            return _git(image, config, GitSource("(of the project)", job.commit or "(of the project)", "."))
+            return git_code(image, config, GitSource("(of the project)", job.commit or "(of the project)", "."))
         case CodeDelivery.IMAGE:
             return Code(image=f"{parse_reference(config.repository_uri or '').name}:of-the-run")
-
-
-def _git(image: str, config: KubernetesConfig, source: GitSource) -> Code:
-    return git_code(image, config, url=source.url, commit=source.commit, folder=source.inside)
 
 
 # ---- by a ConfigMap ------------------------------------------------------------------------------------------------
 
 
-class ConfigMaps:
-    """Packed projects: one ConfigMap for all runs with the same content."""
+async def _make_configmap(client: KubernetesClient, job: Job, namespace: str) -> str:
+    """Store a project in a ConfigMap, and return its name.
 
-    def __init__(self) -> None:
-        self._made: SingleFlight[tuple[str, str, str], str] = SingleFlight(keep=True)
-
-    async def put(self, client: KubernetesClient, job: Job, namespace: str) -> str:
-        """Store the project in a ConfigMap, and return its name.
-
-        Raises:
-            SubmitError: The project is too large for a ConfigMap.
-            ApiError: The ConfigMap cannot be made.
-            FetchError: The project's files cannot be read.
-        """
-        digest = await content_hash(job.project_dir)
-        key = (client.cluster.context, namespace, digest)
-        return await self._made(key, partial(self._make, client, job, namespace))
-
-    async def _make(self, client: KubernetesClient, job: Job, namespace: str) -> str:
-        packed = await pack(job.project_dir)
-        with closing(packed.file):
-            data = await PROJECTS.run(partial(_compress, packed.file))
-        name = f"mlfleet-code-{packed.digest[:40]}"
-        if len(data) > _LARGEST:
-            raise SubmitError(
-                f"the project is {len(data) // 1024} KiB when packed, and a ConfigMap holds {_LARGEST // 1024} KiB:"
-                " leave files out by .dockerignore, or use code-delivery: 'image' or 'git'",
-                backend="kubernetes",
-            )
-        body = {
-            "apiVersion": "v1",
-            "kind": "ConfigMap",
-            "metadata": {"name": name, "labels": {MANAGED_BY: "mlfleet", "mlfleet.content": packed.digest[:63]}},
-            "immutable": True,
-            "binaryData": {"project.tar.gz": await PROJECTS.run(lambda: base64.b64encode(data).decode())},
-        }
-        try:
-            await client.call("storing the project", "POST", f"/api/v1/namespaces/{namespace}/configmaps", body=body)
-        except ApiError as error:
-            if error.status != 409:  # made before: the same content has the same name
-                raise
-        return name
+    Raises:
+        SubmitError: The project is too large for a ConfigMap.
+        ApiError: The ConfigMap cannot be made.
+        FetchError: The project's files cannot be read.
+    """
+    packed = await pack(job.project_dir)
+    with closing(packed.file):
+        data = await PROJECTS.run(partial(_compress, packed.file))
+    name = f"mlfleet-code-{packed.digest[:40]}"
+    if len(data) > _LARGEST:
+        raise SubmitError(
+            f"the project is {len(data) // 1024} KiB when packed, and a ConfigMap holds {_LARGEST // 1024} KiB:"
+            " leave files out by .dockerignore, or use code-delivery: 'image' or 'git'",
+            backend="kubernetes",
+        )
+    body = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": name, "labels": {MANAGED_BY: "mlfleet", "mlfleet.content": packed.digest[:63]}},
+        "immutable": True,
+        "binaryData": {"project.tar.gz": await PROJECTS.run(lambda: base64.b64encode(data).decode())},
+    }
+    try:
+        await client.call("storing the project", "POST", f"/api/v1/namespaces/{namespace}/configmaps", body=body)
+    except ApiError as error:
+        if error.status != 409:  # made before: the same content has the same name
+            raise
+    return name
 
 
 def _compress(file: IO[bytes]) -> bytes:

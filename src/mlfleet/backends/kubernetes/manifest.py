@@ -6,7 +6,7 @@ import copy
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -73,15 +73,6 @@ class Code:
     folder: str | None = None
 
 
-@dataclass(slots=True)
-class _Draft:
-    """A Job's manifest while it is made."""
-
-    manifest: dict[str, Any]
-    pod: dict[str, Any]
-    container: dict[str, Any] = field(default_factory=dict)
-
-
 def job_manifest(
     job: Job,
     config: KubernetesConfig,
@@ -106,23 +97,27 @@ def job_manifest(
     Raises:
         UsageError: The template sets something that the run must set.
     """
-    draft = _draft(config)
+    manifest = _copy_template(config)
+    template = manifest["spec"]["template"]
+    pod, container = template["spec"], choose_container(manifest, _TEMPLATE)
     name = job_name(job.project_name, job.run_id)
-    _identify(
-        draft, job, config, name, {SUBMISSION: submission} if owner is None else {SUBMISSION: submission, OWNER: owner}
-    )
-    draft.container = container = choose_container(draft.manifest, _TEMPLATE)
+    _identify(manifest, job, config, name)
+    _metadata(manifest, "annotations")[SUBMISSION] = submission
+    if owner is not None:
+        _metadata(manifest, "annotations")[OWNER] = owner
     container["name"] = container_name(str(container.get("name", "")), job.project_name)
-    _metadata(draft.manifest["spec"]["template"], "annotations")[CONTAINER_ANNOTATION] = container["name"]
+    _metadata(template, "annotations")[CONTAINER_ANNOTATION] = container["name"]
     container["image"] = code.image
     container["command"] = launch(job.command)
     container.pop("args", None)
     _set_environ(container, plain, secrets, name)
     _set_resources(container, job, config)
-    _set_code(draft, code)
-    _set_volumes(draft, job)
-    _set_pod(draft.pod, job, config)
-    return draft.manifest
+    _set_code(pod, container, code)
+    volumes, mounts = host_volumes(job.docker.env.volumes if job.docker is not None else ())
+    _add(pod, "volumes", [*code.volumes, *volumes], "name")
+    _add(container, "volumeMounts", [*code.mounts, *mounts], "mountPath")
+    _set_pod(pod, job, config)
+    return manifest
 
 
 def secret_manifest(
@@ -167,7 +162,7 @@ def image_of(docker: DockerRequest | None, config: KubernetesConfig) -> str:
         return config.image
     if docker is not None:
         return docker.env.image
-    image = str(choose_container(_draft(config).manifest, _TEMPLATE).get("image") or "")
+    image = choose_container(config.template, _TEMPLATE).get("image", "") if config.template else ""
     if not image or image.startswith("{"):  # the reference's example has a text in braces there
         raise UsageError(
             "the project names no image: give one as image in backend_config, or as docker_env in its MLproject"
@@ -218,22 +213,21 @@ def host_volumes(volumes: Sequence[str]) -> tuple[list[dict[str, Any]], list[dic
 # ---- from the template ----------------------------------------------------------------------------------------------
 
 
-def _draft(config: KubernetesConfig) -> _Draft:
+def _copy_template(config: KubernetesConfig) -> dict[str, Any]:
     manifest = copy.deepcopy(dict(config.template)) or {"spec": {"template": {"spec": {"containers": [{}]}}}}
     # In the order that people know.
     manifest = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {}, **manifest}
     manifest.update(apiVersion="batch/v1", kind="Job")
     manifest.pop("status", None)
-    return _Draft(manifest, manifest["spec"]["template"]["spec"])
+    return manifest
 
 
-def _identify(draft: _Draft, job: Job, config: KubernetesConfig, name: str, annotations: Mapping[str, str]) -> None:
-    manifest = draft.manifest
-    meta = manifest["metadata"] = {**(manifest.get("metadata") or {}), "name": name, "namespace": config.namespace}
-    meta.pop("generateName", None)
+def _identify(manifest: dict[str, Any], job: Job, config: KubernetesConfig, name: str) -> None:
+    manifest["metadata"].update(name=name, namespace=config.namespace)
+    manifest["metadata"].pop("generateName", None)
     for holder in (manifest, manifest["spec"]["template"]):
         _metadata(holder, "labels").update(labels_of(job))
-    _metadata(manifest, "annotations").update({**annotations, PROJECT: job.project_name})
+    _metadata(manifest, "annotations")[PROJECT] = job.project_name
     spec = manifest["spec"]
     spec.setdefault("backoffLimit", 0)
     ttl = spec.setdefault("ttlSecondsAfterFinished", config.ttl)
@@ -247,15 +241,13 @@ def _identify(draft: _Draft, job: Job, config: KubernetesConfig, name: str, anno
 
 
 def _metadata(holder: dict[str, Any], key: str) -> dict[str, Any]:
-    meta = holder["metadata"] = dict(holder.get("metadata") or {})
-    made: dict[str, Any] = dict(meta.get(key) or {})
-    meta[key] = made
-    return made
+    found: dict[str, Any] = holder.setdefault("metadata", {}).setdefault(key, {})
+    return found
 
 
 def _set_environ(container: dict[str, Any], plain: Mapping[str, str], secrets: Sequence[str], secret: str) -> None:
-    given = list(container.get("env") or ())
-    clash = sorted({str(each.get("name")) for each in given} & (set(plain) | set(secrets)))
+    given = container.get("env", [])
+    clash = sorted({each["name"] for each in given} & {*plain, *secrets})
     if clash:
         raise UsageError(
             f"the Job's template sets {', '.join(clash)}, which the run sets too: remove it from the env of the"
@@ -263,20 +255,17 @@ def _set_environ(container: dict[str, Any], plain: Mapping[str, str], secrets: S
         )
     container["env"] = given + [{"name": name, "value": escape(value)} for name, value in plain.items()]
     if secrets:
-        container["envFrom"] = [*(container.get("envFrom") or ()), {"secretRef": {"name": secret}}]
+        container["envFrom"] = [*container.get("envFrom", ()), {"secretRef": {"name": secret}}]
 
 
-def _set_code(draft: _Draft, code: Code) -> None:
-    container, pod = draft.container, draft.pod
+def _set_code(pod: dict[str, Any], container: dict[str, Any], code: Code) -> None:
     if code.folder is not None:
         if "workingDir" in container:
             raise UsageError("the Job's template sets workingDir, which is the project's folder: remove it there")
         container["workingDir"] = code.folder
     if code.init:
         ours = [{**each, **_inherited(container)} for each in code.init]
-        pod["initContainers"] = [*ours, *(pod.get("initContainers") or ())]
-    _add(pod, "volumes", code.volumes, "name")
-    _add(container, "volumeMounts", code.mounts, "mountPath")
+        pod["initContainers"] = [*ours, *pod.get("initContainers", ())]
 
 
 def _inherited(container: Mapping[str, Any]) -> dict[str, Any]:
@@ -284,9 +273,9 @@ def _inherited(container: Mapping[str, Any]) -> dict[str, Any]:
     made: dict[str, Any] = {}
     if "securityContext" in container:
         made["securityContext"] = copy.deepcopy(container["securityContext"])
-    given = container.get("resources") or {}
+    given = container.get("resources", {})
     resources = {
-        kind: {name: amount for name, amount in (given.get(kind) or {}).items() if name in ("cpu", "memory")}
+        kind: {name: amount for name, amount in given.get(kind, {}).items() if name in ("cpu", "memory")}
         for kind in ("requests", "limits")
     }
     if any(resources.values()):
@@ -294,24 +283,18 @@ def _inherited(container: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
-def _set_volumes(draft: _Draft, job: Job) -> None:
-    volumes, mounts = host_volumes(job.docker.env.volumes if job.docker is not None else ())
-    _add(draft.pod, "volumes", volumes, "name")
-    _add(draft.container, "volumeMounts", mounts, "mountPath")
-
-
 def _add(holder: dict[str, Any], key: str, more: Sequence[Mapping[str, Any]], by: str) -> None:
     if not more:
         return
-    given = list(holder.get(key) or ())
-    clash = {str(each.get(by)) for each in given} & {str(each[by]) for each in more}
+    given = holder.get(key, [])
+    clash = {each[by] for each in given} & {each[by] for each in more}
     if clash:
         raise UsageError(f"the Job's template has the {by} {sorted(clash)[0]!r} in {key}, which the run needs")
     holder[key] = given + [dict(each) for each in more]
 
 
 def _set_resources(container: dict[str, Any], job: Job, config: KubernetesConfig) -> None:
-    resources: dict[str, Any] = copy.deepcopy(dict(config.resources or container.get("resources") or {}))
+    resources: dict[str, Any] = copy.deepcopy(dict(config.resources or container.get("resources", {})))
     if job.resources is not None:
         needed = {"cpu": f"{job.resources.cpus:g}"} if job.resources.cpus else {}
         if job.resources.memory_bytes is not None:
@@ -319,7 +302,7 @@ def _set_resources(container: dict[str, Any], job: Job, config: KubernetesConfig
         if job.resources.gpus:
             needed["nvidia.com/gpu"] = str(job.resources.gpus)
         for kind in ("requests", "limits"):
-            resources[kind] = {**(resources.get(kind) or {}), **needed}
+            resources[kind] = {**resources.get(kind, {}), **needed}
     if resources:
         container["resources"] = resources
 
@@ -331,12 +314,12 @@ def _set_pod(pod: dict[str, Any], job: Job, config: KubernetesConfig) -> None:
     if config.service_account is not None:
         pod["serviceAccountName"] = config.service_account
     if config.node_selector:
-        pod["nodeSelector"] = {**(pod.get("nodeSelector") or {}), **config.node_selector}
+        pod["nodeSelector"] = {**pod.get("nodeSelector", {}), **config.node_selector}
     if config.tolerations:
-        pod["tolerations"] = [*(pod.get("tolerations") or ()), *(dict(each) for each in config.tolerations)]
+        pod["tolerations"] = [*pod.get("tolerations", ()), *(dict(each) for each in config.tolerations)]
     if config.image_pull_secrets:
         named = [{"name": name} for name in config.image_pull_secrets]
-        pod["imagePullSecrets"] = [*(pod.get("imagePullSecrets") or ()), *named]
+        pod["imagePullSecrets"] = [*pod.get("imagePullSecrets", ()), *named]
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
