@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -119,6 +120,12 @@ _SLOW_PLACES = (
 _ONE_OF_A_MACHINE = {"databricks": "minilake", "object_stores": "minilake", "docker": "a Docker engine"}
 
 
+def _scope(nodeid: str) -> str:
+    """Return the name of the tests that one worker runs: those of a file, which share servers, or of a component."""
+    file = nodeid.partition("::")[0]
+    return next((component for word, component in _ONE_OF_A_MACHINE.items() if word in file), file)
+
+
 @pytest.fixture(autouse=True)
 def blockbuster() -> Iterator[BlockBuster]:
     """Fail a test in which a call of mlfleet blocks the event loop."""
@@ -140,13 +147,29 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
     monkeypatch.setenv("MLFLEET_STATE_DIR", str(home / "state"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the slow tests, by what they need and where they are."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the slow tests, by what they need and where they are. Workers begin with the longest scopes.
+
+    Otherwise a long one might begin last, and the other workers would have nothing to do meanwhile. The time limits of
+    the slow tests in a scope tell which are long.
+    """
     here = Path(__file__).parent
+    length: Counter[str] = Counter()
     for item in items:
         place = item.path.relative_to(here).as_posix()
         if place.startswith(_SLOW_PLACES) or not _SLOW_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("slow") is not None:
+            limit = item.get_closest_marker("timeout")
+            length[_scope(item.nodeid)] += limit.args[0] if limit is not None else int(config.getini("timeout"))
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: -length[_scope(item.nodeid)])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return two workers for each core, since most tests wait for processes and pauses."""
+    return 2 * len(os.sched_getaffinity(0))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -182,12 +205,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
-    """Keep the tests of a file together, which share servers, and those of components that a machine has one of."""
+    """Keep the tests of a scope together, and the scopes in the order of the collection."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class ByComponent(LoadScopeScheduling):  # type: ignore[misc] # untyped
+    class ByScope(LoadScopeScheduling):  # type: ignore[misc] # untyped
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return next((what for name, what in _ONE_OF_A_MACHINE.items() if name in file), file)
+            return _scope(nodeid)
 
-    return ByComponent(config, log)
+    config.option.loadscopereorder = False
+    return ByScope(config, log)
