@@ -1,4 +1,4 @@
-"""A thousand runs on a cluster with random faults, and drivers killed between any two requests."""
+"""Hundreds of runs on a cluster with random faults, and drivers killed between any two requests."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from fakes.kubernetes_node import Acting
 from mlfleet.backends.kubernetes import KubernetesBackend
 from mlfleet.runs import RunStatus
 
-RUNS = 1000
+RUNS = 400
 
 
-# A thousand runs, with the server in this process, too.
+# Hundreds of runs, with the server in this process, too.
 @pytest.mark.timeout(240)
-async def test_a_thousand_runs_survive_random_faults(fake_cluster: FakeCluster, tmp_path: Path) -> None:  # noqa: C901
+async def test_hundreds_of_runs_survive_random_faults(fake_cluster: FakeCluster, tmp_path: Path) -> None:  # noqa: C901
     api, chance = fake_cluster.api, random.Random(7)
     api.page = 100
     expected: dict[str, int] = {}
@@ -70,7 +70,8 @@ async def test_a_thousand_runs_survive_random_faults(fake_cluster: FakeCluster, 
     async def upset() -> None:
         """Connections break, history is compacted, tokens expire; Jobs are deleted behind everybody's back.
 
-        In steps of what has happened, not of time, so that a slow machine sees no more of it than a fast one.
+        In steps of what has happened, not of time, so that a slow machine sees no more of it than a fast one. For the
+        same reason no Job has a TTL here: while a watch is broken, it might remove one whose end nobody has seen yet.
         """
         step = served = 0
         while True:
@@ -90,7 +91,7 @@ async def test_a_thousand_runs_survive_random_faults(fake_cluster: FakeCluster, 
                 served = api.served
                 await renew_token()
 
-    config = await fake_cluster.config(ttl_seconds=20)
+    config = await fake_cluster.config()
     fake_cluster.play = play
     api.faults.append(fault)
     upsetting = asyncio.create_task(upset())
@@ -115,8 +116,7 @@ async def test_a_thousand_runs_survive_random_faults(fake_cluster: FakeCluster, 
             assert "deleted from outside" in (reason or "") or "how it ended was not seen" in (reason or "")
         else:
             assert (status is RunStatus.FINISHED) == (expected[run_id] == 0), reason
-            # A Job that its TTL removed before the next list leaves its conditions, but no pod.
-            assert code in (expected[run_id], None), reason
+            assert code == expected[run_id], reason
     created = Counter(fake_cluster.created)
     assert len(created) == RUNS
     assert set(created.values()) == {1}, "a Job was created twice"
