@@ -368,8 +368,6 @@ async def test_runs_are_listed_whichever_process_submitted_them(fake_cluster: Fa
     }
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(120)  # at the end the output of the pod whose Job was removed is followed until it stalls for 10 s
 async def test_run_is_abandoned_once_its_job_and_its_driver_have_ended(fake_cluster: FakeCluster) -> None:
     fake_cluster.play = lambda pod: Acting(code=3) if "ends" in pod["metadata"]["labels"]["mlfleet.run-id"] else FOREVER
     config = await fake_cluster.config()
@@ -377,7 +375,7 @@ async def test_run_is_abandoned_once_its_job_and_its_driver_have_ended(fake_clus
     await gone.wait()
     async with KubernetesBackend() as backend:
         for run_id, expected in (("ends", True), ("goes-on", False)):
-            job = fake_cluster.job(config, run_id=run_id)
+            job = fake_cluster.job(config, run_id=run_id, cancel_grace=0.0)
             run = await backend.submit(job)
             await (run.wait() if expected else run.started())
             reference = backend.reference(job)
@@ -386,7 +384,7 @@ async def test_run_is_abandoned_once_its_job_and_its_driver_have_ended(fake_clus
             assert await backend.is_abandoned(dead) is expected
             elsewhere = replace(reference, data={**reference.data, "owner": "elsewhere:1"})
             assert await backend.is_abandoned(elsewhere) is False
-        fake_cluster.api.remove(key(run))
+        fake_cluster.api.delete_job(key(run), "Background")
         assert await backend.is_abandoned(dead) is True, "its Job is gone"
 
 
@@ -597,7 +595,7 @@ async def test_the_last_run_of_a_namespace_ends_its_watches(fake_cluster: FakeCl
 
 @pytest.mark.slow
 async def test_output_is_not_repeated_after_a_broken_connection(fake_cluster: FakeCluster) -> None:
-    api, config, wanted = fake_cluster.api, await fake_cluster.config(), [f"line {number}" for number in range(60)]
+    api, config, wanted = fake_cluster.api, await fake_cluster.config(), [f"line {number}" for number in range(20)]
     fake_cluster.play = lambda pod: FOREVER
     async with KubernetesBackend() as backend:
         run = await backend.submit(fake_cluster.job(config))
