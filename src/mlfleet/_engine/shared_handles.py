@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import anyio
 
-from mlfleet.backends._remote.run import SupervisedRun
 from mlfleet.backends.base import Backend, BackendRun
 from mlfleet.runs import JobRef
 
@@ -56,12 +55,10 @@ class SharedHandles:
             async with shared.lock:
                 if shared.handle is None:
                     shared.handle = await backend.attach(reference)
-                    if isinstance(shared.handle, SupervisedRun):
-                        shared.handle.is_foreign = True
             yield shared.handle
         finally:
             shared.users -= 1
             if not shared.users:
                 del self._shared[reference.run_id]
-                if isinstance(shared.handle, SupervisedRun):
-                    shared.handle.detach()
+                if shared.handle is not None:
+                    backend.detach(shared.handle)

@@ -410,6 +410,12 @@ class Backend(ABC, Generic[Config]):
             f"runs of the backend {self.name!r} end with the process that started them", backend=self.name
         )
 
+    def detach(self, run: BackendRun) -> None:
+        """Let go of a run that `attach` returned, and leave it alone: its handle is used no more.
+
+        The default is for handles that hold nothing.
+        """
+
     # ---- runs of other processes ------------------------------------------------------------------------------------
 
     def select_service(self, config: Mapping[str, Any], tracking_uri: str) -> None:

@@ -330,6 +330,19 @@ class BackendContract:
             assert (await again.outcome()).exit_code == 6
             assert await everything(again) == ["ready", "end"]
 
+    async def test_a_run_that_is_detached_from_goes_on(self, bench: Bench) -> None:
+        job = bench.job(FOREVER)
+        reference = bench.backend.reference(job)
+        if reference is None:
+            return
+        run = await bench.backend.submit(job)
+        await seen(run, READY)
+        async with bench.harness.open() as other:
+            other.detach(await other.attach(reference))
+        assert await run.get_status() is RunStatus.RUNNING
+        await run.cancel()
+        assert await run.get_status() is RunStatus.KILLED
+
     # --- runs of other processes
 
     async def test_list_runs_gives_what_goes_on_or_nothing(self, bench: Bench) -> None:

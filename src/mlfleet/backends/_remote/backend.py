@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Self, cast
 from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.threads import FILES, LOGINS
 from mlfleet.backends._remote.owner import describe_this_process, owner_lives
-from mlfleet.backends._remote.run import SupervisedRuns
-from mlfleet.backends.base import Backend, Config, Presence
+from mlfleet.backends._remote.run import SupervisedRun, SupervisedRuns
+from mlfleet.backends.base import Backend, BackendRun, Config, Presence
 from mlfleet.runs import JobRef
 
 __all__ = ["RemoteBackend"]
@@ -56,6 +56,11 @@ class RemoteBackend(Backend[Config], ABC):
         if self._selected is None:
             await LOGINS.run(partial(self.select_service, {}, ""))
         return cast("Config", self._selected)
+
+    def detach(self, run: BackendRun) -> None:
+        """Stop watching a run, which goes on."""
+        if isinstance(run, SupervisedRun):
+            run.detach()
 
     async def is_abandoned(self, ref: JobRef) -> bool:
         """Return True if the run has ended or is gone, and so is the process that submitted it on this machine."""

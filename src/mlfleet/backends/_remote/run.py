@@ -129,7 +129,6 @@ class SupervisedRun(AwaitedRun, FileOutput):
 
     Attributes:
         submitted: The argument `submitted`.
-        is_foreign: True if the run is only read here, so that it goes on whatever happens to this handle.
     """
 
     backend: ClassVar[str]
@@ -150,7 +149,6 @@ class SupervisedRun(AwaitedRun, FileOutput):
         super().__init__(run_id)
         self._ended_as = ended_as
         self.submitted = submitted
-        self.is_foreign = False
         self._output = output
         self._stop_request = StopRequest(grace)
         self._task: asyncio.Task[None] | None = None
@@ -210,11 +208,7 @@ class SupervisedRun(AwaitedRun, FileOutput):
                 text = f"this process cannot look after the {self.noun} any more: {type(error).__name__}: {error}"
                 await self._end_by(BackendError(text, backend=self.backend))
             except asyncio.CancelledError:
-                # asyncio.run cancels every task at its end: then the run has to end, too, unless it is another's.
-                if self.is_foreign:
-                    self._detached = True
-                if not self._detached:
-                    self._begin_stop(None)
+                # asyncio.run cancels every task at its end. Who has the handle then cancels the run, or lets go of it.
                 # Without uncancel() a task group that fails later would cancel this task again (Python 3.13).
                 while task is not None and task.uncancel():
                     pass

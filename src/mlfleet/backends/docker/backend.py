@@ -20,7 +20,7 @@ from mlfleet._oci import login
 from mlfleet._paths import run_folder
 from mlfleet._process.reattach import machine
 from mlfleet._run_log import get_logger
-from mlfleet.backends._remote.run import SupervisedRuns
+from mlfleet.backends._remote.run import SupervisedRun, SupervisedRuns
 from mlfleet.backends.base import DRIVER_DIED, Backend, BackendRun, DockerRequest, Job, ListedRun, Presence
 from mlfleet.backends.docker.client import Endpoint, Engine, EngineError
 from mlfleet.backends.docker.container import TrackingMounts, container_body, container_name, tracking_mounts
@@ -200,6 +200,11 @@ class DockerBackend(Backend[None]):
     ) -> Sequence[ListedRun]:
         """Remove the containers that no process of this machine looks after; see `Backend.prune`."""
         return await prune_containers(self._engine, run_ids, running=running, dry_run=dry_run)
+
+    def detach(self, run: BackendRun) -> None:
+        """Stop watching a run, which goes on."""
+        if isinstance(run, SupervisedRun):
+            run.detach()
 
     async def is_abandoned(self, ref: JobRef) -> bool:
         """Return True if the run's container has ended and no process looks after it."""

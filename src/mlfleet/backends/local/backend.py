@@ -112,6 +112,11 @@ class LocalBackend(Backend[None]):
         self._keep(run, process)
         return run
 
+    def detach(self, run: BackendRun) -> None:
+        """Let a durable run go on when this backend is left."""
+        if isinstance(run, _LocalRun):
+            self._runs.discard(run)
+
     async def list_runs(self) -> Sequence[ListedRun]:
         """Return the runs of this machine that outlive the process that started them: detached, or of named sweeps."""
         return await FILES.run(run_folder.list_runs)
