@@ -346,6 +346,7 @@ class _DriverLock:
         listens: True to make the named pipe, too.
 
     Attributes:
+        folder: The folder of the lock and the records; None before it is taken.
         requests: The descriptor of the named pipe, for reading; None if there is none.
     """
 
@@ -353,6 +354,7 @@ class _DriverLock:
         self._listens = listens
         self.name = f"{os.getpid()}-{secrets.token_hex(8)}"
         self.host = self.boot = ""
+        self.folder: Path | None = None
         self.requests: int | None = None
         self._descriptor: int | None = None
 
@@ -374,7 +376,7 @@ class _DriverLock:
         except BaseException:
             os.close(descriptor)
             raise
-        self._descriptor, self.host, self.boot = descriptor, machine(), boot_id()
+        self._descriptor, self.folder, self.host, self.boot = descriptor, path.parent, machine(), boot_id()
         _held.add(self)
 
     def write(self, line: str) -> None:
@@ -405,7 +407,7 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _apply(run_id: str, contents: Sequence[RunRecord | Outcome], driver: _DriverLock) -> None:
-    path = _record_path(run_id)
+    path = _record_path(run_id, driver.folder)
     if not contents:
         path.unlink(missing_ok=True)
         return
@@ -448,10 +450,10 @@ def _names(folder: Path) -> list[str]:
         return []
 
 
-def _record_path(run_id: str) -> Path:
+def _record_path(run_id: str, folder: Path | None = None) -> Path:
     if "/" in run_id or "\0" in run_id:
         raise UsageError(f"{run_id!r} is not the id of a run")
-    return active_folder() / f"{run_id}.json"
+    return (folder or active_folder()) / f"{run_id}.json"
 
 
 def _lock_path(driver: str) -> Path:
