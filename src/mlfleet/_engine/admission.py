@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from enum import Enum
-
-import anyio
 
 from mlfleet.errors import FleetFull, UsageError
 from mlfleet.resources import Machine, Resources
@@ -252,7 +251,7 @@ class Reservation:
 
     def __init__(self, admission: Admission, needed: Resources | None, group: str | None, exempt: bool) -> None:
         self._admission = admission
-        self._moved: anyio.Event | None = None
+        self._moved: asyncio.Future[None] | None = None
         self.lane = (group, needed is not None)
         self.exempt = exempt
         self.state = _State.NEW
@@ -269,9 +268,8 @@ class Reservation:
     def move(self, state: _State) -> None:
         """Change the state, and wake the waiter. Called by the owner of slots and resources."""
         self.state = state
-        if self._moved is not None:
-            self._moved.set()
-            self._moved = None
+        if self._moved is not None and not self._moved.done():
+            self._moved.set_result(None)
 
     async def enter(self, *, wait: bool) -> None:
         """Enter the queue. A cancelled call leaves nothing in it.
@@ -307,9 +305,8 @@ class Reservation:
         return {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)}
 
     async def _wait(self) -> None:
-        if self._moved is None:
-            self._moved = anyio.Event()
-        await self._moved.wait()
+        self._moved = asyncio.get_running_loop().create_future()
+        await self._moved
 
     def release(self) -> None:
         """Give place, slot and resources to other runs. Further calls do nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from abc import ABC, abstractmethod
@@ -160,9 +161,10 @@ class Supervisor(ABC):
         self.handle: BackendRun | None = None
         self.outcome: Outcome | None = None
         self.creation_error: Exception | None = None
-        self.created = anyio.Event()
-        self.started = anyio.Event()
-        self.done = anyio.Event()
+        # Not anyio.Event, which makes one asyncio.Event more for each of them.
+        self.created = asyncio.Event()
+        self.started = asyncio.Event()
+        self.done = asyncio.Event()
         self.stop = StopRequest(timeouts.cancel_grace)
         self._context = context
         self._timeouts = timeouts
@@ -562,8 +564,9 @@ class SubmittedSupervisor(Supervisor):
         """
         if not self._reservation.is_queued:
             return await self._reservation.granted()
-        with anyio.move_on_after(self._context.queued_after):
-            return await self._reservation.granted()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._context.queued_after):
+                return await self._reservation.granted()
         await self._show_status(RunStatus.SCHEDULED)
         variables = await self._reservation.granted()
         tracking = self._context.tracking
@@ -597,9 +600,10 @@ class SubmittedSupervisor(Supervisor):
 
     async def _await_start(self, handle: BackendRun) -> None:
         """Wait until the command runs, or never will. A run that is held back for long is SCHEDULED in MLflow."""
-        with anyio.move_on_after(self._context.scheduled_after):
-            await handle.started()
-            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._context.scheduled_after):
+                await handle.started()
+                return
         if await handle.get_status() is RunStatus.SCHEDULED:
             await self._show_status(RunStatus.SCHEDULED)
             await handle.started()
