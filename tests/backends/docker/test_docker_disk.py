@@ -1,4 +1,4 @@
-"""An engine whose disk is really full."""
+"""Disks that are really full: of an engine, and of this machine."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from components.own_engine import OwnEngine
 from components.projects import write_project
 from components.registry import Registry
 from mlfleet import Fleet, RunStatus
+from mlfleet.backends.docker.client import Engine
+from mlfleet.backends.docker.output import OutputCopy
 from mlfleet.testing import FakeTracking
 
 pytestmark = pytest.mark.timeout(120)  # an engine starts, and megabytes are pushed and packed, on a busy machine
@@ -86,3 +88,24 @@ def fill(folder: Path) -> None:
     with (folder / "filling").open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:  # until there is no space left
             file.write(bytes(4096))
+
+
+async def test_a_full_disk_of_this_machine_costs_lines_of_the_output_and_not_the_run(
+    docker_engine: DockerEngine, shell_image: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = await anyio.to_thread.run_sync(
+        docker_engine.call, "POST", "/containers/create", {"Image": shell_image, "Cmd": ["echo", "one"]}
+    )
+    try:
+        await anyio.to_thread.run_sync(docker_engine.call, "POST", f"/containers/{made['Id']}/start")
+        await anyio.to_thread.run_sync(docker_engine.call, "POST", f"/containers/{made['Id']}/wait")
+        async with Engine() as engine:
+            copy = OutputCopy(engine, made["Id"], Path("/dev/full"), tty=False)
+            await copy.open()
+            assert await copy.replay(follow=False)
+            assert await copy.replay(follow=False)
+        assert copy.copied == 2 * len(b"one\n")
+    finally:
+        await anyio.to_thread.run_sync(docker_engine.remove, made["Id"])
+    (record,) = caplog.records  # one warning, however many lines are lost
+    assert "output of a run is lost, /dev/full cannot be written" in record.getMessage()

@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -153,6 +155,22 @@ async def listed(*arguments: str) -> dict[str, tuple[str, bool]]:
     """Return the containers that the command prints: run id → state, supervised."""
     done = await anyio.run_process([sys.executable, "-m", "mlfleet", *arguments, "--json"])
     return {item["run_id"]: (item["state"], item["supervised"]) for item in json.loads(done.stdout)}
+
+
+async def test_a_container_whose_lock_cannot_be_seen_counts_as_supervised(
+    docker_engine: DockerEngine, shell_image: str, tmp_path: Path
+) -> None:
+    run_id, folder = uuid.uuid4().hex, tmp_path / "loop"
+    folder.symlink_to(folder)  # it can be entered no more than that of another user
+    labels = {"mlfleet.run-id": run_id, "mlfleet.driver": f"{socket.gethostname()}:{folder}/container.lock"}
+    body = {"Image": shell_image, "Cmd": ["true"], "Labels": labels}
+    made = await anyio.to_thread.run_sync(docker_engine.call, "POST", "/containers/create", body)
+    try:
+        async with DockerBackend() as backend:
+            assert [run.supervised for run in await backend.list_runs() if run.run_id == run_id] == [True]
+            assert await backend.prune([run_id], running=True) == []
+    finally:
+        await anyio.to_thread.run_sync(docker_engine.remove, made["Id"])
 
 
 async def test_an_attached_run_can_be_cancelled(
@@ -321,6 +339,30 @@ async def test_an_engine_that_comes_back_loses_no_run_and_no_output(
         assert (outcome.exit_code, outcome.output) == (4, ("one", "two"))
         assert outcome.reason == "exit code 4: the Docker engine was stopped or restarted while the run was in it"
         assert await containers(docker_engine, run.run_id) == []
+
+
+async def test_output_after_an_engine_was_away_is_copied_although_it_has_discarded_what_was_before(
+    proxy: Proxy, docker_engine: DockerEngine, shell_image: str, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    command = "for i in $(seq 500); do echo line $i; done; while [ ! -e /gate/open ]; do sleep 0.1; done; seq 100"
+    uri = docker_project(tmp_path / "demo", shell_image, command)
+    args = {"volume": f"{gate}:/gate", "log-driver": "json-file", "log-opt": ["max-size=4k", "max-file=1"]}
+    async with Fleet(tracking=FakeTracking()) as fleet:
+        run = await fleet.submit(uri, docker_args=args)
+        async for line in run.logs():
+            if line == "line 500":
+                break
+        await proxy.down()
+        (gate / "open").touch()
+        while (await anyio.to_thread.run_sync(docker_engine.inspect, f"mlfleet-{run.run_id}"))["State"]["Running"]:
+            await anyio.to_thread.run_sync(docker_engine.call, "GET", "/version")
+        await proxy.up()
+        await run.wait()
+        lines = [line async for line in run.logs()]
+    assert lines[:500] == [f"line {number}" for number in range(1, 501)]
+    assert lines[500].startswith("mlfleet: lines may be missing or repeated here")
+    assert lines[-2:] == ["99", "100"]
 
 
 async def test_a_container_whose_engine_does_not_answer_is_not_killed(

@@ -2,57 +2,35 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import pytest
 
-from mlfleet._concurrency.threads import FILES
-from mlfleet.backends._remote.output import STDERR, STDOUT, KeptOutput, OutputFile, write_output
+from mlfleet.backends._remote.output import STDERR, KeptOutput, begin_output, pass_on, write_output
 from mlfleet.errors import SubmitError
 
 
-async def write(output: OutputFile, data: bytes, *, stream: int = STDOUT) -> None:
-    await FILES.run(partial(output.write, data, stream=stream))
-
-
-async def test_a_file_is_begun_anew_and_then_appended_to(tmp_path: Path) -> None:
+def test_a_file_is_begun_anew_and_then_appended_to(tmp_path: Path) -> None:
     path = tmp_path / "run" / "output.log"
     path.parent.mkdir()
     path.write_text("of an earlier process, and longer than what comes now\n")
-    output = OutputFile(path, backend="somewhere")
-    await output.open()
-    await write(output, b"one\n")
-    await write(output, b"two\n", stream=STDERR)
-    await output.open()
-    await write(output, b"three\n", stream=STDOUT)
-    await output.close()
-    await output.close()
-    assert path.read_bytes() == b"one\ntwo\nthree\n"
+    begin_output(path, backend="somewhere")
+    output = KeptOutput(path, backend="somewhere")
+    output.write(b"one\n")
+    output.write(b"two\n")
+    assert path.read_bytes() == b"one\ntwo\n"
 
 
-async def test_a_file_that_cannot_be_made_is_an_error_of_the_backend(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_made_is_an_error_of_the_backend(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     path = tmp_path / "file" / "output.log"
     with pytest.raises(SubmitError, match=rf"output of the run cannot be written to {path}: ") as caught:
-        await OutputFile(path, backend="somewhere").open()
+        begin_output(path, backend="somewhere")
     assert caught.value.backend == "somewhere"
     with pytest.raises(SubmitError):
-        await FILES.run(partial(write_output, path, b"one", backend="somewhere", at=0))
+        write_output(path, b"one", backend="somewhere", at=0)
     with pytest.raises(SubmitError):
-        await FILES.run(partial(KeptOutput(path, backend="somewhere").write, b"one"))
-
-
-async def test_a_full_disk_costs_lines_and_not_the_run(caplog: pytest.LogCaptureFixture) -> None:
-    output = OutputFile(Path("/dev/full"), backend="somewhere")
-    await output.open()
-    await write(output, b"one\n")
-    await write(output, b"two\n")
-    await output.open()
-    await write(output, b"three\n")
-    await output.close()
-    (record,) = caplog.records  # one warning, however many lines are lost
-    assert "output of a run is lost, /dev/full cannot be written" in record.getMessage()
+        KeptOutput(path, backend="somewhere").write(b"one")
 
 
 def test_two_processes_may_write_the_same_output_at_positions(tmp_path: Path) -> None:
@@ -85,11 +63,8 @@ def test_output_that_differs_from_the_copy_goes_behind_it_with_a_line_that_says_
     assert "lines may be missing or repeated here" in said
 
 
-async def test_without_a_file_the_output_goes_to_that_of_this_process(capfd: pytest.CaptureFixture[str]) -> None:
-    output = OutputFile(None, backend="somewhere")
-    await output.open()
-    await write(output, b"one\n")
-    await write(output, b"two\n", stream=STDERR)
-    await FILES.run(partial(write_output, None, b"three\n", backend="somewhere", at=0))
-    await output.close()
+def test_without_a_file_the_output_goes_to_that_of_this_process(capfd: pytest.CaptureFixture[str]) -> None:
+    pass_on(b"one\n")
+    pass_on(b"two\n", STDERR)
+    write_output(None, b"three\n", backend="somewhere", at=0)
     assert capfd.readouterr() == ("one\nthree\n", "two\n")

@@ -3,71 +3,17 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from pathlib import Path
 
-from mlfleet._concurrency.threads import FILES
-from mlfleet._run_log import get_logger
+from mlfleet._run_log import get_logger, warn_once
 from mlfleet._text.lines import write_all
 from mlfleet.errors import SubmitError
 
-__all__ = ["STDERR", "STDOUT", "KeptOutput", "OutputFile", "remark_line", "write_output"]
+__all__ = ["STDERR", "STDOUT", "KeptOutput", "begin_output", "pass_on", "remark_line", "write_output"]
 
 STDOUT, STDERR = 1, 2
 
 _log = get_logger("mlfleet.output")
-
-
-class OutputFile:
-    """The file that a run's output is copied to, or the output of this process in its place.
-
-    It stays open for a live stream; see `KeptOutput` for output that arrives now and then. An output that cannot be
-    written (a full disk) costs lines and not the run: the rest is dropped with a warning.
-
-    Args:
-        path: The file, which is begun anew: another process may have copied the same output before. None: the stdout
-            and stderr of this process.
-        backend: The name of the backend, for errors.
-    """
-
-    def __init__(self, path: Path | None, *, backend: str) -> None:
-        self._path = path
-        self._backend = backend
-        self._file: int | None = None
-        self._lost = False
-
-    async def open(self) -> None:
-        """Make the file, if that was not done before.
-
-        Raises:
-            SubmitError: It cannot be written.
-        """
-        if self._path is not None and self._file is None and not self._lost:
-            self._file = await FILES.run(partial(_open_file, self._path, self._backend, begin=True), undo=_close)
-
-    async def close(self) -> None:
-        """Close the file. A cancelled call closes it all the same."""
-        file, self._file = self._file, None
-        if file is not None:
-            await FILES.finish(partial(os.close, file))
-
-    def write(self, data: bytes, *, stream: int = STDOUT) -> None:
-        """Write `data` at the end of the open file. Blocking.
-
-        Args:
-            data: The bytes to write.
-            stream: `STDOUT` or `STDERR`, where the output goes to that of this process.
-        """
-        target = stream if self._path is None else self._file
-        if target is None:
-            return
-        try:
-            write_all(target, data)
-        except OSError as error:
-            _log.warning("output of a run is lost, %s cannot be written: %s", self._path or "stdout", error.strerror)
-            if self._file is not None:
-                os.close(self._file)
-                self._file, self._lost = None, True
 
 
 class KeptOutput:
@@ -114,7 +60,7 @@ class KeptOutput:
             write_all(STDOUT, data)
             self._advance(data)
             return
-        file = _open_file(self._path, self._backend, append=False)
+        file = _open_file(self._path, self._backend)
         try:
             if not self._begun:
                 self._begun, self._held = True, os.fstat(file).st_size
@@ -138,8 +84,26 @@ class KeptOutput:
             self._advance(there)
             return data[size:]
         self.position, self._held = self._held, 0
-        line = remark_line("lines may be missing or repeated here: the copy above was made by another process")
+        line = remark_line("lines may be missing or repeated here, since what follows does not continue the copy above")
         return (b"" if _ends_line(file, self.position) else b"\n") + line + data
+
+
+def pass_on(data: bytes, stream: int = STDOUT) -> None:
+    """Write output to `STDOUT` or `STDERR` of this process; drop with a warning what cannot be written. Blocking."""
+    try:
+        write_all(stream, data)
+    except OSError as error:
+        name = "stdout" if stream == STDOUT else "stderr"
+        warn_once(_log, "output of a run is lost, %s cannot be written: %s", name, error.strerror)
+
+
+def begin_output(path: Path, *, backend: str) -> None:
+    """Make a file for output, or empty it. Blocking.
+
+    Raises:
+        SubmitError: It cannot be written.
+    """
+    os.close(_open_file(path, backend, os.O_TRUNC))
 
 
 def remark_line(text: str) -> bytes:
@@ -163,16 +127,14 @@ def write_output(path: Path | None, data: bytes, *, backend: str, at: int) -> No
     if path is None:
         write_all(STDOUT, data)
         return
-    file = _open_file(path, backend, append=False)
+    file = _open_file(path, backend)
     try:
         write_all(file, data, at)
     finally:
         os.close(file)
 
 
-def _open_file(path: Path, backend: str, *, begin: bool = False, append: bool = True) -> int:
-    # With O_APPEND, pwrite(2) ignores its position on Linux.
-    how = (os.O_TRUNC if begin else 0) | (os.O_APPEND if append else 0)
+def _open_file(path: Path, backend: str, how: int = 0) -> int:
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         return os.open(path, os.O_RDWR | os.O_CREAT | how | os.O_CLOEXEC, 0o600)
@@ -183,7 +145,3 @@ def _open_file(path: Path, backend: str, *, begin: bool = False, append: bool = 
 
 def _ends_line(file: int, position: int) -> bool:
     return position == 0 or os.pread(file, 1, position - 1) == b"\n"
-
-
-async def _close(file: int) -> None:
-    os.close(file)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import anyio
 from anyio.abc import TaskGroup
 
-from mlfleet._concurrency.cancellation import wait_done
+from mlfleet._concurrency.cancellation import complete, wait_done
 from mlfleet._concurrency.grace import StopRequest
 from mlfleet._concurrency.tasks import TaskOwner
 from mlfleet._concurrency.threads import FILES
@@ -215,8 +215,11 @@ class SupervisedRun(AwaitedRun, FileOutput):
         if self._outcome is None:
             lost = RunLost(f"this process does not look after the {self.noun} any more", backend=self.backend)
             self._outcome = Outcome(RunStatus.FAILED, reason=str(lost), error=lost)
-        await self._tidy()
-        self._done.set()
+        try:
+            # Again if it was cancelled itself, as by asyncio.run.
+            await complete(self._tidy, restart=True)
+        finally:
+            self._done.set()
 
     async def _end_by(self, error: MlfleetError) -> None:
         failing = asyncio.ensure_future(self._fail(error))
@@ -244,4 +247,4 @@ class SupervisedRun(AwaitedRun, FileOutput):
 
     @abstractmethod
     async def _tidy(self) -> None:
-        """Release what the run holds in this process. Must not be interrupted by a cancellation."""
+        """Release what the run holds in this process. Called in a task of its own; again if that is cancelled."""

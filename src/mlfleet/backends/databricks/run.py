@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,7 +10,6 @@ from typing import Any
 
 import anyio
 
-from mlfleet._concurrency.cancellation import wait_done
 from mlfleet._concurrency.threads import FILES
 from mlfleet._run_log import get_logger
 from mlfleet.backends._remote.run import SupervisedRun, tasks_beside
@@ -124,11 +122,11 @@ class DatabricksRun(SupervisedRun):
     # ---- its task ---------------------------------------------------------------------------------------------------
 
     async def _tidy(self) -> None:
-        self._poller.untrack(self._run.id)
         if self._run.secret is not None and not self._detached:
-            await wait_done(asyncio.ensure_future(remove_secret(self._workspace, *self._run.secret)))
+            await remove_secret(self._workspace, *self._run.secret)
         if self._state.value is not None and self._state.value.is_terminal and not self._detached:
-            await FILES.finish(partial(remove_record, self.run_id))
+            await FILES.run(partial(remove_record, self.run_id))
+        self._poller.untrack(self._run.id)
 
     async def _live(self) -> Outcome:
         async with tasks_beside(self._copy_while_followed, self._cancel_when_asked):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import socket
 import struct
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,9 +15,11 @@ import anyio
 
 from mlfleet._concurrency.threads import FILES
 from mlfleet._paths import runs_folder
+from mlfleet._process.reattach import machine
 from mlfleet._run_log import get_logger
-from mlfleet.backends._remote.output import STDERR, STDOUT, KeptOutput, OutputFile
+from mlfleet.backends._remote.output import STDERR, STDOUT, KeptOutput, begin_output, pass_on
 from mlfleet.backends.docker.client import Engine, EngineError
+from mlfleet.errors import SubmitError
 
 __all__ = ["ContainerLock", "OutputCopy"]
 
@@ -52,12 +53,12 @@ class ContainerLock:
     def from_label(cls, label: str, run_id: str) -> Self:
         """Return the lock named by the container's label, or a local one for containers submitted elsewhere."""
         host, _, path = label.partition(":")
-        return cls(Path(path)) if host == socket.gethostname() and path else cls.of_run(run_id)
+        return cls(Path(path)) if host == machine() and path else cls.of_run(run_id)
 
     @property
     def label(self) -> str:
         """The text by which other processes find the lock."""
-        return f"{socket.gethostname()}:{self._path}"
+        return f"{machine()}:{self._path}"
 
     @property
     def is_held(self) -> bool:
@@ -77,28 +78,14 @@ class ContainerLock:
             self._file = file
         return True
 
-    def is_taken(self) -> bool:
-        """Return True if a process of this machine holds the lock. Makes no file."""
-        try:
-            file = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-        finally:
-            os.close(file)
-        return False
-
     def release(self) -> None:
         """Release the lock and remove its file."""
         file, self._file = self._file, None
         if file is not None:
-            self._path.unlink(missing_ok=True)
-            os.close(file)
             with contextlib.suppress(OSError):
+                self._path.unlink(missing_ok=True)
                 self._path.parent.rmdir()  # empty if the run's output went elsewhere
+            os.close(file)
 
 
 class OutputCopy:
@@ -109,8 +96,8 @@ class OutputCopy:
         container: The container's id.
         path: The file to write; None: the stdout and stderr of this process.
         tty: True if the container has a terminal, so that its output is one plain stream.
-        keep: True to compare what the file holds with what the engine has, rather than begin the file anew: an engine
-            that rotates logs may have discarded what an earlier process has copied.
+        keep: True to go on with what the file holds, rather than begin the file anew: an engine that rotates logs may
+            have discarded what an earlier process has copied.
 
     Attributes:
         copied: The number of bytes copied so far.
@@ -119,26 +106,24 @@ class OutputCopy:
     def __init__(self, engine: Engine, container: str, path: Path | None, *, tty: bool, keep: bool = False) -> None:
         self._engine = engine
         self._container = container
-        self._file = OutputFile(path, backend="docker")
-        self._kept = KeptOutput(path, backend="docker") if keep and path is not None else None
-        self._separate = path is None
+        self._path = path
+        self._file = KeptOutput(path, backend="docker")
+        self._keep = keep
         self._tty = tty
         self._pending = bytearray()
         self._skip = 0
+        self._lost = False
         self.copied = 0
 
     async def open(self) -> None:
-        """Make the file.
+        """Make the file, if that was not done before.
 
         Raises:
             SubmitError: It cannot be written.
         """
-        if self._kept is None:
-            await self._file.open()
-
-    async def close(self) -> None:
-        """Close the file."""
-        await self._file.close()
+        if self._path is not None and not self._keep:
+            await FILES.run(partial(begin_output, self._path, backend="docker"))
+            self._keep = True
 
     async def attach(self, on_attached: Callable[[], None]) -> None:
         """Copy the output of a container that has not started yet, byte for byte, until it or the connection ends.
@@ -159,10 +144,11 @@ class OutputCopy:
             False if there may be more, since the connection broke.
         """
         self._pending.clear()
-        self._skip = self.copied
-        if self._kept is not None and self.copied:
-            self._skip = 0
-            await FILES.run(partial(self._kept.seek, 0))
+        if self._path is None:
+            self._skip = self.copied
+        else:
+            # Compared with the file from its beginning, since the engine may have discarded what was copied.
+            self._file = KeptOutput(self._path, backend="docker")
         return await self._copy("GET", "logs", {"follow": follow, "stdout": True, "stderr": True})
 
     async def _copy(
@@ -200,7 +186,7 @@ class OutputCopy:
             at += length
         view.release()
         del self._pending[:at]
-        if not self._separate:
+        if self._path is not None:
             self._write(STDOUT, b"".join(frame for _, frame in frames))
             return
         for stream, frame in frames:
@@ -209,12 +195,15 @@ class OutputCopy:
     def _write(self, stream: int, data: bytes) -> None:
         if self._skip:
             self._skip, data = max(0, self._skip - len(data)), data[self._skip :]
-        if data:
-            self.copied += len(data)
-            if self._kept is None:
-                self._file.write(data, stream=stream)
-                return
-            try:
-                self._kept.write(data)
-            except OSError as error:
-                _log.warning("output of a run is lost: %s", error)
+        if not data:
+            return
+        self.copied += len(data)
+        if self._path is None:
+            pass_on(data, stream)
+            return
+        try:
+            self._file.write(data)
+        except (OSError, SubmitError) as error:  # a full disk costs lines and not the run
+            if not self._lost:
+                self._lost = True
+                _log.warning("output of a run is lost, %s cannot be written: %s", self._path, error)

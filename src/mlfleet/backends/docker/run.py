@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -11,7 +10,6 @@ from typing import Any
 
 import anyio
 
-from mlfleet._concurrency.cancellation import wait_done
 from mlfleet._concurrency.threads import FILES
 from mlfleet._run_log import get_logger
 from mlfleet.backends._remote.run import SupervisedRun, tasks_beside
@@ -128,17 +126,13 @@ class DockerRun(SupervisedRun):
             raise self._outcome.error
 
     async def _tidy(self) -> None:
-        await wait_done(asyncio.ensure_future(self._release()))
+        await FILES.run(self._lock.release)
         self._watch.untrack(self._container.id)
         self._attached.set()
         self._caught_up.set()
 
     async def _catch_up(self) -> None:
         await self._caught_up.wait()
-
-    async def _release(self) -> None:
-        await self._copy.close()
-        await FILES.run(self._lock.release)
 
     async def _live(self) -> Outcome:
         async with tasks_beside(self._stop) as group:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Collection, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -17,12 +16,13 @@ import aiohttp
 import anyio
 
 from mlfleet._concurrency.threads import FILES
+from mlfleet._process.reattach import machine
 from mlfleet._retry import RetryPolicy
 from mlfleet._run_log import get_logger
+from mlfleet._store.lease import unleased
 from mlfleet.backends._remote.state_cache import StateCache
 from mlfleet.backends.base import ListedRun
 from mlfleet.backends.docker.client import RETRIES, Engine, EngineError
-from mlfleet.backends.docker.output import ContainerLock
 from mlfleet.errors import RunLost
 
 __all__ = [
@@ -298,5 +298,7 @@ async def _listed(item: Any) -> ListedRun:
 
 def _is_supervised(label: str) -> bool:
     host, _, path = label.partition(":")
-    # Processes of another machine cannot be seen from here: its containers count as supervised.
-    return host != socket.gethostname() or ContainerLock(Path(path)).is_taken()
+    if host != machine():
+        return True  # processes of another machine cannot be seen from here
+    with unleased(Path(path)) as is_free:
+        return not is_free

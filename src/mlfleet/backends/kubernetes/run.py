@@ -9,7 +9,6 @@ from pathlib import Path
 
 import anyio
 
-from mlfleet._concurrency.cancellation import wait_done
 from mlfleet._run_log import get_logger
 from mlfleet.backends._remote.run import SupervisedRun
 from mlfleet.backends.kubernetes.client import ApiError, KubernetesClient
@@ -128,7 +127,7 @@ class KubernetesRun(SupervisedRun):
 
     async def _tidy(self) -> None:
         if self._over:
-            await wait_done(asyncio.ensure_future(self._remove()))
+            await self._remove()
         self._watch.untrack(self.target.uid)
         self._started.set()
         self._copier.caught_up.set()

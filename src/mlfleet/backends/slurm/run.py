@@ -9,11 +9,10 @@ from pathlib import Path
 
 import anyio
 
-from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.threads import FILES
 from mlfleet._run_log import get_logger
 from mlfleet._text.lines import last_lines
-from mlfleet.backends._remote.output import OutputFile
+from mlfleet.backends._remote.output import pass_on
 from mlfleet.backends._remote.run import SupervisedRun, tasks_beside
 from mlfleet.backends.slurm.client import SlurmClient, SlurmError
 from mlfleet.backends.slurm.run_files import RunFiles
@@ -74,7 +73,6 @@ class SlurmRun(SupervisedRun):
         self._keep = keep
         self._state = poller.track(job)
         self._copied = 0
-        self._stdout = OutputFile(None, backend="slurm")
 
     # ---- the handle -------------------------------------------------------------------------------------------------
 
@@ -220,7 +218,7 @@ class SlurmRun(SupervisedRun):
                 file.seek(self._copied)
                 while data := file.read(_CHUNK):
                     self._copied += len(data)
-                    self._stdout.write(data)
+                    pass_on(data)
 
         await FILES.run(copy)
 
@@ -232,14 +230,11 @@ class SlurmRun(SupervisedRun):
             _log.warning("the job %s of the run %s may still run: %s", self.job, self.run_id, error)
 
     async def _tidy(self) -> None:
-        self._poller.untrack(self.job)
         if not self._detached:
-            await complete(self._finish)
-
-    async def _finish(self) -> None:
-        try:
-            if self._target is None:
-                await self._copy()
-            await FILES.run(partial(self._files.finish, self._target, keep=self._keep))
-        except OSError as error:
-            _log.warning("files of the run %s stay in %s: %s", self.run_id, self._files.folder, error)
+            try:
+                if self._target is None:
+                    await self._copy()
+                await FILES.run(partial(self._files.finish, self._target, keep=self._keep))
+            except OSError as error:
+                _log.warning("files of the run %s stay in %s: %s", self.run_id, self._files.folder, error)
+        self._poller.untrack(self.job)
