@@ -4,7 +4,9 @@ Started by `mlfleet._process.guardian` as a script of its own, so that it does n
 library and psutil only.
 
 It watches the driver by a pidfd, elsewhere by its own parent's id, and not by the end of the pipe: a child that the
-driver forked without exec keeps the pipe open. Each line of standard input is one message of the driver::
+driver forked without exec keeps the pipe open. The driver itself uses the functions below that find processes.
+
+Each line of standard input is one message of the driver::
 
     + <session> <grace in seconds>    a session has begun
     - <session>                       it has ended
@@ -21,12 +23,13 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 
 import psutil
 
 _PARENT_POLL = 0.5  # seconds between two looks at the parent's id, where the system has no pidfds
+_GAP = 0.05  # seconds in which messages gather: not each of them needs to wake this process up
 _PAUSE = 0.05  # seconds between two looks at sessions that are being ended
 _MARKER_GRACE = 2.0  # seconds for processes that left their session
 _EXEC_PAUSE, _EXEC_LOOKS = 0.002, 10  # seconds between two looks at processes in execve, and their number
@@ -67,6 +70,7 @@ def _watch(driver: int, sessions: dict[int, float]) -> None:
             data = os.read(0, 65536)
             if data:
                 rest = _apply(rest + data, sessions)
+                time.sleep(_GAP)
             else:
                 poll.unregister(0)
         elif descriptor in ready or os.getppid() != driver:
@@ -108,36 +112,56 @@ def _apply(text: bytes, sessions: dict[int, float]) -> bytes:
 
 
 def _end_sessions(sessions: dict[int, float]) -> None:
-    asked: set[int] = set()
-    begun = time.monotonic()
+    begun, asked = time.monotonic(), set[int]()
     while time.monotonic() - begun < _LONGEST_END:
-        groups = _living_groups(sessions)
-        if not groups:
+        found = living_groups(sessions)
+        if not any(found.values()):
             return
-        for group, session in groups.items():
-            if time.monotonic() - begun >= sessions[session]:
-                _signal_group(group, signal.SIGKILL)
-            elif group not in asked:
-                asked.add(group)
-                _signal_group(group, signal.SIGTERM)
-                # A stopped process does not see SIGTERM before it goes on.
-                _signal_group(group, signal.SIGCONT)
+        for session, groups in found.items():
+            for group in groups:
+                if time.monotonic() - begun >= sessions[session]:
+                    _signal_group(group, signal.SIGKILL)
+                elif group not in asked:
+                    asked.add(group)
+                    _signal_group(group, signal.SIGTERM)
+                    # A stopped process does not see SIGTERM before it goes on.
+                    _signal_group(group, signal.SIGCONT)
         time.sleep(_PAUSE)
 
 
-def _living_groups(sessions: Iterable[int]) -> dict[int, int]:
-    """Return the process groups in `sessions` that have a living member, each with its session."""
-    wanted = set(sessions)
-    found: dict[int, int] = {}
+def living_groups(sessions: Collection[int], named: Collection[int] = ()) -> dict[int, dict[int, list[str]]]:
+    """Return the process groups in each session that have a living member which may be signalled. Blocking.
+
+    Zombies do not count: where nobody reaps orphans (a container without an init), they stay for ever.
+
+    Args:
+        sessions: The ids of the sessions, which are the pids of their leaders.
+        named: Those of them whose processes are named.
+
+    Returns:
+        For each session its groups, each with the names of its processes if the session is one of `named`.
+    """
+    found: dict[int, dict[int, list[str]]] = {session: {} for session in sessions}
+    # Two system calls for each process of the machine, and more only for the first one of each group: 18 ms for 500
+    # sessions of two processes, and 1 ms for one session. Reading /proc/<pid>/stat of all took 26 ms and 8 ms.
     for pid in psutil.pids():
         try:
             session = os.getsid(pid)
-            if session not in wanted or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            groups = found.get(session)
+            if groups is None:
                 continue
-            os.kill(pid, 0)  # another user's process (sudo) cannot be ended, nor waited for
-            found[os.getpgid(pid)] = session
+            group = os.getpgid(pid)
+            if group in groups and session not in named:
+                continue
+            process = psutil.Process(pid)
+            if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                continue
+            # Another user's process (sudo) cannot be signalled: its end would be waited for without end.
+            os.kill(pid, 0)
+            names = [f"{process.name()} ({pid})"] if session in named else []
         except (OSError, psutil.Error):
             continue
+        groups.setdefault(group, []).extend(names)
     return found
 
 

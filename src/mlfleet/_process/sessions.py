@@ -20,48 +20,10 @@ from weakref import WeakKeyDictionary
 
 from mlfleet._concurrency.threads import SESSIONS
 
-__all__ = ["SessionWatch", "kill_session", "living_groups", "signal_group"]
+__all__ = ["SessionWatch", "kill_session", "signal_group"]
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.01, 0.1  # seconds
 _SIGNALLING = 0.002  # seconds of one iteration of the event loop that are spent on sending signals
-
-
-def living_groups(sessions: Collection[int], named: Collection[int] = ()) -> dict[int, dict[int, list[str]]]:
-    """Return the process groups in each session that have a living member which may be signalled. Blocking.
-
-    Zombies do not count: where nobody reaps orphans (a container without an init), they stay for ever.
-
-    Args:
-        sessions: The ids of the sessions, which are the pids of their leaders.
-        named: Those of them whose processes are named.
-
-    Returns:
-        For each session its groups, each with the names of its processes if the session is one of `named`.
-    """
-    import psutil  # late, and in a thread: most uses of mlfleet stop no process
-
-    found: dict[int, dict[int, list[str]]] = {session: {} for session in sessions}
-    # Two system calls for each process of the machine, and more only for the first one of each group: 18 ms for 500
-    # sessions of two processes, and 1 ms for one session. Reading /proc/<pid>/stat of all took 26 ms and 8 ms.
-    for pid in psutil.pids():
-        try:
-            session = os.getsid(pid)
-            groups = found.get(session)
-            if groups is None:
-                continue
-            group = os.getpgid(pid)
-            if group in groups and session not in named:
-                continue
-            process = psutil.Process(pid)
-            if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
-                continue
-            # Another user's process (sudo) cannot be signalled: its end would be waited for without end.
-            os.kill(pid, 0)
-            names = [f"{process.name()} ({pid})"] if session in named else []
-        except (OSError, psutil.Error):
-            continue
-        groups.setdefault(group, []).extend(names)
-    return found
 
 
 def signal_group(group: int, number: int) -> None:
@@ -72,8 +34,14 @@ def signal_group(group: int, number: int) -> None:
 
 def kill_session(session: int) -> None:
     """Kill all processes of a session. Blocking."""
-    for group in living_groups({session})[session]:
+    for group in _living_groups({session})[session]:
         signal_group(group, signal.SIGKILL)
+
+
+def _living_groups(sessions: Collection[int], named: Collection[int] = ()) -> dict[int, dict[int, list[str]]]:
+    from mlfleet._process.guardian_main import living_groups  # late, and in a thread: most uses of mlfleet end nothing
+
+    return living_groups(sessions, named)
 
 
 _Callback = Callable[[Mapping[int, Sequence[str]]], None]
@@ -85,8 +53,7 @@ class SessionWatch:
     _of_loops: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, SessionWatch]] = WeakKeyDictionary()
 
     def __init__(self) -> None:
-        self._callbacks: dict[_Callback, int] = {}
-        self._named: set[_Callback] = set()
+        self._callbacks: dict[_Callback, tuple[int, bool]] = {}  # each with its session, and if that is named
         self._pause = _SHORTEST_PAUSE
         self._hurry = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -106,12 +73,10 @@ class SessionWatch:
 
         Args:
             session: The id of the session. More than one callback may be interested in it.
-            callback: Called with what `living_groups` found.
+            callback: Called with the groups of the session, each with the names of its processes.
             named: True to have the processes named.
         """
-        self._callbacks[callback] = session
-        if named:
-            self._named.add(callback)
+        self._callbacks[callback] = session, named
         if self._task is None:
             self._start()
         self.hurry()
@@ -120,7 +85,6 @@ class SessionWatch:
         """Stop calling `callback`."""
         if self._callbacks.pop(callback, None) is None:
             return
-        self._named.discard(callback)
         if not self._callbacks and self._task is not None:
             self._task.cancel()
 
@@ -164,7 +128,7 @@ class SessionWatch:
     async def _look_once(self) -> None:
         begun = time.monotonic()
         living = await self._living()
-        for callback, session in list(self._callbacks.items()):
+        for callback, (session, _) in list(self._callbacks.items()):
             # A session that was added meanwhile has its turn at the next look; a callback may remove another one.
             if session in living and callback in self._callbacks:
                 callback(living[session])
@@ -177,11 +141,12 @@ class SessionWatch:
         self._pause = min(self._pause * 2, _LONGEST_PAUSE)
 
     async def _living(self) -> dict[int, dict[int, list[str]]]:
-        sessions, named = set(self._callbacks.values()), {self._callbacks[callback] for callback in self._named}
+        sessions = {session for session, _ in self._callbacks.values()}
+        named = {session for session, is_named in self._callbacks.values() if is_named}
         try:
-            return await SESSIONS.run(partial(living_groups, sessions, named))
+            return await SESSIONS.run(partial(_living_groups, sessions, named))
         except RuntimeError:
             # The limit of threads is reached, or the interpreter is ending. Processes must be ended all the more, even
             # if each look holds up the event loop for some milliseconds.
             self._pause = _LONGEST_PAUSE
-            return living_groups(sessions, named)
+            return _living_groups(sessions, named)
