@@ -13,6 +13,8 @@ from typing import Any
 
 from mlfleet._engine.options import Goal
 from mlfleet._reporting.sweep import ReportedRun, SweepReport
+from mlfleet._text.html import link
+from mlfleet._text.plain import duration_text
 from mlfleet.errors import UsageError
 from mlfleet.runs import RunStatus
 from mlfleet.tracking.links import run_url
@@ -118,7 +120,7 @@ def _head(report: SweepReport) -> str:
         ("space", escape(_space(report.space))),
         ("fixed", escape(", ".join(f"{name} = {value}" for name, value in report.fixed.items()))),
         ("ended early", escape(report.stopped or "")),
-        ("MLflow run", _link(info.run_id, url) + f" in {escape(report.tracking)}"),
+        ("MLflow run", link(info.run_id, url) + f" in {escape(report.tracking)}"),
     ]
     rows = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in facts if text)
     return f"<header><h1>{escape(info.name)} {_status(info.status)}</h1><dl>{rows}</dl></header>"
@@ -177,7 +179,7 @@ def _table(report: SweepReport) -> str:
 
 def _row(report: SweepReport, run: ReportedRun, metrics: Sequence[str]) -> str:
     url = run_url(report.tracking, report.info.experiment_id, run.run_id)
-    name = _link(run.name or run.run_id, url)
+    name = link(run.name or run.run_id, url)
     reason = f' title="{escape(f"after: {run.reason}")}"' if run.reason else ""
     failure = f' title="{escape(run.failure)}"' if run.failure else ""
     cells = [
@@ -201,12 +203,6 @@ def _cell(value: float, text: str) -> str:
     return f'<td class="n" data-value="{value!r}">{text}</td>'
 
 
-def _link(text: str, url: str | None) -> str:
-    if url is None:
-        return escape(text)
-    return f'<a href="{escape(url)}" rel="noreferrer" target="_blank">{escape(text)}</a>'
-
-
 def _status(status: RunStatus) -> str:
     return f'<span class="status {status.value}">{status.value}</span>'
 
@@ -218,7 +214,4 @@ def _short(text: str) -> str:
 def _seconds(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
-    whole = int(seconds)
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    return duration_text(seconds)
