@@ -6,7 +6,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from mlfleet._progress import activity, is_interactive, say
-from mlfleet._text.plain import clean
 from mlfleet.runs import RunEvent, Stage
 
 if TYPE_CHECKING:
@@ -16,7 +15,9 @@ __all__ = ["Progress"]
 
 
 class Progress:
-    """A view of the events of one run.
+    """The view of one run, which gives the terminal to the project as soon as its command may write.
+
+    So it writes at once, and not in a thread like the screens.
 
     Args:
         inherits: The project itself writes to this terminal, so nothing else is written after its start.
@@ -88,8 +89,7 @@ class _Spinner:
             self._status = Status("", console=Console(stderr=True))
             self._status.start()
         room = max(self._status.console.width - 4, 10)
-        plain = " ".join(clean(text).split())
-        self._status.update(Text(plain if len(plain) <= room else f"{plain[: room - 1]}…"))
+        self._status.update(Text(text if len(text) <= room else f"{text[: room - 1]}…"))
 
     def hide(self) -> None:
         if self._status is not None:

@@ -8,14 +8,15 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from mlfleet._concurrency.notebook import in_notebook
-from mlfleet._progress.picture import Painter, Picture, Row
+from mlfleet._progress.picture import Painter, Picture
 from mlfleet._progress.terminal import colored, is_interactive, say, write_line
 from mlfleet._text.html import Html, block, escaped, table
-from mlfleet._text.plain import clean
+from mlfleet._text.plain import clean, short
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
+    from rich.text import Text
 
 __all__ = ["LinePainter", "NotebookPainter", "TerminalPainter", "choose_painter"]
 
@@ -55,7 +56,7 @@ class TerminalPainter:
                 live.console.print(
                     clean(line), style=color or None, markup=False, highlight=False, emoji=False, soft_wrap=True
                 )
-            live.update(_region(picture, live.console.width), refresh=True)
+            live.update(_region(picture), refresh=True)
         except OSError:
             return  # the terminal is gone; the runs go on
 
@@ -80,7 +81,7 @@ class TerminalPainter:
         return live
 
 
-def _region(picture: Picture, width: int) -> RenderableType:
+def _region(picture: Picture) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
@@ -89,20 +90,19 @@ def _region(picture: Picture, width: int) -> RenderableType:
         parts.append(_bar(picture))
         parts.append(Text.assemble("  ", *((f"{words}  ", style) for words, style in picture.numbers())))
     if picture.activity:
-        parts.append(Text(_fit(clean(picture.activity), width), style="dim"))
-    parts += [_row(row, width) for row in picture.rows]
+        parts.append(_line(picture.activity, style="dim"))
+    for row in picture.rows:
+        parts.append(_line((f"  {short(row.name):<24}  {row.time:>6}  ", "cyan"), row.last))
     if picture.hidden and picture.rows:
         parts.append(Text(f"  and {picture.hidden} more", style="dim"))
     return Group(*parts)
 
 
-def _row(row: Row, width: int) -> RenderableType:
+def _line(*parts: str | tuple[str, str], style: str = "") -> Text:
+    """Return a text, or several with their colours, that is cut where the terminal ends."""
     from rich.text import Text
 
-    start = f"  {_fit(row.name, 40):<24}  {row.time:>6}  "
-    text = Text(_fit(start, width), style="cyan")
-    text.append(_fit(row.last, max(width - len(start) - 1, 0)), style="default")
-    return text
+    return Text.assemble(*parts, style=style, no_wrap=True, overflow="ellipsis")
 
 
 def _bar(picture: Picture) -> RenderableType:
@@ -115,12 +115,8 @@ def _bar(picture: Picture) -> RenderableType:
     grid = Table.grid(padding=(0, 1))
     bar = ProgressBar(total=total, completed=ended, width=40, pulse=total is None)
     share = "" if not total else f"{100 * ended // total:3d}%"
-    grid.add_row(Text(_fit(picture.title, 30), style="bold"), bar, Text(picture.share), Text(share))
+    grid.add_row(Text(short(picture.title), style="bold"), bar, Text(picture.share), Text(share))
     return grid
-
-
-def _fit(text: str, width: int) -> str:
-    return text if len(text) <= width else f"{text[: max(width - 1, 0)]}…"
 
 
 class NotebookPainter:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from mlfleet._engine.options import Goal
 from mlfleet._sweeps import PointResult, Sweep, SweepCounts
-from mlfleet._text.plain import duration_text, plain_line, point_text
+from mlfleet._text.plain import clean, duration_text, plain_line, point_text
 from mlfleet.runs import RunEvent, RunStatus, Stage
 
 __all__ = [
@@ -175,6 +175,7 @@ def activity(stage: Stage, detail: str = "", *, brief: bool = False) -> str:
         detail: The line on its progress that came last; empty if there was none.
         brief: Leave out lines of tools, such as those of a build. What a backend does itself is always named.
     """
+    detail = " ".join(clean(detail).split())
     match stage:
         case Stage.FETCHING:
             doing = "fetching the project"
@@ -186,7 +187,7 @@ def activity(stage: Stage, detail: str = "", *, brief: bool = False) -> str:
             return detail or "starting"
         case _:
             return ""
-    return f"{doing}: {detail.strip()}" if detail.strip() and not brief else doing
+    return doing if brief or not detail else f"{doing}: {detail}"
 
 
 def share(counts: SweepCounts) -> str:
