@@ -81,15 +81,8 @@ class SpecError(MlfleetError):
     def __init__(
         self, message: str, *, path: Path | str | None = None, line: int | None = None, column: int | None = None
     ) -> None:
-        place = ", ".join(
-            part
-            for part in (
-                str(path) if path is not None else "",
-                f"line {line}" if line is not None else "",
-                f"column {column}" if column is not None else "",
-            )
-            if part
-        )
+        places = {"": path, "line ": line, "column ": column}
+        place = ", ".join(f"{name}{value}" for name, value in places.items() if value is not None)
         super().__init__(f"{place}: {message}" if place else message)
         self.message = message
         self.path = path

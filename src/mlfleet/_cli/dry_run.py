@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -26,7 +25,6 @@ from mlfleet._signals import Interrupts, run_until_interrupted
 from mlfleet._text.masking import MASK
 from mlfleet._text.plain import point_text
 from mlfleet.backends.base import Backend
-from mlfleet.errors import MlfleetError
 from mlfleet.runs import RunEvent, RunStatus, Stage, Timeouts
 from mlfleet.spaces import Space
 from mlfleet.tracking import default_uri, open_tracking
@@ -55,13 +53,15 @@ def dry_run(
     Raises:
         MlfleetError: There is a mistake in the request or the project.
     """
-    dry = _DryRun(request=request, tracking_uri=tracking_uri)
+    found: dict[str, Any] = {}
+
+    async def describe(interrupts: Interrupts) -> None:
+        with interrupts.scope:
+            found.update(masked(await _describe(request, tracking_uri, progress)))
+
     with Progress(inherits=False, quiet=quiet) as progress:
-        received = run_until_interrupted(partial(dry.execute, progress), progress.say)
-    if dry.error is not None:
-        raise dry.error
-    if dry.found is not None:
-        found = dry.found
+        received = run_until_interrupted(describe, progress.say)
+    if found:
         if space is not None:
             points = [masked(point) for point in islice(space, _SHOWN_POINTS)]
             found = {"points": {"count": len(space), "first": points}, **found}
@@ -69,73 +69,49 @@ def dry_run(
     return exit_code(None, received)
 
 
-@dataclass(slots=True, kw_only=True)
-class _DryRun:
-    """One call of ``--dry-run`` and its result.
-
-    Attributes:
-        request: The run to show.
-        tracking_uri: The tracking store; None for the default.
-        found: The description of the run; None if there was an error.
-        error: The mistake in the request or the project; None if there is none.
-    """
-
-    request: RunRequest
-    tracking_uri: str | None = None
-    found: dict[str, Any] | None = None
-    error: MlfleetError | None = None
-
-    async def execute(self, progress: Progress, interrupts: Interrupts) -> None:
-        """Plan the run and keep its description."""
-        with interrupts.scope:
-            try:
-                self.found = masked(await self._describe(progress))
-            except MlfleetError as error:
-                self.error = error
-
-    async def _describe(self, progress: Progress) -> dict[str, Any]:
-        # Not a Fleet: opening its tracking would make a database, or ask a server.
-        backends: dict[str, Backend] = {}
-        planner = Planner(ProjectFetcher(), lambda kind: backends.setdefault(kind.name, kind()))
-        plan = await planner.plan(
-            self.request,
-            on_progress=lambda line: progress(RunEvent(Stage.FETCHING, self.request.uri, detail=line)),
-        )
-        uri = await anyio.to_thread.run_sync(partial(used_tracking_uri, self.tracking_uri))
-        tracking = open_tracking(uri)
-        backends[plan.backend].check_tracking(plan.tracking_uri(tracking.uri), plan.config)
-        if self.request.env:
-            plain, secret = await tracking.environ()
-            check_reserved(self.request.env, {*plain, *secret}, tracking_uri=tracking.uri)
-        name, experiment_id = choose_experiment(self.request.experiment_name, self.request.experiment_id)
-        info = RunInfo(self.request.run_id or _RUN_ID, experiment_id or "0", "", RunStatus.SCHEDULED, "")
-        job = await draft(plan, info, tracking, output=None, timeouts=Timeouts())
-        backend = backends[plan.backend]
-        shown, hidden = backend.variables(job)
-        return {
-            "project": plan.project_name,
-            "uri": plan.project.uri,
-            "commit": plan.project.commit,
-            "entry_point": plan.entry_point.name,
-            "command": plan.provisional_command,
-            "folder": str(plan.spec.folder),
-            "copied": plan.project.cached,
-            "parameters": dict(plan.parameters.logged),
-            "downloads": {each.name: each.uri for each in plan.parameters.downloads},
-            "environment": await anyio.to_thread.run_sync(partial(_environment, plan)),
-            "backend": plan.backend,
-            "tracking_uri": tracking.uri,
-            "experiment": name or f"id {experiment_id}",
-            "run_name": self.request.run_name,
-            "variables": {
-                **shown,
-                "MLFLOW_EXPERIMENT_ID": experiment_id or _LATER,
-                "MLFLOW_RUN_ID": self.request.run_id or _LATER,
-                **dict.fromkeys(hidden, MASK),
-            },
-            "tags": dict(plan.tags),
-            "request": await anyio.to_thread.run_sync(backend.preview, job),
-        }
+async def _describe(request: RunRequest, tracking_uri: str | None, progress: Progress) -> dict[str, Any]:
+    # Not a Fleet: opening its tracking would make a database, or ask a server.
+    backends: dict[str, Backend] = {}
+    planner = Planner(ProjectFetcher(), lambda kind: backends.setdefault(kind.name, kind()))
+    plan = await planner.plan(
+        request,
+        on_progress=lambda line: progress(RunEvent(Stage.FETCHING, request.uri, detail=line)),
+    )
+    uri = await anyio.to_thread.run_sync(partial(used_tracking_uri, tracking_uri))
+    tracking = open_tracking(uri)
+    backends[plan.backend].check_tracking(plan.tracking_uri(tracking.uri), plan.config)
+    if request.env:
+        plain, secret = await tracking.environ()
+        check_reserved(request.env, {*plain, *secret}, tracking_uri=tracking.uri)
+    name, experiment_id = choose_experiment(request.experiment_name, request.experiment_id)
+    info = RunInfo(request.run_id or _RUN_ID, experiment_id or "0", "", RunStatus.SCHEDULED, "")
+    job = await draft(plan, info, tracking, output=None, timeouts=Timeouts())
+    backend = backends[plan.backend]
+    shown, hidden = backend.variables(job)
+    return {
+        "project": plan.project_name,
+        "uri": plan.project.uri,
+        "commit": plan.project.commit,
+        "entry_point": plan.entry_point.name,
+        "command": plan.provisional_command,
+        "folder": str(plan.spec.folder),
+        "copied": plan.project.cached,
+        "parameters": dict(plan.parameters.logged),
+        "downloads": {each.name: each.uri for each in plan.parameters.downloads},
+        "environment": await anyio.to_thread.run_sync(partial(_environment, plan)),
+        "backend": plan.backend,
+        "tracking_uri": tracking.uri,
+        "experiment": name or f"id {experiment_id}",
+        "run_name": request.run_name,
+        "variables": {
+            **shown,
+            "MLFLOW_EXPERIMENT_ID": experiment_id or _LATER,
+            "MLFLOW_RUN_ID": request.run_id or _LATER,
+            **dict.fromkeys(hidden, MASK),
+        },
+        "tags": dict(plan.tags),
+        "request": await anyio.to_thread.run_sync(backend.preview, job),
+    }
 
 
 def _show(found: Mapping[str, Any]) -> None:

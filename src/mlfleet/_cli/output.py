@@ -23,7 +23,7 @@ from mlfleet._run_log import get_logger
 from mlfleet._text.lines import write_all
 from mlfleet._text.masking import MASK
 from mlfleet._text.plain import CONTROLS, clean
-from mlfleet.errors import BackendNotFound, FetchError, MlfleetError, ParameterError, SpecError, UsageError
+from mlfleet.errors import BackendNotFound, FetchError, ParameterError, SpecError, UsageError
 from mlfleet.tracking import RunInfo
 from mlfleet.tracking.links import run_url
 
@@ -159,7 +159,7 @@ def where_to_look(tracking: str, info: RunInfo) -> str:
 # ---- errors ---------------------------------------------------------------------------------------------------------
 
 
-def exit_code(error: MlfleetError | None, received: signal.Signals | None = None) -> int:
+def exit_code(error: Exception | None, received: signal.Signals | None = None) -> int:
     """Return the exit code of a command.
 
     Args:

@@ -42,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _cli.main(args=arguments, prog_name="mlfleet", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
         return 130
-    except Exception as error:
+    except Exception as raised:
+        error = raised
+        while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]
         if "--json" in arguments:
             print_json(error_as_json(error), indent=None)  # one line, as the events of a sweep are
         return _complain(error)
@@ -51,21 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _complain(error: Exception) -> int:
     _log.debug("the error in full", exc_info=error)
-    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
     if isinstance(error, click.ClickException):
         context = getattr(error, "ctx", None)
         hint = f"\nTry '{context.command_path} --help'." if context is not None else ""
         complain(error.format_message() + hint)
         return error.exit_code
-    if isinstance(error, MlfleetError):
-        complain(str(error))
-        return exit_code(error)
-    if isinstance(error, OSError):
-        complain(str(error))
-        return 1
-    complain(f"{type(error).__name__}: {error}\nThis is a fault of mlfleet: please report it with what --debug shows.")
-    return 1
+    text = str(error)
+    if not isinstance(error, MlfleetError | OSError):
+        text = f"{type(error).__name__}: {error}\nThis is a fault of mlfleet: please report it with what --debug shows."
+    complain(text)
+    return exit_code(error)
 
 
 @click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -74,14 +72,8 @@ def _complain(error: Exception) -> int:
 def _cli(ctx: click.Context) -> None:
     """Run MLflow Projects, on this machine or elsewhere."""
     defaults = ctx.obj = FileDefaults()
-    ctx.default_map = {**dict.fromkeys(_WITH_SETTINGS, defaults), "config": {"show": defaults}}
+    ctx.default_map = {**dict.fromkeys(_cli.commands, defaults), "config": {"show": defaults}}
 
 
 for _command in (run, sweep, check, report, ps, logs, wait, cancel, prune, cache, envs, config):
     _cli.add_command(_command)
-
-_WITH_SETTINGS = [
-    name
-    for name, each in _cli.commands.items()
-    if any(option.name in ("tracking_uri", "env_manager") for option in each.params)
-]

@@ -64,10 +64,6 @@ def run(
     )
     if only_show:
         return dry_run(request, tracking_uri, as_json=as_json, quiet=quiet)
-    return _run(request, tracking_uri, as_json=as_json, quiet=quiet)
-
-
-def _run(request: RunRequest, tracking_uri: str | None, *, as_json: bool, quiet: bool) -> int:
     prints = request.output == "capture" and not as_json and not request.detach
     command = RunCommand(request=request, tracking_uri=tracking_uri, print_output=prints)
     with Progress(inherits=not as_json, quiet=quiet) as progress:
