@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlfleet.backends.kubernetes.output import LogStream
+from mlfleet.backends.kubernetes.log_stream import LogStream
 
 DATA = Path(__file__).parents[2] / "data" / "kubernetes-1.36"
 STAMPS = [f"2026-11-23T04:27:2{second}.{fraction}Z" for second in range(3) for fraction in ("5", "500000001", "6")]

@@ -6,14 +6,13 @@ import asyncio
 import contextlib
 import json
 import os
-import re
 import resource
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import aiohttp
 import anyio
@@ -23,10 +22,11 @@ from mlfleet._run_log import get_logger
 from mlfleet.backends._remote.output import KeptOutput, remark_line
 from mlfleet.backends._remote.state_cache import CachedState
 from mlfleet.backends.kubernetes.client import ApiError, KubernetesClient, Pool, reconnect_pause
+from mlfleet.backends.kubernetes.log_stream import GONE, LogStream, Mark
 from mlfleet.backends.kubernetes.state import ContainerState, PodState, Snapshot
 from mlfleet.errors import SubmitError
 
-__all__ = ["ContainerLife", "Copier", "End", "LogSlots", "LogStream", "Mark", "next_log"]
+__all__ = ["ContainerLife", "Copier", "LogSlots", "next_log"]
 
 _log = get_logger("mlfleet.kubernetes")
 _SILENCE = 60.0  # seconds without a byte of the log of a container that has ended
@@ -39,219 +39,6 @@ _LONG_QUIET = 30.0  # seconds
 _SHORT_QUIETS = 3  # how often in turn a quiet log is read again after the short time
 _ROTATABLE = 256 * 1024  # bytes; no kubelet rotates a smaller log
 _PATIENCE = 90.0  # seconds for which the server may be away when a container has ended
-# RFC 3339 with nanoseconds, in the time zone of the node.
-_STAMP = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?(?:Z|[+-]\d\d:\d\d)) ")
-_LONGEST_STAMP = 37
-# https://github.com/kubernetes/kubernetes/blob/master/pkg/kubelet/kuberuntime/kuberuntime_container.go and
-# …/staging/src/k8s.io/cri-client/pkg/logs/logs.go: with the status 200, for the answer has begun already.
-_GONE = b"rpc error: code = "  # the runtime has removed the container whose log was followed
-_REMARKS = (
-    _GONE,
-    b"failed to try resolving symlinks in path ",
-    b"failed to open log file ",
-    b"unable to retrieve container logs for ",
-)
-_LONGEST_REMARK = 1000
-_BEGINNING = 48  # bytes of a line that tell what it is
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """The place that a copy has reached in the log of one instance of a container.
-
-    Attributes:
-        last: The timestamp of the last line.
-        taken: The number of complete lines with that timestamp.
-        partial: The bytes of a line that has not ended.
-    """
-
-    last: str = ""
-    taken: int = 0
-    partial: int = 0
-
-
-class LogStream:
-    """Removes the timestamps of a log, and drops what an earlier connection has delivered already. Pure.
-
-    The server starts again with the whole second of the last line (``sinceTime`` is not more precise). Lines before the
-    last delivered line are dropped. Of several lines with the same timestamp as many are dropped as were delivered, and
-    of a line that was cut off its beginning. If a connection begins after the last delivered line, the node has
-    discarded the lines in between, and a line of mlfleet's own says so.
-
-    Args:
-        mark: The place that an earlier process has reached.
-        known: The first and the last timestamps of lines that were delivered by other streams of the same container.
-        heading: Text to deliver before the first line.
-
-    Attributes:
-        spans: The first and the last timestamps of the lines that each connection has delivered.
-        last: The timestamp of the last line.
-        remark: The message of the kubelet itself on this connection in place of output: that there is no log.
-        reached: True if this connection has come to the last delivered line, or past it.
-        gaps: The number of places at which lines may be missing.
-    """
-
-    def __init__(
-        self, mark: Mark | None = None, *, known: Sequence[tuple[bytes, bytes]] = (), heading: bytes = b""
-    ) -> None:
-        mark = mark or Mark()
-        self.known = list(known)
-        self.spans: list[tuple[bytes, bytes]] = []
-        self._heading = heading
-        self.last = mark.last.encode()
-        self.remark = b""
-        self.gaps = 0
-        self._taken = mark.taken  # complete lines with that stamp
-        self._partial = mark.partial  # bytes taken of a line that has not ended
-        self._restart()
-
-    def _restart(self) -> None:
-        self._head = b""  # of a line whose stamp is not complete yet
-        self._prefix = b""  # of a line without a stamp
-        self._in_line = False
-        self._is_remark = False
-        self.remark = b""
-        self.reached = not self.last
-        self._joins = not self.last  # this connection shows that nothing is missing before its new lines
-        self._keep = True
-        self._in_span = False
-        self._skip_bytes = 0
-        self._to_skip = self._taken + (1 if self._partial else 0)
-
-    @property
-    def since(self) -> str | None:
-        """The ``sinceTime`` of the next request (RFC 3339); None: everything."""
-        return self.last.decode() or None
-
-    @property
-    def mark(self) -> Mark:
-        """The place that has been reached."""
-        return Mark(self.last.decode(), self._taken, self._partial)
-
-    def resume(self, *, at_end: bool = False) -> None:
-        """Begin a new connection.
-
-        Args:
-            at_end: True if the one before had delivered all that was printed until a moment ago.
-        """
-        self._restart()
-        self._joins |= at_end
-
-    def feed(self, data: bytes) -> bytes:
-        """Return the new part of `data`, without timestamps."""
-        out: list[bytes] = []
-        at = 0
-        while at < len(data):
-            if not self._in_line:
-                at = self._begin(data, at, out)
-                if not self._in_line:
-                    break
-            end = data.find(b"\n", at)
-            piece = data[at:] if end < 0 else data[at : end + 1]
-            self._body(piece, out)
-            at += len(piece)
-            if end >= 0:
-                self._end()
-        return b"".join(out)
-
-    def close(self) -> bytes:
-        """Return what was held back for a timestamp that was never complete."""
-        head, self._head = self._head, b""
-        return head
-
-    def _begin(self, data: bytes, at: int, out: list[bytes]) -> int:
-        """Read the timestamp of a line, which may arrive in pieces."""
-        have = self._head + data[at : at + _BEGINNING]
-        match = _STAMP.match(have)
-        if match is None and b"\n" not in have:
-            is_stamp = len(have) < _LONGEST_STAMP and b" " not in have
-            if is_stamp or any(len(have) < len(each) and each.startswith(have) for each in _REMARKS):
-                self._head = have
-                return len(data)
-        held = len(self._head)
-        self._head = b""
-        self._in_line = True
-        self._is_remark = False
-        if match is None:
-            self._is_remark = have.startswith(_REMARKS)
-            self._keep, self._skip_bytes = True, 0
-            self._prefix = have[:held]
-            return at
-        self._prefix = b""
-        self._stamp(match[1], out)
-        return at + match.end() - held
-
-    def _stamp(self, stamp: bytes, out: list[bytes]) -> None:
-        self._judge(stamp, out)
-        if self._keep:
-            first = self.spans.pop()[0] if self._in_span else stamp
-            self.spans.append((first, stamp))
-            self._in_span = True
-
-    def _judge(self, stamp: bytes, out: list[bytes]) -> None:
-        """Decide whether to keep a line."""
-        self._keep, self._skip_bytes = True, 0
-        if any(first <= stamp <= last for first, last in self.known):
-            self._keep = False
-            return
-        if not self.reached and stamp < self.last:
-            self._keep, self._joins = False, True
-            return
-        # From here on the clock of the node may even go back: what arrives on this connection is new.
-        self.reached = True
-        if stamp == self.last:
-            self._joins = True
-            if self._to_skip > 0:
-                self._to_skip -= 1
-                if self._to_skip == 0 and self._partial:
-                    self._skip_bytes = self._partial
-                else:
-                    self._keep = False
-            return
-        if not self._joins:
-            self._joins = True
-            self.gaps += 1
-            text = f"lines may be missing here: the node has discarded its log between {self.last.decode()} and"
-            out.append((b"\n" if self._partial else b"") + remark_line(f"{text} {stamp.decode()}"))
-        self.last, self._taken, self._partial, self._to_skip = stamp, 0, 0, 0
-        if self._heading:
-            out.append(self._heading)
-            self._heading = b""
-
-    def _body(self, piece: bytes, out: list[bytes]) -> None:
-        if self._prefix:
-            piece, self._prefix = self._prefix + piece, b""
-        if self._is_remark:
-            self.remark = (self.remark + piece)[:_LONGEST_REMARK]
-            return
-        if not self._keep:
-            return
-        if self._skip_bytes:
-            skipped = min(self._skip_bytes, len(piece))
-            self._skip_bytes -= skipped
-            piece = piece[skipped:]
-        self._partial += len(piece)
-        out.append(piece)
-
-    def _end(self) -> None:
-        if self._keep and not self._is_remark:
-            self._taken += 1
-            self._partial = 0
-        self._in_line = False
-
-
-# ---- the containers whose logs are copied ----------------------------------------------------------------------------
-
-
-class End(Protocol):
-    """The end of what writes a log."""
-
-    @property
-    def is_there(self) -> bool:
-        """True if it has ended, or is gone."""
-
-    async def wait(self) -> None:
-        """Wait for the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,27 +87,18 @@ class ContainerLife:
         _, found = self._find()
         return found is not None and found.running
 
-    def end_of(self, instance: int) -> End:
-        """Return the end of an instance: it is there when the next one was started, or none will be."""
-        return _InstanceEnd(self, instance)
+    def has_ended(self, instance: int) -> bool:
+        """Return True if an instance has ended: the next one was started, or none will be."""
+        return self.ended or self.restarts > instance
+
+    async def wait_end(self, instance: int) -> None:
+        """Wait until `has_ended` returns True."""
+        await self.state.until(lambda snapshot: self.has_ended(instance))
 
     def _restarts_after(self, pod: PodState, found: ContainerState) -> bool:
         if pod.deleting:
             return False
         return pod.restart_policy == "Always" or (pod.restart_policy == "OnFailure" and found.exit_code != 0)
-
-
-@dataclass(frozen=True, slots=True)
-class _InstanceEnd:
-    life: ContainerLife
-    instance: int
-
-    @property
-    def is_there(self) -> bool:
-        return self.life.ended or self.life.restarts > self.instance
-
-    async def wait(self) -> None:
-        await self.life.state.until(lambda snapshot: self.is_there)
 
 
 def next_log(snapshot: Snapshot, done: Collection[str]) -> tuple[PodState, str] | None:
@@ -357,18 +135,18 @@ class LogSlots:
         self._following = max(16, min(2000, files // 4))  # free slots
         self._reading = asyncio.Semaphore(50)
 
-    async def acquire(self, end: End) -> bool:
-        """Wait for a slot to read the log of a container; call `release` afterwards.
+    async def acquire(self, life: ContainerLife, instance: int) -> bool:
+        """Wait for a slot to read the log of an instance of a container; call `release` afterwards.
 
         Returns:
             True if the log may be followed; False if it must be read at once.
         """
-        while not end.is_there:
+        while not life.has_ended(instance):
             if self._following > 0:
                 self._following -= 1
                 return True
             with anyio.move_on_after(_LOOK):
-                await end.wait()
+                await life.wait_end(instance)
         await self._reading.acquire()
         return False
 
@@ -421,7 +199,6 @@ class Copier:
         self._file = KeptOutput(path, backend="kubernetes")
         self._resume = resume
         self._opened = False
-        self._rotatable = 0 if not resume else _ROTATABLE  # bytes that were copied, as far as it matters
         self._quiets = 0  # readings in turn that ended for want of output
         self._stalls = False  # True if this kubelet does not follow a log from one file to the next
         self._wrote = False
@@ -493,7 +270,7 @@ class Copier:
     @property
     def lacks(self) -> bool:
         """True if there is more output, or may be, as soon as the API server gives it."""
-        return self._away or (self._life is not None and self._life.end_of(self._instance).is_there)
+        return self._away or (self._life is not None and self._life.has_ended(self._instance))
 
     def reread(self) -> None:
         """Give up a followed log that delivers nothing, and read it again: its connection may be broken silently."""
@@ -518,13 +295,13 @@ class Copier:
         Returns:
             False if it is gone.
         """
-        stream, instance, end = self._stream, self._instance, life.end_of(self._instance)
+        stream, instance = self._stream, self._instance
         self._next_stream = None
         attempt, last_success = 0, anyio.current_time()
         clean = was_clean = quiet = False  # the log was read to its end by the last read, and by the one before
         while True:
             before = self.copied
-            follow = await self._slots.acquire(end)
+            follow = await self._slots.acquire(life, instance)
             had_ended = not follow
             behind = life.restarts - instance
             try:
@@ -535,7 +312,7 @@ class Copier:
                 stream.resume(at_end=quiet)
                 reading = await self._read(pod, stream, follow=follow and not now, previous=behind == 1)
                 quiet = reading is _Reading.QUIET
-                clean = reading is not _Reading.GIVEN_UP and (not stream.remark or stream.remark.startswith(_GONE))
+                clean = reading is not _Reading.GIVEN_UP and (not stream.remark or stream.remark.startswith(GONE))
                 # The kubelet may not find the log yet of a container that has just started.
                 complete = reading is _Reading.ENDED and (had_ended or not stream.remark)
                 last_success, self._away = anyio.current_time(), False
@@ -554,7 +331,7 @@ class Copier:
                 clean = quiet = False
                 self._away = error.is_transient
                 _log.debug("%s", error)
-                if end.is_there and anyio.current_time() - last_success > _PATIENCE:
+                if life.has_ended(instance) and anyio.current_time() - last_success > _PATIENCE:
                     await self._report(pod, str(error))
                     return True
             finally:
@@ -564,17 +341,17 @@ class Copier:
                     await self._report(pod, stream.remark.decode(errors="replace").strip())
                 return True
             if complete and life.restartable and not life.runs:
-                await end.wait()
+                await life.wait_end(instance)
                 continue
             if quiet:
                 continue
             attempt = 0 if self.copied > before else attempt + 1
             # Short, because the end of the run waits for its output.
             seconds = _END_COMES if complete else reconnect_pause(min(attempt, 2))
-            if end.is_there and not complete:
+            if life.has_ended(instance) and not complete:
                 await anyio.sleep(seconds)
             with anyio.move_on_after(seconds):
-                await end.wait()
+                await life.wait_end(instance)
 
     async def _copy_missed(self, pod: str) -> None:
         """Copy what is missing of the log of an instance whose successor was followed in its place."""
@@ -635,7 +412,6 @@ class Copier:
                 # What arrives at once after a quiet time was printed in it.
                 self._stalls |= self._quiets > 0 and anyio.current_time() - began < 1.0
                 self._quiets = 0
-                self._rotatable += len(new)
                 await self._write(new)
             if stream.gaps > gaps:
                 gaps = stream.gaps
@@ -646,7 +422,7 @@ class Copier:
     @property
     def _patience(self) -> float | None:
         """The seconds without output after which a followed log is read again; None: never."""
-        if self._rotatable < _ROTATABLE:
+        if not self._resume and self.copied < _ROTATABLE:
             return None
         return self._slots.quiet if self._stalls or self._quiets < _SHORT_QUIETS else _LONG_QUIET
 
