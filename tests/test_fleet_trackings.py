@@ -111,7 +111,7 @@ async def test_runs_elsewhere_are_found_and_ended_there(tracking: FakeTracking, 
             assert await by_record.get_status() is RunStatus.RUNNING
         with pytest.raises(TrackingError, match="is not open: use it, or a handle of the Fleet that has it, inside"):
             await by_record.get_status()
-        await context_of(fleet).write_killed()
+        await context_of(fleet).fleet.write_killed()
         assert mlflow.runs[active.run_id]["info"]["status"] == "KILLED"
     assert sorted(mlflow.statuses) == ["FINISHED", "FINISHED", "KILLED"]
     assert not tracking.runs

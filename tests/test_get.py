@@ -121,7 +121,7 @@ async def test_a_status_that_a_living_process_could_not_write_is_written_by_one_
         tracking.fail = None
         seen = await tracked(other, run.run_id)
         assert await seen.get_status() is RunStatus.RUNNING  # the process may be about to write it
-        context_of(other).unseen_patience = 0.1
+        context_of(other).fleet.unseen_patience = 0.1
         outcome = await seen.outcome()
         assert (outcome.status, outcome.reason, outcome.kind) == (RunStatus.FAILED, "exit code 3", FailureKind.FAILURE)
 
@@ -329,7 +329,7 @@ async def test_a_deleted_run_can_be_read_and_ended(mlflow_server: MlflowServer, 
         assert not await run.wait()
         assert await found.get_status() is RunStatus.RUNNING
 
-        context_of(other).unseen_patience = 0.1
+        context_of(other).fleet.unseen_patience = 0.1
         async with fleet.sweep(write_project(tmp_path / "sweep", "sleep 1000"), grid(n=[1]), **LOCAL) as sweep:
             found = await tracked(other, sweep.run_id)
             await delete(sweep.run_id)

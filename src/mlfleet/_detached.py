@@ -112,7 +112,7 @@ class _Supervision:
                 ) as fleet:
                     interrupts.fleet = fleet
                     context = context_of(fleet)
-                    context.instrumentation = _Variables(order.variables) if order.variables else None
+                    context.fleet.instrumentation = _Variables(order.variables) if order.variables else None
                     plan = await context.plan(order.request)
                     run = await context.launch(plan)
                     await FILES.run(partial(_log_to, run_folder(run.run_id)))

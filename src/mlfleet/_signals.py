@@ -72,7 +72,7 @@ class Interrupts:
     def _leave(self, number: int) -> None:
         async def leave() -> None:
             if self.fleet is not None:
-                await context_of(self.fleet).write_killed()
+                await context_of(self.fleet).fleet.write_killed()
             os.kill(os.getpid(), number)
 
         self._leaving = asyncio.ensure_future(leave())

@@ -347,7 +347,7 @@ class _Fleets:
         opened = [each.result() for each in self._fleets.values() if each.done() and not each.cancelled()]
         async with anyio.create_task_group() as group:
             for fleet in opened:
-                group.start_soon(context_of(fleet).write_killed)
+                group.start_soon(context_of(fleet).fleet.write_killed)
 
     async def close(self) -> None:
         self._closing.set()
@@ -361,7 +361,7 @@ class _Fleets:
                 opened.set_result(fleet)
                 await self._closing.wait()
                 # Leaving the block would wait for the runs; this cancels them, and refuses those still being planned.
-                await context_of(fleet).close()
+                await context_of(fleet).fleet.close()
         except Exception as error:
             if opened.done():
                 logger.exception("the default Fleet of %s could not be closed", mask_uri(key[0]))
@@ -411,7 +411,7 @@ async def write_killed() -> None:
             if fleets is not None:
                 group.start_soon(fleets.write_killed)
         for fleet in _sweep_fleets.get(loop, ()):
-            group.start_soon(context_of(fleet).write_killed)
+            group.start_soon(context_of(fleet).fleet.write_killed)
 
 
 async def kill_awaited(task: asyncio.Task[Any]) -> None:

@@ -10,9 +10,10 @@ from typing import Any, Literal, Self, Unpack
 
 from mlfleet._concurrency.broadcast import Subscription
 from mlfleet._concurrency.throttle import Throttle
-from mlfleet._engine.context import Events, RunContext
+from mlfleet._engine.context import RunContext
 from mlfleet._engine.request import RunOptions, RunRequest
 from mlfleet._engine.run import FleetRun
+from mlfleet._engine.services import Events, FleetServices
 from mlfleet._engine.tracked import TrackedRun
 from mlfleet._process.inherit import read_inherit_env
 from mlfleet._sweeps import GIVE_UP_AFTER, OnFailure, Resume, Retry, Sweep, SweepSettings, track
@@ -88,7 +89,7 @@ class Fleet:
             raise UsageError(
                 f"group_limit is {group_limit!r}: give a whole number, 1 or more, such numbers by group, or None"
             )
-        self._context = RunContext(
+        self._services = FleetServices(
             tracking=tracking if tracking is not None else open_tracking(tracking_uri),
             timeouts=timeouts or Timeouts(),
             tracking_patience=tracking_patience,
@@ -108,39 +109,39 @@ class Fleet:
         if self._is_used:
             raise UsageError("a Fleet is used once: make a new one")
         self._is_used = True
-        await self._context.open()
+        await self._services.open()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._context.stop_accepting()
+        self._services.stop_accepting()
         try:
             if error is None and self._on_exit == "wait":
-                await self._context.join()
+                await self._services.join()
         finally:
             # Runs that are still active are cancelled.
-            await self._context.close()
+            await self._services.close()
 
     @property
     def tracking(self) -> Tracking:
         """The tracking server or store."""
-        return self._context.tracking
+        return self._services.context.tracking
 
     @property
     def timeouts(self) -> Timeouts:
         """The time limits of runs that are submitted without their own."""
-        return self._context.timeouts
+        return self._services.timeouts
 
     @property
     def tracking_patience(self) -> float:
         """Seconds for which writing a terminal status is repeated. A change counts for the runs that are active."""
-        return self._context.tracking_patience
+        return self._services.tracking_patience
 
     @tracking_patience.setter
     def tracking_patience(self, seconds: float) -> None:
         check_seconds("tracking_patience", seconds)
-        self._context.tracking_patience = seconds
+        self._services.tracking_patience = seconds
 
     async def submit(
         self,
@@ -185,7 +186,7 @@ class Fleet:
         # Hundreds of calls at the same time must not keep the event loop from everything else.
         await self._throttle.wait()
         request = RunRequest.of(uri, entry_point, version, parameters, group=group, **options)
-        context = await self._context.tracked_by(tracking_uri, tracking)
+        context = await self._services.tracked_by(tracking_uri, tracking)
         return await context.start(request, wait=wait)
 
     def sweep(
@@ -245,7 +246,7 @@ class Fleet:
         if timeout is not None:
             if options.get("timeouts") is not None:
                 raise UsageError("both timeout and timeouts are given: give Timeouts(run=…) with the others")
-            options["timeouts"] = replace(self._context.timeouts, run=timeout)
+            options["timeouts"] = replace(self._services.timeouts, run=timeout)
         if options.get("detach"):
             raise UsageError("a sweep cannot be detached: give it a name, by which it can be resumed")
         if on_failure not in ("continue", "stop"):
@@ -260,7 +261,7 @@ class Fleet:
             give_up_after=give_up_after,
             retry=retry or Retry(),
         )
-        return Sweep(self._context, space, settings)
+        return Sweep(self._services.context, space, settings)
 
     async def attach(
         self,
@@ -290,7 +291,7 @@ class Fleet:
             UsageError: The run has ended already, or ends with the process that started it.
             MlfleetError: Tracking or the backend cannot be reached.
         """
-        context = await self._context.tracked_by(tracking_uri, tracking, run_id)
+        context = await self._services.tracked_by(tracking_uri, tracking, run_id)
         return await context.attach(run_id, timeouts=timeouts)
 
     async def get(
@@ -313,17 +314,17 @@ class Fleet:
         Raises:
             TrackingError: There is no such run, or tracking cannot be reached.
         """
-        self._context.check_open()
-        found = self._context.find(run_id)
-        return found or await track(await self._context.tracked_by(tracking_uri, tracking, run_id), run_id)
+        self._services.check_open()
+        found = self._services.find(run_id)
+        return found or await track(await self._services.tracked_by(tracking_uri, tracking, run_id), run_id)
 
     async def cancel(self) -> None:
         """Cancel every active run. Return once all their processes have ended and their statuses are written."""
-        await self._context.cancel()
+        await self._services.cancel()
 
     async def join(self) -> None:
         """Wait until every run has ended."""
-        await self._context.join()
+        await self._services.join()
 
     def events(self, *, buffer: int = 10_000) -> Subscription[RunEvent]:
         """Read the events of this Fleet's runs from this call on: ``async for event in fleet.events(): …``.
@@ -339,7 +340,7 @@ class Fleet:
         """
         if buffer < 1:
             raise UsageError(f"buffer is {buffer}: give 1 or more")
-        return self._context.events.subscribe(buffer)
+        return self._services.events.subscribe(buffer)
 
     @property
     def counts(self) -> FleetCounts:
@@ -347,14 +348,14 @@ class Fleet:
 
         Runs that have ended and detached runs are not counted.
         """
-        return self._context.counts
+        return self._services.counts
 
     @property
     def runs(self) -> tuple[FleetRun, ...]:
         """The runs that have not ended."""
-        return self._context.runs
+        return self._services.runs
 
 
 def context_of(fleet: Fleet) -> RunContext:
     """Return the services of a Fleet, for mlfleet's own modules. They may change with any version."""
-    return fleet._context
+    return fleet._services.context

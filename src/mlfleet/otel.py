@@ -58,13 +58,13 @@ def instrument(
         UsageError: The Fleet is instrumented already, or ``opentelemetry-api`` is not installed.
     """
     context = context_of(fleet)
-    if context.instrumentation is not None:
+    if context.fleet.instrumentation is not None:
         raise UsageError("this Fleet is instrumented already: close its instrumentation first")
     try:
         instrumentation = Instrumentation(fleet, tracer_provider, meter_provider)
     except ImportError as error:
         raise UsageError(f"opentelemetry-api cannot be imported ({error}): pip install 'mlfleet[otel]'") from error
-    context.instrumentation = instrumentation
+    context.fleet.instrumentation = instrumentation
     return instrumentation
 
 
@@ -107,8 +107,8 @@ class Instrumentation:
 
         Closing it again has no effect.
         """
-        if self._context.instrumentation is self:
-            self._context.instrumentation = None
+        if self._context.fleet.instrumentation is self:
+            self._context.fleet.instrumentation = None
 
     def __enter__(self) -> Self:
         return self

@@ -53,7 +53,7 @@ class AttachedSupervisor(Supervisor):
             parameters={},
             member=SweepMember.from_tags(info.tags),
         )
-        super().__init__(context, description, timeouts or context.timeouts)
+        super().__init__(context, description, timeouts or context.fleet.timeouts)
         self._found = found
         self._known = info
 
@@ -124,11 +124,11 @@ async def find_again(context: RunContext, info: RunInfo) -> FoundRun:
         return FoundRun(left.backend, _EndedRun(info.run_id, left.outcome))
     if left is not None and JobRef.TAG not in info.tags:
         name = left.backend
-        finding = (await context.backend(name)).find_left(info.run_id, grace=left.grace)
+        finding = (await context.fleet.backend(name)).find_left(info.run_id, grace=left.grace)
     else:
         reference = read_reference(info)
         name = reference.backend
-        finding = (await context.backend(name)).attach(reference)
+        finding = (await context.fleet.backend(name)).attach(reference)
     has_driver = record is not None and left is None
     try:
         return FoundRun(name, await finding, has_driver)

@@ -3,12 +3,12 @@
 The driver of a run is the process that supervises it. The cases, in this order:
 
 1. The run has a record on this machine. Its driver lives: nobody else concludes the run, unless the driver has not
-   been able to write the status for `RunContext.unseen_patience` seconds.
+   been able to write the status for `FleetServices.unseen_patience` seconds.
 2. It has one, and its driver is gone. The outcome that the driver wrote into the record counts; without one, a run
    without a reference has ended when nothing of it is left here, and one with a reference when its backend says so.
 3. It has none, but its reference names a driver of this machine: the backend says if that is gone and the run is over.
 4. Otherwise the driver cannot be seen. A run that has ended at its backend is concluded when its status has not been
-   written for `RunContext.unseen_patience` seconds. One that the backend does not have (any more) is left alone: its
+   written for `FleetServices.unseen_patience` seconds. One that the backend does not have (any more) is left alone: its
    driver may be about to make it.
 
 MLflow's own status counts in all cases: a terminal one is only ever made worse, by an exit code.
@@ -107,7 +107,7 @@ async def judge(context: RunContext, info: RunInfo, *, elsewhere: bool = True) -
     if reference is None:
         return Verdict(Driver.UNSEEN)
     try:
-        backend = await context.backend(reference.backend)
+        backend = await context.fleet.backend(reference.backend)
     except BackendNotFound:  # not installed here: its own process, or a machine that has it, writes the status
         return Verdict(Driver.UNSEEN)
     if await backend.is_abandoned(reference):
@@ -149,7 +149,7 @@ async def write_end(context: RunContext, info: RunInfo, outcome: Outcome) -> Run
             context.tracking,
             info.run_id,
             outcome.status,
-            patience=context.tracking_patience,
+            patience=context.fleet.tracking_patience,
             # Nobody knows how a run that was lost has ended, but its own code, which may have written that.
             overwrite=not isinstance(outcome.error, RunLost),
             tags=end_tags(outcome, is_member=SweepMember.ID_TAG in info.tags, secrets=secret.values()),
@@ -219,7 +219,7 @@ async def _judge_left(context: RunContext, record: RunRecord, reference: JobRef 
     if record.outcome is not None:
         return Verdict(Driver.GONE, ended=True, outcome=record.outcome)
     if reference is not None:
-        backend = await context.backend(reference.backend)
+        backend = await context.fleet.backend(reference.backend)
         presence = await backend.presence(reference)
         ended = await backend.is_abandoned(reference) if presence is None else presence is not Presence.ACTIVE
         return Verdict(Driver.GONE, ended=ended, is_missing=presence is Presence.MISSING)
@@ -242,7 +242,7 @@ async def find_processes(context: RunContext, record: RunRecord) -> BackendRun |
         can_tell = False
     if not can_tell:
         return None
-    return await (await context.backend(record.backend)).find_left(record.run_id, grace=record.grace)
+    return await (await context.fleet.backend(record.backend)).find_left(record.run_id, grace=record.grace)
 
 
 def _died(backend: str | None) -> Outcome:

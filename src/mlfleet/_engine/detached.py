@@ -83,7 +83,7 @@ class DetachedSupervisor(Supervisor):
             backend=request.backend,
             parameters=parameters,
         )
-        super().__init__(context, description, request.timeouts or context.timeouts)
+        super().__init__(context, description, request.timeouts or context.fleet.timeouts)
         self._order = order
         self._connection: Connection | None = None
         self._refusal: Exception | None = None

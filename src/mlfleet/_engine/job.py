@@ -83,10 +83,10 @@ async def prepare(
         variables: The environment variables that tell the run which resources it may use.
         on_progress: Called with lines about the build of the environment.
     """
-    shared = (await context.backend(plan.backend)).shared_folder(plan.config)
+    shared = (await context.fleet.backend(plan.backend)).shared_folder(plan.config)
     folder = plan.project.folder
     if plan.project.cached:
-        folder = await stack.enter_async_context(context.fetcher.working_copy(plan.project))
+        folder = await stack.enter_async_context(context.fleet.fetcher.working_copy(plan.project))
     if job.output is not None and plan.request.run_id is not None:
         # An existing MLflow run that runs again starts with an empty output file.
         await FILES.run(partial(job.output.unlink, missing_ok=True))
@@ -96,7 +96,7 @@ async def prepare(
         downloaded = await download_all(plan.parameters.downloads, storage, context.tracking.download)
     environment = None
     if plan.environment is not None:
-        manager = context.environment_manager(plan.environment.manager, shared and shared / "environments")
+        manager = context.fleet.environment_manager(plan.environment.manager, shared and shared / "environments")
         environment = await manager.prepare(plan.environment, on_progress=on_progress)
     return replace(
         job,

@@ -173,7 +173,7 @@ class Supervisor(ABC):
         self._second_run: str | None = None
         self._seen: Outcome | None = None
         """The end of the run as its backend reported it."""
-        instrumentation = context.instrumentation
+        instrumentation = context.fleet.instrumentation
         self._observer = None if instrumentation is None else instrumentation.observe(self)
 
     @property
@@ -204,7 +204,7 @@ class Supervisor(ABC):
         if self.description.output == "inherit":
             return None
         if self._output_path is None:
-            self._output_path = self._context.runs_folder.joinpath(self.run_id, "output.log")
+            self._output_path = self._context.fleet.runs_folder.joinpath(self.run_id, "output.log")
         return self._output_path
 
     async def cancel(self, grace: float | None) -> None:
@@ -293,7 +293,7 @@ class Supervisor(ABC):
             captured=self.description.output == "capture",
             sweep_id=None if member is None else member.sweep_id,
         )
-        await self._context.records.add(record)
+        await self._context.fleet.records.add(record)
 
     async def _await_end(self, handle: BackendRun) -> Outcome:
         self._publish(Stage.STARTED)
@@ -321,18 +321,18 @@ class Supervisor(ABC):
             # The words of a backend may be those of the run, which knows its secrets.
             outcome = replace(outcome, reason=mask_values(outcome.reason, await self._secrets()))
         if self.info is not None:
-            self._context.records.end(self.info.run_id, outcome)
+            self._context.fleet.records.end(self.info.run_id, outcome)
             await self._log_output()
             await self._log_start()
             outcome = await self._with_hint(outcome)
             outcome = await self._write_status(self.info, outcome)
             if outcome.tracking_error is None:
-                self._context.records.remove(self.info.run_id)
+                self._context.fleet.records.remove(self.info.run_id)
         self._set_outcome(outcome)
         self._publish(Stage.FINISHED, outcome.reason or "", outcome.status)
 
     async def _write_status(self, info: RunInfo, outcome: Outcome) -> Outcome:
-        tracking, patience = self._context.tracking, self._context.tracking_patience
+        tracking, patience = self._context.tracking, self._context.fleet.tracking_patience
         try:
             if self._second_run is not None:
                 second = await end_run(tracking, self._second_run, outcome.status, patience=patience)
@@ -399,7 +399,7 @@ class Supervisor(ABC):
         if path is None:
             return
         try:
-            with anyio.move_on_after(self._context.tracking_patience) as scope:
+            with anyio.move_on_after(self._context.fleet.tracking_patience) as scope:
                 await self._context.tracking.log_artifact(self.info, path)
             if scope.cancelled_caught:
                 logger.warning("the output of the run %s was not logged in time; it is in %s", self.run_id, path)
@@ -411,7 +411,7 @@ class Supervisor(ABC):
         queued, started = self.times.get(Stage.QUEUED), self.times.get(Stage.STARTED)
         if self.description.member is None or queued is None or started is None or started - queued < _NOTABLE_WAIT:
             return
-        with suppress(TrackingError), anyio.move_on_after(self._context.tracking_patience):
+        with suppress(TrackingError), anyio.move_on_after(self._context.fleet.tracking_patience):
             await self._context.tracking.log(self.run_id, tags={STARTED_TAG: str(int(started * 1000))})
 
     # ---- helpers ----------------------------------------------------------------------------------------------------
@@ -420,7 +420,7 @@ class Supervisor(ABC):
         self.stage = stage
         now = time.time()
         self.times.setdefault(stage, now)
-        if self._observer is None and not self._context.events.has_readers:
+        if self._observer is None and not self._context.fleet.events.has_readers:
             return
         member = self.description.member
         self._pass_on(
@@ -446,7 +446,7 @@ class Supervisor(ABC):
     def _pass_on(self, event: RunEvent) -> None:
         if self._observer is not None:
             self._observer.follow(event)
-        self._context.events.publish(event)
+        self._context.fleet.events.publish(event)
 
     def _within(self, stage: str, seconds: float | None) -> AbstractContextManager[None]:
         """Limit the time of a stage. When it is over, `RunTimeout` is raised."""
@@ -500,7 +500,7 @@ class SubmittedSupervisor(Supervisor):
     """
 
     def __init__(self, context: RunContext, plan: Plan, reservation: Reservation) -> None:
-        super().__init__(context, RunDescription.of(plan), plan.request.timeouts or context.timeouts)
+        super().__init__(context, RunDescription.of(plan), plan.request.timeouts or context.fleet.timeouts)
         self._plan = plan
         self._reservation = reservation
 
@@ -524,7 +524,7 @@ class SubmittedSupervisor(Supervisor):
         request, tracking = self._plan.request, self._context.tracking
         if request.run_id is None:
             experiment = await self._context.experiment_id(request)
-            submission = await self._context.records.begin(tracking_key(tracking.uri), experiment)
+            submission = await self._context.fleet.records.begin(tracking_key(tracking.uri), experiment)
             tags = {**self._plan.tags, SUBMISSION_TAG: submission}
             # If this is cancelled, tracking ends what it has created (see `Tracking.create_run`).
             self.info = await tracking.create_run(experiment, name=request.run_name, tags=tags)
@@ -535,7 +535,7 @@ class SubmittedSupervisor(Supervisor):
 
     async def _run_stages(self) -> Outcome:
         assert self.info is not None  # noqa: S101 - set by _create
-        backend = await self._context.backend(self._plan.backend)
+        backend = await self._context.fleet.backend(self._plan.backend)
         job = await draft(
             self._plan,
             self.info,
@@ -565,12 +565,12 @@ class SubmittedSupervisor(Supervisor):
         if not self._reservation.is_queued:
             return await self._reservation.granted()
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._context.queued_after):
+            async with asyncio.timeout(self._context.fleet.queued_after):
                 return await self._reservation.granted()
         await self._show_status(RunStatus.SCHEDULED)
         variables = await self._reservation.granted()
         tracking = self._context.tracking
-        with suppress(TrackingError), anyio.move_on_after(self._context.tracking_patience):
+        with suppress(TrackingError), anyio.move_on_after(self._context.fleet.tracking_patience):
             if (await tracking.get_run(self.run_id)).status is RunStatus.KILLED:
                 return None
             await tracking.update_run(self.run_id, RunStatus.RUNNING)
@@ -601,7 +601,7 @@ class SubmittedSupervisor(Supervisor):
     async def _await_start(self, handle: BackendRun) -> None:
         """Wait until the command runs, or never will. A run that is held back for long is SCHEDULED in MLflow."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._context.scheduled_after):
+            async with asyncio.timeout(self._context.fleet.scheduled_after):
                 await handle.started()
                 return
         if await handle.get_status() is RunStatus.SCHEDULED:
@@ -613,7 +613,7 @@ class SubmittedSupervisor(Supervisor):
         await handle.started()
 
     async def _show_status(self, status: RunStatus) -> None:
-        with suppress(TrackingError), anyio.move_on_after(self._context.tracking_patience):
+        with suppress(TrackingError), anyio.move_on_after(self._context.fleet.tracking_patience):
             await self._context.tracking.update_run(self.run_id, status)
 
     async def _log_job(self, backend: Backend, job: Job) -> None:

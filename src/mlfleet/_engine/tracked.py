@@ -186,7 +186,7 @@ class TrackedRun:
             record = await FILES.run(partial(_live_record, self.run_id))
             if record is not None and record.outcome is not None:
                 about_to_write += pause
-            if record is not None and about_to_write < min(DRIVER_PATIENCE, self._context.unseen_patience):
+            if record is not None and about_to_write < min(DRIVER_PATIENCE, self._context.fleet.unseen_patience):
                 longest = _PAUSE_HERE  # no requests as long as a process of this machine supervises the run
             elif (await self._refresh()).status.is_terminal or self._info.deleted:
                 return None
@@ -246,7 +246,7 @@ class TrackedRun:
         pause = SHORTEST_PAUSE
         while True:
             try:
-                return await stack.enter_async_context(self._context.handles.use(reference))
+                return await stack.enter_async_context(self._context.fleet.handles.use(reference))
             except RunLost:
                 driver = await self._look()
                 if self._info.status.is_terminal or (driver is Driver.LIVES and not follow):
@@ -265,13 +265,13 @@ class TrackedRun:
         record, lives = await FILES.run(partial(look_up, self.run_id))
         if record is None or lives is not False:
             return False
-        await self._context.records.add(record)
+        await self._context.fleet.records.add(record)
         return True
 
     async def _settle(self, outcome: Outcome, *, patience: float = DRIVER_PATIENCE) -> None:
         """Write the status of a run whose end was seen here, unless its own process does; backends forget ends."""
         context = self._context
-        context.records.end(self.run_id, outcome)
+        context.fleet.records.end(self.run_id, outcome)
         for _ in range(int(patience / SHORTEST_PAUSE)):
             if (await self._refresh()).status.is_terminal or self._info.deleted:
                 return
@@ -279,7 +279,7 @@ class TrackedRun:
         if self._info.deleted:
             return
         self._info = await write_end(context, self._info, outcome)
-        context.records.remove(self.run_id)
+        context.fleet.records.remove(self.run_id)
 
     # ---- cancelling -------------------------------------------------------------------------------------------------
 
@@ -319,7 +319,7 @@ class TrackedRun:
                 if processes is not None:
                     return processes
             reference = read_reference(self._info)
-            backend = await self._context.backend(reference.backend)
+            backend = await self._context.fleet.backend(reference.backend)
             if not await backend.withdraw(reference):
                 return await backend.attach(reference)
             await self._write(RunStatus.KILLED)
@@ -412,7 +412,7 @@ class _Watch:
         verdict = await judge(self._context, info)
         if verdict.driver is not Driver.GONE:
             self._next = now + _PAUSE_ELSEWHERE if verdict.driver is Driver.UNSEEN else now
-            is_left, looks, patience = verdict.ended, 1, self._context.unseen_patience
+            is_left, looks, patience = verdict.ended, 1, self._context.fleet.unseen_patience
         else:
             # Look twice: a process that has reattached to the run may be about to write its status. One that has
             # removed its container after the end gets more time.

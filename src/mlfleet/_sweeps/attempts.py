@@ -220,7 +220,7 @@ class Attempts:
             index=failed.index,
             attempt=failed.attempts,
         )
-        self._context.events.publish(event)
+        self._context.fleet.events.publish(event)
 
     async def _back_off(self, tries: int) -> None:
         """Wait for the next attempt. Other points may use the slot in the meantime."""

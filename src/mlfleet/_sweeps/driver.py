@@ -105,7 +105,7 @@ class Driver:
             self.error = error
         finally:
             if self.record is not None:
-                self._context.sweep_ids.discard(self.record.info.run_id)
+                self._context.fleet.sweep_ids.discard(self.record.info.run_id)
             self.ended.set()
             self.entered.set()
             self.results.close()
@@ -119,24 +119,25 @@ class Driver:
             raise UsageError("the space of the sweep has no points: there is nothing to run")
         plan = await context.plan(settings.request_for(first))
         if settings.max_concurrent is None:
-            self.gate.resize(context.capacity(plan) or _DEFAULT_CONCURRENT)
+            self.gate.resize(context.fleet.capacity(plan) or _DEFAULT_CONCURRENT)
         experiment = await context.experiment_id(plan.request)
-        submission = await context.records.begin(tracking_key(context.tracking.uri), experiment)
+        submission = await context.fleet.records.begin(tracking_key(context.tracking.uri), experiment)
         opening = open_record(
-            context.tracking, settings, plan, experiment, describe(self._points), patience=context.tracking_patience,
+            context.tracking, settings, plan, experiment, describe(self._points),
+            patience=context.fleet.tracking_patience,
             # A sweep with a name has a lock and is resumed; nobody goes on with another one if this process dies.
             submission=submission if settings.name is None else None,
         )  # fmt: skip
         stack.push_async_callback(self._remove_record)
         self.record = record = await stack.enter_async_context(opening)
-        context.sweep_ids.add(record.info.run_id)
+        context.fleet.sweep_ids.add(record.info.run_id)
         if settings.name is None:
             uri = context.tracking.uri
             facts = RunRecord(
                 run_id=record.info.run_id, backend="sweep", project=plan.project_name, tracking=tracking_key(uri),
                 captured=False,
             )  # fmt: skip
-            await context.records.add(facts)
+            await context.fleet.records.add(facts)
         self.attempts = Attempts(context, settings, plan, record, self.gate)
         self.entered.set()
         try:
@@ -152,9 +153,9 @@ class Driver:
         if self.record is None:
             return
         if self.record.is_written:
-            self._context.records.remove(self.record.info.run_id)
+            self._context.fleet.records.remove(self.record.info.run_id)
         else:
-            self._context.records.end(self.record.info.run_id, Outcome(self.record.status))
+            self._context.fleet.records.end(self.record.info.run_id, Outcome(self.record.status))
 
     def _status(self) -> RunStatus:
         if self.cancelled:

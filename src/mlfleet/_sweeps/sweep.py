@@ -43,7 +43,7 @@ class Sweep:
         if self._state != "new":
             raise UsageError("a sweep is used once: make a new one")
         self._state = "open"
-        self._context.sweeps.add(self._leave)
+        self._context.fleet.sweeps.add(self._leave)
         self._tasks.start(self._driver.run(), name=f"mlfleet sweep {self._settings.name or ''}".strip())
         try:
             await self._driver.entered.wait()
@@ -208,4 +208,4 @@ class Sweep:
     async def _end(self) -> None:
         await self.cancel()
         await self._tasks.join()
-        self._context.sweeps.discard(self._leave)
+        self._context.fleet.sweeps.discard(self._leave)

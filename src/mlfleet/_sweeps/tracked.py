@@ -97,7 +97,7 @@ class _TrackedSweep(TrackedRun):
 
     async def _try_to_cancel(self, run: RunInfo, grace: float | None, errors: dict[str, MlfleetError]) -> None:
         try:
-            await (self._context.find(run.run_id) or TrackedRun(self._context, run)).cancel(grace=grace)
+            await (self._context.fleet.find(run.run_id) or TrackedRun(self._context, run)).cancel(grace=grace)
         except MlfleetError as error:
             errors[run.run_id] = error
 

@@ -370,7 +370,7 @@ async def test_a_container_whose_engine_does_not_answer_is_not_killed(
 ) -> None:
     uri, tracking = docker_project(tmp_path / "demo", shell_image, "echo one; sleep 600"), FakeTracking()
     async with Fleet(tracking=tracking) as fleet:
-        context_of(fleet)._backends["docker"] = DockerBackend(end_patience=0.3)
+        context_of(fleet).fleet.backends["docker"] = DockerBackend(end_patience=0.3)
         run = await fleet.submit(uri, docker_args={"network": "none"})
         async for _ in run.logs():
             break

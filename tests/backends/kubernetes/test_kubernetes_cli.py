@@ -135,7 +135,7 @@ async def test_run_of_a_suspended_job_is_scheduled_in_mlflow(fake_cluster: FakeC
     template = {"spec": {"suspend": True, "template": {"spec": {"containers": [{"name": "main"}]}}}}
     config = {"code-delivery": "configmap", "tracking-uri": "http://mlflow:5000", "job-template": template}
     async with Fleet(tracking=tracking) as fleet:
-        context_of(fleet).scheduled_after = 0.05
+        context_of(fleet).fleet.scheduled_after = 0.05
         run = await fleet.submit(str(folder), parameters={"alpha": 1}, backend="kubernetes", backend_config=config)
         await shown.wait()
         assert await run.get_status() is RunStatus.SCHEDULED

@@ -144,7 +144,7 @@ async def test_cancelling_the_run_of_another_process_fails_while_its_node_does_n
         async for _ in run.logs():
             break
         fake_cluster.node.answers = False
-        context_of(other)._backends["kubernetes"] = KubernetesBackend(end_patience=0.1)
+        context_of(other).fleet.backends["kubernetes"] = KubernetesBackend(end_patience=0.1)
         with pytest.raises(RunLost, match="may still run"):
             await (await other.get(run.run_id)).cancel(grace=0)
         assert tracking.runs[run.run_id].status is RunStatus.RUNNING
@@ -223,7 +223,7 @@ async def test_interrupted_run_whose_end_is_not_confirmed_says_why_it_failed(
     uri, tracking = await project(tmp_path), FakeTracking()
     fake_cluster.play = lambda pod: FOREVER
     async with Fleet(tracking=tracking) as fleet:
-        context_of(fleet)._backends["kubernetes"] = KubernetesBackend(end_patience=0.1)
+        context_of(fleet).fleet.backends["kubernetes"] = KubernetesBackend(end_patience=0.1)
         run = await fleet.submit(uri, backend="kubernetes", backend_config=CONFIG)
         async for _ in run.logs():
             break
@@ -240,7 +240,7 @@ async def test_timeout_of_a_run_whose_end_is_not_confirmed_says_so(fake_cluster:
     fake_cluster.play = lambda pod: FOREVER
     timeouts = Timeouts(run=0.1, cancel_grace=0)
     async with Fleet(tracking=tracking, timeouts=timeouts) as fleet:
-        context_of(fleet)._backends["kubernetes"] = KubernetesBackend(end_patience=0.1)
+        context_of(fleet).fleet.backends["kubernetes"] = KubernetesBackend(end_patience=0.1)
         fake_cluster.node.answers = False
         outcome = await (await fleet.submit(uri, backend="kubernetes", backend_config=CONFIG)).outcome()
         fake_cluster.node.answer()

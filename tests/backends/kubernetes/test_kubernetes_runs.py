@@ -409,7 +409,7 @@ async def test_the_end_of_a_job_of_another_machine_is_written_by_one_that_waits_
     fake_cluster.play = lambda pod: Acting(code=0)
     reference, tracking = await submitted_by_another(fake_cluster, "elsewhere")
     async with Fleet(tracking=tracking) as fleet:
-        context_of(fleet).unseen_patience = 0
+        context_of(fleet).fleet.unseen_patience = 0
         run = await fleet.get(reference.run_id)
         assert await run.wait() is True
     # A Job that is not there may be one that its driver is about to make.
