@@ -99,10 +99,9 @@ def read_python_requirements(
         return _from_pyproject(source.path.with_name("pyproject.toml"), report)
     keys = ("python", "build_dependencies", "dependencies")
     document = _document(source.path, keys, "a mapping with python and dependencies", report)
-    python = document.get("python")
     version = None
     with report.part():
-        version = _python_version(python) if python is not None and not python.is_null else None
+        version = _python_version(document["python"]) if "python" in document else None
     return PythonRequirements(
         python=version,
         build=Reader(folder, source.root, report).read(_items(document, "build_dependencies", report)),

@@ -87,7 +87,7 @@ class Reader:
 
     Attributes:
         folder: The project's folder. Paths of packages, and of files that the items of a list name, are relative to it.
-        root: The folder that those files must be in, if it is not `folder` or its Git working tree.
+        root: The folder that those files must be in; None: the Git working tree of `folder`, else `folder`.
         report: Gets the mistakes.
     """
 
@@ -211,9 +211,9 @@ class Reader:
         (self._local if is_local else self._constraints if kind == "-c" else self._nested).append(line)
 
     def _check_inside(self, path: Path, what: str, fail: Fail) -> None:
-        own = find_root(self.folder)
-        if not is_inside(path, [own] if self.root is None else [self.root, own]):
-            fail(f"{what} is outside of the project's repository {self.root or own}: copy it there")
+        root = self.root or find_root(self.folder)
+        if not is_inside(path, root):
+            fail(f"{what} is outside of the project's repository {root}: copy it there")
 
     def _wheels(self, value: str, fail: Fail) -> str | None:
         """Add the names in a folder of wheels; return its path, unless it is a URL."""

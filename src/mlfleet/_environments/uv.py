@@ -59,19 +59,20 @@ class UvManager(BuildingManager):
         """See `EnvironmentManager.plan`."""
         secure_environments(self._store.root)
         _program()
-        _check_settings(project_dir, (source.root if source else None) or find_root(project_dir))
+        root = (source.root if source else None) or find_root(project_dir)
+        _check_settings(project_dir, root)
         if (project_dir / LOCK).is_file():
-            return self._plan_locked(project_dir, source)
+            return self._plan_locked(project_dir, source, root)
         return plan_python(self.name, project_dir, source)
 
-    def _plan_locked(self, project_dir: Path, source: EnvironmentFile | None) -> EnvironmentPlan:
+    def _plan_locked(self, project_dir: Path, source: EnvironmentFile | None, root: Path) -> EnvironmentPlan:
         needs = read_python_requirements(project_dir, source)
         if source is not None and source.kind is EnvironmentFileKind.UV_LOCK:
             log_chosen(source.path)
         elif source is not None and (needs.build or needs.packages):
             text = "%s: only its Python counts, since the project has a %s for uv"
             warn_once(_log, text, source.path, LOCK)
-        locked = _read_lock(project_dir, (source.root if source else None) or find_root(project_dir))
+        locked = _read_lock(project_dir, root)
         is_own = source is not None and source.kind.is_declared
         python = (needs.python if is_own else None) or locked.python
         return EnvironmentPlan(
@@ -146,7 +147,7 @@ def _read_lock(folder: Path, root: Path) -> Locked:
     local = [package for package in _tables(lock.get("package")) if _local_source(package) is not None]
     for package in local:
         path, editable = _local_source(package) or ("", False)
-        if not is_inside(folder / path, [root]):
+        if not is_inside(folder / path, root):
             failure(lock_path)(f"the package at {path!r} is outside of the project's repository {root}: copy it there")
         contents.append(content_of(folder / path, editable, failure(lock_path)))
     if local:

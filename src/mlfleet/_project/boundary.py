@@ -8,7 +8,6 @@ whether by an absolute path, by ``..`` or by a symbolic link.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 from mlfleet.errors import SpecError
@@ -32,11 +31,10 @@ def find_root(folder: Path, top: Path | None = None) -> Path:
     return git_root(folder) or Path(os.path.realpath(top or folder))
 
 
-def is_inside(path: Path, roots: Iterable[Path]) -> bool:
-    """Return True if the file behind `path`, with all links followed, is in one of the folders. Blocking."""
+def is_inside(path: Path, root: Path) -> bool:
+    """Return True if the file behind `path`, with all links followed, is in a folder. Blocking."""
     try:
-        real = Path(os.path.realpath(path))
-        return any(real.is_relative_to(os.path.realpath(root)) for root in roots)
+        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
     except (OSError, ValueError):  # a name that no file can have
         return False
 
@@ -47,7 +45,7 @@ def check_link(path: Path, root: Path) -> None:
     Raises:
         SpecError: The link leads out of `root`.
     """
-    if not is_inside(path, [root]):
+    if not is_inside(path, root):
         raise SpecError(
             f"it is a symbolic link that leads out of the project's repository {root}: put the file itself there",
             path=path,

@@ -234,7 +234,6 @@ def read_project(folder: Path, root: Path | None = None, report: Report | None =
     report = report or Report()
     document = read_yaml(path, defer_duplicates=True)
     keys = document.mapping(_KEYS, expected="a mapping with the keys of an MLproject file", report=report)
-    keys = {key: node for key, node in keys.items() if not node.is_null}
     environments = [key for key in _ENVIRONMENT_KEYS if key in keys]
     entry_points: dict[str, EntryPoint] = {}
     broken: dict[str, SpecError] = {}
@@ -247,7 +246,7 @@ def read_project(folder: Path, root: Path | None = None, report: Report | None =
         entry_points, broken = _entry_points(keys.get("entry_points"), report)
     with report.part():
         job = _spark_job(keys, [*entry_points, *broken], entry_points, report)
-        if job is not None and job["python_file"] is not None and not is_inside(folder / job["python_file"], [root]):
+        if job is not None and job["python_file"] is not None and not is_inside(folder / job["python_file"], root):
             keys["databricks_spark_job"].fail(
                 f"the file {job['python_file']!r} is outside of the project's repository {root}: copy the file there"
             )
@@ -291,7 +290,7 @@ def _environment(folder: Path, root: Path, keys: Mapping[str, Node]) -> Environm
             path = Path(os.path.abspath(folder / name))  # noqa: PTH100 - as above
             if os.path.realpath(path) != (real := os.path.realpath(folder / name)):
                 path = Path(real)  # `..` behind a link
-            if not is_inside(path, [root]):
+            if not is_inside(path, root):
                 keys[key].fail(
                     f"{name!r} is outside of the project's repository {root}: copy the file there, or give a URI that "
                     "names the folder of both, as in folder#sub/folder"
@@ -370,10 +369,9 @@ def _entry_point(name: str, node: Node, report: Report) -> EntryPoint:
     for key, value in declared.items():
         with report.part():
             parameters[key] = replace(_parameter(key, value, report), line=value.line)
-    command = keys.get("command")
-    if command is None or command.is_null:
+    if "command" not in keys:
         node.fail("the command is missing")
-    return EntryPoint(name, command.string(expected="a command"), parameters, command.line)
+    return EntryPoint(name, keys["command"].string(expected="a command"), parameters, keys["command"].line)
 
 
 def _parameter(name: str, node: Node, report: Report) -> Parameter:
@@ -385,7 +383,6 @@ def _parameter(name: str, node: Node, report: Report) -> Parameter:
         node.wrong("a type, or a mapping with type and default")
     # `description` is for people; many projects have it. `optional` and `option` are not the reference's.
     keys = node.mapping(("type", "default", "description", "optional", "option"), report=report)
-    keys = {key: value for key, value in keys.items() if not value.is_null}
     types = f"a type ({', '.join(TYPES[:-1])} or {TYPES[-1]})"
     kind = keys["type"].string(expected=types) if "type" in keys else "string"
     optional = _boolean(keys["optional"]) if "optional" in keys else False
@@ -428,7 +425,6 @@ def _plain_text(node: Node) -> str:
 def _docker(node: Node, report: Report) -> DockerEnv:
     expected = "a mapping with an image"
     keys = node.mapping(("image", "volumes", "environment"), expected=expected, report=report)
-    keys = {key: value for key, value in keys.items() if not value.is_null}
     image, volumes, environment = "", list[str](), list[tuple[str, str | None]]()
     with report.part():
         if "image" not in keys:
@@ -467,7 +463,6 @@ def _spark_job(
         return None
     node = keys["databricks_spark_job"]
     job = node.mapping(("python_file", "parameters", "python_libraries"), report=report)
-    job = {key: value for key, value in job.items() if not value.is_null}
     file = job["python_file"].string(expected="the path of a Python file") if "python_file" in job else None
     if file is None and not names:
         node.fail("python_file or entry_points must say what to run")

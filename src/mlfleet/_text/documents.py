@@ -156,7 +156,8 @@ class Node:
         """Return the nodes of a mapping, in their order; nothing counts as an empty mapping.
 
         Args:
-            known: The keys that have an effect here. Any other is kept, and reported in one warning for the mapping.
+            known: The keys that have an effect here; those without a value are left out. Any other is kept, and
+                reported in one warning for the mapping.
             expected: The noun phrase in the error, such as "a mapping with an image".
             report: Gets the unknown keys, for one warning by the caller (see `warn_unknown`), and the mistakes.
         """
@@ -167,14 +168,15 @@ class Node:
         own = report or Report()
         for fault in self.faults:
             own.add(fault)
-        if known is not None:
-            names = tuple(known)
-            own.unknown += [
-                _describe_unknown(key, node, self.label, names) for key, node in self.value.items() if key not in names
-            ]
-            if report is None:
-                warn_unknown(self.path, own)
-        return dict(self.value)
+        if known is None:
+            return dict(self.value)
+        names = tuple(known)
+        own.unknown += [
+            _describe_unknown(key, node, self.label, names) for key, node in self.value.items() if key not in names
+        ]
+        if report is None:
+            warn_unknown(self.path, own)
+        return {key: node for key, node in self.value.items() if key not in names or not node.is_null}
 
     def sequence(self, *, expected: str = "a list") -> list[Node]:
         """Return the nodes of a sequence; nothing counts as an empty one."""
