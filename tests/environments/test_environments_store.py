@@ -17,6 +17,11 @@ NAME = "virtualenv-" + "0" * 32
 OTHER = "uv-" + "1" * 32
 
 
+@pytest.fixture(autouse=True)
+def shared_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ENV_ROOT", str(tmp_path))
+
+
 def build(root: Path, name: str = NAME, *, days_ago: float = 0) -> Path:
     """An environment that no process uses, as if it was last used some days ago."""
     store = open_store(root)
@@ -34,7 +39,7 @@ def test_only_a_published_folder_is_an_environment(tmp_path: Path) -> None:
     attempt = store.begin(NAME)
     (attempt / "bin").mkdir(parents=True)
     assert store.acquire(NAME) is None
-    assert [each.complete for each in list_environments(tmp_path)] == [False]
+    assert [each.complete for each in list_environments()] == [False]
     finished = build(tmp_path)
     assert finished != attempt
     assert not attempt.exists()
@@ -59,7 +64,7 @@ def test_an_environment_with_a_damaged_description_is_not_found(tmp_path: Path, 
     build(tmp_path)
     (tmp_path / NAME / "environment.json").write_text(text)
     assert open_store(tmp_path).acquire(NAME) is None
-    assert [each.complete for each in list_environments(tmp_path)] == [False]
+    assert [each.complete for each in list_environments()] == [False]
 
 
 def test_an_environment_of_the_first_version_is_used(tmp_path: Path) -> None:
@@ -72,18 +77,20 @@ def test_an_environment_of_the_first_version_is_used(tmp_path: Path) -> None:
         '"must_exist": ["bin/python"]}'
     )
     assert open_store(tmp_path).acquire(NAME) == content
-    (listed,) = list_environments(tmp_path)
+    (listed,) = list_environments()
     assert (listed.version, listed.uri, listed.size, listed.complete) == ("3.11.7", "/p/conda.yaml", 77, True)
 
 
 def test_the_list_shows_every_environment(tmp_path: Path) -> None:
-    assert list_environments(tmp_path / "not there") == []
+    tmp_path.rmdir()
+    assert list_environments() == []
+    tmp_path.mkdir()
     (tmp_path / "mlflow-0123").mkdir()  # of the reference, which may share the folder
     build(tmp_path, OTHER, days_ago=3)
     build(tmp_path)
     used = open_store(tmp_path)
     used.acquire(NAME)
-    one, two = list_environments(tmp_path)
+    one, two = list_environments()
     assert (one.path.name, one.kind, one.version, one.uri) == (NAME, "virtualenv", "3.11.7", "/p/python_env.yaml")
     assert one.complete
     assert one.in_use
@@ -96,10 +103,10 @@ def test_prune_removes_environments_unused_for_long(tmp_path: Path) -> None:
     (tmp_path / "mlflow-0123").mkdir()
     build(tmp_path, NAME, days_ago=31)
     build(tmp_path, OTHER, days_ago=29)
-    assert [each.path.name for each in prune(timedelta(days=30), root=tmp_path)] == [NAME]
-    assert [each.path.name for each in list_environments(tmp_path)] == [OTHER]
-    assert [each.path.name for each in prune(root=tmp_path)] == [OTHER]
-    assert list_environments(tmp_path) == []
+    assert [each.path.name for each in prune(timedelta(days=30))] == [NAME]
+    assert [each.path.name for each in list_environments()] == [OTHER]
+    assert [each.path.name for each in prune()] == [OTHER]
+    assert list_environments() == []
     assert (tmp_path / "mlflow-0123").exists()
 
 
@@ -108,9 +115,9 @@ def test_prune_keeps_environments_in_use(tmp_path: Path) -> None:
     user = open_store(tmp_path)
     assert user.acquire(NAME) is not None
     os.utime(tmp_path / NAME / "in-use", (0, 0))
-    assert prune(root=tmp_path) == []
+    assert prune() == []
     del user
-    assert [each.path.name for each in prune(root=tmp_path)] == [NAME]
+    assert [each.path.name for each in prune()] == [NAME]
 
 
 def test_prune_keeps_environments_in_use_by_another_process(tmp_path: Path) -> None:
@@ -124,9 +131,9 @@ def test_prune_keeps_environments_in_use_by_another_process(tmp_path: Path) -> N
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as user:
         assert user.stdout is not None
         assert user.stdout.readline() == b"taken\n"
-        assert prune(root=tmp_path) == []
+        assert prune() == []
         user.communicate()
-    assert [each.path.name for each in prune(root=tmp_path)] == [NAME]
+    assert [each.path.name for each in prune()] == [NAME]
 
 
 def test_prune_keeps_active_builds_and_removes_abandoned_ones(tmp_path: Path) -> None:
@@ -134,8 +141,8 @@ def test_prune_keeps_active_builds_and_removes_abandoned_ones(tmp_path: Path) ->
     store.begin(NAME).mkdir()
     store.lock_path(NAME).parent.mkdir()
     with FileLock(store.lock_path(NAME)):
-        assert prune(timedelta(days=1), root=tmp_path) == []
-    assert [each.complete for each in prune(timedelta(days=1), root=tmp_path)] == [False]
+        assert prune(timedelta(days=1)) == []
+    assert [each.complete for each in prune(timedelta(days=1))] == [False]
     assert not (tmp_path / NAME).exists()
 
 

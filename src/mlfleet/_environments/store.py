@@ -49,28 +49,23 @@ def lock_path(root: Path, name: str) -> Path:
     return root / ".locks" / f"{name}.lock"
 
 
-def list_environments(root: Path | None = None) -> list[StoredEntry]:
-    """Return all environments in the shared folder, the last used first. Blocking.
-
-    Args:
-        root: The folder; None is ``MLFLOW_ENV_ROOT`` or the user's cache.
-    """
-    store = open_store(root)
+def list_environments() -> list[StoredEntry]:
+    """Return all environments in the shared folder, the last used first. Blocking."""
+    store = open_store()
     entries = [_as_environment(store.describe(name)) for name in _names(store)]
     return sorted(entries, key=lambda entry: entry.last_used, reverse=True)
 
 
-def prune(older_than: timedelta | None = None, *, root: Path | None = None) -> list[StoredEntry]:
+def prune(older_than: timedelta | None = None) -> list[StoredEntry]:
     """Remove the environments that no process uses, and what killed builds left. Blocking.
 
     Args:
         older_than: Only those that no run asked for in this time; None: all. Leftovers go in any case.
-        root: The folder; None is ``MLFLOW_ENV_ROOT`` or the user's cache.
 
     Returns:
         What was removed.
     """
-    store = open_store(root)
+    store = open_store()
     removed = [store.prune(name, older_than) for name in _names(store)]
     return [_as_environment(entry) for entry in removed if entry is not None]
 

@@ -64,20 +64,39 @@ _HELPER = (
     '!f() { if test "$1" = get; then printf "username=%s\\npassword=%s\\n" '
     '"$MLFLEET_GIT_USERNAME" "$MLFLEET_GIT_PASSWORD"; fi; }; f'
 )
-_FOREIGN = re.compile(r"dubious ownership", re.I)
-_UNKNOWN_HOST = re.compile(r"Host key verification failed", re.I)
-_NO_KEY = re.compile(r"Permission denied \(|Too many authentication failures", re.I)
-_NO_CREDENTIALS = re.compile(r"could not read (Username|Password)|terminal prompts disabled", re.I)
-_REFUSED = re.compile(r"Authentication failed|HTTP Basic: Access denied|returned error: 40[13]|Invalid username", re.I)
+# What to do, by the words of git and ssh.
+_ADVICE = (
+    (r"dubious ownership", (
+        "it belongs to another user, and git does not trust that: if you do, "
+        "git config --global --add safe.directory <its path>"
+    )),
+    (r"Host key verification failed", (
+        "the key of the ssh host is not known or has changed: connect once with ssh in a terminal and check "
+        "it, or add it to ~/.ssh/known_hosts"
+    )),
+    (r"Permission denied \(|Too many authentication failures", (
+        "the ssh host accepts none of your keys: load the right one into ssh-agent, or name it in "
+        "~/.ssh/config or GIT_SSH_COMMAND"
+    )),
+    (r"could not read (Username|Password)|terminal prompts disabled", (
+        "it asks for credentials (as some hosts do for what does not exist), and git has none: configure a "
+        "credential helper (git config --global credential.helper store, cache, …) and log in once with git in "
+        "a terminal, or use the ssh URL and a key"
+    )),
+    (r"Authentication failed|HTTP Basic: Access denied|returned error: 40[13]|Invalid username", (
+        "the host refused the credentials: renew those in Git's credential helper (git credential reject), "
+        "or those in the URI"
+    )),
+    (r"repository '.*' not found|returned error: 404|does not appear to be a git repository|not a git repository", (
+        "there is no such Git repository, or you may not see it"
+    )),
+)  # fmt: skip
 # What may be gone at the next attempt, in the words of git, curl and ssh.
 _TRANSIENT = re.compile(
     r"returned error: (429|5\d\d)|Could not resolve host|Temporary failure in name resolution|timed? ?out"
     r"|Connection (refused|reset|closed)|early EOF|hung up unexpectedly|RPC failed|Empty reply from server"
     r"|Network is unreachable|No route to host|Operation too slow",
     re.I,
-)
-_NOT_THERE = re.compile(
-    r"repository '.*' not found|returned error: 404|does not appear to be a git repository|not a git repository", re.I
 )
 
 
@@ -166,43 +185,12 @@ class Git:
         said = re.sub(r"[^\S\n]|[\x00-\x09\x0b-\x1f\x7f-\x9f]", " ", os.fsdecode(done.stderr or done.stdout))
         said = mask(said, self._uri.secrets)
         shown = self._uri.text
-        if advice := self._advice(said):
+        if advice := next((advice for pattern, advice in _ADVICE if re.search(pattern, said, re.I)), None):
             return FetchError(f"cannot {what} {shown}: {advice}", uri=shown)
         lines = [line.strip() for line in said.splitlines() if line.strip()]
         telling = [line for line in lines if re.match(r"(fatal|error|ssh|remote):", line, re.I)] or lines
         text = "; ".join(telling[-4:])[-1000:] or f"git ended with exit code {done.returncode}"
         return FetchError(f"cannot {what} {shown}: {text}", uri=shown)
-
-    def _advice(self, said: str) -> str | None:
-        if _FOREIGN.search(said):
-            return (
-                "it belongs to another user, and git does not trust that: if you do, "
-                "git config --global --add safe.directory <its path>"
-            )
-        if _UNKNOWN_HOST.search(said):
-            return (
-                "the key of the ssh host is not known or has changed: connect once with ssh in a terminal and check "
-                "it, or add it to ~/.ssh/known_hosts"
-            )
-        if _NO_KEY.search(said):
-            return (
-                "the ssh host accepts none of your keys: load the right one into ssh-agent, or name it in "
-                "~/.ssh/config or GIT_SSH_COMMAND"
-            )
-        if _NO_CREDENTIALS.search(said):
-            return (
-                "it asks for credentials (as some hosts do for what does not exist), and git has none: configure a "
-                "credential helper (git config --global credential.helper store, cache, …) and log in once with git in "
-                "a terminal, or use the ssh URL and a key"
-            )
-        if _REFUSED.search(said):
-            return (
-                "the host refused the credentials: renew those in Git's credential helper (git credential reject), "
-                "or those in the URI"
-            )
-        if _NOT_THERE.search(said):
-            return "there is no such Git repository, or you may not see it"
-        return None
 
     async def _make_environ(self, cwd: Path) -> dict[str, str]:
         environ = _clean_environ()

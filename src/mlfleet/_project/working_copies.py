@@ -15,6 +15,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -94,10 +95,7 @@ def prune_copies(older_than: timedelta | None = None, root: Path | None = None) 
     occupied = _working_directories() if notes else ()
     removed = []
     for note in notes:
-
-        def describe(note: Path = note) -> StoredEntry | None:
-            return _entry(note, occupied, is_leased=False)
-
+        describe = partial(_entry, note, occupied, is_leased=False)
         if (entry := prune_entry(describe, note, older_than)) is not None:
             removed.append(entry)
         with unleased(note) as is_free:
