@@ -179,6 +179,20 @@ def test_downloads_take_the_place_of_their_uri() -> None:
         ("\\eval t {x}", "in a script for another shell"),
         ("a; eval t {x}", "in a script for another shell"),
         ("if A=1 ssh host t {x}; then b; fi", "in a script for another shell"),
+        *(
+            (f"{name} {{x}}", "in a script for another shell")
+            for name in ("pdsh h", "rsh h", "mosh h", "su -c", "watch")
+        ),
+        *(
+            (f"{name} ssh h {{x}}", "in a script")
+            for name in ("env A=1", "sudo -u me", "exec", "timeout 5", "exec -a b")
+        ),
+        *(
+            (f"{name} ssh h {{x}}", "in a script")
+            for name in ("chroot /", "taskset 1", "chrt 5", "nice -n 5", "xargs -n 1")
+        ),
+        *((f"{name} {{x}}", "in a script") for name in ("tmux new", "parallel", "runuser -c", "sg g -c", "script -c")),
+        *((f"echo {{x}} | {name}", "in a script for another shell") for name in ("at now", "batch", "parallel")),
     ],
 )
 def test_only_plain_values_are_accepted_where_they_would_be_code(command: str, where: str) -> None:
@@ -203,6 +217,7 @@ def test_arithmetic_accepts_only_numbers(value: str) -> None:
         ("cat <<EOF\na\nEOF\n", {"a": "b c"}, "in or after a here-document"),
         ("t 'open", {"a": "; touch pwned"}, "not closed"),
         ("t (", {"a": "b c"}, "not closed"),
+        ("t $((", {"a": "b c"}, "not closed"),
         ("t \\", {"a": "1"}, "behind a backslash"),
         ("eval t", {"a": "$(b)"}, "in a script for another shell"),
         ("eval t", {"$(b)": "1"}, "in a script for another shell"),
@@ -254,6 +269,11 @@ while read -r a b; do echo "$a"; done <<< {x}
 case {x} in a) echo {x};; esac; for i in {x} b; do echo "$i" {x}; done
 args=({x} b "{x}"); python t.py "$args"; a[1]={x}
 flock lock python t.py -c {x}; env A={x} python t.py {x}
+sudo -S python t.py {x}; env A=1 python t.py -S{x}; timeout 5 docker watch {x}
+bash --norc t.sh {x}; bash > {x} < a; diff <(echo {x}) b; bash "$(dirname a)/t.sh" {x}
+declare -rx a={x}; declare 'a={x}'; export file={x} ; export -p > {x}
+a=(b eval {x}); for wait in {x}; do t; done; echo {x} | {{ echo a | bash; }}
+A=1 [[ {x} ; python t.py {x}; [[ ( a ) ]] > {x}; echo a[1][{x}]
 docker exec c sh -c 'echo "$1"' _ {x}; which bash; python t.py {x}
 f() {{ python t.py {x} "$@"; }}; f {x}; (cd {x} && ls); (( 1 )) && echo {x}""".splitlines(),
 )
@@ -263,6 +283,11 @@ def test_any_value_is_accepted_where_nothing_evaluates_it(command: str) -> None:
     assert result.startswith(f"__mlfleet_1={shlex.quote(value)}; ")
     assert result.count(value.replace("'", "'\"'\"'")) == 1
     assert "{x}" not in result
+
+
+@pytest.mark.parametrize("command", ["cat <<E\n${x}\nE", "echo $(( ${x} + 1 ))", 'echo "${x}" $x', "\\\nt '$x'"])
+def test_a_variable_of_bash_stays_although_a_parameter_has_its_name(command: str) -> None:
+    assert rendered(command, {"x": "a b"}) == command
 
 
 def test_a_refusal_says_what_to_do() -> None:

@@ -522,10 +522,26 @@ bash 0<<<{x}
 env -i bash <<< {x}
 env -i /bin/bash -c "{x}"
 bash -c "{x}"
+bash -c - "echo {x}"
+bash $(echo {x})
+A=1 [[ a; eval {x}
+A=1 [[ a || eval {x}
+> f [[ a || eval {x}
+nohup [[ a || eval {x}
+command [[ a || eval {x}
+function [[ {{ eval {x}; }}; "[["
+case [[ in b) ;; [[ ) eval {x};; esac
+time -p [[ {x} -gt 3 ]]
+[[ {x}${{a:-""}} -gt 3 ]]
+declare -ia a=({x})
+set -- 1; for i do eval {x}; done
+echo {x} | {{ (bash) }}
+echo {x} | if true; then (bash) fi
+echo > >(bash) {x}; sleep 0.1
 """
 VALUES_OF_CODE = [
     *("$(pwn)", "`pwn`", "; pwn;", "';pwn;'", '";pwn;"', "a[$(pwn)]", "a[$(pwn)]=1", "([$(pwn)]=1)", "\npwn\n"),
-    *("-va[$(pwn)]", "x[$(pwn)]", "a[0$(pwn)]", " -gt 1 ]]; pwn; [[ 1", "[$(pwn)]=1", "pwn;"),
+    *("-va[$(pwn)]", "-c pwn", "x[$(pwn)]", "a[0$(pwn)]", " -gt 1 ]]; pwn; [[ 1", "[$(pwn)]=1", "pwn;"),
 ]
 
 

@@ -129,7 +129,7 @@ _ARITHMETIC = re.compile(
     re.X | re.S,
 )
 
-_SHELL = re.compile(r"(?:.*/)?r?(?:ba|da|a|k|mk|pdk|z|fi|c|tc|ya)?sh[-.\d]*")
+_SHELL = re.compile(r"(?:.*/)?(?:r?ba|da|a|r?k|mk|pdk|r?z|fi|c|tc|ya)?sh[-.\d]*")
 _SHELL_NAME = re.compile(r"sh\b|SHELL|BASH")
 _UNKNOWN_SHELL = re.compile(r"SHELL|BASH|\$0|\$\{0\}|^\$\([^)]*[ /](?:ba|da|k|z)?sh\)")
 _COMPARES = re.compile(r"\s-(?:eq|ne|lt|le|gt|ge)\s")
@@ -209,7 +209,7 @@ def _is_one_word(value: str, text: str, at: int) -> bool:
     if "=" in value or value in _RESERVED or after.isalnum() or (after and after in "_(<>\\\0"):
         return False
     # In a brace expansion, "1,2" would be two words.
-    return not ("," in value or ".." in value) or not after or after in " \t\n;&|)"
+    return not ("," in value or ".." in value) or after in " \t\n;&|)"
 
 
 def places(command: str) -> list[Place]:
@@ -223,6 +223,7 @@ class _Command:
 
     Attributes:
         first: The number of holes before it.
+        begun: True if something stands before its name, so that ``[[`` is not a reserved word any more.
         named: True once its name is known.
         wrapped: True if its name follows an external program such as sudo.
         slack: How many words may stand before its name that are arguments of a wrapper.
@@ -240,6 +241,7 @@ class _Command:
     """
 
     first: int = 0
+    begun: bool = False
     named: bool = False
     wrapped: bool = False
     slack: int = 0
@@ -261,20 +263,22 @@ class _Command:
     def add_name(self, word: str) -> None:
         """Handle a word that may be the name of the command."""
         base = word.rpartition("/")[2]
-        if self.wrapped and (word[:1] in "-+" or word[:1].isdigit() or "=" in word):
+        if self.wrapped and (word[:1] in "-+" or "=" in word):
             if (self.name == "env" and _SPLIT_OPTION.match(word)) or (self.takes_script and _SCRIPT_OPTION.match(word)):
                 self.strict = Context.SCRIPT
             elif word[:1] == "-" and "=" not in word:
                 self.slack += 1
             return
         if base in _WRAPPERS or (base in _BUILTIN_PREFIXES and not self.wrapped):
+            self.begun = True
             self.wrapped = self.wrapped or base in _WRAPPERS
             self.slack += base in _SKIPS_ONE
             self.takes_script |= base in _TAKES_SCRIPT
             self.name = "env" if base == "env" else ""
             return
         if not self.wrapped and word[:1] == "-":
-            return  # an option of exec or command
+            self.slack += word.endswith("a")  # exec -a takes a word
+            return
         is_known = True
         if not self.wrapped and base in _BUILTINS:
             self.strict = _BUILTINS[base]
@@ -282,7 +286,7 @@ class _Command:
             self.strict = Context.SCRIPT
         elif "$" in word or "`" in word:
             self.shell = "unknown"
-        elif base in _DECLARES or base in _TESTS or base in _READS_SCRIPT or base == "printf":
+        elif base in _DECLARES or base in _TESTS or base == "printf":
             self.name = base
         else:
             is_known = base in _TAKES_SCRIPT
@@ -299,14 +303,15 @@ class _Command:
         self.previous = word
         if self.skip:
             self.skip = False
-        elif self.shell in ("options", "script", "unknown") and word[:1] in ("-", "+") and word != "-":
+        elif self.shell in ("options", "script", "unknown") and word[:1] in ("-", "+"):
             self.skip = word in ("-o", "+o", "-O", "+O", "--rcfile", "--init-file")
-            if self.shell != "script" and word[:1] == "-" and word[1:2] != "-" and "c" in word:
+            letters = "" if word[1:2] == "-" else word[1:]
+            if "c" in letters:
                 self.shell = "script"
-            elif "s" in word[1:] and word[1:2] != "-":
+            elif "s" in letters:
                 self.reads_script = True
         elif self.shell in ("script", "unknown") or (
-            self.shell == "options" and word not in ("-", "/dev/stdin", "/dev/fd/0")
+            self.shell == "options" and word not in ("/dev/stdin", "/dev/fd/0")
         ):
             self.shell = "arguments"
         elif self.takes_script and _SCRIPT_OPTION.match(word):
@@ -552,10 +557,11 @@ class _Reader:
             if frame.word is not None and self.text[start - 1 : start] == "=":
                 inner.kind = "=("
                 inner.forced = forced if forced is Context.ARITHMETIC else owner.forced
-            else:
-                frame.word = None
-        elif text == "<(" and owner.command.reads_standard_input() and not owner.command.redirect:
-            inner.forced = Context.SCRIPT
+        elif not owner.command.redirect:
+            # A script for a shell; or words that may be its options, one of which takes a script.
+            is_script = text == "<(" and owner.command.reads_script
+            if is_script or (owner.command.shell == "options" and frame.kind != '"'):
+                inner.forced = Context.SCRIPT
         self.frames.append(inner)
 
     def close(self) -> None:
@@ -569,20 +575,19 @@ class _Reader:
         self.frames.pop()
         outer = self.owner()
         if frame.kind == "(":
-            if outer.test is None:
-                # A subshell or the parentheses of a function: redirections may follow, or another command.
-                outer.command = _Command(outer.command.first, reads_script=frame.reads_script)
+            # A subshell or the parentheses of a function: redirections may follow, or another command.
+            outer.command = _Command(outer.command.first, reads_script=frame.reads_script)
             outer.word = None
 
     def other(self, frame: _Frame, text: str, start: int) -> None:
         """Handle the parts of words that change how the rest is read."""
-        if text == "case" and frame.word == start and frame.nested:
+        if text == "case" and frame.nested:
             # The parentheses of its patterns would close $( ) too early.
             self.lost = Context.CASE
         elif text == "[" and frame.word is not None:
             if frame.brackets:
                 frame.brackets += 1
-            elif frame.brackets is None:
+            else:
                 is_name = _IDENTIFIER.fullmatch(self.text, frame.word, start) is not None
                 frame.brackets = int(is_name or (frame.kind == "=(" and frame.word == start))
         elif text == "]" and frame.brackets:
@@ -600,7 +605,7 @@ class _Reader:
         if command.redirect:
             if command.redirect == "<<<" or raw.startswith("<("):
                 command.here.append((command.from_here, len(self.found)))
-            command.redirect = ""
+            command.redirect, command.begun = "", True
         elif frame.test is not None:
             self.end_word_of_test(frame, frame.test, raw)
         elif not command.named and not command.wrapped and self.is_syntax(frame, raw):
@@ -608,13 +613,12 @@ class _Reader:
         elif _SHELL.fullmatch(word) or _UNKNOWN_SHELL.search(word):
             # Wherever it stands: docker exec, find -exec, …
             command.named, command.shell, command.takes_script = True, "options", False
-            command.reads_script = False
         elif not command.named:
-            if not _ASSIGNMENT.match(raw) and not raw.startswith("(("):
+            if _ASSIGNMENT.match(raw):
+                command.begun = True
+            elif not raw.startswith("(("):
                 command.add_name(word)
-        elif (command.name in ("for", "select") and raw in ("do", "{")) or (
-            command.name == "coproc" and raw in _OPENS and not command.count
-        ):
+        elif (command.name in ("for", "select") and raw in ("do", "{")) or (command.name == "coproc" and raw in _OPENS):
             command.named, command.name = False, ""
         else:
             self.add_argument(frame, command, word)
@@ -633,14 +637,14 @@ class _Reader:
             frame.compounds.append((frame.pipeline, command.first))
             frame.pipeline, frame.piped = len(self.found), False
         elif word in _CLOSES:
+            self.end_command(frame, self.position)  # a subshell may stand directly before
             if frame.compounds:
                 frame.pipeline = frame.compounds.pop()[0]
-            command.first = len(self.found)
             command.reads_script = frame.reads_script
         elif word in ("for", "select", "case"):
             frame.compounds.append((frame.pipeline, command.first))
             command.named, command.name = True, word
-        elif word == "[[":
+        elif word == "[[" and not command.begun and not command.slack:
             frame.test = _Test(frame.word_hole)
         elif word == "function":
             command.slack += 1
@@ -671,7 +675,7 @@ class _Reader:
             frame.reads_script = True
             for start, stop in frame.compounds[-64:]:
                 self.restamp(start, stop, Context.SCRIPT)
-        if len(self.frames) > 1 and frame.kind == ">(" and frame is self.frames[-1]:
+        if frame.kind == ">(":
             outer = self.frames[-2]
             self.restamp(outer.pipeline, len(self.found), Context.SCRIPT)
             outer.command.strict = Context.SCRIPT
@@ -698,7 +702,7 @@ class _Reader:
             return context
         if command.strict is not None:
             return command.strict
-        if frame.kind != "=(" and frame.word is not None and self.evaluated(frame, frame.word):
+        if frame.word is not None and self.evaluated(frame, frame.word):
             return Context.SCRIPT
         if command.shell == "script":
             return Context.SCRIPT
