@@ -1,5 +1,7 @@
 """The figures that the benchmarks measure, their limits, and the one form in which every script prints and saves them.
 
+Besides: what several scripts measure with.
+
 A script names what it measures as `LIMITS` does; other figures of its own are printed and saved without a limit::
 
     parser = argparse.ArgumentParser(...)
@@ -14,6 +16,7 @@ A script names what it measures as `LIMITS` does; other figures of its own are p
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import platform
@@ -21,7 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LIMITS", "add_options", "report"]
+__all__ = ["LIMITS", "add_options", "percentile", "report", "resident", "start_bare"]
 
 # The figure, and what it may be at most. The names are the keys of the result files: give them as they are here.
 LIMITS: Mapping[str, float] = {
@@ -91,3 +94,20 @@ def report(name: str, figures: Mapping[str, float], options: argparse.Namespace)
         print(f"{figure:<{width}}  {each['value']:>10.4g}{limit}")
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+
+
+async def start_bare(command: str, folder: Path) -> None:
+    """Run a command of bash as plain asyncio does it, and wait for its end."""
+    process = await asyncio.create_subprocess_exec("bash", "-c", command, cwd=folder, stdin=asyncio.subprocess.DEVNULL)
+    if await process.wait() != 0:
+        raise SystemExit("a bare process failed")
+
+
+def resident() -> int:
+    """Return the resident memory of this process in bytes (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Return the value below which that share of the values lies."""
+    return sorted(values)[min(int(len(values) * share), len(values) - 1)]

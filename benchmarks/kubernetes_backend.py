@@ -30,11 +30,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from _figures import add_options, report
+from _figures import add_options, percentile, report
 from mlfleet.backends.base import Job
 from mlfleet.backends.kubernetes import KubernetesBackend
 from mlfleet.backends.kubernetes.config import KubernetesConfig, parse_config
-from processes import percentile
 
 if TYPE_CHECKING:
     from aiohttp import web

@@ -20,11 +20,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from _figures import add_options, report
+from _figures import add_options, report, resident, start_bare
 from mlfleet import Fleet, RunStatus
 from mlfleet.runs import RunStatus as Status
 from mlfleet.testing import FakeTracking
-from processes import bare, resident
 
 # The other scripts in this folder have names of packages that mlflow looks for (docker, databricks, …).
 sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
@@ -70,7 +69,7 @@ async def bare_processes(folder: Path, count: int, jobs: int) -> float:
 
     async def one() -> None:
         async with slots:
-            await bare(":", folder)
+            await start_bare(":", folder)
 
     begun = time.perf_counter()
     await asyncio.gather(*(one() for _ in range(count)))
