@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 
 import mlfleet
 from components.command_line import mlfleet as mlfleet_command
-from components.command_line import on_terminal
+from components.command_line import on_terminal, read_json
 from components.plugins import on_path
 from components.projects import pid_is_gone, write_project
 from fakes.scripted_server import scripted
@@ -125,7 +124,7 @@ async def test_what_a_backend_does_is_shown_under_its_own_name(
     assert sum(" FINISHED point " in line for line in lines) == 2
 
     done = await asyncio.to_thread(mlfleet_command, "sweep", *options, "-P", "x=1,2", "--json", env=environment)
-    events = [json.loads(line) for line in done.stdout.splitlines()]
+    events = [read_json(line, "event") for line in done.stdout.splitlines()]
     assert [event["event"] for event in events if event.get("detail") == doing] == ["starting"] * 2
 
 

@@ -8,7 +8,7 @@ import shlex
 import signal
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -226,22 +226,22 @@ class SweepCommand:
         uri: The project.
         space: The points of the sweep.
         options: The other arguments of `Fleet.sweep`.
+        best: The best results.
         jobs: The number of runs at the same time; None for as many as the Fleet allows.
         tracking_uri: The tracking store; None for the default.
         tracking: The tracking URI that was used, without credentials; None if it could not be opened.
         sweep: The handle of the sweep; None if it did not begin.
-        best: The best results.
         error: The error that ended the command; failed points are not errors.
     """
 
     uri: str
     space: Points
     options: Mapping[str, Any]
+    best: BestRuns
     jobs: int | None = None
     tracking_uri: str | None = None
     tracking: str | None = None
     sweep: Sweep | None = None
-    best: BestRuns = field(default_factory=lambda: BestRuns(None))
     error: MlfleetError | None = None
 
     @property

@@ -59,7 +59,7 @@ async def for_each_run(
         except* MlfleetError as group:
             for error in group.exceptions:
                 complain(str(error))
-                codes.append(exit_code(error) if isinstance(error, MlfleetError) else 1)
+                codes.append(exit_code(error))
         else:
             info = run.info
             reason = info.tags.get(REASON_TAG)

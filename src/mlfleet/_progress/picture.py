@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import Protocol
 
 from mlfleet._engine.options import Goal
-from mlfleet._sweeps import PointResult, Sweep, SweepCounts
+from mlfleet._sweeps import PointResult, Sweep, SweepCounts, rank
 from mlfleet._text.plain import clean, duration_text, plain_line, point_text
-from mlfleet.runs import RunEvent, RunStatus, Stage
+from mlfleet.runs import RunEvent, Stage
 
 __all__ = [
     "BestRuns",
@@ -52,16 +51,10 @@ class BestRuns:
         """Keep a result if it is among the best."""
         if len(self.metrics) < _MOST_METRIC_NAMES:
             self.metrics.update(result.metrics)
-        if self.metric is None or result.status is not RunStatus.FINISHED:
-            return
-        if not math.isfinite(result.metrics.get(self.metric, math.nan)):
-            return
-        # The handle would keep the run's plan in memory.
-        self.results.append(replace(result, run=None))
-        sign = 1 if self.goal == "min" else -1
-        metric = self.metric
-        self.results.sort(key=lambda each: (sign * each.metrics[metric], each.index))
-        del self.results[self.count :]
+        if self.metric is not None:
+            # The handle would keep the run's plan in memory.
+            results = [*self.results, replace(result, run=None)]
+            self.results = rank(results, self.metric, self.goal)[: self.count]
 
     def describe(self) -> str:
         """Return the best value so far, in a few words; empty if there is none."""

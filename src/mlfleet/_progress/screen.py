@@ -171,9 +171,9 @@ class SweepScreen(Screen):
             self.say(retry_line(event), "yellow")
         elif event.stage in (Stage.QUEUED, Stage.STARTED, Stage.FINISHED):
             self._activity = ""
-        elif event.detail:  # the others take too little time to show them for each of many runs
+        elif event.detail or event.stage is Stage.FETCHING:  # the others take too little time to show them for each run
             self._activity = activity(event.stage, event.detail)
-            if self._says_all and event.stage not in self._said:
+            if self._says_all and event.detail and event.stage not in self._said:
                 self._said.add(event.stage)
                 self.say(activity(event.stage, event.detail, brief=True))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from mlfleet.tracking.links import run_url
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["PointResult", "ResultBuffer", "SweepCounts", "SweepResult"]
+__all__ = ["PointResult", "ResultBuffer", "SweepCounts", "SweepResult", "rank"]
 
 _MOST_SHOWN = 10  # points in each table of a notebook
 
@@ -98,6 +98,14 @@ class SweepCounts:
         return ", ".join(parts)
 
 
+def rank(results: Iterable[PointResult], metric: str, goal: Goal) -> list[PointResult]:
+    """Return the finished points with a finite value of a metric, the best one first, and of equal ones the first."""
+    sign = 1 if goal == "min" else -1
+    finished = [result for result in results if result.status is RunStatus.FINISHED]
+    measured = [result for result in finished if math.isfinite(result.metrics.get(metric, math.nan))]
+    return sorted(measured, key=lambda result: (sign * result.metrics[metric], result.index))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepResult:
     """A sweep that has ended.
@@ -140,7 +148,7 @@ class SweepResult:
         """
         if goal not in ("min", "max"):
             raise UsageError(f"goal is {goal!r}: give 'min' or 'max'")
-        ranked = self._ranked(metric, goal)
+        ranked = rank(self.results, metric, goal)
         if not ranked:
             known = sorted({name for result in self.results for name in result.metrics})
             text = ", ".join(known) or "none"
@@ -222,13 +230,6 @@ class SweepResult:
             raise UsageError("to_pandas() needs pandas: pip install pandas, or use rows()") from error
         return pandas.DataFrame(self.rows())
 
-    def _ranked(self, metric: str, goal: Goal) -> list[PointResult]:
-        """Return the finished points with a finite value of a metric, the best one first."""
-        sign = 1 if goal == "min" else -1
-        finished = [result for result in self.results if result.status is RunStatus.FINISHED]
-        measured = [result for result in finished if math.isfinite(result.metrics.get(metric, math.nan))]
-        return sorted(measured, key=lambda result: sign * result.metrics[metric])
-
     def _repr_html_(self) -> str:
         from mlfleet._text.html import Html, block, escaped, link, status, table
 
@@ -244,7 +245,7 @@ class SweepResult:
         names = list(dict.fromkeys(name for result in self.results for name in result.point))
         measured = {name for result in self.results for name in result.metrics}
         metric = self.metric or min(measured, key=lambda name: (name.startswith("system/"), name), default=None)
-        best = self._ranked(metric, self.goal)[:_MOST_SHOWN] if metric else []
+        best = rank(self.results, metric, self.goal)[:_MOST_SHOWN] if metric else []
         bad = [result for result in self.results if result.status is not RunStatus.FINISHED]
         name = link(self.name or self.run_id, url(self.run_id))
         head = f"Sweep <b>{name}</b> {status(self.status)} {escaped(self.counts)}"
