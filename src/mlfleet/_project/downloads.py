@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -13,11 +12,11 @@ from typing import Any, TypeVar
 import anyio
 
 from mlfleet._concurrency.threads import PROJECTS
-from mlfleet._object_stores import DRIVERS, fsspec_name, fsspec_uri, store_options
+from mlfleet._object_stores import DRIVERS, StoreError, list_objects, open_store
 from mlfleet._project.blocking import Stopped, stoppable
 from mlfleet._project.http_downloads import download_file
 from mlfleet._project.parameters import Download
-from mlfleet.errors import FetchError, MlfleetError
+from mlfleet.errors import MlfleetError
 
 __all__ = ["Artifacts", "download_all"]
 
@@ -113,12 +112,8 @@ async def _download_objects(download: Download, folder: Path) -> Path:
 
     A cancelled call returns when its threads have ended, after one chunk or the store's own time-out.
     """
-    store, path = await PROJECTS.run(lambda: _open_store(download))
-    files = await PROJECTS.run(lambda: _list(download, store, path))
+    store, path, files = await PROJECTS.run(lambda: _list(download))
     top = folder / (PurePosixPath(path).name or "download")
-    if not files:
-        await stoppable(lambda stop: _copy(download, store, path, top, stop))
-        return top
 
     async def copy(remote: str) -> None:
         await stoppable(lambda stop: _copy(download, store, remote, top.joinpath(*files[remote]), stop))
@@ -127,65 +122,18 @@ async def _download_objects(download: Download, folder: Path) -> Path:
     return top
 
 
-def _open_store(download: Download) -> tuple[Any, str]:
-    """Return the file system of fsspec, and the path in it."""
-    scheme = download.uri.partition(":")[0].lower()
-    if "::" in download.uri:
-        raise download.failed("chained URLs are not supported")
+def _list(download: Download) -> tuple[Any, str, dict[str, tuple[str, ...]]]:
+    """Return the store of a download, the path in it, and the files there as `list_objects` does."""
     try:
-        import fsspec
-
-        # A driver that is missing is an ImportError, or a protocol that is not known.
-        fsspec.get_filesystem_class(fsspec_name(scheme))
-    except (ImportError, ValueError) as error:
-        driver = f" {DRIVERS[scheme]}" if DRIVERS[scheme] else ""
-        reason = f"a driver is missing; run: pip install 'mlfleet[remote]'{driver}"
-        raise download.failed(reason) from error
-    try:
-        store, path = fsspec.core.url_to_fs(fsspec_uri(download.uri), **_options(download, scheme))
-        # Instances are shared, and what they listed earlier may have changed.
-        store.invalidate_cache()
-    except FetchError:
-        raise
-    except Exception as error:
-        if scheme == "hdfs":
-            # pyarrow's own words are a list of all places where it has looked.
-            reason = str(error).partition("\n")[0]
-            raise download.failed(f"{reason}; hdfs: needs Java and Hadoop's client here, webhdfs: does not") from error
-        raise download.failed(error) from error
-    return store, str(path)
-
-
-def _options(download: Download, scheme: str) -> dict[str, Any]:
-    """Return the options that the store's driver does not find out itself."""
-    if scheme == "dbfs":
-        host, token = os.environ.get("DATABRICKS_HOST", ""), os.environ.get("DATABRICKS_TOKEN", "")
-        if not host or not token:
-            raise download.failed("set DATABRICKS_HOST and DATABRICKS_TOKEN")
-        return {"instance": host.removeprefix("https://").rstrip("/"), "token": token}
-    return store_options(scheme)
-
-
-def _list(download: Download, store: Any, path: str) -> dict[str, tuple[str, ...]]:
-    """Return each file under a prefix with its place below the prefix; empty if `path` is itself a file."""
-    try:
-        if store.isfile(path):
-            return {}
-        names = [name for name, entry in store.find(path, detail=True).items() if entry["type"] == "file"]
+        store, path = open_store(download.uri)
+        files = list_objects(store, path)
+    except StoreError as error:
+        raise download.failed(str(error)) from error
     except Exception as error:
         raise download.failed(error) from error
-    prefix = path.rstrip("/") + "/"
-    files = {}
-    for name in names:
-        below = name.removeprefix(prefix)
-        parts = tuple(part for part in below.split("/") if part not in ("", "."))
-        if below == name or ".." in parts or "\0" in name:
-            raise download.failed(f"the name {name!r} leads out of the folder")
-        if parts and not name.endswith("/"):
-            files[name] = parts
     if not files:
         raise download.failed("there is nothing of that name")
-    return files
+    return store, path, files
 
 
 def _copy(download: Download, store: Any, remote: str, local: Path, stop: threading.Event) -> None:

@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 from mlfleet._concurrency.threads import TRANSFERS
-from mlfleet._object_stores import ARTIFACT_SCHEMES, DRIVERS, fsspec_uri, store_options
+from mlfleet._object_stores import ARTIFACT_SCHEMES, list_objects, open_store
 from mlfleet._text.masking import mask, mask_uri
 from mlfleet.errors import TrackingError
 from mlfleet.tracking.http import ARTIFACTS, ServerClient
@@ -277,10 +277,12 @@ def upload_object(path: Path, uri: str) -> None:
     Raises:
         TrackingError: The store refused or cannot be reached, or its driver is not installed.
     """
-    store, key = _open_store(uri)
     try:
+        store, key = _open_store(uri)
         store.makedirs(key.rpartition("/")[0], exist_ok=True)
         store.put_file(str(path), key)
+    except TrackingError:
+        raise
     except Exception as error:
         raise _store_error("stored as", uri, error) from error
 
@@ -291,29 +293,19 @@ def download_object(uri: str, target: Path) -> None:
     Raises:
         TrackingError: Nothing has that name, or the store refused or cannot be reached, or its driver is not installed.
     """
-    store, key = _open_store(uri)
     try:
-        if store.isfile(key):
-            store.get_file(key, str(target))
-        else:
-            _download_objects(store, key.rstrip("/"), target)
+        store, key = _open_store(uri)
+        objects = list_objects(store, key)
+        if not objects:
+            raise TrackingError(f"there is no artifact {key}")
+        for name, parts in objects.items():
+            place = target.joinpath(*parts)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            store.get_file(name, str(place))
     except TrackingError:
         raise
     except Exception as error:
         raise _store_error("read from", uri, error) from error
-
-
-def _download_objects(store: Any, key: str, target: Path) -> None:
-    names = [str(name) for name in store.find(key)]
-    if not names:
-        raise TrackingError(f"there is no artifact {key}")
-    for name in names:
-        inside = name.removeprefix(key).lstrip("/")
-        place = target / inside
-        if ".." in Path(inside).parts or not place.is_relative_to(target):
-            raise TrackingError(f"the artifact store lists {name!r}, which is not safe to write")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        store.get_file(name, str(place))
 
 
 def _open_store(uri: str) -> tuple[Any, str]:
@@ -324,19 +316,7 @@ def _open_store(uri: str) -> tuple[Any, str]:
             f"mlflow-artifacts:, folders, and {', '.join(f'{name}:' for name in sorted(ARTIFACT_SCHEMES))}. "
             "Code in the run itself may use mlflow for it"
         )
-    try:
-        from fsspec.core import url_to_fs
-
-        # A cached listing would hide objects that were stored meanwhile.
-        fresh = {"use_listings_cache": False, "skip_instance_cache": True}
-        store, key = url_to_fs(fsspec_uri(uri), **fresh, **store_options(scheme))
-    except ImportError as error:
-        driver = DRIVERS[scheme]
-        text = f"artifacts at {scheme}: URIs need fsspec and {driver}: pip install 'mlfleet[remote]' {driver}"
-        raise TrackingError(text) from error
-    except Exception as error:
-        raise _store_error("found at", uri, error) from error
-    return store, str(key)
+    return open_store(uri)
 
 
 def _store_error(what: str, uri: str, error: Exception) -> TrackingError:
