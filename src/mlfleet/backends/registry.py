@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -20,29 +18,13 @@ _GROUP = "mlfleet.backends"
 _MLFLOW_GROUP = "mlflow.project_backend"
 
 
-@dataclass(frozen=True, slots=True)
-class _BuiltIn:
-    """A backend of mlfleet itself.
-
-    Attributes:
-        target: The class as ``module:class``, imported only on demand.
-        extra: The extra of mlfleet that installs its dependencies.
-    """
-
-    target: str
-    extra: str | None = None
-
-    @property
-    def module(self) -> str:
-        return self.target.partition(":")[0]
-
-
-_BUILT_IN = {
-    "local": _BuiltIn("mlfleet.backends.local.backend:LocalBackend"),
-    "docker": _BuiltIn("mlfleet.backends.docker:DockerBackend", "docker"),
-    "kubernetes": _BuiltIn("mlfleet.backends.kubernetes:KubernetesBackend", "kubernetes"),
-    "slurm": _BuiltIn("mlfleet.backends.slurm:SlurmBackend"),
-    "databricks": _BuiltIn("mlfleet.backends.databricks:DatabricksBackend", "databricks"),
+# The class, as ``module:class``, and the extra of mlfleet that installs its dependencies.
+_BUILT_IN: dict[str, tuple[str, str | None]] = {
+    "local": ("mlfleet.backends.local.backend:LocalBackend", None),
+    "docker": ("mlfleet.backends.docker:DockerBackend", "docker"),
+    "kubernetes": ("mlfleet.backends.kubernetes:KubernetesBackend", "kubernetes"),
+    "slurm": ("mlfleet.backends.slurm:SlurmBackend", None),
+    "databricks": ("mlfleet.backends.databricks:DatabricksBackend", "databricks"),
 }
 
 
@@ -58,9 +40,9 @@ def find(name: str) -> type[Backend]:
     # Late: with this module it would take a tenth of the time of `import mlfleet`.
     from importlib.metadata import EntryPoint
 
-    built_in = _BUILT_IN.get(name)
-    if built_in is not None:
-        return _native(name, EntryPoint(name, built_in.target, _GROUP), built_in.extra)
+    if name in _BUILT_IN:
+        target, extra = _BUILT_IN[name]
+        return _native(name, EntryPoint(name, target, _GROUP), extra)
     if name in (native := _plugins(_GROUP)):
         return _native(name, native[name], None)
     if name in (foreign := _plugins(_MLFLOW_GROUP)):
@@ -88,8 +70,7 @@ def available() -> tuple[str, ...]:
 
 def native() -> tuple[str, ...]:
     """Return the names of the backends that are written for mlfleet, sorted; those of its plugins included."""
-    built_in = {name for name, entry in _BUILT_IN.items() if importlib.util.find_spec(entry.module)}
-    return tuple(sorted(built_in | _plugins(_GROUP).keys()))
+    return tuple(sorted(_BUILT_IN.keys() | _plugins(_GROUP).keys()))
 
 
 @cache
