@@ -155,9 +155,8 @@ class PluginBackend(Backend[_Prepared]):
             BackendError: The call was cancelled, and the plugin cannot cancel the run.
         """
         handle = await PLUGIN_SUBMITS.run(partial(self._submit, job), undo=partial(self._take_back, job))
-        run = PluginRun(job.run_id, handle, self.name, job.cancel_grace, self._tasks)
+        run = PluginRun(job.run_id, handle, self.name, job.cancel_grace, self._tasks, then=self._runs.discard)
         self._runs.add(run)
-        run.add_done_callback(partial(self._runs.discard, run))
         if not self._open:
             await run.cancel(grace=0)
             raise SubmitError(f"the backend {self.name!r} was closed before the run could start", backend=self.name)
@@ -267,15 +266,25 @@ class PluginRun(AwaitedRun):
         plugin: The plugin's name.
         grace: Seconds that a cancelled run has until its end.
         tasks: The owner of the task that cancels.
+        then: Called with this handle at the end of the run.
     """
 
-    def __init__(self, run_id: str, handle: BlockingHandle, plugin: str, grace: float, tasks: TaskOwner) -> None:
+    def __init__(
+        self,
+        run_id: str,
+        handle: BlockingHandle,
+        plugin: str,
+        grace: float,
+        tasks: TaskOwner,
+        *,
+        then: Callable[[PluginRun], None] = lambda run: None,
+    ) -> None:
         super().__init__(run_id)
         self._handle = handle
         self._plugin = plugin
         self._tasks = tasks
         self._stop_request = StopRequest(grace + _CONFIRMS)
-        self._callbacks: list[Callable[[], None]] = []
+        self._then = then
         self._ended = self._in_own_thread(handle.wait)
         self._ended.add_done_callback(self._when_ended)
 
@@ -284,10 +293,6 @@ class PluginRun(AwaitedRun):
         """The id of the MLflow run that the plugin made, if it did not use the Fleet's."""
         its = self._handle.run_id
         return None if its is None or str(its) == self._run_id else str(its)
-
-    def add_done_callback(self, callback: Callable[[], None]) -> None:
-        """Call `callback` at the end of the run, which must not have ended yet."""
-        self._callbacks.append(callback)
 
     async def started(self) -> None:
         """Return at once: plugins do not report when the command begins, so a submitted run counts as started."""
@@ -386,8 +391,7 @@ class PluginRun(AwaitedRun):
             return
         self._outcome = outcome
         self._done.set()
-        for callback in self._callbacks:
-            callback()
+        self._then(self)
 
     def _seen(self, answer: _Answer) -> Outcome:
         if answer.error is not None:
