@@ -186,15 +186,7 @@ class SlurmBackend(RemoteBackend[SlurmConfig]):
             else:
                 number = await cluster.client.submit(single(files, arguments))
             run = self._supervise(
-                files,
-                number,
-                cluster,
-                output=job.output,
-                submitted=True,
-                grace=job.cancel_grace,
-                start_timeout=config.start_timeout,
-                latency=config.latency,
-                keep=config.keep,
+                files, config, number, cluster, output=job.output, submitted=True, grace=job.cancel_grace
             )
             await FILES.run(partial(files.write_job, number))
         except BaseException as error:
@@ -216,26 +208,17 @@ class SlurmBackend(RemoteBackend[SlurmConfig]):
             RunLost: There are no files of the run, or no job was submitted for it.
             SlurmError: The controller cannot be asked.
         """
-        files = _files(ref)
-        cluster = await self._open_cluster(_cluster_of(ref))
-        number, state = await self._find(ref, files, cluster.client)
-        if number is None:
+        files, config = _read_reference(ref)
+        cluster = await self._open_cluster(config.clusters)
+        found = await self._find(ref, files, cluster.client)
+        if found is None:
             raise RunLost(f"the run {ref.run_id} is lost: no job of Slurm was submitted for it", backend=self.name)
         await FILES.run(partial(self._take_over, files))
-        grace, latency, limit = (ref.data.get(name) for name in ("grace", "latency", "start_timeout"))
-        run = self._supervise(
-            files,
-            number,
-            cluster,
-            output=run_folder(ref.run_id) / "output.log",
-            submitted=False,
-            grace=_seconds(grace, DEFAULT_CANCEL_GRACE),
-            start_timeout=None if limit is None else _seconds(limit, 0.0),
-            latency=_seconds(latency, 0.0),
-            keep=ref.data.get("keep") is True,
-        )
-        if state is not None:
-            run.set_state(state)
+        number, state = found
+        grace = _seconds(ref.data.get("grace"), DEFAULT_CANCEL_GRACE)
+        output = run_folder(ref.run_id) / "output.log"
+        run = self._supervise(files, config, number, cluster, output=output, submitted=False, grace=grace)
+        cluster.poller.put(number, state)
         return run
 
     # ---- runs of other processes ------------------------------------------------------------------------------------
@@ -274,20 +257,21 @@ class SlurmBackend(RemoteBackend[SlurmConfig]):
     async def presence(self, ref: JobRef) -> Presence:
         """Return the state of the job; see `Backend.presence`."""
         try:
-            cluster = await self._open_cluster(_cluster_of(ref))
-            number, state = await self._find(ref, _files(ref), cluster.client)
+            files, config = _read_reference(ref)
+            cluster = await self._open_cluster(config.clusters)
+            found = await self._find(ref, files, cluster.client)
         except RunLost:
             return Presence.MISSING
-        if number is None or state is None:
+        if found is None:
             return Presence.ACTIVE if _is_young(ref) else Presence.MISSING
-        return Presence.ENDED if state.is_over else Presence.ACTIVE
+        return Presence.ENDED if found[1].is_over else Presence.ACTIVE
 
     async def withdraw(self, ref: JobRef) -> bool:
         """Claim a run that no job has claimed yet, so that its command never runs, and cancel its job."""
         with suppress(RunLost):
-            files = _files(ref)
+            files, config = _read_reference(ref)
             if await FILES.run(files.withdraw):
-                cluster = await self._open_cluster(_cluster_of(ref))
+                cluster = await self._open_cluster(config.clusters)
                 number = await _job_of(files, cluster.client)
                 if number is not None:
                     await cluster.client.cancel(number)
@@ -296,8 +280,8 @@ class SlurmBackend(RemoteBackend[SlurmConfig]):
 
     # ---- helpers ----------------------------------------------------------------------------------------------------
 
-    async def _find(self, ref: JobRef, files: RunFiles, client: SlurmClient) -> tuple[str | None, JobState | None]:
-        """Return the job of a run and its state. A job that Slurm has forgotten is `GONE`."""
+    async def _find(self, ref: JobRef, files: RunFiles, client: SlurmClient) -> tuple[str, JobState] | None:
+        """Return the job of a run and its state, `GONE` if Slurm has forgotten it; None: there is no job."""
         if not await FILES.run(files.is_own):
             text = f"the run {ref.run_id} is lost: {files.folder} does not exist, or is not this user's own"
             raise RunLost(text, backend=self.name)
@@ -306,7 +290,7 @@ class SlurmBackend(RemoteBackend[SlurmConfig]):
             await anyio.sleep(self._timing.fast)
             number = await _job_of(files, client)
         if number is None:
-            return None, None
+            return None
         state = (await client.states([number]))[number]
         return number, await FILES.run(partial(_own, state, files, number))
 
@@ -328,8 +312,20 @@ class SlurmBackend(RemoteBackend[SlurmConfig]):
 
         return await self._clusters(name, enter)
 
-    def _supervise(self, files: RunFiles, number: str, cluster: _Cluster, **options: Any) -> SlurmRun:
-        run = SlurmRun(files, number, cluster.client, cluster.poller, **options)
+    def _supervise(
+        self,
+        files: RunFiles,
+        config: SlurmConfig,
+        number: str,
+        cluster: _Cluster,
+        *,
+        output: Path | None,
+        submitted: bool,
+        grace: float,
+    ) -> SlurmRun:
+        run = SlurmRun(
+            files, config, number, cluster.client, cluster.poller, output=output, submitted=submitted, grace=grace
+        )
         self._runs.start(run, name=f"mlfleet Slurm job {number}")
         return run
 
@@ -370,7 +366,7 @@ async def _job_of(files: RunFiles, client: SlurmClient) -> str | None:
 
 def _own(state: JobState, files: RunFiles, job: str) -> JobState:
     """Return the state of a job, or `GONE` if the id is now that of another one. Blocking."""
-    return state if state.is_gone or files.has_job_named(state.name, job) else GONE
+    return state if state.is_gone or run_of_job(files.work_dir, state.name, job) == files.run_id else GONE
 
 
 def _is_young(ref: JobRef) -> bool:
@@ -378,17 +374,25 @@ def _is_young(ref: JobRef) -> bool:
     return isinstance(since, int | float) and time.time() - since < _FOUND_AFTER
 
 
-def _files(ref: JobRef) -> RunFiles:
+def _read_reference(ref: JobRef) -> tuple[RunFiles, SlurmConfig]:
+    """Return the files of a run, and as much of its configuration as its reference holds.
+
+    Raises:
+        RunLost: The reference names no work folder.
+    """
     run_folder(ref.run_id)  # checks the id
     work_dir = Path(str(ref.data.get("work_dir") or default_work_dir(os.environ)))
     if not work_dir.is_absolute():
         raise RunLost(f"the tag {JobRef.TAG} of the run {ref.run_id} names no work folder", backend="slurm")
-    return RunFiles(work_dir, ref.run_id)
-
-
-def _cluster_of(ref: JobRef) -> str | None:
-    name = ref.data.get("cluster")
-    return parse_config({"clusters": name}, {}).clusters if name else None
+    cluster, limit = ref.data.get("cluster"), ref.data.get("start_timeout")
+    config = SlurmConfig(
+        work_dir=work_dir,
+        clusters=parse_config({"clusters": cluster}, {}).clusters if cluster else None,
+        start_timeout=None if limit is None else _seconds(limit, 0.0),
+        latency=_seconds(ref.data.get("latency"), 0.0),
+        keep=ref.data.get("keep") is True,
+    )
+    return RunFiles(work_dir, ref.run_id), config
 
 
 def _seconds(value: object, default: float) -> float:

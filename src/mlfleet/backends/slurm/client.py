@@ -193,11 +193,9 @@ class SlurmClient:
             )
         with suppress(SlurmError):  # the defaults of Slurm stand above
             shown = await self._run("scontrol", *self._cluster, "show", "config")
-            for name, value in re.findall(r"^(KillWait|MaxArraySize)\s*=\s*(\d+)", shown, re.M):
-                if name == "KillWait":
-                    self.kill_wait = float(value)
-                else:
-                    self.largest_array = int(value)
+            settings = dict(re.findall(r"^(\w+)\s*=\s*(\d+)", shown, re.M))
+            self.kill_wait = float(settings.get("KillWait", self.kill_wait))
+            self.largest_array = int(settings.get("MaxArraySize", self.largest_array))
 
     # ---- submitting -------------------------------------------------------------------------------------------------
 

@@ -15,11 +15,12 @@ from mlfleet._text.lines import last_lines
 from mlfleet.backends._remote.output import pass_on
 from mlfleet.backends._remote.run import SupervisedRun, tasks_beside
 from mlfleet.backends.slurm.client import SlurmClient, SlurmError
+from mlfleet.backends.slurm.config import SlurmConfig
 from mlfleet.backends.slurm.run_files import RunFiles
 from mlfleet.backends.slurm.states import ExitRecord, JobState, conclude
 from mlfleet.backends.slurm.watch import Poller
 from mlfleet.errors import BackendError, MlfleetError
-from mlfleet.runs import DEFAULT_CANCEL_GRACE, FailureKind, Outcome, RunStatus
+from mlfleet.runs import FailureKind, Outcome, RunStatus
 
 __all__ = ["SlurmRun"]
 
@@ -34,15 +35,13 @@ class SlurmRun(SupervisedRun):
 
     Args:
         files: The files of the run.
+        config: The configuration of the run, or as much of it as its reference holds.
         job: The id of the job.
         client: The client of the cluster.
         poller: The poller of the cluster's jobs.
         output: The file to copy the output to at the end; None: it goes to the stdout of this process as it comes.
         submitted: True if this process submitted the run: then it does not outlive its backend.
         grace: Seconds between the request to stop and the end by force.
-        start_timeout: See `SlurmConfig`.
-        latency: See `SlurmConfig`.
-        keep: See `SlurmConfig`.
     """
 
     backend = "slurm"
@@ -51,34 +50,27 @@ class SlurmRun(SupervisedRun):
     def __init__(
         self,
         files: RunFiles,
+        config: SlurmConfig,
         job: str,
         client: SlurmClient,
         poller: Poller,
         *,
         output: Path | None,
         submitted: bool,
-        grace: float = DEFAULT_CANCEL_GRACE,
-        start_timeout: float | None = None,
-        latency: float = 30.0,
-        keep: bool = False,
+        grace: float,
     ) -> None:
         super().__init__(files.run_id, files.output, submitted=submitted, grace=grace)
         self.job = job
         self._files = files
         self._client = client
         self._poller = poller
+        self._config = config
         self._target = output
-        self._start_timeout = start_timeout
-        self._latency = latency
-        self._keep = keep
+        self._never: Outcome | None = None  # the outcome of a job that was ended since it can never start
         self._state = poller.track(job)
         self._copied = 0
 
     # ---- the handle -------------------------------------------------------------------------------------------------
-
-    def set_state(self, state: JobState) -> None:
-        """Set a state that is known before the first poll."""
-        self._state.put(state)
 
     async def started(self) -> None:
         """Wait until the job runs or has ended."""
@@ -102,8 +94,7 @@ class SlurmRun(SupervisedRun):
     # ---- its task ---------------------------------------------------------------------------------------------------
 
     async def _live(self) -> Outcome:
-        never: list[Outcome] = []
-        async with tasks_beside(self._cancel_when_asked, partial(self._end_what_never_starts, never)) as group:
+        async with tasks_beside(self._cancel_when_asked, self._end_what_never_starts) as group:
             if self._target is None:
                 group.start_soon(self._copy_as_it_comes)
             state = await self._follow()
@@ -112,8 +103,8 @@ class SlurmRun(SupervisedRun):
         if record != ExitRecord(0, asked=False) or state.word != "COMPLETED":
             claimed, lines = await FILES.run(partial(self._read_rest, with_messages=record is None))
         outcome = conclude(state, record, cancelled=self._stop_request.is_requested, claimed=claimed, output=lines)
-        if never and not claimed and not self._stop_request.is_requested:
-            return never[0]
+        if self._never is not None and not claimed and not self._stop_request.is_requested:
+            return self._never
         return outcome
 
     async def _follow(self) -> JobState:
@@ -132,7 +123,7 @@ class SlurmRun(SupervisedRun):
 
     async def _read_exit(self, state: JobState) -> ExitRecord | None:
         """Return the record of the command's end; wait for it as long as the shared file system may need."""
-        deadline = time.monotonic() + self._latency
+        deadline = time.monotonic() + self._config.latency
         while True:
             record = await FILES.run(self._files.exit_record)
             # Of other ends Slurm gives the reason itself, also of a job that never began.
@@ -141,7 +132,7 @@ class SlurmRun(SupervisedRun):
                 return record
             if state.is_launch_failure and await FILES.run(self._files.claimed_by) is None:
                 return None
-            await anyio.sleep(min(_LOOK, self._latency))
+            await anyio.sleep(min(_LOOK, self._config.latency))
 
     def _read_rest(self, *, with_messages: bool) -> tuple[bool, tuple[str, ...]]:
         """Return True if the command has begun, and the last lines of the output and of Slurm's messages. Blocking."""
@@ -182,11 +173,11 @@ class SlurmRun(SupervisedRun):
             _log.warning("the job %s is cancelled with an earlier grace: %s", self.job, error)
         return self._files.claimed_by()
 
-    async def _end_what_never_starts(self, never: list[Outcome]) -> None:
+    async def _end_what_never_starts(self) -> None:
         """Cancel a job that waits for something that does not come by itself."""
         while True:
             state = await self._state.until(lambda state: state.never_starts or state.failed_to_launch)
-            limit = 0.0 if state.failed_to_launch else self._start_timeout
+            limit = 0.0 if state.failed_to_launch else self._config.start_timeout
             if limit is None:
                 return
             with anyio.move_on_after(limit) as waiting:
@@ -199,7 +190,7 @@ class SlurmRun(SupervisedRun):
             else:
                 text = f"the job can never start: Slurm gives the reason {reason}. Change the options of sbatch in"
                 text, kind = f"{text} backend_config", FailureKind.FAILURE
-            never.append(Outcome(RunStatus.FAILED, None, text, cause=kind))
+            self._never = Outcome(RunStatus.FAILED, None, text, cause=kind)
             await self._client.cancel(self.job)
             self._poller.poll_soon(self.job)
             return
@@ -234,7 +225,7 @@ class SlurmRun(SupervisedRun):
             try:
                 if self._target is None:
                     await self._copy()
-                await FILES.run(partial(self._files.finish, self._target, keep=self._keep))
+                await FILES.run(partial(self._files.finish, self._target, keep=self._config.keep))
             except OSError as error:
                 _log.warning("files of the run %s stay in %s: %s", self.run_id, self._files.folder, error)
         self._poller.untrack(self.job)

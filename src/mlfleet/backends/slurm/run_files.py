@@ -99,10 +99,6 @@ class RunFiles:
         """Return the id of the job that runs the command, or else of the one that was submitted last; None: unknown."""
         return self.claimed_by() or self._read("job").strip() or None
 
-    def has_job_named(self, name: str, job: str) -> bool:
-        """Return True if a job with an id and a name is of this run."""
-        return run_of_job(self.work_dir, name, job) == self.run_id
-
     def write_job(self, job: str) -> None:
         """Record the id of the submitted job."""
         self._write("job", f"{job}\n".encode())
