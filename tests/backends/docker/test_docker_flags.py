@@ -150,6 +150,6 @@ def test_the_same_container_as_of_docker_run(recorder: Recorder, tmp_path: Path,
     if options.environ:
         body["Env"] = [f"{name}={value}" for name, value in options.environ.items()]
     if options.endpoint:
-        body["NetworkingConfig"] = {"EndpointsConfig": {options.network: options.endpoint}}
+        body["NetworkingConfig"] = {"EndpointsConfig": {options.host["NetworkMode"]: options.endpoint}}
     ours = flat(body)
     assert ours == {name: item for name, item in asked.items() if without.get(name) != item or name in ours}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +24,7 @@ from mlfleet.backends._output import FileOutput
 from mlfleet.errors import BackendError, MlfleetError, RunLost
 from mlfleet.runs import DEFAULT_CANCEL_GRACE, Outcome, RunStatus
 
-__all__ = ["AwaitedRun", "SupervisedRun", "SupervisedRuns", "tasks_beside"]
+__all__ = ["AwaitedRun", "SupervisedRun", "SupervisedRuns", "exit_text", "tasks_beside"]
 
 _log = get_logger("mlfleet.backends")
 
@@ -43,6 +44,13 @@ async def tasks_beside(*works: Callable[[], Coroutine[Any, Any, None]]) -> Async
             group.cancel_scope.cancel()
     except* MlfleetError as errors:
         raise errors.exceptions[0] from None
+
+
+def exit_text(code: int) -> str:
+    """Return the text for an exit code, with the signal that codes above 128 stand for: ``exit code 137 (SIGKILL)``."""
+    with suppress(ValueError):
+        return f"exit code {code} ({signal.Signals(code - 128).name})"
+    return f"exit code {code}"
 
 
 class SupervisedRuns:

@@ -6,7 +6,7 @@ import asyncio
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +23,7 @@ from mlfleet._run_log import get_logger
 from mlfleet.backends._remote.run import SupervisedRun, SupervisedRuns
 from mlfleet.backends.base import DRIVER_DIED, Backend, BackendRun, DockerRequest, Job, ListedRun, Presence
 from mlfleet.backends.docker.client import Endpoint, Engine, EngineError
-from mlfleet.backends.docker.container import TrackingMounts, container_body, container_name, tracking_mounts
+from mlfleet.backends.docker.container import TrackingMounts, container_body, tracking_mounts
 from mlfleet.backends.docker.image import Image, Images, check_reference
 from mlfleet.backends.docker.output import ContainerLock
 from mlfleet.backends.docker.run import Container, DockerRun
@@ -101,7 +101,7 @@ class DockerBackend(Backend[None]):
         """Return the engine's address and the container's name."""
         endpoint = self._engine.endpoint
         url = endpoint.url if endpoint is not None else ""
-        data = {"engine": url, "container": container_name(job.run_id, _names(job)), "host": machine()}
+        data = {"engine": url, "container": _name(job), "host": machine()}
         return JobRef(self.name, job.run_id, data)
 
     async def submit(self, job: Job) -> DockerRun:
@@ -228,7 +228,7 @@ class DockerBackend(Backend[None]):
 
     async def _launch(self, job: Job, prepared: _Prepared, image: Image) -> DockerRun:
         options = prepared.options
-        name = container_name(job.run_id, options)
+        name = _name(job)
         made: list[str] = []
         body: dict[str, Any] = {}
 
@@ -277,8 +277,15 @@ class DockerBackend(Backend[None]):
     def _supervise(
         self, container: Container, lock: ContainerLock, *, submitted: bool, ended_as: RunStatus | None = None
     ) -> DockerRun:
-        container = replace(container, patience=self._end_patience)
-        run = DockerRun(container, self._engine, self._watch, lock, submitted=submitted, ended_as=ended_as)
+        run = DockerRun(
+            container,
+            self._engine,
+            self._watch,
+            lock,
+            submitted=submitted,
+            patience=self._end_patience,
+            ended_as=ended_as,
+        )
         self._runs.start(run, name=f"mlfleet container {container.name}")
         return run
 
@@ -337,9 +344,11 @@ def _options(docker: DockerRequest, folder: Path) -> ContainerOptions:
     return options
 
 
-def _names(job: Job) -> ContainerOptions:
+def _name(job: Job) -> str:
+    """Return the name of the job's container: that of docker_args, if they hold one."""
     args: Mapping[str, Any] = job.docker.args if job.docker is not None else {}
-    return ContainerOptions(name=next((str(v) for k, v in args.items() if str(k).lstrip("-") == "name" and v), None))
+    named = {key: value for key, value in args.items() if str(key).lstrip("-") == "name"}
+    return parse_arguments(named, environ={}, folder=job.project_dir).name or f"mlfleet-{job.run_id}"
 
 
 def _container(container_id: str, name: str, job: Job, body: Mapping[str, Any], image: Image) -> Container:

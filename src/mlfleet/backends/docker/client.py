@@ -27,7 +27,7 @@ from mlfleet._retry import RetryPolicy
 from mlfleet._text.masking import mask_query
 from mlfleet.errors import BackendError
 
-__all__ = ["RETRIES", "Endpoint", "Engine", "EngineError", "find_endpoint"]
+__all__ = ["RETRIES", "Endpoint", "Engine", "EngineError", "find_endpoint", "is_away"]
 
 RETRIES = RetryPolicy(seconds=60.0, first_pause=0.1, longest_pause=2.0)
 """The policy for every request that is repeated while the engine is away, because it restarts for example."""
@@ -108,6 +108,11 @@ class EngineError(BackendError):
         return self.status is None
 
 
+def is_away(error: BaseException) -> bool:
+    """Return True if the engine gave no answer at all: then it may answer the same request later."""
+    return isinstance(error, EngineError) and error.unreachable
+
+
 class Engine:
     """A Docker engine. Opened at its first use, so that one that is down now can be used later.
 
@@ -171,7 +176,7 @@ class Engine:
         if endpoint.socket is not None:
             docker.docker_host = "http://localhost"
         try:
-            with self._explained("asked for its version", endpoint):
+            with self._explained("asked for its version"):
                 await docker.version()  # also sets the version of the API
         except BaseException:
             await docker.close()
@@ -260,8 +265,9 @@ class Engine:
                 yield item
 
     @contextmanager
-    def _explained(self, doing: str, endpoint: Endpoint | None = None) -> Iterator[None]:
-        endpoint = endpoint or self.endpoint or Endpoint("(unknown)")
+    def _explained(self, doing: str) -> Iterator[None]:
+        endpoint = self.endpoint
+        assert endpoint is not None  # noqa: S101 - set before the first request
         try:
             yield
         except DockerError as error:

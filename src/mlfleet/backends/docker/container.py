@@ -16,7 +16,7 @@ from mlfleet.backends.docker.run_options import ContainerOptions
 from mlfleet.backends.docker.watch import DRIVER_LABEL, EXPERIMENT_LABEL, OUTPUT_LABEL, PROJECT_LABEL, RUN_LABEL
 from mlfleet.errors import SubmitError
 
-__all__ = ["TrackingMounts", "container_body", "container_name", "tracking_mounts"]
+__all__ = ["TrackingMounts", "container_body", "tracking_mounts"]
 
 # Programs whose only job is to be process 1; a second one above them would only complain.
 _INITS = ("tini", "docker-init", "dumb-init", "catatonit", "init", "s6-svscan")
@@ -45,11 +45,6 @@ _S3 = (
 )
 _AZURE = ("AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_ACCESS_KEY")
 _HDFS = ("MLFLOW_KERBEROS_TICKET_CACHE", "MLFLOW_KERBEROS_USER", "MLFLOW_PYARROW_EXTRA_CONF")
-
-
-def container_name(run_id: str, options: ContainerOptions) -> str:
-    """Return the name of a run's container."""
-    return options.name or f"mlfleet-{run_id}"
 
 
 def container_body(
@@ -87,7 +82,7 @@ def container_body(
     if mounts.host_network:
         host.setdefault("NetworkMode", "host")
     if options.endpoint:
-        config["NetworkingConfig"] = {"EndpointsConfig": {options.network or "default": options.endpoint}}
+        config["NetworkingConfig"] = {"EndpointsConfig": {options.host.get("NetworkMode", "default"): options.endpoint}}
     labels = {
         RUN_LABEL: job.run_id,
         PROJECT_LABEL: job.project_name,

@@ -133,11 +133,14 @@ class Images:
 
     async def _find(self, name: str) -> Image | None:
         try:
-            found = await self._engine.call("asked for an image", lambda docker: docker.images.inspect(name))
+            return await self._inspect(name)
         except EngineError as error:
             if error.status == 404:
                 return None
             raise
+
+    async def _inspect(self, name: str) -> Image:
+        found = await self._engine.call("asked for an image", lambda docker: docker.images.inspect(name))
         config = found.get("Config") or {}
         return Image(name, str(found["Id"]), tuple(config.get("Entrypoint") or ()), config.get("StopSignal"))
 
@@ -160,10 +163,7 @@ class Images:
                     on_progress(told := line)
         except EngineError as error:
             raise _cannot_pull(name, error, with_credentials=credentials is not None) from error
-        found = await self._find(name)
-        if found is None:
-            raise SubmitError(f"the image {name!r} was pulled, and is not there", backend="docker")
-        return found
+        return await self._inspect(name)
 
     async def _build(self, base: Image, folder: Path, project: str, on_progress: Progress) -> Image:
         dockerfile = f"FROM {base.uri}\nCOPY project/ {WORKDIR}\nWORKDIR {WORKDIR}\n".encode()
@@ -193,10 +193,7 @@ class Images:
             except EngineError as error:
                 text = f"the image {name} cannot be built on {base.uri}: {error.message}"
                 raise SubmitError(text, backend="docker") from error
-        found = await self._find(name)
-        if found is None:
-            raise SubmitError(f"the image {name} was built, and is not there", backend="docker")
-        return found
+        return await self._inspect(name)
 
 
 async def _chunks(file: IO[bytes]) -> AsyncIterator[bytes]:

@@ -12,8 +12,8 @@ import anyio
 
 from mlfleet._concurrency.threads import FILES
 from mlfleet._run_log import get_logger
-from mlfleet.backends._remote.run import SupervisedRun, tasks_beside
-from mlfleet.backends.docker.client import RETRIES, Engine, EngineError
+from mlfleet.backends._remote.run import SupervisedRun, exit_text, tasks_beside
+from mlfleet.backends.docker.client import RETRIES, Engine, EngineError, is_away
 from mlfleet.backends.docker.output import ContainerLock, OutputCopy
 from mlfleet.backends.docker.watch import ContainerState, ContainerWatch, Phase, remove_container
 from mlfleet.errors import RunLost
@@ -44,7 +44,6 @@ class Container:
         grace: Seconds between SIGTERM and SIGKILL.
         tags: Tags for the MLflow run, which name the image.
         stop_signal: The signal that asks it to stop.
-        patience: Seconds for the engine's answer to a request to stop it.
         rotates: True if the engine may discard the older part of its output.
     """
 
@@ -57,7 +56,6 @@ class Container:
     grace: float = 10.0
     tags: Mapping[str, str] = field(default_factory=dict)
     stop_signal: str = "SIGTERM"
-    patience: float = 60.0
     rotates: bool = False
 
 
@@ -70,6 +68,7 @@ class DockerRun(SupervisedRun):
         watch: The states of the engine's containers.
         lock: The ownership lock of the container, which need not be held.
         submitted: True if this process submitted the run.
+        patience: Seconds for the engine's answer to a request to stop the container.
         ended_as: The status of a run whose container had ended before; None if it goes on.
     """
 
@@ -84,6 +83,7 @@ class DockerRun(SupervisedRun):
         lock: ContainerLock,
         *,
         submitted: bool,
+        patience: float,
         ended_as: RunStatus | None = None,
     ) -> None:
         super().__init__(
@@ -91,6 +91,7 @@ class DockerRun(SupervisedRun):
         )
         self._was_signalled = False  # True if the container ran when it was asked to stop
         self._container = container
+        self._patience = patience
         self._engine = engine
         self._watch = watch
         self._state = watch.track(container.id)
@@ -206,13 +207,11 @@ class DockerRun(SupervisedRun):
         raise RunLost(text, backend="docker")
 
     async def _kill(self, signal_name: str) -> None:
-        container = self._container
-
         async def kill() -> None:
             await self._engine.call(
                 "asked to stop a container",
-                lambda docker: docker.containers.container(container.id).kill(signal=signal_name),
-                seconds=container.patience,
+                lambda docker: docker.containers.container(self._container.id).kill(signal=signal_name),
+                seconds=self._patience,
             )
 
         def runs_still(error: BaseException) -> bool:
@@ -220,17 +219,17 @@ class DockerRun(SupervisedRun):
 
         try:
             # No longer than for one answer.
-            policy = replace(_KILLING, seconds=min(_KILLING.seconds, container.patience))
+            policy = replace(_KILLING, seconds=min(_KILLING.seconds, self._patience))
             await policy.call(kill, retry_if=runs_still)
             self._was_signalled = True
         except EngineError as error:
             if runs_still(error):
-                text = f"the container {container.name} may still run, it could not be stopped: {error}"
+                text = f"the container {self._container.name} may still run, it could not be stopped: {error}"
                 raise RunLost(text, backend="docker") from error
 
     async def _remove(self) -> None:
         # An engine that is being stopped ends its containers first, and is away when they should be removed.
-        await remove_container(self._engine, self._container.id, retries=RETRIES)
+        await remove_container(self._engine, self._container.id, wait=True)
 
     # ---- how it ended -----------------------------------------------------------------------------------------------
 
@@ -261,9 +260,9 @@ class DockerRun(SupervisedRun):
             )
 
         try:
-            return await RETRIES.call(inspect, retry_if=_is_away)
+            return await RETRIES.call(inspect, retry_if=is_away)
         except EngineError as error:
-            if _is_away(error):
+            if error.unreachable:
                 raise RunLost(f"how the run ended is not known: {error}", backend="docker") from error
             raise
 
@@ -271,9 +270,7 @@ class DockerRun(SupervisedRun):
         if state.oom:
             limit = f" (its limit is {self._container.memory // 2**20} MiB)" if self._container.memory else ""
             return f"out of memory{limit}"
-        reason = f"exit code {code}"
-        if code - _SIGNALLED in set(signal.Signals):
-            reason += f" ({signal.Signals(code - _SIGNALLED).name})"
+        reason = exit_text(code)
         if state.unseen:
             reason += ": the Docker engine was stopped or restarted while the run was in it"
         elif state.signal in _ENDING:
@@ -282,10 +279,6 @@ class DockerRun(SupervisedRun):
                 f": the Docker engine sent it {sent}, since it was stopped itself, or was asked to (docker stop or rm)"
             )
         return f"{reason}: {text}" if text else reason
-
-
-def _is_away(error: BaseException) -> bool:
-    return isinstance(error, EngineError) and error.unreachable
 
 
 def _cause(state: ContainerState) -> FailureKind | None:

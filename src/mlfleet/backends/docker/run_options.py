@@ -42,12 +42,6 @@ class ContainerOptions:
     platform: str | None = None
     pull: str = "missing"
 
-    @property
-    def network(self) -> str | None:
-        """The network in the flags; None: the engine's default."""
-        mode = self.host.get("NetworkMode")
-        return None if mode is None else str(mode)
-
 
 @dataclass(frozen=True, slots=True)
 class _Context:

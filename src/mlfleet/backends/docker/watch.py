@@ -22,7 +22,7 @@ from mlfleet._run_log import get_logger
 from mlfleet._store.lease import unleased
 from mlfleet.backends._remote.state_cache import StateCache
 from mlfleet.backends.base import ListedRun
-from mlfleet.backends.docker.client import RETRIES, Engine, EngineError
+from mlfleet.backends.docker.client import RETRIES, Engine, EngineError, is_away
 from mlfleet.errors import RunLost
 
 __all__ = [
@@ -246,13 +246,13 @@ async def prune_containers(
     return chosen
 
 
-async def remove_container(engine: Engine, container: str, *, retries: RetryPolicy | None = None) -> None:
+async def remove_container(engine: Engine, container: str, *, wait: bool = False) -> None:
     """Remove a container, running or not. One that is gone already is fine; other failures are only logged.
 
     Args:
         engine: The engine that has it.
         container: The container's id.
-        retries: The policy for an engine that is away; None: one attempt.
+        wait: True to wait for an engine that is away, by the policy `RETRIES`.
     """
 
     async def remove() -> None:
@@ -261,11 +261,8 @@ async def remove_container(engine: Engine, container: str, *, retries: RetryPoli
             lambda docker: docker.containers.container(container).delete(force=True, v=True),
         )
 
-    def is_away(error: BaseException) -> bool:
-        return retries is not None and isinstance(error, EngineError) and error.unreachable
-
     try:
-        await (retries or RETRIES).call(remove, retry_if=is_away)
+        await (RETRIES.call(remove, retry_if=is_away) if wait else remove())
     except EngineError as error:
         if error.status not in (404, 409):  # 409: somebody else is removing it
             _log.warning("the container %s is left behind: %s ('mlfleet prune' removes it)", container[:12], error)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from mlfleet.backends._remote.run import exit_text
 from mlfleet.backends.kubernetes.state import Condition, ContainerState, PodState, Snapshot
 from mlfleet.errors import RunLost
 from mlfleet.resources import memory_text
@@ -232,22 +232,15 @@ def _pod_reason(pod: PodState, code: int | None, *, deleted: bool) -> str:
         return f"its pod {pod.name} was deleted from outside"
     broken = next((each for each in pod.init if each.terminated and each.exit_code), None)
     if broken is not None and not main.started:
-        return f"the init container {broken.name!r} failed: {_code(broken.exit_code or 0)}"
+        return f"the init container {broken.name!r} failed: {exit_text(broken.exit_code or 0)}"
     if main.reason == "StartError":
         return f"the command cannot be started: {_short(main.message)}"
     if pod.reason:
         return f"{pod.reason}: {_short(pod.message)}".rstrip(": ")
     other = next((each for each in pod.others if each.terminated and each.exit_code), None)
     if other is not None and code == 0:
-        return f"the command has succeeded, but the container {other.name!r} failed: {_code(other.exit_code or 0)}"
-    return "" if code is None else _code(code)
-
-
-def _code(code: int) -> str:
-    number = code - 128
-    if number in {each.value for each in signal.Signals}:
-        return f"exit code {code} ({signal.Signals(number).name})"
-    return f"exit code {code}"
+        return f"the command has succeeded, but the container {other.name!r} failed: {exit_text(other.exit_code or 0)}"
+    return "" if code is None else exit_text(code)
 
 
 def _pending_kind(container: ContainerState) -> PendingKind | None:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
-from contextlib import suppress
 from dataclasses import dataclass
 
-from mlfleet._run_log import get_logger
+from mlfleet.backends._remote.run import exit_text
 from mlfleet.errors import RunLost
 from mlfleet.runs import FailureKind, Outcome, RunStatus
 
 __all__ = ["GONE", "ExitRecord", "JobState", "conclude"]
-
-_log = get_logger("mlfleet.slurm")
 
 # The states of squeue(1), JOB STATE CODES.
 _WAITING = frozenset(
@@ -177,11 +173,7 @@ def _failed(reason: str, kind: FailureKind, state: JobState, output: tuple[str, 
 def _ended(code: int, output: tuple[str, ...]) -> Outcome:
     if code == 0:
         return Outcome(RunStatus.FINISHED, 0)
-    reason = f"exit code {code}"
-    if code > 128:
-        with suppress(ValueError):
-            reason += f" ({signal.Signals(code - 128).name})"
-    return Outcome(RunStatus.FAILED, code, reason, output)
+    return Outcome(RunStatus.FAILED, code, exit_text(code), output)
 
 
 def _bash_code(status: int) -> int:
