@@ -85,6 +85,12 @@ class ThreadLimiter:
         finally:
             await self.finish(file.close)
 
+    async def read(self, file: IO[bytes], chunk: int) -> AsyncIterator[bytes]:
+        """Yield the content of a file from its beginning, in chunks of at most `chunk` bytes, each read in a thread."""
+        await self.run(lambda: file.seek(0))
+        while data := await self.run(lambda: file.read(chunk)):
+            yield data
+
     def _capacity(self) -> anyio.CapacityLimiter:
         limiter = self._limiter.get(None)
         if limiter is None:

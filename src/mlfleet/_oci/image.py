@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import gzip
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -15,6 +12,7 @@ from functools import partial
 from typing import IO, Any, cast
 
 from mlfleet._concurrency.threads import PROJECTS
+from mlfleet._gzip import Compressed, compress
 from mlfleet._oci.references import Reference
 from mlfleet._oci.registry import Registries, RegistryError
 from mlfleet.errors import BackendError
@@ -22,7 +20,6 @@ from mlfleet.errors import BackendError
 __all__ = ["ImageError", "NewLayer", "push_layer"]
 
 _CHUNK = 2**18
-_IN_MEMORY = 2**23
 _INDEXES = (
     "application/vnd.oci.image.index.v1+json",
     "application/vnd.docker.distribution.manifest.list.v2+json",
@@ -83,19 +80,20 @@ class _Image:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """A compressed layer.
+    """A layer.
 
     Attributes:
-        file: The compressed tar file.
-        digest: The digest of the compressed file.
+        compressed: The compressed tar file.
         diff_id: The digest of the tar file.
-        size: The size of the compressed file in bytes.
     """
 
-    file: IO[bytes]
-    digest: str
+    compressed: Compressed
     diff_id: str
-    size: int
+
+    @property
+    def digest(self) -> str:
+        """The digest of the compressed file."""
+        return f"sha256:{self.compressed.sha256}"
 
 
 async def push_layer(
@@ -131,12 +129,12 @@ async def push_layer(
         return f"{target}@{existing['Docker-Content-Digest']}"
     tar, packed = await layer.pack()
     with closing(tar):
-        compressed = await PROJECTS.run(partial(_compress, tar), undo=_discard)
-    with closing(compressed.file):
+        added = await PROJECTS.run(partial(_compress, tar), undo=_discard)
+    with closing(added.compressed.file):
         # The content may have changed since it was hashed: the tag names what was packed.
         target = replace(target, tag=_tag(image.digest, packed))
-        on_progress(f"pushing the image {target} ({compressed.size / 2**20:.1f} MiB of project files)")
-        digest = await _push(registries, image, target, compressed, layer.folder, on_progress)
+        on_progress(f"pushing the image {target} ({added.compressed.size / 2**20:.1f} MiB of project files)")
+        digest = await _push(registries, image, target, added, layer.folder, on_progress)
     return f"{target}@{digest}"
 
 
@@ -201,16 +199,18 @@ async def _push(
             on_progress(f"pushing the image {target}: layer {number} of {len(manifest['layers'])} of its base")
             await _copy_blob(registries, base, target, each)
     if await registries.exists(target, f"blobs/{layer.digest}") is None:
-        await registries.upload(target, layer.digest, layer.size, partial(_chunks, layer.file))
+        content = partial(PROJECTS.read, layer.compressed.file, _CHUNK)
+        await registries.upload(target, layer.digest, layer.compressed.size, content)
     config["rootfs"]["diff_ids"].append(layer.diff_id)
     config.setdefault("history", []).append({"created_by": f"COPY project {folder}", "comment": "mlfleet"})
     config["config"] = {**(config.get("config") or {}), "WorkingDir": folder}
-    content = json.dumps(config, sort_keys=True).encode()
-    digest = _digest(content)
+    data = json.dumps(config, sort_keys=True).encode()
+    digest = _digest(data)
     if await registries.exists(target, f"blobs/{digest}") is None:
-        await registries.upload(target, digest, len(content), partial(_single, content))
-    manifest["config"] = {**manifest["config"], "digest": digest, "size": len(content)}
-    manifest["layers"].append({"mediaType": _LAYERS[image.kind], "digest": layer.digest, "size": layer.size})
+        await registries.upload(target, digest, len(data), partial(_single, data))
+    manifest["config"] = {**manifest["config"], "digest": digest, "size": len(data)}
+    entry = {"mediaType": _LAYERS[image.kind], "digest": layer.digest, "size": layer.compressed.size}
+    manifest["layers"].append(entry)
     manifest["mediaType"] = image.kind
     body = json.dumps(manifest, sort_keys=True).encode()
     return await registries.put_manifest(target, body, image.kind) or _digest(body)
@@ -242,31 +242,14 @@ def _digest(data: bytes) -> str:
 
 
 def _compress(tar: IO[bytes]) -> _Layer:
-    """Compress a tar file so that the same content gives the same bytes. Blocking."""
-    diff_id = _hash(tar)
-    file: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 - the caller closes it
-    with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0, compresslevel=6) as compressed:
-        shutil.copyfileobj(tar, compressed, _CHUNK)
-    size = file.tell()
-    file.seek(0)
-    return _Layer(file, _hash(file), diff_id, size)
+    """Compress a tar file. Blocking."""
+    diff_id = f"sha256:{hashlib.file_digest(tar, 'sha256').hexdigest()}"  # type: ignore[arg-type]
+    tar.seek(0)
+    return _Layer(compress(tar), diff_id)
 
 
 async def _discard(layer: _Layer) -> None:
-    layer.file.close()
-
-
-def _hash(file: IO[bytes]) -> str:
-    """Return the digest of the rest of a file, and go back to its beginning. Blocking."""
-    digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-    file.seek(0)
-    return f"sha256:{digest}"
-
-
-async def _chunks(file: IO[bytes]) -> AsyncIterator[bytes]:
-    await PROJECTS.run(partial(file.seek, 0))
-    while data := await PROJECTS.run(partial(file.read, _CHUNK)):
-        yield data
+    layer.compressed.file.close()
 
 
 async def _single(data: bytes) -> AsyncIterator[bytes]:

@@ -13,13 +13,14 @@ from typing import Any
 import anyio
 
 from mlfleet._concurrency.threads import LOGINS
+from mlfleet._oci.references import split_registry
 from mlfleet._process.process import run_process
 from mlfleet._run_log import get_logger
 from mlfleet.errors import BackendError, UsageError
 
 __all__ = ["check_auth", "config_folder", "find_credentials", "header", "read_config", "registry_of"]
 
-HUB = "https://index.docker.io/v1/"
+_HUB = "https://index.docker.io/v1/"
 _KEYS = ("username", "password", "email", "registry", "reauth", "dockercfg_path", "identitytoken")
 _HELPER_TIME = 30.0  # seconds
 _NOT_FOUND = 127  # as the shell says it
@@ -67,10 +68,8 @@ def read_config(environ: Mapping[str, str]) -> dict[str, Any]:
 
 def registry_of(image: str) -> str:
     """Return the registry of an image, as Docker's configuration names it."""
-    first, slash, _ = image.partition("/")
-    if slash and ("." in first or ":" in first or first == "localhost"):
-        return HUB if first in ("docker.io", "index.docker.io") else first
-    return HUB
+    registry, _ = split_registry(image)
+    return _HUB if registry == "docker.io" else registry
 
 
 def header(credentials: Mapping[str, str] | None) -> dict[str, str]:
@@ -90,7 +89,7 @@ async def find_credentials(image: str, given: Mapping[str, Any] | None) -> dict[
         BackendError: Docker's configuration cannot be read.
     """
     registry = registry_of(image)
-    if given is not None and _canonical(str(given.get("registry") or HUB)) == _canonical(registry):
+    if given is not None and _canonical(str(given.get("registry") or _HUB)) == _canonical(registry):
         known = {key: str(given[key]) for key in ("username", "password", "email", "identitytoken") if given.get(key)}
         return {**known, "serveraddress": registry}
     environ = dict(os.environ)

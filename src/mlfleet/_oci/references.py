@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from mlfleet.errors import UsageError
 
-__all__ = ["HUB", "Reference", "parse_reference"]
+__all__ = ["Reference", "parse_reference", "split_registry"]
 
-HUB = "registry-1.docker.io"
+_HUB = "registry-1.docker.io"
 """The host of Docker Hub's registry."""
 
 _NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*)*")
@@ -31,13 +31,25 @@ class Reference:
     tag: str = "latest"
 
     @property
+    def registry(self) -> str:
+        """The registry, as people write it."""
+        return "docker.io" if self.host == _HUB else self.host
+
+    @property
     def name(self) -> str:
         """The name without the tag, as people write it."""
-        host = "docker.io" if self.host == HUB else self.host
-        return f"{host}/{self.repository}"
+        return f"{self.registry}/{self.repository}"
 
     def __str__(self) -> str:
         return f"{self.name}{'@' if ':' in self.tag else ':'}{self.tag}"
+
+
+def split_registry(name: str) -> tuple[str, str]:
+    """Return the registry that the name of an image begins with, and the rest. Without one it is ``docker.io``."""
+    first, slash, rest = name.partition("/")
+    if not slash or not ("." in first or ":" in first or first == "localhost"):
+        return "docker.io", name
+    return "docker.io" if first == "index.docker.io" else first, rest
 
 
 def parse_reference(text: str) -> Reference:
@@ -47,15 +59,11 @@ def parse_reference(text: str) -> Reference:
         UsageError: It is not a valid name.
     """
     rest, _, digest = text.partition("@")
-    first, slash, path = rest.partition("/")
-    if slash and ("." in first or ":" in first or first == "localhost"):
-        host, rest = first, path
-    else:
-        host = "docker.io"
+    host, rest = split_registry(rest)
     head, colon, tag = rest.rpartition(":")
     repository = head if colon else rest
-    if host in ("docker.io", "index.docker.io"):
-        host = HUB
+    if host == "docker.io":
+        host = _HUB
         repository = repository if "/" in repository else f"library/{repository}"
     if (
         not _HOST.fullmatch(host)

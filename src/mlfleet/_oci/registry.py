@@ -18,7 +18,7 @@ from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.threads import LOGINS
 from mlfleet._hosts import has_loopback_host
 from mlfleet._oci.login import find_credentials
-from mlfleet._oci.references import HUB, Reference
+from mlfleet._oci.references import Reference
 from mlfleet._request_log import unlogged_requests
 from mlfleet._retry import RETRIED, RetryPolicy, parse_retry_after
 from mlfleet.errors import BackendError
@@ -264,8 +264,7 @@ class Registries:
 
     async def _authorize(self, reference: Reference, challenge: str, *, push: bool, source: str) -> str:
         """Return the header that a challenge asks for: https://distribution.github.io/distribution/spec/auth/token/."""
-        host = "docker.io" if reference.host == HUB else reference.host
-        found = await find_credentials(f"{host}/{reference.repository}", self._given) or {}
+        found = await find_credentials(reference.name, self._given) or {}
         basic = ""
         if found.get("username"):
             pair = f"{found['username']}:{found.get('password', '')}".encode()
@@ -276,7 +275,9 @@ class Registries:
                 raise RegistryError(_no_login(reference), status=401)
             return basic
         if kind.lower() != "bearer":
-            raise RegistryError(f"the registry {host} asks for an unknown authentication: {challenge!r}", status=401)
+            raise RegistryError(
+                f"the registry {reference.registry} asks for an unknown authentication: {challenge!r}", status=401
+            )
         asked = dict(_CHALLENGE.findall(rest))
         scopes = [f"repository:{reference.repository}:{'pull,push' if push else 'pull'}"]
         if source:
@@ -348,8 +349,8 @@ async def _refusal(method: str, reference: Reference, response: httpx.Response) 
 
 
 def _no_login(reference: Reference) -> str:
-    host = "docker.io" if reference.host == HUB else reference.host
+    registry = reference.registry
     return (
-        f"the registry {host} does not let us use {reference.name}: do 'docker login {host}', or give docker_auth;"
-        " or the image does not exist"
+        f"the registry {registry} does not let us use {reference.name}: do 'docker login {registry}', or give"
+        " docker_auth; or the image does not exist"
     )

@@ -228,7 +228,7 @@ class Workspace:
         """Send a file; each retry reads it from its beginning."""
 
         async def attempt() -> None:
-            async with self._transport.stream(method, path, content=_chunks(file), size=size):
+            async with self._transport.stream(method, path, content=FILES.read(file, _CHUNK), size=size):
                 pass
 
         await self.retry(attempt)
@@ -268,9 +268,3 @@ def _as_workspace_errors() -> Iterator[None]:
         yield
     except TrackingError as error:
         raise WorkspaceError(str(error), status=error.status, code=error.code) from error
-
-
-async def _chunks(file: IO[bytes]) -> AsyncIterator[bytes]:
-    await FILES.run(partial(file.seek, 0))
-    while data := await FILES.run(partial(file.read, _CHUNK)):
-        yield data

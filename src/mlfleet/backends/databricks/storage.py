@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import base64
-import gzip
 import hashlib
 import io
 import posixpath
-import shutil
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +17,7 @@ from urllib.parse import quote
 
 from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.threads import FILES, PROJECTS
+from mlfleet._gzip import Compressed, compress
 from mlfleet._project.content import content_hash, pack, read_ignore
 from mlfleet._project.git import ignored_by_git
 from mlfleet._run_log import get_logger
@@ -30,7 +28,6 @@ from mlfleet.errors import SubmitError
 __all__ = ["HOME", "Archive", "Storage", "Uploads", "open_storage"]
 
 _log = get_logger("mlfleet.databricks")
-_IN_MEMORY = 2**23  # bytes of a packed project that are kept in memory
 
 HOME = "/Workspace/Users/{user}/.mlfleet"
 # DBFS takes and returns up to 1 MiB per request; base64 makes what is sent a third longer.
@@ -169,8 +166,7 @@ class Dbfs(Storage):
             # Each retry writes the whole file: a block whose answer was lost may have been appended or not.
             ask = partial(self._workspace.call_once, "POST")
             opened = await ask("/api/2.0/dbfs/create", body={"path": self._api(name), "overwrite": True})
-            await FILES.run(partial(file.seek, 0))
-            while data := await FILES.run(partial(file.read, _WRITE_BLOCK)):
+            async for data in FILES.read(file, _WRITE_BLOCK):
                 block = {"handle": opened["handle"], "data": base64.b64encode(data).decode("ascii")}
                 await ask("/api/2.0/dbfs/add-block", body=block)
             await ask("/api/2.0/dbfs/close", body={"handle": opened["handle"]})
@@ -299,10 +295,11 @@ class Uploads:
     ) -> Archive:
         packed = await pack(folder, left_out=left_out)
         with packed.file:
-            file, digest, size = await PROJECTS.run(partial(_compress, packed.file))
-        with file:
-            on_progress(f"uploading the project ({size / 2**20:.1f} MiB) to {storage.root}")
-            return Archive(await _upload_if_missing(storage, f"projects/{digest}.tar.gz", file, size), digest)
+            made = await PROJECTS.run(partial(compress, packed.file), undo=Compressed.close)
+        with made.file:
+            on_progress(f"uploading the project ({made.size / 2**20:.1f} MiB) to {storage.root}")
+            path = await _upload_if_missing(storage, f"projects/{made.sha256}.tar.gz", made.file, made.size)
+        return Archive(path, made.sha256)
 
 
 async def _content(folder: Path) -> tuple[frozenset[str], str]:
@@ -333,19 +330,3 @@ async def _upload_if_missing(storage: Storage, name: str, file: IO[bytes], size:
 
 def _script() -> bytes:
     return Path(__file__).with_name("bootstrap.py").read_bytes()
-
-
-def _compress(tar: IO[bytes]) -> tuple[IO[bytes], str, int]:
-    """Return the tar as gzip without a timestamp, its SHA-256 and its size. Blocking."""
-    file = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 - the caller closes it
-    try:
-        with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as archive:
-            shutil.copyfileobj(tar, archive)
-        size = file.tell()
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        file.seek(0)
-    except BaseException:
-        file.close()
-        raise
-    return file, digest, size
