@@ -191,6 +191,7 @@ def test_downloads_take_the_place_of_their_uri() -> None:
             (f"{name} ssh h {{x}}", "in a script")
             for name in ("chroot /", "taskset 1", "chrt 5", "nice -n 5", "xargs -n 1")
         ),
+        *((f"{name} ssh h {{x}}", "in a script") for name in ("time", "/usr/bin/time -f %e", "sudo time", "\\time")),
         *((f"{name} {{x}}", "in a script") for name in ("tmux new", "parallel", "runuser -c", "sg g -c", "script -c")),
         *((f"echo {{x}} | {name}", "in a script for another shell") for name in ("at now", "batch", "parallel")),
     ],
@@ -272,7 +273,7 @@ flock lock python t.py -c {x}; env A={x} python t.py {x}
 sudo -S python t.py {x}; env A=1 python t.py -S{x}; timeout 5 docker watch {x}
 bash --norc t.sh {x}; bash > {x} < a; diff <(echo {x}) b; bash "$(dirname a)/t.sh" {x}
 declare -rx a={x}; declare 'a={x}'; export file={x} ; export -p > {x}
-a=(b eval {x}); for wait in {x}; do t; done; echo {x} | {{ echo a | bash; }}
+a=(eval {x} b); for wait in {x}; do t; done; echo {x} | {{ echo a | bash; }}
 A=1 [[ {x} ; python t.py {x}; [[ ( a ) ]] > {x}; echo a[1][{x}]
 docker exec c sh -c 'echo "$1"' _ {x}; which bash; python t.py {x}
 f() {{ python t.py {x} "$@"; }}; f {x}; (cd {x} && ls); (( 1 )) && echo {x}""".splitlines(),

@@ -145,7 +145,7 @@ _GOES_ON = frozenset({"then", "do", "else", "elif", "!", "time"})
 _CLOSES = frozenset({"}", "fi", "done", "esac"})
 _BUILTIN_PREFIXES = frozenset({"command", "builtin", "exec"})
 _WRAPPERS = frozenset(
-    "sudo doas nohup env nice ionice timeout stdbuf setsid xargs flock chroot taskset chrt strace unshare".split()  # noqa: SIM905
+    "sudo doas nohup env nice ionice time timeout stdbuf setsid xargs flock chroot taskset chrt strace unshare".split()  # noqa: SIM905
 )
 # Those whose first argument is not the command.
 _SKIPS_ONE = frozenset({"timeout", "flock", "chroot", "taskset", "chrt"})
