@@ -6,6 +6,7 @@ block the event loop. Every teardown is bounded, and no process outlives the ses
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -164,6 +165,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             length[_scope(item.nodeid)] += limit.args[0] if limit is not None else int(config.getini("timeout"))
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: -length[_scope(item.nodeid)])
+
+
+def pytest_collection_finish() -> None:
+    """Hide what all tests share from the garbage collector, which tests run to find what was left open."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
