@@ -233,7 +233,7 @@ async def test_an_answer_has_a_size_limit(fault: Fault, text: str) -> None:
     async with (
         scripted(server.script) as listening,
         # The timeout is for all of an answer: bytes that keep coming do not prolong it. 64 MiB take their time, too.
-        RestTracking(f"http://{listening.place}", timeout=2 if "in time" in text else 25, retry_for=0) as tracking,
+        RestTracking(f"http://{listening.place}", timeout=2 if "in time" in text else 20, retry_for=0) as tracking,
     ):
         with pytest.raises(TrackingError, match=text):
             await tracking.get_run("r1")

@@ -20,8 +20,10 @@ from mlfleet.errors import UsageError
 CLUSTER = {"spark_version": "15.4.x-scala2.12", "num_workers": 2, "node_type_id": "i3.xlarge"}
 
 
-FIELDS = read_fields()
-OTHERS = ("spark_version", "num_workers", "autoscale", *FIELDS.submit, *FIELDS.task, *FIELDS.environment)
+def keys() -> st.SearchStrategy[str]:
+    fields = read_fields()
+    others = ("spark_version", "num_workers", "autoscale", *fields.submit, *fields.task, *fields.environment)
+    return st.sampled_from([*KEYS, *others])
 
 
 def test_both_mlflow_config_forms_are_accepted() -> None:
@@ -133,7 +135,7 @@ def test_the_callers_mapping_is_not_modified() -> None:
 
 @given(
     st.dictionaries(
-        st.sampled_from([*KEYS, *OTHERS]) | st.text(max_size=8),
+        st.deferred(keys) | st.text(max_size=8),  # they import the SDK, which takes a second
         st.recursive(
             st.none() | st.booleans() | st.integers() | st.text(max_size=12),
             lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=8), inner, max_size=2),
