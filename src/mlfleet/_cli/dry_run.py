@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import closing
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -59,7 +60,7 @@ def dry_run(
         with interrupts.scope:
             found.update(masked(await _describe(request, tracking_uri, progress)))
 
-    with Progress(inherits=False, quiet=quiet) as progress:
+    with closing(Progress(inherits=False, quiet=quiet)) as progress:
         received = run_until_interrupted(describe, progress.say)
     if found:
         if space is not None:
@@ -163,20 +164,17 @@ def used_tracking_uri(uri: str | None) -> str:
 
 
 def _environment(plan: Plan) -> dict[str, Any]:
-    if plan.environment is None:
-        image = plan.docker.env.image if plan.docker else None
-        return {"manager": "docker" if image else None, "python": None, "built": None, "image": image, "source": None}
+    found: dict[str, Any] = dict.fromkeys(("manager", "python", "built", "image", "source"))
     environment = plan.environment
-    name = f"{environment.manager}-{environment.key}"
-    built = any(each.path.name == name and each.complete for each in list_environments()) if environment.key else None
-    source = str(environment.source.path) if environment.source and environment.key else None
-    return {
-        "manager": environment.manager,
-        "python": environment.python,
-        "built": built,
-        "image": None,
-        "source": source,
-    }
+    if environment is not None:
+        found |= {"manager": environment.manager, "python": environment.python}
+        if environment.key:
+            name = f"{environment.manager}-{environment.key}"
+            found["built"] = any(each.path.name == name and each.complete for each in list_environments())
+            found["source"] = str(environment.source.path) if environment.source else None
+    elif plan.docker is not None:
+        found |= {"manager": "docker", "image": plan.docker.env.image}
+    return found
 
 
 def _pairs(values: Mapping[str, object]) -> str:

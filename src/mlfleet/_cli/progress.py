@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
-
-from mlfleet._progress import activity, is_interactive, say
+from mlfleet._progress import Picture, TerminalPainter, activity, is_interactive, say
 from mlfleet.runs import RunEvent, Stage
-
-if TYPE_CHECKING:
-    from rich.status import Status
 
 __all__ = ["Progress"]
 
@@ -27,22 +21,14 @@ class Progress:
     def __init__(self, *, inherits: bool, quiet: bool) -> None:
         self._inherits = inherits
         self._quiet = quiet
-        self._spinner = _Spinner() if is_interactive() and not quiet else None
+        self._painter = TerminalPainter(spins=True) if is_interactive() and not quiet else None
         self._has_begun = False
         self._said: set[Stage] = set()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.hide()
-
     def begin(self) -> None:
         """Show an activity before the first event arrives."""
-        if self._spinner is not None:
-            self._spinner.show("opening the tracking store")
+        if self._painter is not None:
+            self._painter.paint(Picture(activity="opening the tracking store"))
 
     def __call__(self, event: RunEvent) -> None:
         """Show the activity that an event begins."""
@@ -50,13 +36,14 @@ class Progress:
             self._has_begun = True
             if self._inherits:
                 # The terminal belongs to the project from now on, also while its backend does what takes long.
-                self.hide()
-                self._spinner = None
+                self.close()
+                self._painter = None
             self.say(f"running {event.run_name!r} (run {event.run_id})")
         if event.stage is Stage.FINISHED:
-            self.hide()
-        elif self._spinner is not None:
-            self._spinner.show(activity(event.stage, event.detail) or f"running ({event.run_name})")
+            self.close()
+        elif self._painter is not None:
+            doing = activity(event.stage, event.detail) or f"running ({event.run_name})"
+            self._painter.paint(Picture(activity=doing))
         elif event.detail and event.stage not in self._said:
             # Activities without a detail take too little time to be worth a line.
             self._said.add(event.stage)
@@ -67,31 +54,7 @@ class Progress:
         if not self._quiet:
             say(text)
 
-    def hide(self) -> None:
-        """Remove the spinner."""
-        if self._spinner is not None:
-            self._spinner.hide()
-
-
-class _Spinner:
-    """A line at the bottom of the terminal, created at its first use."""
-
-    def __init__(self) -> None:
-        self._status: Status | None = None
-
-    def show(self, text: str) -> None:
-        # rich takes as long to import as the rest of the command line.
-        from rich.console import Console
-        from rich.status import Status
-        from rich.text import Text
-
-        if self._status is None:
-            self._status = Status("", console=Console(stderr=True))
-            self._status.start()
-        room = max(self._status.console.width - 4, 10)
-        self._status.update(Text(text if len(text) <= room else f"{text[: room - 1]}…"))
-
-    def hide(self) -> None:
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
+    def close(self) -> None:
+        """Remove what does not stay."""
+        if self._painter is not None:
+            self._painter.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -66,7 +67,7 @@ def run(
         return dry_run(request, tracking_uri, as_json=as_json, quiet=quiet)
     prints = request.output == "capture" and not as_json and not request.detach
     command = RunCommand(request=request, tracking_uri=tracking_uri, print_output=prints)
-    with Progress(inherits=not as_json, quiet=quiet) as progress:
+    with closing(Progress(inherits=not as_json, quiet=quiet)) as progress:
         received = run_until_interrupted(partial(command.execute, progress), progress.say)
     _say_end(command, received, quiet=quiet)
     if command.goes_on and not as_json:

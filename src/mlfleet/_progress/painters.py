@@ -16,6 +16,7 @@ from mlfleet._text.plain import clean, short
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
+    from rich.spinner import Spinner
     from rich.text import Text
 
 __all__ = ["LinePainter", "NotebookPainter", "TerminalPainter", "choose_painter"]
@@ -41,11 +42,14 @@ class TerminalPainter:
 
     Args:
         lock: Released at the end; None if no other painter can be there.
+        spins: Keep the spinner turning between two pictures, in a thread of rich.
     """
 
-    def __init__(self, lock: threading.Lock | None = None) -> None:
+    def __init__(self, lock: threading.Lock | None = None, *, spins: bool = False) -> None:
         self._lock = lock
+        self._spins = spins
         self._live: Live | None = None
+        self._spinner: Spinner | None = None
 
     def paint(self, picture: Picture) -> None:
         """Show a picture."""
@@ -56,15 +60,16 @@ class TerminalPainter:
                 live.console.print(
                     clean(line), style=color or None, markup=False, highlight=False, emoji=False, soft_wrap=True
                 )
-            live.update(_region(picture), refresh=True)
+            live.update(self._region(picture), refresh=True)
         except OSError:
             return  # the terminal is gone; the runs go on
 
     def close(self) -> None:
-        """Remove the state."""
+        """Remove the state. A later picture shows it again."""
         try:
-            if self._live is not None:
-                self._live.stop()
+            live, self._live = self._live, None
+            if live is not None:
+                live.stop()
         finally:
             lock, self._lock = self._lock, None
             if lock is not None:
@@ -74,28 +79,29 @@ class TerminalPainter:
         # rich takes as long to import as the rest of the command line.
         from rich.console import Console
         from rich.live import Live
+        from rich.spinner import Spinner
 
-        live = Live(console=Console(stderr=True), auto_refresh=False, transient=True, redirect_stdout=False)
+        self._spinner = Spinner("dots")
+        live = Live(console=Console(stderr=True), auto_refresh=self._spins, transient=True, redirect_stdout=False)
         self._live = live
         live.start()
         return live
 
+    def _region(self, picture: Picture) -> RenderableType:
+        from rich.console import Group
+        from rich.text import Text
 
-def _region(picture: Picture) -> RenderableType:
-    from rich.console import Group
-    from rich.text import Text
-
-    parts: list[RenderableType] = []
-    if picture.counts is not None:
-        parts.append(_bar(picture))
-        parts.append(Text.assemble("  ", *((f"{words}  ", style) for words, style in picture.numbers())))
-    if picture.activity:
-        parts.append(_line(picture.activity, style="dim"))
-    for row in picture.rows:
-        parts.append(_line((f"  {short(row.name):<24}  {row.time:>6}  ", "cyan"), row.last))
-    if picture.hidden and picture.rows:
-        parts.append(Text(f"  and {picture.hidden} more", style="dim"))
-    return Group(*parts)
+        parts: list[RenderableType] = []
+        if picture.counts is not None:
+            parts.append(_bar(picture))
+            parts.append(Text.assemble("  ", *((f"{words}  ", style) for words, style in picture.numbers())))
+        if picture.activity and self._spinner is not None:
+            parts.append(_grid(self._spinner, _line(picture.activity, style="dim")))
+        for row in picture.rows:
+            parts.append(_line((f"  {short(row.name):<24}  {row.time:>6}  ", "cyan"), row.last))
+        if picture.hidden and picture.rows:
+            parts.append(Text(f"  and {picture.hidden} more", style="dim"))
+        return Group(*parts)
 
 
 def _line(*parts: str | tuple[str, str], style: str = "") -> Text:
@@ -105,18 +111,24 @@ def _line(*parts: str | tuple[str, str], style: str = "") -> Text:
     return Text.assemble(*parts, style=style, no_wrap=True, overflow="ellipsis")
 
 
+def _grid(*cells: RenderableType) -> RenderableType:
+    """Return cells beside each other."""
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 1))
+    grid.add_row(*cells)
+    return grid
+
+
 def _bar(picture: Picture) -> RenderableType:
     from rich.progress_bar import ProgressBar
-    from rich.table import Table
     from rich.text import Text
 
     assert picture.counts is not None  # noqa: S101
     total, ended = picture.counts.total, picture.counts.ended
-    grid = Table.grid(padding=(0, 1))
     bar = ProgressBar(total=total, completed=ended, width=40, pulse=total is None)
     share = "" if not total else f"{100 * ended // total:3d}%"
-    grid.add_row(Text(short(picture.title), style="bold"), bar, Text(picture.share), Text(share))
-    return grid
+    return _grid(Text(short(picture.title), style="bold"), bar, Text(picture.share), Text(share))
 
 
 class NotebookPainter:
