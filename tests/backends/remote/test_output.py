@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlfleet.backends._remote.output import STDERR, KeptOutput, begin_output, pass_on, write_output
+from mlfleet.backends._remote.output import STDERR, KeptOutput, begin_output, pass_on
 from mlfleet.errors import SubmitError
 
 
@@ -28,17 +28,7 @@ def test_a_file_that_cannot_be_made_is_an_error_of_the_backend(tmp_path: Path) -
         begin_output(path, backend="somewhere")
     assert caught.value.backend == "somewhere"
     with pytest.raises(SubmitError):
-        write_output(path, b"one", backend="somewhere", at=0)
-    with pytest.raises(SubmitError):
         KeptOutput(path, backend="somewhere").write(b"one")
-
-
-def test_two_processes_may_write_the_same_output_at_positions(tmp_path: Path) -> None:
-    path = tmp_path / "output.log"
-    for _ in range(2):
-        write_output(path, b"one\n", backend="somewhere", at=0)
-        write_output(path, b"two\n", backend="somewhere", at=4)
-    assert path.read_bytes() == b"one\ntwo\n"
 
 
 def test_bytes_that_an_earlier_process_has_copied_are_not_written_again(tmp_path: Path) -> None:
@@ -66,5 +56,5 @@ def test_output_that_differs_from_the_copy_goes_behind_it_with_a_line_that_says_
 def test_without_a_file_the_output_goes_to_that_of_this_process(capfd: pytest.CaptureFixture[str]) -> None:
     pass_on(b"one\n")
     pass_on(b"two\n", STDERR)
-    write_output(None, b"three\n", backend="somewhere", at=0)
+    KeptOutput(None, backend="somewhere").write(b"three\n")
     assert capfd.readouterr() == ("one\nthree\n", "two\n")

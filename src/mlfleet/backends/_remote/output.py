@@ -9,7 +9,7 @@ from mlfleet._run_log import get_logger, warn_once
 from mlfleet._text.lines import write_all
 from mlfleet.errors import SubmitError
 
-__all__ = ["STDERR", "STDOUT", "KeptOutput", "begin_output", "pass_on", "remark_line", "write_output"]
+__all__ = ["STDERR", "STDOUT", "KeptOutput", "begin_output", "pass_on", "remark_line"]
 
 STDOUT, STDERR = 1, 2
 
@@ -109,29 +109,6 @@ def begin_output(path: Path, *, backend: str) -> None:
 def remark_line(text: str) -> bytes:
     """Return a line of mlfleet's own for the output of a run."""
     return f"mlfleet: {text}\n".encode()
-
-
-def write_output(path: Path | None, data: bytes, *, backend: str, at: int) -> None:
-    """Open a file for output, write `data` and close it. Blocking.
-
-    Args:
-        path: The file; None: the stdout of this process.
-        data: The bytes to write.
-        backend: The name of the backend, for errors.
-        at: The position in the file, so that two processes may copy the same output.
-
-    Raises:
-        SubmitError: The file cannot be made.
-        OSError: The data cannot be written.
-    """
-    if path is None:
-        write_all(STDOUT, data)
-        return
-    file = _open_file(path, backend)
-    try:
-        write_all(file, data, at)
-    finally:
-        os.close(file)
 
 
 def _open_file(path: Path, backend: str, how: int = 0) -> int:

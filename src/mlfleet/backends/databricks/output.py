@@ -13,7 +13,7 @@ import anyio
 
 from mlfleet._concurrency.threads import FILES
 from mlfleet._run_log import get_logger
-from mlfleet.backends._remote.output import write_output
+from mlfleet.backends._remote.output import KeptOutput
 from mlfleet.errors import SubmitError
 
 __all__ = ["Ending", "OutputCopy"]
@@ -50,14 +50,14 @@ class OutputCopy:
     def __init__(self, read: Callable[[str], Awaitable[bytes | None]], path: Path | None) -> None:
         self._read = read
         self._path = path
+        self._file = KeptOutput(path, backend="databricks")
         self._parts = 0
-        self._offset = 0
         self._lock = anyio.Lock()
 
     @property
     def empty(self) -> bool:
         """True if nothing has been copied yet."""
-        return self._offset == 0
+        return self._file.position == 0
 
     async def copy_new_parts(self, parts: float = math.inf) -> bool:
         """Copy the parts that have been written since the last call. Return True if there were any.
@@ -68,8 +68,8 @@ class OutputCopy:
         async with self._lock:
             before = self._parts
             while self._parts < parts and (part := await self._read_complete(f"{self._parts:06}")) is not None:
-                await self._append(part)
                 self._parts += 1
+                await self._append(part)
             return self._parts > before
 
     async def finish(self) -> Ending | None:
@@ -106,9 +106,8 @@ class OutputCopy:
 
     async def _append(self, data: bytes) -> None:
         try:
-            # Write at an offset: another process that has attached to the run may copy the same output.
-            await FILES.run(partial(write_output, self._path, data, backend="databricks", at=self._offset))
+            # A cancelled caller has counted the part already: it must not be lost.
+            await FILES.finish(partial(self._file.write, data))
         except OSError as error:
             text = f"the output of the run cannot be written to {self._path}: {error.strerror}"
             raise SubmitError(text, backend="databricks") from error
-        self._offset += len(data)
