@@ -146,24 +146,18 @@ def _is_running(pid: int) -> bool:
         return False
 
 
-_guardian: Guardian | None = None
-_lock = threading.Lock()
+_guardian = Guardian()
 
 
 def guardian() -> Guardian:
     """Return the guardian of this process. A forked child gets one of its own."""
-    global _guardian
-    with _lock:
-        if _guardian is None:
-            _guardian = Guardian()
-        return _guardian
+    return _guardian
 
 
-def _forget_in_child() -> None:
+def _leave_to_parent() -> None:
     """Leave the parent's guardian alone in a forked child, which may fork again or run projects itself."""
-    global _guardian, _lock
-    _guardian = None
-    _lock = threading.Lock()
+    global _guardian
+    _guardian = Guardian()
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+os.register_at_fork(after_in_child=_leave_to_parent)

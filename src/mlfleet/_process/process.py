@@ -141,7 +141,7 @@ class Process:
         self._gone = asyncio.Event()
         self._callbacks: list[Callable[[], object]] = []
         self._reaped = False
-        self._stop: StopRequest | None = None
+        self._stop = StopRequest(_CANCEL_GRACE)
         self._kill: asyncio.TimerHandle | None = None
         self._signalled: set[int] = set()
         self._forced = False
@@ -197,9 +197,7 @@ class Process:
         self._poll()
         if self._gone.is_set():
             return
-        is_first = self._stop is None
-        if self._stop is None:
-            self._stop = StopRequest(grace)
+        is_first = not self._stop.is_requested
         if not self._stop.request(grace):
             return
         if is_first:
@@ -246,13 +244,10 @@ class Process:
         names = ", ".join(sorted(name for names in groups.values() for name in names))
         text = "%s ended and left %s, ended now; what should go on needs a session of its own (setsid)"
         _log.warning(text, self._title, names, extra={"run_id": self._run_id})
-        if self._stop is None:
-            self._stop = StopRequest(grace)
         if self._stop.request(grace):
             self._kill_later()
 
     def _kill_later(self) -> None:
-        assert self._stop is not None  # noqa: S101 - the caller made it
         if self._kill is not None:
             self._kill.cancel()
         watch = SessionWatch.of_running_loop()
@@ -263,7 +258,7 @@ class Process:
         if self._code is not None or self._pidfd is None:
             return
         try:
-            code = self._reap() if self._stop is None else self._peek()
+            code = self._peek() if self._stop.is_requested else self._reap()
         except ChildProcessError:
             self._reaped = True
             _log.warning("the exit status of process %d was taken by another part of this program", self.pid)

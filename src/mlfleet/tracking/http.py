@@ -61,9 +61,8 @@ _LONGEST_ERROR = 64 * 2**10
 _ENCODINGS = ("gzip", "deflate")
 _JSON = {"Content-Type": "application/json"}
 _WARNINGS_APART = 60.0  # seconds between two warnings of failures with the same status
-_SECRET = 8
+_SECRET = 8  # characters of a header of the caller from which on it is masked in messages
 _HEADER_VALUE = re.compile(r"[\t\x20-\x7e]*")
-"""A header given by the caller that is at least this long is masked in messages."""
 
 T = TypeVar("T")
 

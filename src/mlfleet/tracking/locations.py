@@ -13,6 +13,7 @@ from mlfleet.errors import TrackingError, UsageError
 __all__ = [
     "ModelRef",
     "RunRef",
+    "absolute_uri",
     "join",
     "local_path",
     "parse_model_uri",

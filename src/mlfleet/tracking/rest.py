@@ -182,7 +182,16 @@ class RestTracking(Tracking):
     async def search_runs(  # noqa: D102
         self, experiment_ids: Sequence[str], filter_string: str = "", *, max_results: int = 1000
     ) -> list[RunInfo]:
-        return await _search_runs(self._client, experiment_ids, filter_string, max_results=max_results)
+        found: list[RunInfo] = []
+        body: dict[str, Any] = {"experiment_ids": list(experiment_ids), "filter": filter_string}
+        while len(found) < max_results:
+            body["max_results"] = min(_PAGE, max_results - len(found))
+            answer = await self._client.call("POST", "runs/search", body=body, check=_is_search)
+            found += [run_info(raw) for raw in answer.get("runs") or ()]
+            if not answer.get("next_page_token"):
+                break
+            body["page_token"] = answer["next_page_token"]
+        return found[:max_results]
 
     async def log(  # noqa: D102
         self, run_id: str, *, params: Mapping[str, str] | None = None, tags: Mapping[str, str] | None = None
@@ -442,22 +451,6 @@ class _Creation:
     @property
     def _place(self) -> str:
         return f"in experiment {self._experiment_id} with the tag {SUBMISSION_TAG}={self._submission}"
-
-
-async def _search_runs(
-    client: ServerClient, experiment_ids: Sequence[str], filter_string: str, *, max_results: int
-) -> list[RunInfo]:
-    """Return the runs that match, page by page."""
-    found: list[RunInfo] = []
-    body: dict[str, Any] = {"experiment_ids": list(experiment_ids), "filter": filter_string}
-    while len(found) < max_results:
-        body["max_results"] = min(_PAGE, max_results - len(found))
-        answer = await client.call("POST", "runs/search", body=body, check=_is_search)
-        found += [run_info(raw) for raw in answer.get("runs") or ()]
-        if not answer.get("next_page_token"):
-            break
-        body["page_token"] = answer["next_page_token"]
-    return found[:max_results]
 
 
 def _is_search(answer: Mapping[str, Any]) -> bool:

@@ -147,16 +147,7 @@ class LocalBackend(Backend[None]):
         Raises:
             BackendError: The run is on another machine.
         """
-        if "folder" not in ref.data:
-            return False
-
-        def withdraw() -> bool:
-            if not run_folder.is_here(ref):
-                text = f"the run {ref.run_id} is on {ref.data.get('host')}: cancel it there"
-                raise BackendError(text, backend=self.name)
-            return run_folder.withdraw(ref)
-
-        return await FILES.run(withdraw)
+        return await FILES.run(partial(run_folder.withdraw, ref)) if "folder" in ref.data else False
 
     async def _find(self, ref: JobRef) -> run_folder.Living | run_folder.Ended:
         """Look for a run, and wait up to 5 s for one that is just being started."""
@@ -303,9 +294,6 @@ class _Ended:
 
     async def wait(self) -> int:
         return self.returncode
-
-    async def stop(self, grace: float) -> None:
-        """Do nothing."""
 
 
 def _grace(ref: JobRef) -> float:

@@ -30,10 +30,8 @@ __all__ = [
     "Living",
     "argv",
     "conclude",
-    "driver_lives",
     "find",
     "is_abandoned",
-    "is_here",
     "list_runs",
     "output_file",
     "presence",
@@ -140,10 +138,10 @@ def find(ref: JobRef, *, give_up: bool) -> Living | Ended | None:
         RunLost: It cannot end well any more. Nothing of it runs, unless on another machine.
         BackendError: Its folder is not where this user keeps runs.
     """
-    if not is_here(ref):
+    if not _is_here(ref):
         raise _lost(ref, f"it was started on {ref.data.get('host')}, which is another machine or was booted since")
     folder = _folder_of(ref)
-    if not (folder / "process").exists() and driver_lives(ref) and not (give_up and _driver(ref) == os.getpid()):
+    if not (folder / "process").exists() and _driver_lives(ref) and not (give_up and _driver(ref) == os.getpid()):
         return None
     try:
         record = _claimed(folder)
@@ -180,7 +178,7 @@ def conclude(folder: Path) -> int | None:
     return None
 
 
-def is_here(ref: JobRef, *, this_boot: bool = True) -> bool:
+def _is_here(ref: JobRef, *, this_boot: bool = True) -> bool:
     """Return True if a run was submitted on this machine. Blocking.
 
     Args:
@@ -197,16 +195,16 @@ def is_here(ref: JobRef, *, this_boot: bool = True) -> bool:
 
 def is_abandoned(ref: JobRef) -> bool:
     """Return True if a run of this machine is over and the process that submitted it is gone. Blocking."""
-    if "folder" not in ref.data or not is_here(ref, this_boot=False):
+    if "folder" not in ref.data or not _is_here(ref, this_boot=False):
         return False
-    if is_here(ref) and driver_lives(ref):
+    if _is_here(ref) and _driver_lives(ref):
         return False
     return presence(ref) is not Presence.ACTIVE
 
 
 def presence(ref: JobRef) -> Presence | None:
     """Return the state of a run; None if it was started on another machine. Blocking."""
-    if not is_here(ref, this_boot=False):
+    if not _is_here(ref, this_boot=False):
         return None
     try:
         found = find(ref, give_up=False)
@@ -225,11 +223,17 @@ def withdraw(ref: JobRef) -> bool:
 
     Returns:
         False if it has begun already.
+
+    Raises:
+        BackendError: It is on another machine.
     """
+    if not _is_here(ref):
+        text = f"the run {ref.run_id} is on {ref.data.get('host')}: cancel it there"
+        raise BackendError(text, backend="local")
     return _claimed(_folder_of(ref)) is None
 
 
-def driver_lives(ref: JobRef) -> bool:
+def _driver_lives(ref: JobRef) -> bool:
     """Return True if the process that submitted a run of this machine still lives. Blocking."""
     started = ref.data.get("driver_started")
     return isinstance(started, int | float) and Identity(_driver(ref), started).is_alive()
