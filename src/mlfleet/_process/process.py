@@ -17,7 +17,6 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from mlfleet._concurrency.cancellation import wait_done
@@ -112,10 +111,9 @@ class Process:
     # Without pidfds a thread reaps it, since macOS has os.waitid (and so WNOWAIT) from Python 3.13 on only.
 
     __slots__ = (
-        "_callbacks",
         "_code",
+        "_ended",
         "_forced",
-        "_gone",
         "_kill",
         "_loop",
         "_pidfd",
@@ -138,8 +136,7 @@ class Process:
         self._pidfd = pidfd
         self._loop = asyncio.get_running_loop()
         self._code: int | None = None
-        self._gone = asyncio.Event()
-        self._callbacks: list[Callable[[], object]] = []
+        self._ended: asyncio.Future[int] = self._loop.create_future()
         self._reaped = False
         self._stop = StopRequest(_CANCEL_GRACE)
         self._kill: asyncio.TimerHandle | None = None
@@ -156,23 +153,18 @@ class Process:
     @property
     def returncode(self) -> int | None:
         """The exit code once `wait` would return it; negative for a signal."""
-        return self._code if self._gone.is_set() else None
+        return self._ended.result() if self._ended.done() else None
 
     def add_done_callback(self, callback: Callable[[], object]) -> None:
         """Call `callback` in the event loop when `wait` would return. The callback must not raise."""
-        if self._gone.is_set():
-            self._loop.call_soon(callback)
-        else:
-            self._callbacks.append(callback)
+        self._ended.add_done_callback(lambda _: callback())
 
     async def wait(self) -> int:
         """Wait for the end of the process, and after `stop` or with a `rest_grace` for the end of its whole session.
 
         Any number of tasks may wait. A cancelled waiter changes nothing.
         """
-        await self._gone.wait()
-        assert self._code is not None  # noqa: S101 - set before the event
-        return self._code
+        return await asyncio.shield(self._ended)
 
     async def stop(self, grace: float) -> None:
         """Send SIGTERM to the whole session, after the grace SIGKILL, and wait until all of it is gone.
@@ -184,18 +176,14 @@ class Process:
             grace: Seconds between SIGTERM and SIGKILL.
         """
         self.begin_stop(grace)
-        if self._gone.is_set():
-            return
-        gone: asyncio.Future[None] = self._loop.create_future()
-        self.add_done_callback(partial(gone.set_result, None))
-        cancelled = await wait_done(gone)
+        cancelled = await wait_done(self._ended)
         if cancelled is not None:
             raise cancelled
 
     def begin_stop(self, grace: float) -> None:
         """Begin what `stop` does, without waiting for it."""
         self._poll()
-        if self._gone.is_set():
+        if self._ended.done():
             return
         is_first = not self._stop.is_requested
         if not self._stop.request(grace):
@@ -218,7 +206,7 @@ class Process:
 
     def _force(self) -> None:
         self._forced = True
-        if self._gone.is_set():
+        if self._ended.done():
             return
         for group in self._signalled:
             signal_group(group, signal.SIGKILL)
@@ -226,7 +214,7 @@ class Process:
     def _look(self, groups: Mapping[int, Sequence[str]]) -> None:
         """Signal the living groups of the session, or conclude if there are none."""
         self._poll()
-        if self._gone.is_set():
+        if self._ended.done():
             return
         if groups and not self.stopped and self._rest_grace is not None and not self._signalled:
             self._end_rest(groups, self._rest_grace)
@@ -237,7 +225,7 @@ class Process:
                 self._ask(group)
         self._signalled = {*groups} if self._reaped else {*groups, self.pid}
         if not groups and self._code is not None:
-            self._finish()
+            self._finish(self._code)
 
     def _end_rest(self, groups: Mapping[int, Sequence[str]], grace: float) -> None:
         """Begin to end what the process has left behind."""
@@ -294,9 +282,9 @@ class Process:
         elif self._rest_grace is not None and not is_gone:
             SessionWatch.of_running_loop().add(self.pid, self._look, named=True)
         else:
-            self._finish()
+            self._finish(code)
 
-    def _finish(self) -> None:
+    def _finish(self, code: int) -> None:
         if not self._reaped:
             self._reaped = True
             with suppress(ChildProcessError):
@@ -305,9 +293,7 @@ class Process:
             self._kill.cancel()
         SessionWatch.of_running_loop().remove(self._look)
         guardian().remove(self.pid)
-        self._gone.set()
-        for callback in self._callbacks:
-            callback()
+        self._ended.set_result(code)
 
     def _wait_in_thread(self) -> None:
         """Wait for the end, on systems without pidfds."""
