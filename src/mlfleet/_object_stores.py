@@ -55,10 +55,9 @@ def open_store(uri: str) -> tuple[Any, str]:
     except (ImportError, ValueError) as error:
         driver = f" {DRIVERS[scheme]}" if DRIVERS[scheme] else ""
         raise StoreError(f"a driver is missing; run: pip install 'mlfleet[remote]'{driver}") from error
-    # A cached listing would hide objects that were stored meanwhile, and a cached instance has the credentials of then.
-    fresh = {"use_listings_cache": False, "skip_instance_cache": True}
+    # A cached instance has the credentials of then, and listings without the objects that were stored meanwhile.
     try:
-        store, path = fsspec.core.url_to_fs(_fsspec_uri(uri), **fresh, **_options(scheme))
+        store, path = fsspec.core.url_to_fs(_fsspec_uri(uri), skip_instance_cache=True, **_options(scheme))
     except Exception as error:
         if scheme != "hdfs" or isinstance(error, StoreError):
             raise

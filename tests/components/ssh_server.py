@@ -1,4 +1,4 @@
-"""An OpenSSH server for git, for this user only, with keys of its own."""
+"""An OpenSSH server for git and sftp, for this user only, with keys of its own."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def ssh_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshServer]:
     (folder / "config").write_text(
         f"ListenAddress 127.0.0.1:{port}\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized_keys\n"
         f"PidFile none\nStrictModes no\nUsePAM no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
-        "PermitRootLogin prohibit-password\n"
+        "PermitRootLogin prohibit-password\nSubsystem sftp internal-sftp\n"
     )
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)  # sshd insists on it when it runs as root

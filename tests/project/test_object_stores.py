@@ -18,6 +18,7 @@ from anyio import to_thread
 
 from components import missing
 from components.minilake import Minilake
+from components.ssh_server import SshServer
 from fakes.azure_blobs import AzureBlobs
 from fakes.flaky_proxy import Answer, FlakyProxy, Request
 from mlfleet._project.downloads import download_all
@@ -83,6 +84,22 @@ async def test_hdfs_without_java_says_what_it_needs(tmp_path: Path, monkeypatch:
     assert "Unable to load lib" in text
     assert "hdfs: needs Java and Hadoop's client here, webhdfs: does not" in text
     assert "dlopen" not in text
+
+
+async def test_sftp(ssh_server: SshServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("paramiko")
+    keys, there, here = tmp_path / "home" / ".ssh", tmp_path / "there", tmp_path / "here"
+    for folder in (keys, there, here):
+        folder.mkdir(parents=True)
+    (keys / "id_ed25519").write_bytes(ssh_server.key.read_bytes())
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    uri = f"sftp://{ssh_server.user}@127.0.0.1:{ssh_server.port}{there}"
+    (here / "a.csv").write_text("1,2")
+    await to_thread.run_sync(upload_object, here / "a.csv", f"{uri}/sub/a.csv")
+    assert (there / "sub" / "a.csv").read_text() == "1,2"
+    assert ((await download(uri, here)) / "sub" / "a.csv").read_text() == "1,2"
+    await to_thread.run_sync(download_object, f"{uri}/sub/a.csv", here / "b.csv")
+    assert (here / "b.csv").read_text() == "1,2"
 
 
 @pytest.mark.timeout(120)  # Google's libraries take their time to be imported
