@@ -5,17 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from numbers import Number
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.attach import find_again, tracked_outcome
 from mlfleet._engine.conclude import Driver, judge
-from mlfleet._engine.records import remove_record
 from mlfleet._engine.request import RunRequest
 from mlfleet._engine.supervisor import RunDescription, Supervisor
 from mlfleet._process.detached import Connection
@@ -89,7 +86,7 @@ class DetachedSupervisor(Supervisor):
         self._refusal: Exception | None = None
         self._is_cancelled = False
         self._is_mine = False
-        """True if the other process has died, so that this one writes the status."""
+        """True if the other process has died, and this one is the driver of the run."""
 
     async def cancel(self, grace: float | None) -> None:
         """End the run, wherever it is supervised, and wait until its status is written."""
@@ -112,10 +109,6 @@ class DetachedSupervisor(Supervisor):
         """End the observation. Release all waiters if this supervisor was cancelled before its first step."""
         self._release()
         self._end_observation()
-
-    def _release(self) -> None:
-        for event in (self.created, self.started, self.done):
-            event.set()
 
     # ---- stages -----------------------------------------------------------------------------------------------------
 
@@ -145,7 +138,7 @@ class DetachedSupervisor(Supervisor):
         await self._follow(lambda: self._seen is not None)
         if self._seen is not None:
             return self._seen
-        self._is_mine, self.handle = True, None
+        self.handle = None
         return await self._conclude()
 
     async def _conclude(self) -> Outcome:
@@ -158,11 +151,14 @@ class DetachedSupervisor(Supervisor):
             if verdict.driver is not Driver.LIVES:
                 break
             await anyio.sleep(_PAUSE)
+        found = None if verdict.outcome is not None else (await find_again(self._context, info)).handle
+        await super()._record()
+        self._is_mine = True
         if verdict.outcome is not None:
             return verdict.outcome
-        found = (await find_again(self._context, info)).handle
         if isinstance(found, RunLost):
             raise found
+        assert found is not None  # noqa: S101 - one of them is given
         self.handle = found
         try:
             if self._is_cancelled:
@@ -227,10 +223,9 @@ class DetachedSupervisor(Supervisor):
             self._release()
             return
         outcome = outcome or Outcome(RunStatus.KILLED, reason="cancelled")
-        if self._is_mine and self.info is not None:
-            outcome = await self._write_status(self.info, outcome)
-            if outcome.tracking_error is None:
-                await FILES.run(partial(remove_record, self.info.run_id))
+        if self._is_mine:
+            await super()._end(outcome)
+            return
         self._set_outcome(outcome)
         if self.info is not None:
             self._publish(Stage.FINISHED, outcome.reason or "", outcome.status)

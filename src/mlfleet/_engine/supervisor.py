@@ -376,6 +376,9 @@ class Supervisor(ABC):
     def _set_outcome(self, outcome: Outcome) -> None:
         self.outcome = outcome
         self.stage = Stage.FINISHED
+        self._release()
+
+    def _release(self) -> None:
         for event in (self.created, self.started, self.done):
             event.set()
 
