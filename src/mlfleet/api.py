@@ -13,14 +13,12 @@ from weakref import WeakKeyDictionary, WeakSet
 import anyio
 
 from mlfleet._concurrency.cancellation import complete
-from mlfleet._concurrency.tasks import TaskOwner
+from mlfleet._concurrency.tasks import ServiceOwner, TaskOwner
 from mlfleet._engine.options import Goal
 from mlfleet._engine.request import Output, RunOptions, RunRequest
 from mlfleet._engine.run import FleetRun
 from mlfleet._engine.tracked import TrackedRun
-from mlfleet._run_log import get_logger
 from mlfleet._sweeps import Sweep, SweepOptions, SweepResult
-from mlfleet._text.masking import mask_uri
 from mlfleet.errors import MlfleetError, UsageError
 from mlfleet.fleet import Fleet, context_of
 from mlfleet.resources import Resources
@@ -43,8 +41,6 @@ __all__ = [
     "sweep_async",
     "write_killed",
 ]
-
-logger = get_logger("mlfleet.fleet")
 
 
 async def run_async(
@@ -324,51 +320,38 @@ class _Fleets:
     """The default Fleets of one event loop, one for each tracking URI and workspace."""
 
     def __init__(self) -> None:
-        self._fleets: dict[tuple[str, str], asyncio.Future[Fleet]] = {}
-        self._closing = anyio.Event()
-        self._keepers = TaskOwner()
+        self._fleets: dict[tuple[str, str], Fleet] = {}
+        self._services = ServiceOwner(TaskOwner())
 
     async def get(self, uri: str) -> Fleet:
         # `mlflow.set_workspace` sets the variable, too.
         key = (uri, os.environ.get("MLFLOW_WORKSPACE", ""))
-        opened = self._fleets.get(key)
-        if opened is None:
-            opened = self._fleets[key] = asyncio.get_running_loop().create_future()
-            # Cancelling a future that is done changes nothing.
-            self._keepers.start(self._keep(key, opened), name="mlfleet default fleet", then=opened.cancel)
-        return await asyncio.shield(opened)
+        fleet = self._fleets.get(key)
+        if fleet is None:
+            # Runs without a Fleet of their own start at once, as with mlflow.projects.run.
+            fleet = self._fleets[key] = Fleet(tracking_uri=uri, max_concurrent=_UNLIMITED, on_exit="cancel")
+        try:
+            await self._services.open(fleet)
+        except Exception:
+            if self._fleets.get(key) is fleet:
+                del self._fleets[key]
+            self._services.forget(fleet)
+            raise
+        return fleet
 
     async def join(self) -> None:
-        for opened in tuple(self._fleets.values()):
+        for fleet in tuple(self._fleets.values()):
             with suppress(MlfleetError):  # opening failed, and the caller that submitted a run got the error
-                await (await asyncio.shield(opened)).join()
+                await self._services.open(fleet)
+                await fleet.join()
 
     async def write_killed(self) -> None:
-        opened = [each.result() for each in self._fleets.values() if each.done() and not each.cancelled()]
         async with anyio.create_task_group() as group:
-            for fleet in opened:
+            for fleet in self._fleets.values():
                 group.start_soon(context_of(fleet).fleet.write_killed)
 
     async def close(self) -> None:
-        self._closing.set()
-        await self._keepers.join()
-
-    async def _keep(self, key: tuple[str, str], opened: asyncio.Future[Fleet]) -> None:
-        """Hold the Fleet open until it is closed, or until the loop ends (``asyncio.run`` then cancels this task)."""
-        try:
-            # Runs without a Fleet of their own start at once, as with mlflow.projects.run.
-            async with Fleet(tracking_uri=key[0], max_concurrent=_UNLIMITED) as fleet:
-                opened.set_result(fleet)
-                await self._closing.wait()
-                # Leaving the block would wait for the runs; this cancels them, and refuses those still being planned.
-                await context_of(fleet).fleet.close()
-        except Exception as error:
-            if opened.done():
-                logger.exception("the default Fleet of %s could not be closed", mask_uri(key[0]))
-            else:
-                opened.set_exception(error)
-        finally:
-            del self._fleets[key]
+        await self._services.close()
 
 
 _UNLIMITED = 2**31
