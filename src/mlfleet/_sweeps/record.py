@@ -174,20 +174,15 @@ async def open_record(
         has_begun = is_new
         record.members = members
         try:
-            if members is not None and settings.name is not None:
+            if lock is not None and members is not None and settings.name is not None:
                 try:
                     await FILES.run(partial(members.write, record.info.run_id, record.run_ids()))
+                    await FILES.run(partial(write_note, lock, tracking, record.info, settings.name, plan.project.uri))
                 except OSError as error:
                     raise _unwritable(settings.name, error) from error
             if not is_new:
                 await _reopen(tracking, record, tags)
                 has_begun = True
-            if lock is not None and settings.name is not None:
-                uri = plan.project.uri
-                try:
-                    await FILES.run(partial(write_note, lock, tracking, record.info, settings.name, uri))
-                except OSError as error:
-                    raise _unwritable(settings.name, error) from error
             yield record
         finally:
 

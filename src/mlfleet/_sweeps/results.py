@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -325,8 +325,3 @@ class ResultBuffer:
     def _wake(self) -> None:
         changed, self._changed = self._changed, anyio.Event()
         changed.set()
-
-
-def in_order(results: Sequence[PointResult]) -> tuple[PointResult, ...]:
-    """Return the results in the order of the space."""
-    return tuple(sorted(results, key=lambda result: result.index))

@@ -14,7 +14,7 @@ from mlfleet._engine.context import RunContext
 from mlfleet._engine.run import FleetRun
 from mlfleet._sweeps.driver import Driver
 from mlfleet._sweeps.record import SweepRecord
-from mlfleet._sweeps.results import PointResult, SweepCounts, SweepResult, in_order
+from mlfleet._sweeps.results import PointResult, SweepCounts, SweepResult
 from mlfleet._sweeps.settings import SweepSettings
 from mlfleet.errors import UsageError
 from mlfleet.runs import RunStatus, check_seconds
@@ -189,7 +189,7 @@ class Sweep:
             status=self._record.status,
             stopped=self.stopped,
             counts=self.counts,
-            results=in_order(results),
+            results=tuple(sorted(results, key=lambda result: result.index)),
             experiment_id=self.experiment_id,
             tracking_uri=self._context.tracking.uri,
             _open=self._context.reopen,
