@@ -412,3 +412,7 @@ async def test_its_command_belongs_to_the_trace_of_the_process_that_submits_it(s
     assert (found[run.run_id].attributes or {})["mlfleet.run.status"] == "FINISHED"
     assert (found[goes_on.run_id].attributes or {})["mlfleet.run.status"] == "RUNNING", "it goes on without the Fleet"
     tracers.shutdown()
+    async with Fleet(tracking_uri=server.url) as fleet:
+        assert (
+            await (await fleet.get(goes_on.run_id)).wait() is True
+        )  # else its supervisor waits for a server that is gone
