@@ -236,19 +236,20 @@ def failure(name: str, run_id: str, outcome: Outcome, output: Path | None = None
         lines.append(f"The whole output is in {output}")
     if outcome.tracking_error is not None:
         lines.append(f"Its status could not be written: {outcome.tracking_error}")
+    text = "\n".join(lines)
+    facts: dict[str, Any] = {
+        "run_id": run_id,
+        "exit_code": outcome.exit_code,
+        "reason": outcome.reason,
+        "output": outcome.output,
+    }
     error: ExecutionException
     if cancelled:
-        error = RunCancelled("\n".join(lines))
+        error = RunCancelled(text, **facts)
     elif isinstance(outcome.error, RunTimeout):
-        error = RunTimeout("\n".join(lines), stage=outcome.error.stage, seconds=outcome.error.seconds)
+        error = RunTimeout(text, stage=outcome.error.stage, seconds=outcome.error.seconds, **facts)
     else:
-        error = ExecutionException("\n".join(lines))
-    error.run_id, error.exit_code, error.reason, error.output = (
-        run_id,
-        outcome.exit_code,
-        outcome.reason,
-        outcome.output,
-    )
+        error = ExecutionException(text, **facts)
     error.__cause__ = outcome.error
     return error
 

@@ -60,15 +60,12 @@ class AttachedSupervisor(Supervisor):
     async def _create(self) -> None:
         self.info = self._known
 
-    async def _record(self) -> None:
-        """Do nothing yet: a cancellation now would leave the run alone."""
-
     async def _run_stages(self) -> Outcome:
         found = self._found.handle
         self.handle = None if isinstance(found, RunLost) else found
         try:
             if not self._found.has_driver:
-                await super()._record()
+                await self._record()
             if isinstance(found, RunLost):
                 raise found
             await found.started()

@@ -130,9 +130,6 @@ class DetachedSupervisor(Supervisor):
         if self.info is None:
             raise RunCancelled("the run was cancelled before its MLflow run was created")
 
-    async def _record(self) -> None:
-        """Do nothing: the other process records the run."""
-
     async def _run_stages(self) -> Outcome:
         self.handle = _Followed(self)
         await self._follow(lambda: self._seen is not None)
@@ -152,7 +149,7 @@ class DetachedSupervisor(Supervisor):
                 break
             await anyio.sleep(_PAUSE)
         found = None if verdict.outcome is not None else (await find_again(self._context, info)).handle
-        await super()._record()
+        await self._record()
         self._is_mine = True
         if verdict.outcome is not None:
             return verdict.outcome

@@ -249,7 +249,7 @@ class Supervisor(ABC):
 
     @abstractmethod
     async def _create(self) -> None:
-        """Set `info`: create the MLflow run, or find it."""
+        """Set `info`: create and record the MLflow run, or find it."""
 
     @abstractmethod
     async def _run_stages(self) -> Outcome:
@@ -263,8 +263,7 @@ class Supervisor(ABC):
             return Outcome(RunStatus.FAILED, reason=str(error), error=error)
         set_run(self.run_id)
         try:
-            await self._record()
-            # Only now: a run whose id is known must be concluded if this process dies.
+            # Only now: a run whose id is known must be concluded if its driver dies.
             self.created.set()
             self._publish(Stage.QUEUED)
             return await self._run_stages()
@@ -280,8 +279,8 @@ class Supervisor(ABC):
             return Outcome(RunStatus.FAILED, reason=f"{type(error).__name__}: {error}", error=error)
 
     async def _record(self) -> None:
-        """Record that this process supervises the run, so that others know what to do if it dies."""
-        assert self.info is not None  # noqa: S101 - set by _create
+        """Record that this process is the driver of the run, so that others know what to do if it dies."""
+        assert self.info is not None  # noqa: S101 - set before
         member = self.description.member
         record = RunRecord(
             run_id=self.info.run_id,
@@ -531,10 +530,11 @@ class SubmittedSupervisor(Supervisor):
             tags = {**self._plan.tags, SUBMISSION_TAG: submission}
             # If this is cancelled, tracking ends what it has created (see `Tracking.create_run`).
             self.info = await tracking.create_run(experiment, name=request.run_name, tags=tags)
-            return
-        self.info = await tracking.get_run(request.run_id)
-        if self.info.status.is_terminal:
-            await tracking.update_run(self.info.run_id, RunStatus.RUNNING)
+        else:
+            self.info = await tracking.get_run(request.run_id)
+            if self.info.status.is_terminal:
+                await tracking.update_run(self.info.run_id, RunStatus.RUNNING)
+        await self._record()
 
     async def _run_stages(self) -> Outcome:
         assert self.info is not None  # noqa: S101 - set by _create
