@@ -35,7 +35,6 @@ from mlfleet._engine.records import (
     list_records,
     look_up,
     remove_record,
-    tracking_key,
 )
 from mlfleet._engine.request import SweepMember
 from mlfleet._engine.supervisor import end_tags
@@ -161,7 +160,7 @@ async def conclude_left(context: RunContext) -> None:
 
     Runs of sweeps with a name are left to their sweep, and runs that a backend elsewhere has to those who ask for them.
     """
-    key = tracking_key(context.tracking.uri)
+    key = context.tracking_key
     searched: set[str] = set()
     try:
         while True:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from mlfleet._concurrency.cancellation import complete
@@ -12,6 +12,7 @@ from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._engine.attach import AttachedSupervisor, concluded, find_again
 from mlfleet._engine.detached import DetachedSupervisor, Order
 from mlfleet._engine.plan import Plan, ProjectPlan
+from mlfleet._engine.records import tracking_key
 from mlfleet._engine.request import RunRequest, choose_experiment
 from mlfleet._engine.run import FleetRun
 from mlfleet._engine.supervisor import SubmittedSupervisor
@@ -50,6 +51,11 @@ class RunContext:
     def is_of(self, tracking_uri: str | None, tracking: Tracking | None) -> bool:
         """Return True for the arguments that name this tracking: its URI, or the object itself."""
         return tracking is self.tracking or (tracking is None and tracking_uri == self._tracking_uri)
+
+    @cached_property
+    def tracking_key(self) -> str:
+        """The name under which records keep the tracking server or store."""
+        return tracking_key(self.tracking.uri)
 
     @property
     def reopen(self) -> Callable[[], Tracking] | None:

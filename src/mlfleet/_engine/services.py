@@ -25,7 +25,7 @@ from mlfleet._engine.conclude import conclude_left
 from mlfleet._engine.context import RunContext
 from mlfleet._engine.detached import DetachedSupervisor
 from mlfleet._engine.plan import Plan, Planner
-from mlfleet._engine.records import RunRecords, find_record, tracking_key
+from mlfleet._engine.records import RunRecords, find_record
 from mlfleet._engine.run import FleetRun
 from mlfleet._engine.shared_handles import SharedHandles
 from mlfleet._engine.supervisor import Instrumentation, Supervisor
@@ -229,9 +229,7 @@ class FleetServices:
         if tracking_uri is None and tracking is None:
             record = await FILES.run(partial(find_record, run_id)) if run_id is not None and self._others else None
             key = None if record is None else record.tracking
-            return next(
-                (each for each in self._others.values() if tracking_key(each.tracking.uri) == key), self.context
-            )
+            return next((each for each in self._others.values() if each.tracking_key == key), self.context)
         if self.context.is_of(tracking_uri, tracking):
             return self.context
         # `mlflow.set_workspace` sets the variable, too.

@@ -20,7 +20,7 @@ from mlfleet._concurrency.grace import StopRequest
 from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.job import draft, prepare
 from mlfleet._engine.plan import Plan
-from mlfleet._engine.records import RunRecord, tracking_key
+from mlfleet._engine.records import RunRecord
 from mlfleet._engine.request import Output, SweepMember
 from mlfleet._run_log import get_logger, set_run
 from mlfleet._text.lines import last_lines
@@ -286,7 +286,7 @@ class Supervisor(ABC):
             run_id=self.info.run_id,
             backend=self.description.backend,
             project=self.description.project_name,
-            tracking=tracking_key(self._context.tracking.uri),
+            tracking=self._context.tracking_key,
             grace=self._timeouts.cancel_grace,
             durable=member is not None and member.durable,
             captured=self.description.output == "capture",
@@ -526,7 +526,7 @@ class SubmittedSupervisor(Supervisor):
         request, tracking = self._plan.request, self._context.tracking
         if request.run_id is None:
             experiment = await self._context.experiment_id(request)
-            submission = await self._context.fleet.records.begin(tracking_key(tracking.uri), experiment)
+            submission = await self._context.fleet.records.begin(self._context.tracking_key, experiment)
             tags = {**self._plan.tags, SUBMISSION_TAG: submission}
             # If this is cancelled, tracking ends what it has created (see `Tracking.create_run`).
             self.info = await tracking.create_run(experiment, name=request.run_name, tags=tags)

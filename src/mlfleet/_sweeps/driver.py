@@ -9,7 +9,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from mlfleet._engine.context import RunContext
-from mlfleet._engine.records import RunRecord, tracking_key
+from mlfleet._engine.records import RunRecord
 from mlfleet._sweeps.attempts import Attempts
 from mlfleet._sweeps.points import Gate, Source
 from mlfleet._sweeps.record import SweepRecord, open_record
@@ -121,20 +121,19 @@ class Driver:
         if settings.max_concurrent is None:
             self.gate.resize(context.fleet.capacity(plan) or _DEFAULT_CONCURRENT)
         experiment = await context.experiment_id(plan.request)
-        submission = await context.fleet.records.begin(tracking_key(context.tracking.uri), experiment)
+        submission = None
+        if settings.name is None:  # nobody goes on with it if this process dies; one with a name has a lock for that
+            submission = await context.fleet.records.begin(context.tracking_key, experiment)
         opening = open_record(
             context.tracking, settings, plan, experiment, describe(self._points),
-            patience=context.fleet.tracking_patience,
-            # A sweep with a name has a lock and is resumed; nobody goes on with another one if this process dies.
-            submission=submission if settings.name is None else None,
+            patience=context.fleet.tracking_patience, submission=submission,
         )  # fmt: skip
         stack.push_async_callback(self._remove_record)
         self.record = record = await stack.enter_async_context(opening)
         context.fleet.sweep_ids.add(record.info.run_id)
         if settings.name is None:
-            uri = context.tracking.uri
             facts = RunRecord(
-                run_id=record.info.run_id, backend="sweep", project=plan.project_name, tracking=tracking_key(uri),
+                run_id=record.info.run_id, backend="sweep", project=plan.project_name, tracking=context.tracking_key,
                 captured=False,
             )  # fmt: skip
             await context.fleet.records.add(facts)
