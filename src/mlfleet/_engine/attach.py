@@ -54,11 +54,11 @@ class AttachedSupervisor(Supervisor):
             member=SweepMember.from_tags(info.tags),
         )
         super().__init__(context, description, timeouts or context.fleet.timeouts)
+        self.info = info
         self._found = found
-        self._known = info
 
     async def _create(self) -> None:
-        self.info = self._known
+        """Do nothing: the MLflow run exists."""
 
     async def _run_stages(self) -> Outcome:
         found = self._found.handle
