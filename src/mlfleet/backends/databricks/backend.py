@@ -17,8 +17,7 @@ import anyio
 
 from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.single_flight import SingleFlight
-from mlfleet._concurrency.threads import FILES, LOGINS
-from mlfleet._environments.env_files import read_python_requirements
+from mlfleet._concurrency.threads import FILES, PROJECTS
 from mlfleet._paths import run_folder
 from mlfleet._run_log import get_logger
 from mlfleet.backends._remote.backend import RemoteBackend
@@ -29,6 +28,7 @@ from mlfleet.backends.databricks.client import Timing, Workspace, WorkspaceError
 from mlfleet.backends.databricks.config import DatabricksConfig, TaskKind, Upload, UploadKind, parse_config
 from mlfleet.backends.databricks.quota import QuotaQueue
 from mlfleet.backends.databricks.records import Record, change_owner, read_records, remove_record, write_record
+from mlfleet.backends.databricks.requirements import read_requirements
 from mlfleet.backends.databricks.run import DatabricksRun, RemoteRun
 from mlfleet.backends.databricks.secret_scopes import find_old_secrets, put_secret, remove_secret, secret_key
 from mlfleet.backends.databricks.states import Phase, State, read_state
@@ -180,7 +180,7 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
             secret=secret_key(job.run_id) if config.secret_scope and request.variables(job, config)[1] else None,
         )
         body = request.request_body(
-            job, config, paths, token=f"{job.run_id}-<attempt>", requirements=_requirements(job)
+            job, config, paths, token=f"{job.run_id}-<attempt>", requirements=read_requirements(job)
         )
         return json.dumps(request.mask_request(body), indent=2, ensure_ascii=False)
 
@@ -195,7 +195,7 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
         secret = request.variables(job, config)[1]
         if secret and config.secret_scope is None:
             raise SubmitError(_describe_missing_scope(secret), backend=self.name)
-        requirements = await LOGINS.run(partial(_requirements, job))
+        requirements = await PROJECTS.run(partial(read_requirements, job))
         reference = self.reference(job)
         del self._references[job.run_id]
         context = await self._context_of(reference)
@@ -279,22 +279,12 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
         known = {record.reference.run_id for record in await FILES.run(read_records)}
         active = {run_id for run_id, _ in await context.recent.list_active()}
         chosen: list[ListedRun] = []
-        for secret in await find_old_secrets(context.workspace, known | active):
-            if run_ids and secret.run_id not in run_ids:
+        for run in await find_old_secrets(context.workspace, known | active):
+            if run_ids and run.run_id not in run_ids:
                 continue
             if not dry_run:
-                await remove_secret(context.workspace, secret.scope, secret_key(secret.run_id))
-            detail = {"secret_scope": secret.scope}
-            chosen.append(
-                ListedRun(
-                    run_id=secret.run_id,
-                    backend=self.name,
-                    created=secret.created,
-                    state="ended",
-                    supervised=False,
-                    detail=detail,
-                )
-            )
+                await remove_secret(context.workspace, str(run.detail["secret_scope"]), secret_key(run.run_id))
+            chosen.append(run)
         return chosen
 
     async def _find_left(self) -> list[_Left]:
@@ -440,25 +430,6 @@ def _profile(config: DatabricksConfig, tracking_uri: str) -> str | None:
     if config.profile is not None:
         return config.profile
     return profile_of(tracking_uri) if is_databricks(tracking_uri) else None
-
-
-def _requirements(job: Job) -> tuple[str, ...]:
-    """Return the project's requirements as lines for pip. Blocking."""
-    spark = tuple((job.spark_job or {}).get("python_libraries", ()))
-    needs = read_python_requirements(job.project_dir, job.environment_file)
-    packages = needs.packages
-    if packages.local:
-        text = (
-            f"the project's environment has {' '.join(packages.local)[:200]!r}, which Databricks cannot install: name"
-            " packages of an index there"
-        )
-        raise SubmitError(text, backend="databricks")
-    if needs.python is not None:
-        _log.info(
-            "Python %s of the project is not installed: the cluster or environment_version decides on the version",
-            needs.python,
-        )
-    return (*spark, *request.constrain((*packages.lines, *packages.nested), packages.constraints))
 
 
 def _upload_of(ref: JobRef) -> Upload:

@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from packaging.requirements import InvalidRequirement, Requirement
-from packaging.utils import canonicalize_name
-
 from mlfleet._project.command import substitute
 from mlfleet._text.masking import MASK, is_secret_name, mask_uri
 from mlfleet.backends.base import Job
@@ -30,7 +27,6 @@ __all__ = [
     "argument_file",
     "bootstrap_argument",
     "bootstrap_spec",
-    "constrain",
     "mask_request",
     "place_path",
     "project_files",
@@ -43,6 +39,14 @@ TASK_KEY = "mlfleet"
 ARGUMENT = "argument.json"
 """The file with the argument of the bootstrap script that is too long for a parameter of the task."""
 
+ROOT = "/.mlfleet-run"
+"""The placeholder in commands for the folder of the run, which the bootstrap script creates and puts in its place."""
+
+PROJECT = "project"
+"""The name of the project's folder in the folder of the run."""
+
+_REMOTE_PREFIXES = ("/Volumes/", "/Workspace/", "/dbfs/")
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
 _LONGEST_ARGUMENT = 8000  # bytes; Databricks takes 10,000 bytes of JSON for all parameters together
 _LONGEST_NAME = 4096
 # Databricks gives its own runs their identity: the login of this machine must not be passed to them.
@@ -170,34 +174,6 @@ def request_body(
     return body | {"tasks": [task]}
 
 
-def constrain(requirements: Iterable[str], constraints: Iterable[str]) -> tuple[str, ...]:
-    """Return lines for pip that install the same versions without a constraints file, which Databricks does not take.
-
-    A constraint on a required package becomes a part of that requirement. The others are required, too, since
-    dependencies that are not listed may need them.
-    """
-    lines = [line.strip() for line in requirements if line.strip() and not line.strip().startswith("#")]
-    places = {canonicalize_name(found.name): at for at, line in enumerate(lines) if (found := _parse(line)) is not None}
-    for line in constraints:
-        constraint = _parse(line)
-        at = None if constraint is None else places.get(canonicalize_name(constraint.name))
-        required = None if at is None else _parse(lines[at])
-        if constraint is None or at is None or required is None or constraint.marker or required.url or constraint.url:
-            lines.append(line)
-            continue
-        required.specifier &= constraint.specifier
-        lines[at] = str(required)
-    return tuple(lines)
-
-
-def _parse(line: str) -> Requirement | None:
-    """Return a requirement; None for an option of pip, or a line with options."""
-    try:
-        return Requirement(line)
-    except InvalidRequirement:
-        return None
-
-
 def mask_request(value: Any, name: str = "") -> Any:
     """Return a request with secrets masked: values whose keys say so, and credentials in URIs.
 
@@ -283,16 +259,6 @@ def _python_command(job: Job) -> str:
             f"the Python file {file!r} of the databricks_spark_job is outside the project", backend="databricks"
         )
     return job.command if words == shlex.split(job.command) else shlex.join(words)
-
-
-ROOT = "/.mlfleet-run"
-"""The placeholder in commands for the folder of the run, which the bootstrap script creates and puts in its place."""
-
-PROJECT = "project"
-"""The name of the project's folder in the folder of the run."""
-
-_REMOTE_PREFIXES = ("/Volumes/", "/Workspace/", "/dbfs/")
-_UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
 
 
 def place_path(path: str, index: int, folder: Path) -> str | None:

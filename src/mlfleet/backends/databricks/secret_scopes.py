@@ -6,36 +6,21 @@ import json
 import re
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import anyio
 
 from mlfleet._run_log import get_logger
+from mlfleet.backends.base import ListedRun
 from mlfleet.backends.databricks.client import Workspace, WorkspaceError
 from mlfleet.errors import SubmitError
 
-__all__ = ["OldSecret", "find_old_secrets", "put_secret", "remove_secret", "secret_key"]
+__all__ = ["find_old_secrets", "put_secret", "remove_secret", "secret_key"]
 
 _log = get_logger("mlfleet.databricks")
 _CLEANUP = 30.0  # seconds
 _OLD = 7 * 86400.0  # seconds after which no process looks after a run that is not active
 _KEY = re.compile(r"mlfleet-([0-9a-f]{32})")
-
-
-@dataclass(frozen=True, slots=True)
-class OldSecret:
-    """The secret variables of a run that ended long ago.
-
-    Attributes:
-        scope: The secret scope.
-        run_id: The id of the MLflow run.
-        created: The time at which they were put there.
-    """
-
-    scope: str
-    run_id: str
-    created: datetime
 
 
 def secret_key(run_id: str) -> str:
@@ -76,17 +61,20 @@ async def remove_secret(workspace: Workspace, scope: str, key: str) -> None:
         _log.warning("the secret %s may be left behind in the scope %s", key, scope)
 
 
-async def find_old_secrets(workspace: Workspace, active: Collection[str]) -> list[OldSecret]:
-    """Return the secret variables that have been in a scope for a week, of runs that are not active.
+async def find_old_secrets(workspace: Workspace, active: Collection[str]) -> list[ListedRun]:
+    """Return the runs that are not active and whose secret variables have been in a scope for a week.
 
     Args:
         workspace: The client of the workspace.
         active: The ids of the MLflow runs that are active.
 
+    Returns:
+        The runs, with ``secret_scope`` in their details, and the time at which the variables were put there.
+
     Raises:
         WorkspaceError: The scopes cannot be listed.
     """
-    found: list[OldSecret] = []
+    found: list[ListedRun] = []
     scopes = await workspace.call("GET", "/api/2.0/secrets/scopes/list")
     for scope in (str(each["name"]) for each in scopes.get("scopes") or []):
         try:
@@ -97,5 +85,14 @@ async def find_old_secrets(workspace: Workspace, active: Collection[str]) -> lis
         for each in keys.get("secrets") or []:
             match, put_at = _KEY.fullmatch(str(each["key"])), int(each.get("last_updated_timestamp") or 0) / 1000
             if match is not None and match[1] not in active and put_at < time.time() - _OLD:
-                found.append(OldSecret(scope, match[1], datetime.fromtimestamp(put_at, UTC)))
+                found.append(
+                    ListedRun(
+                        run_id=match[1],
+                        backend="databricks",
+                        created=datetime.fromtimestamp(put_at, UTC),
+                        state="ended",
+                        supervised=False,
+                        detail={"secret_scope": scope},
+                    )
+                )
     return found

@@ -7,12 +7,12 @@ import hashlib
 import io
 import posixpath
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from urllib.parse import quote
 
 from mlfleet._concurrency.single_flight import SingleFlight
@@ -34,6 +34,8 @@ HOME = "/Workspace/Users/{user}/.mlfleet"
 _READ_BLOCK, _WRITE_BLOCK = 2**20, 2**19
 _LARGEST_WORKSPACE_FILE = 10 * 2**20
 _LARGEST_VOLUME_FILE = 5 * 2**30
+
+_Request = Callable[[], Awaitable[object]]
 
 
 class Storage(ABC):
@@ -88,31 +90,22 @@ class Volume(Storage):
                 if error.status != 409:  # 409: another process has just written the same content
                     raise
 
-        try:
-            await send()
-        except WorkspaceError as error:
-            if not error.missing:
-                raise
-            folder = quote(posixpath.dirname(self.path(name)))
-            await self._workspace.call("PUT", f"/api/2.0/fs/directories{folder}")
-            await send()
+        folder = quote(posixpath.dirname(self.path(name)))
+        await _send_into_folder(send, partial(self._workspace.call, "PUT", f"/api/2.0/fs/directories{folder}"))
 
     async def read(self, name: str) -> bytes | None:
         return await self._workspace.read_file(self._url(name))
 
     async def remove_folder(self, name: str) -> None:
         folder = f"/api/2.0/fs/directories{quote(self.path(name))}"
-        with _ignore_missing():
-            # A volume removes empty folders only.
-            files = [
-                str(each["path"])
-                async for page in self._workspace.read_pages(folder, {})
-                for each in page.get("contents") or []
-            ]
-            for path in files:
-                with _ignore_missing():
-                    await self._workspace.call("DELETE", f"/api/2.0/fs/files{quote(path)}")
-            await self._workspace.call("DELETE", folder)
+        # A volume removes empty folders only.
+        for path in await unless_missing(self._list(folder)) or ():
+            await unless_missing(self._workspace.call("DELETE", f"/api/2.0/fs/files{quote(path)}"))
+        await unless_missing(self._workspace.call("DELETE", folder))
+
+    async def _list(self, url: str) -> list[str]:
+        pages = self._workspace.read_pages(url, {})
+        return [str(each["path"]) async for page in pages for each in page.get("contents") or ()]
 
     def _url(self, name: str) -> str:
         return "/api/2.0/fs/files" + quote(self.path(name))
@@ -129,15 +122,11 @@ class WorkspaceFiles(Storage):
     async def write(self, name: str, file: IO[bytes], size: int) -> None:
         _check_size(size, _LARGEST_WORKSPACE_FILE, "the workspace takes files of up to 10 MB")
         url = f"/api/2.0/workspace-files/import-file{quote(self.path(name))}?overwrite=true"
-        send = partial(self._workspace.send_file, "POST", url, file, size)
-        try:
-            await send()
-        except WorkspaceError as error:
-            if not error.missing:
-                raise
-            folder = posixpath.dirname(self.path(name))
-            await self._workspace.call("POST", "/api/2.0/workspace/mkdirs", body={"path": folder})
-            await send()
+        folder = posixpath.dirname(self.path(name))
+        await _send_into_folder(
+            partial(self._workspace.send_file, "POST", url, file, size),
+            partial(self._workspace.call, "POST", "/api/2.0/workspace/mkdirs", body={"path": folder}),
+        )
 
     async def read(self, name: str) -> bytes | None:
         path = quote(self.path(name), safe="")
@@ -146,9 +135,8 @@ class WorkspaceFiles(Storage):
         )
 
     async def remove_folder(self, name: str) -> None:
-        with _ignore_missing():
-            body = {"path": self.path(name), "recursive": True}
-            await self._workspace.call("POST", "/api/2.0/workspace/delete", body=body)
+        body = {"path": self.path(name), "recursive": True}
+        await unless_missing(self._workspace.call("POST", "/api/2.0/workspace/delete", body=body))
 
 
 class Dbfs(Storage):
@@ -186,23 +174,26 @@ class Dbfs(Storage):
                 return b"".join(pieces)
 
     async def remove_folder(self, name: str) -> None:
-        with _explain_disabled_root(), _ignore_missing():
-            body = {"path": self._api(name), "recursive": True}
-            await self._workspace.call("POST", "/api/2.0/dbfs/delete", body=body)
+        await unless_missing(self._call("POST", "delete", body={"path": self._api(name), "recursive": True}))
 
-    async def _call(self, method: str, what: str, *, params: dict[str, str]) -> dict[str, object]:
+    async def _call(
+        self, method: str, what: str, *, body: Mapping[str, Any] | None = None, params: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
         with _explain_disabled_root():
-            return await self._workspace.call(method, f"/api/2.0/dbfs/{what}", params=params)
+            return await self._workspace.call(method, f"/api/2.0/dbfs/{what}", body=body, params=params)
 
 
-@contextmanager
-def _ignore_missing() -> Iterator[None]:
-    """Ignore the error of a workspace that does not have what is asked for."""
+async def _send_into_folder(
+    send: Callable[[], Awaitable[object]], make_folder: Callable[[], Awaitable[object]]
+) -> None:
+    """Send a file. If its folder does not exist, make that and send the file again."""
     try:
-        yield
+        await send()
     except WorkspaceError as error:
         if not error.missing:
             raise
+        await make_folder()
+        await send()
 
 
 @contextmanager
