@@ -165,6 +165,7 @@ FILES = [
     ("a.csv", b"alpha\n\xff\n", "UTF-8"),
     ("a.jsonl", b'{"a": 1}\n{"a": \n', r"a\.jsonl, line 2: this line is not JSON"),
     ("a.jsonl", b"[1]\n", "line 1: this line holds list"),
+    ("a.jsonl", b"[" * 100_000, "line 1: this line is not JSON: maximum recursion depth"),
     ("a.jsonl", b"\xff\n", "UTF-8"),
 ]
 

@@ -393,7 +393,7 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                     continue
                 try:
                     point = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise SpecError(f"this line is not JSON: {error}", path=path, line=number) from error
                 if not isinstance(point, dict):
                     raise SpecError(
