@@ -134,6 +134,17 @@ async def test_waiting_and_running_are_shown_apart() -> None:
     assert [(row["waited"].text, row["ran"].text) for row in rows] == [("0.0 s", "6.5 s"), ("4.0 s", "2.5 s")]
 
 
+async def test_tags_that_somebody_else_wrote_harm_no_report() -> None:
+    tracking = FakeTracking()
+    tags = {"mlfleet.sweep.name": "s", "mlfleet.sweep.space": "[" * 100_000}
+    parent = await tracking.create_run("0", name="s", tags=tags)
+    for text in ("²", "9" * 5000, "-1", "many"):
+        numbers = {"mlfleet.sweep.index": text, "mlfleet.sweep.attempt": text, STARTED_TAG: text}
+        await tracking.create_run("0", name=None, tags={"mlfleet.sweep.id": parent.run_id, **numbers}, start_time=1)
+    rows = (await page_of(await load_sweep(tracking, "s", "0"))).table()
+    assert [(row["point"].text, row["attempt"].text, row["waited"].text) for row in rows] == [("0", "1", "0.0 s")] * 4
+
+
 async def test_a_sweep_that_has_not_begun_has_a_report_too() -> None:
     tracking = FakeTracking()
     await tracking.create_run("0", name="empty", tags={"mlfleet.sweep.name": "empty", "mlfleet.sweep.space": "{}"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -28,12 +29,22 @@ __all__ = [
     "SweepMember",
     "active_run_id",
     "choose_experiment",
+    "tagged_number",
 ]
 
 # The tags of a sweep's own MLflow run: its name, its space as JSON, and the reason why it ended early.
 NAME_TAG = "mlfleet.sweep.name"
 SPACE_TAG = "mlfleet.sweep.space"
 STOPPED_TAG = "mlfleet.sweep.stopped"
+
+
+_NUMBER = re.compile(r"[0-9]{1,15}")
+
+
+def tagged_number(tags: Mapping[str, str], tag: str) -> int | None:
+    """Return the number in a tag, which anybody may have written; None if there is none."""
+    text = tags.get(tag, "")
+    return int(text) if _NUMBER.fullmatch(text) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,15 +82,15 @@ class SweepMember:
     @classmethod
     def from_tags(cls, tags: Mapping[str, str]) -> Self | None:
         """Return the place that `tags` wrote; None if the run does not belong to a sweep."""
-        sweep_id, index, attempt = tags.get(cls.ID_TAG), tags.get(cls.INDEX_TAG, ""), tags.get(cls.ATTEMPT_TAG, "1")
-        if sweep_id is None or not (index.isdigit() and attempt.isdigit()):
+        sweep_id, index = tags.get(cls.ID_TAG), tagged_number(tags, cls.INDEX_TAG)
+        if sweep_id is None or index is None:
             return None
         return cls(
             sweep_id=sweep_id,
-            index=int(index),
+            index=index,
             key=tags.get(cls.KEY_TAG),
             durable=cls.KEY_TAG in tags,
-            attempt=int(attempt),
+            attempt=tagged_number(tags, cls.ATTEMPT_TAG) or 1,
             retry_reason=tags.get(cls.REASON_TAG),
         )
 

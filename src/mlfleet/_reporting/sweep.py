@@ -6,10 +6,10 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from mlfleet._engine.request import NAME_TAG, SPACE_TAG, STOPPED_TAG, SweepMember
+from mlfleet._engine.request import NAME_TAG, SPACE_TAG, STOPPED_TAG, SweepMember, tagged_number
 from mlfleet.errors import TrackingError, UsageError
 from mlfleet.runs import REASON_TAG, STARTED_TAG, RunStatus
 from mlfleet.tracking.base import RunInfo, Tracking
@@ -29,7 +29,6 @@ class ReportedRun:
         name: The name of the MLflow run.
         index: The number of the point, counted from 0.
         attempt: The number of the attempt, counted from 1.
-        latest: True for the last attempt at its point.
         status: The status of the run.
         params: The parameters that MLflow has logged.
         metrics: The metrics whose last value is finite.
@@ -38,13 +37,13 @@ class ReportedRun:
         ended: The time of its end, in the same unit; None before the end.
         reason: The reason why the previous attempt failed; None for the first one.
         failure: The reason why this attempt did not finish well; None if it did, or if that is not known.
+        latest: True for the last attempt at its point.
     """
 
     run_id: str
     name: str
     index: int
     attempt: int
-    latest: bool
     status: RunStatus
     params: Mapping[str, str]
     metrics: Mapping[str, float]
@@ -53,6 +52,7 @@ class ReportedRun:
     ended: int | None
     reason: str | None
     failure: str | None
+    latest: bool = False
 
     @property
     def waited(self) -> float | None:
@@ -181,42 +181,31 @@ async def find_sweep(tracking: Tracking, sweep: str, experiment_id: str) -> RunI
 
 
 def _reported(children: Sequence[RunInfo]) -> tuple[ReportedRun, ...]:
-    latest: dict[int, int] = {}
-    for child in children:
-        index, attempt = _number(child, SweepMember.INDEX_TAG, 0), _number(child, SweepMember.ATTEMPT_TAG, 1)
-        latest[index] = max(latest.get(index, 1), attempt)
-    runs = [_run(child, latest) for child in children]
-    return tuple(sorted(runs, key=lambda run: (run.index, run.attempt, run.created or 0)))
+    runs = sorted(map(_run, children), key=lambda run: (run.index, run.attempt, run.created or 0))
+    latest = {run.index: run.attempt for run in runs}
+    return tuple(replace(run, latest=run.attempt == latest[run.index]) for run in runs)
 
 
-def _run(info: RunInfo, latest: Mapping[int, int]) -> ReportedRun:
-    index, attempt = _number(info, SweepMember.INDEX_TAG, 0), _number(info, SweepMember.ATTEMPT_TAG, 1)
-    started = info.tags.get(STARTED_TAG, "")
+def _run(info: RunInfo) -> ReportedRun:
     return ReportedRun(
         run_id=info.run_id,
         name=info.name,
-        index=index,
-        attempt=attempt,
-        latest=attempt == latest[index],
+        index=tagged_number(info.tags, SweepMember.INDEX_TAG) or 0,
+        attempt=tagged_number(info.tags, SweepMember.ATTEMPT_TAG) or 1,
         status=info.status,
         params=info.params,
         metrics={name: value for name, value in info.metrics.items() if math.isfinite(value)},
         created=info.start_time,
-        started=int(started) if started.isdigit() else info.start_time,
+        started=tagged_number(info.tags, STARTED_TAG) or info.start_time,
         ended=info.end_time,
         reason=info.tags.get(SweepMember.REASON_TAG),
         failure=info.tags.get(REASON_TAG) or None,
     )
 
 
-def _number(info: RunInfo, tag: str, default: int) -> int:
-    text = info.tags.get(tag, "")
-    return int(text) if text.isdigit() else default
-
-
 def _space(text: str) -> dict[str, Any]:
     try:
         space = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return space if isinstance(space, dict) else {}

@@ -16,7 +16,7 @@ from typing import Any, Self
 from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.plan import Plan
-from mlfleet._engine.request import NAME_TAG, SPACE_TAG, STOPPED_TAG, SweepMember
+from mlfleet._engine.request import NAME_TAG, SPACE_TAG, STOPPED_TAG, SweepMember, tagged_number
 from mlfleet._paths import sweeps_folder
 from mlfleet._project.content import content_hash
 from mlfleet._run_log import get_logger
@@ -329,8 +329,7 @@ async def _close(tracking: Tracking, record: SweepRecord, patience: float, *, wi
 
 
 def _attempt(run: RunInfo) -> int:
-    text = run.tags.get(SweepMember.ATTEMPT_TAG, "1")
-    return int(text) if text.isdigit() else 1
+    return tagged_number(run.tags, SweepMember.ATTEMPT_TAG) or 1
 
 
 # ---- notes ----------------------------------------------------------------------------------------------------------
