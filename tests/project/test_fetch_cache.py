@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from components.git_repository import Repository, git, make_repository
-from mlfleet._paths import runs_folder
-from mlfleet._project.cache import list_entries, list_runs, prune, prune_runs
+from mlfleet._project.cache import list_entries, prune
 from mlfleet._project.fetch import ProjectFetcher
 from mlfleet._store.content_store import StoredEntry
 from mlfleet.errors import FetchError
@@ -130,26 +129,3 @@ async def test_constant_pruning_does_not_break_fetches(repository: Repository) -
     while not all(task.done() for task in fetches):
         await asyncio.to_thread(prune)
     assert set(await asyncio.gather(*fetches)) == {f"name: project\n{repository.head}"}
-
-
-def test_output_of_old_runs_is_pruned_and_that_of_running_ones_kept(tmp_path: Path) -> None:
-    assert list_runs() == prune_runs() == []
-    for name in ("old", "new", "running"):
-        folder = runs_folder() / name
-        folder.mkdir(parents=True)
-        (folder / "output.log").write_text(name)
-        if name != "new":
-            make_old(folder / "output.log")
-            make_old(folder)
-    running = subprocess.Popen(
-        ["flock", "--shared", str(runs_folder() / "running" / "output.log"), "sh", "-c", "echo held; cat"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert running.stdout is not None
-    running.stdout.readline()
-    assert {entry.uri for entry in list_runs()} == {"old", "new", "running"}
-    assert [entry.uri for entry in prune_runs(DAY)] == ["old"]
-    assert [entry.uri for entry in prune_runs()] == ["new"]
-    running.communicate()
-    assert [entry.uri for entry in prune_runs()] == ["running"]

@@ -12,10 +12,11 @@ from mlfleet._cli.options import debug_option, duration, json_option
 from mlfleet._cli.output import print_json, print_table
 from mlfleet._environments.store import list_environments
 from mlfleet._environments.store import prune as prune_environments
-from mlfleet._project.cache import list_entries, list_runs, prune_runs
+from mlfleet._project.cache import list_entries
 from mlfleet._project.cache import prune as prune_entries
 from mlfleet._project.working_copies import list_copies, prune_copies
 from mlfleet._store.content_store import StoredEntry
+from mlfleet._store.outputs import list_outputs, prune_outputs
 
 __all__ = ["cache", "envs"]
 
@@ -42,7 +43,7 @@ def cache() -> None:
 @debug_option
 def list_cache(*, outputs: bool, as_json: bool) -> None:
     """List fetched projects and working copies, the last used first."""
-    entries = list_runs() if outputs else [*list_entries(), *list_copies()]
+    entries = list_outputs() if outputs else [*list_entries(), *list_copies()]
     _print([_cached(entry) for entry in entries], as_json=as_json)
 
 
@@ -54,7 +55,7 @@ def list_cache(*, outputs: bool, as_json: bool) -> None:
 def prune_cache(*, age: timedelta | None, outputs: bool, as_json: bool) -> None:
     """Remove fetched projects and working copies that are not in use."""
     # Working copies first: while they exist, the projects are in use.
-    removed = prune_runs(age) if outputs else [*prune_copies(age), *prune_entries(age)]
+    removed = prune_outputs(age) if outputs else [*prune_copies(age), *prune_entries(age)]
     _removed([_cached(entry) for entry in removed], as_json=as_json)
 
 

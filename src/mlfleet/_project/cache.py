@@ -19,19 +19,16 @@ import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlfleet._concurrency.threads import PROJECTS
-from mlfleet._paths import cache_folder, runs_folder, size_on_disk
+from mlfleet._paths import cache_folder, size_on_disk
 from mlfleet._store.content_store import (
     ContentStore,
     StoredEntry,
     claim,
-    is_unleased,
     modified_at,
-    prune_entry,
     read_facts,
     remove_tree,
     subfolders,
@@ -43,10 +40,8 @@ from mlfleet.errors import FetchError
 __all__ = [
     "ProjectStore",
     "list_entries",
-    "list_runs",
     "projects_folder",
     "prune",
-    "prune_runs",
 ]
 
 _TMP = "tmp-"
@@ -205,31 +200,6 @@ def prune(older_than: timedelta | None = None) -> list[StoredEntry]:
     return removed
 
 
-def list_runs() -> list[StoredEntry]:
-    """Return the folders with the captured output of runs, the last used first. Blocking."""
-    folders = subfolders(runs_folder())
-    entries = [_run_entry(folder, in_use=not is_unleased(folder / "output.log")) for folder in folders]
-    return sorted(entries, key=lambda entry: entry.last_used, reverse=True)
-
-
-def prune_runs(older_than: timedelta | None = None) -> list[StoredEntry]:
-    """Remove the captured output of runs. Blocking.
-
-    A run whose ``output.log`` is locked (``flock``) is still active and is skipped.
-
-    Args:
-        older_than: Only what was not written to in this time; None: all.
-
-    Returns:
-        What was removed.
-    """
-    removed = [
-        prune_entry(partial(_run_entry, folder, in_use=False), folder / "output.log", older_than)
-        for folder in subfolders(runs_folder())
-    ]
-    return [entry for entry in removed if entry is not None]
-
-
 def projects_folder() -> Path:
     """Return the folder of fetched projects."""
     return cache_folder() / "projects"
@@ -249,8 +219,3 @@ def _prune_downloads(folder: Path, older_than: timedelta | None) -> None:
                 with claim(path.with_suffix(".lock")) as is_mine:
                     if is_mine:
                         path.unlink(missing_ok=True)
-
-
-def _run_entry(folder: Path, *, in_use: bool) -> StoredEntry:
-    used = max(modified_at(folder), modified_at(folder / "output.log"))
-    return StoredEntry("run", folder.name, None, folder, size_on_disk(folder), used, in_use=in_use)

@@ -271,10 +271,10 @@ class ProjectFetcher:
         download = HttpArchive(uri, self._root / "downloads", ArchiveLimits.from_environ())
         try:
             async with file_lock(download.lock_path):
-                known = await download.known_hash()
-                if known is not None and await self._unpacked_before(known) is None:
-                    known = None
-                async with download.changed(known) as (digest, path):
+                last = await download.read_last()
+                if "sha256" not in last or await self._unpacked_before(last["sha256"]) is None:
+                    last = {}
+                async with download.changed(last) as (digest, path):
                     tree = await self._unpacked(uri, digest, path)
         except OSError as error:
             raise _cache_failure(uri, error) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -59,34 +59,36 @@ class HttpArchive:
         self._part = folder / f"{key}.part"
         self.lock_path = folder / f"{key}.lock"
 
-    async def known_hash(self) -> str | None:
-        """Return the hash of the content at the last download, if the server can be asked whether it has changed."""
-        state = await PROJECTS.run(self._read_state)
-        return state.get("sha256")
+    async def read_last(self) -> Mapping[str, str]:
+        """Return what to ask the server by whether its content has changed, with the hash of that of the last download.
+
+        The hash is under ``sha256``; without it the server cannot be asked.
+        """
+        return await PROJECTS.run(lambda: {name: str(value) for name, value in (read_facts(self._state) or {}).items()})
 
     @asynccontextmanager
-    async def changed(self, known: str | None) -> AsyncIterator[tuple[str, Path | None]]:
-        """Yield the hash of the content now, and the file; no file if the content is still `known`.
+    async def changed(self, last: Mapping[str, str]) -> AsyncIterator[tuple[str, Path | None]]:
+        """Yield the hash of the content now, and the file; no file if the content is still that of `last`.
 
         The lock must be held. The file is removed at the end.
 
         Args:
-            known: The hash of a content that is at hand.
+            last: What `read_last` returned, if that content is at hand; else empty.
 
         Raises:
             FetchError: The zip cannot be downloaded.
         """
-        state = await PROJECTS.run(self._read_state) if known else {}
-        headers = {header: state[name] for name, header in _VALIDATORS.items() if name in state}
         try:
-            yield await self._download(headers, known)
+            yield await self._download(last)
         finally:
             await PROJECTS.finish(lambda: self._part.unlink(missing_ok=True))
 
-    async def _download(self, headers: dict[str, str], known: str | None) -> tuple[str, Path | None]:
+    async def _download(self, last: Mapping[str, str]) -> tuple[str, Path | None]:
+        headers = {header: last[name] for name, header in _VALIDATORS.items() if name in last}
+
         async def receive(response: httpx.Response) -> tuple[str, Path | None]:
-            if response.status_code == 304 and known:
-                return known, None
+            if response.status_code == 304 and last:
+                return last["sha256"], None
             _raise_for_status(response)
             return await self._save(response), self._part
 
@@ -125,9 +127,6 @@ class HttpArchive:
             state["sha256"] = digest.hexdigest()
         await PROJECTS.run(lambda: write_facts(self._state, state))
         return digest.hexdigest()
-
-    def _read_state(self) -> dict[str, str]:
-        return {name: str(value) for name, value in (read_facts(self._state) or {}).items()}
 
     def _failure(self, why: str) -> FetchError:
         return FetchError(f"cannot download {self._uri.text}: {why}", uri=self._uri.text)

@@ -387,7 +387,7 @@ def _open_output(path: Path) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Append, so that a child that opens it once more (/dev/stdout) does not overwrite its content.
         output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        # Held as long as a process can write to it: `prune_runs` leaves it alone.
+        # Held as long as a process can write to it: `prune_outputs` leaves it alone.
         fcntl.flock(output, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return output
     except OSError as error:
