@@ -31,7 +31,7 @@ from mlfleet.backends.databricks.records import Record, change_owner, read_recor
 from mlfleet.backends.databricks.requirements import read_requirements
 from mlfleet.backends.databricks.run import DatabricksRun, RemoteRun
 from mlfleet.backends.databricks.secret_scopes import find_old_secrets, put_secret, remove_secret, secret_key
-from mlfleet.backends.databricks.states import Phase, State, read_state
+from mlfleet.backends.databricks.states import LOST, Phase, State, read_state
 from mlfleet.backends.databricks.storage import HOME, Storage, Uploads, open_storage
 from mlfleet.backends.databricks.watch import Poller, RecentRuns
 from mlfleet.errors import BackendError, RunLost, SpecError, SubmitError, UsageError
@@ -253,7 +253,9 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
         """
         context = await self._own_context()
         left = {each.listed.run_id: each.listed for each in await self._find_left()}
-        active = (_listed(run_id, run) for run_id, run in await context.recent.list_active())
+        active = (
+            _listed(run_id, str(run["run_id"]), read_state(run)) for run_id, run in await context.recent.list_active()
+        )
         return [*(run for run in active if run.run_id not in left), *left.values()]
 
     async def prune(
@@ -261,9 +263,9 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
     ) -> Sequence[ListedRun]:
         """Remove what dead processes of this machine left in workspaces: secrets and files; see `Backend.prune`.
 
-        These are the secret variables and the output of a run, and secret variables that any machine
-        left more than a week ago in the workspace of `list_runs`. Packed projects stay, since other runs may use them,
-        and so do Databricks' own entries of runs.
+        These are the secret variables and the output of a run, and secret variables that any machine left more than a
+        week ago in the workspace of `list_runs`. Packed projects stay, since other runs may use them, and so do
+        Databricks' own entries of runs.
         """
         chosen = await self._prune_old_secrets(run_ids, dry_run=dry_run)
         for left in await self._find_left():
@@ -303,10 +305,10 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
                     extra={"run_id": reference.run_id},
                 )
                 continue
-            since = reference.data.get("since")
-            entry = run or {"run_id": record.number, "start_time": since, "state": {"life_cycle_state": "GONE"}}
-            listed = replace(_listed(reference.run_id, entry), supervised=False)
-            found.append(_Left(reference, context, listed, run is not None and not read_state(run).is_terminal))
+            state = read_state(run) if run is not None else replace(LOST, start_time=_since(reference))
+            number = str(run["run_id"]) if run is not None else record.number
+            listed = replace(_listed(reference.run_id, number, state), supervised=False)
+            found.append(_Left(reference, context, listed, not state.is_terminal))
         return found
 
     async def _remove(self, left: _Left) -> None:
@@ -467,24 +469,26 @@ def _read_abandoned() -> list[Record]:
     return [record for record in read_records() if owner_lives(record.reference.data.get("owner")) is False]
 
 
-def _listed(run_id: str, run: Mapping[str, Any]) -> ListedRun:
-    status, state = run.get("status") or {}, run.get("state") or {}
+def _listed(run_id: str, number: str, state: State) -> ListedRun:
     return ListedRun(
         run_id=run_id,
         backend=DatabricksBackend.name,
-        created=datetime.fromtimestamp(int(run.get("start_time") or 0) / 1000, UTC),
-        state=str(status.get("state") or state.get("life_cycle_state") or "PENDING").lower(),
+        created=datetime.fromtimestamp(state.start_time / 1000, UTC),
+        state=state.life.lower(),
         supervised=True,  # the process that submitted it may be on another machine
-        detail={"databricks_run": str(run["run_id"]), "url": str(run.get("run_page_url") or "")},
+        detail={"databricks_run": number, "url": state.page_url},
     )
 
 
 async def _find(context: _WorkspaceContext, ref: JobRef) -> dict[str, Any] | None:
     """Return the entry of ``runs/get`` for a run; None if the workspace does not have it."""
-    since = ref.data.get("since")  # references of earlier versions have none
-    return await context.recent.find(
-        ref.run_id, number=ref.tags.get(_NUMBER_TAG, ""), since=since if isinstance(since, int) else 0
-    )
+    return await context.recent.find(ref.run_id, number=ref.tags.get(_NUMBER_TAG, ""), since=_since(ref))
+
+
+def _since(ref: JobRef) -> int:
+    """Return the time of the submission in milliseconds since the epoch; 0 for references of earlier versions."""
+    since = ref.data.get("since")
+    return since if isinstance(since, int) else 0
 
 
 async def _cancel(run: DatabricksRun) -> None:

@@ -91,7 +91,7 @@ class Workspace:
         version: The version of the Jobs API.
     """
 
-    def __init__(self, profile: str | None, timing: Timing, *, version: str = "2.2") -> None:
+    def __init__(self, profile: str | None, timing: Timing, *, version: str) -> None:
         self._version = version
         uri = f"databricks://{profile}" if profile else "databricks"
         self._login = DatabricksLogin(uri)

@@ -52,6 +52,7 @@ class State:
 
     Attributes:
         phase: The progress of the run.
+        life: Databricks' own word for it, such as ``TERMINATED``.
         status: The final status; None before the end.
         reason: The reason of a bad end, in a few words; None: it has not ended, or ended well.
         cause: The kind of failure; None: the run's own code failed, or the kind is unknown.
@@ -62,6 +63,7 @@ class State:
     """
 
     phase: Phase
+    life: str = "PENDING"
     status: RunStatus | None = None
     reason: str | None = None
     cause: FailureKind | None = None
@@ -76,7 +78,7 @@ class State:
         return self.phase in (Phase.ENDED, Phase.LOST)
 
 
-LOST = State(phase=Phase.LOST)
+LOST = State(phase=Phase.LOST, life="GONE")
 
 
 def read_state(run: Mapping[str, Any]) -> State:
@@ -89,6 +91,7 @@ def read_state(run: Mapping[str, Any]) -> State:
     ended = _ended(life, status, state, task) if phase is Phase.ENDED else (None, None, None)
     return State(
         phase=phase,
+        life=life,
         status=ended[0],
         reason=ended[1],
         cause=ended[2],
