@@ -34,8 +34,8 @@ from mlfleet._cli.output import (
     print_table,
     where_to_look,
 )
+from mlfleet._cli.sweep_json import SweepJson, result_as_json
 from mlfleet._cli.sweep_space import read_space
-from mlfleet._cli.sweep_views import SweepJson, SweepView, result_as_json
 from mlfleet._engine.options import Goal
 from mlfleet._engine.request import RunRequest
 from mlfleet._progress import BestRuns, LinePainter, SweepScreen, TerminalPainter, is_interactive, say, shown
@@ -207,7 +207,7 @@ def _new_name() -> str:
     return f"sweep-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
-def _view(command: SweepCommand, *, as_json: bool, quiet: bool) -> SweepView:
+def _view(command: SweepCommand, *, as_json: bool, quiet: bool) -> SweepScreen | SweepJson:
     if as_json:
         return SweepJson(quiet=quiet)
     if is_interactive() and not quiet:
@@ -254,7 +254,7 @@ class SweepCommand:
         """The status of the sweep; FAILED if it did not begin."""
         return self.sweep.status if self.sweep is not None else RunStatus.FAILED
 
-    async def execute(self, view: SweepView, interrupts: Interrupts) -> None:
+    async def execute(self, view: SweepScreen | SweepJson, interrupts: Interrupts) -> None:
         """Run the sweep and keep the result. When this returns, nothing of the sweep is left."""
         async with shown(view):
             # Inside the view, so that it shows how the runs stop after an interrupt.
@@ -265,7 +265,7 @@ class SweepCommand:
                     self.error = error
             await self._keep_rest(view)
 
-    async def _run(self, view: SweepView, interrupts: Interrupts) -> None:
+    async def _run(self, view: SweepScreen | SweepJson, interrupts: Interrupts) -> None:
         async with Fleet(tracking_uri=self.tracking_uri, max_concurrent=self.jobs, on_event=view.follow) as fleet:
             interrupts.fleet = fleet
             self.tracking = fleet.tracking.uri
@@ -275,7 +275,7 @@ class SweepCommand:
                 async for result in sweep:
                     await self._keep(result, view)
 
-    async def _keep_rest(self, view: SweepView) -> None:
+    async def _keep_rest(self, view: SweepScreen | SweepJson) -> None:
         """Keep the results that came after an interrupt."""
         if self.sweep is None:
             return
@@ -285,7 +285,7 @@ class SweepCommand:
         except MlfleetError as error:
             self.error = error
 
-    async def _keep(self, result: PointResult, view: SweepView) -> None:
+    async def _keep(self, result: PointResult, view: SweepScreen | SweepJson) -> None:
         self.best.add(result)
         view.ended(result, () if result.run is None else (await result.run.outcome()).output)
 

@@ -6,45 +6,20 @@ import sys
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import anyio
 
 from mlfleet._cli.output import masked, to_json
 from mlfleet._concurrency.threads import TERMINAL
-from mlfleet._progress import View, say
+from mlfleet._progress import say
 from mlfleet._sweeps import PointResult, Sweep
 from mlfleet._text.lines import write_all
 from mlfleet.runs import RunEvent
 
-__all__ = ["SweepJson", "SweepView", "result_as_json"]
+__all__ = ["SweepJson", "result_as_json"]
 
 _MOST_EVENTS = 10_000  # events that wait for a reader before further ones are dropped
-
-
-class SweepView(View, Protocol):
-    """A view of a sweep while it runs."""
-
-    def follow(self, event: RunEvent) -> None:
-        """Show an event; must not block."""
-        ...
-
-    def entered(self, sweep: Sweep) -> None:
-        """Show that the sweep has begun."""
-        ...
-
-    def ended(self, result: PointResult, output: Sequence[str]) -> None:
-        """Show the result of a point.
-
-        Args:
-            result: The result.
-            output: The last lines of a failed run's output.
-        """
-        ...
-
-    def say(self, text: str) -> None:
-        """Show a line that stays."""
-        ...
 
 
 class SweepJson:
