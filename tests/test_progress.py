@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from components.plugins import on_path
 from components.projects import pid_is_gone, write_project
 from fakes.scripted_server import scripted
 from fakes.small_mlflow import SmallMlflow
-from mlfleet import ExecutionException, SweepCounts, UsageError, grid
+from mlfleet import ExecutionException, RunEvent, Stage, SweepCounts, UsageError, grid
+from mlfleet._cli.sweep_json import SweepJson
+from mlfleet._progress import BestRuns, SweepScreen
 from mlfleet._progress.painters import LinePainter
 from mlfleet._progress.picture import Painter, Picture
 from mlfleet._progress.screen import RunScreen, shown
@@ -175,3 +178,22 @@ async def test_a_view_that_fails_harms_no_run(caplog: pytest.LogCaptureFixture) 
         "the progress cannot be shown any more",
         "the end of the progress could not be shown",
     ]
+
+
+@pytest.mark.parametrize("kind", ["json", "lines"])
+async def test_no_line_is_lost_at_whatever_moment_the_view_is_closed(
+    kind: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for turns in range(8):
+        view = SweepJson(quiet=True) if kind == "json" else SweepScreen(LinePainter(), BestRuns(None))
+        writing = asyncio.ensure_future(view.keep_up())
+        await asyncio.sleep(0)
+        view.follow(RunEvent(Stage.RETRIED, "demo", detail="the last", index=7))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        writing.cancel()
+        with suppress(asyncio.CancelledError):
+            await writing
+        await view.close()
+        out, err = capfd.readouterr()
+        assert (out if kind == "json" else err).count("the last") == 1, turns

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import anyio
@@ -95,13 +94,14 @@ class SweepJson:
 
     async def _write(self) -> None:
         while self._lines:
-            text = "".join(f"{to_json(self._lines.popleft())}\n" for _ in range(min(len(self._lines), 100)))
-            if not self._broken:
-                await TERMINAL.run(partial(self._put, text.encode(errors="replace")))
+            await TERMINAL.run(self._put)
 
-    def _put(self, data: bytes) -> None:
+    def _put(self) -> None:
+        # Taken in the thread: a call that is cancelled before its thread has begun would lose them.
+        text = "".join(f"{to_json(self._lines.popleft())}\n" for _ in range(min(len(self._lines), 100)))
         try:
-            write_all(sys.stdout.fileno(), data)
+            if not self._broken:
+                write_all(sys.stdout.fileno(), text.encode(errors="replace"))
         except OSError:
             self._broken = True  # the reader is gone; the sweep goes on
 
