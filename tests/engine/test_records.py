@@ -15,7 +15,10 @@ from components.projects import pid_is_gone, write_project
 from mlfleet import Fleet, Outcome, RunStatus, grid
 from mlfleet._engine.records import RunRecord, RunRecords, find_record, tracking_key
 from mlfleet._sweeps import SPACE_TAG
+from mlfleet.backends.base import Job
+from mlfleet.backends.local.backend import LocalBackend
 from mlfleet.errors import RunLost, TrackingError, UsageError
+from mlfleet.runs import JobRef
 from mlfleet.testing import FakeTracking
 
 
@@ -122,6 +125,33 @@ def record(run_id: str, tracking: FakeTracking, *, durable: bool = False) -> Run
     return RunRecord(
         run_id=run_id, backend="local", project="demo", tracking=tracking_key(tracking.uri), durable=durable
     )
+
+
+async def test_a_run_of_a_sweep_whose_driver_died_leaves_no_record_when_it_is_cancelled(tmp_path: Path) -> None:
+    tracking = FakeTracking()
+    made = await tracking.create_run("0", name=None, tags={})
+    job = Job(
+        run_id=made.run_id,
+        experiment_id="0",
+        project_name="demo",
+        project_dir=tmp_path,
+        command="echo ready; sleep 600",
+        durable=True,
+        output=tmp_path / "output.log",
+    )
+    dead = RunRecords()
+    await dead.add(record(made.run_id, tracking, durable=True))
+    await dead.close()
+    async with LocalBackend() as backend, Fleet(tracking=tracking) as fleet:
+        reference = backend.reference(job)
+        assert reference is not None
+        await tracking.log(made.run_id, tags={JobRef.TAG: reference.to_json()})
+        run = await backend.submit(job)
+        await anext(run.logs())
+        await (await fleet.get(made.run_id)).cancel(grace=1)
+        assert await run.wait() is False
+    assert tracking.runs[made.run_id].status is RunStatus.KILLED
+    assert records() == []
 
 
 async def test_a_run_that_was_lost_is_lost_for_the_next_process_too() -> None:

@@ -14,7 +14,7 @@ from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.attach import read_reference, tracked_outcome
 from mlfleet._engine.conclude import Driver, Verdict, conclude, find_processes, judge, write_end
-from mlfleet._engine.records import RunRecord, ask_to_cancel, find_record, look_up
+from mlfleet._engine.records import RunRecord, ask_to_cancel, find_record, look_up, remove_record
 from mlfleet._paths import run_folder
 from mlfleet._text.lines import LogLine
 from mlfleet._text.plain import short
@@ -303,6 +303,8 @@ class TrackedRun:
             await self._settle(await handle.outcome())
         else:
             await self._end(handle, grace)
+        if verdict.driver is Driver.GONE:
+            await FILES.run(partial(remove_record, self.run_id))  # those of named sweeps are left alone elsewhere
         await self._refresh()
 
     async def _find_begun(self, driver: Driver, grace: float | None) -> BackendRun | None:
