@@ -86,11 +86,6 @@ class Broadcast(Generic[T]):
         self._readers.add(reader)
         return reader
 
-    @property
-    def has_readers(self) -> bool:
-        """True if there is a reader."""
-        return bool(self._readers)
-
     def publish(self, item: T) -> None:
         """Give an item to all readers, without waiting for them."""
         for reader in self._readers:

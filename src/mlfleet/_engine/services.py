@@ -66,7 +66,7 @@ class Events(Broadcast[RunEvent]):
     @property
     def has_readers(self) -> bool:
         """True if there is a callback or a reader, so that it is worth making an event."""
-        return self._on_event is not None or super().has_readers
+        return self._on_event is not None or bool(self._readers)
 
     def publish(self, item: RunEvent) -> None:
         """Pass an event to all readers and to the callback, whose errors are logged."""
