@@ -35,7 +35,7 @@ _FIRST_LIST_SECONDS = 20.0  # seconds for the first list: a submit to a cluster 
 _LIST_SECONDS = 90.0  # seconds for a later list
 _UNREACHABLE_SECONDS = 3600.0  # seconds without any answer after which the cluster is given up
 _LOGIN_SECONDS = 300.0  # seconds for which a login that fails is tried again
-_SLICE = (0.001, 0.008)  # seconds of events to handle in one iteration of the event loop, at first and at most
+_SLICE = 0.004  # seconds of events to handle in one iteration of the event loop, in CPU time: the machine may be busy
 _REMEMBERED = 4096  # deleted Jobs
 _SELECTOR = {"labelSelector": f"{MANAGED_BY}=mlfleet"}
 
@@ -187,30 +187,6 @@ class NamespaceWatch:
         return Snapshot(job, tuple(sorted(self._pods.get(job.uid, {}).values(), key=lambda pod: pod.created)))
 
 
-class _TimeSlice:
-    """A share of the event loop's time: as much as all other tasks took the last time, and little at first.
-
-    So a watch neither delays them nor falls behind: its share may double each time that it was not enough. Counted in
-    CPU time of this thread, which does not depend on how busy the machine is.
-    """
-
-    def __init__(self) -> None:
-        self._share = self._most = _SLICE[0]
-        self._began = time.thread_time()
-
-    @property
-    def is_over(self) -> bool:
-        return time.thread_time() - self._began > self._share
-
-    async def yield_to_loop(self) -> None:
-        """Let other tasks run."""
-        left = time.thread_time()
-        await asyncio.sleep(0)
-        self._began = time.thread_time()
-        self._most = min(2 * self._most, _SLICE[1])
-        self._share = min(max(self._began - left, _SLICE[0]), self._most)
-
-
 class _Reflector:
     """Lists and watches one kind of object (the word is that of Kubernetes' client-go).
 
@@ -340,12 +316,13 @@ class _Reflector:
                     continue
                 *lines, rest = pending.split(b"\n")
                 pending = bytearray(rest)  # of an event that is cut off, if this was the last of it
-                time_slice = _TimeSlice()
+                began = time.thread_time()
                 for line in filter(bytearray.strip, lines):
                     self._event(line)
                     count += 1
-                    if time_slice.is_over:
-                        await time_slice.yield_to_loop()
+                    if time.thread_time() - began > _SLICE:
+                        await asyncio.sleep(0)
+                        began = time.thread_time()
         return count > 0
 
     def _event(self, line: bytearray) -> None:
