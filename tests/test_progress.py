@@ -117,6 +117,7 @@ async def test_what_a_backend_does_is_shown_under_its_own_name(
     before, _, after = terminal.seen.partition("mlfleet: running")
     assert "preparing the environment" in before
     assert "building" not in terminal.plain
+    assert "fetching" not in terminal.plain  # the project is a folder here
     # No spinner comes back where the project writes.
     assert f"mlfleet: {doing}" in after
     assert "\x1b" not in after

@@ -170,10 +170,10 @@ def activity(stage: Stage, detail: str = "", *, brief: bool = False) -> str:
     """
     detail = " ".join(clean(detail).split())
     match stage:
-        case Stage.FETCHING:
+        case Stage.FETCHING if detail:
             doing = "fetching the project"
-        case Stage.QUEUED:
-            return "getting the run ready"
+        case Stage.FETCHING | Stage.QUEUED:
+            return "getting ready"
         case Stage.PREPARING:
             doing = "building the environment" if detail else "preparing the environment"
         case Stage.STARTING:
