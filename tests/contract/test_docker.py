@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from components.docker import DockerEngine
 from mlfleet._project.spec import DockerEnv
 from mlfleet.backends.base import DockerRequest, Job
 from mlfleet.backends.docker import DockerBackend
-from mlfleet.testing import BackendContract, Harness
+from mlfleet.testing import BackendContract, Bench, Harness
 
 
 # Containers start in 0.3 s each on two free cores; the machines of CI are not free.
@@ -43,3 +44,15 @@ class TestDocker(BackendContract):
             return [f"{item['Names']}: {item['State']}" for item in found]
 
         return Harness(open=DockerBackend, job=job, leftovers=leftovers)
+
+    async def test_closing_the_backend_ends_its_runs_although_all_tasks_are_cancelled(self, harness: Harness) -> None:
+        backend = await DockerBackend().__aenter__()
+        bench = Bench(harness, backend)
+        await bench.submit_ready("trap '' TERM; echo ready; sleep 600", cancel_grace=0.5)
+        closing = asyncio.create_task(backend.__aexit__(None, None, None))
+        await asyncio.sleep(0.1)
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:  # as asyncio.run does at its end
+            task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        assert await bench.leftovers() == []

@@ -20,7 +20,7 @@ __all__ = ["RemoteBackend"]
 
 
 class RemoteBackend(Backend[Config], ABC):
-    """A backend that submits jobs to a service elsewhere.
+    """A backend that submits jobs to a service, where they go on when this process dies.
 
     Leaving it ends the runs that it submitted, and then closes what `_stack` holds. Runs that it attached to go on.
     """

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ClassVar, Self
 
 import anyio
 
-from mlfleet._concurrency.cancellation import complete, wait_done
+from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.threads import FILES
 from mlfleet._oci import login
 from mlfleet._paths import run_folder
 from mlfleet._process.reattach import machine
 from mlfleet._run_log import get_logger
-from mlfleet.backends._remote.run import SupervisedRun, SupervisedRuns
-from mlfleet.backends.base import DRIVER_DIED, Backend, BackendRun, DockerRequest, Job, ListedRun, Presence
+from mlfleet.backends._remote.backend import RemoteBackend
+from mlfleet.backends.base import DRIVER_DIED, BackendRun, DockerRequest, Job, ListedRun, Presence
 from mlfleet.backends.docker.client import Endpoint, Engine, EngineError
 from mlfleet.backends.docker.container import TrackingMounts, container_body, tracking_mounts
 from mlfleet.backends.docker.image import Image, Images, check_reference
@@ -50,7 +48,7 @@ _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")  # as the engine allows (moby/
 _GRACE = 60.0  # seconds to take back a container whose submission is cancelled
 
 
-class DockerBackend(Backend[None]):
+class DockerBackend(RemoteBackend[None]):
     """Runs jobs in containers of one engine: that of ``DOCKER_HOST``, ``DOCKER_CONTEXT`` or Docker's current context.
 
     Leaving the backend ends the containers that it submitted, and leaves those that it attached to alone.
@@ -61,31 +59,23 @@ class DockerBackend(Backend[None]):
     """
 
     name: ClassVar[str] = "docker"
-    hides_environment: ClassVar[bool] = True
+    needs_login: ClassVar[bool] = False
 
     def __init__(self, *, end_patience: float = 60.0) -> None:
+        super().__init__()
         self._end_patience = end_patience
         self._engine = Engine()
         self._images = Images(self._engine)
         self._watch = ContainerWatch(self._engine)
-        self._runs = SupervisedRuns()
         self._missing: set[str] = set()
         self._starting = anyio.CapacityLimiter(_AT_ONCE)
 
     async def __aenter__(self) -> Self:
+        await super().__aenter__()
         await self._engine.locate()
-        await self._watch.__aenter__()
+        await self._stack.enter_async_context(self._engine)
+        await self._stack.enter_async_context(self._watch)
         return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await complete(self._close)
-
-    async def _close(self) -> None:
-        await self._runs.close()
-        await self._watch.__aexit__(None, None, None)
-        await self._engine.__aexit__(None, None, None)
 
     def check(self, docker: DockerRequest | None, folder: Path) -> None:
         """Check image, flags, volumes, variables and credentials; see `Backend.check`."""
@@ -201,11 +191,6 @@ class DockerBackend(Backend[None]):
         """Remove the containers that no process of this machine looks after; see `Backend.prune`."""
         return await prune_containers(self._engine, run_ids, running=running, dry_run=dry_run)
 
-    def detach(self, run: BackendRun) -> None:
-        """Stop watching a run, which goes on."""
-        if isinstance(run, SupervisedRun):
-            run.detach()
-
     async def is_abandoned(self, ref: JobRef) -> bool:
         """Return True if the run's container has ended and no process looks after it."""
         found = await list_containers(self._engine, ref.run_id)
@@ -261,7 +246,7 @@ class DockerBackend(Backend[None]):
                 await complete(start, limit=_GRACE)
             return run
         except BaseException as error:
-            await wait_done(asyncio.ensure_future(self._take_back(run, made)))
+            await complete(partial(self._take_back, run, made), restart=True)
             if isinstance(error, EngineError) and not error.unreachable:
                 raise SubmitError(_refusal(name, image, error), backend=self.name) from error
             raise

@@ -24,7 +24,7 @@ __all__ = ["Container", "DockerRun"]
 _log = get_logger("mlfleet.docker")
 _STALLED = 10.0  # seconds without output of a container that has ended
 _PAUSE = 0.5  # seconds between two looks at what no event announces
-_KILLING = replace(RETRIES, seconds=15.0)
+_KILLING = 15.0  # seconds for which the request to stop a container is repeated
 _SIGNALLED = 128  # exit codes above it are signals
 # The signals that are sent to end programs.
 _ENDING = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGKILL, signal.SIGTERM}
@@ -218,8 +218,7 @@ class DockerRun(SupervisedRun):
             return isinstance(error, EngineError) and error.status not in (404, 409)
 
         try:
-            # No longer than for one answer.
-            policy = replace(_KILLING, seconds=min(_KILLING.seconds, self._patience))
+            policy = replace(RETRIES, seconds=min(_KILLING, self._patience))  # no longer than for one answer
             await policy.call(kill, retry_if=runs_still)
             self._was_signalled = True
         except EngineError as error:
