@@ -200,6 +200,7 @@ def test_a_run_whose_command_has_not_begun_is_cancelled_by_its_driver(server: Ml
         (["cancel"], 2, "give the ids of runs, or --sweep NAME"),
         (["cancel", "--sweep", "nothing like it"], 2, "there is no sweep 'nothing like it'"),
         (["wait"], 2, "Missing argument"),
+        (["ps", "-b", "slurm", "-b", "databricks", "-c", "{}"], 2, "-c holds the settings of one backend"),
         (["wait", "0" * 32], 1, "RESOURCE_DOES_NOT_EXIST"),
         (["logs", "0" * 32], 1, "RESOURCE_DOES_NOT_EXIST"),
     ],

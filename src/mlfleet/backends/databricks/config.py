@@ -222,9 +222,10 @@ def _compute(given: Mapping[str, Any], fields: Fields) -> Compute:
     unfit = [key for key in (serverless_only if on_cluster else ("libraries",)) if key in given]
     if unfit:
         where = (
-            "serverless compute only; a cluster takes libraries" if on_cluster else "clusters only; give new_cluster"
+            "serverless compute only; a cluster takes libraries"
+            if on_cluster
+            else "clusters only; give new_cluster or existing_cluster_id, or dependencies for serverless compute"
         )
-        where += " or existing_cluster_id, or dependencies for serverless compute" if not on_cluster else ""
         raise UsageError(f"backend_config: {' and '.join(unfit)} is for {where}")
     for line in dependencies:
         if not isinstance(line, str):
