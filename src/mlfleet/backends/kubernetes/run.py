@@ -95,8 +95,6 @@ class KubernetesRun(SupervisedRun):
         self._state = watch.track(job)
         self._copier = Copier(client, slots, target.namespace, target.output, resume=not submitted)
         self._started = asyncio.Event()
-        self._living: asyncio.TaskGroup | None = None
-        self._stopping: asyncio.Task[None] | None = None
         self._cut = False  # True if we deleted the Job before it had ended
         self._decided: Outcome | None = None  # the outcome, if we deleted it for containers that went on
         self._warned = False  # True once a warning has named containers that went on
@@ -107,11 +105,6 @@ class KubernetesRun(SupervisedRun):
     async def started(self) -> None:
         """Wait until the container runs, has run, or can never run."""
         await self._started.wait()
-
-    def _begin_stop(self, grace: float | None) -> None:
-        super()._begin_stop(grace)
-        if self._stopping is None and self._living is not None:
-            self._stopping = self._living.create_task(self._stop())
 
     async def _active_status(self) -> RunStatus:
         """Return SCHEDULED until a container runs."""
@@ -161,19 +154,13 @@ class KubernetesRun(SupervisedRun):
         try:
             # asyncio's group takes half the memory of anyio's, for each of hundreds of runs.
             async with asyncio.TaskGroup() as group:
-                copying = group.create_task(self._copy())
-                self._stopping = group.create_task(self._stop()) if self._stop_request.is_requested else None
-                self._living = group
-                try:
-                    snapshot = await self._until_over()
-                    if not self._cut:
-                        snapshot = await self._with_pods(snapshot)
-                    await self._drain(copying)
-                finally:
-                    self._living = None
-                for task in (copying, self._stopping):
-                    if task is not None:
-                        task.cancel()
+                copying, stopping = group.create_task(self._copy()), group.create_task(self._stop())
+                snapshot = await self._until_over()
+                if not self._cut:
+                    snapshot = await self._with_pods(snapshot)
+                await self._drain(copying)
+                copying.cancel()
+                stopping.cancel()
         except* MlfleetError as errors:
             failed = errors
         while isinstance(failed, BaseExceptionGroup):
@@ -363,7 +350,8 @@ class KubernetesRun(SupervisedRun):
     # ---- cancellation -----------------------------------------------------------------------------------------------
 
     async def _stop(self) -> None:
-        """Delete the Job and wait for the end of its pods. The task group cancels this when the Job is gone."""
+        """Delete the Job when that is requested, and wait for the end of its pods. Cancelled when the run has ended."""
+        await self._stop_request.requested()
         target, snapshot = self.target, self._snapshot
         if snapshot.ended:
             return
@@ -373,7 +361,7 @@ class KubernetesRun(SupervisedRun):
         pods_end_at = anyio.current_time() + target.grace
         while True:
             deadline = self._stop_request.deadline
-            assert deadline is not None  # noqa: S101 - requested, else this would not run
+            assert deadline is not None  # noqa: S101 - requested
             if deadline < pods_end_at - _WHOLE_SECOND:
                 # Deleting a Job does not pass gracePeriodSeconds to its pods, so shorten it pod by pod.
                 pods_end_at = max(deadline, anyio.current_time())
