@@ -6,8 +6,6 @@ records only of active runs, and of those whose process died.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 from mlfleet._paths import run_folder, runs_folder
 from mlfleet._run_log import get_logger
+from mlfleet._store.content_store import read_facts, write_facts
 from mlfleet.errors import SpecError
 from mlfleet.runs import JobRef
 
@@ -39,13 +38,10 @@ class Record:
 
 def write_record(record: Record) -> None:
     """Write a record, in place of an earlier one of the same MLflow run. A failure is only logged. Blocking."""
-    content = {"ref": record.reference.to_json(), "number": record.number}
     path = run_folder(record.reference.run_id) / _NAME
-    half = path.with_suffix(f".{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        half.write_text(json.dumps(content))
-        half.replace(path)
+        write_facts(path, {"ref": record.reference.to_json(), "number": record.number})
     except OSError as error:
         _log.warning("'mlfleet prune' will not know the run %s: %s: %s", path.parent.name, path, error.strerror)
 
@@ -73,9 +69,11 @@ def read_records() -> list[Record]:
 
 
 def _read(path: Path) -> Record | None:
+    facts = read_facts(path)
+    if facts is None:
+        return None
     try:
-        raw: Any = json.loads(path.read_bytes())
-        record = Record(JobRef.from_json(raw["ref"]), str(raw["number"]))
-    except (OSError, ValueError, LookupError, TypeError, SpecError):
+        record = Record(JobRef.from_json(facts["ref"]), str(facts["number"]))
+    except (LookupError, SpecError):
         return None
     return record if record.reference.run_id == path.parent.name else None

@@ -22,20 +22,17 @@ __all__ = [
     "ARGUMENT",
     "PROJECT",
     "ROOT",
-    "TASK_KEY",
     "RunPaths",
     "argument_file",
     "bootstrap_argument",
-    "bootstrap_spec",
     "mask_request",
     "place_path",
     "project_files",
     "request_body",
-    "run_name",
     "variables",
 ]
 
-TASK_KEY = "mlfleet"
+_TASK_KEY = "mlfleet"
 ARGUMENT = "argument.json"
 """The file with the argument of the bootstrap script that is too long for a parameter of the task."""
 
@@ -72,7 +69,7 @@ class RunPaths:
     secret: str | None = None
 
 
-def run_name(job: Job, config: DatabricksConfig) -> str:
+def _run_name(job: Job, config: DatabricksConfig) -> str:
     """Return the run's name in Databricks, which ends with the run id, so that `attach` finds it."""
     return f"{(config.run_name or job.project_name)[: _LONGEST_NAME - 40]} ({job.run_id})"
 
@@ -91,7 +88,7 @@ def variables(job: Job, config: DatabricksConfig) -> tuple[dict[str, str], dict[
     return plain, secret
 
 
-def bootstrap_spec(job: Job, config: DatabricksConfig, paths: RunPaths) -> dict[str, Any]:
+def _bootstrap_spec(job: Job, config: DatabricksConfig, paths: RunPaths) -> dict[str, Any]:
     """Return the argument of the bootstrap script, as a mapping.
 
     Raises:
@@ -127,7 +124,7 @@ def bootstrap_argument(spec: Mapping[str, Any]) -> str:
 
 def argument_file(job: Job, config: DatabricksConfig, paths: RunPaths) -> bytes | None:
     """Return the content of the file `ARGUMENT` in the folder for the output; None if the run needs no such file."""
-    argument = bootstrap_argument(bootstrap_spec(job, config, paths)).encode()
+    argument = bootstrap_argument(_bootstrap_spec(job, config, paths)).encode()
     return argument if len(argument) > _LONGEST_ARGUMENT else None
 
 
@@ -144,13 +141,13 @@ def request_body(
         requirements: The project's requirements, as lines for pip.
     """
     is_in_file = argument_file(job, config, paths) is not None
-    spec = {"spec": f"{paths.output}/{ARGUMENT}"} if is_in_file else bootstrap_spec(job, config, paths)
+    spec = {"spec": f"{paths.output}/{ARGUMENT}"} if is_in_file else _bootstrap_spec(job, config, paths)
     argument = bootstrap_argument(spec)
-    body: dict[str, Any] = {"run_name": run_name(job, config), "idempotency_token": token, **config.passed_on}
+    body: dict[str, Any] = {"run_name": _run_name(job, config), "idempotency_token": token, **config.passed_on}
     if config.task is TaskKind.SHELL_COMMAND:
         return body | {**config.task_settings, **_shell_command(config, paths, argument, requirements)}
     task: dict[str, Any] = {
-        "task_key": TASK_KEY,
+        "task_key": _TASK_KEY,
         "spark_python_task": {"python_file": paths.script, "source": "WORKSPACE", "parameters": [argument]},
         **config.task_settings,
     }
