@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import replace
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -128,13 +127,12 @@ class KubernetesClient:
         self._reread = reread
         self._clients: _Clients | None = None
         self._replaced: set[_Clients] = set()
-        self._logins = 0
-        self._loading: SingleFlight[int, None] = SingleFlight()
+        self._renewing: SingleFlight[None, None] = SingleFlight()
         self._requests = asyncio.Semaphore(_REQUESTS)
         self._opening_logs = asyncio.Semaphore(_OPENING_LOGS)
 
     async def __aenter__(self) -> Self:
-        await self._load(0)
+        await self._renew(None)
         return self
 
     async def __aexit__(
@@ -246,8 +244,8 @@ class KubernetesClient:
     ) -> tuple[_Clients, aiohttp.ClientResponse]:
         tried: set[str] = set()
         while True:
-            clients, login = await self._current()
-            token = clients.login.token
+            clients = await self._current()
+            login = clients.login
             clients.users += 1
             response: aiohttp.ClientResponse | None = None
             try:
@@ -255,7 +253,7 @@ class KubernetesClient:
                 if response.status < 400:
                     return clients, response
                 # Short-lived tokens may expire again while a new one is loaded on a busy machine.
-                if response.status != 401 or token in tried or len(tried) >= _TOKENS:
+                if response.status != 401 or login.token in tried or len(tried) >= _TOKENS:
                     raise await _refusal(what, response)
             except aiohttp.ClientError:
                 raise  # some are ValueErrors, too
@@ -267,8 +265,8 @@ class KubernetesClient:
                     if response is not None:
                         response.release()
                     clients.users -= 1
-            tried.add(token)
-            await self._load(login)
+            tried.add(login.token)
+            await self._renew(login)
 
     @contextmanager
     def _explaining(self, what: str) -> Iterator[None]:
@@ -285,19 +283,19 @@ class KubernetesClient:
 
     # ---- login ------------------------------------------------------------------------------------------------------
 
-    async def _current(self) -> tuple[_Clients, int]:
-        """Return the clients and the number of the login that they use."""
-        if self._clients is None or self._clients.login.is_due:
-            await self._load(self._logins)
-        assert self._clients is not None  # noqa: S101 - loaded
-        return self._clients, self._logins
+    async def _current(self) -> _Clients:
+        """Return the clients, whose login is still good as far as it is known here."""
+        assert self._clients is not None  # noqa: S101 - entered
+        if self._clients.login.is_due:
+            await self._renew(self._clients.login)
+        return self._clients
 
-    async def _load(self, login: int) -> None:
-        """Load the configuration again, once for all requests that `login` does not serve any more."""
-        if self._logins == login:
-            await self._loading(login, partial(self._load_once, login))
+    async def _renew(self, login: Login | None) -> None:
+        """Log in again, once for all requests that `login` does not serve any more; None: for the first time."""
+        if login is (None if self._clients is None else self._clients.login):
+            await self._renewing(None, self._log_in)
 
-    async def _load_once(self, number: int) -> None:
+    async def _log_in(self) -> None:
         login = await load_login(self.cluster, account=self._account, reread=self._reread)
         old = self._clients
         if old is not None and old.login.connection_key == login.connection_key:
@@ -308,7 +306,6 @@ class KubernetesClient:
             if old is not None:
                 self._replaced.add(old)
                 await self._close_unused()
-        self._logins = number + 1
 
     async def _close_unused(self) -> None:
         for clients in tuple(self._replaced):
