@@ -17,6 +17,7 @@ from mlfleet._environments.env_files import matches, read_conda_file, read_pytho
 from mlfleet._environments.manager import EnvironmentPlan
 from mlfleet._environments.virtualenv import plan_python
 from mlfleet._project.spec import EnvironmentFile, EnvironmentFileKind
+from mlfleet._text.documents import Report
 from mlfleet.errors import SpecError
 
 # Without what leads out of the folder, into a walk through all of the disk.
@@ -218,6 +219,13 @@ def test_any_dependency_list_raises_only_mlfleet_errors(
     for read in (lambda: plan(folder), lambda: read_python_requirements(folder, conda_env(folder))):
         with contextlib.suppress(SpecError):
             read()
+
+
+def test_all_mistakes_of_a_conda_file_are_collected(tmp_path: Path) -> None:
+    write(tmp_path, {"conda.yaml": "dependencies:\n- [1]\n- python=x\n- {pipp: [six]}\n- pip: [./gone]\n"})
+    report = Report(collect=True)
+    read_python_requirements(tmp_path, conda_env(tmp_path), report)
+    assert sorted(mistake.line or 0 for mistake in report.mistakes) == [2, 3, 4, 5]
 
 
 def test_only_python_and_pip_packages_of_a_conda_file_are_used(

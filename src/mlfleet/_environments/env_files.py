@@ -122,16 +122,9 @@ def read_conda_file(path: Path, root: Path | None = None, report: Report | None 
     """
     report = report or Report()
     document = _document(path, _CONDA_KEYS, "a mapping with channels and dependencies", report)
-    specs: list[str] = []
-    pip: list[Node] = []
+    packages, pip = _conda_dependencies(document, report)
     channels: list[str] = []
     variables: list[tuple[str, str]] = []
-    for node in _items(document, "dependencies", report):
-        with report.part():
-            if isinstance(node.value, dict):
-                pip += _pip_list(node)
-            elif spec := node.text(expected="a conda package").strip():
-                specs.append(spec)
     with report.part():
         given = document["variables"].mapping(report=report) if "variables" in document else {}
         variables = [(name, node.text(expected="the value of a variable")) for name, node in given.items()]
@@ -139,7 +132,7 @@ def read_conda_file(path: Path, root: Path | None = None, report: Report | None 
         channels = [node.string(expected="a channel") for node in _items(document, "channels", report)]
     return CondaRequirements(
         channels=tuple(channels),
-        specs=tuple(specs),
+        specs=tuple(spec for node in packages if (spec := node.text().strip())),
         packages=Reader(path.parent, root, report).read(pip),
         variables=tuple(variables),
     )
@@ -201,6 +194,20 @@ def _items(document: dict[str, Node], key: str, report: Report) -> list[Node]:
     return found
 
 
+def _conda_dependencies(document: dict[str, Node], report: Report) -> tuple[list[Node], list[Node]]:
+    """Return the conda packages of a ``conda.yaml``, which are texts, and the items of its ``pip:`` lists."""
+    packages: list[Node] = []
+    pip: list[Node] = []
+    for node in _items(document, "dependencies", report):
+        with report.part():
+            if isinstance(node.value, dict):
+                pip += _pip_list(node)
+            else:
+                node.text(expected="a conda package")
+                packages.append(node)
+    return packages, pip
+
+
 def _pip_list(node: Node) -> list[Node]:
     items = node.mapping()
     if list(items) != ["pip"]:
@@ -228,19 +235,17 @@ def _from_conda(source: EnvironmentFile, report: Report) -> PythonRequirements:
     document = _document(path, _CONDA_KEYS, "a mapping with channels and dependencies", report, warn=False)
     python: str | None = None
     build: list[str] = []
-    pip: list[Node] = []
     others: list[str] = []
-    for node in _items(document, "dependencies", report):
-        if isinstance(node.value, dict):
-            pip += _pip_list(node)
-            continue
-        name, version = _split_conda_spec(node)
-        if name == "python":
-            python = _conda_python(node, version)
-        elif name in _BUILD_PACKAGES:
-            build.append(name + _pip_condition(version))
-        else:
-            others.append(name)
+    packages, pip = _conda_dependencies(document, report)
+    for node in packages:
+        with report.part():
+            name, version = _split_conda_spec(node)
+            if name == "python":
+                python = _conda_python(node, version)
+            elif name in _BUILD_PACKAGES:
+                build.append(name + _pip_condition(version))
+            else:
+                others.append(name)
     if others:
         text = "%s: these conda packages are not installed, since the environment is made by pip: %s; "
         warn_once(_log, f"{text}use --env-manager conda to have them", path, ", ".join(others))
@@ -279,7 +284,7 @@ def _from_pyproject(path: Path, report: Report) -> PythonRequirements:
 
 def _split_conda_spec(node: Node) -> tuple[str, str]:
     """Return name and version of a conda package: ``channel::name=version=build`` or ``name version build``."""
-    spec = node.text(expected="a conda package").strip()
+    spec = node.text().strip()
     # The long form, as in "python[version='3.11.*']".
     spec = _CONDA_LONG_VERSION.sub(r" \g<version>", spec)
     match = _CONDA_SPEC.match(spec)

@@ -73,14 +73,11 @@ class Project:
 
 
 class _Kind(StrEnum):
-    """The kinds of projects, by the way to fetch them."""
+    """What the path of a local URI can be."""
 
     FOLDER = "folder"
     ZIP = "zip"
     BARE = "bare repository"
-    GIT = UriKind.GIT.value
-    ARCHIVE = UriKind.ARCHIVE.value
-    LOCAL = UriKind.LOCAL.value
 
 
 # The path, too: a relative one means another folder when this process changes its own.
@@ -129,22 +126,22 @@ class ProjectFetcher:
         if version is not None:
             check_version(version)
         report = on_progress or (lambda _: None)
-        kind, path = _Kind(parsed.kind), Path()
+        kind, path = None, Path()
         if parsed.kind is UriKind.LOCAL:
             kind, path, found = await PROJECTS.run(lambda: self._look(parsed, version))
             if found is not None:
                 return found
-        if version is not None and kind not in (_Kind.GIT, _Kind.BARE):
+            if kind is _Kind.FOLDER:
+                checkout = await self._checkouts.find(path / parsed.subdir)
+                return await PROJECTS.run(lambda: _own_project(parsed, path, checkout))
+        elif version is not None and parsed.kind is UriKind.ARCHIVE:
             raise _no_versions(parsed, path)
         key = uri, path, version
-        if kind is _Kind.FOLDER:
-            checkout = await self._checkouts.find(path / parsed.subdir)
-            return await PROJECTS.run(lambda: _own_project(parsed, path, checkout))
         if self._root == projects_folder():
             await PROJECTS.run(secure_cache)
         if kind is _Kind.ZIP:
             return await self._once(key, lambda: self._local_zip(parsed, path))
-        if kind is _Kind.ARCHIVE:
+        if parsed.kind is UriKind.ARCHIVE:
             return await self._fetched(key, lambda: self._remote_zip(parsed, report))
         url = str(path) if kind is _Kind.BARE else parsed.location
         return await self._fetched(key, lambda: self._git(parsed, url, version, report))
