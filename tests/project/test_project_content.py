@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlfleet._project.content import Ignore, content_hash, pack
+from mlfleet._project.content import content_hash, pack, read_ignore
 from mlfleet.errors import FetchError, SpecError
 
 
@@ -118,8 +118,9 @@ async def test_dockerignore(project: Path) -> None:
         ("a*b", "a/b", False),
     ],
 )
-def test_patterns(pattern: str, path: str, ignored: bool) -> None:
-    assert Ignore([pattern])(path) is ignored
+def test_patterns(tmp_path: Path, pattern: str, path: str, ignored: bool) -> None:
+    (tmp_path / ".dockerignore").write_text(pattern)
+    assert read_ignore(tmp_path)(path) is ignored
 
 
 async def test_mistakes_are_reported(project: Path) -> None:

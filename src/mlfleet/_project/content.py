@@ -17,7 +17,7 @@ import stat
 import tarfile
 import tempfile
 import threading
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -256,13 +256,13 @@ class Ignore:
     """The patterns of a ``.dockerignore``. The last one that matches a path, or a folder above it, decides.
 
     Args:
-        lines: The lines of the file; ``!`` begins an exception.
+        patterns: The patterns, in their order.
         left_out: The files and folders that are left out unless an exception takes them back.
     """
 
-    def __init__(self, lines: Iterable[str], left_out: Collection[str] = frozenset()) -> None:
+    def __init__(self, patterns: Sequence[_Pattern], left_out: Collection[str] = frozenset()) -> None:
         self._left_out = left_out
-        self._patterns = [pattern for line in lines if (pattern := _pattern(line)) is not None]
+        self._patterns = patterns
         self._has_exceptions = any(pattern.exception for pattern in self._patterns)
 
     def __call__(self, path: str) -> bool:
@@ -299,15 +299,15 @@ def read_ignore(folder: Path, left_out: Collection[str] = frozenset()) -> Ignore
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise SpecError(f"it cannot be read: {reason}", path=path) from error
-    lines = text.splitlines()
-    for number, line in enumerate(lines, 1):
+    patterns = [_pattern(line) for line in DEFAULTS]
+    for number, line in enumerate(text.splitlines(), 1):
         try:
-            _pattern(line)
+            patterns.append(_pattern(line))
         except re.error as error:
             if path.is_symlink():  # It may lead to a file that is not a list of patterns: quote nothing of it.
                 raise SpecError("this line is not a pattern", path=path, line=number) from None
             raise SpecError(f"{line!r} is not a pattern: {error}", path=path, line=number) from error
-    return Ignore([*DEFAULTS, *lines], left_out)
+    return Ignore([pattern for pattern in patterns if pattern is not None], left_out)
 
 
 def _pattern(line: str) -> _Pattern | None:
