@@ -64,7 +64,8 @@ async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Server]:
     async with scripted(mlflow.script) as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{server.place}")
         yield Server(mlflow, f"http://{server.place}")
-    await until(lambda: not supervisors())
+        # Without the server they would try for a minute to write the status of their run.
+        await until(lambda: not supervisors())
 
 
 def supervisors() -> list[int]:

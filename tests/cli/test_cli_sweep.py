@@ -211,9 +211,10 @@ def test_failures_stay_above_the_live_view(server: MlflowServer, tmp_path: Path)
 
 
 def test_sigterm_ends_a_sweep_that_writes_to_a_pipe(server: MlflowServer, tmp_path: Path) -> None:
-    uri = waiting(tmp_path / "piped")
+    uri = waiting(tmp_path / "piped", "echo > begun; exec sleep 600")
+    os.mkfifo(tmp_path / "piped" / "begun")
     with started("sweep", uri, *LOCAL, "-P", "x=1,2,3", "--jobs", "1", "--json") as job:
-        job.read_until('"started"')
+        (tmp_path / "piped" / "begun").read_text()
         job.signal(signal.SIGTERM)
         assert job.finish() == 143
     assert all(pid_is_gone(pid) for pid in pids(tmp_path / "piped"))
