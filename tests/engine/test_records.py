@@ -12,10 +12,10 @@ import anyio
 import pytest
 
 from components.projects import pid_is_gone, write_project
-from mlfleet import Fleet, Outcome, RunStatus, grid
+from mlfleet import Fleet, Outcome, RunEvent, RunStatus, grid
 from mlfleet._engine.records import RunRecord, RunRecords, find_record, tracking_key
 from mlfleet._sweeps import SPACE_TAG
-from mlfleet.backends.base import Job
+from mlfleet.backends.base import BackendRun, Job
 from mlfleet.backends.local.backend import LocalBackend
 from mlfleet.errors import RunLost, TrackingError, UsageError
 from mlfleet.runs import JobRef
@@ -129,29 +129,47 @@ def record(run_id: str, tracking: FakeTracking, *, durable: bool = False) -> Run
 
 async def test_a_run_of_a_sweep_whose_driver_died_leaves_no_record_when_it_is_cancelled(tmp_path: Path) -> None:
     tracking = FakeTracking()
+    async with LocalBackend() as backend, Fleet(tracking=tracking) as fleet:
+        run = await left_by_its_driver(backend, tracking, tmp_path, "echo ready; sleep 600")
+        await anext(run.logs())
+        await (await fleet.get(run.run_id)).cancel(grace=1)
+        assert await run.wait() is False
+    assert tracking.runs[run.run_id].status is RunStatus.KILLED
+    assert records() == []
+
+
+async def test_a_run_whose_status_is_written_here_does_not_become_a_run_of_the_fleet(tmp_path: Path) -> None:
+    tracking = FakeTracking()
+    events: list[RunEvent] = []
+    async with LocalBackend() as backend, Fleet(tracking=tracking, on_event=events.append) as fleet:
+        run = await left_by_its_driver(backend, tracking, tmp_path, "exit 3")
+        await run.wait()
+        found = await fleet.get(run.run_id)
+        assert await found.wait() is False
+    assert (found.info.status, found.info.tags["mlfleet.reason"]) == (RunStatus.FAILED, "exit code 3")
+    assert events == []
+    assert records() == []
+
+
+async def left_by_its_driver(backend: LocalBackend, tracking: FakeTracking, folder: Path, command: str) -> BackendRun:
+    """Start a run of a named sweep, and leave the record of a driver that died."""
     made = await tracking.create_run("0", name=None, tags={})
     job = Job(
         run_id=made.run_id,
         experiment_id="0",
         project_name="demo",
-        project_dir=tmp_path,
-        command="echo ready; sleep 600",
+        project_dir=folder,
+        command=command,
         durable=True,
-        output=tmp_path / "output.log",
+        output=folder / "output.log",
     )
+    reference = backend.reference(job)
+    assert reference is not None
+    await tracking.log(made.run_id, tags={JobRef.TAG: reference.to_json()})
     dead = RunRecords()
     await dead.add(record(made.run_id, tracking, durable=True))
     await dead.close()
-    async with LocalBackend() as backend, Fleet(tracking=tracking) as fleet:
-        reference = backend.reference(job)
-        assert reference is not None
-        await tracking.log(made.run_id, tags={JobRef.TAG: reference.to_json()})
-        run = await backend.submit(job)
-        await anext(run.logs())
-        await (await fleet.get(made.run_id)).cancel(grace=1)
-        assert await run.wait() is False
-    assert tracking.runs[made.run_id].status is RunStatus.KILLED
-    assert records() == []
+    return await backend.submit(job)
 
 
 async def test_a_run_that_was_lost_is_lost_for_the_next_process_too() -> None:

@@ -49,7 +49,7 @@ from mlfleet.tracking.models import SUBMISSION_TAG
 if TYPE_CHECKING:
     from mlfleet._engine.context import RunContext
 
-__all__ = ["Driver", "Verdict", "conclude", "conclude_left", "find_processes", "judge", "write_end"]
+__all__ = ["Driver", "Verdict", "conclude", "conclude_left", "find_processes", "judge", "take_over", "write_end"]
 
 logger = get_logger("mlfleet.runs")
 
@@ -126,11 +126,39 @@ async def conclude(context: RunContext, info: RunInfo, verdict: Verdict) -> None
     Raises:
         MlfleetError: Tracking or the backend cannot be reached.
     """
-    if verdict.outcome is None:
-        await (await context.attach(info.run_id)).outcome()
-        return
-    await write_end(context, info, verdict.outcome)
+    with about_run(info.run_id):
+        await write_end(context, info, verdict.outcome or await _ask_backend(context, info))
     await FILES.run(partial(remove_record, info.run_id))
+
+
+async def _ask_backend(context: RunContext, info: RunInfo) -> Outcome:
+    """Return the outcome that the backend of a run has."""
+    reference = read_reference(info)
+    backend = await context.fleet.backend(reference.backend)
+    await take_over(context, info.run_id)
+    try:
+        handle = await backend.attach(reference)
+        try:
+            outcome = await handle.outcome()
+        finally:
+            backend.detach(handle)
+    except RunLost as lost:
+        outcome = Outcome(RunStatus.FAILED, reason=str(lost).partition("\n")[0], error=lost)
+    context.fleet.records.end(info.run_id, outcome)
+    return outcome
+
+
+async def take_over(context: RunContext, run_id: str) -> bool:
+    """Take over the record of a run whose driver is gone: at the end of the run its backend may have nothing of it.
+
+    Returns:
+        True if this process must write the status.
+    """
+    record, lives = await FILES.run(partial(look_up, run_id))
+    if record is None or lives is not False:
+        return False
+    await context.fleet.records.add(record)
+    return True
 
 
 async def write_end(context: RunContext, info: RunInfo, outcome: Outcome) -> RunInfo:
@@ -143,16 +171,17 @@ async def write_end(context: RunContext, info: RunInfo, outcome: Outcome) -> Run
         MlfleetError: Tracking cannot be reached.
     """
     _, secret = await context.tracking.environ()
-    with about_run(info.run_id):
-        return await end_run(
-            context.tracking,
-            info.run_id,
-            outcome.status,
-            patience=context.fleet.tracking_patience,
-            # Nobody knows how a run that was lost has ended, but its own code, which may have written that.
-            overwrite=not isinstance(outcome.error, RunLost),
-            tags=end_tags(outcome, is_member=SweepMember.ID_TAG in info.tags, secrets=secret.values()),
-        )
+    seen = await end_run(
+        context.tracking,
+        info.run_id,
+        outcome.status,
+        patience=context.fleet.tracking_patience,
+        # Nobody knows how a run that was lost has ended, but its own code, which may have written that.
+        overwrite=not isinstance(outcome.error, RunLost),
+        tags=end_tags(outcome, is_member=SweepMember.ID_TAG in info.tags, secrets=secret.values()),
+    )
+    context.fleet.records.remove(info.run_id)
+    return seen
 
 
 async def conclude_left(context: RunContext) -> None:

@@ -417,7 +417,12 @@ def _apply(run_id: str, contents: Sequence[RunRecord | Outcome], driver: _Driver
             content = replace(content, driver=driver.name, host=driver.host, boot=driver.boot, outcome=None)
         texts.append(content.to_text() if isinstance(content, RunRecord) else _outcome_text(content))
     how = os.O_CREAT | os.O_TRUNC if isinstance(contents[0], RunRecord) else os.O_APPEND
-    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | how, 0o600)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | how, 0o600)
+    except FileNotFoundError:
+        if how == os.O_APPEND:
+            return  # another process has concluded the run meanwhile
+        raise
     try:
         os.write(descriptor, "".join(texts).encode())
     finally:

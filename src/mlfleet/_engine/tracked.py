@@ -13,7 +13,7 @@ import anyio
 from mlfleet._concurrency.cancellation import complete
 from mlfleet._concurrency.threads import FILES
 from mlfleet._engine.attach import read_reference, tracked_outcome
-from mlfleet._engine.conclude import Driver, Verdict, conclude, find_processes, judge, write_end
+from mlfleet._engine.conclude import Driver, Verdict, conclude, find_processes, judge, take_over, write_end
 from mlfleet._engine.records import RunRecord, ask_to_cancel, find_record, look_up, remove_record
 from mlfleet._paths import run_folder
 from mlfleet._text.lines import LogLine
@@ -217,7 +217,7 @@ class TrackedRun:
             if follow or (await handle.get_status()).is_terminal:
                 outcome = await handle.outcome()
                 # Not before: a reader may leave at any time, and its process must not count as the driver then.
-                is_mine = await self._take_over()
+                is_mine = await take_over(self._context, self.run_id)
                 await self._settle(outcome, patience=0 if is_mine else DRIVER_PATIENCE)
 
     async def _kept_output(self, *, is_expected: bool) -> FileOutput:
@@ -256,18 +256,6 @@ class TrackedRun:
             await anyio.sleep(pause)
             pause = min(pause * 1.5, LONGEST_PAUSE)
 
-    async def _take_over(self) -> bool:
-        """Take over the record of a run whose driver is gone: at the end of the run its backend may have nothing of it.
-
-        Returns:
-            True if this process must write the status.
-        """
-        record, lives = await FILES.run(partial(look_up, self.run_id))
-        if record is None or lives is not False:
-            return False
-        await self._context.fleet.records.add(record)
-        return True
-
     async def _settle(self, outcome: Outcome, *, patience: float = DRIVER_PATIENCE) -> None:
         """Write the status of a run whose end was seen here, unless its own process does; backends forget ends."""
         context = self._context
@@ -279,7 +267,6 @@ class TrackedRun:
         if self._info.deleted:
             return
         self._info = await write_end(context, self._info, outcome)
-        context.fleet.records.remove(self.run_id)
 
     # ---- cancelling -------------------------------------------------------------------------------------------------
 
