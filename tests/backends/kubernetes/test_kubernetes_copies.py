@@ -366,11 +366,13 @@ async def test_attempts_that_end_at_once_are_copied_or_called_missing(fake_clust
 
 
 async def test_restarted_container_that_then_finishes(fake_cluster: FakeCluster) -> None:
-    failing = Acting(seconds=0.05, code=1, output=(b"no\n",))
+    failing = Acting(seconds=600, output=(b"no\n",))
     fake_cluster.play = attempts(failing, Acting(seconds=0.05, output=(b"yes\n",)))
     config = await fake_cluster.config(**{"job-template": restarting(3)})
     async with KubernetesBackend() as backend:
         run = await backend.submit(fake_cluster.job(config))
+        await copied(run, "no")  # otherwise the second attempt may be the first that is seen
+        end(fake_cluster)
         assert (await run.outcome()).status is RunStatus.FINISHED
     assert read(run) == ["no", "yes"]
 
