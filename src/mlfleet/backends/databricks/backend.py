@@ -383,11 +383,11 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
     async def _submit(self, submission: _Submission, body: Mapping[str, Any]) -> DatabricksRun:
         """Submit the run. If that is cancelled, the run is cancelled, too, before the cancellation goes on."""
         job, context, storage = submission.job, submission.context, submission.storage
-        version = "2.0" if submission.config.task is TaskKind.SHELL_COMMAND else None
+        runs = "/api/2.0/jobs/runs" if submission.config.task is TaskKind.SHELL_COMMAND else context.workspace.runs
         made: list[str] = []
 
         async def submit() -> None:
-            answer = await context.workspace.call_jobs("POST", "runs/submit", body=body, version=version)
+            answer = await context.workspace.call("POST", f"{runs}/submit", body=body)
             made.append(str(answer["run_id"]))
 
         try:
@@ -507,7 +507,7 @@ async def _withdraw(workspace: Workspace, ref: JobRef) -> None:
 async def _first_state(workspace: Workspace, number: str) -> State:
     """Return the state of a new run; WAITING if it cannot be read yet, so that the poller reads it later."""
     try:
-        return read_state(await workspace.call_jobs("GET", "runs/get", params={"run_id": number}))
+        return read_state(await workspace.get_run(number))
     except WorkspaceError as error:
         _log.info("the state of the new run %s is not known yet: %s", number, error)
         return State(phase=Phase.WAITING)

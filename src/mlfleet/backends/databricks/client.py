@@ -89,10 +89,13 @@ class Workspace:
         profile: A profile of ``~/.databrickscfg``; None: the environment's variables, or the default profile.
         timing: The intervals of requests.
         version: The version of the Jobs API.
+
+    Attributes:
+        runs: The path of the runs in the Jobs API.
     """
 
     def __init__(self, profile: str | None, timing: Timing, *, version: str) -> None:
-        self._version = version
+        self.runs = f"/api/{version}/jobs/runs"
         uri = f"databricks://{profile}" if profile else "databricks"
         self._login = DatabricksLogin(uri)
         self._transport = ServerClient(
@@ -134,26 +137,6 @@ class Workspace:
 
         return await self._users("", ask)
 
-    async def call_jobs(
-        self,
-        method: str,
-        what: str,
-        *,
-        body: Mapping[str, Any] | None = None,
-        params: Mapping[str, str] | None = None,
-        version: str | None = None,
-    ) -> dict[str, Any]:
-        """Call the Jobs API, as `call` does.
-
-        Args:
-            method: The HTTP method.
-            what: The path below ``jobs/``, such as ``runs/get``.
-            body: The body, sent as JSON; None: no body.
-            params: The query parameters.
-            version: The version of the API; None: this client's.
-        """
-        return await self.call(method, f"/api/{version or self._version}/jobs/{what}", body=body, params=params)
-
     async def call(
         self,
         method: str,
@@ -189,6 +172,14 @@ class Workspace:
                 return
             query["page_token"] = str(page["next_page_token"])
 
+    async def get_run(self, number: str) -> dict[str, Any]:
+        """Return the entry of ``runs/get`` for a run.
+
+        Raises:
+            WorkspaceError: As for `call`.
+        """
+        return await self.call("GET", f"{self.runs}/get", params={"run_id": number})
+
     async def list_runs(self, filters: Mapping[str, str]) -> AsyncIterator[list[dict[str, Any]]]:
         """Yield the one-time runs of the workspace as ``runs/list`` shows them, page by page, newest first.
 
@@ -199,7 +190,7 @@ class Workspace:
             WorkspaceError: As for `call`.
         """
         params = {"run_type": "SUBMIT_RUN", "limit": str(PAGE), "expand_tasks": "false", **filters}
-        async for page in self.read_pages(f"/api/{self._version}/jobs/runs/list", params):
+        async for page in self.read_pages(f"{self.runs}/list", params):
             yield page.get("runs") or []
 
     async def call_once(self, method: str, path: str, *, body: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -151,7 +151,7 @@ class DatabricksRun(SupervisedRun):
         """Wait for a request to cancel, cancel the run, and have it polled often until its end cancels this task."""
         await self._cancelling.wait()
         try:
-            await self._workspace.call_jobs("POST", "runs/cancel", body={"run_id": int(self._run.id)})
+            await self._workspace.call("POST", f"{self._workspace.runs}/cancel", body={"run_id": int(self._run.id)})
         except WorkspaceError as error:
             # These mean that the run has ended or is gone, which the next poll shows.
             if not error.missing and error.code not in ("INVALID_STATE", "INVALID_PARAMETER_VALUE"):
@@ -193,7 +193,7 @@ class DatabricksRun(SupervisedRun):
         """Return what the run's page in Databricks shows: error, trace and the last 5 MB of the task's output."""
         params = {"run_id": str(state.task_run_id or self._run.id)}
         try:
-            return await self._workspace.call_jobs("GET", "runs/get-output", params=params)
+            return await self._workspace.call("GET", f"{self._workspace.runs}/get-output", params=params)
         except WorkspaceError as error:
             _log.info("Databricks has no output of the run %s: %s", self.run_id, error)
             return {}

@@ -94,7 +94,7 @@ class Poller(PolledStates[State]):
         """Poll one run by ``runs/get``."""
         async with limiter:
             try:
-                run = await self._workspace.call_jobs("GET", "runs/get", params={"run_id": key})
+                run = await self._workspace.get_run(key)
             except WorkspaceError as error:
                 schedule = self._schedules.get(key)
                 if not error.missing:
@@ -163,7 +163,7 @@ class RecentRuns:
                 unknown, so that all runs that Databricks keeps are listed.
         """
         since = max(0, since - _CLOCK_DIFFERENCE)
-        if number.isdecimal() and (run := await self._get(number)) is not None:
+        if number.isdecimal() and (run := await unless_missing(self._workspace.get_run(number))) is not None:
             name = _NAME.search(str(run.get("run_name") or ""))
             if name is not None and name[1] == run_id and _start_time(run) >= since:
                 return run
@@ -174,14 +174,11 @@ class RecentRuns:
         if not self._is_found(run_id, since):
             self._missing[run_id] = time.monotonic()
             return None
-        return await self._get(str(self._found[run_id][1]))
+        return await unless_missing(self._workspace.get_run(str(self._found[run_id][1])))
 
     async def list_active(self) -> list[tuple[str, dict[str, Any]]]:
         """Return the runs that have not ended, each as the id of its MLflow run and its entry of ``runs/list``."""
         return [each async for each in self._entries({"active_only": "true"})]
-
-    async def _get(self, number: str) -> dict[str, Any] | None:
-        return await unless_missing(self._workspace.call_jobs("GET", "runs/get", params={"run_id": number}))
 
     def _is_found(self, run_id: str, since: int) -> bool:
         return run_id in self._found and self._found[run_id][0] >= since
