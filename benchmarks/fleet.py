@@ -205,6 +205,18 @@ async def memory_per_run(count: int, folder: Path) -> float:
     return grown / count
 
 
+async def one_after_another(rounds: int, folder: Path) -> float:
+    """Return the wall time of runs of which each begins at the end of the last one / that of bare processes."""
+    ratios = []
+    async with Fleet(tracking=FakeTracking()) as fleet:
+        await fleet_runs(fleet, 5, folder)
+        for _ in range(rounds):
+            limit = await timed(partial(bare_processes, 50, 1, folder), ticking=False)
+            ours = await timed(partial(fleet_runs, fleet, 50, folder, at_once=1), ticking=False)
+            ratios.append(ours[0] / limit[0])
+    return statistics.median(ratios)
+
+
 @contextlib.contextmanager
 def mlflow_server(folder: Path) -> Iterator[str]:
     port = 5599
@@ -284,6 +296,8 @@ async def measure(args: argparse.Namespace, uri: str | None, folder: Path) -> di
     if uri is None:
         ticks = ticker_figures([stalls for _, _, stalls, _ in ours])
         figures["500 no-op runs in memory, wall time / bare processes"] = ratio(ours, rows[limit], 0)
+        alone = await one_after_another(args.rounds, folder)
+        figures["50 no-op runs one after another in memory, wall time / bare processes"] = alone
         figures["ticker p99 while 500 runs start, ms"] = ticks["ticker_p99_ms"]
         figures["longest stall while 500 runs start, ms"] = ticks["ticker_max_ms"]
         return figures

@@ -54,7 +54,7 @@ __all__ = [
 
 _log = get_logger("mlfleet.runs")
 
-_GAP = 0.025  # seconds between two turns in a thread, in which changes gather
+_GAP = 0.1  # seconds in which ends and removals gather, which nobody waits for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +134,7 @@ class RunRecords:
         self._mine: set[str] = set()
         self._guard = threading.Lock()
         self._waiting: list[asyncio.Future[None]] = []
+        self._added = asyncio.Event()
         self._writing: asyncio.Task[None] | None = None
         self._lock = _DriverLock(listens=on_cancel is not None)
         self._count = itertools.count(1)
@@ -157,6 +158,7 @@ class RunRecords:
         self._mine.add(record.run_id)
         written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(written)
+        self._added.set()
         self._write(record.run_id, [record])
         await written
 
@@ -188,8 +190,15 @@ class RunRecords:
             self._writing = loop.create_task(self._write_soon(), name="mlfleet records", context=Context())
 
     async def _write_soon(self) -> None:
-        """Write what is pending, again and again: hundreds of runs at the same time take few turns in a thread."""
+        """Write what is pending, again and again: hundreds of runs at the same time take few turns in a thread.
+
+        A new record is written at once, with all that has gathered; so are those that come during a turn, after it.
+        """
         while self._pending or self._waiting:  # a turn may have written what was added after it began
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_GAP):
+                    await self._added.wait()
+            self._added.clear()
             waiting, self._waiting = self._waiting, []
             try:
                 await FILES.run(self._write_pending)
@@ -198,7 +207,6 @@ class RunRecords:
                 for written in waiting:
                     if not written.done():
                         written.set_result(None)
-            await asyncio.sleep(_GAP)
 
     def _write_pending(self) -> None:
         with self._guard:
