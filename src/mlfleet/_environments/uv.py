@@ -144,9 +144,9 @@ def _read_lock(folder: Path, root: Path) -> Locked:
     read_toml(project_path)
     lock = read_toml(lock_path)
     contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (project_path, lock_path)]
-    local = [package for package in _tables(lock.get("package")) if _local_source(package) is not None]
-    for package in local:
-        path, editable = _local_source(package) or ("", False)
+    sources = map(_local_source, _tables(lock.get("package")))
+    local = [source for source in sources if source is not None]
+    for path, editable in local:
         if not is_inside(folder / path, root):
             failure(lock_path)(f"the package at {path!r} is outside of the project's repository {root}: copy it there")
         contents.append(content_of(folder / path, editable, failure(lock_path)))

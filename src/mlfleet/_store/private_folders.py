@@ -23,16 +23,14 @@ from mlfleet._paths import cache_folder, environments_folder, runs_folder
 from mlfleet.errors import UsageError
 
 __all__ = [
-    "TRUSTED",
     "check_file",
     "check_owner",
     "secure_cache",
     "secure_environments",
-    "secure_folder",
     "secure_state",
 ]
 
-TRUSTED = "MLFLEET_TRUSTED_FOLDERS"
+_TRUSTED = "MLFLEET_TRUSTED_FOLDERS"
 
 _MOST_LINKS = 40  # as Linux
 # The folders that were found safe, by the setting that counted then.
@@ -46,7 +44,7 @@ def secure_cache() -> None:
         UsageError: Others can write to it.
     """
     is_given = bool(os.environ.get("MLFLEET_CACHE_DIR"))
-    secure_folder(cache_folder(), "the cache", "MLFLEET_CACHE_DIR", is_given=is_given)
+    _secure(cache_folder(), "the cache", "MLFLEET_CACHE_DIR", is_given=is_given)
 
 
 def secure_state() -> None:
@@ -56,7 +54,7 @@ def secure_state() -> None:
         UsageError: Others can write to it.
     """
     is_given = bool(os.environ.get("MLFLEET_STATE_DIR"))
-    secure_folder(runs_folder().parent, "the state of runs", "MLFLEET_STATE_DIR", is_given=is_given)
+    _secure(runs_folder().parent, "the state of runs", "MLFLEET_STATE_DIR", is_given=is_given)
 
 
 def secure_environments(root: Path) -> None:
@@ -71,10 +69,10 @@ def secure_environments(root: Path) -> None:
     is_given = root != environments_folder() or bool(os.environ.get("MLFLOW_ENV_ROOT"))
     if not is_given:
         secure_cache()
-    secure_folder(root, "environments", "MLFLOW_ENV_ROOT", is_given=is_given, mode=0o755 if is_given else 0o700)
+    _secure(root, "environments", "MLFLOW_ENV_ROOT", is_given=is_given, mode=0o755 if is_given else 0o700)
 
 
-def secure_folder(folder: Path, what: str, variable: str, *, is_given: bool, mode: int = 0o700) -> None:
+def _secure(folder: Path, what: str, variable: str, *, is_given: bool, mode: int = 0o700) -> None:
     """Make a folder if it is not there, and check that only this user and root can change what is in it. Blocking.
 
     If it cannot be made, nothing is raised: the caller's own attempt will say why.
@@ -89,7 +87,7 @@ def secure_folder(folder: Path, what: str, variable: str, *, is_given: bool, mod
     Raises:
         UsageError: Others can write to it.
     """
-    key = folder, os.environ.get(TRUSTED, "")
+    key = folder, os.environ.get(_TRUSTED, "")
     if key in _safe:
         return
     with suppress(OSError):
@@ -118,7 +116,7 @@ def check_owner(path: Path, what: str) -> None:
     if owner not in _owners() and not _is_trusted(path):
         raise UsageError(
             f"{path} in the folder of {what} belongs to {_name_user(owner)}, and would be run: remove it"
-            f"; if you share the folder on purpose, list it in {TRUSTED}"
+            f"; if you share the folder on purpose, list it in {_TRUSTED}"
         )
 
 
@@ -138,7 +136,7 @@ def check_file(path: Path, what: str) -> None:
         problem, remedy = found
         raise UsageError(
             f"{what} in {path} are refused, since what others write there would be run or believed: {problem}"
-            f"{f'; {remedy}' if remedy else ''}. If you share it on purpose, list {path.parent} in {TRUSTED}"
+            f"{f'; {remedy}' if remedy else ''}. If you share it on purpose, list {path.parent} in {_TRUSTED}"
         )
 
 
@@ -165,7 +163,7 @@ def _check(folder: Path, what: str, variable: str) -> None:
         raise UsageError(
             f"the folder of {what}, {folder}, is refused, since what others put there would be run or believed: "
             f"{problem}; {f'{remedy}, or ' if remedy else ''}choose another folder by {variable}. If you share it on "
-            f"purpose, list {folder} in {TRUSTED}"
+            f"purpose, list {folder} in {_TRUSTED}"
         )
 
 
@@ -209,7 +207,7 @@ def _steps(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 
 def _is_trusted(path: Path) -> bool:
-    listed = [Path(text).expanduser() for text in os.environ.get(TRUSTED, "").split(os.pathsep) if text.strip()]
+    listed = [Path(text).expanduser() for text in os.environ.get(_TRUSTED, "").split(os.pathsep) if text.strip()]
     real = Path(os.path.realpath(path))
     return any(real.is_relative_to(os.path.realpath(each)) for each in listed if each.is_absolute())
 
