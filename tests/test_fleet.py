@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,7 @@ async def test_a_wrong_grace_is_an_error_and_cancels_nothing(
     [
         (lambda: Timeouts(run=math.nan), "Timeouts: run is nan: give seconds, 0 or more, or None"),
         (lambda: Timeouts(queue="5"), "Timeouts: queue is '5': give"),  # type: ignore[arg-type]
+        (lambda: Timeouts(cancel_grace=10**400), "Timeouts: cancel_grace is 1000"),
         (lambda: Timeouts(cancel_grace=math.inf), "Timeouts: cancel_grace is inf: give seconds, 0 or more$"),
         (lambda: Fleet(tracking_patience=math.nan), "tracking_patience is nan"),
         (lambda: setattr(Fleet(tracking=FakeTracking()), "tracking_patience", -1), "tracking_patience is -1"),
@@ -169,6 +171,13 @@ async def test_a_wrong_grace_is_an_error_and_cancels_nothing(
 def test_wrong_seconds_are_an_error_where_they_are_given(take: Callable[[], object], error: str) -> None:
     with pytest.raises(UsageError, match=error):
         take()
+
+
+async def test_seconds_may_be_any_real_number(tracking: FakeTracking, tmp_path: Path) -> None:
+    timeouts = Timeouts(run=Fraction(1, 10), cancel_grace=Fraction(0))  # type: ignore[arg-type] # as numpy's numbers are
+    async with Fleet(tracking=tracking, timeouts=timeouts) as fleet:
+        run = await fleet.submit(write_project(tmp_path / "demo", "sleep 1000"), env_manager="local")
+        assert (await run.outcome()).reason == "the run timeout of 0.1 s ran out"
 
 
 async def test_cancel_after_the_end_changes_nothing(fleet: Fleet, tracking: FakeTracking, tmp_path: Path) -> None:

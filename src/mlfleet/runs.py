@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
@@ -274,12 +275,13 @@ class Timeouts:
 
     def __post_init__(self) -> None:
         for name in ("queue", "setup", "run"):
-            check_seconds(f"Timeouts: {name}", getattr(self, name), or_none=True)
-        check_seconds("Timeouts: cancel_grace", self.cancel_grace, is_finite=True)
+            object.__setattr__(self, name, check_seconds(f"Timeouts: {name}", getattr(self, name), or_none=True))
+        grace = check_seconds("Timeouts: cancel_grace", self.cancel_grace, is_finite=True)
+        object.__setattr__(self, "cancel_grace", grace)
 
 
-def check_seconds(name: str, seconds: object, *, or_none: bool = False, is_finite: bool = False) -> None:
-    """Check a number of seconds that a caller gives.
+def check_seconds(name: str, seconds: object, *, or_none: bool = False, is_finite: bool = False) -> float | None:
+    """Check a number of seconds that a caller gives, and return it as a number that JSON takes: numpy's are none.
 
     Args:
         name: The name of the argument, for the error.
@@ -291,9 +293,14 @@ def check_seconds(name: str, seconds: object, *, or_none: bool = False, is_finit
         UsageError: The value is not a number, is NaN, or is negative.
     """
     if seconds is None and or_none:
-        return
-    if not isinstance(seconds, int | float) or not seconds >= 0 or (is_finite and seconds == math.inf):
+        return None
+    try:
+        number = float(seconds) if isinstance(seconds, Real) else math.nan
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.inf
+    if not number >= 0 or (is_finite and number == math.inf):
         raise UsageError(f"{name} is {seconds!r}: give seconds, 0 or more{', or None' if or_none else ''}")
+    return number
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,7 +146,7 @@ class FleetRun:
         Raises:
             UsageError: The grace is negative or not a finite number. The run goes on.
         """
-        check_seconds("grace", grace, or_none=True, is_finite=True)
+        grace = check_seconds("grace", grace, or_none=True, is_finite=True)
         await self._supervisor.cancel(grace)
 
     async def get_status(self) -> RunStatus:

@@ -124,7 +124,7 @@ class TrackedRun:
             ExceptionGroup: The run is a sweep, and some of its runs could not be cancelled.
             MlfleetError: Tracking cannot be reached.
         """
-        check_seconds("grace", grace, or_none=True, is_finite=True)
+        grace = check_seconds("grace", grace, or_none=True, is_finite=True)
         await complete(partial(self._cancel, grace))
 
     async def logs(

@@ -161,7 +161,7 @@ class Sweep:
         Raises:
             UsageError: The grace is negative or not a finite number. The sweep goes on.
         """
-        check_seconds("grace", grace, or_none=True, is_finite=True)
+        grace = check_seconds("grace", grace, or_none=True, is_finite=True)
         driver = self._driver
         if driver.ended.is_set():
             return
