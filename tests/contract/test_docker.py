@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from components.docker import DockerEngine
 from mlfleet._project.spec import DockerEnv
 from mlfleet.backends.base import DockerRequest, Job
 from mlfleet.backends.docker import DockerBackend
+from mlfleet.errors import SubmitError
 from mlfleet.testing import BackendContract, Bench, Harness
 
 
@@ -56,3 +58,11 @@ class TestDocker(BackendContract):
         with pytest.raises(asyncio.CancelledError):
             await closing
         assert await bench.leftovers() == []
+
+    async def test_a_run_whose_container_is_refused_can_be_submitted_again(self, bench: Bench) -> None:
+        job = bench.job("true")
+        assert job.docker is not None
+        job = replace(job, docker=replace(job.docker, args={"runtime": "none-such"}))
+        for _ in range(2):
+            with pytest.raises(SubmitError, match="none-such"):
+                await bench.backend.submit(job)

@@ -169,12 +169,14 @@ class DockerBackend(RemoteBackend[None]):
             stop_signal=str(config.get("StopSignal") or "SIGTERM"),
             rotates=_rotates(found["HostConfig"].get("LogConfig") or {}),
         )
-        named = ContainerLock.from_label(labels.get(DRIVER_LABEL, ""), ref.run_id)
-        lock = await FILES.run(partial(_acquire, named))
+        lock = ContainerLock.from_label(labels.get(DRIVER_LABEL, ""), ref.run_id)
+        await FILES.run(partial(_acquire, lock), undo=lambda _: FILES.run(lock.release))
         state: Mapping[str, Any] = found.get("State") or {}
         if state.get("Status") == "created" and lock.is_held:
-            await remove_container(self._engine, container.id)
-            await FILES.run(lock.release)
+            try:
+                await remove_container(self._engine, container.id)
+            finally:
+                await FILES.finish(lock.release)
             raise RunLost(f"the container {name} was never started: {DRIVER_DIED}", backend=self.name)
         ended_as = None
         if state.get("Status") in ("exited", "dead"):
@@ -214,6 +216,7 @@ class DockerBackend(RemoteBackend[None]):
     async def _launch(self, job: Job, prepared: _Prepared, image: Image) -> DockerRun:
         options = prepared.options
         name = _name(job)
+        lock = ContainerLock.of_run(job.run_id)
         made: list[str] = []
         body: dict[str, Any] = {}
 
@@ -235,7 +238,7 @@ class DockerBackend(RemoteBackend[None]):
         try:
             async with self._starting:
                 # Wait for the answer although this call is cancelled: otherwise the container, if any, is unknown.
-                lock = await FILES.run(partial(_acquire, ContainerLock.of_run(job.run_id)))
+                await FILES.run(partial(_acquire, lock))
                 body = container_body(job, options, image, prepared.mounts, driver=lock.label)
                 if not lock.is_held:
                     text = f"another process of this machine looks after a container of the run {job.run_id}"
@@ -246,14 +249,16 @@ class DockerBackend(RemoteBackend[None]):
                 await complete(start, limit=_GRACE)
             return run
         except BaseException as error:
-            await complete(partial(self._take_back, run, made), restart=True)
+            await complete(partial(self._take_back, run, lock, made), restart=True)
             if isinstance(error, EngineError) and not error.unreachable:
                 raise SubmitError(_refusal(name, image, error), backend=self.name) from error
             raise
 
-    async def _take_back(self, run: DockerRun | None, containers: Sequence[str]) -> None:
+    async def _take_back(self, run: DockerRun | None, lock: ContainerLock, containers: Sequence[str]) -> None:
         with anyio.move_on_after(_GRACE):
-            if run is not None:
+            if run is None:
+                await FILES.run(lock.release)
+            else:
                 run.detach()
                 await run.outcome()
             for container in containers:
@@ -350,13 +355,12 @@ def _container(container_id: str, name: str, job: Job, body: Mapping[str, Any], 
     )
 
 
-def _acquire(lock: ContainerLock) -> ContainerLock:
+def _acquire(lock: ContainerLock) -> None:
     try:
         lock.acquire()
     except OSError as error:
         text = f"the lock of the container cannot be written to {error.filename}: {error.strerror}"
         raise SubmitError(text, backend="docker") from error
-    return lock
 
 
 def _rotates(log: Mapping[str, Any]) -> bool:

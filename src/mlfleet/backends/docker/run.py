@@ -160,7 +160,7 @@ class DockerRun(SupervisedRun):
         except EngineError as error:
             if error.status != 404:
                 raise
-            self._lock.release()
+            await FILES.run(self._lock.release)
             return False
         return True
 
