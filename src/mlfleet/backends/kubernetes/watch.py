@@ -223,15 +223,17 @@ class _Reflector:
         self._version = None
         self._last_success = time.monotonic()
         while True:
+            # A watch from a version that the server has not reached yet (after it was restored from a backup) stays
+            # silent. Otherwise bookmarks at least should have arrived.
+            if time.monotonic() - self._last_success > self._idle:
+                self._version = None
             try:
                 if self._version is None:
                     await self._list()
                 began = time.monotonic()
                 if not await self._watch() and time.monotonic() - began < _SHORT:
                     await self._pause(None)
-                self._relist_if_silent()
             except ApiError as error:
-                self._relist_if_silent()
                 if error.status == 410:
                     self._version = None
                 elif not error.is_transient and error.status != 401:
@@ -253,14 +255,6 @@ class _Reflector:
         if not self.listed or time.monotonic() - self._last_success > seconds:
             # Before the first list there are no runs to keep: the submit fails at once.
             raise error
-
-    def _relist_if_silent(self) -> None:
-        """List again after a long silence, in which bookmarks at least should have arrived.
-
-        A watch from a version that the server has not reached yet (after it was restored from a backup) stays silent.
-        """
-        if time.monotonic() - self._last_success > self._idle:
-            self._version = None
 
     def _note_success(self) -> None:
         self._attempt = 0
