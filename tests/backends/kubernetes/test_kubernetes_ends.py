@@ -13,8 +13,10 @@ from typing import Any
 
 import anyio
 import pytest
+from aiohttp import web
 
 from components.fake_kubernetes import FakeCluster
+from fakes.kubernetes import ApiFailure
 from fakes.kubernetes_node import Acting
 from mlfleet import Fleet
 from mlfleet._cli.run import RunCommand, _say_end
@@ -25,7 +27,7 @@ from mlfleet.backends.kubernetes import KubernetesBackend
 from mlfleet.backends.kubernetes.diagnosis import straggling_pod
 from mlfleet.backends.kubernetes.run import KubernetesRun
 from mlfleet.backends.kubernetes.state import read_job
-from mlfleet.errors import RunLost
+from mlfleet.errors import BackendError, RunLost
 from mlfleet.fleet import context_of
 from mlfleet.runs import FailureKind, JobRef, RunStatus, Timeouts
 from mlfleet.testing import FakeTracking
@@ -486,3 +488,20 @@ async def test_prune_deletes_secrets_with_their_jobs(fake_cluster: FakeCluster) 
         await ended.wait()
         assert [each.run_id for each in await second.prune()] == [run.run_id]
         assert api.of_kind("jobs") == api.of_kind("secrets") == []
+
+
+async def test_prune_that_is_not_allowed_names_the_refusal(fake_cluster: FakeCluster) -> None:
+    def refused(request: web.Request) -> web.Response | None:
+        forbidden = ApiFailure(403, "Forbidden", "jobs is forbidden: User cannot delete it")
+        return forbidden.response() if request.method == "DELETE" else None
+
+    config = await fake_cluster.config()
+    gone = await asyncio.create_subprocess_exec("true")
+    await gone.wait()
+    async with KubernetesBackend() as backend, KubernetesBackend() as second:
+        for run in [await backend.submit(fake_cluster.job(config)) for _ in range(2)]:
+            await run.wait()
+            set_owner(fake_cluster, run, f"{socket.gethostname()}:{gone.pid}")
+        fake_cluster.api.faults.append(refused)
+        with pytest.raises(BackendError, match=r"deleting a Job.*forbidden.*See the Role"):
+            await second.prune()

@@ -22,7 +22,7 @@ from mlfleet._text.masking import MASK
 from mlfleet.backends._remote.backend import RemoteBackend
 from mlfleet.backends._remote.owner import owner_lives, owner_text
 from mlfleet.backends.base import BackendRun, DockerRequest, Job, ListedRun, Presence
-from mlfleet.backends.kubernetes.client import KubernetesClient
+from mlfleet.backends.kubernetes.client import ApiError, KubernetesClient
 from mlfleet.backends.kubernetes.config import CodeDelivery, KubernetesConfig, StartTimeouts, parse_config
 from mlfleet.backends.kubernetes.delivery import Deliveries, preview_code
 from mlfleet.backends.kubernetes.jobs import create_job, create_secret, delete_job, find_job, has_ended, job_path
@@ -118,8 +118,6 @@ class KubernetesBackend(RemoteBackend[KubernetesConfig]):
             "name": job_name(job.project_name, job.run_id),
             "owner": self._this_process,
         }
-        if job.output is not None:
-            data["output"] = str(job.output)
         if config.timeouts != StartTimeouts():
             data["start-timeout"] = asdict(config.timeouts)
         if not config.keep_jobs:
@@ -219,15 +217,18 @@ class KubernetesBackend(RemoteBackend[KubernetesConfig]):
         """
         client, jobs = await self._list_jobs()
         chosen: list[ListedRun] = []
-        async with anyio.create_task_group() as group:
-            for each in jobs:
-                run, job = await FILES.run(partial(_listed, each)), read_job(each)
-                if run.supervised or job.deleting or (run_ids and run.run_id not in run_ids):
-                    continue
-                if job.ended or running:
-                    chosen.append(run)
-                    if not dry_run:
-                        group.start_soon(delete_job, client, each["metadata"]["namespace"], job.name, job.uid)
+        try:
+            async with anyio.create_task_group() as group:
+                for each in jobs:
+                    run, job = await FILES.run(partial(_listed, each)), read_job(each)
+                    if run.supervised or job.deleting or (run_ids and run.run_id not in run_ids):
+                        continue
+                    if job.ended or running:
+                        chosen.append(run)
+                        if not dry_run:
+                            group.start_soon(delete_job, client, each["metadata"]["namespace"], job.name, job.uid)
+        except* ApiError as errors:
+            raise errors.exceptions[0] from None
         return chosen
 
     async def _list_jobs(self) -> tuple[KubernetesClient, list[dict[str, Any]]]:
