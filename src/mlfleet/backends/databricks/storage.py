@@ -35,8 +35,6 @@ _READ_BLOCK, _WRITE_BLOCK = 2**20, 2**19
 _LARGEST_WORKSPACE_FILE = 10 * 2**20
 _LARGEST_VOLUME_FILE = 5 * 2**30
 
-_Request = Callable[[], Awaitable[object]]
-
 
 class Storage(ABC):
     """A folder in a workspace.

@@ -10,7 +10,7 @@ from typing import Any
 
 import anyio
 
-from mlfleet._concurrency.single_flight import SingleFlight
+from mlfleet._concurrency.single_flight import Coalescing
 from mlfleet._run_log import get_logger
 from mlfleet.backends._remote.polling import PolledStates
 from mlfleet.backends._remote.state_cache import StateCache
@@ -144,7 +144,7 @@ class RecentRuns:
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
-        self._listing: SingleFlight[str, None] = SingleFlight()
+        self._listing: Coalescing[str, None] = Coalescing()
         self._wanted: list[tuple[str, int]] = []  # as the arguments of `_is_found`
         self._found: dict[str, tuple[int, int]] = {}  # start time and id in Databricks, by the id of the MLflow run
         self._missing: dict[str, float] = {}  # the time of the listing, by `time.monotonic`
@@ -183,25 +183,27 @@ class RecentRuns:
     def _is_found(self, run_id: str, since: int) -> bool:
         return run_id in self._found and self._found[run_id][0] >= since
 
+    def _are_found(self) -> bool:
+        return all(self._is_found(*wanted) for wanted in self._wanted)
+
     async def _search(self, run_id: str, since: int) -> None:
         wanted = (run_id, since)
         self._wanted.append(wanted)
         try:
-            is_first = len(self._wanted) == 1
             await self._listing("", self._list)
-            if not is_first and not self._is_found(run_id, since):
-                await self._listing("", self._list)  # the listing of the other calls may have begun after this run
         finally:
             self._wanted.remove(wanted)
 
     async def _list(self) -> None:
         """List runs until all wanted ones are found. The runs of the first hours come first, newest first in each."""
+        if self._are_found():
+            return
         for first, last in _windows(min(since for _, since in self._wanted)):
             filters = {"start_time_from": first, "start_time_to": last}
             async for run_id, run in self._entries({name: str(value) for name, value in filters.items() if value}):
                 seen = (_start_time(run), int(run.get("run_id") or 0))
                 self._found[run_id] = max(seen, self._found.get(run_id, seen))
-                if all(self._is_found(*wanted) for wanted in self._wanted):
+                if self._are_found():
                     return
 
     async def _entries(self, filters: Mapping[str, str]) -> AsyncIterator[tuple[str, dict[str, Any]]]:
