@@ -26,7 +26,7 @@ from mlfleet._project.blocking import Stopped, stoppable
 from mlfleet._run_log import get_logger
 from mlfleet.errors import FetchError, SpecError
 
-__all__ = ["DEFAULTS", "FILE_NAME", "Ignore", "Packed", "content_hash", "pack", "read_ignore"]
+__all__ = ["Ignore", "Packed", "content_hash", "pack", "read_ignore"]
 
 _log = get_logger("mlfleet.project")
 # A time that every tool takes (zip knows none before 1980): 2000-01-01.
@@ -34,8 +34,8 @@ _TIME = 946684800
 _CHUNK = 2**18
 _IN_MEMORY = 2**23
 
-FILE_NAME = ".dockerignore"
-DEFAULTS = (
+_FILE_NAME = ".dockerignore"
+_DEFAULTS = (
     ".git",
     "**/__pycache__",
     # Where MLflow keeps runs by default: the content would differ after every run.
@@ -290,7 +290,7 @@ def read_ignore(folder: Path, left_out: Collection[str] = frozenset()) -> Ignore
     Raises:
         SpecError: The file cannot be read, or a line is not a pattern.
     """
-    path = folder / FILE_NAME
+    path = folder / _FILE_NAME
     try:
         with path.open("rb") as file:
             text = file.read(_LARGEST).decode("utf-8-sig")
@@ -299,7 +299,7 @@ def read_ignore(folder: Path, left_out: Collection[str] = frozenset()) -> Ignore
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise SpecError(f"it cannot be read: {reason}", path=path) from error
-    patterns = [_pattern(line) for line in DEFAULTS]
+    patterns = [_pattern(line) for line in _DEFAULTS]
     for number, line in enumerate(text.splitlines(), 1):
         try:
             patterns.append(_pattern(line))

@@ -33,7 +33,6 @@ from mlfleet._store.lease import Leases, unleased
 from mlfleet._store.private_folders import check_owner
 
 __all__ = [
-    "IN_USE",
     "ContentStore",
     "StoredEntry",
     "claim",
@@ -48,7 +47,7 @@ __all__ = [
 
 _log = get_logger("mlfleet.store")
 
-IN_USE = "in-use"
+_IN_USE = "in-use"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +107,7 @@ class ContentStore:
 
     def lease_path(self, name: str) -> Path:
         """Return the lease file of an entry."""
-        return self.root / name / IN_USE
+        return self.root / name / _IN_USE
 
     def acquire(self, name: str, *, pin: bool = False) -> Path | None:
         """Return the content of a complete entry, and hold a lease on it; None if there is none to use.
@@ -125,7 +124,7 @@ class ContentStore:
             return None
         content = None
         try:
-            content = self._content(self.root / name, self.facts(name))
+            content = self._content(self.root / name, self._facts(name))
         finally:
             if content is None:
                 if pin:
@@ -159,7 +158,7 @@ class ContentStore:
     def begin(self, name: str) -> Path:
         """Return a path for a new attempt, which does not exist yet, after leftovers were removed."""
         folder = self.root / name
-        self._leases.drop(folder / IN_USE)
+        self._leases.drop(folder / _IN_USE)
         if (folder / self._facts_file).exists():
             _log.info("%s is damaged and is made again", folder)
             (folder / self._facts_file).unlink()
@@ -176,18 +175,13 @@ class ContentStore:
             facts: What else to keep about the content, as JSON.
         """
         folder = self.root / name
-        (folder / IN_USE).touch()
+        (folder / _IN_USE).touch()
         write_facts(folder / self._facts_file, {self._content_key: str(content.relative_to(folder)), **facts})
 
     def _discard(self, name: str, attempt: Path) -> None:
         remove_tree(attempt)
         if not (self.root / name / self._facts_file).exists():
             self._remove_unused(self.root / name)
-
-    def facts(self, name: str) -> dict[str, Any] | None:
-        """Return the facts of an entry; None if it is not complete."""
-        facts = read_facts(self.root / name / self._facts_file)
-        return facts if facts is not None and isinstance(facts.get(self._content_key), str) else None
 
     def describe(self, name: str, *, in_use: bool | None = None) -> StoredEntry:
         """Return what is known about an entry, complete or not.
@@ -197,7 +191,7 @@ class ContentStore:
             in_use: None to look whether a process uses it.
         """
         folder = self.root / name
-        facts = self.facts(name)
+        facts = self._facts(name)
         size = (facts or {}).get("size")
         return StoredEntry(
             kind="entry",
@@ -205,8 +199,8 @@ class ContentStore:
             version=None,
             path=folder,
             size=size if isinstance(size, int) else size_on_disk(folder),
-            last_used=modified_at(folder / IN_USE),
-            in_use=not is_unleased(folder / IN_USE) if in_use is None else in_use,
+            last_used=modified_at(folder / _IN_USE),
+            in_use=not is_unleased(folder / _IN_USE) if in_use is None else in_use,
             complete=facts is not None,
             facts=facts or {},
         )
@@ -223,8 +217,12 @@ class ContentStore:
             if not is_mine:
                 return None
             return prune_entry(
-                lambda: self.describe(name, in_use=False), folder / IN_USE, older_than, first=folder / self._facts_file
+                lambda: self.describe(name, in_use=False), folder / _IN_USE, older_than, first=folder / self._facts_file
             )
+
+    def _facts(self, name: str) -> dict[str, Any] | None:
+        facts = read_facts(self.root / name / self._facts_file)
+        return facts if facts is not None and isinstance(facts.get(self._content_key), str) else None
 
     def _content(self, folder: Path, facts: Mapping[str, Any] | None) -> Path | None:
         if facts is None:
@@ -239,7 +237,7 @@ class ContentStore:
         return content if all((content / str(each)).exists() for each in required) else None
 
     def _remove_unused(self, folder: Path) -> None:
-        with unleased(folder / IN_USE) as is_mine:
+        with unleased(folder / _IN_USE) as is_mine:
             if is_mine:
                 (folder / self._facts_file).unlink(missing_ok=True)
                 remove_tree(folder)
