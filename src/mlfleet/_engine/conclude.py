@@ -134,14 +134,10 @@ async def conclude(context: RunContext, info: RunInfo, verdict: Verdict) -> None
 async def _ask_backend(context: RunContext, info: RunInfo) -> Outcome:
     """Return the outcome that the backend of a run has."""
     reference = read_reference(info)
-    backend = await context.fleet.backend(reference.backend)
     await take_over(context, info.run_id)
     try:
-        handle = await backend.attach(reference)
-        try:
+        async with context.fleet.handles.use(reference) as handle:
             outcome = await handle.outcome()
-        finally:
-            backend.detach(handle)
     except RunLost as lost:
         outcome = Outcome(RunStatus.FAILED, reason=str(lost).partition("\n")[0], error=lost)
     context.fleet.records.end(info.run_id, outcome)

@@ -22,7 +22,7 @@ class _Shared:
 
 
 class SharedHandles:
-    """The handles of runs, one for all who read the output of a run at the same time.
+    """The handles of runs, one for all who read the output of a run, or wait for its outcome, at the same time.
 
     A handle has a task that watches its run. Without an end it would watch it for each reader that ever was.
 
@@ -35,20 +35,14 @@ class SharedHandles:
         self._shared: dict[str, _Shared] = {}
 
     @asynccontextmanager
-    async def use(self, reference: JobRef) -> AsyncIterator[BackendRun | None]:
+    async def use(self, reference: JobRef) -> AsyncIterator[BackendRun]:
         """Attach to a run. When its last user leaves, and it has not ended, it is left alone again.
-
-        Returns:
-            The handle; None if runs of this backend write their output to this machine without one.
 
         Raises:
             RunLost: The backend does not have the run.
             BackendError: The backend cannot be asked.
         """
         backend = await self._backend(reference.backend)
-        if backend.runs_here:
-            yield None
-            return
         shared = self._shared.setdefault(reference.run_id, _Shared())
         shared.users += 1
         try:

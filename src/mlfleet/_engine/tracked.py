@@ -243,6 +243,8 @@ class TrackedRun:
             stack: Holds the handle.
             follow: Wait for a run that is in the queue of its driver, or being prepared.
         """
+        if (await self._context.fleet.backend(reference.backend)).runs_here:
+            return None
         pause = SHORTEST_PAUSE
         while True:
             try:
