@@ -281,7 +281,7 @@ async def sweep_async(
             screen = await stack.enter_async_context(_sweep_screen(metric, goal, options.get("parameters")))
         follow = None if screen is None else screen.follow
         fleet = await stack.enter_async_context(Fleet(tracking_uri=tracking_uri, on_event=follow))
-        _sweep_fleets.setdefault(asyncio.get_running_loop(), WeakSet()).add(fleet)
+        _remember(fleet)
         async with fleet.sweep(uri, space, **options) as sweep:
             _awaited[_this_task()] = sweep
             seen = () if screen is None else await screen.results(sweep)
@@ -330,6 +330,7 @@ class _Fleets:
         if fleet is None:
             # Runs without a Fleet of their own start at once, as with mlflow.projects.run.
             fleet = self._fleets[key] = Fleet(tracking_uri=uri, max_concurrent=_UNLIMITED, on_exit="cancel")
+            _remember(fleet)
         try:
             await self._services.open(fleet)
         except Exception:
@@ -345,26 +346,26 @@ class _Fleets:
                 await self._services.open(fleet)
                 await fleet.join()
 
-    async def write_killed(self) -> None:
-        async with anyio.create_task_group() as group:
-            for fleet in self._fleets.values():
-                group.start_soon(context_of(fleet).fleet.write_killed)
-
     async def close(self) -> None:
         await self._services.close()
 
 
 _UNLIMITED = 2**31
 _fleets: WeakKeyDictionary[asyncio.AbstractEventLoop, _Fleets] = WeakKeyDictionary()
-_closing_fleets: WeakKeyDictionary[asyncio.AbstractEventLoop, _Fleets] = WeakKeyDictionary()
 _awaited: WeakKeyDictionary[asyncio.Task[Any], FleetRun | Sweep] = WeakKeyDictionary()
 """What the calls of `run_async` and `sweep_async` wait for."""
-_sweep_fleets: WeakKeyDictionary[asyncio.AbstractEventLoop, WeakSet[Fleet]] = WeakKeyDictionary()
+_all_fleets: WeakKeyDictionary[asyncio.AbstractEventLoop, WeakSet[Fleet]] = WeakKeyDictionary()
+"""The Fleets of the functions here, default ones and those of sweeps, also while they are being closed."""
+
+
+def _remember(fleet: Fleet) -> None:
+    _all_fleets.setdefault(asyncio.get_running_loop(), WeakSet()).add(fleet)
 
 
 async def default_fleet(tracking_uri: str | None = None) -> Fleet:
     """Return the default Fleet of the running event loop for a tracking URI, opened at its first use."""
-    fleets = _fleets.setdefault(asyncio.get_running_loop(), _Fleets())
+    loop = asyncio.get_running_loop()
+    fleets = _fleets.get(loop) or _fleets.setdefault(loop, _Fleets())
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         uri = await anyio.to_thread.run_sync(default_uri)
@@ -382,18 +383,13 @@ async def close_default_fleets() -> None:
     """Cancel all runs of the default Fleets of the running event loop, and close the Fleets."""
     fleets = _fleets.pop(asyncio.get_running_loop(), None)
     if fleets is not None:
-        _closing_fleets[asyncio.get_running_loop()] = fleets
         await complete(fleets.close, restart=True)
 
 
 async def write_killed() -> None:
     """Write KILLED for all active runs and sweeps of the functions here, also of those being ended, within a second."""
-    loop = asyncio.get_running_loop()
     async with anyio.create_task_group() as group:
-        for fleets in (_fleets.get(loop), _closing_fleets.get(loop)):
-            if fleets is not None:
-                group.start_soon(fleets.write_killed)
-        for fleet in _sweep_fleets.get(loop, ()):
+        for fleet in _all_fleets.get(asyncio.get_running_loop(), ()):
             group.start_soon(context_of(fleet).fleet.write_killed)
 
 
