@@ -18,9 +18,11 @@ from click.testing import CliRunner
 from components.fake_databricks import QUICK, JobMaker, succeed
 from fakes.databricks import FakeRun, FakeWorkspace
 from mlfleet._cli.program import _cli as cli
+from mlfleet._paths import run_folder
 from mlfleet.backends.databricks import DatabricksBackend
-from mlfleet.backends.databricks.records import change_owner, read_records
+from mlfleet.backends.databricks.records import Record, change_owner, read_records
 from mlfleet.errors import RunLost, SubmitError
+from mlfleet.runs import JobRef
 
 DRIVER = """
 import asyncio, json, sys
@@ -200,3 +202,12 @@ async def test_no_record_is_left_of_runs_whose_end_was_seen(
     with pytest.raises(SubmitError):
         await backend.submit(make_job(queue_timeout=0))
     assert await anyio.to_thread.run_sync(read_records) == []
+
+
+def test_records_of_earlier_versions_are_read() -> None:
+    reference = JobRef("databricks", uuid.uuid4().hex, {"attempt": "0123456789ab", "upload": "workspace", "path": ""})
+    folder = run_folder(reference.run_id)
+    folder.mkdir(parents=True)
+    record = {"ref": reference.to_json(), "number": "7", "argument": "/Workspace/Users/me/.mlfleet/arguments/a.json"}
+    (folder / "databricks.json").write_text(json.dumps(record))
+    assert read_records() == [Record(reference, "7")]
