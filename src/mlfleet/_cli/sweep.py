@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import click
@@ -147,18 +146,25 @@ def sweep(
     Exit codes: 0 all points finished, 1 some failed, 2 there is a mistake in the call or in the project, 130 Ctrl-C.
     """
     fixed, space = read_space(param_list, draws=draws, seed=seed, points=points)
+    settings = _settings(options)
+    jobs, tracking_uri = options.pop("jobs"), options.pop("tracking_uri")
+    of_runs = {**read_run_options(options), **options}
     if only_show:
-        return _show_first(uri, fixed, space, options, as_json=as_json, quiet=quiet)
+        if settings["resume"]:
+            raise click.UsageError("--dry-run shows all points, and --resume runs some of them: give one of them")
+        first = _first_request(uri, fixed, space, settings["name"], of_runs)
+        return dry_run(first, tracking_uri, space=space, as_json=as_json, quiet=quiet)
+    best = BestRuns(metric, goal, top)
     command = SweepCommand(
         uri=uri,
         space=space,
-        jobs=options.pop("jobs"),
-        tracking_uri=options.pop("tracking_uri"),
-        best=BestRuns(metric, goal, top),
-        options={"parameters": fixed, **_settings(options), **read_run_options(options), **options},
+        options={"parameters": fixed, **settings, **of_runs},
+        best=best,
+        view=_view(best, fixed, as_json=as_json, quiet=quiet),
+        jobs=jobs,
+        tracking_uri=tracking_uri,
     )
-    view = _view(command, as_json=as_json, quiet=quiet)
-    received = run_until_interrupted(partial(command.execute, view), view.say)
+    received = run_until_interrupted(command.execute, command.view.say)
     _say_end(command, received, quiet=quiet, table=not as_json)
     if as_json:
         print_json(_end_as_json(command, received), indent=None)
@@ -167,20 +173,14 @@ def sweep(
     return 0 if command.status is RunStatus.FINISHED else 1
 
 
-def _show_first(
-    uri: str, fixed: Mapping[str, Any], space: Space, options: dict[str, Any], *, as_json: bool, quiet: bool
-) -> int:
-    settings = _settings(options)
-    if settings["resume"]:
-        raise click.UsageError("--dry-run shows all points, and --resume runs some of them: give one of them")
+def _first_request(
+    uri: str, fixed: Mapping[str, Any], space: Space, name: str, of_runs: Mapping[str, Any]
+) -> RunRequest:
+    """Return the request for the run of the first point."""
     point = next(iter(space), None)
     if point is None:
         raise UsageError("the space of the sweep has no points: there is nothing to run")
-    options.pop("jobs")
-    tracking_uri, given = options.pop("tracking_uri"), read_run_options(options)
-    first = {"parameters": {**fixed, **point}, "run_name": f"{settings['name']}-0"}
-    request = RunRequest.of(uri, **{**given, **options, **first})
-    return dry_run(request, tracking_uri, space=space, as_json=as_json, quiet=quiet)
+    return RunRequest.of(uri, **{**of_runs, "parameters": {**fixed, **point}, "run_name": f"{name}-0"})
 
 
 def _settings(options: dict[str, Any]) -> dict[str, Any]:
@@ -207,12 +207,12 @@ def _new_name() -> str:
     return f"sweep-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
-def _view(command: SweepCommand, *, as_json: bool, quiet: bool) -> SweepScreen | SweepJson:
+def _view(best: BestRuns, fixed: Mapping[str, Any], *, as_json: bool, quiet: bool) -> SweepScreen | SweepJson:
     if as_json:
         return SweepJson(quiet=quiet)
     if is_interactive() and not quiet:
-        return SweepScreen(TerminalPainter(), command.best, fixed=command.options["parameters"])
-    return SweepScreen(LinePainter(math.inf), command.best, says_all=True, quiet=quiet)
+        return SweepScreen(TerminalPainter(), best, fixed)
+    return SweepScreen(LinePainter(math.inf), best, says_all=True, quiet=quiet)
 
 
 # ---- the work -------------------------------------------------------------------------------------------------------
@@ -227,6 +227,7 @@ class SweepCommand:
         space: The points of the sweep.
         options: The other arguments of `Fleet.sweep`.
         best: The best results.
+        view: Shows the sweep.
         jobs: The number of runs at the same time; None for as many as the Fleet allows.
         tracking_uri: The tracking store; None for the default.
         tracking: The tracking URI that was used, without credentials; None if it could not be opened.
@@ -238,6 +239,7 @@ class SweepCommand:
     space: Points
     options: Mapping[str, Any]
     best: BestRuns
+    view: SweepScreen | SweepJson
     jobs: int | None = None
     tracking_uri: str | None = None
     tracking: str | None = None
@@ -254,40 +256,40 @@ class SweepCommand:
         """The status of the sweep; FAILED if it did not begin."""
         return self.sweep.status if self.sweep is not None else RunStatus.FAILED
 
-    async def execute(self, view: SweepScreen | SweepJson, interrupts: Interrupts) -> None:
+    async def execute(self, interrupts: Interrupts) -> None:
         """Run the sweep and keep the result. When this returns, nothing of the sweep is left."""
-        async with shown(view):
+        async with shown(self.view):
             # Inside the view, so that it shows how the runs stop after an interrupt.
             with interrupts.scope:
                 try:
-                    await self._run(view, interrupts)
+                    await self._run(interrupts)
                 except MlfleetError as error:
                     self.error = error
-            await self._keep_rest(view)
+            await self._keep_rest()
 
-    async def _run(self, view: SweepScreen | SweepJson, interrupts: Interrupts) -> None:
-        async with Fleet(tracking_uri=self.tracking_uri, max_concurrent=self.jobs, on_event=view.follow) as fleet:
+    async def _run(self, interrupts: Interrupts) -> None:
+        async with Fleet(tracking_uri=self.tracking_uri, max_concurrent=self.jobs, on_event=self.view.follow) as fleet:
             interrupts.fleet = fleet
             self.tracking = fleet.tracking.uri
             async with fleet.sweep(self.uri, self.space, max_concurrent=self.jobs, **self.options) as sweep:
                 self.sweep = sweep
-                view.entered(sweep)
+                self.view.entered(sweep)
                 async for result in sweep:
-                    await self._keep(result, view)
+                    await self._keep(result)
 
-    async def _keep_rest(self, view: SweepScreen | SweepJson) -> None:
+    async def _keep_rest(self) -> None:
         """Keep the results that came after an interrupt."""
         if self.sweep is None:
             return
         try:
             async for result in self.sweep:
-                await self._keep(result, view)
+                await self._keep(result)
         except MlfleetError as error:
             self.error = error
 
-    async def _keep(self, result: PointResult, view: SweepScreen | SweepJson) -> None:
+    async def _keep(self, result: PointResult) -> None:
         self.best.add(result)
-        view.ended(result, () if result.run is None else (await result.run.outcome()).output)
+        self.view.ended(result, () if result.run is None else (await result.run.outcome()).output)
 
 
 # ---- the end --------------------------------------------------------------------------------------------------------
