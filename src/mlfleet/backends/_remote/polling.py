@@ -12,7 +12,7 @@ import anyio
 
 from mlfleet.backends._remote.state_cache import CachedState, StateCache, V
 
-__all__ = ["PollSchedule", "PolledStates"]
+__all__ = ["PolledStates"]
 
 
 @dataclass(slots=True)

@@ -34,7 +34,6 @@ __all__ = [
     "host_volumes",
     "image_of",
     "job_manifest",
-    "labels_of",
     "launch",
     "secret_manifest",
     "variables",
@@ -132,7 +131,7 @@ def secret_manifest(
         owner: The Job as the API server has it; None: it does not exist yet.
     """
     name = job_name(job.project_name, job.run_id)
-    metadata: dict[str, Any] = {"name": name, "namespace": config.namespace, "labels": labels_of(job)}
+    metadata: dict[str, Any] = {"name": name, "namespace": config.namespace, "labels": _labels(job)}
     if owner is not None:
         meta = owner["metadata"]
         reference = {"apiVersion": "batch/v1", "kind": "Job", "name": meta["name"], "uid": meta["uid"]}
@@ -146,7 +145,7 @@ def secret_manifest(
     }
 
 
-def labels_of(job: Job) -> dict[str, str]:
+def _labels(job: Job) -> dict[str, str]:
     """Return the labels by which the objects of a run, or of a sweep, are found."""
     labels = {MANAGED_BY: "mlfleet", RUN_LABEL: label_value(job.run_id)}
     return labels if job.sweep_id is None else {**labels, SWEEP_LABEL: label_value(job.sweep_id)}
@@ -226,7 +225,7 @@ def _identify(manifest: dict[str, Any], job: Job, config: KubernetesConfig, name
     manifest["metadata"].update(name=name, namespace=config.namespace)
     manifest["metadata"].pop("generateName", None)
     for holder in (manifest, manifest["spec"]["template"]):
-        _metadata(holder, "labels").update(labels_of(job))
+        _metadata(holder, "labels").update(_labels(job))
     _metadata(manifest, "annotations")[PROJECT] = job.project_name
     spec = manifest["spec"]
     spec.setdefault("backoffLimit", 0)

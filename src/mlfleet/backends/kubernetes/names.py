@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 
-__all__ = ["LABEL", "NAME", "container_name", "job_name", "label_value", "slug"]
+__all__ = ["LABEL", "NAME", "container_name", "job_name", "label_value"]
 
 NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 """A DNS-1123 label, the form of the names of containers and volumes."""
@@ -16,7 +16,7 @@ LABEL = re.compile(r"[A-Za-z0-9]([-\w.]{0,61}[A-Za-z0-9])?", re.A)
 """The value of a label, unless it is empty."""
 
 
-def slug(text: str, longest: int = _LONGEST_SLUG) -> str:
+def _slug(text: str, longest: int = _LONGEST_SLUG) -> str:
     """Return `text` as a DNS-1123 label that begins with a letter; ``run`` if no character is left."""
     made = re.sub(r"[^a-z0-9]+", "-", text.lower()).lstrip("-0123456789")[:longest].strip("-")
     return made or "run"
@@ -24,12 +24,12 @@ def slug(text: str, longest: int = _LONGEST_SLUG) -> str:
 
 def job_name(project: str, run_id: str) -> str:
     """Return ``<project>-<run id>``, at most 57 characters: the names of pods are longer, and limited to 63."""
-    return f"{slug(project)}-{_short_id(run_id)}"
+    return f"{_slug(project)}-{_short_id(run_id)}"
 
 
 def container_name(given: str, project: str) -> str:
     """Return the template's name of the container, unless it is a placeholder as in the reference's example."""
-    return given if NAME.fullmatch(given) else slug(project, 63)
+    return given if NAME.fullmatch(given) else _slug(project, 63)
 
 
 def label_value(text: str) -> str:

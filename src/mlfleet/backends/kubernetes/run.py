@@ -260,8 +260,8 @@ class KubernetesRun(SupervisedRun):
         while not self._is_over(snapshot := await self._state.until(self._is_over_or_stuck)):
             if (pod := straggling_pod(snapshot)) is not None:
                 await self._end_stragglers(pod)
-            else:
-                await self._wait_pending(pending_reason(snapshot))
+            elif (reason := pending_reason(snapshot)) is not None:
+                await self._wait_pending(reason)
             del snapshot, pod  # a long run must not keep the snapshot in memory
         return snapshot
 
@@ -303,14 +303,12 @@ class KubernetesRun(SupervisedRun):
         _log.warning("the Job %s was deleted, but its pod %s on %s does not end", target.name, pod.name, pod.node)
         raise _Concluded("the command has ended")
 
-    async def _wait_pending(self, found: PendingReason | None) -> None:
+    async def _wait_pending(self, found: PendingReason) -> None:
         """Wait until the reason is gone, or another kind of reason takes its place.
 
         Raises:
             StartTimeout: The reason has lasted longer than its limit.
         """
-        if found is None:
-            return
         limit = self.target.timeouts.of(found.kind)
         warn_after = _WARN_AFTER if found.kind is PendingKind.UNSCHEDULABLE else None
         if warn_after is not None and (limit is None or limit > warn_after):
