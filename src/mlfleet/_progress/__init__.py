@@ -2,7 +2,7 @@
 
 from mlfleet._progress.painters import LinePainter, TerminalPainter, choose_painter
 from mlfleet._progress.picture import BestRuns, Picture, activity
-from mlfleet._progress.screen import RunScreen, SweepScreen, View, shown
+from mlfleet._progress.screen import RunScreen, SweepScreen, shown
 from mlfleet._progress.terminal import colored, is_interactive, say, write_line
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "RunScreen",
     "SweepScreen",
     "TerminalPainter",
-    "View",
     "activity",
     "choose_painter",
     "colored",
