@@ -31,7 +31,7 @@ from mlfleet._signals import Interrupts, run_until_interrupted
 from mlfleet._store.private_folders import secure_state
 from mlfleet.errors import MlfleetError, RunCancelled
 from mlfleet.fleet import Fleet, context_of
-from mlfleet.runs import Outcome, RunEvent
+from mlfleet.runs import RunEvent
 
 __all__ = ["supervise"]
 
@@ -122,7 +122,9 @@ class _Supervision:
         if self._run is None:
             return ("refused", _sendable(error))
         outcome = await self._run.outcome()
-        return ("ended", _sendable_outcome(outcome), dict(self._run.metrics))
+        if outcome.error is not None:
+            outcome = replace(outcome, error=_sendable(outcome.error))
+        return ("ended", outcome, dict(self._run.metrics))
 
 
 class _Variables:
@@ -168,10 +170,6 @@ def _log_to(folder: Path) -> None:
     for descriptor in (1, 2):
         os.dup2(file, descriptor)
     os.close(file)
-
-
-def _sendable_outcome(outcome: Outcome) -> Outcome:
-    return outcome if outcome.error is None else replace(outcome, error=_sendable(outcome.error))
 
 
 def _sendable(error: BaseException) -> BaseException:

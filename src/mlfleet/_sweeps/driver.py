@@ -168,10 +168,10 @@ class Driver:
             watching.start_soon(self._watch_status, record)
             async with anyio.create_task_group() as points:
                 with self._pulling:
-                    await self._pull(first, points)
+                    await self._pull(first, points, attempts)
                 if self.stopped is None:
                     for info in record.unclaimed():
-                        points.start_soon(self._reattach, info)
+                        points.start_soon(self._reattach, info, attempts)
             watching.cancel_scope.cancel()
 
     async def _watch_status(self, record: SweepRecord) -> None:
@@ -187,7 +187,7 @@ class Driver:
                 self.cancelled = True
                 self.stop("cancelled by another process")
 
-    async def _pull(self, first: Point, points: TaskGroup) -> None:
+    async def _pull(self, first: Point, points: TaskGroup, attempts: Attempts) -> None:
         point: Point | None = first
         index = 0
         try:
@@ -201,31 +201,29 @@ class Driver:
                     self.gate.leave()
                 else:
                     self._active += 1
-                    points.start_soon(self._run_point, index, point)
+                    points.start_soon(self._run_point, index, point, attempts)
                     index += 1
         except Exception as error:
             self._fail(error)
 
-    async def _run_point(self, index: int, point: Point) -> None:
-        assert self.attempts is not None  # noqa: S101 - set before the first point runs
+    async def _run_point(self, index: int, point: Point, attempts: Attempts) -> None:
         try:
-            result = await self.attempts.run(index, point)
+            result = await attempts.run(index, point)
         except Exception as error:
             self._fail(error)
             return
         finally:
             self._active -= 1
-        self._count(result)
+        self._count(result, attempts)
         if result.status is RunStatus.KILLED and self.stopped is None and self.record is not None:
             await self._check_status(self.record)
         await self.results.put(result)
         self.gate.leave()
 
-    async def _reattach(self, info: RunInfo) -> None:
+    async def _reattach(self, info: RunInfo, attempts: Attempts) -> None:
         """Supervise a run of an earlier session whose point the space does not have any more. It gives no result."""
-        assert self.attempts is not None  # noqa: S101
         try:
-            await self.attempts.reattach(info)
+            await attempts.reattach(info)
         except Exception as error:
             self._fail(error)
 
@@ -235,8 +233,7 @@ class Driver:
             self.error = error
         self.stop(f"{type(error).__name__}: {error}")
 
-    def _count(self, result: PointResult) -> None:
-        assert self.attempts is not None  # noqa: S101
+    def _count(self, result: PointResult, attempts: Attempts) -> None:
         self._statuses[result.status] += 1
         self._earlier += result.earlier
         if result.status is not RunStatus.FAILED:
@@ -244,6 +241,6 @@ class Driver:
         failed, most = self._statuses[RunStatus.FAILED], self._settings.max_failures
         if most is not None and failed >= most:
             self.stop(f"{failed} of at most {most} points failed; the last one: {result.reason}")
-        early, enough = self.attempts.count_early_failures(), self._settings.give_up_after
+        early, enough = attempts.count_early_failures(), self._settings.give_up_after
         if enough is not None and early is not None and early >= enough:
             self.stop(f"the first {early} runs all failed before they got going; the last one: {result.reason}")
