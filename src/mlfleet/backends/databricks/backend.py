@@ -25,23 +25,29 @@ from mlfleet.backends._remote.owner import owner_lives
 from mlfleet.backends.base import BackendRun, DockerRequest, Job, ListedRun, Presence
 from mlfleet.backends.databricks import request
 from mlfleet.backends.databricks.client import Timing, Workspace, WorkspaceError
-from mlfleet.backends.databricks.config import DatabricksConfig, TaskKind, Upload, UploadKind, parse_config
+from mlfleet.backends.databricks.config import DatabricksConfig, TaskKind, parse_config
 from mlfleet.backends.databricks.quota import QuotaQueue
 from mlfleet.backends.databricks.records import Record, change_owner, read_records, remove_record, write_record
+from mlfleet.backends.databricks.reference import (
+    NUMBER_TAG,
+    output_folder,
+    secret_of,
+    submitted_at,
+    upload_of,
+)
 from mlfleet.backends.databricks.requirements import read_requirements
-from mlfleet.backends.databricks.run import DatabricksRun, RemoteRun
+from mlfleet.backends.databricks.run import DatabricksRun
 from mlfleet.backends.databricks.secret_scopes import find_old_secrets, put_secret, remove_secret, secret_key
 from mlfleet.backends.databricks.states import LOST, Phase, State, read_state
 from mlfleet.backends.databricks.storage import HOME, Storage, Uploads, open_storage
 from mlfleet.backends.databricks.watch import Poller, RecentRuns
-from mlfleet.errors import BackendError, RunLost, SpecError, SubmitError, UsageError
+from mlfleet.errors import BackendError, RunLost, SubmitError, UsageError
 from mlfleet.runs import JobRef
 from mlfleet.tracking.databricks import check_profile, is_databricks, profile_of
 
 __all__ = ["DatabricksBackend"]
 
 _log = get_logger("mlfleet.databricks")
-_NUMBER_TAG = "mlflow.databricks.shellJobRunID"
 _GRACE = 60.0  # seconds to cancel a run whose submission was cancelled
 
 
@@ -225,15 +231,16 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
         context = await self._context_of(ref)
         found = await _find(context, ref)
         if found is None:
-            secret = _secret_of(ref)
+            secret = secret_of(ref)
             if secret is not None and await FILES.run(partial(owner_lives, ref.data.get("owner"))) is False:
                 await remove_secret(context.workspace, *secret)
             text = f"the workspace {context.workspace.url} has no run of the MLflow run {ref.run_id}, or has it no more"
             raise RunLost(text, backend=self.name)
-        storage = await open_storage(context.workspace, _upload_of(ref))
+        storage = await open_storage(context.workspace, upload_of(ref))
         await FILES.run(partial(change_owner, ref.run_id, self._this_process))
-        remote = _remote_run(ref, str(found["run_id"]), output=run_folder(ref.run_id) / "output.log")
-        return self._supervise(remote, context, storage, read_state(found), submitted=False)
+        output = run_folder(ref.run_id) / "output.log"
+        number = str(found["run_id"])
+        return self._supervise(ref, number, context, storage, read_state(found), output=output, submitted=False)
 
     # ---- runs of other processes ------------------------------------------------------------------------------------
 
@@ -293,7 +300,7 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
         """Return the runs with a record on this machine whose process is gone."""
         found: list[_Left] = []
         for record in await FILES.run(_read_abandoned):
-            reference = replace(record.reference, tags={_NUMBER_TAG: record.number})
+            reference = replace(record.reference, tags={NUMBER_TAG: record.number})
             try:
                 context = await self._context_of(reference)
                 run = await _find(context, reference)
@@ -305,7 +312,7 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
                     extra={"run_id": reference.run_id},
                 )
                 continue
-            state = read_state(run) if run is not None else replace(LOST, start_time=_since(reference))
+            state = read_state(run) if run is not None else replace(LOST, start_time=submitted_at(reference))
             number = str(run["run_id"]) if run is not None else record.number
             listed = replace(_listed(reference.run_id, number, state), supervised=False)
             found.append(_Left(reference, context, listed, not state.is_terminal))
@@ -317,10 +324,10 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
         if left.is_active:
             handle = await self.attach(reference)
             await handle.cancel()
-        if (secret := _secret_of(reference)) is not None:
+        if (secret := secret_of(reference)) is not None:
             await remove_secret(workspace, *secret)
-        storage = await open_storage(workspace, _upload_of(reference))
-        await storage.remove_folder(_output_folder(reference))
+        storage = await open_storage(workspace, upload_of(reference))
+        await storage.remove_folder(output_folder(reference))
         await FILES.run(partial(remove_record, reference.run_id))
 
     async def presence(self, ref: JobRef) -> Presence:
@@ -360,7 +367,7 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
     ) -> dict[str, Any]:
         """Upload what the run needs in the workspace, and return the request."""
         job, config, context, storage = submission.job, submission.config, submission.context, submission.storage
-        secret_place, folder = _secret_of(submission.reference), _output_folder(submission.reference)
+        secret_place, folder = secret_of(submission.reference), output_folder(submission.reference)
         script_storage = await open_storage(context.workspace, config.script_upload)
         required = request.project_files(job.placed)
         archive = await context.uploads.upload_project(storage, job.project_dir, job.on_progress, required=required)
@@ -383,6 +390,7 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
     async def _submit(self, submission: _Submission, body: Mapping[str, Any]) -> DatabricksRun:
         """Submit the run. If that is cancelled, the run is cancelled, too, before the cancellation goes on."""
         job, context, storage = submission.job, submission.context, submission.storage
+        reference = submission.reference
         runs = "/api/2.0/jobs/runs" if submission.config.task is TaskKind.SHELL_COMMAND else context.workspace.runs
         made: list[str] = []
 
@@ -397,29 +405,40 @@ class DatabricksBackend(RemoteBackend[DatabricksConfig]):
                 limit=job.queue_timeout,
                 on_progress=job.on_progress,
             )
-            await FILES.run(partial(write_record, Record(submission.reference, made[0])))
+            await FILES.run(partial(write_record, Record(reference, made[0])))
             state = await _first_state(context.workspace, made[0])
         except BaseException:
             if made:
-                remote = _remote_run(submission.reference, made[0], output=job.output)
-                handle = self._supervise(remote, context, storage, None)
+                handle = self._supervise(reference, made[0], context, storage, None, output=job.output)
                 await complete(partial(_cancel, handle), restart=True)
             raise
-        remote = _remote_run(submission.reference, made[0], output=job.output)
         tags = _tags(made[0], state, context.workspace.url)
-        return self._supervise(replace(remote, tags=tags), context, storage, state)
+        return self._supervise(reference, made[0], context, storage, state, output=job.output, tags=tags)
 
     def _supervise(
         self,
-        remote: RemoteRun,
+        ref: JobRef,
+        number: str,
         context: _WorkspaceContext,
         storage: Storage,
         state: State | None,
         *,
+        output: Path | None,
+        tags: Mapping[str, str] | None = None,
         submitted: bool = True,
     ) -> DatabricksRun:
-        run = DatabricksRun(remote, context.workspace, storage, context.poller, submitted=submitted, state=state)
-        self._runs.start(run, name=f"mlfleet Databricks run {remote.id}")
+        run = DatabricksRun(
+            ref,
+            number,
+            context.workspace,
+            storage,
+            context.poller,
+            output=output,
+            tags=tags or {},
+            submitted=submitted,
+            state=state,
+        )
+        self._runs.start(run, name=f"mlfleet Databricks run {number}")
         return run
 
 
@@ -432,36 +451,6 @@ def _profile(config: DatabricksConfig, tracking_uri: str) -> str | None:
     if config.profile is not None:
         return config.profile
     return profile_of(tracking_uri) if is_databricks(tracking_uri) else None
-
-
-def _upload_of(ref: JobRef) -> Upload:
-    """Return the place of the output in a reference, which others may have written.
-
-    Raises:
-        SpecError: It is not such a place.
-    """
-    kind, attempt = str(ref.data.get("upload") or "workspace"), str(ref.data.get("attempt"))
-    if kind not in {each.value for each in UploadKind} or not attempt.isalnum():
-        raise SpecError(
-            f"the tag {JobRef.TAG} of the run {ref.run_id} is damaged: upload {kind!r}, attempt {attempt!r}"
-        )
-    return Upload(UploadKind(kind), str(ref.data.get("path") or ""))
-
-
-def _output_folder(ref: JobRef) -> str:
-    """Return the folder of the run's output, below the root of the storage."""
-    return f"output/{ref.run_id}-{ref.data.get('attempt')}"
-
-
-def _secret_of(ref: JobRef) -> tuple[str, str] | None:
-    """Return the scope and the key of the run's secret variables; None if it has none."""
-    scope = ref.data.get("secret_scope")
-    return (str(scope), secret_key(ref.run_id)) if scope else None
-
-
-def _remote_run(ref: JobRef, number: str, *, output: Path | None) -> RemoteRun:
-    """Return the description of a run by its reference and its id in Databricks."""
-    return RemoteRun(run_id=ref.run_id, id=number, folder=_output_folder(ref), output=output, secret=_secret_of(ref))
 
 
 def _read_abandoned() -> list[Record]:
@@ -482,13 +471,7 @@ def _listed(run_id: str, number: str, state: State) -> ListedRun:
 
 async def _find(context: _WorkspaceContext, ref: JobRef) -> dict[str, Any] | None:
     """Return the entry of ``runs/get`` for a run; None if the workspace does not have it."""
-    return await context.recent.find(ref.run_id, number=ref.tags.get(_NUMBER_TAG, ""), since=_since(ref))
-
-
-def _since(ref: JobRef) -> int:
-    """Return the time of the submission in milliseconds since the epoch; 0 for references of earlier versions."""
-    since = ref.data.get("since")
-    return since if isinstance(since, int) else 0
+    return await context.recent.find(ref.run_id, number=ref.tags.get(NUMBER_TAG, ""), since=submitted_at(ref))
 
 
 async def _cancel(run: DatabricksRun) -> None:
@@ -499,7 +482,7 @@ async def _cancel(run: DatabricksRun) -> None:
 
 async def _withdraw(workspace: Workspace, ref: JobRef) -> None:
     """Remove the secret variables and the record of a run whose submission failed."""
-    if (secret := _secret_of(ref)) is not None:
+    if (secret := secret_of(ref)) is not None:
         await remove_secret(workspace, *secret)
     await FILES.run(partial(remove_record, ref.run_id))
 
@@ -523,7 +506,7 @@ def _describe_missing_scope(variables: Collection[str]) -> str:
 def _tags(run_id: str, state: State, url: str) -> dict[str, str]:
     tags = {
         "mlflow.databricks.runURL": state.page_url,
-        _NUMBER_TAG: run_id,
+        NUMBER_TAG: run_id,
         "mlflow.databricks.shellJobID": str(state.job_id or ""),
         "mlflow.databricks.webappURL": url,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,15 @@ from mlfleet.backends._remote.run import SupervisedRun, tasks_beside
 from mlfleet.backends.databricks.client import Workspace, WorkspaceError
 from mlfleet.backends.databricks.output import Ending, OutputCopy
 from mlfleet.backends.databricks.records import remove_record
+from mlfleet.backends.databricks.reference import output_folder, secret_of
 from mlfleet.backends.databricks.secret_scopes import remove_secret
 from mlfleet.backends.databricks.states import Phase, State
 from mlfleet.backends.databricks.storage import Storage
 from mlfleet.backends.databricks.watch import Poller
 from mlfleet.errors import BackendError, MlfleetError, RunLost
-from mlfleet.runs import FailureKind, Outcome, RunStatus
+from mlfleet.runs import FailureKind, JobRef, Outcome, RunStatus
 
-__all__ = ["DatabricksRun", "RemoteRun"]
+__all__ = ["DatabricksRun"]
 
 _log = get_logger("mlfleet.databricks")
 _FIRST_PAUSE, _LAST_PAUSE = 0.25, 3.0  # seconds between checks for new output while it is followed
@@ -32,35 +33,17 @@ _LINES = 20
 _CUT = b"(mlfleet: the beginning is missing, Databricks keeps the last 5 MB)\n"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RemoteRun:
-    """A run that was submitted to Databricks.
-
-    Attributes:
-        run_id: The id of the MLflow run.
-        id: The id of the run in Databricks.
-        folder: The folder of its output, below the root of the storage.
-        output: The file to copy its output to; None: the output of this process.
-        tags: Tags for the MLflow run.
-        secret: The scope and the key of its secret variables, which are removed at its end; None: it has none.
-    """
-
-    run_id: str
-    id: str
-    folder: str
-    output: Path | None = None
-    tags: Mapping[str, str] = field(default_factory=dict)
-    secret: tuple[str, str] | None = None
-
-
 class DatabricksRun(SupervisedRun):
     """The handle of a run. Databricks ends it on `cancel`, with the grace that the job was submitted with.
 
     Args:
-        run: The run.
+        ref: The reference to the run.
+        number: The run's id in Databricks.
         workspace: The client of its workspace.
         storage: The storage of its output.
         poller: The poller of the workspace's runs.
+        output: The file to copy its output to; None: the output of this process.
+        tags: Tags for the MLflow run.
         submitted: True if this process submitted the run: then it does not outlive its backend.
         state: The state that is known before the first poll; None if none is.
     """
@@ -70,23 +53,29 @@ class DatabricksRun(SupervisedRun):
 
     def __init__(
         self,
-        run: RemoteRun,
+        ref: JobRef,
+        number: str,
         workspace: Workspace,
         storage: Storage,
         poller: Poller,
         *,
+        output: Path | None,
+        tags: Mapping[str, str],
         submitted: bool,
         state: State | None,
     ) -> None:
         ended_as = state.status if state is not None and not submitted else None
-        super().__init__(run.run_id, run.output, submitted=submitted, ended_as=ended_as)
-        self._run = run
+        super().__init__(ref.run_id, output, submitted=submitted, ended_as=ended_as)
+        self._number = number
+        self._tags = tags
+        self._secret = secret_of(ref)
         self._workspace = workspace
         self._poller = poller
-        self._state = poller.track(run.id)
+        self._state = poller.track(number)
         if state is not None:
             self._state.put(state)
-        self._copy = OutputCopy(lambda name: storage.read(f"{run.folder}/{name}"), run.output)
+        folder = output_folder(ref)
+        self._copy = OutputCopy(lambda name: storage.read(f"{folder}/{name}"), output)
         self._cancelling = anyio.Event()
         self._followed = anyio.Event()
 
@@ -95,7 +84,7 @@ class DatabricksRun(SupervisedRun):
     @property
     def tags(self) -> Mapping[str, str]:
         """Tags for the MLflow run with the run's page in Databricks."""
-        return self._run.tags
+        return self._tags
 
     async def started(self) -> None:
         """Wait until the run runs or has ended."""
@@ -122,22 +111,22 @@ class DatabricksRun(SupervisedRun):
     # ---- its task ---------------------------------------------------------------------------------------------------
 
     async def _tidy(self) -> None:
-        if self._run.secret is not None and not self._detached:
-            await remove_secret(self._workspace, *self._run.secret)
+        if self._secret is not None and not self._detached:
+            await remove_secret(self._workspace, *self._secret)
         if self._state.value is not None and self._state.value.is_terminal and not self._detached:
             await FILES.run(partial(remove_record, self.run_id))
-        self._poller.untrack(self._run.id)
+        self._poller.untrack(self._number)
 
     async def _live(self) -> Outcome:
         async with tasks_beside(self._copy_while_followed, self._cancel_when_asked):
             state = await self._state.until(lambda state: state.is_terminal)
         if state.phase is Phase.LOST:
-            text = f"Databricks does not know the run {self._run.id} (of the MLflow run {self.run_id}) any more"
+            text = f"Databricks does not know the run {self._number} (of the MLflow run {self.run_id}) any more"
             raise RunLost(text, backend="databricks")
         return await self._conclude(state)
 
     async def _copy_while_followed(self) -> None:
-        if self._run.output is not None:
+        if self._output is not None:
             await self._followed.wait()
         pause = _FIRST_PAUSE
         while True:
@@ -151,14 +140,14 @@ class DatabricksRun(SupervisedRun):
         """Wait for a request to cancel, cancel the run, and have it polled often until its end cancels this task."""
         await self._cancelling.wait()
         try:
-            await self._workspace.call("POST", f"{self._workspace.runs}/cancel", body={"run_id": int(self._run.id)})
+            await self._workspace.call("POST", f"{self._workspace.runs}/cancel", body={"run_id": int(self._number)})
         except WorkspaceError as error:
             # These mean that the run has ended or is gone, which the next poll shows.
             if not error.missing and error.code not in ("INVALID_STATE", "INVALID_PARAMETER_VALUE"):
-                text = f"the run {self._run.id} could not be cancelled, and may still run in Databricks: {error}"
+                text = f"the run {self._number} could not be cancelled, and may still run in Databricks: {error}"
                 raise BackendError(text, backend="databricks") from error
         while True:
-            self._poller.poll_soon(self._run.id)
+            self._poller.poll_soon(self._number)
             await anyio.sleep(_POLL_SOON_INTERVAL)
 
     # ---- how it ended -----------------------------------------------------------------------------------------------
@@ -191,7 +180,7 @@ class DatabricksRun(SupervisedRun):
 
     async def _fetch_page(self, state: State) -> dict[str, Any]:
         """Return what the run's page in Databricks shows: error, trace and the last 5 MB of the task's output."""
-        params = {"run_id": str(state.task_run_id or self._run.id)}
+        params = {"run_id": str(state.task_run_id or self._number)}
         try:
             return await self._workspace.call("GET", f"{self._workspace.runs}/get-output", params=params)
         except WorkspaceError as error:
