@@ -16,9 +16,10 @@ import pytest
 from backends.slurm.conftest import MakeJob, OnPath, leave, line_of, running
 from components.slurm import CPUS, QUICK, Slurm
 from mlfleet import Resources, RunLost, RunStatus
+from mlfleet._retry import RetryPolicy
 from mlfleet.backends.base import Presence
 from mlfleet.backends.slurm import SlurmBackend
-from mlfleet.errors import SubmitError
+from mlfleet.errors import BackendError, SubmitError
 from mlfleet.runs import FailureKind
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(120)]
@@ -403,3 +404,21 @@ async def test_prune_removes_files_of_ended_runs_without_a_driver(
     assert [each.run_id for each in await backend.prune([job.run_id], dry_run=True)] == [job.run_id]
     assert [each.run_id for each in await backend.prune()] == [job.run_id]
     assert not (slurm.work_dir / "runs" / job.run_id).exists()
+
+
+async def test_prune_whose_jobs_cannot_be_cancelled_removes_nothing_and_says_why(
+    slurm: Slurm, make_job: MakeJob, on_path: OnPath
+) -> None:
+    jobs = [make_job("echo ready; sleep 600") for _ in range(2)]
+    timing = replace(QUICK, retries=RetryPolicy(seconds=0.2))
+    async with SlurmBackend(timing=timing) as backend:
+        runs = [await running(backend, job) for job in jobs]
+        for job in jobs:
+            await leave(slurm, job.run_id)
+        on_path("scancel", 'echo "scancel: error: no such luck" >&2; exit 1')
+        with pytest.raises(BackendError, match="scancel failed: no such luck"):
+            await backend.prune([job.run_id for job in jobs], running=True)
+        assert all((slurm.work_dir / "runs" / job.run_id).exists() for job in jobs)
+        on_path("scancel", 'exec "$real" "$@"')
+        for run in runs:
+            await run.cancel(grace=0.2)

@@ -246,9 +246,8 @@ class SlurmBackend(RemoteBackend[SlurmConfig]):
                 going.append(number)
         removed = [(files, number, listed) for files, number, listed in found if running or number not in going]
         if not dry_run:
-            async with anyio.create_task_group() as group:  # they share one process
-                for number in going if running else ():
-                    group.start_soon(cluster.client.cancel, number)
+            if running:
+                await cluster.client.cancel(*going)
             for files, _, _ in removed:
                 await FILES.run(files.remove)
             await FILES.run(partial(prune_shared, config.work_dir))

@@ -337,18 +337,18 @@ class SlurmClient:
 
     # ---- cancelling -------------------------------------------------------------------------------------------------
 
-    async def cancel(self, job: str, *, only_script: bool = False) -> None:
-        """Request the end of a job. Requests of the same moment share a process. One for an ended job does nothing.
+    async def cancel(self, *jobs: str, only_script: bool = False) -> None:
+        """Request the end of jobs. Requests of the same moment share a process. One for an ended job does nothing.
 
         Args:
-            job: The id of the job.
+            jobs: The ids of the jobs.
             only_script: True to send SIGTERM to the batch script only, without SIGKILL after KillWait.
 
         Raises:
             SlurmError: The controller cannot be reached.
         """
         how = ("-b", "-s", "TERM") if only_script else ()
-        self._to_cancel.setdefault(how, set()).add(job)
+        self._to_cancel.setdefault(how, set()).update(jobs)
         await self._cancelling(how, lambda: self._scancel(how))
 
     async def _scancel(self, how: tuple[str, ...]) -> None:

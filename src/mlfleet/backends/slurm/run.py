@@ -150,11 +150,8 @@ class SlurmRun(SupervisedRun):
             is_long = grace > self._client.longest_grace and await self._is_running()
             try:
                 # Slurm itself sends SIGKILL after KillWait. With a longer grace only the batch script gets SIGTERM.
-                async with anyio.create_task_group() as group:
-                    for job in {self.job, claimed or self.job}:
-                        group.start_soon(partial(self._client.cancel, job, only_script=is_long))
-            except* SlurmError as errors:
-                error = errors.exceptions[0]
+                await self._client.cancel(self.job, claimed or self.job, only_script=is_long)
+            except SlurmError as error:
                 text = f"the job {self.job} could not be cancelled, and may still run: {error}"
                 raise BackendError(text, backend="slurm") from error
             self._poller.poll_soon(self.job)

@@ -155,7 +155,8 @@ class ArraySubmitter:
                 unwanted.append(job)
             else:
                 each.job.set_result(job)
-        await self._cancel(unwanted)
+        if unwanted:
+            await self._cancel(unwanted)
 
     async def _sbatch(self, runs: Sequence[_Waiting], arguments: tuple[str, ...]) -> list[str]:
         if len(runs) == 1:
@@ -184,12 +185,7 @@ class ArraySubmitter:
         return [f"{job}_{index}" for index in range(len(runs))]
 
     async def _cancel(self, jobs: Sequence[str]) -> None:
-        async def cancel(job: str) -> None:
-            try:
-                await self._client.cancel(job)
-            except SlurmError as error:
-                _log.warning("the job %s of a cancelled run could not be cancelled: %s", job, error)
-
-        async with anyio.create_task_group() as group:
-            for job in jobs:
-                group.start_soon(cancel, job)
+        try:
+            await self._client.cancel(*jobs)
+        except SlurmError as error:
+            _log.warning("jobs of cancelled runs could not be cancelled (%s): %s", ", ".join(jobs), error)
