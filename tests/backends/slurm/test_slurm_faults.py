@@ -182,6 +182,7 @@ async def test_a_job_that_the_administrator_requeues_runs_again(
     run = await running(backend, make_job(command, {"requeue": True}, secrets={"TOKEN": "hush-hush"}))
     await call(slurm, "scontrol", "requeue", run.job)
     # Slurm holds a requeued job for a while (BeginTime).
+    await until(lambda: "PENDING" in "".join(slurm.jobs("-j", run.job)))
     while await run.get_status() is RunStatus.RUNNING:  # noqa: ASYNC110 - Slurm has no event to wait for
         await anyio.sleep(0.05)
     await call(slurm, "scontrol", "update", f"jobid={run.job}", "starttime=now")

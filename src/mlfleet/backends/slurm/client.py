@@ -315,7 +315,13 @@ class SlurmClient:
         for line in completed.stdout.decode(errors="replace").splitlines():
             fields = line.split("|")
             if len(fields) >= 6 and fields[0] in found:
-                found[fields[0]] = JobState(fields[1], _whole(fields[2]), fields[3], _whole(fields[4]), name=fields[5])
+                found[fields[0]] = JobState(
+                    word=fields[1],
+                    exit_code=_whole(fields[2]),
+                    reason=fields[3].strip("()"),
+                    restarts=_whole(fields[4]),
+                    name=fields[5],
+                )
         return found
 
     async def list_jobs(self) -> list[ListedJob]:

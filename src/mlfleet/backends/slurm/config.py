@@ -32,30 +32,23 @@ KEYS = (*_TEXTS, *_NUMBERS, *_OWN)
 
 # Options of sbatch that this backend sets itself, with what to do instead.
 _RESERVED = {
-    "job-name": "mlfleet finds the jobs of its runs by their names",
-    "J": "mlfleet finds the jobs of its runs by their names",
-    "output": "the output is in the run's folder; read it with `mlfleet logs`",
-    "o": "the output is in the run's folder; read it with `mlfleet logs`",
-    "error": "the output is in the run's folder; read it with `mlfleet logs`",
-    "e": "the output is in the run's folder; read it with `mlfleet logs`",
-    "array": "give the key array: true",
-    "a": "give the key array: true",
-    "export": "give the variables to the run (env=, --env)",
-    "export-file": "give the variables to the run (env=, --env)",
-    "get-user-env": "give the variables to the run (env=, --env)",
-    "wrap": "the command is the project's",
-    "chdir": "the command runs in the project's folder",
-    "D": "the command runs in the project's folder",
-    "parsable": "mlfleet reads the answer of sbatch",
-    "wait": "mlfleet waits for the job",
-    "W": "mlfleet waits for the job",
-    "clusters": "give the key clusters",
-    "M": "give the key clusters",
-    "requeue": "give the key requeue",
-    "no-requeue": "give the key requeue",
-    "open-mode": "the output is appended to",
-    "test-only": "use --dry-run",
-    "comment": "mlfleet finds the run's folder by it",
+    option: reason
+    for options, reason in (
+        ("job-name J", "mlfleet finds the jobs of its runs by their names"),
+        ("output o error e", "the output is in the run's folder; read it with `mlfleet logs`"),
+        ("array a", "give the key array: true"),
+        ("export export-file get-user-env", "give the variables to the run (env=, --env)"),
+        ("wrap", "the command is the project's"),
+        ("chdir D", "the command runs in the project's folder"),
+        ("parsable", "mlfleet reads the answer of sbatch"),
+        ("wait W", "mlfleet waits for the job"),
+        ("clusters M", "give the key clusters"),
+        ("requeue no-requeue", "give the key requeue"),
+        ("open-mode", "the output is appended to"),
+        ("test-only", "use --dry-run"),
+        ("comment", "mlfleet finds the run's folder by it"),
+    )
+    for option in options.split()
 }
 _OPTION = re.compile(r"--([a-z][a-z-]*)(=.*)?|-([A-Za-z])(.*)", re.DOTALL)
 

@@ -181,11 +181,12 @@ class SlurmRun(SupervisedRun):
                 await self._state.until(lambda state: not (state.never_starts or state.failed_to_launch))
             if not waiting.cancelled_caught:
                 continue
-            reason = state.reason.strip("()")
             if state.failed_to_launch:
-                text, kind = f"Slurm could not start the job on its node ({reason})", FailureKind.INFRASTRUCTURE
+                text, kind = f"Slurm could not start the job on its node ({state.reason})", FailureKind.INFRASTRUCTURE
             else:
-                text = f"the job can never start: Slurm gives the reason {reason}. Change the options of sbatch in"
+                text = (
+                    f"the job can never start: Slurm gives the reason {state.reason}. Change the options of sbatch in"
+                )
                 text, kind = f"{text} backend_config", FailureKind.FAILURE
             self._never = Outcome(RunStatus.FAILED, None, text, cause=kind)
             await self._client.cancel(self.job)

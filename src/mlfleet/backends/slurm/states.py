@@ -79,17 +79,17 @@ class JobState:
     @property
     def never_starts(self) -> bool:
         """True if the job waits for a reason that does not pass by itself."""
-        return self.is_waiting and self.reason.strip("()") in _NEVER
+        return self.is_waiting and self.reason in _NEVER
 
     @property
     def failed_to_launch(self) -> bool:
         """True if Slurm could not start the job and holds it until somebody releases it."""
-        return self.is_waiting and self.reason.strip("()").replace(" ", "_") == _LAUNCH_FAILED
+        return self.is_waiting and self.reason.replace(" ", "_") == _LAUNCH_FAILED
 
     @property
     def is_launch_failure(self) -> bool:
         """True if the job may not have begun. The reason comes with any death by a signal, too."""
-        return self.word == "FAILED" and self.reason.strip("()") == "JobLaunchFailure"
+        return self.word == "FAILED" and self.reason == "JobLaunchFailure"
 
 
 GONE = JobState("")
@@ -156,8 +156,7 @@ def _judge(state: JobState, claimed: bool, output: tuple[str, ...]) -> Outcome:
     if any(_MEMORY_TEXT in line for line in output):
         return _failed("the job exceeded its memory limit", FailureKind.OOM, state, output)
     if not claimed:
-        reason = state.reason.strip("()")
-        why = f" ({reason})" if reason and reason != "None" else ""
+        why = f" ({state.reason})" if state.reason not in ("", "None") else ""
         # The raw exit code is then one of Slurm's own error numbers.
         text = f"Slurm could not start the job{why}: see that the node has the work folder at the same path"
         if state.word == "COMPLETED":
