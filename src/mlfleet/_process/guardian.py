@@ -121,7 +121,7 @@ class Guardian:
             _log.warning(text, detail)
 
     def _write(self, message: str) -> None:
-        # A line is shorter than PIPE_BUF, so that it is written whole. The guardian reads at once.
+        # A line is shorter than PIPE_BUF, so that it is written whole. The pipe holds thousands of them.
         if self._pipe is not None:
             self._pipe.write(message.encode())
 
