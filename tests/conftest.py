@@ -176,7 +176,7 @@ def pytest_collection_finish() -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Return two workers for each core, since most tests wait for processes and pauses."""
-    return 2 * len(os.sched_getaffinity(0))
+    return 2 * len(os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -171,6 +171,13 @@ def test_a_driver_that_ends_well_ends_its_guardian(token: str) -> None:
     watcher.wait(20)
 
 
+def test_a_program_that_ran_commands_ends_without_warnings() -> None:
+    """Neither Python's development mode nor a forked child has something to say about the guardian."""
+    script = "start('true').wait()\nif os.fork() == 0: sys.exit()\nassert os.wait()[1] == 0\n"
+    done = subprocess.run([sys.executable, "-X", "dev", "-c", DRIVER + script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_process_is_known_while_it_becomes_another_program(tmp_path: Path) -> None:
     script = tmp_path / "again.sh"
     script.write_text('exec bash "$0"\n')

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import IO
 
 from mlfleet._run_log import get_logger
 
@@ -42,7 +41,7 @@ class Guardian:
         self._lock = threading.Lock()
         self._sessions: dict[int, float] = {}
         self._pid: int | None = None
-        self._pipe: IO[bytes] | None = None
+        self._pipe: int | None = None  # not a file, which Python would warn of at the end of this process
         self._warned: set[str] = set()
 
     def start(self) -> None:
@@ -90,19 +89,22 @@ class Guardian:
         psutil = importlib.util.find_spec("psutil")
         if psutil is not None and psutil.origin is not None:
             environ["PYTHONPATH"] = str(Path(psutil.origin).parent.parent)
-        popen = subprocess.Popen(
-            [find_python(_SCRIPT), "-P", str(_SCRIPT), str(os.getpid()), f"{MARKER_VARIABLE}={self.marker}"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=environ,
-            cwd="/",  # its working folder must not keep a file system busy
-            start_new_session=True,
-            bufsize=0,
-        )
+        command = [find_python(_SCRIPT), "-P", str(_SCRIPT), str(os.getpid()), f"{MARKER_VARIABLE}={self.marker}"]
+        reading, self._pipe = os.pipe()
+        try:
+            popen = subprocess.Popen(
+                command,
+                stdin=reading,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=environ,
+                cwd="/",  # its working folder must not keep a file system busy
+                start_new_session=True,
+            )
+        finally:
+            os.close(reading)
         popen.returncode = 0  # it outlives this object; Popen would complain of a process that it leaves behind
-        assert popen.stdin is not None  # noqa: S101 - a pipe
-        self._pid, self._pipe = popen.pid, popen.stdin
+        self._pid = popen.pid
 
     def _send(self, message: str) -> None:
         try:
@@ -112,7 +114,7 @@ class Guardian:
 
     def _close(self) -> None:
         if self._pipe is not None:
-            self._pipe.close()
+            os.close(self._pipe)
         self._pid = self._pipe = None
 
     def _warn(self, text: str, detail: object) -> None:
@@ -123,7 +125,7 @@ class Guardian:
     def _write(self, message: str) -> None:
         # A line is shorter than PIPE_BUF, so that it is written whole. The pipe holds thousands of them.
         if self._pipe is not None:
-            self._pipe.write(message.encode())
+            os.write(self._pipe, message.encode())
 
 
 def find_python(script: Path) -> str:
@@ -157,6 +159,7 @@ def guardian() -> Guardian:
 def _leave_to_parent() -> None:
     """Leave the parent's guardian alone in a forked child, which may fork again or run projects itself."""
     global _guardian
+    _guardian._close()
     _guardian = Guardian()
 
 

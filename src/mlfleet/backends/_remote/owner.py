@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 from mlfleet._process.reattach import Identity, identify, machine, pid_namespace
@@ -38,7 +39,7 @@ def owner_lives(owner: object) -> bool | None:
     """
     if isinstance(owner, str):
         host, _, number = owner.rpartition(":")
-        if host != machine() or not number.isdigit():
+        if host != machine() or not re.fullmatch(r"[0-9]{1,9}", number):
             return None
         return identify(int(number)) is not None
     if not isinstance(owner, dict) or owner.get("host") != machine() or owner.get("pid_namespace") != pid_namespace():
