@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mlfleet._process.guardian_main import read_environments
+from mlfleet._process.guardian_main import list_marked, living_groups, read_environments
 
 DRIVER = """
 import os, subprocess, sys
@@ -189,3 +189,23 @@ def test_a_process_is_known_while_it_becomes_another_program(tmp_path: Path) -> 
             process.kill()
     # Some hundredths of single reads are empty. About one in five thousand is torn, which nothing tells.
     assert seen.count("1") >= 995
+
+
+@pytest.fixture
+def hopper() -> Iterator[tuple[int, str]]:
+    """A session in which each process forks the next one and ends at once; with its id and the value of its mark."""
+    mark = f"hopper-{os.getpid()}-{time.monotonic_ns()}"
+    script = "import os, time\nfor _ in range(30_000):\n time.sleep(0.002)\n if os.fork(): os._exit(0)"
+    environ = {**os.environ, "GUARDIAN_TEST": mark}
+    leader = subprocess.Popen([sys.executable, "-c", script], env=environ, start_new_session=True)
+    leader.wait()
+    yield leader.pid, mark
+    os.killpg(leader.pid, signal.SIGKILL)
+
+
+def test_processes_that_fork_and_end_during_a_look_are_found(hopper: tuple[int, str]) -> None:
+    session, mark = hopper
+    for _ in range(50):
+        assert living_groups([session]) == {session: {session: []}}
+    for _ in range(3):
+        assert mark in [value for _, value in list_marked("GUARDIAN_TEST")]

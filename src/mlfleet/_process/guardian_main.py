@@ -144,7 +144,7 @@ def living_groups(sessions: Collection[int], named: Collection[int] = ()) -> dic
     found: dict[int, dict[int, list[str]]] = {session: {} for session in sessions}
     # Two system calls for each process of the machine, and more only for the first one of each group: 18 ms for 500
     # sessions of two processes, and 1 ms for one session. Reading /proc/<pid>/stat of all took 26 ms and 8 ms.
-    for pid in psutil.pids():
+    for pid in _pids():
         try:
             session = os.getsid(pid)
             groups = found.get(session)
@@ -163,6 +163,17 @@ def living_groups(sessions: Collection[int], named: Collection[int] = ()) -> dic
             continue
         groups.setdefault(group, []).extend(names)
     return found
+
+
+def _pids() -> Iterator[int]:
+    """Yield the ids of all processes, and then of those that have begun meanwhile, until there are no more.
+
+    A process may fork and end before its turn: its child is not in the list that it is in.
+    """
+    seen = set[int]()
+    while new := set(psutil.pids()) - seen:
+        seen |= new
+        yield from new
 
 
 def _end_marked(marker: str) -> None:
@@ -200,7 +211,7 @@ def list_marked(name: str) -> list[tuple[psutil.Process, str]]:
 
 
 def _others() -> Iterator[psutil.Process]:
-    for pid in psutil.pids():
+    for pid in _pids():
         if pid != os.getpid():
             with suppress(psutil.Error):  # it has ended
                 yield psutil.Process(pid)
