@@ -75,6 +75,35 @@ async def test_a_process_that_outlives_the_writer_is_not_followed_forever(tmp_pa
     path.unlink()
 
 
+async def test_a_reader_that_never_catches_up_ends_with_the_writer(tmp_path: Path) -> None:
+    path = tmp_path / "output"
+    path.write_text("line\n")
+    ended = asyncio.Event()
+    ended.set()
+    read = b""
+    async for data in follow_bytes(path, ended.wait):
+        read += data
+        assert len(read) < 1000
+        with path.open("ab") as file:  # a process that outlives the writer is faster than the reader
+            file.write(b"more\n")
+    assert read.startswith(b"line\n")
+
+
+async def test_an_error_comes_after_all_that_was_written(tmp_path: Path) -> None:
+    async def ended() -> None:
+        raise RuntimeError("lost")
+
+    async def copy() -> None:
+        async for data in follow_bytes(path, ended):
+            copied.extend(data)
+
+    path, copied = tmp_path / "output", bytearray()
+    path.write_bytes(bytes(1_000_000))
+    with pytest.raises(RuntimeError, match="lost"):
+        await copy()
+    assert len(copied) == 1_000_000
+
+
 async def test_100_mb_of_binary_stay_out_of_memory(tmp_path: Path) -> None:
     path = tmp_path / "output"
     writer = await write(path, "head -c 100000000 /dev/zero; echo; echo end")

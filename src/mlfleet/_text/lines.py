@@ -198,29 +198,29 @@ async def follow_bytes(
         start: The offset of the first byte.
 
     Raises:
-        Exception: The error of `ended`.
+        Exception: The error of `ended`, after all bytes.
     """
     offset = start
     pause = _SHORTEST_PAUSE
     end: int | None = None if ended else await FILES.run(partial(_size, path))  # of the file when its writer had ended
-    ending: asyncio.Future[object] | None = None
+    ending = asyncio.ensure_future(ended()) if ended else None
     try:
-        while True:
+        while end is None or offset < end:
             data = await FILES.run(partial(_read, path, offset))
             offset += len(data)
             if data:
                 yield data
-            if data and (end is None or offset < end):
                 pause = _SHORTEST_PAUSE
-            elif end is not None or ended is None:
-                break
+            elif ending is None or end is not None:
+                break  # the file has become shorter
             else:
-                ending = ending or asyncio.ensure_future(ended())
                 await asyncio.wait([ending], timeout=pause)
-                if ending.done():
-                    ending.result()
-                    end = await FILES.run(partial(_size, path))
                 pause = min(pause * 2, _LONGEST_PAUSE)
+            # Also after data: a process that outlives the writer may write faster than this reads.
+            if ending is not None and end is None and ending.done():
+                end = await FILES.run(partial(_size, path))
+        if ending is not None:
+            ending.result()
     finally:
         if ending is not None:
             ending.cancel()
