@@ -59,7 +59,7 @@ def test_random_operations_leave_nothing_and_end_with_the_right_statuses(loop: s
             "-W",
             "error",
             script,
-            *f"--operations 40 --drivers 1 --seed 1 --loop {loop}".split(),
+            *f"--operations 120 --drivers 2 --seed 1 --loop {loop}".split(),
         ],
         capture_output=True,
         text=True,

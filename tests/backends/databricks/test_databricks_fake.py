@@ -331,17 +331,17 @@ async def test_requests_stay_within_the_limits(
 # Their submissions and outputs are some thousand requests.
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-async def test_200_runs_are_listed_in_pages(workspace: FakeWorkspace, make_job: JobMaker) -> None:
+async def test_500_runs_are_listed_in_pages(workspace: FakeWorkspace, make_job: JobMaker) -> None:
     workspace.limits = {}
     workspace.on_submit = lambda run: run.set_state("RUNNING")
     async with DatabricksBackend(timing=replace(QUICK, fast=0.5, rates={})) as backend:
-        runs = await asyncio.gather(*(backend.submit(make_job()) for _ in range(200)))
+        runs = await asyncio.gather(*(backend.submit(make_job()) for _ in range(500)))
         waiting = asyncio.gather(*(run.wait() for run in runs))
         before = workspace.count("runs/get?")
         listed_twice = asyncio.Event()
 
         async def watch(request: Request, forward: Forward) -> Answer | None:
-            if workspace.count("page_token=175") >= 2:
+            if workspace.count("page_token=475") >= 2:
                 listed_twice.set()
             return await forward()
 
@@ -351,8 +351,8 @@ async def test_200_runs_are_listed_in_pages(workspace: FakeWorkspace, make_job: 
         for run in workspace.runs.values():
             workspace.put_output(run, b"done\n", run.number % 2)
             run.set_state("TERMINATED", "FAILED" if run.number % 2 else "SUCCESS")
-        assert sorted(await waiting) == [False] * 100 + [True] * 100
-        assert workspace.count("runs/get?") - before == 200
+        assert sorted(await waiting) == [False] * 250 + [True] * 250
+        assert workspace.count("runs/get?") - before == 500
 
 
 # ---- finding runs again

@@ -1,4 +1,4 @@
-"""Hundreds of runs on a cluster with random faults, and drivers killed between any two requests."""
+"""A thousand runs on a cluster with random faults, and drivers killed between any two requests."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from fakes.kubernetes_node import Acting
 from mlfleet.backends.kubernetes import KubernetesBackend
 from mlfleet.runs import RunStatus
 
-RUNS = 400
+RUNS = 1000
 
 
-# Hundreds of runs, with the server in this process, too.
+# A thousand runs, with the server in this process, too.
 @pytest.mark.timeout(240)
-async def test_hundreds_of_runs_survive_random_faults(fake_cluster: FakeCluster, tmp_path: Path) -> None:  # noqa: C901
+async def test_a_thousand_runs_survive_random_faults(fake_cluster: FakeCluster, tmp_path: Path) -> None:  # noqa: C901
     api, chance = fake_cluster.api, random.Random(7)
     api.page = 100
     expected: dict[str, int] = {}

@@ -595,7 +595,7 @@ async def test_the_last_run_of_a_namespace_ends_its_watches(fake_cluster: FakeCl
 
 @pytest.mark.slow
 async def test_output_is_not_repeated_after_a_broken_connection(fake_cluster: FakeCluster) -> None:
-    api, config, wanted = fake_cluster.api, await fake_cluster.config(), [f"line {number}" for number in range(20)]
+    api, config, wanted = fake_cluster.api, await fake_cluster.config(), [f"line {number}" for number in range(60)]
     fake_cluster.play = lambda pod: FOREVER
     async with KubernetesBackend() as backend:
         run = await backend.submit(fake_cluster.job(config))
