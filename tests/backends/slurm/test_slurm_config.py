@@ -25,6 +25,7 @@ from mlfleet.runs import FailureKind, RunStatus
         ({"time": 1.5}, "time is 1.5: give a text as sbatch takes it"),
         ({"mem": "1G", "mem-per-cpu": "1G"}, "both mem and mem-per-cpu"),
         ({"sbatch-args": ["--job-name=x"]}, "finds the jobs of its runs by their names"),
+        ({"sbatch-args": ["--job-n=x"]}, "short for --job-name: mlfleet finds the jobs"),
         ({"sbatch-args": ["-oout.txt"]}, "the output is in the run's folder"),
         ({"sbatch-args": ["--partition=x"]}, "give the key partition"),
         ({"sbatch-args": ["--mail-type", "FAIL"]}, "holds 'FAIL': give each option with its value as one text"),

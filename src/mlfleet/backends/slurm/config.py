@@ -160,6 +160,9 @@ def _sbatch_args(config: Mapping[str, Any]) -> tuple[str, ...]:
             raise UsageError(f"backend_config: sbatch-args holds {argument!r}: {_RESERVED[name]}")
         if name in KEYS:
             raise UsageError(f"backend_config: sbatch-args holds {argument!r}: give the key {name}")
+        # sbatch takes abbreviations, too.
+        if full := next((each for each in _RESERVED if match[1] and each.startswith(name)), None):
+            raise UsageError(f"backend_config: sbatch-args holds {argument!r}, short for --{full}: {_RESERVED[full]}")
     return arguments
 
 
