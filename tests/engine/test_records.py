@@ -92,11 +92,12 @@ async def test_the_next_fleet_writes_a_status_that_could_not_be_written(
     assert recorded.tags.get("mlfleet.reason") == (None if status is RunStatus.FINISHED else "exit code 3")
 
 
-async def test_a_status_that_the_run_has_set_itself_is_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("durable", [False, True])
+async def test_a_status_that_is_written_is_kept_and_the_record_is_removed(durable: bool) -> None:
     tracking = FakeTracking()
     made = await tracking.create_run("0", name=None, tags={})
     dead = RunRecords()
-    await dead.add(record(made.run_id, tracking))
+    await dead.add(record(made.run_id, tracking, durable=durable))
     await tracking.update_run(made.run_id, RunStatus.FINISHED)
     await dead.close()
     async with Fleet(tracking=tracking):

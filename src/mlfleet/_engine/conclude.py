@@ -183,7 +183,8 @@ async def write_end(context: RunContext, info: RunInfo, outcome: Outcome) -> Run
 async def conclude_left(context: RunContext) -> None:
     """Conclude the runs that drivers of this machine have left in the context's tracking, as far as that asks nobody.
 
-    Runs of sweeps with a name are left to their sweep, and runs that a backend elsewhere has to those who ask for them.
+    Active runs of sweeps with a name are left to their sweep, and runs that a backend elsewhere has to those who ask
+    for them.
     """
     key = context.tracking_key
     searched: set[str] = set()
@@ -218,7 +219,7 @@ async def _conclude_record(context: RunContext, record: RunRecord) -> bool:
     if info is None or info.deleted or info.status.is_terminal:
         await FILES.run(partial(remove_record, record.run_id))
         return True
-    if JobRef.TAG in info.tags and record.outcome is None:
+    if record.durable or (JobRef.TAG in info.tags and record.outcome is None):
         return True
     verdict = await judge(context, info)
     if not verdict.is_left:
@@ -277,5 +278,4 @@ def _died(backend: str | None) -> Outcome:
 
 def _left(key: str) -> list[RunRecord]:
     """Return the records of a tracking server or store whose drivers are gone. Blocking."""
-    records = [record for record in list_records() if record.tracking == key and not record.durable]
-    return [record for record in records if record.driver_lives() is False]
+    return [record for record in list_records() if record.tracking == key and record.driver_lives() is False]
