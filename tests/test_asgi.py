@@ -37,6 +37,7 @@ APP = """\
 import asyncio, gc, os, stat
 import service
 from mlfleet import Timeouts
+from mlfleet.fleet import context_of
 from starlette.responses import JSONResponse
 
 projects = {name: {"uri": name, "env_manager": "local"} for name in ("demo", "greeting")}
@@ -54,7 +55,7 @@ async def worker(request):
     return JSONResponse({
         "pid": os.getpid(),
         "tasks": len(asyncio.all_tasks()),
-        "readers": len(request.state.fleet._context.events._readers),
+        "readers": len(context_of(request.state.fleet).fleet.events._readers),
         "files": sum(map(is_file, map(int, os.listdir("/proc/self/fd")))),
     })
 
