@@ -21,14 +21,12 @@ def git_root(folder: Path) -> Path | None:
     return next((parent for parent in (real, *real.parents) if os.path.lexists(parent / ".git")), None)
 
 
-def find_root(folder: Path, top: Path | None = None) -> Path:
-    """Return the folder that the files of a project must be in: its Git working tree, else `top`. Blocking.
+def find_root(folder: Path) -> Path:
+    """Return the folder that the files of a project in `folder` must be in: its Git working tree, else `folder` itself.
 
-    Args:
-        folder: The folder of the project.
-        top: The folder that the caller named, which the project is a sub-folder of; None: the project's own folder.
+    Blocking.
     """
-    return git_root(folder) or Path(os.path.realpath(top or folder))
+    return git_root(folder) or Path(os.path.realpath(folder))
 
 
 def is_inside(path: Path, root: Path) -> bool:

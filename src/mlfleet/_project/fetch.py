@@ -20,7 +20,7 @@ from mlfleet._concurrency.single_flight import SingleFlight
 from mlfleet._concurrency.threads import PROJECTS
 from mlfleet._project.archive import ArchiveLimits, FileHashes, unpack
 from mlfleet._project.blocking import stoppable
-from mlfleet._project.boundary import find_root
+from mlfleet._project.boundary import git_root
 from mlfleet._project.cache import ProjectStore, projects_folder
 from mlfleet._project.git import Checkout, Checkouts, Git
 from mlfleet._project.http_downloads import HttpArchive
@@ -133,7 +133,8 @@ class ProjectFetcher:
                 return found
             if kind is _Kind.FOLDER:
                 checkout = await self._checkouts.find(path / parsed.subdir)
-                return await PROJECTS.run(lambda: _own_project(parsed, path, checkout))
+                folder = path / parsed.subdir
+                return await PROJECTS.run(lambda: _own_project(parsed, path, git_root(folder), checkout))
         elif version is not None and parsed.kind is UriKind.ARCHIVE:
             raise _no_versions(parsed, path)
         key = uri, path, version
@@ -230,8 +231,10 @@ class ProjectFetcher:
         if kind is not _Kind.FOLDER:
             return kind, path, None
         folder = _subfolder(uri, path, stay_inside=False)
-        is_known, checkout = self._checkouts.recall(folder)
-        return kind, path, _own_project(uri, path, checkout) if is_known else None
+        tree = git_root(folder)
+        checkout = None if tree is None else self._checkouts.recall(folder)
+        is_known = tree is None or checkout is not None
+        return kind, path, _own_project(uri, path, tree, checkout) if is_known else None
 
     async def _git(self, uri: ProjectUri, url: str, version: str | None, report: Callable[[str], None]) -> Project:
         key = hashlib.sha256(os.fsencode(url)).hexdigest()[:32]
@@ -305,10 +308,17 @@ def _local_name(uri: ProjectUri, path: Path) -> str:
     return f"{path}#{uri.subdir}" if uri.subdir else str(path)
 
 
-def _own_project(uri: ProjectUri, path: Path, checkout: Checkout | None) -> Project:
-    """Return a project in a folder of the user's own. Blocking."""
+def _own_project(uri: ProjectUri, path: Path, tree: Path | None, checkout: Checkout | None) -> Project:
+    """Return a project in a folder of the user's own. Blocking.
+
+    Args:
+        uri: The URI of the project.
+        path: The folder that the URI names, without the sub-folder.
+        tree: The Git working tree that the project is in; None: it is in none.
+        checkout: What git says of that; None if it says nothing.
+    """
     folder = path / uri.subdir
-    root = find_root(folder, path)
+    root = tree or Path(os.path.realpath(path))
     if checkout is None:
         return Project(uri.text, folder, cached=False, source_name=_local_name(uri, path), root=root)
     name = f"file://{checkout.top}" + ("" if checkout.inside == "." else f"#{checkout.inside}")

@@ -287,12 +287,10 @@ class Checkouts:
         self._known: dict[Path, _Known] = {}
         self._once: SingleFlight[Path, Checkout | None] = SingleFlight()
 
-    def recall(self, folder: Path) -> tuple[bool, Checkout | None]:
-        """Return whether the working tree of a folder is known without asking git, and that working tree. Blocking."""
+    def recall(self, folder: Path) -> Checkout | None:
+        """Return the working tree that a folder is in if it is known without asking git; else None. Blocking."""
         known = self._known.get(folder)
-        if known is not None and _signature(known.files) == known.signature:
-            return True, known.checkout
-        return git_root(folder) is None, None
+        return known.checkout if known is not None and _signature(known.files) == known.signature else None
 
     async def find(self, folder: Path) -> Checkout | None:
         """Return the working tree that `folder` is in; None if there is none, or git is not installed."""
