@@ -7,6 +7,7 @@ block the event loop. Every teardown is bounded, and no process outlives the ses
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import sys
@@ -137,6 +138,16 @@ def blockbuster() -> Iterator[BlockBuster]:
             # Runs the coroutines of kubernetes-asyncio, which block in between, on a loop of its own in a thread.
             function.can_block_in("mlfleet/backends/kubernetes/login.py", "_load")
         yield checks
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """Restore the logger of mlfleet, which the command line sets up for all of its process."""
+    logger = logging.getLogger("mlfleet")
+    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)
