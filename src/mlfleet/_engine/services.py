@@ -366,7 +366,7 @@ class FleetServices:
     # ---- what the runs share ----------------------------------------------------------------------------------------
 
     async def backend(self, name: str) -> Backend:
-        """Return the backend of that name, opened at its first use and closed with the context."""
+        """Return the backend of that name, opened at its first use and closed with the Fleet."""
         backend = self.backends.get(name)
         if backend is None:
             # In a thread: its module may be imported only now.
